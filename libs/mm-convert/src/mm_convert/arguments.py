@@ -1,0 +1,316 @@
+"""The strict command line shared by mm-convert, mm-train and mm-infer.
+
+A configuration is a tree of plain dataclasses; the string below a field is its help:
+
+    @dataclass
+    class Optim:
+        "How the weights move."
+        lr: float = 1e-4
+        "learning rate at its peak"
+
+    @dataclass
+    class Config:
+        model: str
+        "a preset, for example wan2.1-t2v-1.3b"
+        optim: Optim = field(default_factory=Optim)
+
+    config = parse(Config, prog="mm_train")
+
+reads `--optim.lr 3e-4`, `--config mine.toml` (the same names, as TOML tables; may be given several times) and
+`--print_config`. Later beats earlier: dataclass defaults, files of `defaults`, `--config`, flags. A field without
+default is required. An unknown flag or key, or a value of the wrong type, ends with exit code 2 and the nearest name.
+Lists are written `[1, 2]` or `[[5,5],[5,5]]`. None is written `null` on the command line and "null" in TOML, which has
+no word for it. In a union the first member that fits wins: write `int | str`, not `str | int`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import itertools
+import json
+import re
+import sys
+import textwrap
+import tomllib
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from jsonargparse import ArgumentParser, Namespace
+
+T = TypeVar("T")
+
+_REQUIRED = dataclasses.MISSING
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """One field that takes a value: its dotted name, its type, its default and its help."""
+
+    name: str
+    hint: Any
+    default: Any
+    help: str
+    positional: bool
+
+
+def parse(
+    config_class: type[T],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    description: str = "",
+    defaults: Sequence[Path] = (),
+) -> T:
+    """Read the command line into an instance of the dataclass `config_class`.
+
+    Args:
+        argv: arguments without the program's name; None takes sys.argv[1:].
+        defaults: TOML files (recipes) that stand between the dataclass defaults and `--config`; missing is an error.
+
+    A ValueError of a `__post_init__` is reported like any other wrong value. Errors: SystemExit(2), text on stderr.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(prog=prog, description=description or inspect.getdoc(config_class), allow_abbrev=False)
+    leaves = {leaf.name: leaf for leaf in _leaves(config_class)}
+    _refuse_unknown_flags(parser, argv, leaves)
+
+    values: dict[str, Any] = {}
+    for file in [*defaults, *_config_files(parser, argv)]:
+        values |= _read_toml(parser, Path(file), leaves)
+
+    parser.add_argument("--config", type=list[str], metavar="FILE.toml", help="values from this file; may be repeated")
+    parser.add_argument("--print_config", action="store_true", help="print the resulting configuration and exit")
+    _add_leaves(parser, config_class, leaves, values)
+    namespace = parser.parse_args(_without_config(argv))
+    try:
+        config = _instantiate(config_class, namespace)
+    except ValueError as error:
+        parser.error(str(error))
+    if "--print_config" in argv:
+        print(dump(config), end="")
+        sys.exit(0)
+    return config
+
+
+def dump(config: Any) -> str:
+    """The configuration as TOML that `--config` reads back to an equal one; None is written as "null"."""
+    lines: list[str] = []
+    _dump_table(_fields(config), "", lines)
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`, did you mean X?` for the known name closest to `name`, or an empty text."""
+    known = sorted(known)
+    wrong_table = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]  # lr for optim.lr
+    close = wrong_table or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+# --- reading
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        sys.stderr.write(f"{self.prog}: error: {_plain(message)}\n(all options: {self.prog} --help)\n")
+        sys.exit(2)
+
+
+def _plain(message: str) -> str:
+    """jsonargparse's message on one line, without its inner words."""
+    message = re.sub(r"^(Validation failed: )?Parser key \"(.*?)\":", r"\2:", message.strip())
+    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "")
+    return " ".join(message.split())
+
+
+def _leaves(cls: type, prefix: str = "") -> Iterator[_Leaf]:
+    hints, helps = typing.get_type_hints(cls), _field_docs(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _leaves(hint, f"{prefix}{field.name}.")
+        else:
+            default = _default(field)
+            positional = field.metadata.get("positional", False)
+            yield _Leaf(prefix + field.name, hint, default, helps.get(field.name, ""), positional)
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The string literals that follow the fields in the source, base classes first."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        except (OSError, TypeError):  # made in a REPL or by make_dataclass: no source, no help
+            continue
+        for field, doc in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
+                docs[field.target.id] = " ".join(str(doc.value.value).split())
+    return docs
+
+
+def _names(leaves: Mapping[str, _Leaf]) -> set[str]:
+    """All names that take a value; of a leaf `lora: LoRA | None` also those below it."""
+    below = {f"{leaf.name}.{inner.name}" for leaf in leaves.values() for inner in _leaves_below(leaf)}
+    return {*leaves, *below}
+
+
+def _leaves_below(leaf: _Leaf) -> Iterator[_Leaf]:
+    if inner := _inner_dataclass(leaf.hint):
+        yield from _leaves(inner)
+
+
+def _inner_dataclass(hint: Any) -> type | None:
+    return next((arg for arg in typing.get_args(hint) if dataclasses.is_dataclass(arg)), None)
+
+
+def _refuse_unknown_flags(parser: _Parser, argv: list[str], leaves: Mapping[str, _Leaf]) -> None:
+    positional = {name for name, leaf in leaves.items() if leaf.positional}
+    flags = (_names(leaves) - positional) | {"config", "print_config", "help"}
+    for word in argv[: argv.index("--") if "--" in argv else None]:
+        name = word.partition("=")[0][2:].removesuffix("+")
+        if word.startswith("--") and name not in flags:
+            parser.error(f"unknown option --{name}{nearest(name, flags).replace('mean ', 'mean --')}")
+
+
+def _config_files(parser: _Parser, argv: list[str]) -> Iterator[str]:
+    for i, word in enumerate(argv):
+        if word == "--config":
+            if i + 1 == len(argv):
+                parser.error("--config needs a file")
+            yield argv[i + 1]
+        elif word.startswith("--config="):
+            yield word.removeprefix("--config=")
+
+
+def _without_config(argv: list[str]) -> list[str]:
+    gone = {j for i, word in enumerate(argv) if word == "--config" for j in (i, i + 1)}
+    gone |= {i for i, word in enumerate(argv) if word == "--print_config" or word.startswith("--config=")}
+    return [word for i, word in enumerate(argv) if i not in gone]
+
+
+def _read_toml(parser: _Parser, path: Path, leaves: Mapping[str, _Leaf]) -> dict[str, Any]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"cannot read {path}: {error}")
+    except tomllib.TOMLDecodeError as error:
+        parser.error(f"{path} is not TOML: {error}")
+    names = _names(leaves)
+    groups = {name.rsplit(".", n)[0] for name in names for n in range(1, name.count(".") + 1)}
+
+    def refuse_unknown_keys(table: Mapping[str, Any], prefix: str = "") -> None:
+        for key, value in table.items():
+            name = prefix + key
+            if name not in names | groups:
+                parser.error(f"{path}: unknown key {name}{nearest(name, names)}")
+            if name in groups and isinstance(value, Mapping):
+                refuse_unknown_keys(value, name + ".")
+            elif name not in leaves and name in groups:
+                parser.error(f"{path}: {name} is a table ([{name}]), not the value {value!r}")
+
+    refuse_unknown_keys(tables)
+    return {name: _check(parser, path, leaf, value) for name, leaf, value in _chosen(tables, leaves)}
+
+
+def _chosen(tables: Mapping[str, Any], leaves: Mapping[str, _Leaf]) -> Iterator[tuple[str, _Leaf, Any]]:
+    for name, leaf in leaves.items():
+        value: Any = tables
+        for part in name.split("."):
+            if part not in value:
+                break
+            value = value[part]
+        else:
+            yield name, leaf, value
+
+
+def _check(parser: _Parser, path: Path, leaf: _Leaf, value: Any) -> Any:
+    """Let jsonargparse judge the value alone, so that the error can name the file."""
+    single = ArgumentParser(exit_on_error=False)
+    single.add_argument(f"--{leaf.name}", type=leaf.hint)
+    try:
+        return single.parse_object({leaf.name: value})[leaf.name]
+    except Exception as error:
+        parser.error(f"{path}: {_plain(str(error))}")
+
+
+def _add_leaves(parser: _Parser, cls: type, leaves: Mapping[str, _Leaf], values: Mapping[str, Any]) -> None:
+    groups = {"": parser}
+    for name, leaf in leaves.items():
+        table = name.rpartition(".")[0]
+        if table not in groups:
+            groups[table] = parser.add_argument_group(table, _group_doc(cls, table))
+        default = values.get(name, leaf.default)
+        required = default is _REQUIRED
+        options: dict[str, Any] = {"type": leaf.hint, "help": leaf.help}
+        if not required:
+            options["default"] = default
+        if leaf.positional:
+            groups[table].add_argument(name, **options, **({} if required else {"nargs": "?"}))
+        else:
+            groups[table].add_argument(f"--{name}", **options, required=required)
+
+
+def _group_doc(cls: type, table: str) -> str | None:
+    for part in table.split("."):
+        cls = typing.get_type_hints(cls)[part]
+    doc = cls.__doc__ or ""
+    return None if doc.startswith(f"{cls.__name__}(") else " ".join(doc.split())  # dataclasses write a signature
+
+
+def _instantiate(cls: type[T], namespace: Namespace) -> T:
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for field in dataclasses.fields(cls):
+        value, hint = namespace[field.name], hints[field.name]
+        inner = hint if dataclasses.is_dataclass(hint) else _inner_dataclass(hint)
+        values[field.name] = _instantiate(inner, value) if inner and isinstance(value, Namespace) else value
+    return cls(**values)
+
+
+# --- writing
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def _dump_table(values: Mapping[str, Any], prefix: str, lines: list[str]) -> None:
+    tables = {k: _fields(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
+    lines += [f"{_key(k)} = {_toml(v)}" for k, v in tables.items() if not isinstance(v, Mapping)]
+    for key, table in tables.items():
+        if isinstance(table, Mapping):
+            lines += ["", f"[{prefix}{_key(key)}]"]
+            _dump_table(table, f"{prefix}{_key(key)}.", lines)
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return '"null"'
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str | Path):
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, Mapping) or dataclasses.is_dataclass(value):
+        table = value if isinstance(value, Mapping) else _fields(value)
+        return "{" + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in table.items()) + "}"
+    if isinstance(value, Sequence):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    raise AssertionError(f"a configuration cannot hold a {type(value).__name__}: {value!r}")
