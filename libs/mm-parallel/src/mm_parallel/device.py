@@ -1,0 +1,134 @@
+"""The one file that knows cpu/gloo, cuda/nccl and npu/hccl. Everything else is handed a torch.device."""
+
+import importlib
+import importlib.util
+import os
+import resource
+import sys
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# Dense peak in FLOP/s by a part of the device's name, first match wins; without sparsity. Sources: NVIDIA data sheets
+# (A100, H100, H200, L40S); Ascend: Huawei's Atlas 800T A2 (376 and 313 TFLOPS FP16) and Atlas 300T A2 (280) sheets, the
+# pairing with chip names is what the community reads from `npu-smi`, so take an MFU on Ascend as approximate.
+_PEAK_16_BIT = {
+    "A100": 312e12,
+    "A800": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "L40S": 362e12,
+    "Ascend910B2": 376e12,
+    "Ascend910B3": 313e12,
+    "Ascend910B4": 280e12,
+}
+_PEAK_32_BIT = {"A100": 19.5e12, "A800": 19.5e12, "H100 PCIe": 51e12, "H100": 67e12, "H200": 67e12, "L40S": 91.6e12}
+
+
+def device() -> torch.device:
+    """This process's device: the accelerator that torch finds, else the CPU.
+
+    torch_npu is imported where it is installed; it is never a dependency: without CANN it breaks `import torch`.
+    """
+    _import_torch_npu()
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    return torch.device(kind.type, torch.accelerator.current_device_index())
+
+
+def _import_torch_npu() -> None:
+    if "torch_npu" in sys.modules or importlib.util.find_spec("torch_npu") is None:
+        return
+    try:
+        importlib.import_module("torch_npu")
+    except (ImportError, OSError) as error:  # installed, but CANN is not sourced
+        warnings.warn(f"torch_npu is installed but cannot be imported, so no NPU is used: {error}", stacklevel=3)
+
+
+def backend(device: torch.device) -> str:
+    """The process group backends for tensors of `device`; next to an accelerator's own there is always gloo, which
+    object collectives, offloading and asynchronous checkpoints use for CPU tensors."""
+    own = dist.get_default_backend_for_device(device.type)
+    return own if device.type == "cpu" else f"cpu:gloo,{device.type}:{own}"
+
+
+def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> tuple[int, int, int]:
+    """Joins the process group that torchrun describes in the environment; returns (rank, world, local rank).
+
+    Without torchrun there is no process group and the answer is (0, 1, 0). Each process takes the accelerator of its
+    local rank. Raises ValueError when this host has fewer accelerators than local ranks.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return 0, 1, 0
+    rank, world, local = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    here = device()
+    if here.type != "cpu":
+        if local >= (count := torch.accelerator.device_count()):
+            raise ValueError(
+                f"local rank {local} needs its own device, but this host shows {count} of type {here.type}: "
+                f"start at most {count} processes per host (torchrun --nproc_per_node {count})"
+            )
+        torch.accelerator.set_device_index(local)
+    if not dist.is_initialized():
+        dist.init_process_group(backend(here), timeout=timeout)
+    return rank, world, local
+
+
+def bf16_ok(device: torch.device) -> bool:
+    """Whether bf16 arithmetic is native there (a CPU always can, slowly)."""
+    supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    if supported is None:
+        return True
+    return supported(including_emulation=False) if device.type == "cuda" else supported()
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense peak of one device in FLOP/s, or None where we know no public figure (then no MFU is printed)."""
+    if device.type == "cpu":
+        return None
+    return peak_flops_of(torch.get_device_module(device).get_device_name(device), dtype)
+
+
+def peak_flops_of(device_name: str, dtype: torch.dtype) -> float | None:
+    """The same by the device's marketing name, as `nvidia-smi -L` or `npu-smi info` print it."""
+    tables = {torch.bfloat16: _PEAK_16_BIT, torch.float16: _PEAK_16_BIT, torch.float32: _PEAK_32_BIT}
+    return next((peak for part, peak in tables.get(dtype, {}).items() if part in device_name), None)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the work queued on the device; returns at once on a CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def memory_allocated(device: torch.device) -> int:
+    """Bytes that tensors hold on the device now; on a CPU the resident memory of this process."""
+    if device.type != "cpu":
+        return torch.accelerator.memory_allocated(device)
+    if sys.platform != "linux":
+        return max_memory(device)
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+def max_memory(device: torch.device) -> int:
+    """Largest number of bytes held by tensors since `reset_max_memory`; on a CPU the peak resident memory of this
+    process since its start."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_max_memory(device: torch.device) -> None:
+    """Starts a new peak; a CPU process keeps its own."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)

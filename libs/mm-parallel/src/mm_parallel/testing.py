@@ -1,0 +1,127 @@
+"""Running a function on several ranks of this machine, and a model to run: for our tests and for those of others."""
+
+import faulthandler
+import importlib
+import importlib.util
+import inspect
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Imported once, in the server from which ranks are forked; _dynamo because the first collective imports it.
+_PRELOAD = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+    "torch.distributed.pipelining",
+]
+
+
+def spawn(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+    """Calls `fn(rank, world, *args)` in `world` new processes, one gloo process group; returns their results by rank.
+
+    `fn` is a top-level function of an importable module or of a test file; arguments and results are pickled. Each rank
+    computes on one thread. Raises RuntimeError with the traceback of the rank that failed first (or its exit code, if
+    it was killed), and TimeoutError with the stacks of those that still run after `timeout` seconds. The first call
+    adds about 4 s, once, to import torch. Either way no process is left.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    # the test file is loaded by path, because pytest's importlib mode gives it a name nobody can import
+    function = (fn.__module__, inspect.getfile(fn), fn.__qualname__)
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = []
+        for rank in range(world):
+            ours, theirs = context.Pipe(duplex=False)
+            call = (theirs, folder, rank, world, function, pickle.dumps(args), timeout)
+            process = context.Process(target=_run_rank, args=call, daemon=True)
+            process.start()
+            theirs.close()  # so that ours ends when the process does
+            ranks.append((process, ours))
+        try:
+            return _collect(ranks, Path(folder), fn.__qualname__, timeout)
+        finally:
+            for process, ours in ranks:
+                process.kill()
+                process.join()
+                ours.close()
+
+
+def _collect(ranks: list, folder: Path, name: str, timeout: float) -> list[Any]:
+    deadline = time.monotonic() + timeout
+    waiting = {ours: rank for rank, (_, ours) in enumerate(ranks)}
+    results: dict[int, Any] = {}
+    while waiting:
+        ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            stacks = "\n".join(_stack_of(rank, ranks[rank][0], folder) for rank in waiting.values())
+            raise TimeoutError(f"{name}: ranks {sorted(waiting.values())} still run after {timeout} s\n{stacks}")
+        failures = []
+        for ours in ready:
+            rank = waiting.pop(ours)
+            try:
+                results[rank], failure = ours.recv()
+            except EOFError:  # no word: killed, or aborted in C++
+                ranks[rank][0].join()
+                failure = f"died with exit code {ranks[rank][0].exitcode}"
+            if failure:
+                failures.append(f"rank {rank} of {len(ranks)} in {name}: {failure}")
+        if failures:
+            raise RuntimeError("\n".join(failures))
+    return [results[rank] for rank in range(len(ranks))]
+
+
+def _stack_of(rank: int, process: Any, folder: Path) -> str:
+    stack = folder / f"stack{rank}"
+    if not (stack.exists() and process.is_alive()):
+        return f"rank {rank} did not start"
+    os.kill(process.pid, signal.SIGUSR1)
+    time.sleep(0.2)  # faulthandler writes while it handles the signal
+    return f"rank {rank}: {stack.read_text()}"
+
+
+def _run_rank(pipe: Any, folder: str, rank: int, world: int, function: tuple, args: bytes, timeout: float) -> None:
+    with open(f"{folder}/stack{rank}", "w") as stack:
+        faulthandler.register(signal.SIGUSR1, stack)
+        try:
+            torch.set_num_threads(1)
+            fn = _find(*function)
+            store = f"file://{folder}/store"
+            deadline = timedelta(seconds=timeout + 60)  # ours comes first: it shows the stacks
+            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=deadline)
+            result = fn(rank, world, *pickle.loads(args))
+            dist.barrier()  # a rank that is done must not look like one that died
+            pipe.send((result, None))
+        except BaseException:  # DCP raises BaseException
+            pipe.send((None, traceback.format_exc()))
+            pipe.close()
+            signal.pause()  # keep our connections open, or other ranks would fail because of us and be reported first
+        dist.destroy_process_group()
+
+
+def _find(module_name: str, path: str, qualname: str) -> Callable[..., Any]:
+    if module_name not in sys.modules:
+        try:
+            importlib.import_module(module_name)
+        except ModuleNotFoundError:
+            spec = importlib.util.spec_from_file_location(module_name, path)
+            assert spec is not None
+            assert spec.loader is not None
+            sys.modules[module_name] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+    return getattr(sys.modules[module_name], qualname)
