@@ -1,0 +1,66 @@
+"""What several families share: layers that follow the dtype of their input, and the list-free way to cast weights.
+
+Parameters may be float32 masters while the matrix products run in bfloat16. No autocast is needed: every layer here
+computes in the dtype of its *input*, casting its parameters on the fly, and what must not lose precision (norms,
+modulation, the residual stream) is kept in at least float32 by calling `wide`.
+"""
+
+from fnmatch import fnmatch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 if it is float64 already (so that tests can run a whole model in float64)."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` in the dtype of its input; Xavier-uniform weight and zero bias when built from scratch."""
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` computed in at least float32, returned in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = wide(x)
+        weight = None if self.weight is None else self.weight.to(y.dtype)
+        bias = None if self.bias is None else self.bias.to(y.dtype)
+        return F.layer_norm(y, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` in the dtype of its input; torch takes the statistics in float32 whatever that dtype is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention on B L H h (tokens before heads), as is: no mask, no dropout, scale 1/√h."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Casts the parameters of `model` in place to `dtype`, except its islands, which get at least float32.
+
+    `model.islands` are `fnmatch` patterns of parameter names. Use this instead of `model.to(bfloat16)`, which would
+    round the islands too (time embedding, modulation tables, norms). Returns the model.
+    """
+    for name, parameter in model.named_parameters():
+        island = any(fnmatch(name, pattern) for pattern in model.islands)
+        target = torch.promote_types(dtype, torch.float32) if island else dtype
+        parameter.data = parameter.data.to(target)
+    return model

@@ -1,0 +1,64 @@
+"""The shape of a Wan model, and what one forward pass of it costs."""
+
+from dataclasses import dataclass
+
+TEXT_LENGTH = 512  # rows of text that the model attends to, always; shorter prompts are zero-padded up to it
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Architecture of a Wan transformer; the defaults are Wan2.1-T2V-14B."""
+
+    dim: int = 5120
+    ffn_dim: int = 13824
+    num_heads: int = 40
+    num_layers: int = 40
+    freq_dim: int = 256
+    """Width of the sinusoidal timestep embedding."""
+    text_dim: int = 4096
+    in_channels: int = 16
+    """16, or 36 for image-to-video: noisy latents 16, mask 4, latents of the condition 16."""
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    """Latent frames, rows and columns per token."""
+    eps: float = 1e-6
+    image_dim: int | None = None
+    """Width of the CLIP features; None leaves the CLIP branch out."""
+    image_tokens: int = 257
+    """CLIP tokens: 257 for one image, 514 for two (first and last frame), which also get a learned position."""
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
+            raise ValueError(
+                f"dim {self.dim} over {self.num_heads} heads: the quotient must be an even whole number of at least 6, "
+                "because rotary positions turn pairs of channels in three bands"
+            )
+        if self.freq_dim % 2:
+            raise ValueError(f"freq_dim is {self.freq_dim}, but must be even: half cosines, half sines")
+        if self.image_tokens not in (257, 514):
+            raise ValueError(f"image_tokens is {self.image_tokens}, but must be 257 (one image) or 514 (two)")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+def flops(config: WanConfig, tokens: int, text: int = TEXT_LENGTH, image: int = 0) -> int:
+    """FLOPs of one forward pass over one sample with one timestep, a multiply-add counted as two.
+
+    Args:
+        tokens: video tokens L, that is latent frames x rows x columns / patch volume.
+        text, image: rows of text (512 in the model) and CLIP tokens (`config.image_tokens` with that branch).
+
+    A backward pass costs twice as much; full recompute adds one more forward (not counted in MFU).
+    """
+    D, L, C = config.dim, tokens, text + image
+    patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+    on_tokens = 6 * D * D + 2 * D * config.ffn_dim  # q k v o of self-attention, q o of cross-attention, feed-forward
+    linears = 2 * L * on_tokens + 2 * C * 2 * D * D  # and k v of cross-attention on the context
+    attention = 4 * L * L * D + 4 * L * C * D
+    ends = 2 * L * patch * (config.in_channels + config.out_channels) * D
+    embed_text = 2 * text * (config.text_dim * D + D * D)
+    embed_time = 2 * (config.freq_dim * D + 7 * D * D)
+    embed_image = 0 if config.image_dim is None else 2 * image * (config.image_dim**2 + config.image_dim * D)
+    return config.num_layers * (linears + attention) + ends + embed_text + embed_time + embed_image

@@ -1,0 +1,9 @@
+"""How a Wan model may be cut, as data."""
+
+from mm_parallel.plan import ParallelPlan
+
+from mm_models.wan.model import WanModel
+
+
+def plan(model: WanModel) -> ParallelPlan:
+    return ParallelPlan(rungs=("blocks.*",), fp32=model.islands)
