@@ -1,3 +1,12 @@
 """Videos, captions and encoded features: read, cut, cache and load, exactly resumable."""
 
 from mm_data.__about__ import __version__ as __version__
+from mm_data.cache import FeatureCache as FeatureCache
+from mm_data.cache import content_key as content_key
+from mm_data.datasets import FeatureDataset as FeatureDataset
+from mm_data.geometry import Geometry as Geometry
+from mm_data.loader import Batch as Batch
+from mm_data.loader import Step as Step
+from mm_data.loader import build_loader as build_loader
+from mm_data.manifest import Sample as Sample
+from mm_data.manifest import read_manifest as read_manifest

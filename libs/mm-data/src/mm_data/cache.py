@@ -1,0 +1,248 @@
+"""A store of encoded features, filled by any number of processes, any of which may be killed at any moment.
+
+    <path>/shards/<writer>-<n>.safetensors   some entries each; the header's metadata holds their descriptions
+    <path>/failures/<writer>.jsonl           samples that could not be encoded, and why
+    <path>/dataset.jsonl                     written by `finish`: the data set, in order, and where each tensor lies
+    <path>/failures.jsonl                    written by `finish`: the failures that are still failures
+
+The rename of a shard is the only commit: an entry is there, whole and described, or it is not there. Nothing is ever
+changed in place, and a writer's file names are its own, so writers need no locks. Readers use `dataset.jsonl` alone: an
+extraction that has not finished, or entries of another geometry or encoder that still lie in the store, cannot be
+trained on by accident.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mm_data.files import TEMPORARY, sha256_file, write_atomic
+from mm_data.geometry import Geometry
+from mm_data.manifest import Sample
+
+FORMAT = "mm-data features 1"
+
+
+def content_key(
+    video_sha256: str,
+    geometry: Geometry | None,
+    encoder: str,
+    captions: Sequence[str] = (),
+    cut: tuple[int, int] | None = None,
+    seed: int = 0,
+) -> str:
+    """The name of an entry: a hash of all that decides its tensors, and of nothing else (so not of the file's name).
+
+    `seed` counts only where the geometry draws a random window.
+    """
+    drawn = seed if geometry is not None and geometry.window == "random" else None
+    parts = [video_sha256, asdict(geometry) if geometry else None, encoder, list(captions), cut, drawn]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an extraction has to do. `keys` maps every readable sample's id to its entry; the lists keep the order of
+    the samples.
+    """
+
+    encoder: str
+    keys: dict[str, str]
+    done: list[Sample]
+    todo: list[Sample]  # one sample per missing entry: the same video with the same captions is encoded once
+    repeated: list[Sample]  # share the entry of a sample in `todo`
+    failed: list[tuple[Sample, str]]  # cannot be opened, with the reason
+    stale: int  # entries in the store that no sample asks for: another encoder, geometry, caption or file
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.keys) + len(self.failed)} samples: {len(self.done)} in the store, {len(self.todo)} to encode, "
+            f"{len(self.repeated)} repeated, {len(self.failed)} unreadable; {self.stale} stale entries"
+        )
+
+
+class FeatureCache:
+    """Write and read entries: `with FeatureCache(path) as cache: cache.put(key, tensors, meta)`; at the end `cache.finish()`.
+
+    An entry's tensors are named `latents` (C F H W), `text.0`, `text.1`, … (S D, one per caption), and whatever else
+    the model is conditioned on. Entries are buffered and committed together when they reach `shard_bytes`, at
+    `flush()`, and when the `with` block ends, also by an exception.
+    """
+
+    def __init__(self, path: str | Path, shard_bytes: int = 128 << 20):
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file: the feature store is a folder")
+        self.shard_bytes = shard_bytes
+        self._writer = uuid.uuid4().hex[:12]
+        self._written = 0
+        self._pending: dict[str, tuple[dict[str, Tensor], dict]] = {}
+        self._pending_bytes = 0
+        self._entries: dict[str, tuple[Path, dict]] = {}  # key -> shard, meta
+        self._seen: set[Path] = set()
+        self.refresh()
+
+    def __enter__(self) -> "FeatureCache":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.flush()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._pending or key in self._entries
+
+    def keys(self) -> set[str]:
+        """Keys of all entries known to this process, committed or not."""
+        return self._entries.keys() | self._pending.keys()
+
+    def refresh(self) -> None:
+        """Look for entries committed by others since this process last looked."""
+        for shard in sorted(set(self.path.glob("shards/*.safetensors")) - self._seen):
+            with safe_open(shard, "pt") as file:
+                for key, meta in (file.metadata() or {}).items():
+                    self._entries.setdefault(key, (shard, json.loads(meta)))
+            self._seen.add(shard)
+
+    def put(self, key: str, tensors: Mapping[str, Tensor], meta: Mapping) -> None:
+        """Add an entry (any device; copied to the CPU). `meta` is JSON: `id`, the sample's, is required; `captions`
+        and `source` are kept for people and plans.
+        """
+        if "id" not in meta:
+            raise ValueError(f"entry {key}: meta must hold the sample's id, it has {sorted(meta)}")
+        if key in self:
+            return  # same key, same content
+        own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        described = {**meta, "shapes": {name: list(tensor.shape) for name, tensor in own.items()}}
+        self._pending[key] = (own, described)
+        self._pending_bytes += sum(tensor.nbytes for tensor in own.values())
+        if self._pending_bytes >= self.shard_bytes:
+            self.flush()
+
+    def put_empty_text(self, encoding: Tensor, encoder: str = "") -> None:
+        """Store the encoding (S D) of the empty prompt: what text dropout trains on, and the negative prompt of a
+        model without its text encoder.
+        """
+        self.put(content_key("", None, encoder), {"text.0": encoding}, {"id": ""})
+
+    def has_empty_text(self, encoder: str = "") -> bool:
+        return content_key("", None, encoder) in self
+
+    def get(self, key: str) -> dict[str, Tensor]:
+        """The tensors of an entry; KeyError if it is not in the store (call `refresh` to see what others wrote)."""
+        if key in self._pending:
+            return dict(self._pending[key][0])
+        shard, meta = self._entries[key]
+        with safe_open(shard, "pt") as file:
+            return {name: file.get_tensor(f"{key}/{name}") for name in meta["shapes"]}
+
+    def meta(self, key: str) -> dict:
+        """The description of an entry: what was given to `put`, and `shapes`."""
+        return self._pending[key][1] if key in self._pending else self._entries[key][1]
+
+    def flush(self) -> None:
+        """Commit what was put since the last commit. After it returns, the entries survive kill -9 and a power cut."""
+        if not self._pending:
+            return
+        tensors = {f"{key}/{name}": tensor for key, (own, _) in self._pending.items() for name, tensor in own.items()}
+        metadata = {key: json.dumps(meta) for key, (_, meta) in self._pending.items()}
+        shard = self.path / "shards" / f"{self._writer}-{self._written:05d}.safetensors"
+        shard.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(shard, save(tensors, metadata))
+        self._entries.update({key: (shard, meta) for key, (_, meta) in self._pending.items()})
+        self._seen.add(shard)
+        self._pending, self._pending_bytes = {}, 0
+        self._written += 1
+
+    def fail(self, sample_id: str, reason: str) -> None:
+        """Record that a sample could not be encoded. Not a reason to skip it next time: a run that comes back tries
+        it again.
+        """
+        log = self.path / "failures" / f"{self._writer}.jsonl"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a") as file:
+            file.write(json.dumps({"id": sample_id, "reason": reason}) + "\n")
+
+    def failures(self) -> dict[str, str]:
+        """Sample id -> reason, of every failure recorded so far, by any process."""
+        found = {}
+        for log in [self.path / "failures.jsonl", *sorted(self.path.glob("failures/*.jsonl"))]:
+            lines = (
+                log.read_text().split("\n")[:-1] if log.exists() else []
+            )  # a line without its end was cut off by a kill
+            found.update({record["id"]: record["reason"] for record in map(json.loads, lines)})
+        return found
+
+    def plan(self, samples: Sequence[Sample], geometry: Geometry, encoder: str, seed: int = 0) -> Plan:
+        """Compare what `samples` ask for with what is in the store. Reads (hashes) every video that the store has not
+        seen with this size and time stamp.
+        """
+        self.refresh()
+        known = {tuple(meta["source"]): meta["sha256"] for _, meta in self._entries.values() if "source" in meta}
+        keys: dict[str, str] = {}
+        done, todo, repeated, failed, asked = [], [], [], [], set()
+        for sample in samples:
+            try:
+                sha256 = known.get(file_stamp(sample.path)) or sha256_file(sample.path)
+            except OSError as error:
+                failed.append((sample, f"{sample.path}: {error.strerror}"))
+                continue
+            key = keys[sample.id] = content_key(sha256, geometry, encoder, sample.captions, sample.cut, seed)
+            (done if key in self else repeated if key in asked else todo).append(sample)
+            asked.add(key)
+        stale = len(self._entries.keys() - asked - {content_key("", None, encoder)})
+        return Plan(encoder, keys, done, todo, repeated, failed, stale)
+
+    def finish(self, plan: Plan | None = None) -> int:
+        """Publish `dataset.jsonl`: the samples of `plan` that are in the store, in its order; without a plan, all entries, by
+        id. Returns how many.
+
+        Call it once, when no other process is writing any more: it also removes what killed writers left behind.
+        """
+        self.flush()
+        self.refresh()
+        empty = content_key("", None, plan.encoder if plan else "")
+        chosen = (
+            plan.keys if plan else {meta["id"]: key for key, (_, meta) in sorted(self._entries.items()) if key != empty}
+        )
+        lines = [{"format": FORMAT, "empty_text": self._place(empty) if empty in self._entries else None}]
+        for sample_id in chosen if plan else sorted(chosen):
+            if chosen[sample_id] in self._entries:
+                lines.append({"id": sample_id, **self._place(chosen[sample_id])})
+        missing = {k: v for k, v in self.failures().items() if k not in {line.get("id") for line in lines}}
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path / "failures.jsonl", _jsonl({"id": k, "reason": v} for k, v in sorted(missing.items())))
+        write_atomic(self.path / "dataset.jsonl", _jsonl(lines))
+        for leftover in [
+            *self.path.glob(f"{TEMPORARY}*"),
+            *self.path.glob(f"shards/{TEMPORARY}*"),
+            *self.path.glob("failures/*.jsonl"),
+        ]:
+            leftover.unlink(missing_ok=True)
+        return len(lines) - 1
+
+    def _place(self, key: str) -> dict:
+        shard, meta = self._entries[key]
+        return {
+            "key": key,
+            "shard": os.path.relpath(shard, self.path),
+            **{k: v for k, v in meta.items() if k in ("shapes", "captions")},
+        }
+
+
+def file_stamp(path: Path) -> tuple[str, int, int]:
+    """What tells an unchanged file without reading it: its absolute path, size in bytes, time of modification in ns.
+    Goes into an entry's `source`.
+    """
+    stat = path.stat()
+    return str(path.resolve()), stat.st_size, stat.st_mtime_ns
+
+
+def _jsonl(records) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()

@@ -1,0 +1,175 @@
+"""Lists of videos and captions: data.txt, data.json and .jsonl as the MindSpeed-MM guides write them.
+
+    data.txt     one data set per line: `folder,annotation`; lines that begin with # are skipped
+    data.json    a list of objects; or data.jsonl, one object per line:
+                 {"path": "videos/1.mp4", "cap": "a cat", "num_frames": 81, "fps": 24, "resolution": {"height": 480,
+                 "width": 832}, "cut": [0, 81]}
+
+Only `path` is required here. `cap` may be a list, of which training draws one. Facts that are absent are read from the
+file when it is decoded.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One video and its captions. The facts are what the annotation claims; None where it says nothing. `cut` is
+    [first, last) in frames.
+    """
+
+    id: str  # the path as written, made unique: names the sample in messages, and seeds its draws in training
+    path: Path
+    captions: tuple[str, ...] = ()
+    num_frames: int | None = None
+    fps: float | None = None
+    height: int | None = None
+    width: int | None = None
+    cut: tuple[int, int] | None = None
+
+
+def read_manifest(path: str | Path) -> list[Sample]:
+    """All samples of a data.txt, data.json or .jsonl, in order. Paths in an annotation belong to its folder: the one named beside it
+    in data.txt, else its own.
+
+    Raises ValueError, naming file and line, for what cannot be understood, and for a list without samples. Videos are
+    not opened, nor looked for.
+    """
+    path = Path(path)
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if p.suffix in (".txt", ".json", ".jsonl"))
+        hint = (
+            f"did you mean {path / inside[0]}?"
+            if inside
+            else "write a data.json that lists its videos with their captions"
+        )
+        raise ValueError(f"{path} is a folder, not a manifest: {hint}")
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: give a data.txt, data.json or .jsonl")
+    if path.suffix == ".txt":
+        sets = _read_sets(path)
+    elif path.suffix in (".json", ".jsonl"):
+        sets = [(path.parent, path)]
+    else:
+        raise ValueError(
+            f"{path}: a manifest is a .txt, .json or .jsonl file, not {path.suffix or 'one without a suffix'}"
+        )
+    count: Counter[str] = Counter()
+    samples = []
+    for folder, annotation in sets:
+        records = _read_records(annotation)
+        if not records:
+            raise ValueError(f"{annotation} lists no samples")
+        for where, record in records:
+            samples.append(_sample(record, folder, where, count))
+    return samples
+
+
+def _read_sets(path: Path) -> list[tuple[Path, Path]]:
+    """(folder, annotation) of each line. A path may hold commas: the line is cut at the comma that leaves two
+    existing paths.
+    """
+    sets = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        parts = line.split(",")
+        pairs = [(_find(",".join(parts[:i]), path), _find(",".join(parts[i:]), path)) for i in range(1, len(parts))]
+        if not pairs:
+            raise ValueError(
+                f"{path}, line {number}: {line!r} has no comma; each line is `folder,annotation`, "
+                "e.g. `/data/cats,/data/cats/data.json`"
+            )
+        good = [(folder, annotation) for folder, annotation in pairs if folder.is_dir() and annotation.is_file()]
+        if len(good) != 1:
+            tried = "; ".join(
+                f"{folder} is {'a' if folder.is_dir() else 'no'} folder, "
+                f"{annotation} is {'a' if annotation.is_file() else 'no'} file"
+                for folder, annotation in (good or pairs)
+            )
+            why = (
+                "can be read in more than one way"
+                if good
+                else "does not name a folder and an annotation file that exist"
+            )
+            raise ValueError(f"{path}, line {number}: {line!r} {why}: {tried}")
+        sets += good
+    if not sets:
+        raise ValueError(f"{path} lists no data sets: each line is `folder,annotation`")
+    return sets
+
+
+def _find(text: str, manifest: Path) -> Path:
+    """Relative paths are looked for where the command runs, as the guides do, and then beside data.txt."""
+    found = Path(text.strip()).expanduser()
+    beside = manifest.parent / found
+    return found if found.exists() or not beside.exists() else beside
+
+
+def _read_records(path: Path) -> list[tuple[str, Any]]:
+    """(where, object) of each sample; `where` names file and position for messages."""
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        if path.suffix == ".jsonl":
+            lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+            where = str(path)
+            return [(where, json.loads(line)) for where, line in lines]
+        where, records = str(path), json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {error.lineno}" if path.suffix != ".jsonl" else _bad_line(path, text)
+        raise ValueError(f"{where}: not JSON: {error.msg}") from error
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: expected a list of objects, found {type(records).__name__}")
+    return [(f"{path}, sample {n}", record) for n, record in enumerate(records)]
+
+
+def _bad_line(path: Path, text: str) -> str:
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            json.loads(line or "0")
+        except json.JSONDecodeError:
+            return f"{path}, line {number}"
+    raise AssertionError("only called for a text with a bad line")
+
+
+def _sample(record: Any, folder: Path, where: str, count: Counter[str]) -> Sample:
+    def get(name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        value = record.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ValueError(f"{where}: {name} is {value!r}")
+        return default if value is None else value
+
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected an object with path and cap, found {record!r}")
+    path = get("path", str)
+    if not path:
+        raise ValueError(f"{where}: no path")
+    captions = get("cap", (str, list), [])
+    captions = [captions] if isinstance(captions, str) else captions
+    if not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"{where}: cap is {captions!r}; it must be a string or a list of strings")
+    fps = get("fps", (int, float))
+    frames = get("num_frames", int)
+    if frames is None and fps and (duration := get("duration", (int, float))):
+        frames = round(fps * duration)
+    resolution = get("resolution", dict, {})
+    cut = get("cut", list)
+    if cut is not None and (len(cut) != 2 or not all(isinstance(c, int) for c in cut) or not 0 <= cut[0] < cut[1]):
+        raise ValueError(f"{where}: cut is {cut!r}; it must be [first, end) in frames with 0 <= first < end")
+    name = path if cut is None else f"{path}[{cut[0]}:{cut[1]}]"
+    count[name] += 1
+    return Sample(
+        id=name if count[name] == 1 else f"{name}#{count[name]}",
+        path=folder / path,
+        captions=tuple(caption for caption in captions if caption.strip()),
+        num_frames=frames,
+        fps=fps,
+        height=resolution.get("height"),
+        width=resolution.get("width"),
+        cut=tuple(cut) if cut else None,
+    )
