@@ -1,0 +1,136 @@
+"""Training checkpoints: torch DCP directories that appear whole or not at all.
+
+::
+
+    run/checkpoints/step-00000500/   .metadata  *.distcp  progress.json  config.toml
+    run/checkpoints/latest           the name of the newest complete one
+
+A checkpoint is copied to host memory, written by a thread into a dot-directory while training goes on, renamed, and only then named in
+`latest`. DCP knows global tensors, not ranks, so any number of ranks may read what any other number wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from mm_train.optim import EMA
+
+# Frozen weights (the base below an adapter) are not ours to save: they are read again from where the run started.
+OPTIONS = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
+
+
+class Checkpointer:
+    """Saves in the background and keeps the newest `keep`. One per rank; all ranks call the same methods in the same order."""
+
+    def __init__(self, directory: Path, keep: int):
+        self.directory, self.keep = directory, keep
+        self.leader = not dist.is_initialized() or dist.get_rank() == 0
+        # A group of its own: the writing thread's collectives must not meet those of the training thread.
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future | None = None
+        if self.leader:
+            directory.mkdir(parents=True, exist_ok=True)
+            for unfinished in directory.glob(".step-*"):
+                shutil.rmtree(unfinished)
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return latest(self.directory)
+
+    def save(self, step: int, model: nn.Module, optimizer: Optimizer, ema: EMA | None, progress: dict, config: str) -> None:
+        """Start saving; returns as soon as the state has been copied. Raises what went wrong in the save before."""
+        self.wait()
+        unfinished, final = self.directory / f".step-{step:08d}", self.directory / f"step-{step:08d}"
+        if final.exists():
+            return
+        upload = dcp.async_save(_state(model, optimizer, ema), checkpoint_id=unfinished, process_group=self.group)
+        self.pending = self.thread.submit(self._finish, upload, unfinished, final, progress, config)
+
+    def _finish(self, upload: Future, unfinished: Path, final: Path, progress: dict, config: str) -> None:
+        try:
+            upload.result()
+            if self.leader:
+                _write(unfinished / "progress.json", json.dumps(progress))
+                _write(unfinished / "config.toml", config)
+                os.rename(unfinished, final)
+                _write(self.directory / "latest", final.name)
+                self._prune(final)
+        except BaseException as error:  # DCP raises CheckpointException, which is not an Exception
+            if self.leader:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            free = shutil.disk_usage(self.directory).free / 2**30
+            raise RuntimeError(
+                f"could not write checkpoint {final} ({free:.1f} GiB free there): {error}. "
+                f"The newest complete one is {self.latest() or 'none'}; free some space and start again to continue from it"
+            ) from error
+
+    def _prune(self, newest: Path) -> None:
+        complete = sorted(self.directory.glob("step-*"))
+        for old in complete[: -self.keep] if self.keep else []:
+            if old != newest:
+                shutil.rmtree(old)
+
+    def check(self) -> None:
+        """Raise if the save under way has failed already."""
+        if self.pending is not None and self.pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Block until the save under way is complete, and raise if it failed."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer, ema: EMA | None) -> dict[str, Any]:
+        """Fill model, optimizer and average in place, and return the progress that was saved with them."""
+        state = _state(model, optimizer, ema)
+        dcp.load(state, checkpoint_id=path, process_group=self.group)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=OPTIONS)
+        return json.loads((path / "progress.json").read_text())
+
+
+def latest(directory: Path) -> Path | None:
+    """The checkpoint that `directory`/latest names, or None. Raises FileNotFoundError if it names one that is gone."""
+    tracker = directory / "latest"
+    if not tracker.is_file():
+        return None
+    path = directory / tracker.read_text().strip()
+    if not (path / "progress.json").is_file():
+        there = ", ".join(p.name for p in sorted(directory.glob("step-*"))) or "none"
+        raise FileNotFoundError(f"{tracker} names {path.name}, which is not complete; checkpoints there: {there}")
+    return path
+
+
+def _state(model: nn.Module, optimizer: Optimizer, ema: EMA | None) -> dict[str, Any]:
+    state = {
+        "model": get_model_state_dict(model, options=OPTIONS),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=OPTIONS),
+    }
+    return state | ({"ema": ema.average} if ema else {})
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a small file so that a crash leaves the old or the new one."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)

@@ -1,0 +1,241 @@
+"""What a training run is told: dataclasses, their checks, and the choice of a recipe.
+
+Precedence: defaults below < ``recipes/<recipe>.toml`` < ``--config mine.toml`` < flags. Every relation between fields that can be
+checked without loading anything is checked in :meth:`Config.check`, so a mistake costs a second and not a quarter of an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from mm_convert.arguments import parse
+from mm_parallel import MemoryConfig, ParallelConfig
+
+RECIPES = Path(str(resources.files("mm_train") / "recipes"))
+
+
+@dataclass
+class DataConfig:
+    """Which features are trained on, and in what portions."""
+
+    features: Path | None = None
+    """Directory written by mm_train.extract, or a MindSpeed-MM feature folder."""
+    global_batch: int = 8
+    """Samples per optimizer step, over all ranks. Part of the sample stream: a resume keeps it."""
+    micro_batch: int = 1
+    """Samples per forward on one rank; the rest of the global batch is accumulated."""
+    text_dropout: float = 0.0
+    """Probability of training a sample on the empty prompt (needed for guidance; 0.1 is usual)."""
+    workers: int = 2
+    """Loader processes per rank."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """Flow matching (numerics of the guides)."""
+
+    shift: float = 5.0
+    """Timestep shift of the training schedule; independent of the shift used for sampling."""
+    range: tuple[float, float] = (0.0, 1.0)
+    """Part of the schedule that is trained, as fractions of its 1000 points from noise to data."""
+    weighting: Literal["bsmntw", "none"] = "bsmntw"
+    """Loss weight per timestep: a bell around t=500 (DiffSynth, MindSpeed-MM), or none."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW. Biases and one-dimensional parameters are not decayed."""
+
+    lr: float = 1e-5
+    min_lr: float = 0.0
+    """Where the cosine and linear schedules end."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    ema: float = 0.0
+    """Decay of the moving average of the weights; 0 keeps none."""
+
+
+@dataclass
+class LoRAOptions:
+    """Low-rank adapters instead of full training, when rank is above 0."""
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "ffn.0", "ffn.2")
+    """Names of the linears that get an adapter (matched as peft does, by suffix)."""
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 500
+    """Steps between checkpoints; one more is written at the end."""
+    keep: int = 3
+    """How many of the newest are kept; 0 keeps all."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto continues the run found in the output directory; never refuses a directory that holds one."""
+
+
+@dataclass
+class ValidationConfig:
+    features: Path | None = None
+    """Features of the validation set; none, no validation."""
+    every: int = 500
+    timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
+    """t in 0..1000 at which every sample is measured, each with its own fixed noise."""
+    max_samples: int = 64
+
+
+@dataclass
+class SampleConfig:
+    """Videos drawn during training by the function that mm_infer uses."""
+
+    prompts: tuple[str, ...] = ()
+    every: int = 500
+    encoders: Path | None = None
+    """Diffusers directory with vae/, text_encoder/ and tokenizer/."""
+    height: int = 480
+    width: int = 832
+    frames: int = 81
+    steps: int = 50
+    guidance: float = 5.0
+    flow_shift: float = 3.0
+    seed: int = 0
+    fps: int = 16
+
+
+@dataclass
+class Config:
+    """Train a video model on extracted features."""
+
+    model: str
+    """Preset of mm_models (see --model help in the README)."""
+    weights: str = ""
+    """Where to start: a diffusers directory, original Wan-AI files, or a checkpoint of ours; the word `random` for a fresh model."""
+    output: Path = Path("run")
+    """Directory for metrics.jsonl, TensorBoard files, checkpoints, samples and the final weights."""
+    recipe: str = ""
+    """File of defaults to start from; empty takes the one named like the model, if there is one."""
+    architecture: dict[str, int] = field(default_factory=dict)
+    """Fields of the preset to replace, e.g. --architecture.num_layers 4."""
+    steps: int = 5000
+    """Optimizer steps of the whole run."""
+    seed: int = 42
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of the matrix multiplications; master weights, moments, norms and modulation stay float32."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a non-finite loss or gradient does."""
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot work, before anything is loaded."""
+        from mm_models import presets
+
+        if self.model not in presets():
+            raise ValueError(f"unknown model '{self.model}': choose one of {', '.join(presets())}")
+        if not self.weights:
+            raise ValueError(
+                "no starting weights: give --weights with a diffusers directory, original Wan-AI files or one of our checkpoints, "
+                "or ask for a fresh model with --weights random"
+            )
+        if self.weights != "random" and not Path(self.weights).exists():
+            raise ValueError(f"--weights {self.weights} does not exist (a fresh model has to be asked for: --weights random)")
+        if self.data.features is None:
+            raise ValueError("no training data: give --data.features with a directory written by `python -m mm_train.extract`")
+        for flag, path in (("data.features", self.data.features), ("validation.features", self.validation.features)):
+            if path is not None and not path.is_dir():
+                raise ValueError(f"--{flag} {path} is not a directory; `python -m mm_train.extract --output {path} …` writes one")
+        positive = {
+            "steps": self.steps,
+            "data.global_batch": self.data.global_batch,
+            "data.micro_batch": self.data.micro_batch,
+            "checkpoint.every": self.checkpoint.every,
+            "validation.every": self.validation.every,
+            "sample.every": self.sample.every,
+        }
+        for name, value in positive.items():
+            if value < 1:
+                raise ValueError(f"--{name} is {value}; it must be at least 1")
+        low, high = self.objective.range
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"--objective.range is [{low}, {high}]; it must satisfy 0 <= low < high <= 1")
+        for name, value in (("data.text_dropout", self.data.text_dropout), ("optim.ema", self.optim.ema)):
+            if not 0 <= value < 1:
+                raise ValueError(f"--{name} is {value}; it must lie in 0 <= x < 1")
+        if self.optim.warmup >= self.steps > 1:
+            raise ValueError(f"--optim.warmup {self.optim.warmup} takes the whole run of {self.steps} steps")
+        for t in self.validation.timesteps:
+            if not 0 < t < 1000:
+                raise ValueError(f"--validation.timesteps contains {t}; timesteps lie between 0 and 1000")
+        self._check_samples()
+
+    def _check_samples(self) -> None:
+        if not self.sample.prompts:
+            return
+        s = self.sample
+        if s.encoders is None or not s.encoders.is_dir():
+            raise ValueError(
+                f"--sample.prompts needs --sample.encoders, the diffusers directory with vae/ and text_encoder/ (got {s.encoders})"
+            )
+        if s.frames % 4 != 1:
+            below = (s.frames - 1) // 4 * 4 + 1
+            raise ValueError(f"--sample.frames {s.frames} is not 4k+1; the nearest are {below} and {below + 4}")
+        for name, value in (("height", s.height), ("width", s.width)):
+            if value % 16:
+                raise ValueError(
+                    f"--sample.{name} {value} is not a multiple of 16 (VAE 8 x patch 2); the nearest are "
+                    f"{value // 16 * 16} and {value // 16 * 16 + 16}"
+                )
+
+    def micro_batches(self, data_ranks: int) -> int:
+        """Forwards per optimizer step on each of `data_ranks` ranks."""
+        share = data_ranks * self.data.micro_batch
+        if self.data.global_batch % share:
+            down = self.data.global_batch // share * share
+            legal = [n for n in (down, down + share) if n]
+            raise ValueError(
+                f"a global batch of {self.data.global_batch} cannot be cut into micro-batches of {self.data.micro_batch} on "
+                f"{data_ranks} data-parallel ranks: it must be a multiple of {share} (e.g. {' or '.join(map(str, legal))})"
+            )
+        return self.data.global_batch // share
+
+
+def load_config(argv: list[str] | None = None) -> Config:
+    """Config from the command line, its TOML file, and the recipe that either of them selects."""
+    return parse(Config, argv, prog="python -m mm_train", description=Config.__doc__, defaults=_recipe(argv))
+
+
+def _recipe(argv: list[str] | None) -> list[Path]:
+    """The recipe file has to be known before the flags are parsed, as its values lie below theirs."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--model", "--recipe", "--config"):
+        peek.add_argument(flag, default="")
+    asked, _ = peek.parse_known_args(argv)
+    if asked.config and Path(asked.config).is_file():
+        values = tomllib.loads(Path(asked.config).read_text())
+        asked.model = asked.model or values.get("model", "")
+        asked.recipe = asked.recipe or values.get("recipe", "")
+    known = sorted(p.stem for p in RECIPES.glob("*.toml"))
+    if asked.recipe and asked.recipe not in known:
+        raise SystemExit(f"error: unknown recipe '{asked.recipe}': choose one of {', '.join(known)}")
+    name = asked.recipe or asked.model
+    return [RECIPES / f"{name}.toml"] if name in known else []

@@ -1,0 +1,99 @@
+"""Turn a training checkpoint into weights that can be used: ``python -m mm_train.export run/checkpoints/step-00000500 --output W``.
+
+Reads one tensor at a time and needs no process group, whatever layout the checkpoint was trained in.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from mm_convert import save_checkpoint
+from mm_convert.arguments import parse
+from mm_models import build
+from mm_models.lora import LoRAConfig, write_lora
+from torch import Tensor
+
+from mm_train.config import Config
+
+
+@dataclass
+class ExportConfig:
+    """Write the weights of a training checkpoint in our own layout; those of a LoRA run as an adapter."""
+
+    checkpoint: Path = field(metadata={"positional": True})
+    """Directory run/checkpoints/step-…"""
+    output: Path
+    """Directory to write."""
+    ema: bool = False
+    """The moving average instead of the last weights."""
+    overwrite: bool = False
+
+
+class Saved(Mapping[str, Tensor]):
+    """The tensors of one part (`model` or `ema`) of a DCP checkpoint, read when asked for."""
+
+    def __init__(self, checkpoint: Path, part: str):
+        self.checkpoint, self.part = checkpoint, part
+        prefix = f"{part}."
+        entries = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        self.entries = {name.removeprefix(prefix): e for name, e in entries.items() if name.startswith(prefix)}
+        if not self.entries:
+            raise ValueError(f"{checkpoint} holds no {part}" + (" (the run kept no --optim.ema)" if part == "ema" else ""))
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        dcp.load({self.part: {name: tensor}}, checkpoint_id=self.checkpoint, no_dist=True)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = False) -> Path:
+    """Write the weights of `checkpoint` to the directory `output` and return it."""
+    if not (checkpoint / "progress.json").is_file():
+        raise ValueError(f"{checkpoint} is not a complete training checkpoint: it has no progress.json")
+    settings: dict[str, Any] = tomllib.loads((checkpoint / "config.toml").read_text())
+    tensors = Saved(checkpoint, "ema" if ema else "model")
+    lora = settings["lora"]
+    if lora["rank"]:
+        return write_lora(output, tensors, LoRAConfig(lora["rank"], lora["alpha"], lora["dropout"], tuple(lora["targets"])))
+    config = build(settings["model"], device="meta", **settings["architecture"]).config
+    save_checkpoint(output, tensors, asdict(config), overwrite=overwrite)
+    return output
+
+
+def export_final(config: Config, checkpoint: Path, leader: bool) -> Path:
+    """What a finished run leaves: `weights/` (or `adapter/`), and `-ema` beside it where an average was kept."""
+    output = config.output / ("adapter" if config.lora.rank else "weights")
+    if leader:
+        export(checkpoint, output, overwrite=True)
+        if config.optim.ema:
+            export(checkpoint, output.with_name(f"{output.name}-ema"), ema=True, overwrite=True)
+    if dist.is_initialized():
+        dist.barrier()
+    return output
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(ExportConfig, argv, prog="python -m mm_train.export")
+    try:
+        print(export(config.checkpoint, config.output, config.ema, config.overwrite))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

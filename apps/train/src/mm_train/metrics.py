@@ -1,0 +1,83 @@
+"""What a person sees of a run, and what stays: a line or a bar per step, metrics.jsonl, TensorBoard files."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Metrics:
+    """Writes on the first rank only; on the others every method does nothing.
+
+    A resumed run first drops the lines of steps that are about to be repeated, so that every step stands in metrics.jsonl once.
+    """
+
+    def __init__(self, output: Path, *, leader: bool, steps: int, start: int):
+        self.leader, self.steps = leader, steps
+        if not leader:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = output / "metrics.jsonl"
+        _keep_steps(self.path, start)
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
+        self.board = SummaryWriter(output / "tensorboard", purge_step=start + 1 if start else None)
+        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+
+    def say(self, text: str) -> None:
+        """A line for the reader, above the bar."""
+        if self.leader:
+            tqdm.write(text, file=sys.stderr) if sys.stderr.isatty() else print(text, file=sys.stderr, flush=True)
+
+    def step(self, row: dict[str, Any], details: str) -> None:
+        """One optimizer step: `row` is kept, `details` is the part of the line that is not kept."""
+        if not self.leader:
+            return
+        self._keep(row)
+        line = f"loss {row['loss']:.4f} | lr {row['lr']:.2e} | grad {row['grad_norm']:.3f} | {details}"
+        if self.bar.disable:
+            print(f"step {row['step']}/{self.steps} | {line}", file=sys.stderr, flush=True)
+        else:
+            self.bar.set_postfix_str(line, refresh=False)
+            self.bar.update(1)
+
+    def event(self, row: dict[str, Any]) -> None:
+        """Something measured beside the steps, e.g. validation."""
+        if self.leader:
+            self._keep(row)
+            numbers = ", ".join(f"{k} {v:.4f}" for k, v in row.items() if isinstance(v, float))
+            self.say(f"step {row['step']}/{self.steps} | {numbers}")
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        for key, value in row.items():
+            if isinstance(value, int | float) and key != "step":
+                self.board.add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        if self.leader:
+            self.bar.close()
+            self.file.close()
+            self.board.close()
+
+
+def _keep_steps(path: Path, last: int) -> None:
+    """Drop what a killed run wrote after its last checkpoint, a torn last line too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] <= last:
+            kept.append(line)
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(line + "\n" for line in kept))
+    os.replace(part, path)

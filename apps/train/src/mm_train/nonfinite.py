@@ -1,0 +1,66 @@
+"""What happens to a loss or gradient that is not a number: the samples are named, the weights stay as they were."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from mm_data import Step
+from torch import Tensor
+
+
+MOST_IN_A_ROW = 10
+
+
+def total(value: Tensor, device: torch.device) -> Tensor:
+    """Sum of a scalar over all ranks."""
+    value = value.to(device)
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+class Watch:
+    """Decides, alike on every rank, whether a step may be taken."""
+
+    def __init__(self, policy: str, device: torch.device):
+        self.policy, self.device, self.reason, self.samples = policy, device, "", []
+        self.in_a_row = 0
+
+    def finite(self, loss: float, norm: Tensor, own: list[Tensor], step: Step) -> bool:
+        """loss and norm are global numbers; own holds this rank's loss per sample, micro-batch by micro-batch."""
+        if math.isfinite(loss) and bool(torch.isfinite(norm)):
+            self.in_a_row = 0
+            return True
+        self.in_a_row += 1
+        ids = [i for micro in step.micro for i in micro.ids]
+        bad = [i for i, value in zip(ids, torch.cat(own).tolist(), strict=True) if not math.isfinite(value)]
+        self.reason = f"loss {loss}, gradient norm {float(norm)}"
+        # When every loss is finite and only the gradient is not, any sample of the step may be the cause.
+        self.samples = _gather(bad) or _gather(ids)
+        return False
+
+    def skip(self) -> bool:
+        """Whether to go on; a run in which nothing is finite any more is stopped all the same."""
+        return self.policy == "skip" and self.in_a_row < MOST_IN_A_ROW
+
+    def explain(self, step: int, checkpoint: Path | None) -> str:
+        """One paragraph: what, which samples, and what to do."""
+        shown = ", ".join(self.samples[:8]) + (f" and {len(self.samples) - 8} more" if len(self.samples) > 8 else "")
+        text = f"step {step + 1} is not finite ({self.reason}); samples: {shown}."
+        if checkpoint is None:
+            return f"{text} Skipped: weights and optimizer are as before it"
+        return (
+            f"{text} Weights and optimizer are as before it, saved in {checkpoint}. Look at these samples, lower --optim.lr, "
+            "or continue without such steps by --on_nonfinite skip"
+        )
+
+
+def _gather(names: list[str]) -> list[str]:
+    if not dist.is_initialized():
+        return names
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, names)
+    return [name for names in everyone for name in names]

@@ -1,0 +1,70 @@
+"""Sample videos during training, made by the function that mm_infer calls."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from mm_data import write_video
+from mm_models.diffusion.sampling import denoise
+from torch import nn
+
+from mm_train.config import Config
+from mm_train.optim import EMA
+
+
+class Samples:
+    """Draws every prompt of the configuration with the same noise each time, so that videos compare across steps."""
+
+    def __init__(self, config: Config, rank: int, ranks: int, device: torch.device):
+        self.config, self.options = config, config.sample
+        self.rank, self.ranks, self.device = rank, ranks, device
+        if not self.options.prompts:
+            return
+        from mm_models.encoders import TextEncoder
+
+        prompts = list(self.options.prompts)
+        encoder = TextEncoder(self.options.encoders, device=device, dtype=getattr(torch, config.dtype))
+        self.texts = [text.cpu() for text in encoder.encode([*prompts, ""])]  # "" is what guidance pushes away from
+
+    def due(self, step: int) -> bool:
+        return bool(self.options.prompts) and (step % self.options.every == 0 or step == self.config.steps)
+
+    def __call__(self, model: nn.Module, ema: EMA | None, step: int) -> Path:
+        """Write this rank's share of the videos; returns their directory. Uses the averaged weights where there are some."""
+        from mm_models.encoders import VideoVAE
+
+        directory = self.config.output / "samples" / f"step-{step:08d}"
+        directory.mkdir(parents=True, exist_ok=True)
+        vae = VideoVAE(self.options.encoders, device=self.device, dtype=torch.float32)
+        count = len(self.options.prompts)
+        model.eval()
+        with ema.applied(model) if ema else nullcontext():
+            # A sharded model is run by all ranks together: those without a prompt left repeat one and throw it away.
+            for start in range(0, count, self.ranks):
+                number = start + self.rank
+                latents = self._denoise(model, vae, self.texts[min(number, count - 1)])
+                if number < count:
+                    video = vae.decode(latents)[0].clamp(-1, 1)
+                    frames = ((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+                    made = asdict(self.options) | {"prompt": self.options.prompts[number], "step": step}
+                    write_video(directory / f"{number:03d}.mp4", frames, self.options.fps, {k: str(v) for k, v in made.items()})
+        model.train()
+        return directory
+
+    def _denoise(self, model: nn.Module, vae, text: torch.Tensor) -> torch.Tensor:
+        o = self.options
+        time, height, width = vae.stride
+        shape = (1, model.config.out_channels, (o.frames - 1) // time + 1, o.height // height, o.width // width)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(o.seed))
+        return denoise(
+            model,
+            noise.to(self.device),
+            text[None].to(self.device),
+            self.texts[-1][None].to(self.device),
+            steps=o.steps,
+            guidance=o.guidance,
+            flow_shift=o.flow_shift,
+        )

@@ -1,0 +1,33 @@
+"""How fast a step was: tokens and floating-point operations per second, share of the device's peak, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mm_data import Batch
+from mm_models.wan import flops
+from mm_parallel.device import max_memory, peak_flops
+from torch import nn
+
+
+class Speed:
+    """Counts a training step as three forwards (numerics: backward costs two); recomputation does not raise the MFU."""
+
+    def __init__(self, model: nn.Module, device: torch.device, world: int):
+        self.config, self.device, self.world = model.config, device, world
+        self.peak = peak_flops(device, model.compute_dtype or torch.float32)
+
+    def __call__(self, micro: Sequence[Batch], seconds: float, data_seconds: float) -> tuple[dict[str, float], str]:
+        """(numbers to keep, text for the line); global numbers, from this rank's micro-batches times the world size."""
+        _, _, frames, height, width = micro[0].latents.shape
+        tokens = frames * height * width // 4
+        samples = sum(len(m.ids) for m in micro) * self.world
+        operations = 3 * flops(self.config, tokens) * samples / seconds
+        row = {"tokens_per_second": tokens * samples / seconds, "tflops": operations / 1e12}
+        text = f"{seconds:.3f} s/step (data {data_seconds:.3f}) | {row['tokens_per_second']:,.0f} tok/s | {row['tflops']:.3g} TFLOP/s"
+        if self.peak:
+            row["mfu"] = operations / (self.peak * self.world)
+            text += f" (MFU {100 * row['mfu']:.1f} %)"
+        row["memory_gib"] = max_memory(self.device) / 2**30
+        return row, f"{text} | {row['memory_gib']:.2f} GiB"

@@ -1,0 +1,174 @@
+"""The training algorithm, on one page; each line's detail is one module away."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from pathlib import Path
+
+import torch
+from mm_convert.arguments import dump
+from mm_data import FeatureDataset, build_loader
+from mm_models.diffusion.flow import FlowMatching
+from mm_parallel import clip_grad_norm, finish_gradients
+from mm_parallel.device import device as accelerator
+from mm_parallel.device import init_distributed, synchronize
+from mm_parallel.mesh import data_rank
+
+from mm_train import setup
+from mm_train.checkpoint import Checkpointer
+from mm_train.config import Config
+from mm_train.export import export_final
+from mm_train.metrics import Metrics
+from mm_train.nonfinite import Watch, total
+from mm_train.objective import draw, losses
+from mm_train.optim import EMA, build_optimizer, learning_rate
+from mm_train.samples import Samples
+from mm_train.speed import Speed
+from mm_train.validate import Validation
+
+
+def train(config: Config) -> Path:
+    """Run `config` to its last step and export the weights; returns the directory of the exported weights.
+
+    Raises ValueError for a configuration that cannot work, FloatingPointError for a non-finite loss or gradient.
+    """
+    config.check()
+    rank, world, _ = init_distributed()
+    device = accelerator()
+    parallel = config.parallel.resolve(world)
+    mesh = parallel.mesh(device.type) if world > 1 else None
+    data_index, data_size = data_rank(mesh) if mesh else (0, 1)
+    micro_batches = config.micro_batches(data_size)
+
+    dataset = FeatureDataset(config.data.features)
+    setup.check_features(dataset, config)
+    found = setup.find_checkpoint(config)  # refuses a directory that this run must not continue
+    model = setup.build_model(config, mesh, parallel, device)
+    optimizer = build_optimizer(model, config.optim)
+    ema = EMA(model, config.optim.ema) if config.optim.ema else None
+    checkpoints = Checkpointer(config.output / "checkpoints", config.checkpoint.keep)
+    setup.check_space(model, ema, config, leader=rank == 0)
+    progress = {"step": 0, "cursor": 0, "skipped": 0, "dataset": setup.dataset_fingerprint(dataset)}
+    if found:
+        progress = checkpoints.load(found, model, optimizer, ema)
+        setup.check_dataset(progress, dataset, config)
+
+    flow = FlowMatching(config.objective.shift, config.objective.range, config.objective.weighting)
+    loader = build_loader(
+        dataset,
+        global_batch=config.data.global_batch,
+        micro_batch=config.data.micro_batch,
+        dp_rank=data_index,
+        dp_size=data_size,
+        seed=config.seed,
+        cursor=progress["cursor"],
+        num_workers=config.data.workers,
+        text_dropout=config.data.text_dropout,
+    )
+    metrics = Metrics(config.output, leader=rank == 0, steps=config.steps, start=progress["step"])
+    metrics.say(setup.summary(config, model, dataset, world, micro_batches, found))
+    validation = Validation(config, flow, data_index, data_size, device)
+    samples = Samples(config, data_index, data_size, device)
+    speed = Speed(model, device, world)
+    watch = Watch(config.on_nonfinite, device)
+    resolved = dump(config)
+
+    def save() -> None:
+        checkpoints.save(progress["step"], model, optimizer, ema, dict(progress), resolved)
+
+    def look() -> None:
+        """Everything that looks at the model from outside, at the steps where it is due."""
+        if validation.due(progress["step"]):
+            metrics.event({"step": progress["step"], "validation_loss": validation(model)})
+        if samples.due(progress["step"]):
+            metrics.say(f"step {progress['step']} | samples in {samples(model, ema, progress['step'])}")
+
+    steps = iter(loader)
+    with _Interrupt() as interrupt:
+        if progress["step"] == 0:
+            look()
+        while progress["step"] < config.steps and not interrupt.asked(device):
+            started = time.perf_counter()
+            batch = next(steps)
+            data_seconds = time.perf_counter() - started
+
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(progress["step"], config.steps, config.optim)
+            optimizer.zero_grad(set_to_none=True)
+            own = []
+            for number, micro in enumerate(batch.micro):
+                torch.manual_seed(setup.dropout_seed(config.seed, batch.index, number, data_index))  # adapters' dropout
+                index, noise = draw(micro, flow, config.seed)
+                loss = losses(model, micro, flow, index, noise, device)
+                (loss.mean() / micro_batches).backward()
+                own.append(loss.detach())
+            finish_gradients(model)
+            norm = clip_grad_norm(model, config.optim.clip or math.inf)
+            mean = total(torch.cat(own).double().sum(), device).item() / config.data.global_batch
+
+            progress["cursor"] = batch.cursor_after
+            if watch.finite(mean, norm, own, batch):
+                optimizer.step()
+                if ema:
+                    ema.update(model, progress["step"])
+                progress["step"] += 1
+            elif not watch.skip():  # on every rank alike, as both numbers are global
+                progress["cursor"] -= config.data.global_batch
+                save()
+                checkpoints.wait()
+                metrics.close()
+                raise FloatingPointError(watch.explain(progress["step"], checkpoints.latest()))
+            else:
+                progress["skipped"] += 1
+                metrics.say(watch.explain(progress["step"], None))
+                continue
+
+            synchronize(device)
+            seconds = time.perf_counter() - started
+            row = {
+                "step": progress["step"],
+                "loss": mean,
+                "grad_norm": float(norm),
+                "lr": optimizer.param_groups[0]["lr"],
+                "samples": progress["cursor"],
+                "seconds": seconds,
+                "data_seconds": data_seconds,
+            }
+            measured, text = speed(batch.micro, seconds, data_seconds)
+            metrics.step(row | measured, text)
+            checkpoints.check()
+            if progress["step"] % config.checkpoint.every == 0:
+                save()
+            look()
+
+        save()
+        checkpoints.wait()
+    metrics.close()
+    if interrupt.signal:
+        raise KeyboardInterrupt(f"stopped after step {progress['step']}; the same command continues from there")
+    return export_final(config, checkpoints.latest(), leader=rank == 0)
+
+
+class _Interrupt:
+    """Turns the first Ctrl-C or SIGTERM into a clean end after the step; the second acts at once."""
+
+    def __enter__(self) -> _Interrupt:
+        self.signal = 0
+        self.before = {s: signal.signal(s, self._on) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _on(self, number: int, _frame: object) -> None:
+        self.signal = number
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def asked(self, device: torch.device) -> bool:
+        """Whether any rank was interrupted: all stop after the same step."""
+        self.signal = int(total(torch.tensor(float(self.signal)), device).item())
+        return self.signal > 0

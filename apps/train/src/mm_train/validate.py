@@ -1,0 +1,70 @@
+"""Validation loss that compares across runs: fixed samples, fixed timesteps, fixed noise, no weighting."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+from mm_data import FeatureDataset
+from mm_data.random import generator
+from mm_models.diffusion.flow import FlowMatching
+from torch import nn
+
+from mm_train.config import Config
+from mm_train.nonfinite import total
+
+# Not the training seed: runs with different seeds are measured on the same noise.
+SEED = 0
+
+
+class Validation:
+    """Mean squared error of the predicted velocity over (sample, timestep) pairs; every pair weighs the same."""
+
+    def __init__(self, config: Config, flow: FlowMatching, rank: int, ranks: int, device: torch.device):
+        self.every, self.steps = config.validation.every, config.steps
+        self.flow, self.device = flow, device
+        self.batches: list[list[tuple[int, int]]] = []  # this rank's batches of (sample, timestep) pairs
+        if config.validation.features is None:
+            return
+        self.data = FeatureDataset(config.validation.features)
+        chosen = sorted(range(min(len(self.data), config.validation.max_samples)), key=lambda i: self.data.shapes[i])
+        batches = []
+        for _, same_shape in groupby(chosen, key=lambda i: self.data.shapes[i]):
+            pairs = [(i, t) for i in same_shape for t in config.validation.timesteps]
+            batches += [pairs[k : k + config.data.micro_batch] for k in range(0, len(pairs), config.data.micro_batch)]
+        # Sharded models need the same number of forwards on every rank: short ranks repeat a batch that does not count.
+        self.rounds = -(-len(batches) // ranks)
+        self.batches = batches[rank::ranks]
+        self.filler = batches[0]
+
+    def due(self, step: int) -> bool:
+        return hasattr(self, "data") and (step % self.every == 0 or step == self.steps)
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> float:
+        model.eval()
+        summed, count = torch.zeros((), dtype=torch.float64), 0
+        for turn in range(self.rounds):
+            counts = turn < len(self.batches)
+            error = self._error(model, self.batches[turn] if counts else self.filler)
+            if counts:
+                summed, count = summed + error.double().sum().cpu(), count + len(error)
+        model.train()
+        number = total(torch.tensor(float(count), dtype=torch.float64), self.device)
+        return (total(summed, self.device) / number).item()
+
+    def _error(self, model: nn.Module, pairs: list[tuple[int, int]]) -> torch.Tensor:
+        items = [self.data[i] for i, _ in pairs]
+        clean = torch.stack([item["latents"] for item in items]).float()
+        noise = torch.stack(
+            [
+                torch.randn(clean.shape[1:], generator=generator(SEED, t, item["id"], "validation"))
+                for item, (_, t) in zip(items, pairs, strict=True)
+            ]
+        )
+        text = torch.nn.utils.rnn.pad_sequence([item["text"][0] for item in items], batch_first=True)
+        t = torch.tensor([float(t) for _, t in pairs], device=self.device)
+        clean, noise, text = clean.to(self.device), noise.to(self.device), text.to(self.device)
+        sigma = (t / 1000).view(-1, 1, 1, 1, 1)
+        prediction = model((1 - sigma) * clean + sigma * noise, t, text)
+        return (prediction.float() - self.flow.target(clean, noise)).square().flatten(1).mean(1)
