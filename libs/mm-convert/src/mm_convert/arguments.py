@@ -117,6 +117,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        for action in self._actions if "are required: " in message else ():
+            if action.required and action.option_strings:  # jsonargparse names them without dashes
+                message = re.sub(rf"(?<=[ ,]){re.escape(action.dest)}(?=,|$)", f"--{action.dest}", message)
         sys.stderr.write(f"{self.prog}: error: {_plain(message)}\n(all options: {self.prog} --help)\n")
         sys.exit(2)
 
@@ -124,8 +127,9 @@ class _Parser(ArgumentParser):
 def _plain(message: str) -> str:
     """jsonargparse's message on one line, without its inner words."""
     message = re.sub(r"^(Validation failed: )?Parser key \"(.*?)\":", r"\2:", message.strip())
-    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "")
-    return " ".join(message.split())
+    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "").replace("NoneType", "null")
+    union = r"Does not validate .*? Subtypes: \[([^:]*)\] Errors: [^:]* Given value type: \w+ Given value: "
+    return re.sub(union, r"Expected one of \1. Got value: ", " ".join(message.split()))
 
 
 def _leaves(cls: type, prefix: str = "") -> Iterator[_Leaf]:
@@ -253,7 +257,7 @@ def _add_leaves(parser: _Parser, cls: type, leaves: Mapping[str, _Leaf], values:
             groups[table] = parser.add_argument_group(table, _group_doc(cls, table))
         default = values.get(name, leaf.default)
         required = default is _REQUIRED
-        options: dict[str, Any] = {"type": leaf.hint, "help": leaf.help}
+        options: dict[str, Any] = {"type": leaf.hint, "help": leaf.help or "%(type)s"}
         if not required:
             options["default"] = default
         if leaf.positional:
