@@ -1,0 +1,80 @@
+"""FSDP2 and HSDP: every rank holds a part of each parameter, of its gradient and of its optimizer state.
+
+A rung's parameters are gathered just before it runs and dropped after it. Islands (`plan.fp32`) must be read in fp32,
+but one fully_shard group is gathered in one dtype, so islands leave their rung's group:
+
+- the largest modules that hold nothing but islands and own a matrix (a time embedding, its projection) become groups
+  of their own, gathered in fp32;
+- the rest (modulation tables, norm weights) is replicated: a group of a few KiB costs a collective and saves nothing.
+  `finish_gradients` averages their gradients.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from mm_parallel.mesh import DATA_DIMS
+from mm_parallel.plan import ParallelPlan
+
+
+def shard(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
+    """Shards `model` in place over the mesh's data dims: rungs and island groups, then what is left at the root.
+
+    dtype: what parameters other than islands are gathered in; None gathers them as they are. Gradients are reduced in
+    fp32 (fp64 for fp64 parameters). Parameters end on the mesh's device; a meta model stays meta until
+    `load_parameters`. Raises ValueError when ranks hold different values.
+    """
+    data = mesh[DATA_DIMS] if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
+    _check_same_values(model, data)
+    islands = set(plan.islands_of(model).values())
+    groups = _island_groups("", model, islands)
+    replicated = islands - {parameter for group in groups.values() for parameter in group.parameters()}
+    for parameter in replicated:
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(_device_of(data))
+    widest = torch.float64 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
+    all_islands = {name for name, module in model.named_modules() if islands.issuperset(module.parameters())}
+    targets = {"": model} | plan.rungs_of(model) | groups
+    for name in sorted(targets, key=_depth, reverse=True):  # inner groups first: fully_shard takes what is left
+        gathered = None if name in all_islands else dtype
+        policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=widest, cast_forward_inputs=False)
+        fully_shard(targets[name], mesh=data, mp_policy=policy, ignored_params=replicated)
+
+
+def _island_groups(name: str, module: nn.Module, islands: set[nn.Parameter]) -> dict[str, nn.Module]:
+    own = list(module.parameters())
+    if own and islands.issuperset(own):
+        return {name: module} if any(p.ndim >= 2 for p in own) else {}
+    groups = {}
+    for child_name, child in module.named_children():
+        groups |= _island_groups(f"{name}.{child_name}".lstrip("."), child, islands)
+    return groups
+
+
+def _depth(name: str) -> int:
+    return name.count(".") + bool(name)
+
+
+def _device_of(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.accelerator.current_device_index())
+
+
+def _check_same_values(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Ranks that initialised with different seeds would train a patchwork of models, without any other sign."""
+    named = [(name, p) for name, p in model.named_parameters() if not p.is_meta]
+    if not named:
+        return
+    sums = torch.stack([p.detach().contiguous().flatten().view(torch.uint8).sum() for _, p in named])
+    extremes = torch.stack([sums, -sums]).to(_device_of(mesh))
+    for dim in range(mesh.ndim):
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+    different = (extremes[0] != -extremes[1]).nonzero().flatten().tolist()
+    if different:
+        raise ValueError(
+            f"{len(different)} parameters differ between ranks (first: {named[different[0]][0]}): build the model with "
+            "the same seed on every rank, or on the meta device and fill it with load_parameters"
+        )

@@ -1,0 +1,76 @@
+"""Whole tensors into a model that may be sharded or not, and out of it; one tensor at a time."""
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def load_parameters(model: nn.Module, source: Mapping[str, Any], device: torch.device) -> None:
+    """Fills every parameter and persistent buffer of `model` from `source`, which has exactly their names and shapes.
+
+    source: whole tensors by name, or anything with `.shape` that slices to tensors. It is read one name at a time, and
+        of a sharded parameter only this rank's rows: what is mmapped stays on disk, and no rank holds the whole model.
+        Any dtype; it is cast to the parameter's.
+    device: where a meta model's shards are allocated and where an unsharded model is moved to.
+
+    Call after `parallelize` and before making the optimizer. Raises ValueError with the nearest names for missing and
+    unexpected names, and with both shapes for a misfit; after an error the model's values are undefined.
+    """
+    _check_names(set(model.state_dict()), set(source))
+    _allocate(model, device)
+    with torch.no_grad():
+        for name, target in model.state_dict().items():
+            whole = source[name]
+            if tuple(whole.shape) != tuple(target.shape):
+                raise ValueError(f"{name} has shape {tuple(whole.shape)}, but the model needs {tuple(target.shape)}")
+            if not isinstance(target, DTensor):
+                target.copy_(whole[...])
+                continue
+            for chunk in target.__create_chunk_list__():  # what DCP asks, too: right for every placement
+                rows = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
+                if 0 not in chunk.sizes:
+                    target.to_local().copy_(whole[rows])
+
+
+def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor on the CPU) for every parameter and persistent buffer, gathered one at a time.
+
+    Gathering is a collective: all ranks iterate to the end, also those that throw the tensors away.
+    """
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        yield name, whole.detach().to("cpu", copy=True)
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    if not any(t.is_meta for t in tensors.values()):
+        if not any(isinstance(t, DTensor) for t in tensors.values()):  # else parallelize has placed it
+            model.to(device)
+        return
+    lost = [name for name, t in tensors.items() if t.is_meta and name not in model.state_dict()]
+    if lost:
+        raise ValueError(f"{', '.join(lost)}: a buffer that no checkpoint holds cannot be built on the meta device")
+    buffers = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
+    model.to_empty(device=device)  # parameters are all filled next; a real buffer keeps its values
+    for name, buffer in model.named_buffers():
+        if name in buffers:
+            buffer.copy_(buffers[name])
+
+
+def _check_names(wanted: set[str], given: set[str]) -> None:
+    missing, unexpected = sorted(wanted - given), sorted(given - wanted)
+    if not missing and not unexpected:
+        return
+    lines = [f"the weights do not fit the model: {len(missing)} missing, {len(unexpected)} unexpected"]
+    for kind, names, others in (("missing", missing, unexpected), ("unexpected", unexpected, missing)):
+        for name in names[:5]:
+            near = get_close_matches(name, others, n=1)
+            lines.append(f"  {kind}: {name}" + (f" (is it {near[0]}?)" if near else ""))
+        if len(names) > 5:
+            lines.append(f"  {kind}: … and {len(names) - 5} more")
+    raise ValueError("\n".join(lines))

@@ -1,0 +1,26 @@
+import pytest
+from torch import nn
+
+from mm_parallel import ParallelPlan
+from mm_parallel.testing import TinyLadder
+
+
+def test_a_star_in_rungs_does_not_cross_dots():
+    assert list(TinyLadder.plan.rungs_of(TinyLadder())) == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+def test_more_than_nine_rungs_keep_the_order_of_the_model():
+    assert list(TinyLadder.plan.rungs_of(TinyLadder(layers=12)))[-2:] == ["blocks.10", "blocks.11"]
+
+
+def test_a_star_in_fp32_crosses_dots():
+    islands = ParallelPlan(("blocks.*",), ("*.table",)).islands_of(TinyLadder(layers=2))
+    assert list(islands) == ["blocks.0.table", "blocks.1.table"]
+    assert all(isinstance(p, nn.Parameter) for p in islands.values())
+
+
+def test_a_misspelt_pattern_is_an_error_with_what_there_is():
+    with pytest.raises(ValueError, match=r"plan.rungs: no module is named like 'block\.\*'.*blocks"):
+        ParallelPlan(("block.*",)).rungs_of(TinyLadder())
+    with pytest.raises(ValueError, match=r"plan.fp32: no parameter is named like '\*\.tables'.*table"):
+        ParallelPlan(("blocks.*",), ("*.table", "*.tables")).islands_of(TinyLadder())
