@@ -18,7 +18,7 @@ from mm_models import build, plan
 from mm_models.initial import initial
 from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora
-from mm_parallel import ParallelConfig, load_parameters, parallelize
+from mm_parallel import load_parameters, parallelize
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -86,7 +86,7 @@ def check_dataset(progress: dict[str, Any], dataset: FeatureDataset, config: Con
         )
 
 
-def build_model(config: Config, mesh: DeviceMesh | None, parallel: ParallelConfig, device: torch.device) -> nn.Module:
+def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device) -> nn.Module:
     """The model, cut over the mesh and filled tensor by tensor; no rank ever holds all of it."""
     dtype = getattr(torch, config.dtype)
     model = build(config.model, device="meta", **config.architecture)
@@ -95,7 +95,7 @@ def build_model(config: Config, mesh: DeviceMesh | None, parallel: ParallelConfi
         cast_weights(model, dtype)  # a frozen base needs no float32 masters
         add_lora(model, LoRAConfig(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets))
     source = Start(config, model)
-    parallelize(model, plan(model), mesh, parallel, config.memory, dtype)
+    parallelize(model, plan(model), mesh, config.memory, dtype)
     load_parameters(model, source, device)
     return model.train()
 

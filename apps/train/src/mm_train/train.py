@@ -37,15 +37,14 @@ def train(config: Config) -> Path:
     config.check()
     rank, world, _ = init_distributed()
     device = accelerator()
-    parallel = config.parallel.resolve(world)
-    mesh = parallel.mesh(device.type) if world > 1 else None
-    data_index, data_size = data_rank(mesh) if mesh else (0, 1)
+    mesh = config.parallel.mesh(device.type)
+    data_index, data_size = data_rank(mesh)
     micro_batches = config.micro_batches(data_size)
 
     dataset = FeatureDataset(config.data.features)
     setup.check_features(dataset, config)
     found = setup.find_checkpoint(config)  # refuses a directory that this run must not continue
-    model = setup.build_model(config, mesh, parallel, device)
+    model = setup.build_model(config, mesh, device)
     optimizer = build_optimizer(model, config.optim)
     ema = EMA(model, config.optim.ema) if config.optim.ema else None
     checkpoints = Checkpointer(config.output / "checkpoints", config.checkpoint.keep)

@@ -1,0 +1,109 @@
+"""One HTML file that opens from disk: curves, prompts beside their videos, timings, commands. Everything is inside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+Points = Sequence[tuple[float, float]]
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+h1, h2 { font-weight: 600 } pre { background: #f4f4f4; padding: .7rem; overflow-x: auto; font-size: 13px }
+table { border-collapse: collapse } td, th { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid #ddd }
+.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem }
+figure { margin: 0 } figcaption { font-size: 13px } video { width: 100%; image-rendering: pixelated; background: #000 }
+.yes { color: #17803d } .no { color: #c0262d } svg text { font-size: 11px; fill: #666 }
+"""
+
+
+def chart(title: str, points: Points, faint: Points = ()) -> str:
+    """A line chart as SVG; `faint` is drawn lighter behind it, on the same axes."""
+    if len(points) < 2:
+        return ""
+    width, height, left, bottom = 640, 220, 50, 24
+    xs, ys = zip(*points, *faint, strict=True)
+    x0, x1, y0, y1 = min(xs), max(xs), min(0.0, *ys), max(ys)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            left + (x - x0) / (x1 - x0) * (width - left - 10),
+            height - bottom - (y - y0) / (y1 - y0 or 1) * (height - bottom - 10),
+        )
+
+    def line(series: Points, colour: str) -> str:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*p) for p in series))
+        return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+
+    ticks = "".join(
+        f'<text x="{left - 6}" y="{place(x0, y)[1] + 4:.1f}" text-anchor="end">{y:.2g}</text>'
+        f'<line x1="{left}" x2="{width - 10}" y1="{place(x0, y)[1]:.1f}" y2="{place(x0, y)[1]:.1f}" stroke="#eee"/>'
+        for y in (y0 + (y1 - y0) * k / 4 for k in range(5))
+    ) + "".join(
+        f'<text x="{place(x, y0)[0]:.1f}" y="{height - 6}" text-anchor="middle">{x:.0f}</text>'
+        for x in (x0 + (x1 - x0) * k / 4 for k in range(5))
+    )
+    drawn = line(faint, "#c9d6ea") + line(points, "#2458a6")
+    return f'<h3>{html.escape(title)}</h3><svg viewBox="0 0 {width} {height}" width="{width}">{ticks}{drawn}</svg>'
+
+
+def smooth(points: Points, weight: float = 0.95) -> list[tuple[float, float]]:
+    """Exponential moving average, so that the trend can be seen in the noise."""
+    result, average = [], points[0][1] if points else 0.0
+    for x, y in points:
+        average = weight * average + (1 - weight) * y
+        result.append((x, average))
+    return result
+
+
+def video(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<video autoplay loop muted playsinline src="data:video/mp4;base64,{data}"></video>'
+
+
+def figure(path: Path, caption: str, verdicts: dict[str, bool] | None = None) -> str:
+    """A clip with its prompt, and where it was measured, which attributes are as asked."""
+    marks = " ".join(
+        f'<span class="{"yes" if good else "no"}">{"✓" if good else "✗"} {name}</span>' for name, good in (verdicts or {}).items()
+    )
+    return f"<figure>{video(path)}<figcaption>{html.escape(caption)}<br>{marks}</figcaption></figure>"
+
+
+def curves(metrics: Path) -> str:
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    loss = [(r["step"], r["loss"]) for r in rows if "loss" in r]
+    validation = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
+    return chart("training loss (weighted; smoothed in front)", smooth(loss), faint=loss) + chart(
+        "validation loss (held-out clips, fixed timesteps and noise)", validation
+    )
+
+
+def write_report(
+    path: Path,
+    *,
+    metrics: Path,
+    generated: Sequence[tuple[Path, str, dict[str, bool]]],
+    progress: Sequence[tuple[str, Path]],
+    scores: dict[str, float],
+    stages: Sequence[tuple[str, float, str]],
+) -> None:
+    """`stages` are (name, seconds, command); `progress` shows one prompt at growing steps; `scores` are fractions 0..1."""
+    table = "".join(f"<tr><td>{html.escape(n)}</td><td>{s:.1f} s</td></tr>" for n, s, _ in stages)
+    commands = "\n\n".join(f"# {name}\n{command}" for name, _, command in stages)
+    figures = "".join(figure(*clip) for clip in generated)
+    grown = "".join(figure(file, name) for name, file in progress)
+    marks = "".join(f"<tr><td>{html.escape(k)}</td><td>{100 * v:.0f} %</td></tr>" for k, v in scores.items())
+    path.write_text(
+        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>A small Wan, trained here</title><style>{STYLE}</style>
+<h1>A small Wan2.1, trained on this machine</h1>
+<p>The combinations of colour, shape and direction below were held out: no training clip shows any of them.</p>
+<h2>What was asked, what was drawn</h2><div class="clips">{figures}</div>
+<h2>How often it is right</h2><table>{marks}</table>
+<h2>How it learned</h2>{curves(metrics)}<div class="clips">{grown}</div>
+<h2>Time</h2><table>{table}</table>
+<h2>The commands</h2><pre>{html.escape(commands)}</pre></html>
+"""
+    )
