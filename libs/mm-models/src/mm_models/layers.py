@@ -18,12 +18,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` in the dtype of its input; Xavier-uniform weight and zero bias when built from scratch."""
-
-    def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+    """`nn.Linear` in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)

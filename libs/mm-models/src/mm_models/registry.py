@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mm_models.initial import initial
 from mm_models.layers import cast_weights
 from mm_models.wan import WanConfig, WanModel
 from mm_models.wan.presets import PRESETS
@@ -33,6 +34,8 @@ def build(
 ) -> WanModel:
     """A model with random weights, initialised the way its authors did (or without any weights: device="meta").
 
+    The weights follow `torch.manual_seed`.
+
     Args:
         dtype: of the weights, except the islands (`model.islands`), which stay at least float32.
         overrides: fields of the config to change, e.g. `num_layers=4`.
@@ -42,9 +45,18 @@ def build(
     for field in overrides:
         if field not in known:
             raise ValueError(f"{name} has no field {field!r}{_suggest(field, known)}; there are {', '.join(known)}")
-    with torch.device(device if device is not None else "cpu"):
+    device = torch.device("cpu" if device is None else device)
+    with torch.device("meta"):
         model = WanModel(replace(config, **overrides))
-    return cast_weights(model, dtype)
+    cast_weights(model, dtype)
+    if device.type == "meta":
+        return model
+    model.to_empty(device=device)
+    seed = int(torch.randint(2**63 - 1, ()))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial(name, parameter.shape, seed))
+    return model
 
 
 def plan(model: WanModel) -> ParallelPlan:

@@ -91,7 +91,7 @@ class Block(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         dim, heads, eps = config.dim, config.num_heads, config.eps
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
         self.norm1 = LayerNorm(dim, eps, elementwise_affine=False)
         self.self_attn = SelfAttention(dim, heads, eps)
         self.norm3 = LayerNorm(dim, eps)
@@ -121,8 +121,7 @@ class Head(nn.Module):
         patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
         self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.head = Linear(config.dim, patch * config.out_channels)
-        nn.init.zeros_(self.head.weight)  # from scratch, the first prediction is zero
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
         self.gather: Callable[[Tensor], Tensor] = identity
 
     def forward(self, stream: Stream) -> Tensor:
@@ -138,10 +137,6 @@ class PatchEmbedding(nn.Conv3d):
 
     def __init__(self, channels: int, dim: int, patch: tuple[int, int, int]) -> None:
         super().__init__(channels, dim, kernel_size=patch, stride=patch)
-
-    def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight.flatten(1))
-        nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         p, q, r = self.kernel_size
@@ -167,7 +162,10 @@ class ImageEmbedding(nn.Module):
 
 
 class WanModel(nn.Module):
-    """`model(video, t, text, image) -> video`; see `stem` for shapes and errors, and the top of this file."""
+    """`model(video, t, text, image) -> video`; see `stem` for shapes and errors, and the top of this file.
+
+    Weights are made for loading into: `mm_models.build` fills them the way the authors did.
+    """
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -181,9 +179,6 @@ class WanModel(nn.Module):
             self.img_emb = ImageEmbedding(config.image_dim, dim, config.image_tokens)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
-        for embedding in (self.text_embedding, self.time_embedding):
-            nn.init.normal_(embedding[0].weight, std=0.02)
-            nn.init.normal_(embedding[2].weight, std=0.02)
 
         self.compute_dtype: torch.dtype | None = None
         self.split: Callable[[Stream], Stream] = identity

@@ -1,0 +1,78 @@
+"""Flow matching, the training side: which noise levels are drawn, what is predicted, how errors are weighed.
+
+A sample moves on a straight line from clean latents x0 (sigma 0) to noise (sigma 1); the model predicts the direction
+noise - x0. Noise levels are an integer index into a table of 1000 of them, from pure noise (0) to almost clean (999).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+POINTS = 1000
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """The schedule that Wan is finetuned with."""
+
+    shift: float = 5.0
+    """Above 1 gives more of the table to high noise. The guides train every size with 5, whatever they sample with."""
+    range: tuple[float, float] = (0.0, 1.0)
+    """Part of the table to train on, as fractions: (0, 0.417) are the noisiest levels, e.g. for a high-noise expert."""
+    weighting: Literal["bsmntw", "none"] = "bsmntw"
+    """bsmntw: a bell over the timestep, highest in the middle, mean 1, zero for pure noise. none: all alike."""
+
+    def __post_init__(self) -> None:
+        if self.shift <= 0:
+            raise ValueError(f"flow shift is {self.shift}, but must be positive; 1 shifts nothing, 5 is usual")
+        low, high = self.range
+        if not 0 <= low < high <= 1 or self.index_range[0] == self.index_range[1]:
+            raise ValueError(
+                f"the range of noise levels is {low} to {high}, but must be two rising fractions between 0 (noise) "
+                f"and 1 (clean), at least {1 / POINTS} apart"
+            )
+        if self.weighting not in ("bsmntw", "none"):
+            raise ValueError(f"loss weighting {self.weighting!r} is not known; there are 'bsmntw' and 'none'")
+
+    @cached_property
+    def sigmas(self) -> Tensor:
+        """1000 noise levels, from 1 down to almost 0."""
+        u = 1 - torch.arange(POINTS, dtype=torch.float64, device="cpu") / POINTS
+        return (self.shift * u / (1 + (self.shift - 1) * u)).float()
+
+    @cached_property
+    def timesteps(self) -> Tensor:
+        """What the model is told: 1000 sigma."""
+        return self.sigmas * POINTS
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """The weight of the loss at each level; mean 1."""
+        if self.weighting == "none":
+            return torch.ones(POINTS, device="cpu")
+        bell = torch.exp(-2 * ((self.timesteps.double() - POINTS / 2) / POINTS) ** 2)
+        bell = bell - bell.min()
+        return (bell * POINTS / bell.sum()).float()
+
+    @property
+    def index_range(self) -> tuple[int, int]:
+        """Indices to draw from: first, and one past the last."""
+        low, high = self.range
+        return round(low * POINTS), round(high * POINTS)  # int() would make 289 of 0.29 · 1000
+
+    def noised(self, x0: Tensor, noise: Tensor, index: Tensor) -> Tensor:
+        """(1 - sigma) x0 + sigma noise, for index B and latents B C F H W."""
+        sigma = self.sigmas.to(x0.device)[index.to(x0.device)].view(-1, *[1] * (x0.ndim - 1))
+        return (1 - sigma) * x0 + sigma * noise
+
+    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """What the model should predict."""
+        return noise - x0
+
+    def loss(self, prediction: Tensor, target: Tensor, index: Tensor) -> Tensor:
+        """Weighted mean squared error of each sample, in float32: B. Their mean is what is trained on."""
+        error = (prediction.float() - target.float()).square().flatten(1).mean(1)
+        return self.weights.to(error.device)[index.to(error.device)] * error
