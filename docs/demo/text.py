@@ -1,0 +1,71 @@
+"""The demo's text encoder and tokenizer: tiny but real, in the files and folders of a diffusers repository.
+
+    python docs/demo/text.py DIR
+
+writes DIR/tokenizer (one token per word, T5's special tokens), DIR/text_encoder (a `UMT5EncoderModel` of random, seeded
+weights), DIR/vae (a copy of docs/demo/codec), DIR/scheduler and DIR/model_index.json: a Wan2.1 repository without its
+transformer.
+Random weights will do: a sentence of nine words needs to be told from another, not to be understood.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import clips
+import torch
+from diffusers import UniPCMultistepScheduler
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+CODEC = Path(__file__).parent / "codec"
+DIM = 64  # of an embedding; the `text_dim` of the model that is trained on them
+FLOW_SHIFT = 3.0  # of the sampler, when the repository is opened with diffusers
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Splits at spaces; ids 0, 1, 2 are padding, end of sentence and unknown, as in UMT5. Every sentence ends in </s>."""
+    words = ["<pad>", "</s>", "<unk>", "a", "moving", *clips.COLOURS, *clips.SHAPES, *clips.DIRECTIONS]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=512, **special)
+
+
+def text_encoder(vocabulary: int, seed: int = 0) -> UMT5EncoderModel:
+    """One layer, random. Its last norm makes every embedding one of unit variance, so no word is louder than another."""
+    config = UMT5Config(
+        vocab_size=vocabulary, d_model=DIM, d_kv=16, num_heads=4, d_ff=128, num_layers=1, feed_forward_proj="gated-gelu"
+    )
+    torch.manual_seed(seed)
+    return UMT5EncoderModel(config).eval()
+
+
+def write(folder: Path, codec: Path = CODEC) -> None:
+    """Everything of the repository but the transformer, which is what the demo trains."""
+    words = tokenizer()
+    words.save_pretrained(folder / "tokenizer")
+    text_encoder(len(words)).save_pretrained(folder / "text_encoder")
+    shutil.copytree(codec, folder / "vae", dirs_exist_ok=True)
+    sampler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT)
+    sampler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "WanPipeline",
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    write(parser.parse_args().folder)
+
+
+if __name__ == "__main__":
+    main()
