@@ -1,0 +1,82 @@
+"""Who may import whom, and what must be quick."""
+
+import ast
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SIBLINGS = {"mm_parallel", "mm_data", "mm_convert", "mm_models", "mm_train", "mm_infer"}
+ALLOWED = {
+    "mm_parallel": set(),
+    "mm_data": set(),
+    "mm_convert": set(),
+    "mm_models": {"mm_parallel"},
+    "mm_train": {"mm_parallel", "mm_data", "mm_convert", "mm_models"},
+    "mm_infer": {"mm_parallel", "mm_data", "mm_convert", "mm_models"},
+}
+SOURCES = {p.name: p for p in [*ROOT.glob("libs/*/src/*"), *ROOT.glob("apps/*/src/*")] if p.name in SIBLINGS}
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_every_package_is_looked_at():
+    assert set(SOURCES) == SIBLINGS
+
+
+@pytest.mark.parametrize("package", sorted(SIBLINGS))
+def test_arrows(package):
+    for file in SOURCES[package].rglob("*.py"):
+        forbidden = imports(file) & SIBLINGS - ALLOWED[package] - {package}
+        assert not forbidden, f"{file.relative_to(ROOT)} imports {forbidden}"
+
+
+def test_only_plans_draw_the_arrow_from_models_to_parallel():
+    drawn = {f.name for f in SOURCES["mm_models"].rglob("*.py") if "mm_parallel" in imports(f)}
+    typing_only = {"registry.py"}  # names the type of what it returns, under TYPE_CHECKING
+    assert drawn - typing_only == {"plan.py"}
+
+
+def test_the_only_file_that_knows_devices():
+    for file in [*ROOT.glob("libs/*/src/**/*.py"), *ROOT.glob("apps/*/src/**/*.py")]:
+        if file.name != "device.py":
+            text = file.read_text()
+            for word in ("torch.cuda", "torch_npu", "torch.npu", '"nccl"', '"hccl"'):
+                assert word not in text, f"{file.relative_to(ROOT)} mentions {word}: ask mm_parallel.device"
+
+
+@pytest.mark.parametrize("package", sorted(SIBLINGS))
+def test_metadata_says_what_is_imported(package):
+    project = tomllib.loads((SOURCES[package].parent.parent / "pyproject.toml").read_text())["project"]
+    declared = {d.split("[")[0].split(">")[0].split("=")[0].strip() for d in project["dependencies"]}
+    used = set().union(*(imports(f) for f in SOURCES[package].rglob("*.py"))) & SIBLINGS - {package}
+    assert {name.replace("_", "-") for name in used} <= declared
+    assert not any(d.startswith("torch==") for d in project["dependencies"]), "a package must not pin torch"
+    assert "torch_npu" not in declared
+
+
+def seconds(*command: str) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+def test_mm_convert_is_light():
+    code = "import sys, mm_convert, mm_convert.cli; assert 'torch' not in sys.modules; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    help_ = "import sys; from mm_convert.cli import main\ntry: main(['--help'])\nexcept SystemExit as e: assert not e.code\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", help_], check=True, capture_output=True)
+    # The best of three: what is promised is the program's own time, not that of a busy machine.
+    assert min(seconds(sys.executable, "-m", "mm_convert", "--help") for _ in range(3)) < 0.5
