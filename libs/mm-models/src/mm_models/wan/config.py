@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-TEXT_LENGTH = 512  # rows of text that the model attends to, always; shorter prompts are zero-padded up to it
-
 
 @dataclass(frozen=True)
 class WanConfig:
@@ -16,6 +14,8 @@ class WanConfig:
     freq_dim: int = 256
     """Width of the sinusoidal timestep embedding."""
     text_dim: int = 4096
+    text_tokens: int = 512
+    """Rows of text that are attended to, always: shorter prompts are zero-padded. 512 in everything released."""
     in_channels: int = 16
     """16, or 36 for image-to-video: noisy latents 16, mask 4, latents of the condition 16."""
     out_channels: int = 16
@@ -28,6 +28,7 @@ class WanConfig:
     """CLIP tokens: 257 for one image, 514 for two (first and last frame), which also get a learned position."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))  # JSON and TOML have lists only
         if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
             raise ValueError(
                 f"dim {self.dim} over {self.num_heads} heads: the quotient must be an even whole number of at least 6, "
@@ -43,15 +44,17 @@ class WanConfig:
         return self.dim // self.num_heads
 
 
-def flops(config: WanConfig, tokens: int, text: int = TEXT_LENGTH, image: int = 0) -> int:
+def flops(config: WanConfig, tokens: int, text: int | None = None, image: int | None = None) -> int:
     """FLOPs of one forward pass over one sample with one timestep, a multiply-add counted as two.
 
     Args:
         tokens: video tokens L, that is latent frames x rows x columns / patch volume.
-        text, image: rows of text (512 in the model) and CLIP tokens (`config.image_tokens` with that branch).
+        text, image: rows of text and CLIP tokens, if they are not those of the config.
 
     A backward pass costs twice as much; full recompute adds one more forward (not counted in MFU).
     """
+    text = config.text_tokens if text is None else text
+    image = (config.image_tokens if config.image_dim else 0) if image is None else image
     D, L, C = config.dim, tokens, text + image
     patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
     on_tokens = 6 * D * D + 2 * D * config.ffn_dim  # q k v o of self-attention, q o of cross-attention, feed-forward

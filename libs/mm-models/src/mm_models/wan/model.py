@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mm_models.layers import LayerNorm, Linear, RMSNorm, attention, wide
-from mm_models.wan.config import TEXT_LENGTH, WanConfig
+from mm_models.wan.config import WanConfig
 from mm_models.wan.embed import rope_table, rotate, sinusoid
 
 
@@ -67,16 +67,18 @@ class SelfAttention(nn.Module):
 class CrossAttention(SelfAttention):
     """Attention to the context: to the text, and separately to the image if there is one; the results are added."""
 
-    def __init__(self, dim: int, num_heads: int, eps: float, image: bool) -> None:
-        super().__init__(dim, num_heads, eps)
-        if image:
+    def __init__(self, config: WanConfig) -> None:
+        dim, eps = config.dim, config.eps
+        super().__init__(dim, config.num_heads, eps)
+        self.text_tokens = config.text_tokens
+        self.image = config.image_dim is not None
+        if self.image:
             self.k_img = Linear(dim, dim)
             self.v_img = Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
-        self.image = image
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        image, text = context[:, :-TEXT_LENGTH], context[:, -TEXT_LENGTH:]
+        image, text = context[:, : -self.text_tokens], context[:, -self.text_tokens :]
         q = self.heads(self.norm_q(self.q(x)))
         out = attention(q, self.heads(self.norm_k(self.k(text))), self.heads(self.v(text)))
         if self.image:
@@ -95,7 +97,7 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(dim, eps, elementwise_affine=False)
         self.self_attn = SelfAttention(dim, heads, eps)
         self.norm3 = LayerNorm(dim, eps)
-        self.cross_attn = CrossAttention(dim, heads, eps, image=config.image_dim is not None)
+        self.cross_attn = CrossAttention(config)
         self.norm2 = LayerNorm(dim, eps, elementwise_affine=False)
         self.ffn = nn.Sequential(Linear(dim, config.ffn_dim), nn.GELU("tanh"), Linear(config.ffn_dim, dim))
 
@@ -207,8 +209,8 @@ class WanModel(nn.Module):
         Args:
             video: B C F H W, noisy latents, the condition channels behind them where the model has them.
             t: B, or B L for a timestep per token; 0 (clean) to 1000 (noise).
-            text: B S text_dim with S <= 512, rows beyond the true length of a prompt zero. They are attended to, as
-                in training: a prompt of 20 rows is the same as one of 20 rows and 492 zeros.
+            text: B S text_dim with S <= 512 (`config.text_tokens`), rows beyond the true length of a prompt zero. They
+                are attended to, as in training: 20 rows are the same as 20 rows and 492 zeros.
             image: B image_tokens image_dim, CLIP features, if and only if `config.image_dim` is set.
 
         Raises:
@@ -224,7 +226,7 @@ class WanModel(nn.Module):
         time = self.time_embedding(wave.to(torch.promote_types(torch.float32, self.time_embedding[0].weight.dtype)))
         mod = torch.cat((self.time_projection(time).unflatten(-1, (6, -1)), time.unsqueeze(-2)), dim=-2)
 
-        context = self.text_embedding(F.pad(text.to(dtype), (0, 0, 0, TEXT_LENGTH - text.shape[1])))
+        context = self.text_embedding(F.pad(text.to(dtype), (0, 0, 0, self.config.text_tokens - text.shape[1])))
         if image is not None:
             context = torch.cat((self.img_emb(image.to(dtype)), context), dim=1)
 
@@ -255,8 +257,8 @@ class WanModel(nn.Module):
             )
         if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != c.text_dim:
             raise ValueError(f"text has shape {tuple(text.shape)}, but must be {batch} S {c.text_dim}")
-        if text.shape[1] > TEXT_LENGTH:
-            raise ValueError(f"text has {text.shape[1]} rows, but at most {TEXT_LENGTH} are read: truncate it")
+        if text.shape[1] > c.text_tokens:
+            raise ValueError(f"text has {text.shape[1]} rows, but at most {c.text_tokens} are read: truncate it")
         if image is None and c.image_dim is not None:
             raise ValueError(f"this model needs image, the CLIP features {batch} {c.image_tokens} {c.image_dim}")
         if image is not None and c.image_dim is None:

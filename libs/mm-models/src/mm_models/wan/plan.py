@@ -1,8 +1,7 @@
 """How a Wan model may be cut, as data."""
 
-from mm_parallel.plan import ParallelPlan
-
 from mm_models.wan.model import WanModel
+from mm_parallel.plan import ParallelPlan
 
 
 def plan(model: WanModel) -> ParallelPlan:
