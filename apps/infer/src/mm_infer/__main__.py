@@ -1,0 +1,37 @@
+"""python -m mm_infer --weights W --prompt "a cat" --output out/"""
+
+import sys
+from collections.abc import Sequence
+
+from mm_convert.arguments import parse
+
+from mm_infer.config import Config
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exit code 2 for a command that cannot work, found before anything is loaded; 130 after Ctrl-C."""
+    config = parse(Config, argv, prog="mm_infer")
+    from mm_infer import generate  # torch, only now that the command line makes sense
+
+    try:
+        with generate.ranks() as (rank, world):
+            try:
+                job = generate.prepare(config, rank, world)
+            except (ValueError, OSError) as error:
+                sys.exit(_fail(error, 2))
+            try:
+                generate.run(job)
+            except OSError as error:  # a full disk
+                sys.exit(_fail(error, 1))
+    except KeyboardInterrupt:
+        print("mm_infer: stopped; the videos named above are complete", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"mm_infer: error: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

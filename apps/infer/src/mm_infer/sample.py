@@ -1,0 +1,171 @@
+"""From a prompt to a video: encode the text, denoise, decode. One part of the pipeline is loaded after the other."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from mm_models.diffusion.sampling import denoise, noise
+from mm_models.encoders import TextEncoder, VideoVAE
+from mm_parallel.device import bf16_ok, synchronize
+from mm_parallel.device import device as accelerator
+from torch import Tensor
+
+from mm_infer.config import Options
+from mm_infer.weights import Transformer, find_encoders, must_exist
+
+
+@dataclass(frozen=True)
+class Result:
+    """A video, and what it took."""
+
+    latents: Tensor  # B C F H W with B = 1, float32 on the CPU, normalised as the model sees them
+    frames: Tensor  # F H W 3, uint8 on the CPU
+    seconds: dict[str, float]  # by stage: text, load, denoise, decode
+
+
+def load(
+    path: Path | str,
+    encoders: Path | str | None = None,
+    *,
+    model: str | None = None,
+    lora: Path | str | None = None,
+    dtype: torch.dtype | None = None,
+    vae_tiling: bool = False,
+    device: torch.device | str | None = None,
+) -> "Sampler":
+    """A sampler for weights on disk; the arguments are the flags of the same names (see `mm_infer.config.Config`).
+
+    Names, shapes and paths are checked here; tensors are read when they are first needed. ValueError for parts that are
+    missing or do not fit together.
+    """
+    path = must_exist(Path(path), "weights")
+    encoders = find_encoders(path, None if encoders is None else must_exist(Path(encoders), "encoders"))
+    transformer = Transformer(path, model, None if lora is None else must_exist(Path(lora), "lora"))
+    device = accelerator() if device is None else torch.device(device)
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type != "cpu" and bf16_ok(device) else torch.float32
+    return Sampler(transformer, encoders, device, dtype, vae_tiling)
+
+
+class Sampler:
+    """`sampler(prompt, ...) -> Result`. Made by `load`.
+
+    The text encoder, the largest part of a small Wan, is in memory only while it encodes: `encode` all prompts first,
+    if there are several, so that it is loaded once. The transformer and the VAE stay once they have been needed.
+    """
+
+    def __init__(
+        self, transformer: Transformer, encoders: Path, device: torch.device, dtype: torch.dtype, vae_tiling: bool
+    ) -> None:
+        self.transformer, self.encoders = transformer, encoders
+        self.device, self.dtype, self.vae_tiling = device, dtype, vae_tiling
+        self._texts: dict[str, Tensor] = {}  # S D on the CPU
+        self._model = self._vae = None
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        latents: Tensor | None = None,
+        progress: Callable[[int, Tensor], None] | None = None,
+        **options,
+    ) -> Result:
+        """Makes one video; the same prompt and options always make the same one, whatever was made before.
+
+        Args:
+            latents: initial noise, B C F H W with B = 1; by default drawn from `seed`.
+            progress: called after each step with the number of steps done and the latents.
+            options: fields of `mm_infer.config.Options`: negative_prompt, height, width, frames, steps, guidance,
+                flow_shift, sampler, grid, seed.
+
+        Raises:
+            ValueError: an option that is unknown or out of range.
+        """
+        return self.run(prompt, _options(options), latents, progress)
+
+    def run(
+        self,
+        prompt: str,
+        options: Options,
+        latents: Tensor | None = None,
+        progress: Callable[[int, Tensor], None] | None = None,
+    ) -> Result:
+        """The same with the options in one piece."""
+        seconds: dict[str, float] = {}
+        negative = options.negative_prompt if options.guidance > 1 else None
+        with self._timed(seconds, "text"):
+            texts = self.encode([prompt] if negative is None else [prompt, negative])
+            text, away = ([t[None].to(self.device) for t in texts] + [None])[:2]
+        with self._timed(seconds, "load"):
+            model, vae = self._load()
+        shape = self._latent_shape(options)
+        if latents is None:
+            latents = noise(options.seed, shape[1:])[None]
+        elif tuple(latents.shape) != shape:
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}, but {options.frames} frames of "
+                f"{options.height}x{options.width} need {shape}"
+            )
+        with self._timed(seconds, "denoise"):
+            latents = denoise(
+                model,
+                latents.to(self.device),
+                text,
+                away,
+                steps=options.steps,
+                guidance=options.guidance,
+                flow_shift=options.flow_shift,
+                sampler=options.sampler,
+                grid=options.grid,
+                progress=progress,
+            )
+        with self._timed(seconds, "decode"):
+            video = vae.decode(latents)[0].float().clamp(-1, 1)  # 3 F H W
+            frames = ((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0).contiguous().cpu()
+        return Result(latents.cpu(), frames, seconds)
+
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """The encodings of prompts, S D each on the CPU, remembered; the text encoder is gone again afterwards."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        if new:
+            encoder = TextEncoder(self.encoders, self.device, self.dtype, self.transformer.config.text_tokens)
+            texts = encoder.encode(new)  # one by one, so that an encoding depends on its prompt alone
+            self._texts |= {prompt: text.cpu() for prompt, text in zip(new, texts, strict=True)}
+            del encoder
+            gc.collect()
+            if self.device.type != "cpu":
+                torch.accelerator.empty_cache()
+        return [self._texts[prompt] for prompt in prompts]
+
+    def _load(self):
+        if self._model is None:
+            self._model = self.transformer.load(self.device, self.dtype)
+        if self._vae is None:
+            self._vae = VideoVAE(self.encoders, self.device, torch.float32, tiling=self.vae_tiling)
+        return self._model, self._vae
+
+    def _latent_shape(self, options: Options) -> tuple[int, ...]:
+        time, rows, columns = self._vae.stride
+        size = ((options.frames - 1) // time + 1, options.height // rows, options.width // columns)
+        return (1, self.transformer.config.in_channels, *size)
+
+    @contextmanager
+    def _timed(self, seconds: dict[str, float], stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        synchronize(self.device)
+        seconds[stage] = time.perf_counter() - start
+
+
+def _options(given: dict) -> Options:
+    known = [field.name for field in fields(Options)]
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            raise ValueError(f"there is no option {name}" + (f", did you mean {near[0]}?" if near else ""))
+    return Options(**given)

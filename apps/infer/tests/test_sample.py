@@ -1,0 +1,130 @@
+"""The same videos as diffusers makes, from every layout of the weights, whatever else is made beside them."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+
+import mm_infer
+from mm_convert import convert
+
+SMALL = {"height": 32, "width": 48, "frames": 9, "steps": 4}
+PROMPT = "A red fox jumps over nine lazy dogs &amp;  sleeps."
+
+
+class GuidesGrid(UniPCMultistepScheduler):
+    """diffusers as the guides pin it, by explicit sigmas."""
+
+    def set_timesteps(self, num_inference_steps, device=None):
+        super().set_timesteps(sigmas=np.linspace(0.999, 0, num_inference_steps + 1)[:-1], device=device)
+
+
+def reference(path, guidance: float, scheduler=None, **arguments):
+    pipe = WanPipeline.from_pretrained(path)
+    pipe.set_progress_bar_config(disable=True)
+    if scheduler is not None:
+        pipe.scheduler = scheduler
+    kept = {}
+
+    def keep(pipe, step, t, tensors):
+        kept["latents"] = tensors["latents"]
+        return tensors
+
+    video = pipe(
+        PROMPT,
+        negative_prompt="blurry",
+        height=32,
+        width=48,
+        num_frames=9,
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        generator=torch.Generator("cpu").manual_seed(7),
+        callback_on_step_end=keep,
+        max_sequence_length=512,
+        output_type="np",
+        **arguments,
+    )
+    return kept["latents"], video.frames[0]
+
+
+def difference(a, b) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(scope="module")
+def sampler(pipeline):
+    return mm_infer.load(pipeline)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("grid", ["guides", "diffusers"])
+def test_equals_the_pipeline_of_diffusers(pipeline, sampler, guidance, grid):
+    config = UniPCMultistepScheduler.load_config(pipeline, subfolder="scheduler")
+    scheduler = GuidesGrid.from_config(config) if grid == "guides" else None
+    latents, frames = reference(pipeline, guidance, scheduler)
+    ours = sampler(PROMPT, negative_prompt="blurry", guidance=guidance, grid=grid, seed=7, **SMALL)
+    assert ours.latents.shape == (1, 16, 3, 4, 6)
+    assert difference(ours.latents, latents) <= 1e-4
+    assert ours.frames.shape == (9, 32, 48, 3)
+    assert ours.frames.dtype == torch.uint8
+    assert np.abs(ours.frames.numpy() - frames * 255).max() <= 1  # half a step of rounding, and the latents' difference
+
+
+def test_euler_and_flow_shift(pipeline, sampler):
+    latents, _ = reference(pipeline, 5.0, FlowMatchEulerDiscreteScheduler(shift=5.0))
+    asked = {"negative_prompt": "blurry", "flow_shift": 5.0, "grid": "diffusers", "seed": 7, **SMALL}
+    assert difference(sampler(PROMPT, sampler="euler", **asked).latents, latents) <= 1e-4
+
+
+def test_every_input_matters(sampler):
+    asked = {"negative_prompt": "blurry", "seed": 7, **SMALL}
+    latents = sampler(PROMPT, **asked).latents
+    changes = [
+        {"negative_prompt": "sharp"},
+        {"seed": 8},
+        {"guidance": 4.0},
+        {"flow_shift": 4.0},
+        {"sampler": "euler"},
+        {"grid": "diffusers"},
+        {"steps": 5},
+    ]
+    for change in changes:
+        assert difference(sampler(PROMPT, **{**asked, **change}).latents, latents) > 1e-4, change
+    assert difference(sampler("A cat", **asked).latents, latents) > 1e-3
+
+
+def test_given_noise(sampler):
+    noise = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(sampler(PROMPT, latents=noise, **SMALL).latents, sampler(PROMPT, seed=7, **SMALL).latents)
+    with pytest.raises(ValueError, match=r"need \(1, 16, 3, 4, 6\)"):
+        sampler(PROMPT, latents=noise[:, :, :2], **SMALL)
+
+
+def test_what_was_made_before_changes_nothing(pipeline, sampler):
+    fresh = mm_infer.load(pipeline)
+    fresh.encode(["a dog", "a very much longer prompt about two cats", PROMPT])
+    fresh("a dog", **SMALL)
+    after, alone = fresh(PROMPT, **SMALL), sampler(PROMPT, **SMALL)
+    assert torch.equal(after.latents, alone.latents)
+    assert torch.equal(after.frames, alone.frames)
+
+
+@pytest.mark.parametrize("layout", ["mm", "original"])
+def test_every_layout_of_the_weights(pipeline, sampler, layout, tmp_path):
+    convert(pipeline / "transformer", tmp_path / "W", to=layout)
+    ours = mm_infer.load(tmp_path / "W", encoders=pipeline)(PROMPT, **SMALL)
+    assert torch.equal(ours.latents, sampler(PROMPT, **SMALL).latents)
+
+
+def test_bfloat16_keeps_the_islands_and_stays_close(pipeline, sampler):
+    half = mm_infer.load(pipeline, dtype=torch.bfloat16)
+    latents, exact = half(PROMPT, **SMALL).latents, sampler(PROMPT, **SMALL).latents
+    dtypes = {name: parameter.dtype for name, parameter in half._model.named_parameters()}
+    assert dtypes["blocks.0.modulation"] == dtypes["time_embedding.0.weight"] == torch.float32
+    assert dtypes["blocks.0.ffn.0.weight"] == torch.bfloat16
+    assert 0 < difference(latents, exact) < 0.1
+
+
+def test_a_misspelt_option_is_refused(sampler):
+    with pytest.raises(ValueError, match="no option guidence, did you mean guidance"):
+        sampler(PROMPT, guidence=3.0)
