@@ -19,7 +19,7 @@ A configuration is a tree of plain dataclasses; the string below a field is its 
 reads `--optim.lr 3e-4`, `--config mine.toml` (the same names, as TOML tables; may be given several times) and
 `--print_config`. Later beats earlier: dataclass defaults, files of `defaults`, `--config`, flags. A field without
 default is required. An unknown flag or key, or a value of the wrong type, ends with exit code 2 and the nearest name.
-Lists are written `[1, 2]` or `[[5,5],[5,5]]`. None is written `null` on the command line and "null" in TOML, which has
+Lists are written `[1, 2]` or `[[5,5],[5,5]]`, a true bool `--flag` or `--flag true`. None is written `null` on the command line and "null" in TOML, which has
 no word for it. In a union the first member that fits wins: write `int | str`, not `str | int`.
 """
 
@@ -86,7 +86,7 @@ def parse(
     parser.add_argument("--config", type=list[str], metavar="FILE.toml", help="values from this file; may be repeated")
     parser.add_argument("--print_config", action="store_true", help="print the resulting configuration and exit")
     _add_leaves(parser, config_class, leaves, values)
-    namespace = parser.parse_args(_without_config(argv))
+    namespace = parser.parse_args(_for_jsonargparse(argv, leaves))
     try:
         config = _instantiate(config_class, namespace)
     except ValueError as error:
@@ -198,10 +198,17 @@ def _config_files(parser: _Parser, argv: list[str]) -> Iterator[str]:
             yield word.removeprefix("--config=")
 
 
-def _without_config(argv: list[str]) -> list[str]:
-    gone = {j for i, word in enumerate(argv) if word == "--config" for j in (i, i + 1)}
-    gone |= {i for i, word in enumerate(argv) if word == "--print_config" or word.startswith("--config=")}
-    return [word for i, word in enumerate(argv) if i not in gone]
+def _for_jsonargparse(argv: list[str], leaves: Mapping[str, _Leaf]) -> list[str]:
+    """Take out what is done here (--config, --print_config), and let `--flag` alone mean `--flag true`."""
+    result = []
+    skip = {j for i, word in enumerate(argv) if word == "--config" for j in (i, i + 1)}
+    for i, word in enumerate(argv):
+        if i in skip or word == "--print_config" or word.startswith("--config="):
+            continue
+        leaf = leaves.get(word.removeprefix("--")) if word.startswith("--") else None
+        alone = leaf and leaf.hint is bool and argv[i + 1 : i + 2] not in (["true"], ["false"])
+        result.append(f"{word}=true" if alone else word)
+    return result
 
 
 def _read_toml(parser: _Parser, path: Path, leaves: Mapping[str, _Leaf]) -> dict[str, Any]:

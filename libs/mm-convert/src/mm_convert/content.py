@@ -1,0 +1,126 @@
+"""What a set of tensor names and shapes is: family, dialect, our names, configuration; or why it is none of ours."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mm_convert.families import FAMILIES, Family
+from mm_convert.families.family import Config
+from mm_convert.rules import Row, Sizes, template
+
+_SHOWN = 5  # problems of a kind that an error names; the rest is counted
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Content:
+    family: Family
+    dialect: str
+    names: dict[str, str]  # name as found -> our name
+    ignored: dict[str, str]  # name as found -> why it is dropped
+    config: Config  # the fields that the shapes say
+    layers: int
+    groups: set[str]
+
+    def translate(self, dialect: str) -> dict[str, str]:
+        """Our name -> name in this dialect."""
+        table = self.family.table
+        ours, theirs = (table.names(d, self.layers, self.groups) for d in (table.dialects[0], dialect))
+        return dict(zip(ours, theirs, strict=True))
+
+
+def understand(shapes: Shapes, where: str) -> Content:
+    """Recognise a checkpoint by its names and shapes.
+
+    Raises ValueError, naming up to five of each: unknown names with their nearest match, missing names, and
+    shapes that do not fit together. `where` stands in the message.
+    """
+    family, dialect = _recognise(shapes, where)
+    table = family.table
+    rows = {row.names[dialect]: row for row in table.rows}
+    dropped = table.ignored.get(dialect, {})
+
+    found: dict[str, tuple[Row, int]] = {}
+    ignored: dict[str, str] = {}
+    unknown: list[str] = []
+    for name in shapes:
+        pattern, layer = template(name, rows)
+        if pattern in rows:
+            found[name] = (rows[pattern], layer)
+        elif pattern in dropped:
+            ignored[name] = dropped[pattern]
+        else:
+            unknown.append(name)
+
+    numbers = {layer for _, layer in found.values()} - {-1}
+    layers = _first_gap(numbers)  # blocks beyond a gap are unknown: a hostile number must not make a long list
+    beyond = {name for name, (_, layer) in found.items() if layer >= layers}
+    groups = {row.group for row, _ in found.values()} - {""}
+    expected = table.names(dialect, layers, groups)
+    missing = [name for name in expected if name not in found]
+    if layers == 0:
+        missing += [name.format(i=0) for name in rows if "{i}" in name]
+    problems = _describe_names(unknown, sorted(beyond), missing, layers, expected)
+    sizes, misshapen = _solve(expected, shapes)
+    problems += _describe("does not fit", misshapen)
+    if problems:
+        raise ValueError(f"{where} is not a whole {family.name} checkpoint ({dialect} names): " + "; ".join(problems))
+
+    ours = table.dialects[0]
+    names = {name: row.names[ours].format(i=layer) for name, (row, layer) in found.items()}
+    config = family.from_sizes(sizes.values, groups, layers)
+    return Content(family, dialect, names, ignored, config, layers, groups)
+
+
+def fingerprint(shapes: Shapes) -> str:
+    """The md5 by which DiffSynth and others know a checkpoint: of all `name` and `name:d0_d1_…`, sorted, with commas."""
+    words = [word for name, shape in shapes.items() for word in (name, f"{name}:{'_'.join(map(str, shape))}")]
+    return hashlib.md5(",".join(sorted(words)).encode(), usedforsecurity=False).hexdigest()
+
+
+def _recognise(names: Iterable[str], where: str) -> tuple[Family, str]:
+    names = list(names)
+    scores = {}
+    for family in FAMILIES:
+        for dialect in family.table.dialects:
+            patterns = {row.names[dialect] for row in family.table.rows}
+            scores[family.name, dialect] = sum(template(name, patterns)[0] in patterns for name in names)
+    best = max(scores, key=scores.__getitem__)
+    if not scores[best]:
+        some = ", ".join(sorted(names)[:_SHOWN]) or "no tensors"
+        known = ", ".join(family.name for family in FAMILIES)
+        raise ValueError(f"{where} belongs to no known family ({known}); it holds {some}")
+    return next(f for f in FAMILIES if f.name == best[0]), best[1]
+
+
+def _first_gap(numbers: set[int]) -> int:
+    return next(i for i in range(len(numbers) + 1) if i not in numbers)
+
+
+def _solve(expected: Mapping[str, Row], shapes: Shapes) -> tuple[Sizes, list[str]]:
+    sizes = Sizes()
+    errors = [sizes.solve(name, row, shapes[name]) for name, row in expected.items() if name in shapes]
+    return sizes, [error for error in errors if error]
+
+
+def _describe_names(
+    unknown: list[str], beyond: list[str], missing: list[str], layers: int, expected: Iterable[str]
+) -> list[str]:
+    candidates = missing or list(expected)
+    named = []
+    for name in unknown[:_SHOWN]:
+        near = difflib.get_close_matches(name, candidates, n=1, cutoff=0)
+        named.append(f"{name} (nearest: {near[0]})" if near else name)
+    problems = _describe("unknown", named, len(unknown))
+    problems += _describe(f"layer {layers} is missing, yet there is", beyond)
+    return problems + _describe("missing", missing)
+
+
+def _describe(what: str, names: list[str], count: int | None = None) -> list[str]:
+    count = len(names) if count is None else count
+    more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
+    return [f"{what}: {', '.join(names[:_SHOWN])}{more}"] if names else []

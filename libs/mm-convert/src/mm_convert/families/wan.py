@@ -1,0 +1,173 @@
+"""Wan2.1 and Wan2.2 transformers: text, image and first-and-last-frame to video.
+
+Names and shapes after Wan-AI's published files (`original`) and diffusers' `WanTransformer3DModel` (`diffusers`).
+Our own names are the original ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mm_convert.families.family import Config, Family
+from mm_convert.rules import Row, Table
+
+
+def _row(original: str, diffusers: str, shape: str, group: str = "") -> Row:
+    return Row({"original": original, "diffusers": diffusers}, shape, group)
+
+
+def _affine(original: str, diffusers: str, shape: str, group: str = "") -> list[Row]:
+    """A weight of this shape and a bias as long as its first side."""
+    return [
+        _row(f"{original}.weight", f"{diffusers}.weight", shape, group),
+        _row(f"{original}.bias", f"{diffusers}.bias", shape.split()[0], group),
+    ]
+
+
+def _attention(original: str, diffusers: str) -> list[Row]:
+    o, d = "blocks.{i}." + original, "blocks.{i}." + diffusers
+    return [
+        *_affine(f"{o}.q", f"{d}.to_q", "dim dim"),
+        *_affine(f"{o}.k", f"{d}.to_k", "dim dim"),
+        *_affine(f"{o}.v", f"{d}.to_v", "dim dim"),
+        *_affine(f"{o}.o", f"{d}.to_out.0", "dim dim"),
+        _row(f"{o}.norm_q.weight", f"{d}.norm_q.weight", "dim"),
+        _row(f"{o}.norm_k.weight", f"{d}.norm_k.weight", "dim"),
+    ]
+
+
+_EMBED, _IMAGE = "condition_embedder", "condition_embedder.image_embedder"
+
+TABLE = Table(
+    rows=[
+        # stem
+        *_affine("patch_embedding", "patch_embedding", "dim in_channels patch_t patch_h patch_w"),
+        *_affine("text_embedding.0", f"{_EMBED}.text_embedder.linear_1", "dim text_dim"),
+        *_affine("text_embedding.2", f"{_EMBED}.text_embedder.linear_2", "dim dim"),
+        *_affine("time_embedding.0", f"{_EMBED}.time_embedder.linear_1", "dim freq_dim"),
+        *_affine("time_embedding.2", f"{_EMBED}.time_embedder.linear_2", "dim dim"),
+        *_affine("time_projection.1", f"{_EMBED}.time_proj", "6*dim dim"),
+        *_affine("img_emb.proj.0", f"{_IMAGE}.norm1", "image_dim", "image"),
+        *_affine("img_emb.proj.1", f"{_IMAGE}.ff.net.0.proj", "image_dim image_dim", "image"),
+        *_affine("img_emb.proj.3", f"{_IMAGE}.ff.net.2", "dim image_dim", "image"),
+        *_affine("img_emb.proj.4", f"{_IMAGE}.norm2", "dim", "image"),
+        _row("img_emb.emb_pos", f"{_IMAGE}.pos_embed", "1 image_tokens image_dim", "image positions"),
+        # layer i
+        _row("blocks.{i}.modulation", "blocks.{i}.scale_shift_table", "1 6 dim"),
+        *_attention("self_attn", "attn1"),
+        *_affine("blocks.{i}.norm3", "blocks.{i}.norm2", "dim"),  # before cross-attention; 1 and 2 have no tensors
+        *_attention("cross_attn", "attn2"),
+        *_affine("blocks.{i}.cross_attn.k_img", "blocks.{i}.attn2.add_k_proj", "dim dim", "image"),
+        *_affine("blocks.{i}.cross_attn.v_img", "blocks.{i}.attn2.add_v_proj", "dim dim", "image"),
+        _row("blocks.{i}.cross_attn.norm_k_img.weight", "blocks.{i}.attn2.norm_added_k.weight", "dim", "image"),
+        *_affine("blocks.{i}.ffn.0", "blocks.{i}.ffn.net.0.proj", "ffn_dim dim"),
+        *_affine("blocks.{i}.ffn.2", "blocks.{i}.ffn.net.2", "dim ffn_dim"),
+        # head
+        _row("head.modulation", "scale_shift_table", "1 2 dim"),
+        *_affine("head.head", "proj_out", "patch_t*patch_h*patch_w*out_channels dim"),
+    ],
+    ignored={
+        "diffusers": {"blocks.{i}.attn2.norm_added_q.weight": "zeros that no model reads, in the published I2V files"}
+    },
+)
+
+HEAD_DIM = 128  # of every published Wan; the shapes do not tell the number of heads
+IMAGE_TOKENS = 257  # of one CLIP picture
+
+
+def from_sizes(sizes: Mapping[str, int], groups: set[str], layers: int) -> Config:
+    config: Config = {k: sizes[k] for k in ("dim", "ffn_dim", "freq_dim", "text_dim", "in_channels", "out_channels")}
+    config["num_layers"] = layers
+    config["patch_size"] = [sizes["patch_t"], sizes["patch_h"], sizes["patch_w"]]
+    config["image_dim"] = sizes["image_dim"] if "image" in groups else None
+    config["image_tokens"] = sizes["image_tokens"] if "image positions" in groups else IMAGE_TOKENS
+    return config
+
+
+def complete(config: Config) -> Config:
+    config = {"eps": 1e-6, **config}
+    if "num_heads" not in config and config["dim"] % HEAD_DIM == 0:
+        config["num_heads"] = config["dim"] // HEAD_DIM
+    if "num_heads" not in config or config["dim"] % config["num_heads"]:
+        known = f"num_heads {config['num_heads']}" if "num_heads" in config else "no num_heads"
+        raise ValueError(
+            f"dim {config['dim']} with {known}: the number of heads cannot be read from the tensors; "
+            "put a config.json that says it beside them"
+        )
+    return config
+
+
+# --- config.json, as it is published
+
+# ours: (diffusers, original); absent from the original files: text_dim and patch_size, which the tensors tell
+_SPELLINGS = {
+    "dim": ("dim", "dim"),
+    "ffn_dim": ("ffn_dim", "ffn_dim"),
+    "num_heads": ("num_attention_heads", "num_heads"),
+    "num_layers": ("num_layers", "num_layers"),
+    "freq_dim": ("freq_dim", "freq_dim"),
+    "text_dim": ("text_dim", "text_dim"),
+    "in_channels": ("in_channels", "in_dim"),
+    "out_channels": ("out_channels", "out_dim"),
+    "patch_size": ("patch_size", "patch_size"),
+    "eps": ("eps", "eps"),
+    "image_tokens": ("pos_embed_seq_len", "image_tokens"),
+}
+_FIXED = {"cross_attn_norm": (True,), "qk_norm": ("rms_norm_across_heads", True)}
+
+
+def read_config(json: Mapping[str, Any]) -> Config:
+    """Our fields from a published config.json of either spelling, only those that stand in it."""
+    for key, values in _FIXED.items():
+        if key in json and json[key] not in values:
+            raise ValueError(f"{key} is {json[key]!r}; of Wan only {values[0]!r} is published and supported")
+    found = {
+        ours: json[spelling]
+        for ours, spellings in _SPELLINGS.items()
+        for spelling in spellings
+        if json.get(spelling) is not None
+    }
+    if "attention_head_dim" in json and "num_heads" in found:
+        found["dim"] = found["num_heads"] * json["attention_head_dim"]
+    return found
+
+
+def _write_diffusers(config: Config) -> Config:
+    image, positions = config["image_dim"] is not None, config["image_tokens"] != IMAGE_TOKENS
+    json = {theirs: config[ours] for ours, (theirs, _) in _SPELLINGS.items() if ours not in ("dim", "image_tokens")}
+    return {
+        "_class_name": "WanTransformer3DModel",
+        **json,
+        "attention_head_dim": config["dim"] // config["num_heads"],
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "image_dim": config["image_dim"],
+        "added_kv_proj_dim": config["dim"] if image else None,
+        "pos_embed_seq_len": config["image_tokens"] if image and positions else None,
+        "rope_max_seq_len": 1024,
+    }
+
+
+def _write_original(config: Config) -> Config:
+    unwritten = {"text_dim": 4096, "patch_size": [1, 2, 2], "image_tokens": config["image_tokens"]}
+    json = {theirs: config[ours] for ours, (_, theirs) in _SPELLINGS.items() if config[ours] != unwritten.get(ours)}
+    return {"_class_name": "WanModel", "model_type": _model_type(config), **json, "text_len": 512}
+
+
+def _model_type(config: Config) -> str:
+    if config["image_dim"] is not None:
+        return "i2v" if config["image_tokens"] == IMAGE_TOKENS else "flf2v"
+    if config["in_channels"] > config["out_channels"]:
+        return "i2v"  # Wan2.2: the picture comes through the channels alone
+    return "ti2v" if config["in_channels"] == 48 else "t2v"
+
+
+WAN = Family(
+    name="wan",
+    table=TABLE,
+    from_sizes=from_sizes,
+    read_config=read_config,
+    write_config={"original": _write_original, "diffusers": _write_diffusers},
+    complete=complete,
+)

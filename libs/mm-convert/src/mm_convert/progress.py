@@ -1,0 +1,51 @@
+"""A bar with bytes and rate on a terminal, one line at the end elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+
+class Progress:
+    """Call it with the bytes just written; use it as a context to finish the line."""
+
+    def __init__(self, total: int, what: str, stream: TextIO | None = None) -> None:
+        self.total, self.what, self.done = total, what, 0
+        self.stream = stream or sys.stderr
+        self.started = self.shown = time.monotonic()
+
+    def __call__(self, nbytes: int) -> None:
+        self.done += nbytes
+        now = time.monotonic()
+        if self.stream.isatty() and now - self.shown > 0.1:
+            self.shown = now
+            self.stream.write(f"\r{self._line()}\x1b[K")
+            self.stream.flush()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        start, end = ("\r", "\x1b[K\n") if self.stream.isatty() else ("", "\n")
+        self.stream.write(f"{start}{self._line()}{end}")
+
+    def _line(self) -> str:
+        seconds = max(time.monotonic() - self.started, 1e-6)
+        rate = self.done / seconds
+        share = self.done / self.total if self.total else 1.0
+        filled = round(20 * share)
+        left = f", {(self.total - self.done) / rate:.0f} s left" if 0 < self.done < self.total else ""
+        bar = "█" * filled + "·" * (20 - filled)
+        amount = f"{readable_bytes(self.done)} of {readable_bytes(self.total)}"
+        return f"{self.what} {bar} {share:4.0%} {amount}, {readable_bytes(rate)}/s, {seconds:.1f} s{left}"
+
+
+def readable_bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            break
+        n /= 1000
+    else:
+        unit = "TB"
+    return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"

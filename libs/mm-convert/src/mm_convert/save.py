@@ -1,0 +1,107 @@
+"""Writing a checkpoint folder: our own, or one under published names."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_convert.checkpoint import FORMAT, VERSION
+from mm_convert.content import Content, understand
+from mm_convert.families.family import Config
+from mm_convert.progress import Progress
+from mm_convert.store.folder import Files, name_shards, new_folder, refuse_target, split, write_folder
+from mm_convert.store.safetensors import Item
+
+if TYPE_CHECKING:
+    import torch
+
+SHARD_BYTES = 5_000_000_000
+
+_DTYPES = {"bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64"}
+_DTYPES |= {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+_DTYPES |= {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+
+
+def save_checkpoint(
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: Any,
+    *,
+    to: str = "mm",
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    show_progress: bool = False,
+) -> None:
+    """Save tensors under our names as a checkpoint folder, moving one tensor at a time to the CPU.
+
+    Args:
+        tensors: our names to tensors, on any device; a lazy mapping is asked again for each when it is written.
+        config: the model's configuration, a dataclass or a mapping, for example a `WanConfig`.
+        to: "mm", "original" or "diffusers".
+
+    Raises ValueError, before anything is written, for names and shapes that are no whole model, for a config that
+    contradicts them, and for a target that exists.
+    """
+    refuse_target(Path(path), overwrite)
+    fields = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
+    fields = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+    content = understand({name: tuple(tensors[name].shape) for name in tensors}, "what is to be saved")
+    for field, value in content.config.items():
+        if fields.get(field, value) != value:
+            raise ValueError(f"the configuration says {field} {fields[field]}, the tensors say {value}")
+    names = target_names(content, to)
+    shards = split([_item(names[content.names[name]], tensors, name) for name in tensors], shard_bytes)
+    files = name_files(shards, to, {"format": "pt"})
+    write(Path(path), files, config_for(content, {**fields, **content.config}, to), overwrite, show_progress)
+
+
+def target_names(content: Content, to: str) -> dict[str, str]:
+    """Our name -> name in the target."""
+    dialects = content.family.table.dialects
+    if to not in (FORMAT, *dialects):
+        raise ValueError(f"cannot write {to!r}; choose one of {', '.join((FORMAT, *dialects))}")
+    return content.translate(dialects[0] if to == FORMAT else to)
+
+
+def name_files(shards: Sequence[Sequence[Item]], to: str, metadata: Mapping[str, str]) -> Files:
+    return name_shards("model" if to == FORMAT else "diffusion_pytorch_model", shards, metadata, to == FORMAT)
+
+
+def config_for(content: Content, config: Config, to: str) -> dict[str, Any]:
+    """The config.json that belongs to the target."""
+    family = content.family
+    config = family.complete(config)
+    if to != FORMAT:
+        return family.write_config[to](config)
+    dialect = family.table.dialects[0]
+    return {"format": FORMAT, "version": VERSION, "family": family.name, "dialect": dialect, "config": config}
+
+
+def write(path: Path, files: Files, config: Mapping[str, Any] | bytes, overwrite: bool, show_progress: bool) -> None:
+    """Let the folder appear, whole, under its name."""
+    with new_folder(path, files.nbytes, overwrite) as folder:
+        if not show_progress:
+            write_folder(folder, files, config, lambda _: None)
+            return
+        with Progress(files.nbytes, path.name) as progress:
+            write_folder(folder, files, config, progress)
+
+
+def _item(target: str, tensors: Mapping[str, torch.Tensor], name: str) -> Item:
+    tensor = tensors[name]
+    dtype = _DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+    if dtype is None:
+        raise ValueError(f"{name} is {tensor.dtype}, which safetensors cannot hold")
+    nbytes = tensor.numel() * tensor.element_size()
+    return Item(target, dtype, tuple(tensor.shape), nbytes, lambda: _bytes(tensors[name]))
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's bytes, without a copy where it lies on the CPU already (numpy knows no bfloat16)."""
+    tensor = tensor.detach().cpu().contiguous()
+    array = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+    array.tensor = tensor  # the view keeps the array alive, and the array the tensor
+    return memoryview(array)

@@ -1,0 +1,1 @@
+"""Layouts: sets of files that hold a checkpoint."""
