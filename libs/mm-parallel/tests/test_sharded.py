@@ -1,9 +1,12 @@
 """Loss and every gradient of the sharded model against one device."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from mm_parallel import MemoryConfig, ParallelConfig, data_rank, finish_gradients, parallelize
 from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
@@ -99,13 +102,34 @@ def test_islands_stay_fp32_inside_a_bf16_forward():
     spawn(2, bf16_with_islands)
 
 
+def collectives(rank: int, world: int, layers: int) -> dict[str, int]:
+    torch.manual_seed(0)
+    model = parallelize(TinyLadder(layers), TinyLadder.plan, ParallelConfig().mesh("cpu"))
+    tokens, t, target = batch(2, torch.float32)
+    with warnings.catch_warnings(), CommDebugMode() as communication:
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")  # CommDebugMode's own
+        (model(tokens, t) - target).square().mean().backward()
+        finish_gradients(model)
+    return {str(op).split(".")[-1]: count for op, count in communication.get_comm_counts().items()}
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+def test_each_group_is_gathered_twice_and_reduced_once(layers):
+    """For the forward and for the backward; the root's own stays. A group: each rung, and the time island."""
+    groups = layers + 1
+    counts = {"_allgather_base_": 2 * groups + 1, "_reduce_scatter_base_": groups + 1, "allreduce_": 1}
+    assert spawn(2, collectives, layers) == [counts, counts]
+
+
 def unequal_weights(rank: int, world: int) -> None:
     torch.manual_seed(rank)
     parallelize(TinyLadder(), TinyLadder.plan, ParallelConfig().mesh("cpu"))
 
 
 def test_ranks_with_different_weights_are_refused():
-    with pytest.raises(RuntimeError, match=r"23 parameters differ between ranks \(first: embed.weight\): build the model"):
+    with pytest.raises(
+        RuntimeError, match=r"23 parameters differ between ranks \(first: embed.weight\): build the model"
+    ):
         spawn(2, unequal_weights)
 
 

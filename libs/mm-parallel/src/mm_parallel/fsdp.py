@@ -9,6 +9,8 @@ but one fully_shard group is gathered in one dtype, so islands leave their rung'
   `finish_gradients` averages their gradients.
 """
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -26,6 +28,9 @@ def shard(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, dtype: torch.d
     fp32 (fp64 for fp64 parameters). Parameters end on the mesh's device; a meta model stays meta until
     `load_parameters`. Raises ValueError when ranks hold different values.
     """
+    # A rung hands on the tensors of the stream that it does not change, and FSDP makes these views: torch warns of
+    # every ladder that whoever writes into them in place gets wrong gradients. A stream is never written in place.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     data = mesh[DATA_DIMS] if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
     _check_same_values(model, data)
     islands = set(plan.islands_of(model).values())
