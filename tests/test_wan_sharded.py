@@ -1,0 +1,128 @@
+"""Wan under FSDP, HSDP and recompute: loss and every gradient as on one device."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mm_models import build, plan
+from mm_models.layers import cast_weights
+from mm_models.lora import LoRAConfig, add_lora
+from mm_models.wan import WanModel
+from mm_parallel import MemoryConfig, ParallelConfig, clip_grad_norm, finish_gradients, load_parameters, parallelize
+from mm_parallel.testing import assert_same_grads, gradients, spawn
+
+TEXT_TO_VIDEO = {}
+IMAGE_TO_VIDEO = {"in_channels": 36, "image_dim": 24, "image_tokens": 257}
+SAMPLES = 4
+
+
+def tiny(dtype: torch.dtype, compute: torch.dtype | None, variant: dict) -> WanModel:
+    model = build("wan-tiny", device="meta", dtype=dtype, dim=48, ffn_dim=80, num_heads=4, num_layers=3, **variant)
+    load_parameters(model, weights(model), torch.device("cpu"))
+    model.compute_dtype = compute
+    return model
+
+
+def weights(model: WanModel) -> dict[str, Tensor]:
+    """Not the published initialisation, whose zeros would hide gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return {
+        name: 0.15 * torch.randn(shape, generator=generator, dtype=torch.float64) + name.endswith("norm.weight")
+        for name, shape in shapes.items()
+    }
+
+
+def batch(model: WanModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    generator, c = torch.Generator().manual_seed(1), model.config
+    shapes = {"video": (SAMPLES, c.in_channels, 3, 4, 6), "text": (SAMPLES, 7, c.text_dim)}
+    shapes["target"] = (SAMPLES, c.out_channels, 3, 4, 6)
+    if c.image_dim:
+        shapes["image"] = (SAMPLES, c.image_tokens, c.image_dim)
+    drawn = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()
+    }
+    return drawn | {"t": torch.tensor([3.0, 250.5, 600.0, 999.0])}
+
+
+def step(model: WanModel, samples: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    inputs = dict(samples)
+    target = inputs.pop("target")
+    loss = (model(**inputs) - target).square().mean()
+    loss.backward()
+    return loss.detach()
+
+
+def compare(rank: int, world: int, replicate: int, recompute: str | int, variant: dict, dtype, gathered, rtol) -> None:
+    compute = gathered
+    single = tiny(dtype, compute, variant)
+    data = batch(single, dtype)
+    expected = step(single, data, dtype)
+
+    mesh = ParallelConfig(replicate).mesh("cpu")
+    with torch.device("meta"):
+        model = WanModel(single.config)
+    cast_weights(model, dtype)
+    model.compute_dtype = compute
+    parallelize(model, plan(model), mesh, MemoryConfig(recompute), gathered)
+    load_parameters(model, weights(single), torch.device("cpu"))
+    share = {name: tensor.chunk(world)[rank] for name, tensor in data.items()}
+    loss = step(model, share, dtype)
+    finish_gradients(model)
+    dist.all_reduce(loss, dist.ReduceOp.AVG)
+    assert abs(loss / expected - 1) <= rtol, (loss, expected)
+    assert_same_grads(gradients(model), gradients(single), rtol)
+    norm = clip_grad_norm(model, 0.1)
+    assert norm.item() == pytest.approx(clip_grad_norm(single, 0.1).item(), rel=rtol)
+
+
+@pytest.mark.parametrize(
+    ("world", "replicate", "recompute", "variant"),
+    [
+        (2, 1, "none", TEXT_TO_VIDEO),
+        (2, 1, "full", IMAGE_TO_VIDEO),
+        (4, 2, 2, TEXT_TO_VIDEO),
+        (4, 1, "none", IMAGE_TO_VIDEO),
+    ],
+)
+def test_float64_equals_one_device(world, replicate, recompute, variant):
+    # rope tables are fp32 on both sides; sums over ranks are all that differs
+    spawn(world, compare, replicate, recompute, variant, torch.float64, None, 1e-10)
+
+
+def test_float32_equals_one_device():
+    # 1e-5 but for the keys of cross-attention, whose gradients are small differences of large numbers
+    spawn(2, compare, 1, "full", TEXT_TO_VIDEO, torch.float32, None, 1e-4)
+
+
+def test_bf16_is_the_same_rounding():
+    spawn(2, compare, 1, "none", IMAGE_TO_VIDEO, torch.float32, torch.bfloat16, 2e-2)
+
+
+def adapters(rank: int, world: int) -> None:
+    """A frozen bf16 base with fp32 islands and fp32 adapters: three dtypes in every rung."""
+    lora = LoRAConfig(rank=3, alpha=6, targets=("q", "ffn.0"))
+    single = add_lora(cast_weights(tiny(torch.float32, torch.bfloat16, TEXT_TO_VIDEO), torch.bfloat16), lora)
+    with torch.device("meta"):
+        model = WanModel(single.config)
+    add_lora(cast_weights(model, torch.bfloat16), lora)
+    model.compute_dtype = torch.bfloat16
+    parallelize(model, plan(model), ParallelConfig().mesh("cpu"), MemoryConfig("full"), torch.bfloat16)
+    for target in (single, model):
+        load_parameters(target, weights(single), torch.device("cpu"))
+    data = batch(single, torch.float32)
+    expected = step(single, data, torch.float32)
+    loss = step(model, {name: tensor.chunk(world)[rank] for name, tensor in data.items()}, torch.float32)
+    finish_gradients(model)
+    dist.all_reduce(loss, dist.ReduceOp.AVG)
+    assert abs(loss / expected - 1) <= 1e-3
+    want = {name: p.grad for name, p in single.named_parameters() if p.requires_grad}
+    got = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.requires_grad}
+    assert len(want) == 3 * 3 * 2
+    assert_same_grads(got, want, 2e-2)
+
+
+def test_adapters_on_a_frozen_bf16_base():
+    pytest.importorskip("peft")
+    spawn(2, adapters, timeout=120)
