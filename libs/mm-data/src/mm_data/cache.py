@@ -16,14 +16,14 @@ import json
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mm_data.files import TEMPORARY, sha256_file, write_atomic
+from mm_data.files import TEMPORARY, Content, file_stamp, fingerprint, write_atomic
 from mm_data.geometry import Geometry
 from mm_data.manifest import Sample
 
@@ -61,6 +61,9 @@ class Plan:
     failed: list[tuple[Sample, str]]  # cannot be opened, with the reason
     stale: int  # entries in the store that no sample asks for: another encoder, geometry, caption or file
 
+    def __contains__(self, sample_id: str) -> bool:
+        return sample_id in self.keys or any(sample.id == sample_id for sample, _ in self.failed)
+
     def __str__(self) -> str:
         return (
             f"{len(self.keys) + len(self.failed)} samples: {len(self.done)} in the store, {len(self.todo)} to encode, "
@@ -69,7 +72,7 @@ class Plan:
 
 
 class FeatureCache:
-    """Write and read entries: `with FeatureCache(path) as cache: cache.put(key, tensors, meta)`; at the end `cache.finish()`.
+    """Write and read entries: `with FeatureCache(path) as cache: cache.put(key, tensors, meta)`; then `cache.finish()`.
 
     An entry's tensors are named `latents` (C F H W), `text.0`, `text.1`, … (S D, one per caption), and whatever else
     the model is conditioned on. Entries are buffered and committed together when they reach `shard_bytes`, at
@@ -105,9 +108,15 @@ class FeatureCache:
     def refresh(self) -> None:
         """Look for entries committed by others since this process last looked."""
         for shard in sorted(set(self.path.glob("shards/*.safetensors")) - self._seen):
-            with safe_open(shard, "pt") as file:
-                for key, meta in (file.metadata() or {}).items():
-                    self._entries.setdefault(key, (shard, json.loads(meta)))
+            try:
+                with safe_open(shard, "pt") as file:
+                    metadata = file.metadata()
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{shard} is damaged ({error}): delete it and extract again, only its samples are lost"
+                ) from error
+            for key, meta in metadata.items():
+                self._entries.setdefault(key, (shard, json.loads(meta)))
             self._seen.add(shard)
 
     def put(self, key: str, tensors: Mapping[str, Tensor], meta: Mapping) -> None:
@@ -184,24 +193,30 @@ class FeatureCache:
         seen with this size and time stamp.
         """
         self.refresh()
-        known = {tuple(meta["source"]): meta["sha256"] for _, meta in self._entries.values() if "source" in meta}
+        known = {
+            tuple(meta["source"]): meta["sha256"]
+            for _, meta in self._entries.values()
+            if {"source", "sha256"} <= meta.keys()
+        }
         keys: dict[str, str] = {}
         done, todo, repeated, failed, asked = [], [], [], [], set()
         for sample in samples:
             try:
-                sha256 = known.get(file_stamp(sample.path)) or sha256_file(sample.path)
+                stamp = file_stamp(sample.path)
+                content = Content(stamp, known[stamp]) if stamp in known else fingerprint(sample.path)
             except OSError as error:
                 failed.append((sample, f"{sample.path}: {error.strerror}"))
                 continue
-            key = keys[sample.id] = content_key(sha256, geometry, encoder, sample.captions, sample.cut, seed)
-            (done if key in self else repeated if key in asked else todo).append(sample)
+            known[stamp] = content.sha256
+            key = keys[sample.id] = content_key(content.sha256, geometry, encoder, sample.captions, sample.cut, seed)
+            (done if key in self else repeated if key in asked else todo).append(replace(sample, content=content))
             asked.add(key)
         stale = len(self._entries.keys() - asked - {content_key("", None, encoder)})
         return Plan(encoder, keys, done, todo, repeated, failed, stale)
 
     def finish(self, plan: Plan | None = None) -> int:
-        """Publish `dataset.jsonl`: the samples of `plan` that are in the store, in its order; without a plan, all entries, by
-        id. Returns how many.
+        """Publish `dataset.jsonl`: the samples of `plan` that are in the store, in its order; without a plan, every entry,
+        by id. Returns how many.
 
         Call it once, when no other process is writing any more: it also removes what killed writers left behind.
         """
@@ -215,7 +230,9 @@ class FeatureCache:
         for sample_id in chosen if plan else sorted(chosen):
             if chosen[sample_id] in self._entries:
                 lines.append({"id": sample_id, **self._place(chosen[sample_id])})
-        missing = {k: v for k, v in self.failures().items() if k not in {line.get("id") for line in lines}}
+        there = {line.get("id") for line in lines}
+        failures = self.failures() | ({sample.id: reason for sample, reason in plan.failed} if plan else {})
+        missing = {k: v for k, v in failures.items() if k not in there and (plan is None or k in plan)}
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / "failures.jsonl", _jsonl({"id": k, "reason": v} for k, v in sorted(missing.items())))
         write_atomic(self.path / "dataset.jsonl", _jsonl(lines))
@@ -227,6 +244,19 @@ class FeatureCache:
             leftover.unlink(missing_ok=True)
         return len(lines) - 1
 
+    def _by_id(self, empty: str) -> dict[str, str]:
+        chosen: dict[str, str] = {}
+        for key, (_, meta) in sorted(self._entries.items()):
+            if key == empty:
+                continue
+            if meta["id"] in chosen:
+                raise ValueError(
+                    f"{self.path} holds sample {meta['id']} in two versions (another geometry, encoder or caption): "
+                    "give finish() the plan that says which"
+                )
+            chosen[meta["id"]] = key
+        return chosen
+
     def _place(self, key: str) -> dict:
         shard, meta = self._entries[key]
         return {
@@ -234,14 +264,6 @@ class FeatureCache:
             "shard": os.path.relpath(shard, self.path),
             **{k: v for k, v in meta.items() if k in ("shapes", "captions")},
         }
-
-
-def file_stamp(path: Path) -> tuple[str, int, int]:
-    """What tells an unchanged file without reading it: its absolute path, size in bytes, time of modification in ns.
-    Goes into an entry's `source`.
-    """
-    stat = path.stat()
-    return str(path.resolve()), stat.st_size, stat.st_mtime_ns
 
 
 def _jsonl(records) -> bytes:

@@ -5,6 +5,7 @@ import hashlib
 import os
 import uuid
 from pathlib import Path
+from typing import NamedTuple
 
 TEMPORARY = ".tmp-"
 
@@ -33,7 +34,21 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.close(directory)
 
 
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+class Content(NamedTuple):
+    """The identity of a file's bytes, and what tells without reading that they are still the same."""
+
+    stamp: tuple[str, int, int]
+    sha256: str
+
+
+def file_stamp(path: Path) -> tuple[str, int, int]:
+    """Absolute path, size in bytes, time of modification in ns."""
+    stat = path.stat()
+    return str(path.resolve()), stat.st_size, stat.st_mtime_ns
+
+
+def fingerprint(path: Path) -> Content:
+    """Read a file and hash it."""
+    stamp = file_stamp(path)
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return Content(stamp, hashlib.file_digest(file, "sha256").hexdigest())

@@ -1,20 +1,34 @@
 """Which frames of a video, at which size: pure functions of its length, time stamps and resolution."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
+from math import sqrt
 from typing import Literal
+
+import numpy as np
+
+
+class Unfit(ValueError):
+    """A sound video that this geometry cannot use. `kind` is one of a few words that a report counts."""
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(f"{kind}: {detail}")
+        self.kind = kind
+        self.detail = detail
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The clip that a sample becomes.
+    """The clip that a video becomes.
 
     Frames: `num_frames` of them (4k+1: the VAE makes 1 + k latent frames), or the longest 4k+1 that a shorter video
-    has, if at least `min_frames`; taken at `fps` frames per second (None: all frames; a slower video is not slowed
-    further); beginning at a random place, at the start, or centred.
+    has, if at least `min_frames`; taken at `fps` frames per second (None, or a slower video: its own); beginning at a
+    random place, at the start, or centred.
 
     Size: `max_height` x `max_width`; or if `dynamic` the video's own shape, shrunk to at most `max_area` pixels and cut
     to multiples of `stride` (VAE 8 x patch 2). Videos of less than `min_area` pixels, or whose aspect differs from the
-    wanted one (if dynamic: from square) by more than a factor of `max_aspect`, are refused.
+    wanted one (if dynamic: from square) by more than a factor of `max_aspect`, do not fit.
     """
 
     num_frames: int = 81
@@ -24,7 +38,7 @@ class Geometry:
     max_height: int = 480
     max_width: int = 832
     dynamic: bool = False
-    max_area: int | None = None  # None: max_height x max_width
+    max_area: int | None = None  # of a dynamic size; None: max_height x max_width
     min_area: int | None = None  # None: a quarter of the largest area
     max_aspect: float = 2.0
     stride: int = 16
@@ -44,6 +58,8 @@ class Geometry:
             raise ValueError(f"fps={self.fps} must be positive, or None for the video's own")
         if self.window not in ("random", "start", "center"):
             raise ValueError(f"window={self.window!r} must be random, start or center")
+        if self.stride < 1:
+            raise ValueError(f"stride={self.stride} must be at least 1; 16 suits a VAE of 8 and a patch of 2")
         for name in ("max_height", "max_width"):
             n = getattr(self, name)
             if n < self.stride or n % self.stride:
@@ -51,11 +67,105 @@ class Geometry:
                 raise ValueError(
                     f"{name}={n} is not a multiple of stride={self.stride}: use {near} or {near + self.stride}"
                 )
+        if self.max_area is not None and not self.dynamic:
+            raise ValueError(
+                f"max_area={self.max_area} is for dynamic sizes: set dynamic, or leave it out, "
+                f"the size is {self.max_height} x {self.max_width}"
+            )
+        if self.max_area is not None and self.max_area < self.stride**2:
+            raise ValueError(
+                f"max_area={self.max_area} is less than one tile of stride {self.stride}: {self.stride**2}"
+            )
         if self.max_aspect < 1:
-            raise ValueError(f"max_aspect={self.max_aspect} must be at least 1, e.g. 2.0 for shapes up to 2:1 and 1:2")
+            raise ValueError(f"max_aspect={self.max_aspect} must be at least 1, e.g. 2 for 2:1 to 1:2")
 
-    @property
-    def areas(self) -> tuple[int, int]:
+    def area_range(self) -> tuple[int, int]:
         """Smallest and largest number of pixels of a frame."""
         largest = self.max_area or self.max_height * self.max_width
         return (largest // 4 if self.min_area is None else self.min_area), largest
+
+
+def output_size(height: int, width: int, geometry: Geometry, pixel_aspect: Fraction = Fraction(1)) -> tuple[int, int]:
+    """Height and width of the clip made from a video of this size. Raises Unfit."""
+    if height < 1 or width < 1:
+        raise Unfit("no_resolution", f"{height} x {width}")
+    shown = width * float(pixel_aspect)
+    smallest, largest = geometry.area_range()
+    if height * width < smallest:
+        raise Unfit(
+            "resolution_too_small",
+            f"{height} x {width} is less than min_area={smallest}; set min_area to allow enlarging",
+        )
+    wanted = 1.0 if geometry.dynamic else geometry.max_height / geometry.max_width
+    factor = height / shown / wanted
+    if not 1 / geometry.max_aspect <= factor <= geometry.max_aspect:
+        raise Unfit(
+            "aspect_mismatch",
+            f"height/width = {height / shown:.3f} is more than max_aspect={geometry.max_aspect} away from {wanted:.3f}",
+        )
+    if not geometry.dynamic:
+        return geometry.max_height, geometry.max_width
+    # Multiples of 16, not 8 as in MindSpeed-MM: with 8 a latent may be odd and the patch of 2 does not divide it.
+    scale = min(1.0, sqrt(largest / (height * shown)))
+    size = (
+        int(height * scale) // geometry.stride * geometry.stride,
+        int(shown * scale) // geometry.stride * geometry.stride,
+    )
+    if 0 in size:
+        raise Unfit("resolution_too_small", f"{height} x {width} leaves nothing at stride {geometry.stride}")
+    return size
+
+
+def crop_box(
+    height: int, width: int, size: tuple[int, int], pixel_aspect: Fraction = Fraction(1)
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the largest centred piece that has the shape of `size` when shown."""
+    target = size[1] / size[0] / float(pixel_aspect)  # in stored pixels
+    if width / height > target:
+        cut = max(1, min(width, round(height * target)))
+        return 0, (width - cut) // 2, height, cut
+    cut = max(1, min(height, round(width / target)))
+    return (height - cut) // 2, 0, cut, width
+
+
+def resample(timestamps: np.ndarray, fps: float | None) -> np.ndarray:
+    """Indices of the frames that are on screen at 0, 1/fps, 2/fps, ... when frames appear at `timestamps` (s).
+
+    MindSpeed-MM steps through indices by fps/train_fps: that plays a video of variable rate at a wrong speed, and
+    repeats frames of one that is slower than train_fps. Here the time stamps decide, and a slow video keeps its frames
+    and rate.
+    """
+    if fps is None or len(timestamps) < 2:
+        return np.arange(len(timestamps))
+    step = float(np.median(np.diff(timestamps)))
+    ticks = np.arange(int((timestamps[-1] + step) * fps + 1e-6)) / fps
+    # Half a millisecond of grace: containers round time stamps, often to milliseconds.
+    shown = np.searchsorted(timestamps, ticks + 5e-4, side="right") - 1
+    return np.unique(shown)
+
+
+def clip_length(available: int, geometry: Geometry) -> int:
+    """The number of frames of the clip, when this many can be chosen from. Raises Unfit."""
+    length = min(geometry.num_frames, (available - 1) // 4 * 4 + 1)
+    if available < 1 or length < geometry.min_frames:
+        raise Unfit("too_short", f"{available} frames, fewer than min_frames={geometry.min_frames}")
+    return length
+
+
+def window_starts(available: int, length: int) -> int:
+    """How many windows of `length` there are: begin at 0 ... starts - 1. MindSpeed-MM never draws the last one."""
+    return available - length + 1
+
+
+def choose_frames(available: np.ndarray, geometry: Geometry, draw: Callable[[int], int]) -> np.ndarray:
+    """The indices of the clip, from those `available` (after cutting and resampling). Raises Unfit.
+
+    `draw(n)` gives an integer in [0, n).
+
+    MindSpeed-MM draws a window when it filters and another when it loads; here one draw decides, and the length is
+    that of the decoded video, so that an annotation that is off by a frame is harmless.
+    """
+    length = clip_length(len(available), geometry)
+    starts = window_starts(len(available), length)
+    start = {"random": draw, "start": lambda _: 0, "center": lambda n: (n - 1) // 2}[geometry.window](starts)
+    return available[start : start + length]

@@ -150,8 +150,8 @@ def build_loader(
     if cursor < 0 or cursor % global_batch:
         near = max(0, cursor // global_batch * global_batch)
         raise ValueError(
-            f"cursor={cursor} does not lie between two steps of global_batch={global_batch}: was the run that it comes from "
-            f"started with another global_batch? Keep that one, or begin at cursor {near} or {near + global_batch}"
+            f"cursor={cursor} does not lie between two steps of global_batch={global_batch}: was it saved with another "
+            f"global_batch? Keep that one, or begin at cursor {near} or {near + global_batch}"
         )
     if not 0 <= text_dropout <= 1:
         raise ValueError(f"text_dropout={text_dropout} must be a probability, 0 to 1")

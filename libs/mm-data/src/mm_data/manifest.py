@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mm_data.files import Content
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -30,11 +32,13 @@ class Sample:
     height: int | None = None
     width: int | None = None
     cut: tuple[int, int] | None = None
+    content: Content | None = None  # known once a plan has read the file
 
 
 def read_manifest(path: str | Path) -> list[Sample]:
-    """All samples of a data.txt, data.json or .jsonl, in order. Paths in an annotation belong to its folder: the one named beside it
-    in data.txt, else its own.
+    """All samples of a data.txt, data.json or .jsonl, in order.
+
+    Paths in an annotation belong to its folder: the one named beside it in data.txt, else its own.
 
     Raises ValueError, naming file and line, for what cannot be understood, and for a list without samples. Videos are
     not opened, nor looked for.

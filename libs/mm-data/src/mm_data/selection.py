@@ -1,0 +1,62 @@
+"""Which samples of a manifest suit a geometry, judged by what the annotation says; and the report of those that do not.
+
+Nothing is left out in silence: every dropped sample has a reason, and the report counts them. Differences to MindSpeed-MM:
+missing files are found here, not in the middle of a run; shapes with few samples are kept (there, all with fewer than four
+global batches are dropped, so that a set of ten clips ends in an obscure error); short clips are dropped by rule, not
+by chance.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mm_data.geometry import Geometry, Unfit, clip_length, output_size
+from mm_data.manifest import Sample
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Samples that can be used as far as the annotation tells, and the others, each with its reason."""
+
+    kept: list[Sample]
+    dropped: list[tuple[Sample, Unfit]]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Dropped samples by kind of reason, most frequent first."""
+        return dict(Counter(reason.kind for _, reason in self.dropped).most_common())
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.kept) + len(self.dropped)} samples, {len(self.kept)} kept, {len(self.dropped)} dropped"]
+        for kind, count in self.counts.items():
+            sample, reason = next(pair for pair in self.dropped if pair[1].kind == kind)
+            lines.append(f"  {kind}: {count}, e.g. {sample.id}: {reason.detail}")
+        return "\n".join(lines)
+
+
+def select(samples: Sequence[Sample], geometry: Geometry) -> Selection:
+    """Split samples by whether they suit `geometry`. What an annotation leaves out is not judged here but at decoding.
+
+    Reasons: missing_file, no_caption, no_resolution, resolution_too_small, aspect_mismatch, too_short.
+    """
+    kept, dropped = [], []
+    for sample in samples:
+        try:
+            _check(sample, geometry)
+            kept.append(sample)
+        except Unfit as reason:
+            dropped.append((sample, reason))
+    return Selection(kept, dropped)
+
+
+def _check(sample: Sample, geometry: Geometry) -> None:
+    if not sample.path.is_file():
+        raise Unfit("missing_file", f"{sample.path} is {'a folder' if sample.path.is_dir() else 'not there'}")
+    if not sample.captions:
+        raise Unfit("no_caption", "cap is empty or absent")
+    if sample.height is not None and sample.width is not None:
+        output_size(sample.height, sample.width, geometry)
+    frames = sample.cut[1] - sample.cut[0] if sample.cut else sample.num_frames
+    if frames is not None:
+        slower = geometry.fps / sample.fps if geometry.fps and sample.fps and geometry.fps < sample.fps else 1.0
+        clip_length(max(1, round(frames * slower)), geometry)
