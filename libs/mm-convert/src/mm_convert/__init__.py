@@ -1,8 +1,29 @@
 """Checkpoints of video models, from any form into any other, streamed."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from mm_convert.__about__ import __version__
-from mm_convert.checkpoint import Checkpoint, open_checkpoint
-from mm_convert.convert import convert, inspect
-from mm_convert.save import save_checkpoint
+
+if TYPE_CHECKING:
+    from mm_convert.checkpoint import Checkpoint, open_checkpoint
+    from mm_convert.conversion import convert, inspect
+    from mm_convert.save import save_checkpoint
 
 __all__ = ["Checkpoint", "__version__", "convert", "inspect", "open_checkpoint", "save_checkpoint"]
+
+_HOME = {
+    "Checkpoint": "checkpoint",
+    "open_checkpoint": "checkpoint",
+    "convert": "conversion",
+    "inspect": "conversion",
+    "save_checkpoint": "save",
+}
+
+
+def __getattr__(name: str) -> Any:  # so that `mm-convert --help` answers at once
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -19,8 +19,9 @@ A configuration is a tree of plain dataclasses; the string below a field is its 
 reads `--optim.lr 3e-4`, `--config mine.toml` (the same names, as TOML tables; may be given several times) and
 `--print_config`. Later beats earlier: dataclass defaults, files of `defaults`, `--config`, flags. A field without
 default is required. An unknown flag or key, or a value of the wrong type, ends with exit code 2 and the nearest name.
-Lists are written `[1, 2]` or `[[5,5],[5,5]]`, a true bool `--flag` or `--flag true`. None is written `null` on the command line and "null" in TOML, which has
-no word for it. In a union the first member that fits wins: write `int | str`, not `str | int`.
+Lists are written `[1, 2]` or `[[5,5],[5,5]]`, a true bool `--flag` or `--flag true`. None is written `null` on the
+command line and "null" in TOML, which has no word for it. In a union the first member that fits wins: write
+`int | str`, not `str | int`.
 """
 
 from __future__ import annotations

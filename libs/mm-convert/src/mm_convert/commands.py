@@ -5,22 +5,20 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mm_convert.arguments import nearest, parse
 from mm_convert.checkpoint import Checkpoint
-from mm_convert.convert import convert, convert_like, inspect
+from mm_convert.conversion import convert, convert_like, inspect
 
-
-def _positional() -> Any:
-    return field(metadata={"positional": True})
+POSITIONAL = {"positional": True}
 
 
 @dataclass
 class Inspect:
     """Say what a checkpoint is, from its headers alone."""
 
-    path: Path = _positional()
+    path: Path = field(metadata=POSITIONAL)
     "a diffusers repository or its transformer folder, a Wan-AI folder, our folder, or one .safetensors file"
 
 
@@ -28,9 +26,9 @@ class Inspect:
 class Convert:
     """Rewrite a checkpoint under other names and in other files; tensors keep their bytes."""
 
-    source: Path = _positional()
+    source: Path = field(metadata=POSITIONAL)
     "a diffusers repository or its transformer folder, a Wan-AI folder, our folder, or one .safetensors file"
-    target: Path = _positional()
+    target: Path = field(metadata=POSITIONAL)
     "the folder to make"
     to: Literal["mm", "diffusers", "original"] = "mm"
     "mm: our own files; diffusers: WanTransformer3DModel; original: Wan-AI"

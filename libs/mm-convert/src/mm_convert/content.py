@@ -77,7 +77,7 @@ def understand(shapes: Shapes, where: str) -> Content:
 
 
 def fingerprint(shapes: Shapes) -> str:
-    """The md5 by which DiffSynth and others know a checkpoint: of all `name` and `name:d0_d1_…`, sorted, with commas."""
+    """The md5 by which DiffSynth knows a checkpoint: of all `name` and `name:d0_d1_…`, sorted, joined by commas."""
     words = [word for name, shape in shapes.items() for word in (name, f"{name}:{'_'.join(map(str, shape))}")]
     return hashlib.md5(",".join(sorted(words)).encode(), usedforsecurity=False).hexdigest()
 

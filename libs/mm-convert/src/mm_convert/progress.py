@@ -42,10 +42,8 @@ class Progress:
 
 
 def readable_bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            break
-        n /= 1000
-    else:
-        unit = "TB"
-    return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+    """1234567 -> 1.23 MB"""
+    for power, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")):
+        if n >= 10**power:
+            return f"{n / 10**power:.2f} {unit}"
+    return f"{n:.0f} B"

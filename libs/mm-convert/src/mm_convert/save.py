@@ -48,12 +48,14 @@ def save_checkpoint(
     refuse_target(Path(path), overwrite)
     fields = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
     fields = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
-    content = understand({name: tuple(tensors[name].shape) for name in tensors}, "what is to be saved")
+    items = {name: _item(tensors, name) for name in tensors}
+    content = understand({name: item.shape for name, item in items.items()}, "what is to be saved")
     for field, value in content.config.items():
         if fields.get(field, value) != value:
             raise ValueError(f"the configuration says {field} {fields[field]}, the tensors say {value}")
     names = target_names(content, to)
-    shards = split([_item(names[content.names[name]], tensors, name) for name in tensors], shard_bytes)
+    kept = [dataclasses.replace(item, name=names[content.names[name]]) for name, item in items.items()]
+    shards = split(kept, shard_bytes)
     files = name_files(shards, to, {"format": "pt"})
     write(Path(path), files, config_for(content, {**fields, **content.config}, to), overwrite, show_progress)
 
@@ -90,13 +92,13 @@ def write(path: Path, files: Files, config: Mapping[str, Any] | bytes, overwrite
             write_folder(folder, files, config, progress)
 
 
-def _item(target: str, tensors: Mapping[str, torch.Tensor], name: str) -> Item:
+def _item(tensors: Mapping[str, torch.Tensor], name: str) -> Item:
     tensor = tensors[name]
     dtype = _DTYPES.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
         raise ValueError(f"{name} is {tensor.dtype}, which safetensors cannot hold")
     nbytes = tensor.numel() * tensor.element_size()
-    return Item(target, dtype, tuple(tensor.shape), nbytes, lambda: _bytes(tensors[name]))
+    return Item(name, dtype, tuple(tensor.shape), nbytes, lambda: _bytes(tensors[name]))
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

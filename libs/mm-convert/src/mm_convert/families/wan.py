@@ -86,7 +86,7 @@ def from_sizes(sizes: Mapping[str, int], groups: set[str], layers: int) -> Confi
 
 
 def complete(config: Config) -> Config:
-    config = {"eps": 1e-6, **config}
+    config = {"eps": 1e-6, "text_tokens": 512, **config}
     if "num_heads" not in config and config["dim"] % HEAD_DIM == 0:
         config["num_heads"] = config["dim"] // HEAD_DIM
     if "num_heads" not in config or config["dim"] % config["num_heads"]:
@@ -100,7 +100,8 @@ def complete(config: Config) -> Config:
 
 # --- config.json, as it is published
 
-# ours: (diffusers, original); absent from the original files: text_dim and patch_size, which the tensors tell
+# ours: (diffusers, original). Not published, and written only where unusual: text_dim, patch_size and image_tokens of
+# the original files, which their tensors tell, and text_len of diffusers, whose pipeline always pads to 512.
 _SPELLINGS = {
     "dim": ("dim", "dim"),
     "ffn_dim": ("ffn_dim", "ffn_dim"),
@@ -112,8 +113,11 @@ _SPELLINGS = {
     "out_channels": ("out_channels", "out_dim"),
     "patch_size": ("patch_size", "patch_size"),
     "eps": ("eps", "eps"),
-    "image_tokens": ("pos_embed_seq_len", "image_tokens"),
+    "image_tokens": ("pos_embed_seq_len", "pos_embed_seq_len"),
+    "text_tokens": ("text_len", "text_len"),
 }
+_USUAL_DIFFUSERS = {"text_tokens": 512}
+_USUAL_ORIGINAL = {"text_dim": 4096, "patch_size": [1, 2, 2]}
 _FIXED = {"cross_attn_norm": (True,), "qk_norm": ("rms_norm_across_heads", True)}
 
 
@@ -135,7 +139,11 @@ def read_config(json: Mapping[str, Any]) -> Config:
 
 def _write_diffusers(config: Config) -> Config:
     image, positions = config["image_dim"] is not None, config["image_tokens"] != IMAGE_TOKENS
-    json = {theirs: config[ours] for ours, (theirs, _) in _SPELLINGS.items() if ours not in ("dim", "image_tokens")}
+    json = {
+        theirs: config[ours]
+        for ours, (theirs, _) in _SPELLINGS.items()
+        if ours not in ("dim", "image_tokens") and config[ours] != _USUAL_DIFFUSERS.get(ours)
+    }
     return {
         "_class_name": "WanTransformer3DModel",
         **json,
@@ -150,9 +158,12 @@ def _write_diffusers(config: Config) -> Config:
 
 
 def _write_original(config: Config) -> Config:
-    unwritten = {"text_dim": 4096, "patch_size": [1, 2, 2], "image_tokens": config["image_tokens"]}
-    json = {theirs: config[ours] for ours, (_, theirs) in _SPELLINGS.items() if config[ours] != unwritten.get(ours)}
-    return {"_class_name": "WanModel", "model_type": _model_type(config), **json, "text_len": 512}
+    json = {
+        theirs: config[ours]
+        for ours, (_, theirs) in _SPELLINGS.items()
+        if ours != "image_tokens" and config[ours] != _USUAL_ORIGINAL.get(ours)
+    }
+    return {"_class_name": "WanModel", "model_type": _model_type(config), **json}
 
 
 def _model_type(config: Config) -> str:

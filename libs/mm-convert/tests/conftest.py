@@ -1,0 +1,103 @@
+"""Toy checkpoints, written by hand: the library's own writer is what is tested."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from mm_convert.families import WAN
+
+BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
+
+T2V = dict(dim=24, ffn_dim=40, freq_dim=32, text_dim=16, in_channels=16, out_channels=16, layers=3)
+I2V = T2V | dict(in_channels=36, image_dim=20)
+FLF2V = I2V | dict(image_tokens=514)
+WIDE = T2V | dict(in_channels=36)
+KINDS = {"t2v": T2V, "i2v": I2V, "flf2v": FLF2V, "wide": WIDE}
+
+
+def wan_shapes(dialect: str, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a Wan of these sizes, by the table."""
+    sizes = {"patch_t": 1, "patch_h": 2, "patch_w": 2, **sizes}
+    groups = {g for g, size in (("image", "image_dim"), ("image positions", "image_tokens")) if size in sizes}
+    rows = WAN.table.names(dialect, sizes["layers"], groups)
+
+    def length(side: str) -> int:
+        return prod(int(factor) if factor.isdecimal() else sizes[factor] for factor in side.split("*"))
+
+    return {name: tuple(length(side) for side in row.shape.split()) for name, row in rows.items()}
+
+
+def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F32") -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, shape in shapes.items():
+        end = position + prod(shape) * BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + os.urandom(position))
+
+
+def write_checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]], files: int = 1, dtype: str = "F32") -> Path:
+    """A folder as the hub has it, with as many files, tensors dealt out in sorted order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names, stem = sorted(shapes), "diffusion_pytorch_model"
+    if files == 1:
+        write_safetensors(folder / f"{stem}.safetensors", {name: shapes[name] for name in names}, dtype)
+        return folder
+    weight_map = {}
+    for i in range(files):
+        file = f"{stem}-{i + 1:05}-of-{files:05}.safetensors"
+        part = names[i * len(names) // files : (i + 1) * len(names) // files]
+        write_safetensors(folder / file, {name: shapes[name] for name in part}, dtype)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def diffusers_config(sizes: Mapping[str, int]) -> dict[str, object]:
+    same = {key: sizes[key] for key in ("ffn_dim", "freq_dim", "text_dim", "in_channels", "out_channels")}
+    return same | {
+        "_class_name": "WanTransformer3DModel",
+        "num_layers": sizes["layers"],
+        "num_attention_heads": 2,
+        "attention_head_dim": sizes["dim"] // 2,
+        "patch_size": [1, 2, 2],
+        "eps": 1e-6,
+        "image_dim": sizes.get("image_dim"),
+        "added_kv_proj_dim": sizes["dim"] if "image_dim" in sizes else None,
+        "pos_embed_seq_len": sizes.get("image_tokens"),
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+    }
+
+
+class Toys:
+    """What the tests make checkpoints with."""
+
+    kinds = KINDS
+    shapes = staticmethod(wan_shapes)
+    write_safetensors = staticmethod(write_safetensors)
+    write_checkpoint = staticmethod(write_checkpoint)
+    diffusers_config = staticmethod(diffusers_config)
+
+    @staticmethod
+    def diffusers(folder: Path, kind: str = "t2v", files: int = 1, dtype: str = "F32") -> Path:
+        """A transformer folder as diffusers writes it."""
+        write_checkpoint(folder, wan_shapes("diffusers", KINDS[kind]), files, dtype)
+        (folder / "config.json").write_text(json.dumps(diffusers_config(KINDS[kind])))
+        return folder
+
+
+@pytest.fixture
+def toys() -> Toys:
+    return Toys()
