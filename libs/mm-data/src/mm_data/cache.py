@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from mm_data.geometry import Geometry
 from mm_data.manifest import Sample
 
 FORMAT = "mm-data features 1"
+PIXELS = 1  # counts up when the same video and geometry come to give other pixels: then all entries are stale
 
 
 def content_key(
@@ -43,7 +44,7 @@ def content_key(
     `seed` counts only where the geometry draws a random window.
     """
     drawn = seed if geometry is not None and geometry.window == "random" else None
-    parts = [video_sha256, asdict(geometry) if geometry else None, encoder, list(captions), cut, drawn]
+    parts = [PIXELS, video_sha256, asdict(geometry) if geometry else None, encoder, list(captions), cut, drawn]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -163,6 +164,7 @@ class FeatureCache:
         metadata = {key: json.dumps(meta) for key, (_, meta) in self._pending.items()}
         shard = self.path / "shards" / f"{self._writer}-{self._written:05d}.safetensors"
         shard.parent.mkdir(parents=True, exist_ok=True)
+        (self.path / "dataset.jsonl").unlink(missing_ok=True)  # what was finished is being extended: finish it again
         write_atomic(shard, save(tensors, metadata))
         self._entries.update({key: (shard, meta) for key, (_, meta) in self._pending.items()})
         self._seen.add(shard)
@@ -182,15 +184,14 @@ class FeatureCache:
         """Sample id -> reason, of every failure recorded so far, by any process."""
         found = {}
         for log in [self.path / "failures.jsonl", *sorted(self.path.glob("failures/*.jsonl"))]:
-            lines = (
-                log.read_text().split("\n")[:-1] if log.exists() else []
-            )  # a line without its end was cut off by a kill
+            # the last piece is empty, or a line that was cut off by a kill
+            lines = log.read_text().split("\n")[:-1] if log.exists() else []
             found.update({record["id"]: record["reason"] for record in map(json.loads, lines)})
         return found
 
-    def plan(self, samples: Sequence[Sample], geometry: Geometry, encoder: str, seed: int = 0) -> Plan:
-        """Compare what `samples` ask for with what is in the store. Reads (hashes) every video that the store has not
-        seen with this size and time stamp.
+    def plan(self, samples: Iterable[Sample], geometry: Geometry, encoder: str, seed: int = 0) -> Plan:
+        """Compare what `samples` ask for with what is in the store. Hashes every video that the store has not yet
+        seen with this size and time stamp, one after the other: `samples` may be wrapped in a progress bar.
         """
         self.refresh()
         known = {
@@ -215,17 +216,15 @@ class FeatureCache:
         return Plan(encoder, keys, done, todo, repeated, failed, stale)
 
     def finish(self, plan: Plan | None = None) -> int:
-        """Publish `dataset.jsonl`: the samples of `plan` that are in the store, in its order; without a plan, every entry,
-        by id. Returns how many.
+        """Publish `dataset.jsonl`: the samples of `plan` that are in the store, in its order; without a plan, all entries, by id.
+        Returns how many.
 
         Call it once, when no other process is writing any more: it also removes what killed writers left behind.
         """
         self.flush()
         self.refresh()
         empty = content_key("", None, plan.encoder if plan else "")
-        chosen = (
-            plan.keys if plan else {meta["id"]: key for key, (_, meta) in sorted(self._entries.items()) if key != empty}
-        )
+        chosen = plan.keys if plan else self._by_id(empty)
         lines = [{"format": FORMAT, "empty_text": self._place(empty) if empty in self._entries else None}]
         for sample_id in chosen if plan else sorted(chosen):
             if chosen[sample_id] in self._entries:
@@ -236,12 +235,9 @@ class FeatureCache:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / "failures.jsonl", _jsonl({"id": k, "reason": v} for k, v in sorted(missing.items())))
         write_atomic(self.path / "dataset.jsonl", _jsonl(lines))
-        for leftover in [
-            *self.path.glob(f"{TEMPORARY}*"),
-            *self.path.glob(f"shards/{TEMPORARY}*"),
-            *self.path.glob("failures/*.jsonl"),
-        ]:
-            leftover.unlink(missing_ok=True)
+        for pattern in (f"{TEMPORARY}*", f"shards/{TEMPORARY}*", "failures/*.jsonl"):
+            for leftover in self.path.glob(pattern):
+                leftover.unlink()
         return len(lines) - 1
 
     def _by_id(self, empty: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mm_data import random
-from mm_data.datasets import FeatureDataset, Features
+from mm_data.features import FeatureDataset, Features
 from mm_data.order import Order
 
 Picks = list[tuple[int, int]]  # (sample index, epoch)

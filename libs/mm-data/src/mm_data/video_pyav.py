@@ -142,7 +142,7 @@ def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoS
     """The container and its main video stream; every error of FFmpeg becomes a ValueError that names the file."""
     _check_file(path)
     try:
-        with av.open(f"file:{path}") as container:  # file: lest a colon in the name be taken for a protocol
+        with av.open(f"file:{path}", metadata_errors="ignore") as container:  # file: lest a colon be a protocol's
             stream = container.streams.best("video")
             if stream is None:
                 raise ValueError(f"{path} holds no video, only {sorted({s.type for s in container.streams})}")

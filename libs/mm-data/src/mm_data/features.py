@@ -1,0 +1,124 @@
+"""Encoded features, by index: what training reads."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol, TypedDict
+
+from safetensors import safe_open
+from torch import Tensor
+
+from mm_data import mindspeed
+from mm_data.cache import FORMAT
+
+
+class Features(TypedDict):
+    """One encoded sample."""
+
+    id: str
+    latents: Tensor  # C F H W
+    text: list[Tensor]  # S D, one per caption
+    extras: dict[str, Tensor]  # whatever else the model is conditioned on
+
+
+class Record(Protocol):
+    """Where a sample lies. Names of tensors: latents, text.0, text.1, ..., and of extras anything else."""
+
+    id: str
+    shapes: dict[str, tuple[int, ...]]
+
+    def load(self) -> dict[str, Tensor]: ...
+
+
+class FeatureDataset:
+    """The finished features in a folder, in the order of the manifest they were made from.
+
+    `path` is a folder filled by `FeatureCache`, or one that MindSpeed-MM's feature extraction has written.
+    `dataset[i]` reads a sample from disk. `dataset.shapes[i]` is the shape C F H W of its latents, known without
+    reading: samples of equal shape form a bucket, and all samples of a bucket have the same extras. `dataset.ids[i]` is unique.
+    Raises ValueError for a folder that holds no features, or whose extraction has not finished.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._empty: StoredRecord | None = None
+        self.records: list[Record]
+        if mindspeed.is_feature_folder(self.path):
+            self.records = mindspeed.records(self.path)
+        else:
+            self.records, self._empty = _read_index(self.path)
+        self.ids = [record.id for record in self.records]
+        self.shapes = [record.shapes["latents"] for record in self.records]
+        first: dict[tuple[int, ...], Record] = {}
+        for record in self.records:
+            other = first.setdefault(record.shapes["latents"], record)
+            if _extras(record.shapes) != _extras(other.shapes):
+                raise ValueError(
+                    f"{self.path}: samples {other.id} and {record.id} have latents of one shape but different "
+                    f"conditions, {_extras(other.shapes)} and {_extras(record.shapes)}, so they cannot share a batch: "
+                    "extract them into two folders"
+                )
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Features:
+        record = self.records[index]
+        tensors = record.load()
+        return Features(
+            id=record.id,
+            latents=tensors["latents"],
+            text=[tensors[f"text.{i}"] for i in range(sum(name.startswith("text.") for name in tensors))],
+            extras={name: tensors[name] for name in _extras(record.shapes)},
+        )
+
+    @cached_property
+    def empty_text(self) -> Tensor | None:
+        """The encoding (S D) of the empty prompt, or None if the extraction stored none."""
+        return self._empty.load()["text.0"] if self._empty else None
+
+
+@dataclass(frozen=True)
+class StoredRecord:
+    """A line of dataset.jsonl."""
+
+    id: str
+    shapes: dict[str, tuple[int, ...]]
+    shard: Path
+    key: str
+
+    def load(self) -> dict[str, Tensor]:
+        with safe_open(self.shard, "pt") as file:
+            return {name: file.get_tensor(f"{self.key}/{name}") for name in self.shapes}
+
+
+def _read_index(path: Path) -> tuple[list[StoredRecord], StoredRecord | None]:
+    """The records of a folder's dataset.jsonl, and that of the empty prompt."""
+    index = path / "dataset.jsonl"
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder: give the one that features were extracted into")
+    if not index.exists():
+        started = any(path.glob("shards/*"))
+        why = (
+            "the extraction has not finished; run the same command again, it continues"
+            if started
+            else "no features here"
+        )
+        raise ValueError(f"{path} has no dataset.jsonl: {why}")
+    header, *lines = [json.loads(line) for line in index.read_text().splitlines()] or [{}]
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{index}: expected {FORMAT!r} in its first line")
+    if not lines:
+        raise ValueError(f"{index} lists no samples: {path / 'failures.jsonl'} says why each failed")
+    empty = header["empty_text"]
+    return [_record(path, line) for line in lines], _record(path, {"id": "", **empty}) if empty else None
+
+
+def _record(path: Path, line: dict) -> StoredRecord:
+    shapes = {name: tuple(shape) for name, shape in line["shapes"].items()}
+    return StoredRecord(line["id"], shapes, path / line["shard"], line["key"])
+
+
+def _extras(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in sorted(shapes.items()) if name != "latents" and not name.startswith("text.")}

@@ -1,0 +1,99 @@
+"""Feature folders that MindSpeed-MM's extraction wrote, of both generations.
+
+    data.jsonl           one sample per line; its file is named by `file` (2.2 and later) or `path` (before)
+    features/<name>.pt   latents of the video under `video` (2.2 and later) or `latents`; embeddings of the caption,
+                         512 D of which only the first rows count, under `prompt_ids` or `prompt`, with `prompt_mask`
+
+The two accidents that its writer allows are told, not hidden: samples that share a file name overwrote each other, and
+data.jsonl lists samples whose file was never written.
+"""
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LATENTS = ("video", "latents")
+TEXT = ("prompt_ids", "prompt")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One .pt file."""
+
+    id: str
+    shapes: dict[str, tuple[int, ...]]
+    file: Path
+
+    def load(self) -> dict[str, Tensor]:
+        return _read(self.file)
+
+
+def is_feature_folder(path: Path) -> bool:
+    """Whether MindSpeed-MM has written here."""
+    return (path / "data.jsonl").is_file() and (path / "features").is_dir()
+
+
+def records(path: Path) -> list[FileRecord]:
+    """A record per existing file, in the order of data.jsonl. Reads the header of every file."""
+    names = []
+    for number, line in enumerate((path / "data.jsonl").read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            sample = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path / 'data.jsonl'}, line {number}: not JSON: {error.msg}") from error
+        name = sample.get("file") or sample.get("path")
+        if not name or not name.endswith(".pt"):
+            raise ValueError(f"{path / 'data.jsonl'}, line {number}: neither file nor path names a .pt file")
+        names.append(name)
+    unique = list(dict.fromkeys(names))
+    there = [name for name in unique if (path / name).is_file()]
+    if len(unique) < len(names):
+        warnings.warn(
+            f"{path}: {len(names)} samples share {len(unique)} files; where a name is shared, only the last "
+            "sample was kept when they were extracted",
+            stacklevel=3,
+        )
+    if len(there) < len(unique):
+        absent = next(name for name in unique if not (path / name).is_file())
+        warnings.warn(
+            f"{path}: {len(unique) - len(there)} listed files were never written, e.g. {absent}", stacklevel=3
+        )
+    if not there:
+        raise ValueError(f"{path}: none of the {len(unique)} files that data.jsonl lists exists")
+    return [
+        FileRecord(name, {key: tuple(tensor.shape) for key, tensor in _read(path / name).items()}, path / name)
+        for name in there
+    ]
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """Tensors by our names, memory-mapped; the caption cut to its true length."""
+    try:
+        found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for a file that was cut off
+        raise ValueError(f"{file} is damaged or no feature file: {str(error).splitlines()[0]}") from error
+    latents = next((found[name] for name in LATENTS if name in found), None)
+    text = next((found[name] for name in TEXT if name in found), None)
+    if latents is None or text is None:
+        raise ValueError(f"{file} holds {sorted(found)}: expected one of {LATENTS} and one of {TEXT}")
+    rest = {name: value for name, value in found.items() if name not in (*LATENTS, *TEXT, "prompt_mask")}
+    texts = text if isinstance(text, list | tuple) else [text]
+    masks = found.get("prompt_mask")
+    masks = masks if isinstance(masks, list | tuple) else [masks] * len(texts)
+    return {
+        "latents": latents,
+        **{f"text.{i}": _trim(t, m) for i, (t, m) in enumerate(zip(texts, masks, strict=True))},
+        **{name: value for name, value in rest.items() if isinstance(value, Tensor)},
+    }
+
+
+def _trim(text: Tensor, mask: Tensor | None) -> Tensor:
+    """512 D or 1 512 D -> S D."""
+    text = text.reshape(text.shape[-2:])
+    return text if mask is None else text[: int((mask.reshape(-1) != 0).sum())]
