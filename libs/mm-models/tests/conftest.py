@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from mm_models.wan import WanConfig, WanModel
 from torch import Tensor, nn
+
+from mm_models.wan import WanConfig, WanModel
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
@@ -24,7 +25,8 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
 
 def _config(head_dim: int = 12, **fields) -> WanConfig:
     return WanConfig(
-        **{"dim": 2 * head_dim, "num_heads": 2, "ffn_dim": 32, "num_layers": 3, "text_dim": 16, "text_tokens": 512} | fields
+        **{"dim": 2 * head_dim, "num_heads": 2, "ffn_dim": 32, "num_layers": 3, "text_dim": 16, "text_tokens": 512}
+        | fields
     )
 
 

@@ -32,7 +32,12 @@ class TextEncoder:
         self.device, self.max_length = torch.device(device), max_length
         self.tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
         model, found = UMT5EncoderModel.from_pretrained(
-            weights, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            weights,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # or the error would not name them; they are refused below
+            output_loading_info=True,
         )
         _check_loaded(weights, found)
         self.model = model.eval().requires_grad_(False).to(self.device)

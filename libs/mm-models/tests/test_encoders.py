@@ -1,0 +1,151 @@
+"""UMT5 and the Wan VAE, from a diffusers directory that the test writes: tiny, random, in the real format."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mm_models.encoders import TextEncoder, VideoVAE, clean
+
+WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "circle", "moves", "left", "&", "▁"]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    from diffusers import AutoencoderKLWan
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    path = tmp_path_factory.mktemp("repository")
+    torch.manual_seed(0)
+    config = UMT5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, is_encoder_decoder=False)
+    text = UMT5EncoderModel(config)
+    for parameter in text.parameters():
+        parameter.data.normal_(0, 0.3)
+    text.save_pretrained(path / "text_encoder")
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+    tokenizer.save_pretrained(path / "tokenizer")
+
+    vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    vae.save_pretrained(path / "vae")
+    return path
+
+
+@pytest.fixture
+def copy(repository, tmp_path):
+    return shutil.copytree(repository, tmp_path / "copy")
+
+
+def test_prompts(repository):
+    encoder = TextEncoder(repository, dtype=torch.float32)
+    prompts = ["a red circle moves left", "a", ""]
+    encoded = encoder.encode(prompts)
+    assert [tuple(e.shape) for e in encoded] == [(6, 32), (2, 32), (1, 32)]
+    for prompt, e in zip(prompts, encoded, strict=True):
+        assert torch.equal(encoder.encode([prompt])[0], e)
+    assert not torch.allclose(*(encoder.encode([p])[0] for p in ("a red circle", "a circle red")))
+
+
+def test_prompts_as_diffusers_encodes_them(repository):
+    """WanPipeline pads, masks, and cuts again."""
+    from diffusers import WanPipeline
+
+    encoder = TextEncoder(repository, dtype=torch.float32)
+    pipeline = WanPipeline(encoder.tokenizer, encoder.model, None, None)
+    prompts = ["a red  circle &amp; moves", "a"]
+    expected, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=24)
+    for ours, theirs in zip(encoder.encode(prompts), expected, strict=True):
+        assert torch.allclose(ours, theirs[: len(ours)], atol=1e-5)
+        assert not theirs[len(ours) :].any()
+
+
+def test_cleaning():
+    assert clean("  a &amp;amp; b\n\tcafÃ© ") == "a & b café"
+
+
+def test_long_prompts_are_cut_with_a_warning(repository):
+    encoder = TextEncoder(repository, dtype=torch.float32, max_length=4)
+    with pytest.warns(UserWarning, match="6 tokens was cut to 4"):
+        (encoded,) = encoder.encode(["a red circle moves left"])
+    assert torch.equal(encoded, encoder.encode(["a red circle"])[0])
+
+
+def test_videos(repository):
+    vae = VideoVAE(repository)
+    assert vae.stride == (4, 8, 8)
+    video = torch.rand(2, 3, 9, 16, 24) * 2 - 1
+    latents = vae.encode(video)
+    assert latents.shape == (2, 16, 3, 2, 3)
+    assert latents.dtype == torch.float32
+    posterior = vae.vae.encode(video).latent_dist
+    mean, std = (torch.tensor(vae.vae.config[key]).view(1, 16, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+    assert torch.allclose(latents, (posterior.mean - mean) / std, atol=1e-6)
+    assert torch.allclose(vae.encode(video[:1]), latents[:1], atol=1e-5)
+
+    decoded = vae.decode(latents)
+    assert decoded.shape == video.shape
+    assert torch.allclose(decoded, vae.vae.decode(posterior.mean).sample, atol=1e-5)
+    assert decoded.abs().max() <= 1
+
+
+def test_video_sizes_that_would_be_cropped(repository):
+    vae = VideoVAE(repository)
+    with pytest.raises(ValueError, match=r"8 frames: must be 4k \+ 1, e\.g\. 5"):
+        vae.encode(torch.zeros(1, 3, 8, 16, 16))
+    with pytest.raises(ValueError, match=r"20x16 pixels: both must be multiples of 8, e\.g\. 16x16"):
+        vae.encode(torch.zeros(1, 3, 5, 20, 16))
+    with pytest.raises(ValueError, match="must be B 3 F H W"):
+        vae.encode(torch.zeros(3, 5, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("part", "load"), [("text_encoder", TextEncoder), ("tokenizer", TextEncoder), ("vae", VideoVAE)]
+)
+def test_missing_folders(copy, part, load):
+    shutil.rmtree(copy / part)
+    with pytest.raises(ValueError, match=f"{part} is not a folder"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "load"),
+    [("text_encoder/model.safetensors", TextEncoder), ("vae/diffusion_pytorch_model.safetensors", VideoVAE)],
+)
+def test_missing_files_and_tensors(copy, file, load):
+    tensors = load_file(copy / file)
+    name = next(name for name in tensors if name.endswith("weight") and "norm" not in name)
+
+    save_file({other: tensor for other, tensor in tensors.items() if other != name}, copy / file, {"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError), match=name.replace(".", r"\.")):
+        load(copy)
+    save_file(tensors | {"spare.weight": torch.zeros(1)}, copy / file, {"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError), match=r"spare\.weight"):
+        load(copy)
+    save_file(tensors | {name: torch.zeros(3, 3)}, copy / file, {"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError), match=name.replace(".", r"\.")):
+        load(copy)
+    (copy / file).unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        load(copy)
+
+
+def test_identity(repository, copy):
+    text, video = TextEncoder(repository).identity, VideoVAE(repository).identity
+    assert len({text, video}) == 2
+    assert (TextEncoder(copy).identity, VideoVAE(copy).identity) == (text, video), "a copy is the same encoder"
+    assert TextEncoder(copy, dtype=torch.float32).identity != text
+    assert TextEncoder(copy, max_length=24).identity != text
+    assert VideoVAE(copy, tiling=True).identity != video
+
+    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["decoder.conv_in.bias"][0] += 1  # trained further: same names, same sizes
+    save_file(tensors, file, {"format": "pt"})
+    assert VideoVAE(copy).identity != video

@@ -1,0 +1,68 @@
+"""The training schedule, against numbers worked out from its definition."""
+
+import pytest
+import torch
+
+from mm_models.diffusion.flow import FlowMatching
+
+
+def test_schedule():
+    flow = FlowMatching()
+    assert flow.timesteps[:4].tolist() == pytest.approx([1000, 999.7998, 999.5994, 999.3986], abs=1e-3)
+    assert flow.timesteps[-3:].tolist() == pytest.approx([14.822, 9.921, 4.980], abs=1e-3)
+    assert torch.equal(flow.sigmas * 1000, flow.timesteps)
+    assert len(flow.sigmas) == 1000
+    assert FlowMatching(shift=1.0).sigmas[250] == 0.75
+
+
+def test_weights():
+    flow = FlowMatching()
+    for t, weight in ((900, 0.6309), (875, 0.7835), (750, 1.4563), (500, 2.0764), (250, 1.4637), (100, 0.6380)):
+        nearest = (flow.timesteps - t).abs().argmin()
+        assert flow.weights[nearest].item() == pytest.approx(weight, abs=2e-3), t
+    assert flow.weights[-1].item() == pytest.approx(0.0319, abs=1e-4)
+    assert flow.weights[0] == 0
+    assert flow.weights.max().item() == pytest.approx(2.0764, abs=1e-4)
+    assert flow.weights.mean().item() == pytest.approx(1, abs=1e-6)
+    assert FlowMatching(weighting="none").weights.tolist() == [1] * 1000
+
+
+def test_expert_boundaries():
+    """The ranges of the A14B recipes fall where the boundary says: t = 900 for i2v, 875 for t2v."""
+    for boundary, fraction in ((0.9, 0.358), (0.875, 0.417)):
+        high, low = FlowMatching(range=(0, fraction)), FlowMatching(range=(fraction, 1))
+        assert high.index_range[1] == low.index_range[0] == round(fraction * 1000)
+        assert high.timesteps[high.index_range[1] - 1] > boundary * 1000 > low.timesteps[low.index_range[0]]
+    assert FlowMatching().index_range == (0, 1000)
+    assert FlowMatching(range=(0.29, 1)).index_range == (290, 1000)
+
+
+def test_line_and_loss():
+    flow = FlowMatching()
+    x0, noise = torch.randn(3, 16, 2, 4, 4), torch.randn(3, 16, 2, 4, 4)
+    index = torch.tensor([0, 500, 999])
+    x = flow.noised(x0, noise, index)
+    assert torch.equal(x[0], noise[0])
+    for i in range(3):  # going back along the target arrives at x0
+        assert torch.allclose(x[i] - flow.sigmas[index[i]] * flow.target(x0, noise)[i], x0[i], atol=1e-5)
+
+    prediction = flow.target(x0, noise) + torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1, 1)
+    expected = flow.weights[index] * torch.tensor([1.0, 4.0, 9.0])
+    assert torch.allclose(flow.loss(prediction, flow.target(x0, noise), index), expected, rtol=1e-4)
+    half = flow.loss(prediction.bfloat16(), flow.target(x0, noise).bfloat16(), index)
+    assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shift": 0}, "flow shift is 0"),
+        ({"range": (0.5, 0.5)}, r"0\.5 to 0\.5"),
+        ({"range": (0.5, 0.2)}, r"0\.5 to 0\.2"),
+        ({"range": (0, 1.1)}, r"0 to 1\.1"),
+        ({"weighting": "logit"}, "'logit' is not known"),
+    ],
+)
+def test_impossible_numbers(options, message):
+    with pytest.raises(ValueError, match=message):
+        FlowMatching(**options)

@@ -1,0 +1,106 @@
+"""Every preset has the shapes and names of the released weights, without a file to compare with."""
+
+from hashlib import md5
+
+import pytest
+import torch
+
+from mm_models import build, plan, preset, presets
+from mm_models.initial import initial
+
+RELEASED = {  # parameters, tensors, fingerprint of names and shapes as known from the released files
+    "wan2.1-t2v-1.3b": (1_418_996_800, 825, "9269f8db9040a9d860eaca435be61814"),
+    "wan2.1-i2v-1.3b": (1_564_428_608, 983, "6d6ccde6845b95ad9114ab993d917893"),
+    "wan2.1-t2v-14b": (14_288_491_584, 1095, "aafcfd9672c3a2456dc46e1cb6e52c70"),
+    "wan2.1-i2v-14b-480p": (16_394_878_784, 1303, "6bfcfb3b342cb286ce886889d519a77e"),
+    "wan2.1-i2v-14b-720p": (16_394_878_784, 1303, "6bfcfb3b342cb286ce886889d519a77e"),
+}
+RELATIVES = {  # without a preset so far, but the model can be them
+    "wan2.1-flf2v-14b": ("wan2.1-i2v-14b-720p", {"image_tokens": 514}, "3ef3b1f8e1dab83d5b71fd7b617f859f"),
+    "wan2.2-i2v-a14b": ("wan2.1-t2v-14b", {"in_channels": 36}, "5b013604280dd715f8457c6ed6d6a626"),
+    "wan2.2-ti2v-5b": (
+        "wan2.1-t2v-1.3b",
+        {"dim": 3072, "ffn_dim": 14336, "num_heads": 24, "in_channels": 48, "out_channels": 48},
+        "1f5ab7703c6fc803fdded85ff040c316",
+    ),
+}
+
+
+def fingerprint(model) -> str:
+    names = []
+    for name, tensor in model.state_dict().items():
+        names += [name, name + ":" + "_".join(map(str, tensor.shape))]
+    return md5(",".join(sorted(names)).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released(name):
+    model = build(name, device="meta")
+    counted = sum(p.numel() for p in model.parameters()), len(model.state_dict()), fingerprint(model)
+    assert counted == RELEASED[name]
+    assert set(dict(model.named_parameters())) == set(model.state_dict()), "buffers would need re-making after meta"
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_relatives(name):
+    base, overrides, expected = RELATIVES[name]
+    assert fingerprint(build(base, device="meta", **overrides)) == expected
+
+
+def test_every_preset_is_known_here():
+    assert set(presets()) == {*RELEASED, "wan-tiny"}
+    assert preset("wan-tiny").head_dim == 32
+
+
+@pytest.mark.parametrize("name", presets())
+def test_plan_matches_the_model(name):
+    model = build(name, device="meta")
+    cut = plan(model)
+    assert list(cut.rungs_of(model)) == [f"blocks.{i}" for i in range(model.config.num_layers)]
+    islands = cut.islands_of(model)
+    assert {"time_embedding.0.weight", "time_projection.1.bias", "blocks.0.modulation", "head.modulation"} <= set(
+        islands
+    )
+    assert not any(".q." in name or "ffn" in name for name in islands)
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match=r"did you mean 'wan2\.1-t2v-1\.3b'"):
+        preset("wan2.1-t2v-1.3B")
+    with pytest.raises(ValueError, match="did you mean 'num_layers'"):
+        build("wan-tiny", device="meta", num_layer=2)
+    with pytest.raises(ValueError, match="160 over 7 heads"):
+        build("wan-tiny", device="meta", num_heads=7)
+    with pytest.raises(ValueError, match="no plan for a Linear"):
+        plan(torch.nn.Linear(1, 1))
+
+
+def test_from_scratch():
+    torch.manual_seed(5)
+    model = build("wan-tiny")
+    weights = dict(model.named_parameters())
+    bound = (6 / (160 + 480)) ** 0.5  # Xavier
+    assert 0.99 * bound < weights["blocks.1.ffn.0.weight"].abs().max() <= bound
+    assert weights["patch_embedding.weight"].abs().max() <= (6 / (64 + 160)) ** 0.5
+    for name in ("text_embedding.0.weight", "time_embedding.2.weight"):
+        assert abs(weights[name].std() - 0.02) < 1e-3, name
+    assert abs(weights["blocks.2.modulation"].std() - 160**-0.5) < 5e-3
+    for name, weight in weights.items():
+        if name.endswith("bias") or name == "head.head.weight":
+            assert not weight.any(), name
+        if "norm" in name and name.endswith("weight"):
+            assert (weight == 1).all(), name
+    assert not torch.equal(weights["blocks.0.ffn.0.weight"], weights["blocks.1.ffn.0.weight"])
+
+    torch.manual_seed(5)
+    again, other = build("wan-tiny"), build("wan-tiny")
+    assert torch.equal(again.patch_embedding.weight, model.patch_embedding.weight)
+    assert not torch.equal(other.patch_embedding.weight, model.patch_embedding.weight)
+
+
+def test_initial_depends_on_name_and_seed_only():
+    draw = initial("blocks.0.ffn.0.weight", (4, 3), 7)
+    torch.manual_seed(1)
+    assert torch.equal(draw, initial("blocks.0.ffn.0.weight", (4, 3), 7))
+    assert not torch.equal(draw, initial("blocks.0.ffn.0.weight", (4, 3), 8))
+    assert not torch.equal(draw, initial("blocks.0.ffn.2.weight", (4, 3), 7))
