@@ -140,6 +140,8 @@ def _leaves(cls: type, prefix: str = "") -> Iterator[_Leaf]:
         if dataclasses.is_dataclass(hint):
             yield from _leaves(hint, f"{prefix}{field.name}.")
         else:
+            inside = any(dataclasses.is_dataclass(part) for part in typing.get_args(hint))
+            assert not inside, f"{prefix}{field.name}: a table is always there; give it a field that switches it off"
             default = _default(field)
             positional = field.metadata.get("positional", False)
             yield _Leaf(prefix + field.name, hint, default, helps.get(field.name, ""), positional)
@@ -165,24 +167,9 @@ def _field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def _names(leaves: Mapping[str, _Leaf]) -> set[str]:
-    """All names that take a value; of a leaf `lora: LoRA | None` also those below it."""
-    below = {f"{leaf.name}.{inner.name}" for leaf in leaves.values() for inner in _leaves_below(leaf)}
-    return {*leaves, *below}
-
-
-def _leaves_below(leaf: _Leaf) -> Iterator[_Leaf]:
-    if inner := _inner_dataclass(leaf.hint):
-        yield from _leaves(inner)
-
-
-def _inner_dataclass(hint: Any) -> type | None:
-    return next((arg for arg in typing.get_args(hint) if dataclasses.is_dataclass(arg)), None)
-
-
 def _refuse_unknown_flags(parser: _Parser, argv: list[str], leaves: Mapping[str, _Leaf]) -> None:
     positional = {name for name, leaf in leaves.items() if leaf.positional}
-    flags = (_names(leaves) - positional) | {"config", "print_config", "help"}
+    flags = (set(leaves) - positional) | {"config", "print_config", "help"}
     for word in argv[: argv.index("--") if "--" in argv else None]:
         name = word.partition("=")[0][2:].removesuffix("+")
         if word.startswith("--") and name not in flags:
@@ -219,17 +206,18 @@ def _read_toml(parser: _Parser, path: Path, leaves: Mapping[str, _Leaf]) -> dict
         parser.error(f"cannot read {path}: {error}")
     except tomllib.TOMLDecodeError as error:
         parser.error(f"{path} is not TOML: {error}")
-    names = _names(leaves)
-    groups = {name.rsplit(".", n)[0] for name in names for n in range(1, name.count(".") + 1)}
+    groups = {name.rsplit(".", n)[0] for name in leaves for n in range(1, name.count(".") + 1)}
 
     def refuse_unknown_keys(table: Mapping[str, Any], prefix: str = "") -> None:
         for key, value in table.items():
             name = prefix + key
-            if name not in names | groups:
-                parser.error(f"{path}: unknown key {name}{nearest(name, names)}")
-            if name in groups and isinstance(value, Mapping):
+            if name in leaves:
+                continue
+            if name not in groups:
+                parser.error(f"{path}: unknown key {name}{nearest(name, leaves)}")
+            elif isinstance(value, Mapping):
                 refuse_unknown_keys(value, name + ".")
-            elif name not in leaves and name in groups:
+            else:
                 parser.error(f"{path}: {name} is a table ([{name}]), not the value {value!r}")
 
     refuse_unknown_keys(tables)
@@ -286,8 +274,7 @@ def _instantiate(cls: type[T], namespace: Namespace) -> T:
     values = {}
     for field in dataclasses.fields(cls):
         value, hint = namespace[field.name], hints[field.name]
-        inner = hint if dataclasses.is_dataclass(hint) else _inner_dataclass(hint)
-        values[field.name] = _instantiate(inner, value) if inner and isinstance(value, Namespace) else value
+        values[field.name] = _instantiate(hint, value) if dataclasses.is_dataclass(hint) else value
     return cls(**values)
 
 
@@ -320,9 +307,8 @@ def _toml(value: Any) -> str:
         return repr(value)
     if isinstance(value, str | Path):
         return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, Mapping) or dataclasses.is_dataclass(value):
-        table = value if isinstance(value, Mapping) else _fields(value)
-        return "{" + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in table.items()) + "}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, Sequence):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     raise AssertionError(f"a configuration cannot hold a {type(value).__name__}: {value!r}")

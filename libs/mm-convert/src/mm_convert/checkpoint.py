@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm_convert.content import Content, understand
 from mm_convert.families.family import Config
-from mm_convert.store.safetensors import Entry, checkpoint_files, read_header
+from mm_convert.store.safetensors import Entry, read_files, read_folder
 
 if TYPE_CHECKING:
     import torch
@@ -78,17 +78,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises ValueError when it is none of these, when a file is broken, or when a tensor is unknown, missing or
     misshapen.
     """
-    folder, files = _find_files(Path(path))
-    headers = [read_header(file) for file in files]
-    found: dict[str, Entry] = {}
-    for entry in (entry for entries, _ in headers for entry in entries):
-        if entry.name in found:
-            raise ValueError(f"{entry.name} is in {found[entry.name].file} and again in {entry.file}")
-        found[entry.name] = entry
-
-    content = understand({name: entry.shape for name, entry in found.items()}, str(path))
-    entries = {content.names[name]: entry for name, entry in found.items() if name in content.names}
-    metadata = {key: text for _, texts in headers for key, text in texts.items()}
+    folder = _find_folder(Path(path))
+    found, metadata = read_files([Path(path)]) if Path(path).is_file() else read_folder(folder)
+    content = understand({entry.name: entry.shape for entry in found}, str(path))
+    entries = {content.names[entry.name]: entry for entry in found if entry.name in content.names}
     config_json = _read_config_json(folder / "config.json")
     layout = "mm" if config_json.get("format") == FORMAT else "safetensors"
     config, notes = _merge_config(content, config_json, folder / "config.json")
@@ -98,22 +91,23 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(Path(path), layout, content, entries, metadata, config, notes)
 
 
-def _find_files(path: Path) -> tuple[Path, list[Path]]:
+def _find_folder(path: Path) -> Path:
+    """The folder with the tensors and their config.json."""
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ValueError(f"{path} is not a safetensors file")
-        return path.parent, [path]
+        return path.parent
     for experts in (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model")):
         present = [path / name for name in experts if (path / name).is_dir()]
         if len(present) == 2:
             raise ValueError(f"{path} holds two models; name one of {present[0]} (high noise) and {present[1]} (low)")
         if present:
-            return present[0], checkpoint_files(present[0])
+            return present[0]
     if (path / ".metadata").exists() or (path / "latest").exists():
         raise ValueError(f"{path} is a training checkpoint (torch DCP); mm_train exports it to safetensors")
-    return path, checkpoint_files(path)
+    return path
 
 
 def _read_config_json(path: Path) -> dict[str, Any]:

@@ -91,11 +91,34 @@ def _entry(path: Path, name: str, record: Mapping[str, Any], data: int) -> Entry
 # --- a folder of files
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder that make one checkpoint, in order; with an index, those it names.
+def read_folder(folder: Path) -> tuple[list[Entry], dict[str, str]]:
+    """The tensors of the one checkpoint in a folder, file by file, and its metadata.
 
-    Raises ValueError when there are none, several checkpoints, or an index that its files contradict.
+    Raises ValueError when there is none, or several, and when its index and its files contradict each other.
     """
+    files, index = _find_files(folder)
+    entries, metadata = read_files(files)
+    for entry in entries if index else ():
+        if index.pop(entry.name, "no file") != entry.file.name:
+            raise ValueError(f"the index of {folder} does not have {entry.name} in {entry.file.name}, where it is")
+    if index:
+        name, file = index.popitem()
+        raise ValueError(f"the index of {folder} has {name} in {file}, where it is not")
+    return entries, metadata
+
+
+def read_files(files: Sequence[Path]) -> tuple[list[Entry], dict[str, str]]:
+    """The tensors of several files. Raises ValueError for one that is in two of them."""
+    headers = [read_header(file) for file in files]
+    found: dict[str, Entry] = {}
+    for entry in (entry for entries, _ in headers for entry in entries):
+        if entry.name in found:
+            raise ValueError(f"{entry.name} is in {found[entry.name].file} and again in {entry.file}")
+        found[entry.name] = entry
+    return list(found.values()), {key: text for _, metadata in headers for key, text in metadata.items()}
+
+
+def _find_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) > 1:
         raise ValueError(f"{folder} holds several checkpoints: {_listed(indices)}; name one safetensors file")
@@ -105,10 +128,10 @@ def checkpoint_files(folder: Path) -> list[Path]:
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ValueError(f"{indices[0]} names {', '.join(missing)}, which is not there")
-        return files
+        return files, weight_map
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1 or (files and _is_complete_series(files)):
-        return files
+        return files, {}
     found = f"{_listed(files)} and no index; name one of them" if files else "no *.safetensors file"
     raise ValueError(f"{folder} holds {found}")
 
@@ -120,7 +143,7 @@ def read_index(path: Path) -> dict[str, str]:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is not a safetensors index: {error!r}") from error
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file:
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"{path} sends {name} to {file!r}, outside its own folder")
     return weight_map
 

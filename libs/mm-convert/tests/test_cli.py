@@ -1,0 +1,121 @@
+"""The command as a person types it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mm_convert import open_checkpoint
+from mm_convert.cli import main
+
+
+def mm_convert(capsys, line):
+    """(exit code, stdout, stderr) of a command line."""
+    try:
+        main([str(word) for word in line])
+        code = 0
+    except SystemExit as exit:
+        code = exit.code
+    out, err = capsys.readouterr()
+    if isinstance(code, str):  # what Python prints for sys.exit(text)
+        code, err = 1, err + code
+    return code, out, err
+
+
+@pytest.fixture
+def run(capsys):
+    return lambda *line: mm_convert(capsys, line)
+
+
+def test_inspect_and_convert(run, toys, tmp_path):
+    source = toys.diffusers(tmp_path / "source")
+    code, out, _ = run("inspect", source)
+    assert code == 0
+    assert "num_heads      2" in out
+    code, _, err = run("convert", source, tmp_path / "out", "--to", "original")
+    assert code == 0
+    assert "100%" in err
+    code, _, err = run("convert", source, tmp_path / "out")
+    assert code == 1
+    assert "--overwrite" in err
+    assert run("convert", "--overwrite", source, tmp_path / "out", "--shard_gb", "0.00004")[0] == 0
+    assert open_checkpoint(tmp_path / "out").layout == "mm"
+
+
+def test_the_commands_of_the_guides(run, toys, tmp_path):
+    source = toys.diffusers(tmp_path / "source/transformer", "i2v", files=2)
+    line = ["WanConverter", "hf_to_mm", "--cfg.source_path", source, "--cfg.target_path", tmp_path / "mm"]
+    assert run(*line)[0] == 0
+    line = ["WanConverter", "mm_to_hf", "--cfg.source_path", tmp_path / "mm", "--cfg.target_path"]
+    assert run(*line, tmp_path / "a", "--cfg.hf_path", source)[0] == 0
+    assert run(*line, tmp_path / "b", "--cfg.hf_dir", source)[0] == 0
+    assert run(*line, tmp_path / "c")[0] == 0
+    for name in ("a", "b", "c"):
+        for file in source.glob("*.safetensors"):
+            assert (tmp_path / name / file.name).read_bytes() == file.read_bytes()
+    code, _, err = run(*line, tmp_path / "d", "--cfg.hf_dir", "x", "--cfg.hf_path", "y")
+    assert code == 2
+    assert "mean the same" in err
+
+
+def test_dropped_tensors_are_reported(run, toys, tmp_path):
+    shapes = toys.shapes("original", toys.kinds["t2v"] | dict(dim=128))
+    toys.write_checkpoint(tmp_path / "source", toys.shapes("diffusers", toys.kinds["t2v"] | dict(dim=128)))
+    extra = toys.shapes("diffusers", toys.kinds["t2v"] | dict(dim=128)) | {"blocks.0.attn2.norm_added_q.weight": (128,)}
+    toys.write_checkpoint(tmp_path / "source", extra)
+    _, _, err = run("convert", tmp_path / "source", tmp_path / "out")
+    assert "note: 1 tensors are left out" in err
+    assert set(open_checkpoint(tmp_path / "out")) == set(shapes)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["inspct", "x"], "did you mean inspect?"),
+        (["WanConverter", "hf_to_m"], "did you mean WanConverter hf_to_mm?"),
+        (["WanConverter", "hf_to_mm", "--cfg.sorce_path", "x"], "did you mean --cfg.source_path?"),
+        (["WanConverter", "hf_to_mm", "--cfg.source_path", "x"], "required: --cfg.target_path"),
+        (["convert", "a", "b", "--to", "difusers"], "Got value: difusers"),
+        (["convert", "a", "b", "--shard_gb", "0"], "must hold something"),
+        (["convert", "a"], "required: target"),
+        (["convert", "a", "b", "c"], "unrecognized"),
+    ],
+)
+def test_what_is_said_wrongly_exits_with_2(line, words, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*line)
+    assert code == 2
+    assert words in err
+    assert not out
+    assert not list(tmp_path.iterdir())
+
+
+def test_help(run):
+    assert run()[0] == 2
+    assert "WanConverter hf_to_mm" in run("--help")[1]
+    assert "WanConverter hf_to_mm" in run("WanConverter", "--help")[1]
+    assert "regroup into files" in run("convert", "--help")[1]
+    assert run("--version")[1].startswith("mm-convert ")
+
+
+LOADED = "import sys; {}; heavy = {{'torch', 'numpy', 'diffusers'}} & set(sys.modules); assert not heavy, heavy"
+
+
+@pytest.mark.parametrize(
+    "code", ["import mm_convert", "from mm_convert import convert, open_checkpoint", "import mm_convert.commands"]
+)
+def test_importing_loads_no_torch(code):
+    subprocess.run([sys.executable, "-c", LOADED.format(code)], check=True)
+
+
+@pytest.mark.parametrize("code", ["import mm_convert", "from mm_convert.cli import main; main(['--help'])"])
+def test_answers_in_half_a_second(code):
+    def once() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - start
+
+    assert min(once() for _ in range(5)) < 0.5
