@@ -85,7 +85,7 @@ def render(shape, rgb, start, velocity, *, radius=RADIUS, background=24, frames=
 
 
 def draw(combination: Combination, rng: np.random.Generator) -> np.ndarray:
-    """The combination as a clip (uint8 F H W 3) that crosses the middle of the picture, with a small jitter of place."""
+    """The combination as a clip, uint8 F H W 3: it crosses the middle of the picture, with a small jitter of place."""
     velocity = SPEED * np.array(DIRECTIONS[combination.direction])
     start = SIZE / 2 - velocity * (FRAMES - 1) / 2 + rng.uniform(-JITTER, JITTER, 2)
     return render(combination.shape, COLOURS[combination.colour], start, velocity, background=rng.uniform(16, 32))
@@ -110,15 +110,14 @@ def write_set(folder: Path, name: str, combinations: list[Combination], rng: np.
         path = f"videos/{name}_{number:04d}.mp4"
         write_clip(folder / path, draw(combination, rng))
         resolution = {"height": SIZE, "width": SIZE}
-        entries.append(
-            {"path": path, "cap": combination.caption, "num_frames": FRAMES, "fps": FPS, "resolution": resolution}
-        )
+        entry = {"path": path, "cap": combination.caption, "num_frames": FRAMES, "fps": FPS, "resolution": resolution}
+        entries.append(entry)
     (folder / f"{name}.json").write_text(json.dumps(entries, indent=1) + "\n")
     (folder / f"{name}.txt").write_text(f"{folder.resolve()},{(folder / f'{name}.json').resolve()}\n")
 
 
 def write(folder: Path, repeats: int = 4, validation: int = 24, seed: int = 0) -> None:
-    """The whole data set: every training combination `repeats` times, and `validation` further clips of some of them."""
+    """The data set: every training combination `repeats` times, and `validation` further clips of some of them."""
     training = training_combinations()
     write_set(folder, "data", training * repeats, np.random.default_rng([seed, 0]))
     every = np.linspace(0, len(training) - 1, validation).round().astype(int)

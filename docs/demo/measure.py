@@ -1,7 +1,7 @@
-"""What does a generated clip show? Decides colour, shape and motion from the pixels, and counts how often they are right.
+"""What does a generated clip show? Decides colour, shape and motion from the pixels, and counts what is right.
 
-    python docs/demo/measure.py data.json                   # a table over all clips of a data.json: {path, cap} entries
-    python docs/demo/measure.py out.json --json result.json
+    python docs/demo/measure.py FOLDER PROMPTS --json scores.json   # the folder's mp4 files by name, one prompt a line
+    python docs/demo/measure.py data.json                           # or clips that a data.json lists: how far to trust
 
 Nothing here is learned and nothing knows the model: the colour is the nearest hue of the foreground, the shape the
 best of three drawn templates, the motion the direction in which the foreground's centroid travels.
@@ -21,6 +21,7 @@ SMALLEST_AREA = 40  # pixels of foreground (the demo's shapes have 290 to 330); 
 SMALLEST_STEP = 0.75  # pixels per frame (the demo's shapes move at 4); below it nothing moves
 SMALLEST_CONTRAST = 40  # between foreground and background, Euclidean, of 0..255 per channel
 SMALLEST_SATURATION = 0.35
+SMALLEST_OVERLAP = 0.75  # with a drawn shape; that of a noisy picture with a square is 0.7
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def shape_of(masks: np.ndarray, places: np.ndarray) -> tuple[str | None, float]:
             per_frame.append((mask & template).sum() / (mask | template).sum())
         overlaps[shape] = float(np.mean(per_frame))
     best = max(overlaps, key=overlaps.get)
-    return (best if overlaps[best] > 0.5 else None), overlaps[best]
+    return (best if overlaps[best] > SMALLEST_OVERLAP else None), overlaps[best]
 
 
 def direction_of(places: np.ndarray) -> str | None:
@@ -124,16 +125,16 @@ def wanted_by(caption: str) -> clips.Combination:
     raise ValueError(f"{caption!r} is no caption of the demo; one is {clips.all_combinations()[0].caption!r}")
 
 
-def measure(pairs: list[tuple[clips.Combination, np.ndarray]]) -> dict:
-    """(what was asked for, uint8 F H W 3) per clip, to {"clips": …, "right": share of clips per attribute and of all}."""
-    rows, right = [], []
-    for wanted, frames in pairs:
-        seen = look(frames)
-        right.append(seen.matches(wanted))
-        rows.append({"prompt": wanted.caption, "seen": asdict(seen), "right": right[-1]})
-    shares = {name: float(np.mean([r[name] for r in right])) for name in ("colour", "shape", "direction")}
-    shares["all"] = float(np.mean([all(r.values()) for r in right]))
-    return {"clips": rows, "right": shares}
+def measure(clips_wanted: list[tuple[Path, clips.Combination]]) -> dict:
+    """{"clips": [{file, prompt, seen, right}], "totals": share of clips right in colour, shape, direction, all}."""
+    rows = []
+    for path, wanted in clips_wanted:
+        seen = look(read_clip(path))
+        rows.append({"file": str(path), "prompt": wanted.caption, "seen": asdict(seen), "right": seen.matches(wanted)})
+    rights = [row["right"] for row in rows]
+    totals = {name: float(np.mean([right[name] for right in rights])) for name in ("colour", "shape", "direction")}
+    totals["all"] = float(np.mean([all(right.values()) for right in rights]))
+    return {"clips": rows, "totals": totals}
 
 
 def table(result: dict) -> str:
@@ -141,17 +142,29 @@ def table(result: dict) -> str:
     for row in result["clips"]:
         cells = [f"{row['seen'][name] or '?'}{'' if ok else ' ✗'}" for name, ok in row["right"].items()]
         lines.append(f"{row['prompt']:36} {cells[0]:12} {cells[1]:12} {cells[2]:12} {row['seen']['overlap']:.2f}")
-    shares = "  ".join(f"{name} {100 * share:.0f} %" for name, share in result["right"].items())
-    return "\n".join([*lines, f"right, of {len(result['clips'])} clips:  {shares}"])
+    totals = "  ".join(f"{name} {100 * share:.0f} %" for name, share in result["totals"].items())
+    return "\n".join([*lines, f"right, of {len(result['clips'])} clips:  {totals}"])
+
+
+def asked(source: Path, prompts: Path | None) -> list[tuple[Path, clips.Combination]]:
+    """The clips to look at, and what was asked for."""
+    if source.is_file():
+        return [(source.parent / e["path"], wanted_by(e["cap"])) for e in json.loads(source.read_text())]
+    if prompts is None:
+        raise ValueError(f"{source} is a folder of clips: name the file of their prompts, too, one per line")
+    files, lines = sorted(source.glob("*.mp4")), prompts.read_text().splitlines()
+    if not files or len(files) != len(lines):
+        raise ValueError(f"{source} holds {len(files)} mp4 files, but {prompts} has {len(lines)} prompts")
+    return [(path, wanted_by(line)) for path, line in zip(files, lines, strict=True)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("clips", type=Path, help="a json list of {path, cap}; paths are relative to the file")
+    parser.add_argument("clips", type=Path, help="a folder of mp4 files, or a json list of {path, cap}")
+    parser.add_argument("prompts", type=Path, nargs="?", help="what the folder's clips should show, one per line")
     parser.add_argument("--json", type=Path, help="write the result here, too")
     options = parser.parse_args()
-    entries = json.loads(options.clips.read_text())
-    result = measure([(wanted_by(e["cap"]), read_clip(options.clips.parent / e["path"])) for e in entries])
+    result = measure(asked(options.clips, options.prompts))
     print(table(result))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

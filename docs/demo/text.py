@@ -25,7 +25,7 @@ FLOW_SHIFT = 3.0  # of the sampler, when the repository is opened with diffusers
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Splits at spaces; ids 0, 1, 2 are padding, end of sentence and unknown, as in UMT5. Every sentence ends in </s>."""
+    """Splits at spaces; ids 0, 1, 2 are padding, end of sentence and unknown, as in UMT5. Sentences end in </s>."""
     words = ["<pad>", "</s>", "<unk>", "a", "moving", *clips.COLOURS, *clips.SHAPES, *clips.DIRECTIONS]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -35,7 +35,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def text_encoder(vocabulary: int, seed: int = 0) -> UMT5EncoderModel:
-    """One layer, random. Its last norm makes every embedding one of unit variance, so no word is louder than another."""
+    """One layer, random. Its last norm gives every embedding unit variance, so no word is louder than another."""
     config = UMT5Config(
         vocab_size=vocabulary, d_model=DIM, d_kv=16, num_heads=4, d_ff=128, num_layers=1, feed_forward_proj="gated-gelu"
     )
