@@ -115,10 +115,33 @@ def collectives(rank: int, world: int, layers: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("layers", [2, 5])
 def test_each_group_is_gathered_twice_and_reduced_once(layers):
-    """For the forward and for the backward; the root's own stays. A group: each rung, and the time island."""
-    groups = layers + 1
-    counts = {"_allgather_base_": 2 * groups + 1, "_reduce_scatter_base_": groups + 1, "allreduce_": 1}
+    """For the forward and for the backward. A group: each rung, the time island, and the root's own."""
+    groups = layers + 2
+    counts = {"_allgather_base_": 2 * groups, "_reduce_scatter_base_": groups, "allreduce_": 1}
     assert spawn(2, collectives, layers) == [counts, counts]
+
+
+def swapped(rank: int, world: int) -> None:
+    model = parallelize(build(torch.float64), TinyLadder.plan, ParallelConfig().mesh("cpu"))
+    tokens, t, _ = batch(2, torch.float64)
+    parameters = list(model.parameters())  # as an optimizer or an EMA holds them
+    with torch.no_grad():
+        before = model(tokens, t)
+        assert all(now is then for now, then in zip(model.parameters(), parameters, strict=True))
+        for parameter in parameters:
+            parameter.mul_(2)
+        after = model(tokens, t)
+        torch.testing.assert_close(after, build(torch.float64).apply(double_own)(tokens, t), rtol=1e-12, atol=0)
+    assert not torch.allclose(before, after)
+
+
+def double_own(module: torch.nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.mul_(2)
+
+
+def test_weights_written_between_evaluations_are_seen():
+    spawn(2, swapped)
 
 
 def unequal_weights(rank: int, world: int) -> None:

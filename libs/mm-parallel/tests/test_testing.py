@@ -59,8 +59,8 @@ def test_a_rank_that_dies_without_a_word_is_named():
 
 
 def test_a_hang_ends_with_the_stacks():
-    with pytest.raises(TimeoutError, match=r"asleep: ranks \[0, 1\] still run after 6 s[\s\S]*in asleep"):
-        spawn(2, asleep, timeout=6)
+    with pytest.raises(TimeoutError, match=r"asleep: ranks \[0, 1\] still run after 4 s[\s\S]*in asleep"):
+        spawn(2, asleep, timeout=4)
 
 
 def own_pid(rank: int, world: int) -> int:

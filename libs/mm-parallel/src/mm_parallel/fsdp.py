@@ -45,7 +45,9 @@ def shard(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, dtype: torch.d
     for name in sorted(targets, key=_depth, reverse=True):  # inner groups first: fully_shard takes what is left
         gathered = None if name in all_islands else dtype
         policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=widest, cast_forward_inputs=False)
-        fully_shard(targets[name], mesh=data, mp_policy=policy, ignored_params=replicated)
+        # The root's own are dropped after a forward, too (FSDP would keep them): or else the next evaluation would not
+        # see what was written to the shards in between, say an EMA's weights.
+        fully_shard(targets[name], mesh=data, mp_policy=policy, ignored_params=replicated, reshard_after_forward=True)
 
 
 def _island_groups(name: str, module: nn.Module, islands: set[nn.Parameter]) -> dict[str, nn.Module]:
