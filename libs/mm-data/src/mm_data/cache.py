@@ -216,10 +216,9 @@ class FeatureCache:
         return Plan(encoder, keys, done, todo, repeated, failed, stale)
 
     def finish(self, plan: Plan | None = None) -> int:
-        """Publish `dataset.jsonl`: the samples of `plan` that are in the store, in its order; without a plan, all entries, by id.
-        Returns how many.
+        """Publish `dataset.jsonl`: the samples of `plan` that are in the store; without a plan, all entries, by id.
 
-        Call it once, when no other process is writing any more: it also removes what killed writers left behind.
+        Returns how many. Call it once, when no other process is writing any more: it also removes what killed writers left behind.
         """
         self.flush()
         self.refresh()

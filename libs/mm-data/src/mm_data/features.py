@@ -32,12 +32,12 @@ class Record(Protocol):
 
 
 class FeatureDataset:
-    """The finished features in a folder, in the order of the manifest they were made from.
+    """The finished features in a folder, in the order of the manifest that they were made from.
 
     `path` is a folder filled by `FeatureCache`, or one that MindSpeed-MM's feature extraction has written.
     `dataset[i]` reads a sample from disk. `dataset.shapes[i]` is the shape C F H W of its latents, known without
-    reading: samples of equal shape form a bucket, and all samples of a bucket have the same extras. `dataset.ids[i]` is unique.
-    Raises ValueError for a folder that holds no features, or whose extraction has not finished.
+    reading: samples of equal shape form a bucket, and all samples of a bucket have the same extras. `dataset.ids[i]`
+    is unique. Raises ValueError for a folder that holds no features, or whose extraction has not finished.
     """
 
     def __init__(self, path: str | Path):

@@ -107,18 +107,30 @@ def _decoded(container, stream, info: VideoInfo, order: list[int]) -> Iterator[t
             target = info.keys[attempt] if attempt >= 0 else min(info.pts[0], 0)
             container.seek(target, stream=stream, backward=True)
             landed = attempt < 0
-            for frame in container.decode(stream):
-                index = number.get(frame.pts)
-                if not landed and not (frame.key_frame and index is not None and index <= run[0]):
-                    break  # late, or at what the container calls a key frame and the decoder does not
-                landed = True
-                if index in left:
-                    left.remove(index)
-                    yield index, frame
-                if not left:
-                    break
+            try:
+                for frame in _from_key(container, stream, target if attempt >= 0 else None):
+                    index = number.get(frame.pts)
+                    if not landed and not (frame.key_frame and index is not None and index <= run[0]):
+                        break  # late, or at what the container calls a key frame and the decoder does not
+                    landed = True
+                    if index in left:
+                        left.remove(index)
+                        yield index, frame
+                    if not left:
+                        break
+            except av.FFmpegError:
+                if attempt < 0:
+                    raise
+                continue  # in an open GOP pictures may refer to what lies before the key frame
             if landed:
                 break
+
+
+def _from_key(container, stream, key: int | None) -> Iterator[av.VideoFrame]:
+    """Decode on from a key frame, without the pictures shown before it: in an open GOP they need earlier ones."""
+    for packet in container.demux(stream):
+        if key is None or packet.pts is None or packet.pts >= key:
+            yield from packet.decode()
 
 
 def _runs(info: VideoInfo, order: list[int]) -> Iterator[list[int]]:
