@@ -1,0 +1,15 @@
+"""The code in the READMEs runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("readme", ["README.md", "src/mm_models/wan/README.md"])
+def test_code_runs(readme, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (PACKAGE / readme).read_text(), re.DOTALL)
+    exec(compile(code, readme, "exec"), {})
+    assert "torch.Size" in capsys.readouterr().out
