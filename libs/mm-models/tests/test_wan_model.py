@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mm_models import build, preset
 from mm_models.wan import Stream, flops
-from mm_models.wan.embed import rope_table, sinusoid
+from mm_models.wan.tables import rope_table, sinusoid
 
 I2V = {"in_channels": 36, "image_dim": 20, "text_tokens": 40}
 
@@ -89,10 +89,18 @@ def test_every_input_matters(tiny, batch):
 
 
 def test_samples_do_not_mix(tiny, batch):
+    """Also, one sample alone takes the fused path of `modulate`, and its gradients must be the same."""
     model = tiny(**I2V)
     inputs = batch(model)
-    alone = torch.cat([model(**{name: value[i : i + 1] for name, value in inputs.items()}) for i in range(2)])
-    assert relative(model(**inputs), alone) < 1e-6
+    together = model(**inputs)
+    together.square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    alone = [model(**{name: value[i : i + 1] for name, value in inputs.items()}) for i in range(2)]
+    sum(out.square().sum() for out in alone).backward()
+    assert relative(together, torch.cat(alone)) < 1e-6
+    for name, parameter in model.named_parameters():
+        assert relative(parameter.grad, gradients[name]) < 1e-4, name
 
 
 def test_short_text_is_text_with_zeros(tiny, batch):

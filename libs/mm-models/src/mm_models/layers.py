@@ -1,4 +1,4 @@
-"""What several families share: layers that follow the dtype of their input, and the list-free way to cast weights.
+"""What several families share: layers that follow the dtype of their input.
 
 Parameters may be float32 masters while the matrix products run in bfloat16. No autocast is needed: every layer here
 computes in the dtype of its *input*, casting its parameters on the fly, and what must not lose precision (norms,
@@ -40,6 +40,17 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def modulate(norm: LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) · (1 + scale) + shift, for a norm without weights, x B L D and shift and scale B 1 D or B L D.
+
+    For one sample with one timestep they are weight and bias of the norm: one kernel, and two float32 tensors of the
+    size of x less to keep for the backward.
+    """
+    if x.shape[0] == 1 and shift.shape[1] == 1:
+        return F.layer_norm(x, norm.normalized_shape, 1 + scale[0, 0], shift[0, 0], norm.eps)
+    return torch.addcmul(shift, norm(x), 1 + scale)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,55 +1,37 @@
-"""Tables of angles: where a token is (rotary) and how noisy it is (sinusoid).
-
-Angles need float64, and not every accelerator has it. So frequencies are made in float64 on the CPU, where they are a
-few hundred numbers, and everything on the device is float32 without a loss that matters.
-"""
+"""Video and images to tokens of the width of the model."""
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from mm_models.layers import LayerNorm, Linear
 
 
-def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
-    """Cosines and sines for every token of a grid (frames, rows, columns): 2 L h/2, float32.
+class PatchEmbedding(nn.Conv3d):
+    """A convolution whose stride is its kernel: a linear map of patches, and computed as one. B C F H W -> B L D"""
 
-    Tokens are row-major. The channel pairs of a head are shared out in three bands: the first turn with the frame, the
-    next with the row, the last with the column. Not cached: it takes microseconds, and a table made under a fake-tensor
-    or inference mode must not leak out of it.
-    """
-    side = 2 * (head_dim // 6)
-    bands = []
-    for axis, (length, band) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
-        frequencies = 10000.0 ** -(torch.arange(0, band, 2, dtype=torch.float64, device="cpu") / band)
-        angles = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), frequencies)
-        table = torch.stack((angles.cos(), angles.sin())).float().to(device)
-        shape = [2, 1, 1, 1, band // 2]
-        shape[1 + axis] = length
-        bands.append(table.view(shape).expand(2, *grid, -1))
-    return torch.cat(bands, dim=-1).flatten(1, 3)
+    def __init__(self, channels: int, dim: int, patch: tuple[int, int, int]) -> None:
+        super().__init__(channels, dim, kernel_size=patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, q, r = self.kernel_size
+        x = rearrange(x, "b c (f p) (h q) (w r) -> b (f h w) (c p q r)", p=p, q=q, r=r)
+        return F.linear(x, self.weight.flatten(1).to(x.dtype), self.bias.to(x.dtype))
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turns channel couples (2k, 2k+1) of x (B L H h) by the angles of `rope` (2 L h/2); in float32, returned as x."""
-    cos, sin = rope.unsqueeze(2)  # L 1 h/2
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+class ImageEmbedding(nn.Module):
+    """CLIP tokens of one or two images to the width of the model. B S' C -> B S' D"""
 
+    def __init__(self, image_dim: int, dim: int, tokens: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            LayerNorm(image_dim), Linear(image_dim, image_dim), nn.GELU(), Linear(image_dim, dim), LayerNorm(dim)
+        )
+        if tokens > 257:  # two images: say which token is whose
+            self.emb_pos = nn.Parameter(torch.zeros(1, tokens, image_dim))
 
-def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """[cos | sin] of t·10000^(-i/(dim/2)) for t in 0..1000, any shape: adds a last dim, float32 and accurate to 1e-7.
-
-    The plain product in float32 would be off by 3e-5. So t is split into a whole number and a rest, the frequency into
-    its leading 14 bits and a rest: the large part of the angle, 10 bits times 14 bits, is then exact in 24 bits.
-    """
-    frequency = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim // 2))
-    mantissa, exponent = torch.frexp(frequency)
-    leading = torch.ldexp((mantissa * 2**14).round(), exponent - 14)
-    rest = (frequency - leading).float().to(t.device)
-    leading, frequency = leading.float().to(t.device), frequency.float().to(t.device)
-
-    t = t.float().unsqueeze(-1)
-    whole = t.round()
-    large = whole * leading
-    small = whole * rest + (t - whole) * frequency
-    cos = large.cos() * small.cos() - large.sin() * small.sin()
-    sin = large.sin() * small.cos() + large.cos() * small.sin()
-    return torch.cat((cos, sin), dim=-1)
+    def forward(self, image: Tensor) -> Tensor:
+        if hasattr(self, "emb_pos"):
+            image = image + self.emb_pos.to(image.dtype)
+        return self.proj(image)

@@ -24,9 +24,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mm_models.layers import LayerNorm, Linear, RMSNorm, attention, wide
+from mm_models.layers import LayerNorm, Linear, RMSNorm, attention, modulate, wide
+from mm_models.wan.check import check
 from mm_models.wan.config import WanConfig
-from mm_models.wan.embed import rope_table, rotate, sinusoid
+from mm_models.wan.embed import ImageEmbedding, PatchEmbedding
+from mm_models.wan.tables import rope_table, rotate, sinusoid
 
 
 class Stream(NamedTuple):
@@ -106,10 +108,10 @@ class Block(nn.Module):
         modulation = wide(self.modulation) + mod[:, :, :6]  # B 1|L 6 D
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)
 
-        y = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
+        y = modulate(self.norm1, x, shift1, scale1)
         x = torch.addcmul(x, gate1, self.self_attn(y.to(text.dtype), rope, core))
         x = x + self.cross_attn(self.norm3(x).to(text.dtype), text)
-        y = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
+        y = modulate(self.norm2, x, shift2, scale2)
         x = torch.addcmul(x, gate2, self.ffn(y.to(text.dtype)))
         return stream._replace(x=x)
 
@@ -129,38 +131,9 @@ class Head(nn.Module):
     def forward(self, stream: Stream) -> Tensor:
         (f, h, w), (p, q, r) = stream.grid, self.patch_size
         shift, scale = (wide(self.modulation) + stream.mod[:, :, 6:]).unbind(2)
-        y = torch.addcmul(shift, self.norm(stream.x), 1 + scale)
+        y = modulate(self.norm, stream.x, shift, scale)
         tokens = self.gather(self.head(y.to(stream.text.dtype)))
         return rearrange(wide(tokens), "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r)
-
-
-class PatchEmbedding(nn.Conv3d):
-    """A convolution whose stride is its kernel: a linear map of patches, and computed as one. B C F H W -> B L D"""
-
-    def __init__(self, channels: int, dim: int, patch: tuple[int, int, int]) -> None:
-        super().__init__(channels, dim, kernel_size=patch, stride=patch)
-
-    def forward(self, x: Tensor) -> Tensor:
-        p, q, r = self.kernel_size
-        x = rearrange(x, "b c (f p) (h q) (w r) -> b (f h w) (c p q r)", p=p, q=q, r=r)
-        return F.linear(x, self.weight.flatten(1).to(x.dtype), self.bias.to(x.dtype))
-
-
-class ImageEmbedding(nn.Module):
-    """CLIP tokens of one or two images to the width of the model. B S' C -> B S' D"""
-
-    def __init__(self, image_dim: int, dim: int, tokens: int) -> None:
-        super().__init__()
-        self.proj = nn.Sequential(
-            LayerNorm(image_dim), Linear(image_dim, image_dim), nn.GELU(), Linear(image_dim, dim), LayerNorm(dim)
-        )
-        if tokens > 257:  # two images: say which token is whose
-            self.emb_pos = nn.Parameter(torch.zeros(1, tokens, image_dim))
-
-    def forward(self, image: Tensor) -> Tensor:
-        if hasattr(self, "emb_pos"):
-            image = image + self.emb_pos.to(image.dtype)
-        return self.proj(image)
 
 
 class WanModel(nn.Module):
@@ -216,7 +189,7 @@ class WanModel(nn.Module):
         Raises:
             ValueError: a shape that does not fit, with what would.
         """
-        self._check(video, t, text, image)
+        check(self.config, video, t, text, image)
         dtype = self.compute_dtype or self.patch_embedding.weight.dtype
         sizes = zip(video.shape[2:], self.config.patch_size, strict=True)
         frames, rows, columns = (size // patch for size, patch in sizes)
@@ -236,34 +209,3 @@ class WanModel(nn.Module):
 
     def layer(self, i: int, stream: Stream) -> Stream:
         return self.blocks[i](stream, self.core)
-
-    def _check(self, video: Tensor, t: Tensor, text: Tensor, image: Tensor | None) -> None:
-        c = self.config
-        if video.ndim != 5 or video.shape[1] != c.in_channels:
-            raise ValueError(
-                f"video has shape {tuple(video.shape)}, but this model takes B {c.in_channels} F H W"
-                + (": noisy latents with the channels of the condition behind them" if c.in_channels > 16 else "")
-            )
-        batch, _, *size = video.shape
-        if any(s % p or s == 0 for s, p in zip(size, c.patch_size, strict=True)):
-            raise ValueError(
-                f"latents of {size[0]} frames, {size[1]} rows and {size[2]} columns cannot be cut into patches of "
-                f"{c.patch_size}: each must be a multiple (with the Wan2.1 VAE: height and width of 16 pixels)"
-            )
-        tokens = size[0] * size[1] * size[2] // (c.patch_size[0] * c.patch_size[1] * c.patch_size[2])
-        if t.shape not in ((batch,), (batch, tokens)):
-            raise ValueError(
-                f"t has shape {tuple(t.shape)}, but must be ({batch},), or ({batch}, {tokens}) for one per token"
-            )
-        if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != c.text_dim:
-            raise ValueError(f"text has shape {tuple(text.shape)}, but must be {batch} S {c.text_dim}")
-        if text.shape[1] > c.text_tokens:
-            raise ValueError(f"text has {text.shape[1]} rows, but at most {c.text_tokens} are read: truncate it")
-        if image is None and c.image_dim is not None:
-            raise ValueError(f"this model needs image, the CLIP features {batch} {c.image_tokens} {c.image_dim}")
-        if image is not None and c.image_dim is None:
-            raise ValueError("image was given, but this model has no CLIP branch (image_dim is None): leave it out")
-        if image is not None and image.shape != (batch, c.image_tokens, c.image_dim):
-            raise ValueError(
-                f"image has shape {tuple(image.shape)}, but must be {batch} {c.image_tokens} {c.image_dim}"
-            )
