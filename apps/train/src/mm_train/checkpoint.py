@@ -45,6 +45,9 @@ class Checkpointer:
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future | None = None
+        self.newest: int | None = (
+            None  # step of the last save or load; not looked up on disk, where ranks may see different things
+        )
         if self.leader:
             directory.mkdir(parents=True, exist_ok=True)
             for unfinished in directory.glob(".step-*"):
@@ -54,13 +57,18 @@ class Checkpointer:
         """The newest complete checkpoint."""
         return latest(self.directory)
 
-    def save(self, step: int, model: nn.Module, optimizer: Optimizer, ema: EMA | None, progress: dict, config: str) -> None:
+    def save(
+        self, step: int, model: nn.Module, optimizer: Optimizer, ema: EMA | None, progress: dict, config: str
+    ) -> None:
         """Start saving; returns as soon as the state has been copied. Raises what went wrong in the save before."""
         self.wait()
         unfinished, final = self.directory / f".step-{step:08d}", self.directory / f"step-{step:08d}"
-        if final.exists():
+        if step == self.newest:
             return
-        upload = dcp.async_save(_state(model, optimizer, ema), checkpoint_id=unfinished, process_group=self.group)
+        self.newest = step
+        state = _state(model, optimizer, ema)
+        alone = self.group is None
+        upload = dcp.async_save(state, checkpoint_id=unfinished, process_group=self.group, no_dist=alone)
         self.pending = self.thread.submit(self._finish, upload, unfinished, final, progress, config)
 
     def _finish(self, upload: Future, unfinished: Path, final: Path, progress: dict, config: str) -> None:
@@ -77,7 +85,7 @@ class Checkpointer:
                 shutil.rmtree(unfinished, ignore_errors=True)
             free = shutil.disk_usage(self.directory).free / 2**30
             raise RuntimeError(
-                f"could not write checkpoint {final} ({free:.1f} GiB free there): {error}. "
+                f"could not write checkpoint {final} ({free:.1f} GiB free there): {_reason(error)}. "
                 f"The newest complete one is {self.latest() or 'none'}; free some space and start again to continue from it"
             ) from error
 
@@ -101,9 +109,11 @@ class Checkpointer:
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer, ema: EMA | None) -> dict[str, Any]:
         """Fill model, optimizer and average in place, and return the progress that was saved with them."""
         state = _state(model, optimizer, ema)
-        dcp.load(state, checkpoint_id=path, process_group=self.group)
+        dcp.load(state, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=OPTIONS)
-        return json.loads((path / "progress.json").read_text())
+        progress = json.loads((path / "progress.json").read_text())
+        self.newest = progress["step"]
+        return progress
 
 
 def latest(directory: Path) -> Path | None:
@@ -124,6 +134,12 @@ def _state(model: nn.Module, optimizer: Optimizer, ema: EMA | None) -> dict[str,
         "optimizer": get_optimizer_state_dict(model, optimizer, options=OPTIONS),
     }
     return state | ({"ema": ema.average} if ema else {})
+
+
+def _reason(error: BaseException) -> str:
+    """Without the tracebacks of every rank that DCP puts into its message."""
+    failures = getattr(error, "failures", None)
+    return "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in failures.items()) if failures else str(error)
 
 
 def _write(path: Path, text: str) -> None:

@@ -158,12 +158,18 @@ class Config:
                 "or ask for a fresh model with --weights random"
             )
         if self.weights != "random" and not Path(self.weights).exists():
-            raise ValueError(f"--weights {self.weights} does not exist (a fresh model has to be asked for: --weights random)")
+            raise ValueError(
+                f"--weights {self.weights} does not exist (a fresh model has to be asked for: --weights random)"
+            )
         if self.data.features is None:
-            raise ValueError("no training data: give --data.features with a directory written by `python -m mm_train.extract`")
+            raise ValueError(
+                "no training data: give --data.features with a directory written by `python -m mm_train.extract`"
+            )
         for flag, path in (("data.features", self.data.features), ("validation.features", self.validation.features)):
             if path is not None and not path.is_dir():
-                raise ValueError(f"--{flag} {path} is not a directory; `python -m mm_train.extract --output {path} …` writes one")
+                raise ValueError(
+                    f"--{flag} {path} is not a directory; `python -m mm_train.extract --output {path} …` writes one"
+                )
         positive = {
             "steps": self.steps,
             "data.global_batch": self.data.global_batch,

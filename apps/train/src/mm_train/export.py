@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
 from mm_convert import save_checkpoint
 from mm_convert.arguments import parse
 from mm_models import build
 from mm_models.lora import LoRAConfig, write_lora
-from torch import Tensor
-
 from mm_train.config import Config
 
 
@@ -46,7 +46,9 @@ class Saved(Mapping[str, Tensor]):
         entries = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
         self.entries = {name.removeprefix(prefix): e for name, e in entries.items() if name.startswith(prefix)}
         if not self.entries:
-            raise ValueError(f"{checkpoint} holds no {part}" + (" (the run kept no --optim.ema)" if part == "ema" else ""))
+            raise ValueError(
+                f"{checkpoint} holds no {part}" + (" (the run kept no --optim.ema)" if part == "ema" else "")
+            )
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self.entries[name]
@@ -69,7 +71,9 @@ def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = 
     tensors = Saved(checkpoint, "ema" if ema else "model")
     lora = settings["lora"]
     if lora["rank"]:
-        return write_lora(output, tensors, LoRAConfig(lora["rank"], lora["alpha"], lora["dropout"], tuple(lora["targets"])))
+        return write_lora(
+            output, tensors, LoRAConfig(lora["rank"], lora["alpha"], lora["dropout"], tuple(lora["targets"]))
+        )
     config = build(settings["model"], device="meta", **settings["architecture"]).config
     save_checkpoint(output, tensors, asdict(config), overwrite=overwrite)
     return output

@@ -10,20 +10,22 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from mm_convert.arguments import parse
-from mm_data import Failure, FeatureCache, Geometry, VideoDataset, read_manifest
-from mm_models import presets
-from mm_parallel.device import device as accelerator
-from mm_parallel.device import init_distributed
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
+
+from mm_convert.arguments import parse
+from mm_data import Clip, Failure, FeatureCache, Geometry, Plan, VideoDataset, read_manifest
+from mm_models import preset, presets
+from mm_models.encoders import TextEncoder, VideoVAE
+from mm_parallel.device import device as accelerator
+from mm_parallel.device import init_distributed
 
 
 @dataclass
@@ -59,6 +61,138 @@ class ExtractConfig:
         if self.model not in presets():
             raise ValueError(f"unknown model '{self.model}': choose one of {', '.join(presets())}")
         if not self.encoders.is_dir():
-            raise ValueError(f"--encoders {self.encoders} is not a directory; it should hold vae/, text_encoder/ and tokenizer/")
+            raise ValueError(
+                f"--encoders {self.encoders} is not a directory; it should hold vae/, text_encoder/ and tokenizer/"
+            )
         if self.batch < 1:
             raise ValueError(f"--batch is {self.batch}; it must be at least 1")
+
+
+def extract(config: ExtractConfig) -> int:
+    """Run the extraction; returns how many samples of the manifest have no features in the end."""
+    config.check()
+    rank, world, _ = init_distributed()
+    device = accelerator()
+    samples = read_manifest(config.data.manifest)
+    text = TextEncoder(config.encoders, device=device, dtype=getattr(torch, config.dtype))
+    vae = VideoVAE(config.encoders, device=device, tiling=config.tiling)
+    encoder = f"{vae.identity} {text.identity}"
+    _check_fit(config, text, vae)
+
+    with FeatureCache(config.output) as cache:
+        plan = _shared(lambda: cache.plan(samples, config.geometry, encoder, config.seed))
+        if rank == 0:
+            print(f"{config.data.manifest}: {plan}", file=sys.stderr, flush=True)
+            for sample, reason in plan.failed:
+                cache.fail(sample.id, reason)
+            if not cache.has_empty_text(encoder):
+                cache.put_empty_text(text.encode([""])[0], encoder)
+        dataset = VideoDataset(plan.todo, config.geometry, config.seed, on_error="return")
+        progress = Progress(len(plan.todo), leader=rank == 0, world=world)
+        for clips in batches(dataset, range(rank, len(plan.todo), world), config, lambda f: _fail(cache, progress, f)):
+            latents = vae.encode(torch.stack([clip["video"] for clip in clips]))
+            for clip, one in zip(clips, latents, strict=True):
+                encoded = {f"text.{i}": t for i, t in enumerate(text.encode(list(clip["captions"])))}
+                cache.put(plan.keys[clip["id"]], {"latents": one} | encoded, clip["meta"])
+            progress.advance(len(clips))
+        progress.close()
+        cache.flush()
+        if world > 1:
+            dist.barrier()
+        if rank == 0:
+            found = cache.finish(plan)
+            missing = len(samples) - found
+            print(f"{found} of {len(samples)} samples in {config.output}", file=sys.stderr)
+            if missing:
+                print(f"{missing} could not be encoded: {config.output / 'failures.jsonl'} says why", file=sys.stderr)
+        return missing if rank == 0 else 0
+
+
+def batches(dataset: VideoDataset, indices: Sequence[int], config: ExtractConfig, on_failure) -> Iterator[list[Clip]]:
+    """Clips of one shape, up to config.batch of them, decoded ahead by the workers in the order of the manifest."""
+    loader = DataLoader(
+        Subset(dataset, indices),
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=min(config.data.workers, len(indices)),
+        prefetch_factor=2 if config.data.workers and len(indices) else None,
+    )
+    waiting: dict[torch.Size, list[Clip]] = defaultdict(list)
+    for item in loader:
+        if isinstance(item, Failure):
+            on_failure(item)
+            continue
+        same = waiting[item["video"].shape]
+        same.append(item)
+        if len(same) == config.batch:
+            yield waiting.pop(item["video"].shape)
+    yield from waiting.values()
+
+
+def _as_it_is(item):
+    return item
+
+
+def _fail(cache: FeatureCache, progress: Progress, failure: Failure) -> None:
+    cache.fail(failure.sample.id, failure.reason)
+    progress.say(f"skipped {failure.sample.id}: {failure.reason}")
+    progress.advance(1)
+
+
+def _shared(make) -> Plan:
+    """What the first rank makes, on every rank: files are looked at once, and all see the same."""
+    if not dist.is_initialized():
+        return make()
+    answer = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def _check_fit(config: ExtractConfig, text: TextEncoder, vae: VideoVAE) -> None:
+    model = preset(config.model)
+    width, channels = text.model.config.d_model, vae.mean.numel()
+    if (width, channels) != (model.text_dim, model.out_channels):
+        raise ValueError(
+            f"{config.encoders} encodes text in {width} and video in {channels} channels; {config.model} was made for {model.text_dim} and "
+            f"{model.out_channels}: give the directory that this model was published with"
+        )
+
+
+class Progress:
+    """A bar on a terminal, elsewhere a line every ten seconds, with rate and time left. Ranks run alike: the first one's is shown."""
+
+    def __init__(self, total: int, leader: bool, world: int):
+        self.total, self.leader, self.world, self.done = total, leader, world, 0
+        self.started = self.said = time.monotonic()
+        self.bar = tqdm(total=total, unit="clip", dynamic_ncols=True, disable=not (leader and sys.stderr.isatty()))
+
+    def advance(self, clips: int) -> None:
+        self.done = min(self.total, self.done + clips * self.world)
+        self.bar.update(clips * self.world)
+        if self.leader and self.bar.disable and (time.monotonic() - self.said > 10 or self.done == self.total):
+            self.said = time.monotonic()
+            rate = self.done / max(self.said - self.started, 1e-9)
+            left = (self.total - self.done) / rate
+            print(
+                f"{self.done}/{self.total} clips | {rate:.2f} clips/s | {left:.0f} s left", file=sys.stderr, flush=True
+            )
+
+    def say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(ExtractConfig, argv, prog="python -m mm_train.extract", description=ExtractConfig.__doc__)
+    try:
+        extract(config)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; what was encoded is kept, the same command continues")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from mm_data import Step
 from torch import Tensor
 
+from mm_data import Step
 
 MOST_IN_A_ROW = 10
 

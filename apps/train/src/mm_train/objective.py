@@ -7,10 +7,11 @@ Timestep and noise are counter-based draws from (seed, epoch, sample id): the sa
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from mm_data import Batch
 from mm_data.random import generator
 from mm_models.diffusion.flow import FlowMatching
-from torch import Tensor, nn
 
 
 def draw(batch: Batch, flow: FlowMatching, seed: int) -> tuple[Tensor, Tensor]:
@@ -23,7 +24,9 @@ def draw(batch: Batch, flow: FlowMatching, seed: int) -> tuple[Tensor, Tensor]:
     return torch.stack(indices), torch.stack(noise)
 
 
-def losses(model: nn.Module, batch: Batch, flow: FlowMatching, index: Tensor, noise: Tensor, device: torch.device) -> Tensor:
+def losses(
+    model: nn.Module, batch: Batch, flow: FlowMatching, index: Tensor, noise: Tensor, device: torch.device
+) -> Tensor:
     """Weighted flow-matching loss of every sample: B, float32."""
     clean, noise = batch.latents.to(device).float(), noise.to(device)
     index = index.to(device)

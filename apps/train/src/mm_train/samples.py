@@ -7,10 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from mm_data import write_video
-from mm_models.diffusion.sampling import denoise
 from torch import nn
 
+from mm_models.diffusion.sampling import denoise
 from mm_train.config import Config
 from mm_train.optim import EMA
 
@@ -34,6 +33,7 @@ class Samples:
 
     def __call__(self, model: nn.Module, ema: EMA | None, step: int) -> Path:
         """Write this rank's share of the videos; returns their directory. Uses the averaged weights where there are some."""
+        from mm_data import write_video
         from mm_models.encoders import VideoVAE
 
         directory = self.config.output / "samples" / f"step-{step:08d}"
@@ -50,7 +50,9 @@ class Samples:
                     video = vae.decode(latents)[0].clamp(-1, 1)
                     frames = ((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
                     made = asdict(self.options) | {"prompt": self.options.prompts[number], "step": step}
-                    write_video(directory / f"{number:03d}.mp4", frames, self.options.fps, {k: str(v) for k, v in made.items()})
+                    write_video(
+                        directory / f"{number:03d}.mp4", frames, self.options.fps, {k: str(v) for k, v in made.items()}
+                    )
         model.train()
         return directory
 

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
 from mm_convert import open_checkpoint
 from mm_convert.arguments import dump
 from mm_data import FeatureDataset
@@ -19,9 +22,6 @@ from mm_models.initial import initial
 from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora
 from mm_parallel import load_parameters, parallelize
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-
 from mm_train.checkpoint import latest
 from mm_train.config import Config
 from mm_train.optim import EMA
@@ -145,7 +145,9 @@ def dropout_seed(*place: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=7).digest(), "big")
 
 
-def summary(config: Config, model: nn.Module, dataset: FeatureDataset, world: int, micro_batches: int, found: Path | None) -> str:
+def summary(
+    config: Config, model: nn.Module, dataset: FeatureDataset, world: int, micro_batches: int, found: Path | None
+) -> str:
     """What is about to happen, in four lines."""
     everything = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

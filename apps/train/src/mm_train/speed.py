@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
+
 from mm_data import Batch
 from mm_models.wan import flops
 from mm_parallel.device import max_memory, peak_flops
-from torch import nn
 
 
 class Speed:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+
 from mm_convert.arguments import dump
 from mm_data import FeatureDataset, build_loader
 from mm_models.diffusion.flow import FlowMatching
@@ -15,7 +16,6 @@ from mm_parallel import clip_grad_norm, finish_gradients
 from mm_parallel.device import device as accelerator
 from mm_parallel.device import init_distributed, synchronize
 from mm_parallel.mesh import data_rank
-
 from mm_train import setup
 from mm_train.checkpoint import Checkpointer
 from mm_train.config import Config

@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import groupby
 
 import torch
+from torch import nn
+
 from mm_data import FeatureDataset
 from mm_data.random import generator
 from mm_models.diffusion.flow import FlowMatching
-from torch import nn
-
 from mm_train.config import Config
 from mm_train.nonfinite import total
 

@@ -1,0 +1,204 @@
+"""Configuration, schedule, groups, average, checkpoint directory, metrics: the parts, each alone."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mm_data import FeatureDataset, build_loader
+from mm_models import build, presets
+from mm_models.diffusion.flow import FlowMatching
+from mm_train import checkpoint as checkpoints
+from mm_train.checkpoint import Checkpointer
+from mm_train.config import RECIPES, OptimConfig, load_config
+from mm_train.metrics import Metrics
+from mm_train.objective import draw
+from mm_train.optim import EMA, build_optimizer, learning_rate
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import SMALL, arguments, config, write_features
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    return write_features(tmp_path_factory.mktemp("features") / "store")
+
+
+@pytest.mark.parametrize("recipe", sorted(p.stem for p in RECIPES.glob("*.toml")))
+def test_every_recipe_is_understood_and_names_a_model(recipe):
+    assert recipe.removesuffix("-lora") in presets()
+    read = load_config(["--model", recipe.removesuffix("-lora"), "--recipe", recipe])
+    assert (read.lora.rank > 0) == recipe.endswith("-lora")
+
+
+def test_recipe_below_file_below_flags(tmp_path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text('model = "wan2.1-t2v-1.3b"\n[optim]\nlr = 2e-5\nclip = 0.5\n')
+    read = load_config(["--config", str(mine), "--optim.clip", "0.25"])
+    assert (read.optim.lr, read.optim.clip, read.memory.recompute) == (2e-5, 0.25, 20)
+
+
+def test_a_typo_is_refused_with_the_nearest_name(capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_config(["--model", "wan-tiny", "--optim.leraning_rate", "1"])
+    assert stop.value.code == 2
+    with pytest.raises(SystemExit):
+        load_config(["--model", "wan-tiny", "--data.global_bach", "1"])
+    assert "data.global_batch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--model", "wan2.1-t2v-13b"), "wan2.1-t2v-1.3b"),
+        (("--weights", ""), "--weights random"),
+        (("--weights", "nowhere/at/all"), "does not exist"),
+        (("--data.features", "nowhere"), "mm_train.extract"),
+        (("--steps", "0"), "at least 1"),
+        (("--objective.range", "[0.5, 0.5]"), "low < high"),
+        (("--data.text_dropout", "1.5"), "0 <= x < 1"),
+        (("--optim.warmup", "4"), "whole run"),
+        (("--sample.prompts", '["a cat"]'), "--sample.encoders"),
+        (("--sample.prompts", '["a cat"]', "--sample.encoders", ".", "--sample.frames", "80"), "77 and 81"),
+        (("--sample.prompts", '["a cat"]', "--sample.encoders", ".", "--sample.height", "470"), "464 and 480"),
+        (("--validation.timesteps", "[1000]"), "between 0 and 1000"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_loaded(features, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message.replace(".", r"\.").replace("[", r"\[")):
+        config(features, tmp_path / "run", *flags).check()
+
+
+def test_global_batch_has_to_divide(features, tmp_path):
+    read = config(features, tmp_path / "run", "--data.global_batch", "10", "--data.micro_batch", "3")
+    with pytest.raises(ValueError, match="multiple of 6.*6 or 12"):
+        read.micro_batches(2)
+    assert config(features, tmp_path / "run", "--data.global_batch", "12").micro_batches(2) == 3
+
+
+def test_learning_rate():
+    cosine = OptimConfig(lr=1.0, min_lr=0.1, schedule="cosine", warmup=4)
+    rates = [learning_rate(step, 12, cosine) for step in range(12)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[8] == pytest.approx(0.55)
+    assert rates == sorted(rates[:4]) + sorted(rates[4:], reverse=True)
+    linear = OptimConfig(lr=1.0, schedule="linear")
+    assert [learning_rate(step, 4, linear) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert learning_rate(10**6, 10, OptimConfig(lr=3.0)) == 3.0
+
+
+def test_biases_and_vectors_are_not_decayed():
+    model = build("wan-tiny", **SMALL)
+    groups = build_optimizer(model, OptimConfig(weight_decay=0.5)).param_groups
+    decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+    by_name = dict(model.named_parameters())
+    assert id(by_name["blocks.0.ffn.0.weight"]) in decayed
+    assert id(by_name["blocks.0.ffn.0.bias"]) not in decayed
+    assert id(by_name["blocks.0.self_attn.norm_q.weight"]) not in decayed
+    assert sum(len(g["params"]) for g in groups) == len(by_name)
+
+
+def test_average_follows_its_closed_form_and_is_swapped_back():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1.0)
+    ema = EMA(model, 0.5)
+    for step, value in enumerate((2.0, 3.0, 4.0)):
+        model.weight.data.fill_(value)
+        ema.update(model, step)
+    # decays min(0.5, (1 + step) / (10 + step)) = 0.1, 2/11, 3/12
+    expected = ((1.0 * 0.1 + 2.0 * 0.9) * 2 / 11 + 3.0 * 9 / 11) * 0.25 + 4.0 * 0.75
+    with ema.applied(model):
+        assert model.weight.item() == pytest.approx(expected)
+    assert model.weight.item() == 4.0
+
+
+def test_draws_belong_to_the_sample_not_to_its_place(features):
+    """The same (sample, epoch) has the same timestep and noise in any batch, on any rank."""
+    data, flow, seen = FeatureDataset(features), FlowMatching(), {}
+    for ranks, micro in ((1, 4), (2, 1), (4, 1)):
+        for rank in range(ranks):
+            loader = build_loader(
+                data, global_batch=4, micro_batch=micro, dp_rank=rank, dp_size=ranks, seed=3, num_workers=0
+            )
+            for _, step in zip(range(6), loader, strict=False):
+                for batch in step.micro:
+                    index, noise = draw(batch, flow, 3)
+                    for i, key in enumerate(zip(batch.ids, batch.epochs, strict=True)):
+                        found = seen.setdefault(key, (index[i], noise[i]))
+                        assert torch.equal(found[0], index[i])
+                        assert torch.equal(found[1], noise[i])
+    assert len({int(index) for index, _ in seen.values()}) > 10
+
+
+def test_index_range_of_an_expert(features):
+    flow = FlowMatching(range=(0.0, 0.1))
+    step = next(iter(build_loader(FeatureDataset(features), global_batch=8, micro_batch=8, num_workers=0)))
+    assert draw(step.micro[0], flow, 0)[0].max() < 100
+
+
+def save(directory: Path, steps: list[int], keep: int) -> Checkpointer:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    saver = Checkpointer(directory, keep)
+    for step in steps:
+        saver.save(step, model, optimizer, None, {"step": step}, "")
+    saver.wait()
+    return saver
+
+
+def test_only_the_newest_are_kept_and_latest_names_the_last(tmp_path):
+    saver = save(tmp_path, [1, 2, 3, 4], keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000003", "step-00000004"]
+    assert saver.latest() == tmp_path / "step-00000004"
+
+
+def test_what_a_killed_save_left_is_removed_and_never_loaded(tmp_path):
+    save(tmp_path, [1], keep=0)
+    (tmp_path / ".step-00000002").mkdir()
+    (tmp_path / ".step-00000002/__0_0.distcp").write_bytes(b"half")
+    assert Checkpointer(tmp_path, 0).latest().name == "step-00000001"
+    assert not (tmp_path / ".step-00000002").exists()
+
+
+def test_latest_that_names_nothing_is_an_error(tmp_path):
+    save(tmp_path, [1], keep=0)
+    (tmp_path / "latest").write_text("step-00000009")
+    with pytest.raises(FileNotFoundError, match="step-00000001"):
+        checkpoints.latest(tmp_path)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    saver = save(tmp_path, [1], keep=1)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.os.fsync", full)
+    model = torch.nn.Linear(2, 2)
+    saver.save(2, model, torch.optim.AdamW(model.parameters()), None, {"step": 2}, "")
+    with pytest.raises(RuntimeError, match=r"No space left.*step-00000001"):
+        saver.wait()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+
+
+def test_metrics_of_repeated_steps_stand_once(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    metrics = Metrics(tmp_path, leader=True, steps=3, start=1)
+    metrics.step({"step": 2, "loss": 0.5, "lr": 0.1, "grad_norm": 1.0}, "fast")
+    metrics.close()
+    assert [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1.0, 0.5]
+    assert capsys.readouterr().err == "step 2/3 | loss 0.5000 | lr 1.00e-01 | grad 1.000 | fast\n"
+
+
+def test_help_and_errors_of_the_command(features, tmp_path):
+    command = [sys.executable, "-m", "mm_train"]
+    assert "--optim.lr" in subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    wrong = subprocess.run(
+        [*command, *arguments(features, tmp_path / "r", "--weights", "nope")], capture_output=True, text=True
+    )
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("error: --weights nope does not exist")

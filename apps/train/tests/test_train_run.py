@@ -1,0 +1,168 @@
+"""Whole runs: resume, layouts, numbers that are not, adapters."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mm_parallel.testing import spawn
+from mm_train.train import train
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import arguments, as_torchrun, config, losses, rows, state, write_features
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    return write_features(tmp_path_factory.mktemp("features") / "store")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def ranks_train(rank: int, world: int, argv: list[str]) -> None:
+    from mm_train.config import load_config
+
+    as_torchrun(rank, world)
+    train(load_config(argv))
+
+
+EXTRAS = ("--optim.ema", "0.9", "--data.text_dropout", "0.2", "--checkpoint.every", "5")
+
+
+def test_killed_and_continued_equals_undisturbed_bit_for_bit(features, tmp_path):
+    argv = arguments(features, tmp_path / "killed", "--steps", "100000", *EXTRAS)
+    process = subprocess.Popen([sys.executable, "-m", "mm_train", *argv], stderr=subprocess.PIPE, text=True)
+    latest = tmp_path / "killed/checkpoints/latest"
+    for _ in process.stderr:  # a line per step
+        if latest.exists():
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    at = int(latest.read_text().removeprefix("step-"))
+    end = at + 5
+    assert rows(tmp_path / "killed")[-1]["step"] > at  # steps are lost, and will be repeated
+
+    train(config(features, tmp_path / "killed", "--steps", str(end), *EXTRAS))
+    train(config(features, tmp_path / "straight", "--steps", str(end), *EXTRAS))
+    a, b = (state(tmp_path / name / f"checkpoints/step-{end:08d}") for name in ("straight", "killed"))
+    assert any("exp_avg" in name for name in a)
+    assert any(name.startswith("ema.") for name in a)
+    assert equal(a, b)
+    assert losses(tmp_path / "straight") == losses(tmp_path / "killed")
+    assert [row["step"] for row in rows(tmp_path / "killed")] == list(range(1, end + 1))
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--parallel.dp_replicate", "2"), ("--dtype", "bfloat16", "--memory.recompute", "full")]
+)
+def test_two_ranks_give_the_same_curve_as_one(features, tmp_path, options):
+    """…with FSDP, HSDP and recompute; and the second half on another number of ranks than the first."""
+    one = ["--checkpoint.every", "2", "--validation.features", str(features), "--validation.every", "2", *options]
+    more = list(one)
+    if "--parallel.dp_replicate" in options:
+        one[-1] = "1"
+    train(config(features, tmp_path / "one", *one))
+    first = arguments(features, tmp_path / "two", *more, "--data.micro_batch", "1")
+    spawn(2, ranks_train, [*first, "--steps", "2"], timeout=120)
+    train(config(features, tmp_path / "two", *one))  # continues on one rank
+    tolerance = 2e-3 if "bfloat16" in options else 1e-5
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=tolerance)
+    validation = [[r["validation_loss"] for r in rows(tmp_path / n) if "validation_loss" in r] for n in ("one", "two")]
+    assert validation[0] == pytest.approx(validation[1], rel=tolerance)
+
+
+def test_micro_batches_do_not_change_the_numbers(features, tmp_path):
+    for size in ("1", "4"):
+        train(config(features, tmp_path / size, "--data.micro_batch", size, "--data.text_dropout", "0.3"))
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "4"), rel=1e-5)
+    assert len(set(losses(tmp_path / "1"))) == 4
+
+
+def test_a_loss_that_is_not_a_number_stops_with_the_sample_named(tmp_path):
+    features = write_features(tmp_path / "features", count=4, poison="clip2.mp4")
+    with pytest.raises(FloatingPointError, match=r"samples: clip2\.mp4") as error:
+        train(config(features, tmp_path / "run", "--data.global_batch", "2", "--data.micro_batch", "1", "--steps", "9"))
+    saved = state(next((tmp_path / "run/checkpoints").glob("step-*")))
+    assert all(torch.isfinite(t).all() for t in saved.values())
+    assert "skip" in str(error.value)
+
+
+def test_it_can_be_skipped_and_counted(tmp_path, capfd):
+    features = write_features(tmp_path / "features", count=6, poison="clip2.mp4")
+    argv = ("--data.global_batch", "2", "--data.micro_batch", "1", "--steps", "5", "--on_nonfinite", "skip")
+    train(config(features, tmp_path / "run", *argv))
+    assert "clip2.mp4. Skipped" in capfd.readouterr().err
+    done = rows(tmp_path / "run")
+    assert [row["step"] for row in done] == [1, 2, 3, 4, 5]
+    assert done[-1]["samples"] > 5 * 2  # the skipped samples were consumed all the same
+
+
+def test_adapters_train_and_the_base_stays(features, tmp_path):
+    train(config(features, tmp_path / "base", "--steps", "1"))
+    base = str(tmp_path / "base/weights")
+    lora = (
+        "--weights",
+        base,
+        "--lora.rank",
+        "2",
+        "--lora.alpha",
+        "4",
+        "--lora.dropout",
+        "0.1",
+        "--lora.targets",
+        '["q","ffn.0"]',
+    )
+    found = train(config(features, tmp_path / "lora", *lora))
+    saved = state(tmp_path / "lora/checkpoints/step-00000004")
+    assert all(".lora_" in name for name in saved if name.startswith("model."))
+    assert len([name for name in saved if name.startswith("model.")]) == 2 * 2 * 3  # layers x (A, B) x (two q, ffn.0)
+    assert any(saved[name].abs().max() > 0 for name in saved if "lora_B" in name and name.startswith("model."))
+    assert found.name == "adapter"
+    assert any(found.iterdir())
+
+
+def test_a_checkpoint_continues_only_the_same_run(features, tmp_path):
+    train(config(features, tmp_path / "run", "--steps", "1"))
+    for change in (("--seed", "1"), ("--data.global_batch", "8"), ("--lora.rank", "2")):
+        with pytest.raises(ValueError, match=r"new --output"):
+            train(config(features, tmp_path / "run", "--steps", "2", *change))
+    with pytest.raises(ValueError, match="resume is never"):
+        train(config(features, tmp_path / "run", "--checkpoint.resume", "never"))
+    other = write_features(tmp_path / "other", count=9)
+    with pytest.raises(ValueError, match="have changed"):
+        train(config(other, tmp_path / "run", "--steps", "2"))
+    train(config(features, tmp_path / "run", "--steps", "2", "--optim.lr", "1e-4"))  # a choice, not part of the stream
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+
+
+def test_exported_weights_start_another_run(features, tmp_path):
+    weights = train(config(features, tmp_path / "first", "--optim.ema", "0.5"))
+    assert (tmp_path / "first/weights-ema").is_dir()
+    train(config(features, tmp_path / "second", "--weights", str(weights), "--steps", "1", "--optim.lr", "0"))
+    first, second = (
+        state(tmp_path / p) for p in ("first/checkpoints/step-00000004", "second/checkpoints/step-00000001")
+    )
+    names = [name for name in first if name.startswith("model.")]
+    assert names
+    assert all(torch.equal(first[name], second[name]) for name in names)
+
+
+def test_sigterm_ends_the_run_after_the_step_with_a_checkpoint(features, tmp_path):
+    argv = arguments(features, tmp_path / "run", "--steps", "100000")
+    process = subprocess.Popen([sys.executable, "-m", "mm_train", *argv], stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("step 2/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stderr.read()
+    assert process.wait() == 130
+    assert "the same command continues" in rest
+    last = rows(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / "run/checkpoints/latest").read_text() == f"step-{last:08d}"
