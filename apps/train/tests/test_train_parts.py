@@ -75,7 +75,7 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(features, tmp_path, 
 
 def test_global_batch_has_to_divide(features, tmp_path):
     read = config(features, tmp_path / "run", "--data.global_batch", "10", "--data.micro_batch", "3")
-    with pytest.raises(ValueError, match="multiple of 6.*6 or 12"):
+    with pytest.raises(ValueError, match=r"multiple of 6.*6 or 12"):
         read.micro_batches(2)
     assert config(features, tmp_path / "run", "--data.global_batch", "12").micro_batches(2) == 3
 

@@ -5,8 +5,9 @@
     run/checkpoints/step-00000500/   .metadata  *.distcp  progress.json  config.toml
     run/checkpoints/latest           the name of the newest complete one
 
-A checkpoint is copied to host memory, written by a thread into a dot-directory while training goes on, renamed, and only then named in
-`latest`. DCP knows global tensors, not ranks, so any number of ranks may read what any other number wrote.
+A checkpoint is copied to host memory, written by a thread into a dot-directory while training goes on, renamed, and
+only then named in `latest`. DCP knows global tensors, not ranks, so any number of ranks may read what any other
+number wrote.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ OPTIONS = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_di
 
 
 class Checkpointer:
-    """Saves in the background and keeps the newest `keep`. One per rank; all ranks call the same methods in the same order."""
+    """Saves in the background and keeps the newest `keep`. One per rank; all ranks call the same methods in the
+    same order.
+    """
 
     def __init__(self, directory: Path, keep: int):
         self.directory, self.keep = directory, keep
@@ -86,7 +89,8 @@ class Checkpointer:
             free = shutil.disk_usage(self.directory).free / 2**30
             raise RuntimeError(
                 f"could not write checkpoint {final} ({free:.1f} GiB free there): {_reason(error)}. "
-                f"The newest complete one is {self.latest() or 'none'}; free some space and start again to continue from it"
+                f"The newest complete one is {self.latest() or 'none'}; free some space and start again to "
+                "continue from it"
             ) from error
 
     def _prune(self, newest: Path) -> None:

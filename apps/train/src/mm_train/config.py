@@ -1,7 +1,8 @@
 """What a training run is told: dataclasses, their checks, and the choice of a recipe.
 
-Precedence: defaults below < ``recipes/<recipe>.toml`` < ``--config mine.toml`` < flags. Every relation between fields that can be
-checked without loading anything is checked in :meth:`Config.check`, so a mistake costs a second and not a quarter of an hour.
+Precedence: defaults below < ``recipes/<recipe>.toml`` < ``--config mine.toml`` < flags. Every relation between fields
+that can be checked without loading anything is checked in :meth:`Config.check`, so a mistake costs a second and not a
+quarter of an hour.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ class Config:
     model: str
     """Preset of mm_models (see --model help in the README)."""
     weights: str = ""
-    """Where to start: a diffusers directory, original Wan-AI files, or a checkpoint of ours; the word `random` for a fresh model."""
+    """Where to start: a diffusers directory, original Wan-AI files, or a checkpoint of ours; the word `random` for
+    a fresh model.
+    """
     output: Path = Path("run")
     """Directory for metrics.jsonl, TensorBoard files, checkpoints, samples and the final weights."""
     recipe: str = ""
@@ -154,7 +157,8 @@ class Config:
             raise ValueError(f"unknown model '{self.model}': choose one of {', '.join(presets())}")
         if not self.weights:
             raise ValueError(
-                "no starting weights: give --weights with a diffusers directory, original Wan-AI files or one of our checkpoints, "
+                "no starting weights: give --weights with a diffusers directory, original Wan-AI files or one of "
+                "our checkpoints, "
                 "or ask for a fresh model with --weights random"
             )
         if self.weights != "random" and not Path(self.weights).exists():
@@ -200,7 +204,8 @@ class Config:
         s = self.sample
         if s.encoders is None or not s.encoders.is_dir():
             raise ValueError(
-                f"--sample.prompts needs --sample.encoders, the diffusers directory with vae/ and text_encoder/ (got {s.encoders})"
+                "--sample.prompts needs --sample.encoders, the diffusers directory with vae/ and text_encoder/ "
+                f"(got {s.encoders})"
             )
         if s.frames % 4 != 1:
             below = (s.frames - 1) // 4 * 4 + 1
@@ -219,8 +224,10 @@ class Config:
             down = self.data.global_batch // share * share
             legal = [n for n in (down, down + share) if n]
             raise ValueError(
-                f"a global batch of {self.data.global_batch} cannot be cut into micro-batches of {self.data.micro_batch} on "
-                f"{data_ranks} data-parallel ranks: it must be a multiple of {share} (e.g. {' or '.join(map(str, legal))})"
+                f"a global batch of {self.data.global_batch} cannot be cut into micro-batches of "
+                f"{self.data.micro_batch} on "
+                f"{data_ranks} data-parallel ranks: it must be a multiple of {share} (e.g. "
+                f"{' or '.join(map(str, legal))})"
             )
         return self.data.global_batch // share
 

@@ -1,4 +1,5 @@
-"""Turn a training checkpoint into weights that can be used: ``python -m mm_train.export run/checkpoints/step-00000500 --output W``.
+"""Turn a training checkpoint into weights that can be used: ``python -m mm_train.export run/checkpoints/step-00000500
+--output W``.
 
 Reads one tensor at a time and needs no process group, whatever layout the checkpoint was trained in.
 """

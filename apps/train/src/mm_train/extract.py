@@ -1,8 +1,8 @@
 """Encode the videos and captions of a manifest once: ``python -m mm_train.extract``.
 
-Decoding runs in worker processes while the device encodes; ranks of torchrun share the samples. What is in the cache already (same
-bytes, same geometry, same encoders) is not encoded again, so a killed extraction continues where it was. A file that cannot be
-decoded goes to failures.jsonl and the run goes on.
+Decoding runs in worker processes while the device encodes; ranks of torchrun share the samples. What is in the cache
+already (same bytes, same geometry, same encoders) is not encoded again, so a killed extraction continues where it
+was. A file that cannot be decoded goes to failures.jsonl and the run goes on.
 """
 
 from __future__ import annotations
@@ -153,13 +153,16 @@ def _check_fit(config: ExtractConfig, text: TextEncoder, vae: VideoVAE) -> None:
     width, channels = text.model.config.d_model, vae.mean.numel()
     if (width, channels) != (model.text_dim, model.out_channels):
         raise ValueError(
-            f"{config.encoders} encodes text in {width} and video in {channels} channels; {config.model} was made for {model.text_dim} and "
+            f"{config.encoders} encodes text in {width} and video in {channels} channels; {config.model} was made "
+            f"for {model.text_dim} and "
             f"{model.out_channels}: give the directory that this model was published with"
         )
 
 
 class Progress:
-    """A bar on a terminal, elsewhere a line every ten seconds, with rate and time left. Ranks run alike: the first one's is shown."""
+    """A bar on a terminal, elsewhere a line every ten seconds, with rate and time left. Ranks run alike: the first
+    one's is shown.
+    """
 
     def __init__(self, total: int, leader: bool, world: int):
         self.total, self.leader, self.world, self.done = total, leader, world, 0

@@ -14,7 +14,8 @@ from tqdm import tqdm
 class Metrics:
     """Writes on the first rank only; on the others every method does nothing.
 
-    A resumed run first drops the lines of steps that are about to be repeated, so that every step stands in metrics.jsonl once.
+    A resumed run first drops the lines of steps that are about to be repeated, so that every step stands in
+    metrics.jsonl once.
     """
 
     def __init__(self, output: Path, *, leader: bool, steps: int, start: int):

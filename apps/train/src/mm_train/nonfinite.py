@@ -53,7 +53,8 @@ class Watch:
         if checkpoint is None:
             return f"{text} Skipped: weights and optimizer are as before it"
         return (
-            f"{text} Weights and optimizer are as before it, saved in {checkpoint}. Look at these samples, lower --optim.lr, "
+            f"{text} Weights and optimizer are as before it, saved in {checkpoint}. Look at these samples, lower "
+            "--optim.lr, "
             "or continue without such steps by --on_nonfinite skip"
         )
 

@@ -1,7 +1,7 @@
 """From a batch of features to one loss per sample.
 
-Timestep and noise are counter-based draws from (seed, epoch, sample id): the same sample of the same epoch is trained on the same
-(timestep, noise) whatever the rank, the world size, the micro-batch or the number of restarts.
+Timestep and noise are counter-based draws from (seed, epoch, sample id): the same sample of the same epoch is trained
+on the same (timestep, noise) whatever the rank, the world size, the micro-batch or the number of restarts.
 """
 
 from __future__ import annotations

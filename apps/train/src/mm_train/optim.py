@@ -35,7 +35,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Rate of optimizer step `step` (from 0) of `steps`; a function of the step alone, so there is no state to restore."""
+    """Rate of optimizer step `step` (from 0) of `steps`; a function of the step alone, so there is no state to
+    restore.
+    """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":
@@ -56,7 +58,9 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Young averages forget faster, min(decay, (1 + step) / (10 + step)), or they would keep the initial weights."""
+        """Young averages forget faster, min(decay, (1 + step) / (10 + step)), or they would keep the initial
+        weights.
+        """
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         live = dict(model.named_parameters())
         for sharded in (False, True):

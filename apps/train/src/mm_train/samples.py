@@ -32,7 +32,9 @@ class Samples:
         return bool(self.options.prompts) and (step % self.options.every == 0 or step == self.config.steps)
 
     def __call__(self, model: nn.Module, ema: EMA | None, step: int) -> Path:
-        """Write this rank's share of the videos; returns their directory. Uses the averaged weights where there are some."""
+        """Write this rank's share of the videos; returns their directory. Uses the averaged weights where there are
+        some.
+        """
         from mm_data import write_video
         from mm_models.encoders import VideoVAE
 

@@ -37,14 +37,16 @@ def find_checkpoint(config: Config) -> Path | None:
         return None
     if config.checkpoint.resume == "never":
         raise ValueError(
-            f"{config.output} holds a run ({found.name}) and --checkpoint.resume is never: choose another --output, or delete it"
+            f"{config.output} holds a run ({found.name}) and --checkpoint.resume is never: choose another "
+            "--output, or delete it"
         )
     saved, now = _flat(tomllib.loads((found / "config.toml").read_text())), _flat(tomllib.loads(dump(config)))
     for key in FIXED:
         old, new = ({k: v for k, v in values.items() if k == key or k.startswith(f"{key}.")} for values in (saved, now))
         if old != new:
             raise ValueError(
-                f"{found} was made with {old or f'no {key}'}, this command says {new or f'no {key}'}: that would train on other samples or "
+                f"{found} was made with {old or f'no {key}'}, this command says {new or f'no {key}'}: that would "
+                "train on other samples or "
                 f"another model. Give the old value to continue, or a new --output to start a run of its own"
             )
     return found
@@ -56,17 +58,20 @@ def check_features(dataset: FeatureDataset, config: Config) -> None:
     channels, text = item["latents"].shape[0], item["text"][0].shape[-1]
     if channels != shape.out_channels or text != shape.text_dim:
         raise ValueError(
-            f"{config.data.features} holds latents of {channels} channels and text of width {text}; {config.model} takes {shape.out_channels} and "
+            f"{config.data.features} holds latents of {channels} channels and text of width {text}; "
+            f"{config.model} takes {shape.out_channels} and "
             f"{shape.text_dim}: extract again with the encoders of this model"
         )
     if shape.in_channels != shape.out_channels:
         raise ValueError(
-            f"{config.model} takes {shape.in_channels} channels, {shape.in_channels - shape.out_channels} of them conditions, "
+            f"{config.model} takes {shape.in_channels} channels, {shape.in_channels - shape.out_channels} of them "
+            "conditions, "
             "and these features hold none: only text-to-video models can be trained so far"
         )
     if config.data.text_dropout and dataset.empty_text is None:
         raise ValueError(
-            f"--data.text_dropout {config.data.text_dropout} needs the encoding of the empty prompt, which {config.data.features} does not hold"
+            f"--data.text_dropout {config.data.text_dropout} needs the encoding of the empty prompt, which "
+            f"{config.data.features} does not hold"
         )
 
 
@@ -80,7 +85,8 @@ def check_dataset(progress: dict[str, Any], dataset: FeatureDataset, config: Con
     """Raise ValueError if the samples are no longer those that the checkpoint was trained on."""
     if progress.get("dataset", (now := dataset_fingerprint(dataset))) != now:
         raise ValueError(
-            f"the samples in {config.data.features} have changed since this run was saved, so its position in them means nothing. "
+            f"the samples in {config.data.features} have changed since this run was saved, so its position in "
+            "them means nothing. "
             f"Start a new run from its weights: --output another/ --weights {config.output}/weights "
             f"(`python -m mm_train.export` writes them from a checkpoint)"
         )
@@ -136,7 +142,8 @@ def check_space(model: nn.Module, ema: EMA | None, config: Config, leader: bool)
     free = shutil.disk_usage(config.output).free
     if needed > free:
         raise ValueError(
-            f"a checkpoint needs {needed / 2**30:.1f} GiB and {config.output} has {free / 2**30:.1f} GiB free: free some, or choose another --output"
+            f"a checkpoint needs {needed / 2**30:.1f} GiB and {config.output} has {free / 2**30:.1f} GiB free: "
+            "free some, or choose another --output"
         )
 
 
@@ -156,7 +163,8 @@ def summary(
         f"model      {config.model}: {everything:,} parameters, {trained:,} trained, matrices in {config.dtype}\n"
         f"weights    {found or config.weights}{' (continuing)' if found else ''}\n"
         f"data       {len(dataset):,} samples in {len(set(dataset.shapes))} shapes from {config.data.features}\n"
-        f"step       {config.data.global_batch} samples = {ranks} ranks x {micro_batches} micro-batches x {config.data.micro_batch}"
+        f"step       {config.data.global_batch} samples = {ranks} ranks x {micro_batches} micro-batches x "
+        f"{config.data.micro_batch}"
     )
 
 

@@ -26,7 +26,8 @@ class Speed:
         samples = sum(len(m.ids) for m in micro) * self.world
         operations = 3 * flops(self.config, tokens) * samples / seconds
         row = {"tokens_per_second": tokens * samples / seconds, "tflops": operations / 1e12}
-        text = f"{seconds:.3f} s/step (data {data_seconds:.3f}) | {row['tokens_per_second']:,.0f} tok/s | {row['tflops']:.3g} TFLOP/s"
+        pace = f"{seconds:.3f} s/step (data {data_seconds:.3f}) | {row['tokens_per_second']:,.0f} tok/s"
+        text = f"{pace} | {row['tflops']:.3g} TFLOP/s"
         if self.peak:
             row["mfu"] = operations / (self.peak * self.world)
             text += f" (MFU {100 * row['mfu']:.1f} %)"
