@@ -10,7 +10,7 @@ import pytest
 from mm_data import probe, read_video, write_video
 
 sys.path.insert(0, str(Path(__file__).parent))
-from clips import barcode, read_barcode, write_clip
+from barcode_clips import barcode, read_barcode, write_clip
 
 KINDS = {
     "h264": {"codec": "libx264"},

@@ -218,7 +218,8 @@ class FeatureCache:
     def finish(self, plan: Plan | None = None) -> int:
         """Publish `dataset.jsonl`: the samples of `plan` that are in the store; without a plan, all entries, by id.
 
-        Returns how many. Call it once, when no other process is writing any more: it also removes what killed writers left behind.
+        Returns how many. Call it once, when no other process is writing any more: it also removes what killed writers
+        left behind.
         """
         self.flush()
         self.refresh()

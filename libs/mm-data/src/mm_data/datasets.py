@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from mm_data import random
 from mm_data.files import file_stamp, fingerprint
-from mm_data.geometry import Geometry, choose_frames, crop_box, output_size, resample
+from mm_data.geometry import Geometry, choose_frames, clip_rate, crop_box, output_size, resample
 from mm_data.manifest import Sample
 from mm_data.transforms import crop_resize, to_model_range
 from mm_data.video import probe, read_video
@@ -86,12 +86,11 @@ class VideoDataset(Dataset):
             lambda n: random.integer(n, self.seed, 0, name, "window"),
         )
         clip = read_video(info, chosen, backend=self.backend, each=lambda frame: crop_resize(frame, box, size))
-        seconds = float(clip.timestamps[-1] - clip.timestamps[0])
         return Clip(
             id=sample.id,
             video=to_model_range(clip.frames),
             captions=sample.captions,
-            fps=(len(chosen) - 1) / seconds if seconds else info.fps,
+            fps=clip_rate(shown, self.geometry.fps) or info.fps,
             meta={
                 "id": sample.id,
                 "captions": list(sample.captions),

@@ -128,20 +128,29 @@ def crop_box(
     return (height - cut) // 2, 0, cut, width
 
 
-def resample(timestamps: np.ndarray, fps: float | None) -> np.ndarray:
-    """Indices of the frames that are on screen at 0, 1/fps, 2/fps, ... when frames appear at `timestamps` (s).
+def clip_rate(timestamps: np.ndarray, fps: float | None) -> float | None:
+    """Frames per second to take from frames that appear at `timestamps` (s): `fps`, or the video's own rate if less.
 
-    MindSpeed-MM steps through indices by fps/train_fps: that plays a video of variable rate at a wrong speed, and
-    repeats frames of one that is slower than train_fps. Here the time stamps decide, and a slow video keeps its frames
-    and rate.
+    MindSpeed-MM repeats frames of a video that is slower than train_fps; here it keeps its frames and its rate.
     """
     if fps is None or len(timestamps) < 2:
+        return None
+    return min(fps, 1 / float(np.median(np.diff(timestamps))))
+
+
+def resample(timestamps: np.ndarray, fps: float | None) -> np.ndarray:
+    """Indices of the frames on screen at 0, 1/rate, 2/rate, ... when frames appear at `timestamps` (s).
+
+    MindSpeed-MM steps through the indices by fps/train_fps, which plays a video of variable rate at a wrong speed; here
+    the time stamps decide, and a picture that stands still for long is taken as often as it is shown.
+    """
+    rate = clip_rate(timestamps, fps)
+    if rate is None:
         return np.arange(len(timestamps))
-    step = float(np.median(np.diff(timestamps)))
-    ticks = np.arange(int((timestamps[-1] + step) * fps + 1e-6)) / fps
-    # Half a millisecond of grace: containers round time stamps, often to milliseconds.
-    shown = np.searchsorted(timestamps, ticks + 5e-4, side="right") - 1
-    return np.unique(shown)
+    rounding = 1e-3  # containers round time stamps, often to milliseconds
+    lasts = timestamps[-1] + np.median(np.diff(timestamps))
+    ticks = np.arange(np.ceil((lasts - 1.5 * rounding) * rate)) / rate
+    return np.searchsorted(timestamps, ticks + rounding, side="right") - 1
 
 
 def clip_length(available: int, geometry: Geometry) -> int:

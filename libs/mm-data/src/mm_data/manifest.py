@@ -142,8 +142,8 @@ def _bad_line(path: Path, text: str) -> str:
 
 
 def _sample(record: Any, folder: Path, where: str, count: Counter[str]) -> Sample:
-    def get(name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        value = record.get(name)
+    def get(name: str, kind: type | tuple[type, ...], default: Any = None, of: dict | None = None) -> Any:
+        value = (record if of is None else of).get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             raise ValueError(f"{where}: {name} is {value!r}")
         return default if value is None else value
@@ -173,7 +173,7 @@ def _sample(record: Any, folder: Path, where: str, count: Counter[str]) -> Sampl
         captions=tuple(caption for caption in captions if caption.strip()),
         num_frames=frames,
         fps=fps,
-        height=resolution.get("height"),
-        width=resolution.get("width"),
+        height=get("height", int, of=resolution),
+        width=get("width", int, of=resolution),
         cut=tuple(cut) if cut else None,
     )

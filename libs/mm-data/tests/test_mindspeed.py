@@ -1,0 +1,69 @@
+"""Folders written by MindSpeed-MM's extraction, rebuilt from the description of their format."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from mm_data import FeatureDataset, build_loader
+
+
+def text(length, leading):
+    mask = torch.zeros(*leading, 512, dtype=torch.int64)
+    mask[..., :length] = 1
+    return torch.arange(512.0).repeat(4, 1).T.expand(*leading, 512, 4).clone().bfloat16(), mask
+
+
+def write(path, generation, count=4):
+    (path / "features").mkdir(parents=True)
+    lines = []
+    for i in range(count):
+        latents = torch.full((16, 3, 4, 6), float(i)).bfloat16()
+        prompt, mask = text(5 + i, (1,) if i % 2 else ())
+        extras = {"i2v_clip_feature": torch.zeros(257, 8), "i2v_vae_feature": torch.zeros(20, 3, 4, 6)}
+        name = f"features/video{i}_mp4.pt"
+        if generation == 1:
+            torch.save({"latents": latents, "prompt": prompt, "prompt_mask": mask, **extras}, path / name)
+            lines.append({"path": name, "cap": "x"})
+        else:
+            torch.save({"video": latents, "prompt_ids": prompt, "prompt_mask": mask, **extras}, path / name)
+            lines.append({"path": f"videos/video{i}.mp4", "file": name, "cap": "x"})
+    (path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+def test_both_generations(tmp_path, generation):
+    write(tmp_path / "out", generation)
+    dataset = FeatureDataset(tmp_path / "out")
+    assert dataset.shapes == [(16, 3, 4, 6)] * 4
+    assert dataset[2]["latents"].mean() == 2
+    assert [dataset[i]["text"][0].shape for i in range(4)] == [(5 + i, 4) for i in range(4)]
+    assert set(dataset[0]["extras"]) == {"i2v_clip_feature", "i2v_vae_feature"}
+    assert dataset.empty_text is None
+    (step,) = itertools.islice(build_loader(dataset, global_batch=4, micro_batch=4), 1)
+    assert step.micro[0].text.shape == (4, 8, 4)
+    assert step.micro[0].extras["i2v_vae_feature"].shape == (4, 20, 3, 4, 6)
+
+
+def test_accidents_of_the_writer_are_told(tmp_path):
+    write(tmp_path, 1)
+    (tmp_path / "features" / "video3_mp4.pt").unlink()
+    lines = (tmp_path / "data.jsonl").read_text()
+    (tmp_path / "data.jsonl").write_text(lines + lines.splitlines()[0] + "\n")
+    with pytest.warns(UserWarning, match="files") as told:
+        dataset = FeatureDataset(tmp_path)
+    assert len(dataset) == 3
+    assert "5 samples share 4 files" in str(told[0].message)
+    assert "1 listed files were never written, e.g. features/video3_mp4.pt" in str(told[1].message)
+
+
+def test_damage_is_named(tmp_path):
+    write(tmp_path, 2)
+    file = tmp_path / "features" / "video1_mp4.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"video1_mp4\.pt is damaged"):
+        FeatureDataset(tmp_path)
+    torch.save({"something": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="expected one of"):
+        FeatureDataset(tmp_path)
