@@ -42,7 +42,10 @@ def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: 
         position = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    path.write_bytes(len(raw).to_bytes(8, "little") + raw + os.urandom(position))
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        while left := position + 8 + len(raw) - file.tell():
+            file.write(os.urandom(min(left, 2**20)))
 
 
 def write_checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]], files: int = 1, dtype: str = "F32") -> Path:
