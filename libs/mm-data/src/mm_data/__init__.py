@@ -2,7 +2,9 @@
 
 from mm_data.__about__ import __version__ as __version__
 from mm_data.cache import FeatureCache as FeatureCache
+from mm_data.cache import Plan as Plan
 from mm_data.cache import content_key as content_key
+from mm_data.datasets import Clip as Clip
 from mm_data.datasets import Failure as Failure
 from mm_data.datasets import VideoDataset as VideoDataset
 from mm_data.features import FeatureDataset as FeatureDataset
