@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
 
 from mm_convert import save_checkpoint
 from mm_convert.arguments import parse
@@ -38,23 +40,39 @@ class ExportConfig:
     overwrite: bool = False
 
 
+class _Reader(dcp.FileSystemReader):
+    """Reads the metadata once: with many ranks it is large, and DCP asks for it with every tensor."""
+
+    @cached_property
+    def metadata(self) -> Metadata:
+        return super().read_metadata()
+
+    def read_metadata(self) -> Metadata:
+        return self.metadata
+
+
 class Saved(Mapping[str, Tensor]):
     """The tensors of one part (`model` or `ema`) of a DCP checkpoint, read when asked for."""
 
     def __init__(self, checkpoint: Path, part: str):
-        self.checkpoint, self.part = checkpoint, part
+        self.part = part
         prefix = f"{part}."
-        entries = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        self.reader = _Reader(checkpoint)
+        entries = self.reader.read_metadata().state_dict_metadata
         self.entries = {name.removeprefix(prefix): e for name, e in entries.items() if name.startswith(prefix)}
         if not self.entries:
             raise ValueError(
                 f"{checkpoint} holds no {part}" + (" (the run kept no --optim.ema)" if part == "ema" else "")
             )
 
-    def __getitem__(self, name: str) -> Tensor:
+    def meta(self, name: str) -> Tensor:
+        """Shape and dtype without the data."""
         entry = self.entries[name]
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        dcp.load({self.part: {name: tensor}}, checkpoint_id=self.checkpoint, no_dist=True)
+        return torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = torch.empty_like(self.meta(name), device="cpu")
+        dcp.load({self.part: {name: tensor}}, storage_reader=self.reader, no_dist=True)
         return tensor
 
     def __iter__(self) -> Iterator[str]:

@@ -21,7 +21,9 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from mm_convert.arguments import parse
-from mm_data import Clip, Failure, FeatureCache, Geometry, Plan, VideoDataset, read_manifest
+from mm_data import Failure, FeatureCache, Geometry, VideoDataset, read_manifest
+from mm_data.cache import Plan
+from mm_data.datasets import Clip
 from mm_models import preset, presets
 from mm_models.encoders import TextEncoder, VideoVAE
 from mm_parallel.device import device as accelerator

@@ -38,7 +38,8 @@ def save_checkpoint(
     """Save tensors under our names as a checkpoint folder, moving one tensor at a time to the CPU.
 
     Args:
-        tensors: our names to tensors, on any device; a lazy mapping is asked again for each when it is written.
+        tensors: our names to tensors, on any device. A lazy mapping is asked twice for each, for its shape and to write
+            it; one that has a method `meta(name)`, which gives a tensor on the meta device, only to write it.
         config: the model's configuration, a dataclass or a mapping, for example a `WanConfig`.
         to: "mm", "original" or "diffusers".
 
@@ -93,7 +94,7 @@ def write(path: Path, files: Files, config: Mapping[str, Any] | bytes, overwrite
 
 
 def _item(tensors: Mapping[str, torch.Tensor], name: str) -> Item:
-    tensor = tensors[name]
+    tensor = tensors.meta(name) if hasattr(tensors, "meta") else tensors[name]
     dtype = _DTYPES.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
         raise ValueError(f"{name} is {tensor.dtype}, which safetensors cannot hold")

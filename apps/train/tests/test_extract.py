@@ -1,0 +1,148 @@
+"""Extraction: what is written, what is skipped, what a second run does, and that ranks share the work."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from mm_data import FeatureDataset
+from mm_models.encoders import TextEncoder, VideoVAE
+from mm_models.testing import write_encoders
+from mm_parallel.testing import spawn
+from mm_train.config import load_config
+from mm_train.extract import Data, ExtractConfig, Geometry, extract
+from mm_train.train import train
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import as_torchrun
+
+
+def write_clip(path: Path, seed: int, frames: int = 9, size: tuple[int, int] = (32, 48)) -> None:
+    random = np.random.default_rng(seed)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=8, options={"threads": "1"})
+        stream.height, stream.width = size
+        stream.pix_fmt = "yuv420p"
+        for _ in range(frames):
+            image = np.full((*size, 3), random.integers(0, 255, 3), dtype=np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        file.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    return write_encoders(tmp_path_factory.mktemp("encoders"), text_dim=64)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    """Five clips in two folders, two with the same file name; one file is no video."""
+    root = tmp_path_factory.mktemp("clips")
+    entries = []
+    for number, (folder, caption) in enumerate([("a", "one"), ("b", "two"), ("a", ["three", "drei"]), ("a", "four")]):
+        name = "0.mp4" if number < 2 else f"{number}.mp4"
+        (root / folder).mkdir(exist_ok=True)
+        write_clip(root / folder / name, seed=number, frames=13 if number == 3 else 9)
+        entries.append({"path": f"{folder}/{name}", "cap": caption})
+    (root / "a/broken.mp4").write_bytes(b"not a video at all")
+    entries.insert(2, {"path": "a/broken.mp4", "cap": "never seen"})
+    (root / "data.json").write_text(json.dumps(entries))
+    (root / "data.txt").write_text(f"{root},{root / 'data.json'}\n")
+    return root / "data.txt"
+
+
+def config(encoders: Path, manifest: Path, output: Path, **more) -> ExtractConfig:
+    geometry = Geometry(num_frames=9, max_height=32, max_width=48)
+    settings = {"model": "wan-tiny", "encoders": encoders, "output": output, "geometry": geometry}
+    return ExtractConfig(**settings | {"data": Data(manifest, workers=0)} | more)
+
+
+def everything(path: Path) -> dict[str, torch.Tensor]:
+    data = FeatureDataset(path)
+    found = {"": data.empty_text}
+    for i in range(len(data)):
+        item = data[i]
+        found |= {f"{item['id']} latents": item["latents"]}
+        found |= {f"{item['id']} text {k}": text for k, text in enumerate(item["text"])}
+    return found
+
+
+def ranks_extract(rank: int, world: int, settings: ExtractConfig) -> None:
+    as_torchrun(rank, world)
+    extract(settings)
+
+
+def test_features_are_the_encoders_answers(encoders, manifest, tmp_path, capsys):
+    assert extract(config(encoders, manifest, tmp_path / "f", dtype="float32")) == 1
+    said = capsys.readouterr().err
+    assert "a/broken.mp4" in said
+    assert "4 of 5 samples" in said
+    failures = [json.loads(line) for line in (tmp_path / "f/failures.jsonl").read_text().splitlines()]
+    assert [f["id"] for f in failures] == ["a/broken.mp4"]
+
+    data = FeatureDataset(tmp_path / "f")
+    assert data.ids == ["a/0.mp4", "b/0.mp4", "a/2.mp4", "a/3.mp4"]
+    text = TextEncoder(encoders, dtype=torch.float32)
+    assert torch.equal(data[1]["text"][0], text.encode(["two"])[0])
+    assert torch.equal(data[2]["text"][1], text.encode(["drei"])[0])
+    assert torch.equal(data.empty_text, text.encode([""])[0])
+
+    from mm_data import VideoDataset, read_manifest
+
+    clip = VideoDataset(read_manifest(manifest)[:1], Geometry(num_frames=9, max_height=32, max_width=48))[0]
+    assert torch.equal(data[0]["latents"], VideoVAE(encoders).encode(clip["video"][None])[0])
+    assert not torch.equal(data[0]["latents"], data[1]["latents"])  # same file name, other folder
+
+
+def test_a_second_run_encodes_nothing_and_another_geometry_everything(encoders, manifest, tmp_path, capsys):
+    extract(config(encoders, manifest, tmp_path / "f"))
+    first = everything(tmp_path / "f")
+    capsys.readouterr()
+    extract(config(encoders, manifest, tmp_path / "f"))
+    assert "4 in the store" in capsys.readouterr().err
+    assert {k: v.tolist() for k, v in everything(tmp_path / "f").items()} == {k: v.tolist() for k, v in first.items()}
+    other = Geometry(num_frames=5, max_height=32, max_width=48)
+    extract(config(encoders, manifest, tmp_path / "f", geometry=other))
+    assert "stale" in capsys.readouterr().err
+    assert {tuple(s) for s in FeatureDataset(tmp_path / "f").shapes} == {(16, 2, 4, 6)}
+
+
+def test_ranks_and_batches_give_the_same_store(encoders, manifest, tmp_path):
+    extract(config(encoders, manifest, tmp_path / "one", dtype="float32"))
+    spawn(2, ranks_extract, config(encoders, manifest, tmp_path / "two", dtype="float32", batch=2), timeout=120)
+    one, two = everything(tmp_path / "one"), everything(tmp_path / "two")
+    assert list(one) == list(two)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-4)
+
+
+def test_what_was_extracted_trains_and_is_sampled_while_training(encoders, manifest, tmp_path):
+    extract(config(encoders, manifest, tmp_path / "f"))
+    argv = ["--model", "wan-tiny", "--weights", "random", "--dtype", "float32", "--steps", "2", "--sample.every", "2"]
+    argv += ["--data.features", str(tmp_path / "f"), "--output", str(tmp_path / "run"), "--data.global_batch", "2"]
+    argv += ["--sample.prompts", '["one", "two"]', "--sample.encoders", str(encoders), "--sample.steps", "2"]
+    argv += ["--sample.height", "32", "--sample.width", "48", "--sample.frames", "5", "--optim.ema", "0.9"]
+    train(load_config(argv))
+    videos = sorted((tmp_path / "run/samples/step-00000002").glob("*.mp4"))
+    assert [v.name for v in videos] == ["000.mp4", "001.mp4"]
+    with av.open(str(videos[0])) as file:
+        assert sum(1 for _ in file.decode(video=0)) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "wan-small"}, "wan-tiny"),
+        ({"encoders": Path("nowhere")}, "nowhere"),
+        ({"batch": 0}, "at least 1"),
+        ({"model": "wan2.1-t2v-1.3b"}, "4096"),
+    ],
+)
+def test_what_cannot_work_is_said(encoders, manifest, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        extract(replace(config(encoders, manifest, tmp_path / "f"), **change))
