@@ -40,6 +40,18 @@ def test_every_frame_is_the_one_asked_for(tmp_path, kind, backend):
         np.testing.assert_allclose(clip.timestamps, np.asarray(wanted) / 24, atol=1e-3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_a_container_that_marks_no_key_frames(tmp_path, codec, backend):
+    path = write_clip(tmp_path / "a.mp4", 40, codec=codec)
+    data = path.read_bytes()
+    assert data.count(b"stss") == 1
+    path.write_bytes(data.replace(b"stss", b"free"))  # now every frame counts as a key frame
+    for indices in ([17], [39, 3], [5, 14, 23, 32]):
+        clip = read_video(path, indices, backend=backend)
+        assert [read_barcode(frame) for frame in clip.frames] == indices
+
+
 def test_variable_rate_keeps_its_time_stamps(tmp_path):
     times = [0.0, 0.1, 0.15, 0.5, 0.52, 0.9, 1.4, 1.45, 1.5, 2.0]
     path = write_clip(tmp_path / "vfr.mp4", 10, times=times)

@@ -54,10 +54,10 @@ def read_video(
     decoded = video_pyav.frames(info, order) if backend == "pyav" else video_decord.frames(info, order)
     frames: dict[int, np.ndarray] = {}
     for index, picture in decoded:
-        if picture.shape[:2] != (info.height, info.width):
+        if picture.shape != (info.height, info.width, 3):
             raise ValueError(
-                f"{info.path}: frame {index} is {picture.shape[0]} x {picture.shape[1]}, the first is {info.height} x "
-                f"{info.width}: cut the file where its size changes"
+                f"{info.path}: {backend} gives frame {index} as {picture.shape}, the first is "
+                f"{(info.height, info.width, 3)}: cut the file where its size changes"
             )
         frames[index] = each(picture) if each else picture
     missing = [index for index in order if index not in frames]
