@@ -24,6 +24,7 @@ from mm_convert import save_checkpoint
 from mm_convert.arguments import parse
 from mm_models import build
 from mm_models.lora import LoRAConfig, write_lora
+from mm_train.checkpoint import latest
 from mm_train.config import Config
 
 
@@ -32,7 +33,7 @@ class ExportConfig:
     """Write the weights of a training checkpoint in our own layout; those of a LoRA run as an adapter."""
 
     checkpoint: Path = field(metadata={"positional": True})
-    """Directory run/checkpoints/step-…"""
+    """Directory run/checkpoints/step-…, or run/checkpoints for the newest."""
     output: Path
     """Directory to write."""
     ema: bool = False
@@ -84,6 +85,7 @@ class Saved(Mapping[str, Tensor]):
 
 def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = False) -> Path:
     """Write the weights of `checkpoint` to the directory `output` and return it."""
+    checkpoint = latest(checkpoint) or checkpoint
     if not (checkpoint / "progress.json").is_file():
         raise ValueError(f"{checkpoint} is not a complete training checkpoint: it has no progress.json")
     settings: dict[str, Any] = tomllib.loads((checkpoint / "config.toml").read_text())
