@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 
 from mm_convert.arguments import parse
-
 from mm_infer.config import Config
 
 

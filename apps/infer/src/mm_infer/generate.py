@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from mm_parallel.device import init_distributed
+import transformers
 from tqdm import tqdm
 
 from mm_infer.__about__ import __version__
 from mm_infer.config import Config, Options
 from mm_infer.media import write_video
 from mm_infer.sample import Sampler, load
+from mm_parallel.device import init_distributed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,8 @@ def run(job: Job) -> None:
     if not job.prompts:
         return _say(f"rank {job.rank} has nothing to do: there are fewer prompts than ranks")
 
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     start = time.perf_counter()
     negative = [job.options.negative_prompt] if job.options.guidance > 1 else []
     say(f"text: encoding {len(set(job.prompts.values()))} prompt(s)")

@@ -7,7 +7,9 @@ from pathlib import Path
 import av
 import numpy as np
 
-CRF = 17  # x264's constant quality; 17 is hard to tell from the frames themselves
+# Constant quality, hard to tell from the frames themselves. Without mbtree, because with it x264 (in PyAV 18.1) writes
+# another file each time it is given the same frames, and the same prompt should give the same file.
+X264 = {"crf": "17", "mbtree": "0"}
 
 
 def write_video(path: Path | str, frames: np.ndarray, fps: int, made_with: dict | None = None) -> None:
@@ -40,7 +42,7 @@ def _encode(path: Path, frames: np.ndarray, fps: int, comment: str | None) -> No
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         if comment is not None:
             container.metadata["comment"] = comment
-        stream = container.add_stream("libx264", rate=fps, options={"crf": str(CRF)})
+        stream = container.add_stream("libx264", rate=fps, options=X264)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         # The conversion to YUV below is that of BT.601, also for large frames, so say so: players guess BT.709 there.
         stream.codec_context.colorspace = stream.codec_context.color_primaries = stream.codec_context.color_trc = 6

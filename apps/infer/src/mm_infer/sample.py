@@ -9,14 +9,14 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from mm_models.diffusion.sampling import denoise, noise
-from mm_models.encoders import TextEncoder, VideoVAE
-from mm_parallel.device import bf16_ok, synchronize
-from mm_parallel.device import device as accelerator
 from torch import Tensor
 
 from mm_infer.config import Options
 from mm_infer.weights import Transformer, find_encoders, must_exist
+from mm_models.diffusion.sampling import denoise, noise
+from mm_models.encoders import TextEncoder, VideoVAE
+from mm_parallel.device import bf16_ok, synchronize
+from mm_parallel.device import device as accelerator
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
+
 from mm_convert import open_checkpoint
 from mm_models import preset
 from mm_models.layers import cast_weights
@@ -60,7 +61,9 @@ class Transformer:
 
 def _config(path: Path, read: dict, model: str | None) -> WanConfig:
     """What the files say, or the preset if they do not contradict it."""
-    read = {k: tuple(v) if isinstance(v, list) else v for k, v in read.items() if k in {f.name for f in fields(WanConfig)}}
+    read = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in read.items() if k in {f.name for f in fields(WanConfig)}
+    }
     if model is None:
         if "num_heads" not in read:
             raise ValueError(f"{path}: the tensors do not say the number of heads: name the preset (model)")

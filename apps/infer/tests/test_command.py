@@ -1,0 +1,172 @@
+"""The command as it is typed: what it writes, what it says, and how it refuses."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mm_infer
+from mm_infer.__main__ import main
+from mm_infer.config import NEGATIVE_PROMPT
+from mm_infer.media import made_with
+
+SMALL = ["--height", "32", "--width", "48", "--frames", "9", "--steps", "2"]
+PROMPTS = ["a cat", "a dog", "a much longer prompt about a fox"]
+
+
+@pytest.fixture
+def asked(pipeline, tmp_path) -> list[str]:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeff" + "\n\n".join(PROMPTS) + "\n", encoding="utf-8")
+    return ["--weights", str(pipeline), "--prompt_file", str(file), *SMALL]
+
+
+def test_the_videos_of_one_process(asked, pipeline, tmp_path, capsys):
+    main([*asked, "--output", str(tmp_path / "out"), "--fps", "8"])
+    assert len({file.read_bytes() for file in (tmp_path / "out").iterdir()}) == len(PROMPTS)
+    for i, prompt in enumerate(PROMPTS):
+        with av.open(str(tmp_path / "out" / f"video_{i}.mp4")) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            assert container.streams.video[0].average_rate == 8
+        assert len(frames) == 9
+        assert frames[0].shape == (32, 48, 3)
+        expected = {
+            "prompt": prompt,
+            "negative_prompt": NEGATIVE_PROMPT,
+            "height": 32,
+            "width": 48,
+            "frames": 9,
+            "steps": 2,
+            "guidance": 5.0,
+            "flow_shift": 3.0,
+            "sampler": "unipc",
+            "grid": "guides",
+            "seed": 0,
+            "fps": 8,
+            "weights": str(pipeline),
+            "dtype": "float32",
+            "mm_infer": mm_infer.__version__,
+        }
+        assert expected.items() <= made_with(tmp_path / "out" / f"video_{i}.mp4").items()
+    said = capsys.readouterr().out
+    assert "out/video_2.mp4" in said
+    assert "video_0.mp4 (1/3): step 2 of 2" in said
+    assert "denoise" in said.splitlines()[-1]
+
+
+def test_from_a_shell_neither_ranks_nor_order_change_a_video(asked, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, "-m", "mm_infer", *asked, "--output", "two"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # two threads add up in another order
+    done = subprocess.run(command, cwd=tmp_path, env=one_thread, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 video(s)" in done.stdout
+    assert "1 video(s)" in done.stdout
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        (tmp_path / "reversed.txt").write_text("\n".join(reversed(PROMPTS)))
+        main([*asked, "--prompt_file", str(tmp_path / "reversed.txt"), "--output", str(tmp_path / "one")])
+    finally:
+        torch.set_num_threads(threads)
+    for i, prompt in enumerate(PROMPTS):
+        video = tmp_path / "two" / f"video_{i}.mp4"
+        assert made_with(video)["prompt"] == prompt
+        assert video.read_bytes() == (tmp_path / "one" / f"video_{2 - i}.mp4").read_bytes()
+
+
+def test_videos_are_not_replaced_unasked(asked, pipeline, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "video_1.mp4").write_text("precious")
+    refused([*asked, "--output", str(tmp_path / "out")], capsys, "video_1.mp4 is already there", "--overwrite true")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["video_1.mp4"]
+    main([*asked, "--output", str(tmp_path / "out"), "--overwrite", "true"])
+    assert made_with(tmp_path / "out" / "video_1.mp4")["prompt"] == PROMPTS[1]
+
+
+def refused(argv: list[str], capsys, *messages: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    for message in messages:
+        assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "messages"),
+    [
+        (["--promt", "x"], ["--promt", "did you mean --prompt?"]),
+        (["--frames", "80"], ["frames 80", "77 or 81"]),
+        (["--height", "100"], ["height 100", "96 or 112"]),
+        (["--steps", "0"], ["at least one step"]),
+        (["--guidance", "0.5"], ["guidance 0.5"]),
+        (["--sampler", "dpm"], ["unipc", "euler"]),
+        (["--seed", "-1"], ["seed -1"]),
+        (["--prompt", "x"], ["either --prompt or --prompt_file"]),
+        (["--prompt_file", "nowhere.txt"], ["nowhere.txt"]),
+        (["--prompt_file", "/dev/null"], ["holds no prompts"]),
+        (["--weights", "nowhere"], ["nowhere does not exist"]),
+        (["--encoders", "nowhere"], ["nowhere does not exist"]),
+        (["--lora", "nowhere"], ["nowhere does not exist"]),
+        (["--model", "wan2.1-t2v-1.3b"], ["is no wan2.1-t2v-1.3b", "dim 40 instead of 1536"]),
+        (["--model", "wan2.1-t2v-1.4b"], ["there is no preset", "wan2.1-t2v-1.3b"]),
+        (["--output", "/dev/null/out"], ["/dev/null/out"]),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(asked, tmp_path, capsys, flags, messages):
+    refused([*asked, "--output", str(tmp_path / "out"), *flags], capsys, *messages)
+    assert not (tmp_path / "out").exists()
+
+
+def copy_of(pipeline: Path, target: Path) -> Path:
+    return Path(shutil.copytree(pipeline, target))
+
+
+def test_a_near_miss_in_a_path_is_recognised(asked, pipeline, tmp_path, capsys):
+    asked[1] = str(pipeline.with_name("tinny"))
+    refused([*asked, "--output", str(tmp_path / "out")], capsys, f"did you mean {pipeline}?")
+
+
+def test_parts_that_are_missing_are_named(asked, pipeline, tmp_path, capsys):
+    asked += ["--output", str(tmp_path / "out")]
+    weights = copy_of(pipeline, tmp_path / "W")
+    shutil.rmtree(weights / "vae")
+    refused([*asked, "--weights", str(weights)], capsys, "W has no vae/")
+    refused([*asked, "--weights", str(weights / "transformer")], capsys, "transformer alone", "encoders")
+
+
+@pytest.mark.parametrize("fault", ["missing", "extra", "misshapen"])
+def test_weights_that_do_not_fit_are_refused(asked, pipeline, tmp_path, capsys, fault):
+    weights = copy_of(pipeline, tmp_path / "W")
+    file = weights / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors, name = load_file(file), "blocks.1.ffn.net.2.weight"
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "extra":
+        tensors["blocks.1.ffn.net.3.weight"] = torch.zeros(1)
+    else:
+        tensors[name] = torch.zeros(40, 40)
+    save_file(tensors, file)
+    named = "blocks.1.ffn.net.3.weight" if fault == "extra" else name
+    refused([*asked, "--weights", str(weights), "--output", str(tmp_path / "out")], capsys, named)
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys, mm_infer.__main__ as m\n"
+        "try: m.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--flow_shift" in done.stdout
