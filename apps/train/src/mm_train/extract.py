@@ -21,9 +21,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from mm_convert.arguments import parse
-from mm_data import Failure, FeatureCache, Geometry, VideoDataset, read_manifest
-from mm_data.cache import Plan
-from mm_data.datasets import Clip
+from mm_data import Clip, Failure, FeatureCache, Geometry, Sample, VideoDataset, read_manifest, select
 from mm_models import preset, presets
 from mm_models.encoders import TextEncoder, VideoVAE
 from mm_parallel.device import device as accelerator
@@ -76,17 +74,18 @@ def extract(config: ExtractConfig) -> int:
     rank, world, _ = init_distributed()
     device = accelerator()
     samples = read_manifest(config.data.manifest)
+    selection = select(samples, config.geometry)
     text = TextEncoder(config.encoders, device=device, dtype=getattr(torch, config.dtype))
     vae = VideoVAE(config.encoders, device=device, tiling=config.tiling)
     encoder = f"{vae.identity} {text.identity}"
     _check_fit(config, text, vae)
 
     with FeatureCache(config.output) as cache:
-        plan = _shared(lambda: cache.plan(samples, config.geometry, encoder, config.seed))
+        plan = cache.plan(_identified(selection.kept, cache, rank, world), config.geometry, encoder, config.seed)
         if rank == 0:
-            print(f"{config.data.manifest}: {plan}", file=sys.stderr, flush=True)
-            for sample, reason in plan.failed:
-                cache.fail(sample.id, reason)
+            print(f"{config.data.manifest}: {selection}\n{config.output}: {plan}", file=sys.stderr, flush=True)
+            for sample, reason in [*selection.dropped, *plan.failed]:
+                cache.fail(sample.id, str(reason))
             if not cache.has_empty_text(encoder):
                 cache.put_empty_text(text.encode([""])[0], encoder)
         dataset = VideoDataset(plan.todo, config.geometry, config.seed, on_error="return")
@@ -141,13 +140,19 @@ def _fail(cache: FeatureCache, progress: Progress, failure: Failure) -> None:
     progress.advance(1)
 
 
-def _shared(make) -> Plan:
-    """What the first rank makes, on every rank: files are looked at once, and all see the same."""
-    if not dist.is_initialized():
-        return make()
-    answer = [make() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(answer)
-    return answer[0]
+def _identified(samples: list[Sample], cache: FeatureCache, rank: int, world: int) -> list[Sample]:
+    """The samples with the hashes of their files; every rank reads its share of them."""
+    bar = tqdm(total=len(samples), unit="file", desc="hashing", disable=rank != 0 or not sys.stderr.isatty())
+    own = []
+    for sample in cache.identify(samples[rank::world]):
+        own.append(sample)
+        bar.update(world)
+    bar.close()
+    if world == 1:
+        return own
+    shares: list[list[Sample]] = [[] for _ in range(world)]
+    dist.all_gather_object(shares, own)
+    return [shares[i % world][i // world] for i in range(len(samples))]
 
 
 def _check_fit(config: ExtractConfig, text: TextEncoder, vae: VideoVAE) -> None:

@@ -15,7 +15,8 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -189,9 +190,9 @@ class FeatureCache:
             found.update({record["id"]: record["reason"] for record in map(json.loads, lines)})
         return found
 
-    def plan(self, samples: Iterable[Sample], geometry: Geometry, encoder: str, seed: int = 0) -> Plan:
-        """Compare what `samples` ask for with what is in the store. Hashes every video that the store has not yet
-        seen with this size and time stamp, one after the other: `samples` may be wrapped in a progress bar.
+    def identify(self, samples: Iterable[Sample], threads: int = 8) -> Iterator[Sample]:
+        """The samples with `content`, the hash of their file: remembered from the store where path, size and time stamp
+        are the same, else computed, several files at a time. One whose file cannot be read comes back without.
         """
         self.refresh()
         known = {
@@ -199,18 +200,32 @@ class FeatureCache:
             for _, meta in self._entries.values()
             if {"source", "sha256"} <= meta.keys()
         }
-        keys: dict[str, str] = {}
-        done, todo, repeated, failed, asked = [], [], [], [], set()
-        for sample in samples:
+
+        def identified(sample: Sample) -> Sample:
+            if sample.content is not None:
+                return sample
             try:
                 stamp = file_stamp(sample.path)
                 content = Content(stamp, known[stamp]) if stamp in known else fingerprint(sample.path)
-            except OSError as error:
-                failed.append((sample, f"{sample.path}: {error.strerror}"))
-                continue
+            except OSError:
+                return sample
             known[stamp] = content.sha256
-            key = keys[sample.id] = content_key(content.sha256, geometry, encoder, sample.captions, sample.cut, seed)
-            (done if key in self else repeated if key in asked else todo).append(replace(sample, content=content))
+            return replace(sample, content=content)
+
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(identified, samples)
+
+    def plan(self, samples: Iterable[Sample], geometry: Geometry, encoder: str, seed: int = 0) -> Plan:
+        """Compare what `samples` ask for with what is in the store; hashes the files of those not yet identified."""
+        keys: dict[str, str] = {}
+        done, todo, repeated, failed, asked = [], [], [], [], set()
+        for sample in self.identify(samples):
+            if sample.content is None:
+                failed.append((sample, _unreadable(sample.path)))
+                continue
+            key = content_key(sample.content.sha256, geometry, encoder, sample.captions, sample.cut, seed)
+            keys[sample.id] = key
+            (done if key in self else repeated if key in asked else todo).append(sample)
             asked.add(key)
         stale = len(self._entries.keys() - asked - {content_key("", None, encoder)})
         return Plan(encoder, keys, done, todo, repeated, failed, stale)
@@ -260,6 +275,14 @@ class FeatureCache:
             "shard": os.path.relpath(shard, self.path),
             **{k: v for k, v in meta.items() if k in ("shapes", "captions")},
         }
+
+
+def _unreadable(path: Path) -> str:
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return f"{path}: could not be read to its end"
 
 
 def _jsonl(records) -> bytes:
