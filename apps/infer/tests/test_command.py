@@ -9,12 +9,15 @@ from pathlib import Path
 import av
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 import mm_infer
 from mm_infer.__main__ import main
 from mm_infer.config import NEGATIVE_PROMPT
 from mm_infer.media import made_with
+from mm_models import build
+from mm_models.lora import LoRAConfig, add_lora, save_lora
 
 SMALL = ["--height", "32", "--width", "48", "--frames", "9", "--steps", "2"]
 PROMPTS = ["a cat", "a dog", "a much longer prompt about a fox"]
@@ -158,6 +161,21 @@ def test_weights_that_do_not_fit_are_refused(asked, pipeline, tmp_path, capsys, 
     save_file(tensors, file)
     named = "blocks.1.ffn.net.3.weight" if fault == "extra" else name
     refused([*asked, "--weights", str(weights), "--output", str(tmp_path / "out")], capsys, named)
+
+
+def test_weights_that_need_an_image_are_refused(asked, pipeline, tmp_path, capsys):
+    weights = copy_of(pipeline, tmp_path / "W")
+    torch.manual_seed(0)
+    config = WanTransformer3DModel.load_config(pipeline / "transformer") | {"in_channels": 36}
+    WanTransformer3DModel.from_config(config).save_pretrained(weights / "transformer")
+    asked += ["--weights", str(weights), "--output", str(tmp_path / "out")]
+    refused(asked, capsys, "from images (36 input channels)")
+
+
+def test_a_lora_of_another_model_is_refused(asked, tmp_path, capsys):
+    model = add_lora(build("wan-tiny", num_layers=1), LoRAConfig(rank=2))
+    asked += ["--lora", str(save_lora(model, tmp_path / "lora")), "--output", str(tmp_path / "out")]
+    refused(asked, capsys, "lora")
 
 
 def test_help_needs_no_torch():

@@ -6,7 +6,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 
 import mm_infer
-from mm_convert import convert
+from mm_convert import convert, save_checkpoint
+from mm_models.lora import LoRAConfig, add_lora, merge_lora, save_lora
 
 SMALL = {"height": 32, "width": 48, "frames": 9, "steps": 4}
 PROMPT = "A red fox jumps over nine lazy dogs &amp;  sleeps."
@@ -123,6 +124,23 @@ def test_bfloat16_keeps_the_islands_and_stays_close(pipeline, sampler):
     assert dtypes["blocks.0.modulation"] == dtypes["time_embedding.0.weight"] == torch.float32
     assert dtypes["blocks.0.ffn.0.weight"] == torch.bfloat16
     assert 0 < difference(latents, exact) < 0.1
+
+
+def test_lora(pipeline, sampler, tmp_path):
+    model = sampler.transformer.load(torch.device("cpu"), torch.float32)
+    add_lora(model, LoRAConfig(rank=2, alpha=8.0, targets=("q", "ffn.2")))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted = mm_infer.load(pipeline, lora=save_lora(model, tmp_path / "lora"))(PROMPT, **SMALL).latents
+    plain = sampler(PROMPT, **SMALL).latents
+    assert difference(adapted, plain) > 1e-2
+
+    merge_lora(model)
+    save_checkpoint(tmp_path / "merged", model.state_dict(), sampler.transformer.config)
+    merged = mm_infer.load(tmp_path / "merged", encoders=pipeline)(PROMPT, **SMALL).latents
+    assert difference(adapted, merged) < 1e-4
 
 
 def test_a_misspelt_option_is_refused(sampler):

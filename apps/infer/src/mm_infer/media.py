@@ -39,7 +39,7 @@ def write_video(path: Path | str, frames: np.ndarray, fps: int, made_with: dict 
 
 def _encode(path: Path, frames: np.ndarray, fps: int, comment: str | None) -> None:
     _, height, width, _ = frames.shape
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with av.open(f"file:{path}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
         if comment is not None:
             container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=fps, options=X264)
@@ -53,7 +53,7 @@ def _encode(path: Path, frames: np.ndarray, fps: int, comment: str | None) -> No
 
 def made_with(path: Path | str) -> dict:
     """What `write_video` recorded in the file. ValueError when it recorded nothing."""
-    with av.open(str(path)) as container:
+    with av.open(f"file:{path}") as container:
         comment = container.metadata.get("comment")
     if comment is None:
         raise ValueError(f"{path} does not say how it was made: it has no comment")

@@ -48,15 +48,20 @@ class Transformer:
                 f"{path} makes videos from images ({self.config.in_channels} input channels), "
                 "but mm_infer makes them from text only so far: take text-to-video weights"
             )
+        if lora is not None:
+            load_lora(self._empty(torch.float32), lora)  # on the meta device: only a comparison
 
     def load(self, device: torch.device, dtype: torch.dtype) -> WanModel:
         """The model on the device, in `dtype` except its islands, read tensor by tensor."""
-        with torch.device("meta"):
-            model = cast_weights(WanModel(self.config), dtype)
+        model = self._empty(dtype)
         load_parameters(model, self.checkpoint, device)
         if self.lora is not None:
             load_lora(model, self.lora)
         return model.eval().requires_grad_(False)
+
+    def _empty(self, dtype: torch.dtype) -> WanModel:
+        with torch.device("meta"):
+            return cast_weights(WanModel(self.config), dtype)
 
 
 def _config(path: Path, read: dict, model: str | None) -> WanConfig:
