@@ -152,7 +152,7 @@ def asked(source: Path, prompts: Path | None) -> list[tuple[Path, clips.Combinat
         return [(source.parent / e["path"], wanted_by(e["cap"])) for e in json.loads(source.read_text())]
     if prompts is None:
         raise ValueError(f"{source} is a folder of clips: name the file of their prompts, too, one per line")
-    files, lines = sorted(source.glob("*.mp4")), prompts.read_text().splitlines()
+    files, lines = sorted(source.glob("*.mp4"), key=lambda p: (len(p.name), p.name)), prompts.read_text().splitlines()
     if not files or len(files) != len(lines):
         raise ValueError(f"{source} holds {len(files)} mp4 files, but {prompts} has {len(lines)} prompts")
     return [(path, wanted_by(line)) for path, line in zip(files, lines, strict=True)]

@@ -1,4 +1,6 @@
-"""One HTML file that opens from disk: curves, prompts beside their videos, timings, commands. Everything is inside it."""
+"""One HTML file that opens from disk: curves, prompts beside their videos, timings, commands. Everything is inside
+it.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,13 @@ from pathlib import Path
 
 Points = Sequence[tuple[float, float]]
 
+TITLE = "A small Wan2.1, trained on this machine"
+HELD_OUT = "No training clip shows any of these combinations of colour, shape and direction: they were held out."
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 h1, h2 { font-weight: 600 } pre { background: #f4f4f4; padding: .7rem; overflow-x: auto; font-size: 13px }
-table { border-collapse: collapse } td, th { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse }
+td { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid #ddd }
 .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem }
 figure { margin: 0 } figcaption { font-size: 13px } video { width: 100%; image-rendering: pixelated; background: #000 }
 .yes { color: #17803d } .no { color: #c0262d } svg text { font-size: 11px; fill: #666 }
@@ -67,7 +72,8 @@ def video(path: Path) -> str:
 def figure(path: Path, caption: str, verdicts: dict[str, bool] | None = None) -> str:
     """A clip with its prompt, and where it was measured, which attributes are as asked."""
     marks = " ".join(
-        f'<span class="{"yes" if good else "no"}">{"✓" if good else "✗"} {name}</span>' for name, good in (verdicts or {}).items()
+        f'<span class="{"yes" if good else "no"}">{"✓" if good else "✗"} {name}</span>'
+        for name, good in (verdicts or {}).items()
     )
     return f"<figure>{video(path)}<figcaption>{html.escape(caption)}<br>{marks}</figcaption></figure>"
 
@@ -90,20 +96,19 @@ def write_report(
     scores: dict[str, float],
     stages: Sequence[tuple[str, float, str]],
 ) -> None:
-    """`stages` are (name, seconds, command); `progress` shows one prompt at growing steps; `scores` are fractions 0..1."""
+    """`stages` are (name, seconds, command); `progress` is one prompt at growing steps; `scores` are fractions 0..1."""
     table = "".join(f"<tr><td>{html.escape(n)}</td><td>{s:.1f} s</td></tr>" for n, s, _ in stages)
     commands = "\n\n".join(f"# {name}\n{command}" for name, _, command in stages)
     figures = "".join(figure(*clip) for clip in generated)
     grown = "".join(figure(file, name) for name, file in progress)
     marks = "".join(f"<tr><td>{html.escape(k)}</td><td>{100 * v:.0f} %</td></tr>" for k, v in scores.items())
-    path.write_text(
-        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>A small Wan, trained here</title><style>{STYLE}</style>
-<h1>A small Wan2.1, trained on this machine</h1>
-<p>The combinations of colour, shape and direction below were held out: no training clip shows any of them.</p>
-<h2>What was asked, what was drawn</h2><div class="clips">{figures}</div>
-<h2>How often it is right</h2><table>{marks}</table>
-<h2>How it learned</h2>{curves(metrics)}<div class="clips">{grown}</div>
-<h2>Time</h2><table>{table}</table>
-<h2>The commands</h2><pre>{html.escape(commands)}</pre></html>
-"""
-    )
+    sections = {
+        "What was asked, what was drawn": f'<p>{HELD_OUT}</p><div class="clips">{figures}</div>',
+        "How often it is right": f"<table>{marks}</table>",
+        "How it learned": f'{curves(metrics)}<div class="clips">{grown}</div>',
+        "Time": f"<table>{table}</table>",
+        "The commands": f"<pre>{html.escape(commands)}</pre>",
+    }
+    body = "".join(f"<h2>{heading}</h2>{content}" for heading, content in sections.items())
+    head = f'<meta charset="utf-8"><title>{TITLE}</title><style>{STYLE}</style>'
+    path.write_text(f'<!doctype html><html lang="en">{head}<h1>{TITLE}</h1>{body}</html>\n')

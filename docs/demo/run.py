@@ -1,7 +1,8 @@
 """From mp4 files to generated videos, by the commands that a user types: `hatch run demo`.
 
-Writes clips of moving shapes, encodes them, trains a small Wan2.1 on them, converts it to diffusers' format, generates the
-combinations that were held out, measures what came out, and shows it all in demo-out/report.html. Every step can be repeated alone.
+Writes clips of moving shapes, encodes them, trains a small Wan2.1 on them, converts it to diffusers' format,
+generates the combinations that were held out, measures what came out, and shows it all in demo-out/report.html. Every
+step can be repeated alone.
 """
 
 from __future__ import annotations
@@ -58,31 +59,81 @@ def main() -> None:
         stages.run(
             f"Encode clips and captions ({name})",
             *(python, "-m", "mm_train.extract", "--model", "wan-tiny", "--encoders", out / "encoders"),
-            *("--data.manifest", out / f"clips/{manifest}.txt", "--output", out / name, "--config", HERE / "extract.toml"),
+            *(
+                "--data.manifest",
+                out / f"clips/{manifest}.txt",
+                "--output",
+                out / name,
+                "--config",
+                HERE / "extract.toml",
+            ),
         )
     stages.run(
         "Train",
-        *(python, "-m", "mm_train", "--model", "wan-tiny", "--weights", "random", "--output", out / "run", "--config", HERE / "train.toml"),
+        *(
+            python,
+            "-m",
+            "mm_train",
+            "--model",
+            "wan-tiny",
+            "--weights",
+            "random",
+            "--output",
+            out / "run",
+            "--config",
+            HERE / "train.toml",
+        ),
         *("--data.features", out / "features", "--validation.features", out / "validation"),
         *("--sample.encoders", out / "encoders", "--sample.prompts", f'["{PROMPT_SHOWN_WHILE_TRAINING}"]'),
         *(("--steps", str(asked.steps)) if asked.steps else ()),
     )
     stages.run(
         "Convert to diffusers' format",
-        *("mm-convert", "WanConverter", "mm_to_hf", "--cfg.source_path", out / "run/weights-ema", "--cfg.target_path", out / "transformer"),
+        *(
+            "mm-convert",
+            "WanConverter",
+            "mm_to_hf",
+            "--cfg.source_path",
+            out / "run/weights-ema",
+            "--cfg.target_path",
+            out / "transformer",
+        ),
     )
     stages.run(
         "Generate the held-out combinations",
         *(python, "-m", "mm_infer", "--weights", out / "transformer", "--encoders", out / "encoders"),
-        *("--prompt_file", out / "clips/held_out.txt", "--output", out / "generated", "--config", HERE / "generate.toml"),
+        *(
+            "--prompt_file",
+            out / "clips/held_out.txt",
+            "--output",
+            out / "generated",
+            "--config",
+            HERE / "generate.toml",
+        ),
     )
-    stages.run("Measure", python, HERE / "measure.py", out / "generated", out / "clips/held_out.txt", "--json", out / "scores.json")
+    stages.run(
+        "Measure",
+        python,
+        HERE / "measure.py",
+        out / "generated",
+        out / "clips/held_out.txt",
+        "--json",
+        out / "scores.json",
+    )
 
     scores = json.loads((out / "scores.json").read_text())
     clips = [(Path(c["file"]), c["prompt"], c["right"]) for c in scores["clips"]]
-    grown = [(f"after {int(p.parent.name.removeprefix('step-'))} steps", p) for p in sorted((out / "run/samples").glob("step-*/000.mp4"))]
+    grown = [
+        (f"after {int(p.parent.name.removeprefix('step-'))} steps", p)
+        for p in sorted((out / "run/samples").glob("step-*/000.mp4"))
+    ]
     write_report(
-        out / "report.html", metrics=out / "run/metrics.jsonl", generated=clips, progress=grown, scores=scores["totals"], stages=stages.done
+        out / "report.html",
+        metrics=out / "run/metrics.jsonl",
+        generated=clips,
+        progress=grown,
+        scores=scores["totals"],
+        stages=stages.done,
     )
     total = sum(seconds for _, seconds, _ in stages.done)
     print(f"\nDone in {total / 60:.1f} minutes. Open {(out / 'report.html').resolve()}")

@@ -13,9 +13,9 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 import mm_infer
+from mm_data import made_with
 from mm_infer.__main__ import main
 from mm_infer.config import NEGATIVE_PROMPT
-from mm_infer.media import made_with
 from mm_models import build
 from mm_models.lora import LoRAConfig, add_lora, save_lora
 

@@ -89,6 +89,8 @@ class Config(Options):
     "LoRA to put on the transformer: a file or directory written by mm_train"
     dtype: Literal["bfloat16", "float32"] | None = None
     "of transformer and text encoder; by default bfloat16 on an accelerator, float32 on a CPU, as the VAE always is"
+    text_tokens: int | None = None
+    "rows of text that the model attends to; by default those it was trained with (512, or what the weights say)"
     vae_tiling: bool = False
     "decode in tiles: less memory, faint seams"
     fps: int = 16

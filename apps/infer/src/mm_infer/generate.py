@@ -14,9 +14,9 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
+from mm_data import write_video
 from mm_infer.__about__ import __version__
 from mm_infer.config import Config, Options
-from mm_infer.media import write_video
 from mm_infer.sample import Sampler, load
 from mm_parallel.device import init_distributed
 
@@ -63,6 +63,7 @@ def prepare(config: Config, rank: int = 0, world: int = 1) -> Job:
         lora=config.lora,
         dtype=dtype,
         vae_tiling=config.vae_tiling,
+        text_tokens=config.text_tokens,
     )
     config.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=config.output):  # better now than after the first video

@@ -36,6 +36,7 @@ def load(
     lora: Path | str | None = None,
     dtype: torch.dtype | None = None,
     vae_tiling: bool = False,
+    text_tokens: int | None = None,
     device: torch.device | str | None = None,
 ) -> "Sampler":
     """A sampler for weights on disk; the arguments are the flags of the same names (see `mm_infer.config.Config`).
@@ -45,7 +46,8 @@ def load(
     """
     path = must_exist(Path(path), "weights")
     encoders = find_encoders(path, None if encoders is None else must_exist(Path(encoders), "encoders"))
-    transformer = Transformer(path, model, None if lora is None else must_exist(Path(lora), "lora"))
+    lora = None if lora is None else must_exist(Path(lora), "lora")
+    transformer = Transformer(path, model, lora, text_tokens)
     device = accelerator() if device is None else torch.device(device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type != "cpu" and bf16_ok(device) else torch.float32
@@ -125,8 +127,7 @@ class Sampler:
                 progress=progress,
             )
         with self._timed(seconds, "decode"):
-            video = vae.decode(latents)[0].float().clamp(-1, 1)  # 3 F H W
-            frames = ((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0).contiguous().cpu()
+            frames = vae.frames(latents)
         return Result(latents.cpu(), frames, seconds)
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
@@ -150,9 +151,7 @@ class Sampler:
         return self._model, self._vae
 
     def _latent_shape(self, options: Options) -> tuple[int, ...]:
-        time, rows, columns = self._vae.stride
-        size = ((options.frames - 1) // time + 1, options.height // rows, options.width // columns)
-        return (1, self.transformer.config.in_channels, *size)
+        return (1, *self._vae.latent_shape(options.frames, options.height, options.width))
 
     @contextmanager
     def _timed(self, seconds: dict[str, float], stage: str) -> Iterator[None]:

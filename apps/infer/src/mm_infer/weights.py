@@ -1,6 +1,6 @@
 """Where the parts of a pipeline lie, which model they are, and how the transformer is filled."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -39,10 +39,12 @@ def must_exist(path: Path, what: str) -> Path:
 class Transformer:
     """A checkpoint whose names and shapes are known to be those of a model, and whose tensors are not read yet."""
 
-    def __init__(self, path: Path, model: str | None, lora: Path | None) -> None:
+    def __init__(self, path: Path, model: str | None, lora: Path | None, text_tokens: int | None = None) -> None:
         """ValueError unless the files hold exactly the tensors of a model that makes videos from text alone."""
         self.checkpoint, self.lora = open_checkpoint(path), lora
         self.config = _config(path, self.checkpoint.config, model)
+        if text_tokens is not None:
+            self.config = replace(self.config, text_tokens=text_tokens)
         if self.config.in_channels != self.config.out_channels or self.config.image_dim is not None:
             raise ValueError(
                 f"{path} makes videos from images ({self.config.in_channels} input channels), "

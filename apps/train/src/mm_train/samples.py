@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mm_models.diffusion.sampling import denoise
+from mm_data import write_video
+from mm_models.diffusion.sampling import denoise, noise
+from mm_models.encoders import TextEncoder, VideoVAE
 from mm_train.config import Config
 from mm_train.optim import EMA
 
@@ -22,8 +24,6 @@ class Samples:
         self.rank, self.ranks, self.device = rank, ranks, device
         if not self.options.prompts:
             return
-        from mm_models.encoders import TextEncoder
-
         prompts = list(self.options.prompts)
         encoder = TextEncoder(self.options.encoders, device=device, dtype=getattr(torch, config.dtype))
         self.texts = [text.cpu() for text in encoder.encode([*prompts, ""])]  # "" is what guidance pushes away from
@@ -35,37 +35,27 @@ class Samples:
         """Write this rank's share of the videos; returns their directory. Uses the averaged weights where there are
         some.
         """
-        from mm_data import write_video
-        from mm_models.encoders import VideoVAE
-
         directory = self.config.output / "samples" / f"step-{step:08d}"
         directory.mkdir(parents=True, exist_ok=True)
         vae = VideoVAE(self.options.encoders, device=self.device, dtype=torch.float32)
         count = len(self.options.prompts)
-        model.eval()
         with ema.applied(model) if ema else nullcontext():
             # A sharded model is run by all ranks together: those without a prompt left repeat one and throw it away.
             for start in range(0, count, self.ranks):
                 number = start + self.rank
                 latents = self._denoise(model, vae, self.texts[min(number, count - 1)])
                 if number < count:
-                    video = vae.decode(latents)[0].clamp(-1, 1)
-                    frames = ((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
-                    made = asdict(self.options) | {"prompt": self.options.prompts[number], "step": step}
-                    write_video(
-                        directory / f"{number:03d}.mp4", frames, self.options.fps, {k: str(v) for k, v in made.items()}
-                    )
-        model.train()
+                    made_with = asdict(self.options) | {"prompt": self.options.prompts[number], "step": step}
+                    made_with["encoders"] = str(self.options.encoders)
+                    frames = vae.frames(latents).numpy()
+                    write_video(directory / f"{number:03d}.mp4", frames, self.options.fps, made_with)
         return directory
 
-    def _denoise(self, model: nn.Module, vae, text: torch.Tensor) -> torch.Tensor:
+    def _denoise(self, model: nn.Module, vae: VideoVAE, text: torch.Tensor) -> torch.Tensor:
         o = self.options
-        time, height, width = vae.stride
-        shape = (1, model.config.out_channels, (o.frames - 1) // time + 1, o.height // height, o.width // width)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(o.seed))
         return denoise(
             model,
-            noise.to(self.device),
+            noise(o.seed, vae.latent_shape(o.frames, o.height, o.width), self.device)[None],
             text[None].to(self.device),
             self.texts[-1][None].to(self.device),
             steps=o.steps,

@@ -20,4 +20,5 @@ from mm_data.video import VideoClip as VideoClip
 from mm_data.video import VideoInfo as VideoInfo
 from mm_data.video import probe as probe
 from mm_data.video import read_video as read_video
+from mm_data.video_write import made_with as made_with
 from mm_data.video_write import write_video as write_video

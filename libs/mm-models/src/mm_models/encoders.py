@@ -95,6 +95,11 @@ class VideoVAE:
         self.mean = torch.tensor(config.latents_mean, device=self.device).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(config.latents_std, device=self.device).view(1, -1, 1, 1, 1)
 
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """C F' h w of a video of this many frames and pixels."""
+        time, rows, columns = self.stride
+        return self.mean.numel(), (frames - 1) // time + 1, height // rows, width // columns
+
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Video B 3 F H W in [-1, 1] to normalised latents B C F' h w in float32, F' = (F - 1) / 4 + 1: the mode of the
@@ -119,6 +124,11 @@ class VideoVAE:
         """Normalised latents B C F' h w to video B 3 F H W in [-1, 1], float32."""
         latents = latents.to(self.device).float() * self.std + self.mean
         return self.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
+
+    def frames(self, latents: Tensor) -> Tensor:
+        """Normalised latents of one video, 1 C F' h w, to what is written to a file: F H W 3, uint8 on the CPU."""
+        video = self.decode(latents)[0].clamp(-1, 1)
+        return ((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0).contiguous().cpu()
 
 
 def clean(prompt: str) -> str:
