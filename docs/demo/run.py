@@ -1,8 +1,8 @@
 """From mp4 files to generated videos, by the commands that a user types: `hatch run demo`.
 
-Writes clips of moving shapes, encodes them, trains a small Wan2.1 on them, converts it to diffusers' format,
-generates the combinations that were held out, measures what came out, and shows it all in demo-out/report.html. Every
-step can be repeated alone.
+Writes clips of moving shapes, encodes them, trains a small Wan2.1 on them, converts it to diffusers' format, generates
+the combinations that were held out, measures what came out, and shows it all in demo-out/report.html. Every step can
+be repeated alone.
 """
 
 from __future__ import annotations
@@ -21,122 +21,73 @@ sys.path.insert(0, str(HERE))
 
 from report import write_report  # noqa: E402
 
-PROMPT_SHOWN_WHILE_TRAINING = "a red circle moving left"
+COMMANDS = {
+    "Write clips": "python {here}/clips.py {out}/clips",
+    "Assemble VAE and text encoder": "python {here}/text.py {out}/encoders",
+    "Encode clips and captions": (
+        "python -m mm_train.extract --model wan-tiny --encoders {out}/encoders --config {here}/extract.toml"
+        " --data.manifest {out}/clips/data.txt --output {out}/features"
+    ),
+    "Encode the validation set": (
+        "python -m mm_train.extract --model wan-tiny --encoders {out}/encoders --config {here}/extract.toml"
+        " --data.manifest {out}/clips/validation.txt --output {out}/validation"
+    ),
+    "Train": (
+        "python -m mm_train --model wan-tiny --weights random --config {here}/train.toml --data.features {out}/features"
+        " --validation.features {out}/validation --sample.encoders {out}/encoders --output {out}/run"
+    ),
+    "Convert to diffusers' format": (
+        "mm-convert WanConverter mm_to_hf --cfg.source_path {out}/run/weights-ema --cfg.target_path {out}/transformer"
+    ),
+    "Generate what was held out": (
+        "python -m mm_infer --weights {out}/transformer --encoders {out}/encoders --config {here}/generate.toml"
+        " --prompt_file {out}/clips/held_out.txt --output {out}/generated"
+    ),
+    "Measure": "python {here}/measure.py {out}/generated {out}/clips/held_out.txt --json {out}/scores.json",
+}
 
 
-class Stages:
-    """Runs commands, lets their output through, and remembers what they were and how long they took."""
-
-    def __init__(self) -> None:
-        self.done: list[tuple[str, float, str]] = []
-
-    def run(self, name: str, *command: str | Path) -> None:
-        words = [str(word) for word in command]
-        text = shlex.join(["python" if word == sys.executable else word for word in words])
-        print(f"\n\033[1m{name}\033[0m\n$ {text}", flush=True)
-        started = time.perf_counter()
-        code = subprocess.run(words).returncode
-        if code:
-            sys.exit(f"error: '{name}' ended with code {code}; the command is shown above")
-        self.done.append((name, time.perf_counter() - started, text))
+def run(name: str, command: str) -> float:
+    """Seconds that the command took; its output goes through. Ends the demo if it fails."""
+    print(f"\n== {name}\n$ {command}", flush=True)
+    program, *rest = shlex.split(command)
+    started = time.perf_counter()
+    code = subprocess.run([sys.executable if program == "python" else program, *rest]).returncode
+    if code:
+        sys.exit(f"error: '{name}' ended with code {code}; its command is shown above")
+    return time.perf_counter() - started
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--output", type=Path, default=Path("demo-out"))
-    options.add_argument("--steps", type=int, default=0, help="training steps (default: those of the recipe)")
-    asked = options.parse_args()
-    out: Path = asked.output
-    if out.exists() and not (out / "clips").exists() and any(out.iterdir()):
-        sys.exit(f"error: {out} exists and is not an earlier demo: choose another --output")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("demo-out"))
+    parser.add_argument("--steps", type=int, help="training steps, instead of those in train.toml")
+    options = parser.parse_args()
+    out = options.output
+    if out.exists() and any(out.iterdir()) and not (out / "clips").exists():
+        sys.exit(f"error: {out} is not an earlier demo, so it is not replaced: choose another --output")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
 
-    stages, python = Stages(), sys.executable
-    stages.run("Write clips", python, HERE / "clips.py", out / "clips")
-    stages.run("Assemble VAE and text encoder", python, HERE / "text.py", out / "encoders")
-    for name, manifest in (("features", "data"), ("validation", "validation")):
-        stages.run(
-            f"Encode clips and captions ({name})",
-            *(python, "-m", "mm_train.extract", "--model", "wan-tiny", "--encoders", out / "encoders"),
-            *(
-                "--data.manifest",
-                out / f"clips/{manifest}.txt",
-                "--output",
-                out / name,
-                "--config",
-                HERE / "extract.toml",
-            ),
-        )
-    stages.run(
-        "Train",
-        *(
-            python,
-            "-m",
-            "mm_train",
-            "--model",
-            "wan-tiny",
-            "--weights",
-            "random",
-            "--output",
-            out / "run",
-            "--config",
-            HERE / "train.toml",
-        ),
-        *("--data.features", out / "features", "--validation.features", out / "validation"),
-        *("--sample.encoders", out / "encoders", "--sample.prompts", f'["{PROMPT_SHOWN_WHILE_TRAINING}"]'),
-        *(("--steps", str(asked.steps)) if asked.steps else ()),
-    )
-    stages.run(
-        "Convert to diffusers' format",
-        *(
-            "mm-convert",
-            "WanConverter",
-            "mm_to_hf",
-            "--cfg.source_path",
-            out / "run/weights-ema",
-            "--cfg.target_path",
-            out / "transformer",
-        ),
-    )
-    stages.run(
-        "Generate the held-out combinations",
-        *(python, "-m", "mm_infer", "--weights", out / "transformer", "--encoders", out / "encoders"),
-        *(
-            "--prompt_file",
-            out / "clips/held_out.txt",
-            "--output",
-            out / "generated",
-            "--config",
-            HERE / "generate.toml",
-        ),
-    )
-    stages.run(
-        "Measure",
-        python,
-        HERE / "measure.py",
-        out / "generated",
-        out / "clips/held_out.txt",
-        "--json",
-        out / "scores.json",
-    )
+    stages = []
+    for name, command in COMMANDS.items():
+        command = command.format(here=shlex.quote(str(HERE)), out=shlex.quote(str(out)))
+        if name == "Train" and options.steps:
+            command += f" --steps {options.steps}"
+        stages.append((name, run(name, command), command))
 
     scores = json.loads((out / "scores.json").read_text())
-    clips = [(Path(c["file"]), c["prompt"], c["right"]) for c in scores["clips"]]
-    grown = [
-        (f"after {int(p.parent.name.removeprefix('step-'))} steps", p)
-        for p in sorted((out / "run/samples").glob("step-*/000.mp4"))
-    ]
+    samples = sorted((out / "run/samples").glob("step-*/000.mp4"))
     write_report(
         out / "report.html",
         metrics=out / "run/metrics.jsonl",
-        generated=clips,
-        progress=grown,
+        generated=[(Path(clip["file"]), clip["prompt"], clip["right"]) for clip in scores["clips"]],
+        progress=[(f"after {int(path.parent.name.removeprefix('step-'))} steps", path) for path in samples],
         scores=scores["totals"],
-        stages=stages.done,
+        stages=stages,
     )
-    total = sum(seconds for _, seconds, _ in stages.done)
-    print(f"\nDone in {total / 60:.1f} minutes. Open {(out / 'report.html').resolve()}")
+    minutes = sum(seconds for _, seconds, _ in stages) / 60
+    print(f"\nDone in {minutes:.1f} minutes. Open {(out / 'report.html').resolve()}")
 
 
 if __name__ == "__main__":
