@@ -1,0 +1,134 @@
+"""The parts of docs/demo that decide whether its figures can be believed: the clips, the codec, the words, the eye."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+DEMO = Path(__file__).parents[1] / "docs/demo"
+sys.path.insert(0, str(DEMO))
+
+import clips  # noqa: E402
+import codec  # noqa: E402
+import measure  # noqa: E402
+import text  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    clips.write(folder, repeats=1, validation=6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return codec.wan.AutoencoderKLWan.from_pretrained(DEMO / "codec")
+
+
+def test_held_out_combinations_show_nothing_new() -> None:
+    held_out, training = clips.held_out_combinations(), clips.training_combinations()
+    assert len(set(held_out)) == 12
+    assert len(set(training)) == 60
+    assert not set(held_out) & set(training)
+    for name in ("colour", "shape", "direction"):
+        assert {getattr(c, name) for c in held_out} == {getattr(c, name) for c in training}
+
+
+def test_data_set_is_in_the_format_of_the_guides(data: Path) -> None:
+    folder, annotation = (data / "data.txt").read_text().strip().split(",")
+    entries = json.loads(Path(annotation).read_text())
+    assert len(entries) == 60
+    assert set(entries[0]) == {"path", "cap", "num_frames", "fps", "resolution"}
+    assert {e["cap"] for e in entries} == {c.caption for c in clips.training_combinations()}
+    for entry in entries[:3]:
+        frames = measure.read_clip(Path(folder) / entry["path"])
+        assert len(frames) == entry["num_frames"]
+        assert frames.shape[1:3] == (entry["resolution"]["height"], entry["resolution"]["width"])
+    held_out = set((data / "held_out.txt").read_text().splitlines())
+    assert len(held_out) == 12
+    assert not held_out & {e["cap"] for e in entries}
+
+
+def test_same_seed_same_files(data: Path, tmp_path: Path) -> None:
+    clips.write(tmp_path, repeats=1, validation=6)
+    for path in sorted(data.glob("videos/*")):
+        assert path.read_bytes() == (tmp_path / "videos" / path.name).read_bytes(), path.name
+    assert (data / "videos/data_0000.mp4").read_bytes() != (data / "videos/data_0001.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["data", "validation"])
+def test_the_eye_is_right_on_true_clips(data: Path, name: str) -> None:
+    result = measure.measure(measure.asked(data / f"{name}.json", None))
+    assert result["totals"] == {"colour": 1, "shape": 1, "direction": 1, "all": 1}
+
+
+def test_the_eye_is_right_through_the_codec(vae) -> None:
+    restored = codec.to_frames(codec.reconstruct(vae, codec.demo_clips()))
+    seen = [measure.look(frames) for frames in restored]
+    wrong = [(c, s) for c, s in zip(clips.all_combinations(), seen, strict=True) if not all(s.matches(c).values())]
+    assert not wrong
+
+
+def test_the_eye_sees_nothing_where_there_is_nothing() -> None:
+    rng = np.random.default_rng(0)
+    assert measure.look(np.full((9, 64, 64, 3), 24, np.uint8)) == measure.Seen(None, None, None, 0.0)
+    static = clips.render("square", (225, 40, 40), (32, 32), (0, 0))
+    assert measure.look(static).direction is None
+    assert measure.look(static).shape == "square"
+    grey = clips.render("square", (200, 200, 200), (16, 32), (4, 0))
+    assert measure.look(grey).colour is None
+    noise = rng.integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
+    assert measure.look(noise).shape is None
+
+
+def test_generated_clips_must_be_as_many_as_the_prompts(data: Path) -> None:
+    with pytest.raises(ValueError, match=r"66 mp4 files, but .* has 12 prompts"):
+        measure.asked(data / "videos", data / "held_out.txt")
+
+
+def test_every_caption_has_its_own_encoding(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    text.write(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    encoder = UMT5EncoderModel.from_pretrained(tmp_path / "text_encoder")
+    captions = [c.caption for c in clips.all_combinations()]
+    tokens = tokenizer(captions, return_tensors="pt")
+    assert tokens.input_ids.shape == (72, 6)  # five words and </s>: no word is split, none is unknown
+    assert tokenizer.unk_token_id not in tokens.input_ids
+    assert tokenizer("").input_ids == [tokenizer.eos_token_id]
+    with torch.no_grad():
+        rows = encoder(**tokens).last_hidden_state
+    words = rows[:, [1, 2, 4]]  # colour, shape, direction
+    for place, names in enumerate((clips.COLOURS, clips.SHAPES, clips.DIRECTIONS)):
+        word = [list(names).index(caption.split()[(1, 2, 4)[place]]) for caption in captions]
+        same = torch.tensor([[a == b for b in word] for a in word])
+        likeness = torch.cosine_similarity(words[:, None, place], words[None, :, place], dim=-1)
+        assert likeness[same].min() > likeness[~same].max()
+
+
+def test_codec_restores_clips_and_its_latents_are_normalised(vae) -> None:
+    video = codec.demo_clips()[::3]
+    assert codec.psnr(video, codec.reconstruct(vae, video)) > 30
+    mean, std = (torch.tensor(getattr(vae.config, name)).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    with torch.no_grad():
+        latents = (vae.encode(video).latent_dist.mode() - mean) / std
+    assert latents.shape == (24, 16, 3, 8, 8)
+    assert latents.mean().abs() < 0.1
+    assert 0.5 < latents.std() < 1.2
+
+
+def test_whole_clips_equal_diffusers_chunks(vae) -> None:
+    video = codec.demo_clips()[:1]
+    with torch.no_grad():
+        mean = vae.encode(video).latent_dist.mean
+        restored = vae.decode(mean).sample
+        with codec.whole_clips():
+            whole_mean = vae.quant_conv(vae.encoder(video)).chunk(2, dim=1)[0]
+            whole_restored = vae.decoder(vae.post_quant_conv(mean)).clamp(-1, 1)
+    torch.testing.assert_close(whole_mean, mean, rtol=0, atol=1e-4)
+    torch.testing.assert_close(whole_restored, restored, rtol=0, atol=1e-4)
