@@ -125,6 +125,9 @@ def test_adapters_train_and_the_base_stays(features, tmp_path):
     assert len([name for name in saved if name.startswith("model.")]) == 2 * 2 * 3  # layers x (A, B) x (two q, ffn.0)
     assert any(saved[name].abs().max() > 0 for name in saved if "lora_B" in name and name.startswith("model."))
     assert found.name == "adapter"
+    train(config(features, tmp_path / "other", "--steps", "1", "--seed", "7"))
+    with pytest.raises(ValueError, match="weights"):  # the adapter would continue on another base
+        train(config(features, tmp_path / "lora", *lora[2:], "--weights", str(tmp_path / "other/weights")))
     assert any(found.iterdir())
 
 

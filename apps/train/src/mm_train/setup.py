@@ -41,7 +41,8 @@ def find_checkpoint(config: Config) -> Path | None:
             "--output, or delete it"
         )
     saved, now = _flat(tomllib.loads((found / "config.toml").read_text())), _flat(tomllib.loads(dump(config)))
-    for key in FIXED:
+    # An adapter means nothing without the base that it was trained on.
+    for key in (*FIXED, "weights") if config.lora.rank else FIXED:
         old, new = ({k: v for k, v in values.items() if k == key or k.startswith(f"{key}.")} for values in (saved, now))
         if old != new:
             raise ValueError(
@@ -58,20 +59,13 @@ def check_features(dataset: FeatureDataset, config: Config) -> None:
     channels, text = item["latents"].shape[0], item["text"][0].shape[-1]
     if channels != shape.out_channels or text != shape.text_dim:
         raise ValueError(
-            f"{config.data.features} holds latents of {channels} channels and text of width {text}; "
-            f"{config.model} takes {shape.out_channels} and "
-            f"{shape.text_dim}: extract again with the encoders of this model"
+            f"{dataset.path} holds latents of {channels} channels and text of width {text}; "
+            f"{config.model} takes {shape.out_channels} and {shape.text_dim}: extract again with its own encoders"
         )
     if shape.in_channels != shape.out_channels:
         raise ValueError(
             f"{config.model} takes {shape.in_channels} channels, {shape.in_channels - shape.out_channels} of them "
-            "conditions, "
-            "and these features hold none: only text-to-video models can be trained so far"
-        )
-    if config.data.text_dropout and dataset.empty_text is None:
-        raise ValueError(
-            f"--data.text_dropout {config.data.text_dropout} needs the encoding of the empty prompt, which "
-            f"{config.data.features} does not hold"
+            "conditions, and these features hold none: only text-to-video models can be trained so far"
         )
 
 

@@ -43,6 +43,8 @@ def train(config: Config) -> Path:
 
     dataset = FeatureDataset(config.data.features)
     setup.check_features(dataset, config)
+    if config.validation.features:
+        setup.check_features(FeatureDataset(config.validation.features), config)
     found = setup.find_checkpoint(config)  # refuses a directory that this run must not continue
     model = setup.build_model(config, mesh, device)
     optimizer = build_optimizer(model, config.optim)

@@ -1,0 +1,93 @@
+"""Our training step against diffusers' `WanTransformer3DModel` in the same loop: seconds and peak memory.
+
+    python docs/measure/step.py            # tiny and 100M; a few minutes on two cores, which should be idle
+
+Each measurement is a process of its own, so that its peak memory is its own; the two models take turns, and the best of
+their turns count, so that a disturbance hits neither alone.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from statistics import median
+
+CASES = {  # fields of WanConfig, latents B C F H W, steps per turn
+    "tiny, 1.7M, 16 x 48 tokens": (
+        {"dim": 160, "ffn_dim": 480, "num_heads": 5, "num_layers": 4, "text_dim": 64},
+        (16, 16, 3, 8, 8),
+        12,
+    ),
+    "100M, 1 x 640 tokens": (
+        {"dim": 768, "ffn_dim": 3072, "num_heads": 12, "num_layers": 10, "text_dim": 512},
+        (1, 16, 10, 16, 16),
+        5,
+    ),
+}
+
+
+def measure(case: str, ours: bool) -> dict[str, float]:
+    import torch
+
+    fields, shape, steps = CASES[case]
+    torch.manual_seed(0)
+    if ours:
+        from mm_models.wan import WanConfig, WanModel
+
+        model = WanModel(WanConfig(**fields))
+        predict = model
+    else:
+        from diffusers import WanTransformer3DModel
+
+        model = WanTransformer3DModel(
+            num_attention_heads=fields["num_heads"],
+            attention_head_dim=fields["dim"] // fields["num_heads"],
+            ffn_dim=fields["ffn_dim"],
+            num_layers=fields["num_layers"],
+            text_dim=fields["text_dim"],
+        )
+
+        def predict(video, t, text):
+            return model(video, t, text, return_dict=False)[0]
+
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    video, text = torch.randn(shape), torch.randn(shape[0], 512, fields["text_dim"])
+    t, target = torch.rand(shape[0]) * 1000, torch.randn(shape)
+    seconds = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        optimizer.zero_grad()
+        (predict(video, t, text) - target).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        seconds.append(time.perf_counter() - started)
+    return {
+        "seconds": median(seconds[1:]),  # the first one warms up
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
+    }
+
+
+def main() -> None:
+    for case in CASES:
+        turns: dict[str, list[dict[str, float]]] = {"ours": [], "diffusers": []}
+        for _ in range(3):
+            for name, results in turns.items():
+                command = [sys.executable, __file__, case, name]
+                results.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
+        best = {name: {k: min(r[k] for r in results) for k in results[0]} for name, results in turns.items()}
+        a, b = best["ours"], best["diffusers"]
+        print(
+            f"{case} ({a['parameters']:.1f}M and {b['parameters']:.1f}M parameters): ours {a['seconds']:.3f} s, "
+            f"{a['peak']:.2f} GiB; diffusers {b['seconds']:.3f} s, {b['peak']:.2f} GiB; ratio "
+            f"{a['seconds'] / b['seconds']:.2f} in time, {a['peak'] / b['peak']:.2f} in peak memory",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(sys.argv[1], sys.argv[2] == "ours")))
+    else:
+        main()
