@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_models import build, preset
-from mm_models.wan import Stream, flops
+from mm_models.wan import Stream, flops, train_flops
 from mm_models.wan.tables import rope_table, sinusoid
 
 I2V = {"in_channels": 36, "image_dim": 20, "text_tokens": 40}
@@ -214,3 +214,14 @@ def test_flops_are_those_that_torch_counts(fields):
 def test_flops_of_released_models(name, teraflops):
     """81 frames of 480x832, counted once by torch on the meta device."""
     assert flops(preset(name), 21 * 30 * 52) / 1e12 == pytest.approx(teraflops, rel=1e-4)
+
+
+def test_a_frozen_model_costs_less_to_train_through():
+    """Counted by torch. The input needs a gradient, as adapters in the first layer would make it; weights do not."""
+    model = build("wan-tiny", device="meta", text_tokens=32).requires_grad_(False)
+    video = torch.empty(1, 16, 3, 64, 64, device="meta", requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        model(video, torch.empty(1, device="meta"), torch.empty(1, 9, 64, device="meta")).sum().backward()
+    frozen = train_flops(model.config, 3072, frozen=True)
+    assert 0.97 < counter.get_total_flops() / frozen <= 1  # the text needs no gradients at all here
+    assert frozen < train_flops(model.config, 3072) == 3 * flops(model.config, 3072)

@@ -8,15 +8,16 @@ import torch
 from torch import nn
 
 from mm_data import Batch
-from mm_models.wan import flops
+from mm_models.wan import train_flops
 from mm_parallel.device import max_memory, peak_flops
 
 
 class Speed:
-    """Counts a training step as three forwards (numerics: backward costs two); recomputation does not raise the MFU."""
+    """Counts the operations that training needs; recomputation does not raise the MFU."""
 
     def __init__(self, model: nn.Module, device: torch.device, world: int):
         self.config, self.device, self.world = model.config, device, world
+        self.frozen = not all(p.requires_grad for p in model.parameters())
         self.peak = peak_flops(device, model.compute_dtype or torch.float32)
 
     def __call__(self, micro: Sequence[Batch], seconds: float, data_seconds: float) -> tuple[dict[str, float], str]:
@@ -24,7 +25,7 @@ class Speed:
         _, _, frames, height, width = micro[0].latents.shape
         tokens = frames * height * width // 4
         samples = sum(len(m.ids) for m in micro) * self.world
-        operations = 3 * flops(self.config, tokens) * samples / seconds
+        operations = train_flops(self.config, tokens, self.frozen) * samples / seconds
         row = {"tokens_per_second": tokens * samples / seconds, "tflops": operations / 1e12}
         pace = f"{seconds:.3f} s/step (data {data_seconds:.3f}) | {row['tokens_per_second']:,.0f} tok/s"
         text = f"{pace} | {row['tflops']:.3g} TFLOP/s"

@@ -53,6 +53,23 @@ def flops(config: WanConfig, tokens: int, text: int | None = None, image: int | 
 
     A backward pass costs twice as much; full recompute adds one more forward (not counted in MFU).
     """
+    linear, attention = _linear_and_attention(config, tokens, text, image)
+    return linear + attention
+
+
+def train_flops(config: WanConfig, tokens: int, frozen: bool = False) -> int:
+    """FLOPs of forward and backward over one sample.
+
+    In a frozen model (under adapters, whose own cost is left out) the backward of a linear costs once, not twice: its
+    weight needs no gradient.
+    """
+    linear, attention = _linear_and_attention(config, tokens)
+    return (2 if frozen else 3) * linear + 3 * attention
+
+
+def _linear_and_attention(
+    config: WanConfig, tokens: int, text: int | None = None, image: int | None = None
+) -> tuple[int, int]:
     text = config.text_tokens if text is None else text
     image = (config.image_tokens if config.image_dim else 0) if image is None else image
     D, L, C = config.dim, tokens, text + image
@@ -64,4 +81,5 @@ def flops(config: WanConfig, tokens: int, text: int | None = None, image: int | 
     embed_text = 2 * text * (config.text_dim * D + D * D)
     embed_time = 2 * (config.freq_dim * D + 7 * D * D)
     embed_image = 0 if config.image_dim is None else 2 * image * (config.image_dim**2 + config.image_dim * D)
-    return config.num_layers * (linears + attention) + ends + embed_text + embed_time + embed_image
+    outside = ends + embed_text + embed_time + embed_image
+    return config.num_layers * linears + outside, config.num_layers * attention
