@@ -5,6 +5,7 @@
 
 The result is shipped in docs/demo/codec, so the demo does not run this. The training clips are more varied than the
 demo's (any colour, size, place and velocity), so the codec knows shapes in general, not the demo's data set.
+(The shipped one comes from two runs: the first two of the STAGES below for 10 minutes, the last two for 4.)
 """
 
 import argparse
