@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -46,13 +47,16 @@ COMMANDS = {
     "Measure": "python {here}/measure.py {out}/generated {out}/clips/held_out.txt --json {out}/scores.json",
 }
 
+# Half the cores: threads that wait for a core spin, which is slow on a machine that does something else as well.
+ENVIRONMENT = {"OMP_NUM_THREADS": str(min(4, max(1, (os.cpu_count() or 2) // 2)))} | os.environ
+
 
 def run(name: str, command: str) -> float:
     """Seconds that the command took; its output goes through. Ends the demo if it fails."""
     print(f"\n== {name}\n$ {command}", flush=True)
     program, *rest = shlex.split(command)
     started = time.perf_counter()
-    code = subprocess.run([sys.executable if program == "python" else program, *rest]).returncode
+    code = subprocess.run([sys.executable if program == "python" else program, *rest], env=ENVIRONMENT).returncode
     if code:
         sys.exit(f"error: '{name}' ended with code {code}; its command is shown above")
     return time.perf_counter() - started

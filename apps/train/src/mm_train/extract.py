@@ -7,6 +7,7 @@ was. A file that cannot be decoded goes to failures.jsonl and the run goes on.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import defaultdict
@@ -73,6 +74,9 @@ def extract(config: ExtractConfig) -> int:
     config.check()
     rank, world, _ = init_distributed()
     device = accelerator()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Leave the workers their cores: the threads of one operation spin while one of them waits for a core.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world - config.data.workers))
     samples = read_manifest(config.data.manifest)
     selection = select(samples, config.geometry)
     text = TextEncoder(config.encoders, device=device, dtype=getattr(torch, config.dtype))
