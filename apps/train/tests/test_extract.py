@@ -134,6 +134,12 @@ def test_what_was_extracted_trains_and_is_sampled_while_training(encoders, manif
         assert sum(1 for _ in file.decode(video=0)) == 5
 
 
+def test_a_manifest_of_which_nothing_is_left_is_an_error(encoders, tmp_path):
+    (tmp_path / "data.json").write_text(json.dumps([{"path": "not/there.mp4", "cap": "a"}]))
+    with pytest.raises(ValueError, match=r"not one sample .*failures\.jsonl"):
+        extract(config(encoders, tmp_path / "data.json", tmp_path / "f"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

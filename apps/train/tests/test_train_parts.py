@@ -42,6 +42,25 @@ def test_recipe_below_file_below_flags(tmp_path):
     assert (read.optim.lr, read.optim.clip, read.memory.recompute) == (2e-5, 0.25, 20)
 
 
+def test_the_recipe_is_that_of_the_model_whatever_file_names_it(tmp_path):
+    (tmp_path / "a.toml").write_text('model = "wan2.1-t2v-1.3b"\n')
+    (tmp_path / "b.toml").write_text("[optim]\nlr = 3e-5\n")
+    for order in (("a", "b"), ("b", "a")):
+        argv = [word for name in order for word in ("--config", str(tmp_path / f"{name}.toml"))]
+        read = load_config(argv)
+        assert (read.memory.recompute, read.optim.lr) == (20, 3e-5)
+    assert load_config([*argv, "--recipe=wan2.1-t2v-1.3b-lora"]).lora.rank == 16
+
+
+@pytest.mark.parametrize("text", ["steps = ", 'model = "a"\nmodel = "b"', "\x00"])
+def test_a_broken_file_is_named(tmp_path, text, capsys):
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        load_config(["--config", str(tmp_path / "c.toml")])
+    assert stop.value.code == 2
+    assert "c.toml" in capsys.readouterr().err
+
+
 def test_a_typo_is_refused_with_the_nearest_name(capsys):
     with pytest.raises(SystemExit) as stop:
         load_config(["--model", "wan-tiny", "--optim.leraning_rate", "1"])
@@ -66,6 +85,14 @@ def test_a_typo_is_refused_with_the_nearest_name(capsys):
         (("--sample.prompts", '["a cat"]', "--sample.encoders", ".", "--sample.frames", "80"), "77 and 81"),
         (("--sample.prompts", '["a cat"]', "--sample.encoders", ".", "--sample.height", "470"), "464 and 480"),
         (("--validation.timesteps", "[1000]"), "between 0 and 1000"),
+        (("--validation.timesteps", "[]"), "at least one t"),
+        (("--validation.max_samples", "0"), "at least 1"),
+        (("--optim.clip", "-1"), "at least 0"),
+        (("--optim.betas", "[0.9, 1.0]"), "0 <= x < 1"),
+        (("--optim.warmup", "-5"), "at least 0"),
+        (("--checkpoint.keep", "-1"), "at least 0"),
+        (("--lora.alpha", "0"), "must be positive"),
+        (("--sample.steps", "0"), "at least 1"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_loaded(features, tmp_path, flags, message):
@@ -180,7 +207,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem.os.fsync", full)
     model = torch.nn.Linear(2, 2)
     saver.save(2, model, torch.optim.AdamW(model.parameters()), None, {"step": 2}, "")
-    with pytest.raises(RuntimeError, match=r"No space left.*step-00000001"):
+    with pytest.raises(OSError, match=r"No space left.*step-00000001"):
         saver.wait()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
 
@@ -200,5 +227,5 @@ def test_help_and_errors_of_the_command(features, tmp_path):
     wrong = subprocess.run(
         [*command, *arguments(features, tmp_path / "r", "--weights", "nope")], capture_output=True, text=True
     )
-    assert wrong.returncode == 1
+    assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: --weights nope does not exist")

@@ -1,5 +1,6 @@
 """Whole runs: resume, layouts, numbers that are not, adapters."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mm_parallel.testing import spawn
 from mm_train.train import train
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import arguments, as_torchrun, config, losses, rows, state, write_features
+from runs import SMALL, arguments, as_torchrun, config, losses, rows, state, write_features
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +133,9 @@ def test_adapters_train_and_the_base_stays(features, tmp_path):
     assert any(found.iterdir())
 
 
-def test_a_checkpoint_continues_only_the_same_run(features, tmp_path):
+def test_a_checkpoint_continues_only_the_same_run(features, tmp_path, capfd):
     train(config(features, tmp_path / "run", "--steps", "1"))
-    for change in (("--seed", "1"), ("--data.global_batch", "8"), ("--lora.rank", "2")):
+    for change in (("--seed", "1"), ("--data.global_batch", "8"), ("--lora.rank", "2"), ("--optim.ema", "0.9")):
         with pytest.raises(ValueError, match=r"new --output"):
             train(config(features, tmp_path / "run", "--steps", "2", *change))
     with pytest.raises(ValueError, match="resume is never"):
@@ -142,7 +144,40 @@ def test_a_checkpoint_continues_only_the_same_run(features, tmp_path):
     with pytest.raises(ValueError, match="have changed"):
         train(config(other, tmp_path / "run", "--steps", "2"))
     train(config(features, tmp_path / "run", "--steps", "2", "--optim.lr", "1e-4"))  # a choice, not part of the stream
+    assert "optim.lr 0.01 -> 0.0001" in capfd.readouterr().err
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+    with pytest.raises(ValueError, match="past --steps 1"):
+        train(config(features, tmp_path / "run", "--steps", "1"))
+    train(config(features, tmp_path / "run", "--steps", "2"))
+    assert "all 2 steps were done already" in capfd.readouterr().err
+    newest = next((tmp_path / "run/checkpoints/step-00000002").glob("*.distcp"))
+    newest.write_bytes(newest.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"cannot be read .* step-00000001; .*latest"):
+        train(config(features, tmp_path / "run", "--steps", "3"))
+
+
+def test_weights_that_only_look_right_are_refused(features, tmp_path):
+    weights = train(config(features, tmp_path / "run", "--steps", "1"))
+    heads = json.dumps(SMALL | {"num_heads": 4})
+    with pytest.raises(ValueError, match=r"num_heads 2 \(asked for: 4\)"):  # the same shapes, another function
+        train(config(features, tmp_path / "a", "--weights", str(weights), "--architecture", heads))
+    layers = json.dumps(SMALL | {"num_layers": 3})
+    with pytest.raises(ValueError, match=r"num_layers 2 \(asked for: 3\)"):
+        train(config(features, tmp_path / "b", "--weights", str(weights), "--architecture", layers))
+    with pytest.raises(ValueError, match="run/weights when it has finished"):
+        train(config(features, tmp_path / "c", "--weights", str(tmp_path / "run")))
+    file = next(weights.glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["head.head.weight"][0, 0] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"head\.head\.weight holds numbers that are not finite"):
+        train(config(features, tmp_path / "d", "--weights", str(weights)))
+
+
+def test_an_output_that_cannot_be_written_is_said_first(features, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        train(config(features, tmp_path / "file/run"))
 
 
 def test_exported_weights_start_another_run(features, tmp_path):

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from mm_train.config import load_config
+from mm_train.command import run
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = load_config(argv)
-    from mm_train.train import train  # after the flags: torch takes seconds, a typo should not
+    def work() -> None:
+        from mm_train.config import load_config
 
-    try:
-        print(train(config))
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt as stop:
-        print(stop or "stopped", file=sys.stderr)
-        sys.exit(130)
+        config = load_config(argv)
+        from mm_train.train import train  # after the flags: torch takes seconds, a typo should not
+
+        print(f"done: {train(config)}", file=sys.stderr)
+
+    run(work)
 
 
 if __name__ == "__main__":

@@ -90,9 +90,9 @@ class Checkpointer:
         except BaseException as error:  # DCP raises CheckpointException, which is not an Exception
             if self.leader:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            free = shutil.disk_usage(self.directory).free / 2**30
-            raise RuntimeError(
-                f"could not write checkpoint {final} ({free:.1f} GiB free there): {_reason(error)}. "
+            free = shutil.disk_usage(self.directory).free
+            raise OSError(
+                f"could not write checkpoint {final} ({free / 2**20:,.0f} MiB free there): {_reason(error)}. "
                 f"The newest complete one is {self.latest() or 'none'}; free some space and start again to "
                 "continue from it"
             ) from error
@@ -117,7 +117,14 @@ class Checkpointer:
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer, ema: EMA | None) -> dict[str, Any]:
         """Fill model, optimizer and average in place, and return the progress that was saved with them."""
         state = _state(model, optimizer, ema)
-        dcp.load(state, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
+        try:
+            dcp.load(state, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
+        except BaseException as error:  # DCP raises CheckpointException, which is not an Exception
+            others = ", ".join(p.name for p in sorted(self.directory.glob("step-*")) if p != path) or "none"
+            raise ValueError(
+                f"{path} cannot be read ({_reason(error)}). Other checkpoints there: {others}; "
+                f"to continue from one of them, write its name into {self.directory / 'latest'}"
+            ) from error
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=OPTIONS)
         progress = json.loads((path / "progress.json").read_text())
         self.newest = progress["step"]
@@ -147,7 +154,9 @@ def _state(model: nn.Module, optimizer: Optimizer, ema: EMA | None) -> dict[str,
 def _reason(error: BaseException) -> str:
     """Without the tracebacks of every rank that DCP puts into its message."""
     failures = getattr(error, "failures", None)
-    return "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in failures.items()) if failures else str(error)
+    if not failures:
+        return f"{type(error).__name__}: {error}"
+    return "; ".join(f"rank {rank}: {cause[0]!r}" for rank, cause in failures.items())
 
 
 def _write(path: Path, text: str) -> None:

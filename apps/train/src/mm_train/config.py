@@ -7,10 +7,12 @@ quarter of an hour.
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import sys
 import tomllib
 from dataclasses import dataclass, field
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -131,7 +133,7 @@ class Config:
     recipe: str = ""
     """File of defaults to start from; empty takes the one named like the model, if there is one."""
     architecture: dict[str, int] = field(default_factory=dict)
-    """Fields of the preset to replace, e.g. --architecture.num_layers 4."""
+    """Fields of the preset to replace, e.g. --architecture '{"num_layers": 4}'."""
     steps: int = 5000
     """Optimizer steps of the whole run."""
     seed: int = 42
@@ -174,25 +176,47 @@ class Config:
                 raise ValueError(
                     f"--{flag} {path} is not a directory; `python -m mm_train.extract --output {path} …` writes one"
                 )
-        positive = {
-            "steps": self.steps,
-            "data.global_batch": self.data.global_batch,
-            "data.micro_batch": self.data.micro_batch,
-            "checkpoint.every": self.checkpoint.every,
-            "validation.every": self.validation.every,
-            "sample.every": self.sample.every,
-        }
-        for name, value in positive.items():
-            if value < 1:
-                raise ValueError(f"--{name} is {value}; it must be at least 1")
+        for name, value, least in (
+            ("steps", self.steps, 1),
+            ("data.global_batch", self.data.global_batch, 1),
+            ("data.micro_batch", self.data.micro_batch, 1),
+            ("data.workers", self.data.workers, 0),
+            ("optim.lr", self.optim.lr, 0),
+            ("optim.min_lr", self.optim.min_lr, 0),
+            ("optim.warmup", self.optim.warmup, 0),
+            ("optim.weight_decay", self.optim.weight_decay, 0),
+            ("optim.clip", self.optim.clip, 0),
+            ("lora.rank", self.lora.rank, 0),
+            ("checkpoint.every", self.checkpoint.every, 1),
+            ("checkpoint.keep", self.checkpoint.keep, 0),
+            ("validation.every", self.validation.every, 1),
+            ("validation.max_samples", self.validation.max_samples, 1),
+            ("sample.every", self.sample.every, 1),
+            ("sample.steps", self.sample.steps, 1),
+            ("sample.frames", self.sample.frames, 1),
+            ("sample.height", self.sample.height, 16),
+            ("sample.width", self.sample.width, 16),
+        ):
+            if not value >= least:
+                raise ValueError(f"--{name} is {value}; it must be at least {least}")
+        for name, value in (("lora.alpha", self.lora.alpha), ("optim.eps", self.optim.eps)):
+            if not value > 0:
+                raise ValueError(f"--{name} is {value}; it must be positive")
         low, high = self.objective.range
         if not 0 <= low < high <= 1:
             raise ValueError(f"--objective.range is [{low}, {high}]; it must satisfy 0 <= low < high <= 1")
-        for name, value in (("data.text_dropout", self.data.text_dropout), ("optim.ema", self.optim.ema)):
+        for name, value in (
+            ("data.text_dropout", self.data.text_dropout),
+            ("lora.dropout", self.lora.dropout),
+            ("optim.ema", self.optim.ema),
+            *(("optim.betas", beta) for beta in self.optim.betas),
+        ):
             if not 0 <= value < 1:
                 raise ValueError(f"--{name} is {value}; it must lie in 0 <= x < 1")
         if self.optim.warmup >= self.steps > 1:
             raise ValueError(f"--optim.warmup {self.optim.warmup} takes the whole run of {self.steps} steps")
+        if not self.validation.timesteps:
+            raise ValueError("--validation.timesteps is empty: give at least one t between 0 and 1000")
         for t in self.validation.timesteps:
             if not 0 < t < 1000:
                 raise ValueError(f"--validation.timesteps contains {t}; timesteps lie between 0 and 1000")
@@ -202,11 +226,6 @@ class Config:
         if not self.sample.prompts:
             return
         s = self.sample
-        if s.encoders is None or not s.encoders.is_dir():
-            raise ValueError(
-                "--sample.prompts needs --sample.encoders, the diffusers directory with vae/ and text_encoder/ "
-                f"(got {s.encoders})"
-            )
         if s.frames % 4 != 1:
             below = (s.frames - 1) // 4 * 4 + 1
             raise ValueError(f"--sample.frames {s.frames} is not 4k+1; the nearest are {below} and {below + 4}")
@@ -216,6 +235,11 @@ class Config:
                     f"--sample.{name} {value} is not a multiple of 16 (VAE 8 x patch 2); the nearest are "
                     f"{value // 16 * 16} and {value // 16 * 16 + 16}"
                 )
+        if s.encoders is None or not all((s.encoders / part).is_dir() for part in ("vae", "text_encoder", "tokenizer")):
+            raise ValueError(
+                "--sample.prompts needs --sample.encoders, the diffusers directory with vae/, text_encoder/ and "
+                f"tokenizer/ (got {s.encoders})"
+            )
 
     def micro_batches(self, data_ranks: int) -> int:
         """Forwards per optimizer step on each of `data_ranks` ranks."""
@@ -239,16 +263,25 @@ def load_config(argv: list[str] | None = None) -> Config:
 
 def _recipe(argv: list[str] | None) -> list[Path]:
     """The recipe file has to be known before the flags are parsed, as its values lie below theirs."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--model", "--recipe", "--config"):
-        peek.add_argument(flag, default="")
-    asked, _ = peek.parse_known_args(argv)
-    if asked.config and Path(asked.config).is_file():
-        values = tomllib.loads(Path(asked.config).read_text())
-        asked.model = asked.model or values.get("model", "")
-        asked.recipe = asked.recipe or values.get("recipe", "")
+    argv = sys.argv[1:] if argv is None else argv
+    chosen: dict[str, str] = {}
+    for file in _values(argv, "config"):
+        with contextlib.suppress(OSError, ValueError):  # `parse` reads it again, and says what is wrong with it
+            written = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+            chosen |= {k: v for k, v in written.items() if k in ("model", "recipe") and isinstance(v, str)}
+    for flag in ("model", "recipe"):
+        for value in _values(argv, flag):
+            chosen[flag] = value
     known = sorted(p.stem for p in RECIPES.glob("*.toml"))
-    if asked.recipe and asked.recipe not in known:
-        raise SystemExit(f"error: unknown recipe '{asked.recipe}': choose one of {', '.join(known)}")
-    name = asked.recipe or asked.model
+    recipe = chosen.get("recipe", "")
+    if recipe and recipe not in known:
+        sys.stderr.write(f"error: unknown recipe '{recipe}': choose one of {', '.join(known)}\n")
+        sys.exit(2)
+    name = recipe or chosen.get("model", "")
     return [RECIPES / f"{name}.toml"] if name in known else []
+
+
+def _values(argv: list[str], flag: str) -> list[str]:
+    """What follows `--flag`, each time it is given."""
+    spaced = [value for word, value in pairwise(argv) if word == f"--{flag}"]
+    return spaced + [word.partition("=")[2] for word in argv if word.startswith(f"--{flag}=")]

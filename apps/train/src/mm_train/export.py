@@ -6,7 +6,6 @@ Reads one tensor at a time and needs no process group, whatever layout the check
 
 from __future__ import annotations
 
-import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -25,6 +24,7 @@ from mm_convert.arguments import parse
 from mm_models import build
 from mm_models.lora import LoRAConfig, write_lora
 from mm_train.checkpoint import latest
+from mm_train.command import run
 from mm_train.config import Config
 
 
@@ -33,7 +33,7 @@ class ExportConfig:
     """Write the weights of a training checkpoint in our own layout; those of a LoRA run as an adapter."""
 
     checkpoint: Path = field(metadata={"positional": True})
-    """Directory run/checkpoints/step-…, or run/checkpoints for the newest."""
+    """Directory run/checkpoints/step-…, or the run itself for its newest."""
     output: Path
     """Directory to write."""
     ema: bool = False
@@ -85,6 +85,8 @@ class Saved(Mapping[str, Tensor]):
 
 def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = False) -> Path:
     """Write the weights of `checkpoint` to the directory `output` and return it."""
+    if (checkpoint / "checkpoints").is_dir():
+        checkpoint = checkpoint / "checkpoints"
     checkpoint = latest(checkpoint) or checkpoint
     if not (checkpoint / "progress.json").is_file():
         raise ValueError(f"{checkpoint} is not a complete training checkpoint: it has no progress.json")
@@ -113,11 +115,11 @@ def export_final(config: Config, checkpoint: Path, leader: bool) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse(ExportConfig, argv, prog="python -m mm_train.export")
-    try:
+    def work() -> None:
+        config = parse(ExportConfig, argv, prog="python -m mm_train.export")
         print(export(config.checkpoint, config.output, config.ema, config.overwrite))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+
+    run(work)
 
 
 if __name__ == "__main__":

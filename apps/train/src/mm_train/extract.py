@@ -8,11 +8,13 @@ was. A file that cannot be decoded goes to failures.jsonl and the run goes on.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +29,7 @@ from mm_models import preset, presets
 from mm_models.encoders import TextEncoder, VideoVAE
 from mm_parallel.device import device as accelerator
 from mm_parallel.device import init_distributed
+from mm_train.command import prepare_output, run
 
 
 @dataclass
@@ -72,7 +75,8 @@ class ExtractConfig:
 def extract(config: ExtractConfig) -> int:
     """Run the extraction; returns how many samples of the manifest have no features in the end."""
     config.check()
-    rank, world, _ = init_distributed()
+    prepare_output(config.output)
+    rank, world, _ = init_distributed(timeout=timedelta(days=1))  # ranks meet at the end, and need not be equally fast
     device = accelerator()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Leave the workers their cores: the threads of one operation spin while one of them waits for a core.
@@ -107,9 +111,10 @@ def extract(config: ExtractConfig) -> int:
         if rank == 0:
             found = cache.finish(plan)
             missing = len(samples) - found
-            print(f"{found} of {len(samples)} samples in {config.output}", file=sys.stderr)
-            if missing:
-                print(f"{missing} could not be encoded: {config.output / 'failures.jsonl'} says why", file=sys.stderr)
+            why = f", {missing} left out: {config.output / 'failures.jsonl'} says why" if missing else ""
+            print(f"{found} of {len(samples)} samples in {config.output}{why}", file=sys.stderr)
+            if not found:
+                raise ValueError(f"not one sample of {config.data.manifest} could be used{why}")
         return missing if rank == 0 else 0
 
 
@@ -199,13 +204,15 @@ class Progress:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse(ExtractConfig, argv, prog="python -m mm_train.extract", description=ExtractConfig.__doc__)
-    try:
-        extract(config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; what was encoded is kept, the same command continues")
+    def work() -> None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        config = parse(ExtractConfig, argv, prog="python -m mm_train.extract", description=ExtractConfig.__doc__)
+        try:
+            extract(config)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; what was encoded is kept, the same command continues") from None
+
+    run(work)
 
 
 if __name__ == "__main__":

@@ -13,44 +13,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
-from mm_convert import open_checkpoint
+from mm_convert import Checkpoint, open_checkpoint
 from mm_convert.arguments import dump
 from mm_data import FeatureDataset
 from mm_models import build, plan
 from mm_models.initial import initial
 from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora
+from mm_models.wan import WanConfig
 from mm_parallel import load_parameters, parallelize
 from mm_train.checkpoint import latest
 from mm_train.config import Config
-from mm_train.optim import EMA
 
 # Settings that are part of what a checkpoint means: with another value the rest of the run would be another run.
-FIXED = ("model", "architecture", "seed", "data.global_batch", "lora.rank", "lora.targets")
+FIXED = ("model", "architecture", "seed", "data.global_batch", "lora.rank", "lora.alpha", "lora.targets")
 
 
-def find_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that this run continues. Raises ValueError where continuing would not be the same run."""
+def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
+    """(The checkpoint that this run continues, what was changed since). ValueError where it would be another run."""
     found = latest(config.output / "checkpoints")
     if found is None:
-        return None
+        return None, []
     if config.checkpoint.resume == "never":
         raise ValueError(
             f"{config.output} holds a run ({found.name}) and --checkpoint.resume is never: choose another "
             "--output, or delete it"
         )
     saved, now = _flat(tomllib.loads((found / "config.toml").read_text())), _flat(tomllib.loads(dump(config)))
+    changed = {key: (saved.get(key), now.get(key)) for key in saved | now if saved.get(key) != now.get(key)}
     # An adapter means nothing without the base that it was trained on.
-    for key in (*FIXED, "weights") if config.lora.rank else FIXED:
-        old, new = ({k: v for k, v in values.items() if k == key or k.startswith(f"{key}.")} for values in (saved, now))
-        if old != new:
+    fixed = (*FIXED, "weights") if config.lora.rank else FIXED
+    for key, (old, new) in changed.items():
+        average_appears_or_goes = key == "optim.ema" and not (old and new)
+        if average_appears_or_goes or any(key == f or key.startswith(f"{f}.") for f in fixed):
             raise ValueError(
-                f"{found} was made with {old or f'no {key}'}, this command says {new or f'no {key}'}: that would "
-                "train on other samples or "
-                f"another model. Give the old value to continue, or a new --output to start a run of its own"
+                f"{found} was made with {key} {old}, this command says {new}: that would not be the same run. Give the "
+                "old value to continue, or a new --output to start a run of its own"
             )
-    return found
+    step = json.loads((found / "progress.json").read_text())["step"]
+    if step > config.steps:
+        raise ValueError(f"{found} is past --steps {config.steps}: give more than {step} steps, or a new --output")
+    return found, [f"{key} {old} -> {new}" for key, (old, new) in changed.items()]
 
 
 def check_features(dataset: FeatureDataset, config: Config) -> None:
@@ -94,9 +99,14 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device) -
     if config.lora.rank:
         cast_weights(model, dtype)  # a frozen base needs no float32 masters
         add_lora(model, LoRAConfig(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets))
+    check_space(model, config)
     source = Start(config, model)
     parallelize(model, plan(model), mesh, config.memory, dtype)
     load_parameters(model, source, device)
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if not torch.isfinite(local).all():
+            raise ValueError(f"--weights {config.weights}: {name} holds numbers that are not finite")
     return model.train()
 
 
@@ -109,7 +119,7 @@ class Start(Mapping[str, Tensor]):
     def __init__(self, config: Config, model: nn.Module):
         self.seed = config.seed
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
-        self.file = None if config.weights == "random" else open_checkpoint(config.weights)
+        self.file = None if config.weights == "random" else _open(Path(config.weights), model.config)
         self.adapters = {name for name in self.shapes if ".lora_" in name}
         self.published = {name.replace(".base_layer.", "."): name for name in self.shapes if name not in self.adapters}
         self.names = [*self.adapters, *(self.published.get(n, n) for n in (self.file or self.published))]
@@ -126,17 +136,26 @@ class Start(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def check_space(model: nn.Module, ema: EMA | None, config: Config, leader: bool) -> None:
+def _open(path: Path, wanted: WanConfig) -> Checkpoint:
+    """The checkpoint, if what its files say of the model is what is wanted; not all of it shows in names and shapes."""
+    if (path / "checkpoints").is_dir() and (path / "metrics.jsonl").is_file():
+        raise ValueError(f"--weights {path} is a run: its weights are in {path / 'weights'} when it has finished")
+    file = open_checkpoint(path)
+    said = {k: tuple(v) if isinstance(v, list) else v for k, v in file.config.items()}
+    other = [f"{k} {v} (asked for: {getattr(wanted, k)})" for k, v in said.items() if v != getattr(wanted, k, v)]
+    if other:
+        raise ValueError(f"--weights {path} is another architecture: {', '.join(other)}")
+    return file
+
+
+def check_space(model: nn.Module, config: Config) -> None:
     """Raise ValueError if not even one checkpoint fits on the disk of the output directory."""
-    if not leader:
-        return
-    config.output.mkdir(parents=True, exist_ok=True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    needed = trained * (16 if ema else 12)  # float32: weights, two moments, and the average
+    needed = trained * (16 if config.optim.ema else 12)  # float32: weights, two moments, and the average
     free = shutil.disk_usage(config.output).free
     if needed > free:
         raise ValueError(
-            f"a checkpoint needs {needed / 2**30:.1f} GiB and {config.output} has {free / 2**30:.1f} GiB free: "
+            f"a checkpoint needs {needed / 2**20:,.0f} MiB and {config.output} has {free / 2**20:,.0f} MiB free: "
             "free some, or choose another --output"
         )
 
@@ -147,19 +166,27 @@ def dropout_seed(*place: int) -> int:
 
 
 def summary(
-    config: Config, model: nn.Module, dataset: FeatureDataset, world: int, micro_batches: int, found: Path | None
+    config: Config,
+    model: nn.Module,
+    dataset: FeatureDataset,
+    mesh: DeviceMesh | None,
+    micro_batches: int,
+    found: Path | None,
+    changed: list[str],
 ) -> str:
-    """What is about to happen, in four lines."""
+    """What is about to happen, in a few lines."""
     everything = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    ranks = world if world == 1 else f"{world} ({config.parallel})"
-    return (
-        f"model      {config.model}: {everything:,} parameters, {trained:,} trained, matrices in {config.dtype}\n"
-        f"weights    {found or config.weights}{' (continuing)' if found else ''}\n"
-        f"data       {len(dataset):,} samples in {len(set(dataset.shapes))} shapes from {config.data.features}\n"
-        f"step       {config.data.global_batch} samples = {ranks} ranks x {micro_batches} micro-batches x "
-        f"{config.data.micro_batch}"
-    )
+    ranks = "1 rank" if mesh is None else f"{mesh.size()} ranks ({' x '.join(map(str, mesh.shape))}: copies x shards)"
+    lines = [
+        f"model      {config.model}: {everything:,} parameters, {trained:,} trained, matrices in {config.dtype}",
+        f"weights    {f'{found} (continuing)' if found else config.weights}",
+        *(f"changed    {change}" for change in changed),
+        f"data       {len(dataset):,} samples in {len(set(dataset.shapes))} shapes from {config.data.features}",
+        f"step       {config.data.global_batch} samples = {ranks} x {micro_batches} micro-batches of "
+        f"{config.data.micro_batch}",
+    ]
+    return "\n".join(lines)
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

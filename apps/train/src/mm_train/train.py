@@ -18,6 +18,7 @@ from mm_parallel.device import init_distributed, synchronize
 from mm_parallel.mesh import data_rank
 from mm_train import setup
 from mm_train.checkpoint import Checkpointer
+from mm_train.command import prepare_output
 from mm_train.config import Config
 from mm_train.export import export_final
 from mm_train.metrics import Metrics
@@ -41,16 +42,16 @@ def train(config: Config) -> Path:
     data_index, data_size = data_rank(mesh)
     micro_batches = config.micro_batches(data_size)
 
+    prepare_output(config.output)
     dataset = FeatureDataset(config.data.features)
     setup.check_features(dataset, config)
     if config.validation.features:
         setup.check_features(FeatureDataset(config.validation.features), config)
-    found = setup.find_checkpoint(config)  # refuses a directory that this run must not continue
+    found, changed = setup.find_checkpoint(config)  # refuses a directory that this run must not continue
     model = setup.build_model(config, mesh, device)
     optimizer = build_optimizer(model, config.optim)
     ema = EMA(model, config.optim.ema) if config.optim.ema else None
     checkpoints = Checkpointer(config.output / "checkpoints", config.checkpoint.keep)
-    setup.check_space(model, ema, config, leader=rank == 0)
     progress = {"step": 0, "cursor": 0, "skipped": 0, "dataset": setup.dataset_fingerprint(dataset)}
     if found:
         progress = checkpoints.load(found, model, optimizer, ema)
@@ -69,7 +70,9 @@ def train(config: Config) -> Path:
         text_dropout=config.data.text_dropout,
     )
     metrics = Metrics(config.output, leader=rank == 0, steps=config.steps, start=progress["step"])
-    metrics.say(setup.summary(config, model, dataset, world, micro_batches, found))
+    metrics.say(setup.summary(config, model, dataset, mesh, micro_batches, found, changed))
+    if progress["step"] == config.steps:
+        metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
     validation = Validation(config, flow, data_index, data_size, device)
     samples = Samples(config, data_index, data_size, device)
     speed = Speed(model, device, world)

@@ -1,0 +1,37 @@
+"""How a command of this package ends: exit codes, and one line instead of a traceback for what is not a bug."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def run(work: Callable[[], object]) -> None:
+    """Exit code 0: done; 2: it was asked for what cannot be; 1: it failed on the way; 130: it was interrupted."""
+    try:
+        work()
+    except ValueError as error:
+        _leave(f"error: {error}", 2)
+    except (OSError, FloatingPointError) as error:
+        _leave(f"error: {error}", 1)
+    except KeyboardInterrupt as stop:
+        _leave(str(stop) or "stopped", 130)
+
+
+def prepare_output(path: Path) -> None:
+    """Make the directory and try to write there: better an error now than after hours."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output {path} cannot be written: {error.strerror}") from error
+
+
+def _leave(message: str, code: int) -> None:
+    rank = os.environ.get("RANK", "0")
+    sys.stderr.write(f"{f'[rank {rank}] ' if rank != '0' else ''}{message}\n")
+    sys.exit(code)
