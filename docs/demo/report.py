@@ -16,7 +16,7 @@ TITLE = "A small Wan2.1, trained on this machine"
 HELD_OUT = "No training clip shows any of these combinations of colour, shape and direction: they were held out."
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1, h2 { font-weight: 600 } pre { background: #f4f4f4; padding: .7rem; overflow-x: auto; font-size: 13px }
+h1, h2 { font-weight: 600 } pre { background: #f4f4f4; padding: .7rem; white-space: pre-wrap; font-size: 13px }
 table { border-collapse: collapse }
 td { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid #ddd }
 .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem }
@@ -48,7 +48,7 @@ def chart(title: str, points: Points, faint: Points = ()) -> str:
         f'<line x1="{left}" x2="{width - 10}" y1="{place(x0, y)[1]:.1f}" y2="{place(x0, y)[1]:.1f}" stroke="#eee"/>'
         for y in (y0 + (y1 - y0) * k / 4 for k in range(5))
     ) + "".join(
-        f'<text x="{place(x, y0)[0]:.1f}" y="{height - 6}" text-anchor="middle">{x:.0f}</text>'
+        f'<text x="{place(x, y0)[0]:.1f}" y="{height - 6}" text-anchor="end">{x:.0f}</text>'
         for x in (x0 + (x1 - x0) * k / 4 for k in range(5))
     )
     drawn = line(faint, "#c9d6ea") + line(points, "#2458a6")
@@ -82,8 +82,8 @@ def curves(metrics: Path) -> str:
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     loss = [(r["step"], r["loss"]) for r in rows if "loss" in r]
     validation = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
-    return chart("training loss (weighted; smoothed in front)", smooth(loss), faint=loss) + chart(
-        "validation loss (held-out clips, fixed timesteps and noise)", validation
+    return chart("training loss, each step and smoothed", smooth(loss), faint=loss) + chart(
+        "validation loss: clips not trained on, always the same timesteps and noise", validation
     )
 
 
@@ -105,7 +105,7 @@ def write_report(
     sections = {
         "What was asked, what was drawn": f'<p>{HELD_OUT}</p><div class="clips">{figures}</div>',
         "How often it is right": f"<table>{marks}</table>",
-        "How it learned": f'{curves(metrics)}<div class="clips">{grown}</div>',
+        "How it learned": f'{curves(metrics)}<h3>one prompt, as training went on</h3><div class="clips">{grown}</div>',
         "Time": f"<table>{table}</table>",
         "The commands": f"<pre>{html.escape(commands)}</pre>",
     }

@@ -17,10 +17,12 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(os.path.relpath(Path(__file__).parent))
 sys.path.insert(0, str(HERE))
 
 from report import write_report  # noqa: E402
+
+from mm_data import made_with  # noqa: E402
 
 COMMANDS = {
     "Write clips": "python {here}/clips.py {out}/clips",
@@ -86,7 +88,7 @@ def main() -> None:
         out / "report.html",
         metrics=out / "run/metrics.jsonl",
         generated=[(Path(clip["file"]), clip["prompt"], clip["right"]) for clip in scores["clips"]],
-        progress=[(f"after {int(path.parent.name.removeprefix('step-'))} steps", path) for path in samples],
+        progress=[(f"{made_with(path)['prompt']}, step {made_with(path)['step']}", path) for path in samples],
         scores=scores["totals"],
         stages=stages,
     )
