@@ -14,9 +14,9 @@ from mm_data import Step
 MOST_IN_A_ROW = 10
 
 
-def total(value: Tensor, device: torch.device) -> Tensor:
-    """Sum of a scalar over all ranks."""
-    value = value.to(device)
+def total(value: Tensor) -> Tensor:
+    """Sum of a scalar over all ranks, on the CPU: there are doubles there, whatever the accelerator has."""
+    value = value.cpu()
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
@@ -25,8 +25,8 @@ def total(value: Tensor, device: torch.device) -> Tensor:
 class Watch:
     """Decides, alike on every rank, whether a step may be taken."""
 
-    def __init__(self, policy: str, device: torch.device):
-        self.policy, self.device, self.reason, self.samples = policy, device, "", []
+    def __init__(self, policy: str):
+        self.policy, self.reason, self.samples = policy, "", []
         self.in_a_row = 0
 
     def finite(self, loss: float, norm: Tensor, own: list[Tensor], step: Step) -> bool:
@@ -52,10 +52,12 @@ class Watch:
         text = f"step {step + 1} is not finite ({self.reason}); samples: {shown}."
         if checkpoint is None:
             return f"{text} Skipped: weights and optimizer are as before it"
+        way_out = "or continue without such steps by --on_nonfinite skip"
+        if self.policy == "skip":
+            way_out = f"as it was the last of {self.in_a_row} in a row, the model itself may be at fault"
         return (
             f"{text} Weights and optimizer are as before it, saved in {checkpoint}. Look at these samples, lower "
-            "--optim.lr, "
-            "or continue without such steps by --on_nonfinite skip"
+            f"--optim.lr, {way_out}"
         )
 
 

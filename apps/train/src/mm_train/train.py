@@ -76,7 +76,7 @@ def train(config: Config) -> Path:
     validation = Validation(config, flow, data_index, data_size, device)
     samples = Samples(config, data_index, data_size, device)
     speed = Speed(model, device, world)
-    watch = Watch(config.on_nonfinite, device)
+    watch = Watch(config.on_nonfinite)
     resolved = dump(config)
 
     def save() -> None:
@@ -93,7 +93,7 @@ def train(config: Config) -> Path:
     with _Interrupt() as interrupt:
         if progress["step"] == 0:
             look()
-        while progress["step"] < config.steps and not interrupt.asked(device):
+        while progress["step"] < config.steps and not interrupt.asked():
             started = time.perf_counter()
             batch = next(steps)
             data_seconds = time.perf_counter() - started
@@ -110,7 +110,7 @@ def train(config: Config) -> Path:
                 own.append(loss.detach())
             finish_gradients(model)
             norm = clip_grad_norm(model, config.optim.clip or math.inf)
-            mean = total(torch.cat(own).double().sum(), device).item() / config.data.global_batch
+            mean = total(torch.cat(own).cpu().double().sum()).item() / config.data.global_batch
 
             progress["cursor"] = batch.cursor_after
             if watch.finite(mean, norm, own, batch):
@@ -172,7 +172,7 @@ class _Interrupt:
         for s, handler in self.before.items():
             signal.signal(s, handler)
 
-    def asked(self, device: torch.device) -> bool:
+    def asked(self) -> bool:
         """Whether any rank was interrupted: all stop after the same step."""
-        self.signal = int(total(torch.tensor(float(self.signal)), device).item())
+        self.signal = int(total(torch.tensor(float(self.signal))).item())
         return self.signal > 0

@@ -48,10 +48,10 @@ class Validation:
             counts = turn < len(self.batches)
             error = self._error(model, self.batches[turn] if counts else self.filler)
             if counts:
-                summed, count = summed + error.double().sum().cpu(), count + len(error)
+                summed, count = summed + error.cpu().double().sum(), count + len(error)
         model.train()
-        number = total(torch.tensor(float(count), dtype=torch.float64), self.device)
-        return (total(summed, self.device) / number).item()
+        number = total(torch.tensor(float(count), dtype=torch.float64))
+        return (total(summed) / number).item()
 
     def _error(self, model: nn.Module, pairs: list[tuple[int, int]]) -> torch.Tensor:
         items = [self.data[i] for i, _ in pairs]
