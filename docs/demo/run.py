@@ -25,7 +25,7 @@ from report import write_report  # noqa: E402
 from mm_data import made_with  # noqa: E402
 
 COMMANDS = {
-    "Write clips": "python {here}/clips.py {out}/clips",
+    "Write clips": "python {here}/clips.py {out}/clips --repeats {repeats}",
     "Assemble VAE and text encoder": "python {here}/text.py {out}/encoders",
     "Encode clips and captions": (
         "python -m mm_train.extract --model wan-tiny --encoders {out}/encoders --config {here}/extract.toml"
@@ -57,8 +57,9 @@ def run(name: str, command: str) -> float:
     """Seconds that the command took; its output goes through. Ends the demo if it fails."""
     print(f"\n== {name}\n$ {command}", flush=True)
     program, *rest = shlex.split(command)
+    installed = Path(sys.executable).with_name(program)  # of this environment, whether it is active or not
     started = time.perf_counter()
-    code = subprocess.run([sys.executable if program == "python" else program, *rest], env=ENVIRONMENT).returncode
+    code = subprocess.run([installed, *rest], env=ENVIRONMENT).returncode
     if code:
         sys.exit(f"error: '{name}' ended with code {code}; its command is shown above")
     return time.perf_counter() - started
@@ -67,6 +68,7 @@ def run(name: str, command: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo-out"))
+    parser.add_argument("--repeats", type=int, default=4, help="clips of each combination that is trained on")
     parser.add_argument("--steps", type=int, help="training steps, instead of those in train.toml")
     options = parser.parse_args()
     out = options.output
@@ -77,9 +79,9 @@ def main() -> None:
 
     stages = []
     for name, command in COMMANDS.items():
-        command = command.format(here=shlex.quote(str(HERE)), out=shlex.quote(str(out)))
+        command = command.format(here=shlex.quote(str(HERE)), out=shlex.quote(str(out)), repeats=options.repeats)
         if name == "Train" and options.steps:
-            command += f" --steps {options.steps}"
+            command += f" --steps {options.steps} --optim.warmup 0"
         stages.append((name, run(name, command), command))
 
     scores = json.loads((out / "scores.json").read_text())
