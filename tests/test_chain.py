@@ -1,0 +1,77 @@
+"""What no single package can promise: weights go from one program to the next, in every form, and stay one model."""
+
+import json
+
+import pytest
+import torch
+
+from mm_convert import convert
+from mm_data import FeatureCache
+from mm_infer import load
+from mm_models.testing import write_encoders
+from mm_train.config import load_config
+from mm_train.train import train
+
+SMALL = {"dim": 48, "num_heads": 2, "num_layers": 2, "ffn_dim": 64, "text_tokens": 16}
+VIDEO = {"height": 32, "width": 48, "frames": 5, "steps": 2, "guidance": 2.0}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Features, encoders, and a model trained for two steps, with its weights in three forms."""
+    place = tmp_path_factory.mktemp("chain")
+    random = torch.Generator().manual_seed(0)
+    with FeatureCache(place / "features") as cache:
+        for i in range(4):
+            tensors = {"latents": torch.randn(16, 2, 4, 6, generator=random)}
+            tensors["text.0"] = torch.randn(5, 64, generator=random)
+            cache.put(f"{i:064d}", tensors, {"id": f"{i}.mp4"})
+        cache.finish()
+    write_encoders(place / "encoders", text_dim=64)
+    weights = run(place, "first", "random", "--steps", "2", "--optim.lr", "1e-2")
+    for form in ("diffusers", "original"):
+        convert(weights, place / form, to=form)
+    return place
+
+
+def run(place, name, weights, *more):
+    """Train, and give the directory of what comes out."""
+    argv = [
+        "--model",
+        "wan-tiny",
+        "--dtype",
+        "float32",
+        "--architecture",
+        json.dumps(SMALL),
+        "--data.global_batch",
+        "2",
+    ]
+    argv += ["--data.features", str(place / "features"), "--output", str(place / name), "--weights", str(weights)]
+    return train(load_config([*argv, *more]))
+
+
+def loss(place, name):
+    return json.loads((place / name / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+
+
+def test_training_starts_from_every_form_alike(place):
+    for form in ("first/weights", "diffusers", "original"):
+        run(place, f"from-{form.replace('/', '-')}", place / form, "--steps", "1")
+    losses = {loss(place, f"from-{form}") for form in ("first-weights", "diffusers", "original")}
+    assert len(losses) == 1
+    assert losses != {loss(place, "first")}  # which began at random
+
+
+def test_every_form_generates_the_same_video(place):
+    made = [
+        load(place / form, place / "encoders")("a cat", **VIDEO) for form in ("first/weights", "diffusers", "original")
+    ]
+    assert torch.equal(made[0].latents, made[1].latents)
+    assert torch.equal(made[0].latents, made[2].latents)
+
+
+def test_a_trained_adapter_is_generated_with(place):
+    adapter = run(place, "lora", place / "diffusers", "--steps", "3", "--lora.rank", "2", "--optim.lr", "1e-1")
+    plain = load(place / "diffusers", place / "encoders")("a cat", **VIDEO)
+    adapted = load(place / "diffusers", place / "encoders", lora=adapter)("a cat", **VIDEO)
+    assert not torch.allclose(plain.latents, adapted.latents, rtol=1e-3)
