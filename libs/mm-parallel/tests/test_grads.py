@@ -54,3 +54,9 @@ def test_no_gradient_is_norm_zero_and_nan_is_nan():
     assert clip_grad_norm(model, 1.0) == 0
     filled(model).embed.weight.grad[0, 0] = math.nan
     assert clip_grad_norm(model, 1.0).isnan()
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, math.nan])
+def test_a_bound_that_is_not_positive_is_refused(bound):
+    with pytest.raises(ValueError, match="must be more than 0"):
+        clip_grad_norm(filled(double()), bound)

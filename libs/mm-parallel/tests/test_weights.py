@@ -173,3 +173,11 @@ def test_a_checkpoint_of_two_ranks_loads_on_one_and_four(tmp_path: Path):
         loaded = spawn(world, load, str(tmp_path / "step"))[0]
         for name, values in saved.items():
             assert (values == loaded[name]).all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_integers_are_no_weights(dtype):
+    whole = seeded().state_dict()
+    whole["embed.weight"] = whole["embed.weight"].to(dtype)
+    with pytest.raises(ValueError, match=f"embed.weight is {dtype}, but the model needs floating numbers"):
+        load_parameters(seeded(), whole, CPU)

@@ -51,7 +51,10 @@ def clip_grad_norm(model: nn.Module | Iterable[Tensor], max_norm: float) -> Tens
 
     Parameters may be any mix of Tensors and of DTensors of several meshes; the result is that of one device. All ranks
     call it. `max_norm=inf` only measures. A non-finite norm is returned, and gradients are then useless: look at it.
+    Raises ValueError for a `max_norm` that is not positive.
     """
+    if not max_norm > 0:  # 0 would stop training in silence, less would turn every step around
+        raise ValueError(f"max_norm is {max_norm}, but must be more than 0; inf does not clip")
     parameters = model.parameters() if isinstance(model, nn.Module) else model
     groups: dict[DeviceMesh | None, list[Tensor]] = defaultdict(list)  # foreach ops refuse a mix
     for parameter in parameters:

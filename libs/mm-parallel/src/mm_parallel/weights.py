@@ -14,11 +14,11 @@ def load_parameters(model: nn.Module, source: Mapping[str, Any], device: torch.d
 
     source: whole tensors by name, or anything with `.shape` that slices to tensors. It is read one name at a time, and
         of a sharded parameter only this rank's rows: what is mmapped stays on disk, and no rank holds the whole model.
-        Any dtype; it is cast to the parameter's.
+        Any floating dtype for a floating parameter; it is cast to the parameter's.
     device: where a meta model's shards are allocated and where an unsharded model is moved to.
 
     Call after `parallelize` and before making the optimizer. Raises ValueError with the nearest names for missing and
-    unexpected names, and with both shapes for a misfit; after an error the model's values are undefined.
+    unexpected names, and with both shapes or dtypes for a misfit; after an error the model's values are undefined.
     """
     _check_names(set(model.state_dict()), set(source))
     _allocate(model, device)
@@ -28,12 +28,12 @@ def load_parameters(model: nn.Module, source: Mapping[str, Any], device: torch.d
             if tuple(whole.shape) != tuple(target.shape):
                 raise ValueError(f"{name} has shape {tuple(whole.shape)}, but the model needs {tuple(target.shape)}")
             if not isinstance(target, DTensor):
-                target.copy_(whole[...])
+                target.copy_(_same_kind(name, whole[...], target))
                 continue
             for chunk in target.__create_chunk_list__():  # what DCP asks, too: right for every placement
                 rows = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
                 if 0 not in chunk.sizes:
-                    target.to_local().copy_(whole[rows])
+                    target.to_local().copy_(_same_kind(name, whole[rows], target))
 
 
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -44,6 +44,13 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in model.state_dict().items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         yield name, whole.detach().to("cpu", copy=True)
+
+
+def _same_kind(name: str, values: Tensor, target: Tensor) -> Tensor:
+    """The values, unless integers stand where fractions belong: quantised weights, or another tensor by mistake."""
+    if target.is_floating_point() and not values.is_floating_point():
+        raise ValueError(f"{name} is {values.dtype}, but the model needs floating numbers, as {target.dtype}")
+    return values
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
