@@ -149,3 +149,11 @@ def test_identity(repository, copy):
     tensors["decoder.conv_in.bias"][0] += 1  # trained further: same names, same sizes
     save_file(tensors, file, {"format": "pt"})
     assert VideoVAE(copy).identity != video
+
+
+def test_no_bar_in_a_log_and_the_setting_is_given_back(repository, capfd):
+    from transformers.utils import logging
+
+    TextEncoder(repository, dtype=torch.float32)
+    assert "Loading weights" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()

@@ -151,3 +151,41 @@ def test_files_that_do_not_fit(base, tiny, tmp_path):
     save_file(tensors, file, {"rank": "4", "alpha": "8"})
     with pytest.raises(ValueError, match=name.removeprefix("base_model.model.")):
         load_lora(base(), file)
+
+
+def test_adapters_are_not_replaced_unasked(base, tmp_path):
+    model = adapt(add_lora(base(), CONFIG))
+    save_lora(model, tmp_path, base="a/base")
+    with pytest.raises(ValueError, match="exists; name another directory, or give overwrite"):
+        write_lora(tmp_path, model.state_dict(), CONFIG)
+    save_lora(model, tmp_path, overwrite=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        save_lora(model, tmp_path / "file")
+
+
+def test_the_base_is_recorded(base, tmp_path):
+    from safetensors import safe_open
+
+    save_lora(add_lora(base(), CONFIG), tmp_path, base="a/base")
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata()["base"] == "a/base"
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "a/base"
+
+
+def test_damaged_and_contradictory_files(base, tmp_path):
+    save_lora(add_lora(base(), CONFIG), tmp_path)
+    file, beside = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    whole, config = file.read_bytes(), json.loads(beside.read_text())
+    for length in (4, 100, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged"):
+            load_lora(base(), tmp_path)
+    file.write_bytes(whole)
+    for change in ({"lora_alpha": 4}, {"r": 2}):
+        beside.write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match="says rank 4 and alpha 8, but"):
+            load_lora(base(), tmp_path)
+    beside.write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not JSON"):
+        load_lora(base(), tmp_path)

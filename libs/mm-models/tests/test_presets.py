@@ -71,6 +71,14 @@ def test_mistakes_are_named():
         build("wan-tiny", device="meta", num_layer=2)
     with pytest.raises(ValueError, match="160 over 7 heads"):
         build("wan-tiny", device="meta", num_heads=7)
+    with pytest.raises(ValueError, match="patch_size is 3, but must be three numbers"):
+        build("wan-tiny", device="meta", patch_size=3)
+    assert build("wan-tiny", device="meta", patch_size=[1, 2, 2]).config == preset("wan-tiny")
+    for name, value in {"num_layers": 0, "num_heads": 0, "text_tokens": 0, "dim": -160, "ffn_dim": 1.5}.items():
+        with pytest.raises(ValueError, match=f"{name} is {value}, but must be a whole number of at least 1"):
+            build("wan-tiny", device="meta", **{name: value})
+    with pytest.raises(ValueError, match=r"patch_size\[1\] is 0"):
+        build("wan-tiny", device="meta", patch_size=(1, 0, 2))
     with pytest.raises(ValueError, match="no plan for a Linear"):
         plan(torch.nn.Linear(1, 1))
 

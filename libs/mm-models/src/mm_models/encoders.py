@@ -7,7 +7,10 @@ Nothing is downloaded and nothing is random: a missing folder, file or tensor is
 import html
 import json
 import re
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -31,14 +34,15 @@ class TextEncoder:
         self.identity = _identity([weights, words], {"dtype": str(dtype), "max_length": max_length})
         self.device, self.max_length = torch.device(device), max_length
         self.tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
-        model, found = UMT5EncoderModel.from_pretrained(
-            weights,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # or the error would not name them; they are refused below
-            output_loading_info=True,
-        )
+        with _no_bar_in_logs():
+            model, found = UMT5EncoderModel.from_pretrained(
+                weights,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # or the error would not name them; they are refused below
+                output_loading_info=True,
+            )
         _check_loaded(weights, found)
         self.model = model.eval().requires_grad_(False).to(self.device)
 
@@ -147,6 +151,21 @@ def _folder(path: Path | str, name: str) -> Path:
             "vae/, e.g. a download of Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
         )
     return folder
+
+
+@contextmanager
+def _no_bar_in_logs() -> Iterator[None]:
+    """transformers draws its bar also where stderr is a file; there it is off in this block."""
+    from transformers.utils import logging
+
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _check_loaded(folder: Path, found: dict) -> None:

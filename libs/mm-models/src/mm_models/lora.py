@@ -82,32 +82,54 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {_plain(name): tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
 
 
-def save_lora(model: nn.Module, path: Path | str) -> Path:
-    """Writes the adapters of `model` to the directory `path`."""
+def save_lora(model: nn.Module, path: Path | str, *, base: str = "", overwrite: bool = False) -> Path:
+    """Writes the adapters of `model` to the directory `path`; `base` and `overwrite` as for `write_lora`."""
     layers = _adapted(model)
     if not layers:
         raise ValueError("this model has no LoRA adapters: add_lora first")
     targets = sorted({name.rsplit(".lora_", 1)[0] for name in lora_state_dict(model)})
     dropout = getattr(layers[0].lora_dropout["default"], "p", 0.0)
     config = LoRAConfig(layers[0].r["default"], layers[0].lora_alpha["default"], dropout, tuple(targets))
-    return write_lora(path, lora_state_dict(model), config)
+    return write_lora(path, lora_state_dict(model), config, base=base, overwrite=overwrite)
 
 
-def write_lora(path: Path | str, tensors: Mapping[str, Tensor], config: LoRAConfig) -> Path:
+def write_lora(
+    path: Path | str,
+    tensors: Mapping[str, Tensor],
+    config: LoRAConfig,
+    *,
+    base: str = "",
+    overwrite: bool = False,
+) -> Path:
     """Writes adapters to the directory `path`, from tensors under the names that they have in `model.state_dict()`.
 
     Tensors that are not adapters are left out. The weights are replaced in one move, never half-written.
+
+    Args:
+        base: the model that the adapters are for, as a name or a path; recorded for people and for peft.
+        overwrite: replace adapters that are there.
+
+    Raises:
+        ValueError: adapters are there already and `overwrite` is not given, or no tensor is one.
     """
     from safetensors.torch import save_file
 
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    there = [file for file in (path / "adapter_model.safetensors", path / "adapter_config.json") if file.exists()]
+    if path.is_file():
+        raise ValueError(f"{path} is a file; name a directory for the adapters")
+    if there and not overwrite:
+        raise ValueError(f"{there[0]} exists; name another directory, or give overwrite to replace it")
     adapters = {PEFT_PREFIX + _plain(n): tensors[n].detach().cpu().contiguous() for n in tensors if ".lora_" in n}
     if not adapters:
         raise ValueError(f"nothing to write to {path}: none of {len(tensors)} tensors is a LoRA adapter")
-    _peft_config(config).save_pretrained(path)
+    path.mkdir(parents=True, exist_ok=True)
+    described = _peft_config(config)
+    described.base_model_name_or_path = base or None
+    described.save_pretrained(path)
     unfinished = path / "adapter_model.safetensors.part"
-    save_file(adapters, unfinished, {"format": "pt", "rank": str(config.rank), "alpha": str(config.alpha)})
+    header = {"format": "pt", "rank": str(config.rank), "alpha": str(config.alpha)} | ({"base": base} if base else {})
+    save_file(adapters, unfinished, header)
     os.replace(unfinished, path / "adapter_model.safetensors")
     return path
 
@@ -116,17 +138,21 @@ def load_lora(model: nn.Module, path: Path | str) -> LoRAConfig:
     """Adds the adapters in `path`, a directory of `save_lora` or its safetensors file, to `model` in place.
 
     Raises:
-        ValueError: no such file, a tensor that fits nowhere in the model or is missing, no rank and alpha to be found.
+        ValueError: no such file, or a damaged one; a tensor that fits nowhere in the model or is missing; rank and
+            alpha that cannot be found, or that the header and adapter_config.json tell differently.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     path = Path(path)
     file = path / "adapter_model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{path} holds no LoRA adapters: expected {file}")
-    with safe_open(file, "pt") as stream:
-        described = stream.metadata() or {}
-        tensors = {_plain(name): stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    try:
+        with safe_open(file, "pt") as stream:
+            described = stream.metadata() or {}
+            tensors = {_plain(name): stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged, cut off or no safetensors file: {error}") from error
     rank, alpha = _scale(file, described)
     targets = tuple(sorted({name.rsplit(".lora_", 1)[0] for name in tensors}))
     config = LoRAConfig(rank, alpha, 0.0, targets)
@@ -162,12 +188,28 @@ def _peft_config(config: LoRAConfig):
 
 def _scale(file: Path, described: Mapping[str, str]) -> tuple[int, float]:
     """Rank and alpha, from the header of the file or the adapter_config.json beside it."""
-    if "rank" in described and "alpha" in described:
-        return int(described["rank"]), float(described["alpha"])
     beside = file.parent / "adapter_config.json"
+    if "rank" in described and "alpha" in described:
+        said = int(described["rank"]), float(described["alpha"])
+        # Of a file under another name, the config beside it may be somebody else's.
+        if file.name == "adapter_model.safetensors" and beside.is_file() and _config_scale(beside) != said:
+            r, alpha = _config_scale(beside)
+            raise ValueError(
+                f"{file} says rank {said[0]} and alpha {said[1]:g}, but {beside} says r {r} and lora_alpha {alpha:g}: "
+                "the two do not belong together, or one was edited"
+            )
+        return said
     if not beside.is_file():
         raise ValueError(f"{file} does not say its alpha, and there is no {beside}: the strength would be a guess")
-    config = json.loads(beside.read_text())
+    return _config_scale(beside)
+
+
+def _config_scale(beside: Path) -> tuple[int, float]:
+    """r and lora_alpha of an adapter_config.json."""
+    try:
+        config = json.loads(beside.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{beside} is not JSON: {error}") from error
     special = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if config.get(key)]
     if special:
         raise ValueError(f"{beside} uses {', '.join(special)}, which is not supported: only plain LoRA is")

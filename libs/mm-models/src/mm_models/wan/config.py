@@ -28,7 +28,15 @@ class WanConfig:
     """CLIP tokens: 257 for one image, 514 for two (first and last frame), which also get a learned position."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.patch_size, tuple | list) or len(self.patch_size) != 3:
+            raise ValueError(f"patch_size is {self.patch_size}, but must be three numbers: frames, rows, columns")
         object.__setattr__(self, "patch_size", tuple(self.patch_size))  # JSON and TOML have lists only
+        sizes = {name: size for name, size in vars(self).items() if name not in ("patch_size", "eps", "image_dim")}
+        sizes |= {f"patch_size[{i}]": size for i, size in enumerate(self.patch_size)}
+        sizes |= {} if self.image_dim is None else {"image_dim": self.image_dim}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} is {size}, but must be a whole number of at least 1")
         if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
             raise ValueError(
                 f"dim {self.dim} over {self.num_heads} heads: the quotient must be an even whole number of at least 6, "
