@@ -236,7 +236,7 @@ def test_bad_stores_are_refused_with_the_way_out(tmp_path):
         FeatureCache(tmp_path / "file")
     with pytest.raises(ValueError, match="is not a folder"):
         FeatureDataset(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no features here"):
+    with pytest.raises(ValueError, match=r"no features here; expected .*mm_train\.extract --output"):
         FeatureDataset(tmp_path)
     with pytest.raises(ValueError, match="must hold the sample's id"):
         FeatureCache(tmp_path).put("k", entry(), {})

@@ -86,6 +86,12 @@ def test_sizes_by_example():
     with pytest.raises(Unfit, match="set min_area to allow enlarging"):
         output_size(144, 176, Geometry())
     assert output_size(144, 176, Geometry(min_area=0)) == (480, 832)
+    with pytest.raises(
+        Unfit, match=r"1500 x 1000 .* is 2\.60 times too tall for 480 x 832, a factor of 2 is .*dynamic"
+    ):
+        output_size(1500, 1000, Geometry())
+    with pytest.raises(Unfit, match=r"is 3\.00 times too wide for a square.*: give a larger --geometry\.max_aspect"):
+        output_size(500, 1500, wide)
 
 
 @pytest.mark.parametrize(

@@ -124,3 +124,34 @@ def test_the_report_counts_every_reason(tmp_path):
     }
     assert "9 samples, 2 kept, 7 dropped" in str(chosen)
     assert "too_short: 3, e.g. videos/5.mp4: 4 frames, fewer than min_frames=17" in str(chosen)
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.txt"])
+def test_odd_separators_are_no_line_ends_and_other_encodings_are_named(tmp_path, name):
+    odd = "a cat\u2028on\x85a mat"
+    folder = tmp_path / odd
+    folder.mkdir()
+    text = json.dumps({"path": "1.mp4", "cap": odd}, ensure_ascii=False)
+    (folder / "data.json").write_text(f"[{text}]", encoding="utf-8")
+    (folder / "data.jsonl").write_bytes(f"{text}\r\n{text}\n".encode())
+    (folder / "data.txt").write_text(f"{folder},{folder}/data.json\n", encoding="utf-8")
+    assert {sample.captions for sample in read_manifest(folder / name)} == {(odd,)}
+    (folder / name).write_bytes(b"\xff\xfe[")
+    with pytest.raises(ValueError, match=rf"{name} is not UTF-8 text"):
+        read_manifest(folder / name)
+
+
+def test_the_report_tells_of_short_clips(tmp_path):
+    path = dataset(
+        tmp_path,
+        CAT,
+        {**CAT, "path": "videos/2.mp4", "num_frames": 80},
+        {**CAT, "path": "videos/3.mp4", "cut": [0, 20]},
+        {**CAT, "path": "videos/4.mp4", "num_frames": None},
+    )
+    samples = read_manifest(path)
+    report = select(samples, Geometry(num_frames=81))
+    assert report.short == {"videos/2.mp4": 77, "videos/3.mp4[0:20]": 17}
+    assert "shorter than num_frames=81: 2, the shortest gives a clip of 17: videos/3.mp4[0:20]" in str(report)
+    assert "shorter" not in str(select(samples, Geometry(num_frames=17)))
+    assert str(select(samples[:1], Geometry())) == "1 sample, 1 kept, 0 dropped"

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -153,3 +154,19 @@ def test_written_videos_read_back(tmp_path, size):
     assert [read_barcode(frame) for frame in clip.frames] == list(range(5))
     assert clip.fps == pytest.approx(16)
     assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("codec", "pixels", "suffix"),
+    [("mjpeg", "yuvj420p", ".jpg"), ("png", "rgb24", ".png"), ("png", "rgb24", ".mp4"), ("gif", "rgb8", ".gif")],
+)
+def test_a_picture_is_no_video(tmp_path, codec, pixels, suffix):
+    path = tmp_path / f"a{suffix}"
+    frame = av.VideoFrame.from_ndarray(barcode(1), format="rgb24").reformat(format=pixels)
+    with av.open(str(tmp_path / "written"), "w", format="gif" if codec == "gif" else "image2pipe") as container:
+        stream = container.add_stream(codec, rate=1)
+        stream.height, stream.width, stream.pix_fmt = 48, 80, pixels
+        container.mux([*stream.encode(frame), *stream.encode()])
+    (tmp_path / "written").rename(path)
+    with pytest.raises(ValueError, match="is a picture, not a video"):
+        probe(path)

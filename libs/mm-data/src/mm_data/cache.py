@@ -67,9 +67,11 @@ class Plan:
         return sample_id in self.keys or any(sample.id == sample_id for sample, _ in self.failed)
 
     def __str__(self) -> str:
+        total = len(self.keys) + len(self.failed)
         return (
-            f"{len(self.keys) + len(self.failed)} samples: {len(self.done)} in the store, {len(self.todo)} to encode, "
-            f"{len(self.repeated)} repeated, {len(self.failed)} unreadable; {self.stale} stale entries"
+            f"{total} sample{'s' * (total != 1)}: {len(self.done)} in the store, {len(self.todo)} to encode, "
+            f"{len(self.repeated)} repeated, {len(self.failed)} unreadable; "
+            f"{self.stale} stale {'entry' if self.stale == 1 else 'entries'}"
         )
 
 

@@ -96,14 +96,15 @@ class StoredRecord:
 def _read_index(path: Path) -> tuple[list[StoredRecord], StoredRecord | None]:
     """The records of a folder's dataset.jsonl, and that of the empty prompt."""
     index = path / "dataset.jsonl"
+    expected = "expected a folder that `python -m mm_train.extract --output …` or MindSpeed-MM's extraction has filled"
     if not path.is_dir():
-        raise ValueError(f"{path} is not a folder: give the one that features were extracted into")
+        raise ValueError(f"{path} is not a folder: {expected}")
     if not index.exists():
         started = any(path.glob("shards/*"))
         why = (
             "the extraction has not finished; run the same command again, it continues"
             if started
-            else "no features here"
+            else f"no features here; {expected}"
         )
         raise ValueError(f"{path} has no dataset.jsonl: {why}")
     header, *lines = [json.loads(line) for line in index.read_text().splitlines()] or [{}]

@@ -99,9 +99,13 @@ def output_size(height: int, width: int, geometry: Geometry, pixel_aspect: Fract
     wanted = 1.0 if geometry.dynamic else geometry.max_height / geometry.max_width
     factor = height / shown / wanted
     if not 1 / geometry.max_aspect <= factor <= geometry.max_aspect:
+        off = f"{factor:.2f} times too tall" if factor > 1 else f"{1 / factor:.2f} times too wide"
+        shape = "a square" if geometry.dynamic else f"{geometry.max_height} x {geometry.max_width}"
+        dynamic = "" if geometry.dynamic else "--geometry.dynamic true (each video keeps its shape) or "
         raise Unfit(
             "aspect_mismatch",
-            f"height/width = {height / shown:.3f} is more than max_aspect={geometry.max_aspect} away from {wanted:.3f}",
+            f"{height} x {shown:.0f} (height x width) is {off} for {shape}, a factor of {geometry.max_aspect:g} is "
+            f"allowed: give {dynamic}a larger --geometry.max_aspect",
         )
     if not geometry.dynamic:
         return geometry.max_height, geometry.max_width
@@ -157,7 +161,9 @@ def clip_length(available: int, geometry: Geometry) -> int:
     """The number of frames of the clip, when this many can be chosen from. Raises Unfit."""
     length = min(geometry.num_frames, (available - 1) // 4 * 4 + 1)
     if available < 1 or length < geometry.min_frames:
-        raise Unfit("too_short", f"{available} frames, fewer than min_frames={geometry.min_frames}")
+        raise Unfit(
+            "too_short", f"{available} frame{'s' * (available != 1)}, fewer than min_frames={geometry.min_frames}"
+        )
     return length
 
 

@@ -78,7 +78,7 @@ def _read_sets(path: Path) -> list[tuple[Path, Path]]:
     existing paths.
     """
     sets = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(_read_lines(path), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
@@ -117,28 +117,30 @@ def _find(text: str, manifest: Path) -> Path:
 
 def _read_records(path: Path) -> list[tuple[str, Any]]:
     """(where, object) of each sample; `where` names file and position for messages."""
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        if path.suffix == ".jsonl":
-            lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-            where = str(path)
-            return [(where, json.loads(line)) for where, line in lines]
-        where, records = str(path), json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"{path}, line {error.lineno}" if path.suffix != ".jsonl" else _bad_line(path, text)
-        raise ValueError(f"{where}: not JSON: {error.msg}") from error
+    lines = _read_lines(path)
+    if path.suffix == ".jsonl":
+        return [(f"{path}, line {n}", _json(path, line, n)) for n, line in enumerate(lines, 1) if line.strip()]
+    records = _json(path, "\n".join(lines), 1)
     if not isinstance(records, list):
         raise ValueError(f"{path}: expected a list of objects, found {type(records).__name__}")
     return [(f"{path}, sample {n}", record) for n, record in enumerate(records)]
 
 
-def _bad_line(path: Path, text: str) -> str:
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            json.loads(line or "0")
-        except json.JSONDecodeError:
-            return f"{path}, line {number}"
-    raise AssertionError("only called for a text with a bad line")
+def _read_lines(path: Path) -> list[str]:
+    """Lines as an editor counts them: str.splitlines would also cut at U+2028 and U+0085, which captions may hold."""
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+        ) from error
+
+
+def _json(path: Path, text: str, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {first_line + error.lineno - 1}: not JSON: {error.msg}") from error
 
 
 def _sample(record: Any, folder: Path, where: str, count: Counter[str]) -> Sample:

@@ -40,7 +40,7 @@ def is_feature_folder(path: Path) -> bool:
 def records(path: Path) -> list[FileRecord]:
     """A record per existing file, in the order of data.jsonl. Reads the header of every file."""
     names = []
-    for number, line in enumerate((path / "data.jsonl").read_text().splitlines(), 1):
+    for number, line in enumerate((path / "data.jsonl").read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

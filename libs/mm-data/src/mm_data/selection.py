@@ -20,17 +20,32 @@ class Selection:
 
     kept: list[Sample]
     dropped: list[tuple[Sample, Unfit]]
+    geometry: Geometry
 
     @property
     def counts(self) -> dict[str, int]:
         """Dropped samples by kind of reason, most frequent first."""
         return dict(Counter(reason.kind for _, reason in self.dropped).most_common())
 
+    @property
+    def short(self) -> dict[str, int]:
+        """Length of the clip, by id, of every kept sample that has fewer frames than the geometry's num_frames."""
+        available = {sample.id: _available(sample, self.geometry) for sample in self.kept}
+        lengths = {name: clip_length(n, self.geometry) for name, n in available.items() if n is not None}
+        return {name: length for name, length in lengths.items() if length < self.geometry.num_frames}
+
     def __str__(self) -> str:
-        lines = [f"{len(self.kept) + len(self.dropped)} samples, {len(self.kept)} kept, {len(self.dropped)} dropped"]
+        total, short = len(self.kept) + len(self.dropped), self.short
+        lines = [f"{total} sample{'s' * (total != 1)}, {len(self.kept)} kept, {len(self.dropped)} dropped"]
         for kind, count in self.counts.items():
             sample, reason = next(pair for pair in self.dropped if pair[1].kind == kind)
             lines.append(f"  {kind}: {count}, e.g. {sample.id}: {reason.detail}")
+        if short:
+            least = min(short, key=short.__getitem__)
+            lines.append(
+                f"  kept, but shorter than num_frames={self.geometry.num_frames}: {len(short)}, the shortest gives a "
+                f"clip of {short[least]}: {least}; a larger min_frames leaves them out"
+            )
         return "\n".join(lines)
 
 
@@ -46,7 +61,7 @@ def select(samples: Sequence[Sample], geometry: Geometry) -> Selection:
             kept.append(sample)
         except Unfit as reason:
             dropped.append((sample, reason))
-    return Selection(kept, dropped)
+    return Selection(kept, dropped, geometry)
 
 
 def _check(sample: Sample, geometry: Geometry) -> None:
@@ -56,7 +71,15 @@ def _check(sample: Sample, geometry: Geometry) -> None:
         raise Unfit("no_caption", "cap is empty or absent")
     if sample.height is not None and sample.width is not None:
         output_size(sample.height, sample.width, geometry)
-    frames = sample.cut[1] - sample.cut[0] if sample.cut else sample.num_frames
+    frames = _available(sample, geometry)
     if frames is not None:
-        slower = geometry.fps / sample.fps if geometry.fps and sample.fps and geometry.fps < sample.fps else 1.0
-        clip_length(max(1, round(frames * slower)), geometry)
+        clip_length(frames, geometry)
+
+
+def _available(sample: Sample, geometry: Geometry) -> int | None:
+    """Frames to choose from after cutting and resampling, as far as the annotation says."""
+    frames = sample.cut[1] - sample.cut[0] if sample.cut else sample.num_frames
+    if frames is None:
+        return None
+    slower = geometry.fps / sample.fps if geometry.fps and sample.fps and geometry.fps < sample.fps else 1.0
+    return max(1, round(frames * slower))

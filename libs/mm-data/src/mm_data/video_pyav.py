@@ -155,6 +155,9 @@ def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoS
     _check_file(path)
     try:
         with av.open(f"file:{path}", metadata_errors="ignore") as container:  # file: lest a colon be a protocol's
+            kind = container.format.name
+            if kind in ("image2", "gif", "apng") or kind.endswith("_pipe"):  # FFmpeg's readers of single pictures
+                raise ValueError(f"{path} is a picture, not a video: leave it out, or join pictures into a video first")
             stream = container.streams.best("video")
             if stream is None:
                 raise ValueError(f"{path} holds no video, only {sorted({s.type for s in container.streams})}")
