@@ -200,3 +200,8 @@ def test_help_shows_docstrings_and_defaults(capsys, tmp_path):
 def test_special_floats_are_written_as_toml_has_them():
     assert "lr = inf" in dump(Optim(lr=math.inf))
     assert "lr = nan" in dump(Optim(lr=math.nan))
+
+
+@pytest.mark.parametrize("flags", [("--prompts", "a"), ("--stages", "x"), ("--optim.betas", "0.9")])
+def test_how_a_list_is_written_is_said(capsys, flags):
+    assert 'a list is written ["a", "b"]' in fails(capsys, "--model", "x", *flags)

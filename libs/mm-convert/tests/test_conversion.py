@@ -126,6 +126,13 @@ def test_a_refused_conversion_leaves_nothing(toys, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"source", "good"}
 
 
+def test_a_file_where_a_folder_should_be_is_named(toys, tmp_path):
+    source = toys.diffusers(tmp_path / "source")
+    (tmp_path / "afile").touch()
+    with pytest.raises(ValueError, match=r"afile is a file, not a folder"):
+        convert(source, tmp_path / "afile" / "x")
+
+
 def test_an_existing_target_is_safe(toys, tmp_path):
     source = toys.diffusers(tmp_path / "source")
     (tmp_path / "out").mkdir()

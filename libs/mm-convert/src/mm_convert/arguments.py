@@ -130,7 +130,9 @@ def _plain(message: str) -> str:
     message = re.sub(r"^(Validation failed: )?Parser key \"(.*?)\":", r"\2:", message.strip())
     message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "").replace("NoneType", "null")
     union = r"Does not validate .*? Subtypes: \[([^:]*)\] Errors: [^:]* Given value type: \w+ Given value: "
-    return re.sub(union, r"Expected one of \1. Got value: ", " ".join(message.split()))
+    message = re.sub(union, r"Expected one of \1. Got value: ", " ".join(message.split()))
+    example = ' (a list is written ["a", "b"] or [1, 2])'
+    return message + (example if re.search(r"Expected [^.]*\b(tuple|list)\b", message) else "")
 
 
 def _leaves(cls: type, prefix: str = "") -> Iterator[_Leaf]:

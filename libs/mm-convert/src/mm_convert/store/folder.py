@@ -69,6 +69,9 @@ def new_folder(target: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
 
 
 def refuse_target(target: Path, overwrite: bool) -> None:
+    blocked = next((parent for parent in target.parents if parent.exists() and not parent.is_dir()), None)
+    if blocked:
+        raise ValueError(f"{target} cannot be made: {blocked} is a file, not a folder; name another target")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
