@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import mm_infer
 from mm_data import made_with
 from mm_infer.__main__ import main
-from mm_infer.config import NEGATIVE_PROMPT
+from mm_infer.config import NEGATIVE_PROMPT, Config
 from mm_models import build
 from mm_models.lora import LoRAConfig, add_lora, save_lora
 
@@ -94,10 +94,66 @@ def test_videos_are_not_replaced_unasked(asked, pipeline, tmp_path, capsys):
     assert made_with(tmp_path / "out" / "video_1.mp4")["prompt"] == PROMPTS[1]
 
 
-def refused(argv: list[str], capsys, *messages: str) -> None:
+def test_the_same_command_goes_on_where_it_was_stopped(asked, pipeline, tmp_path, capsys):
+    weights = copy_of(pipeline, tmp_path / "W")
+    asked += ["--weights", str(weights), "--output", str(tmp_path / "out")]
+    videos = [tmp_path / "out" / f"video_{i}.mp4" for i in range(3)]
+    main(asked)
+    videos[1].unlink()
+    before = [video.stat().st_mtime_ns for video in (videos[0], videos[2])]
+    main(asked)
+    said = capsys.readouterr().out
+    assert f"{videos[0]}: kept, made by the same command" in said
+    assert "1 video(s) in" in said
+    assert made_with(videos[1])["prompt"] == PROMPTS[1]
+    main(asked)
+    assert [video.stat().st_mtime_ns for video in (videos[0], videos[2])] == before
+    refused([*asked, "--steps", "3"], capsys, "video_0.mp4 is already there, and 2 more, made otherwise")
+    (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS[:2], "a cow"]))
+    refused(asked, capsys, "video_2.mp4 is already there, made otherwise")
+    file = weights / "transformer" / "diffusion_pytorch_model.safetensors"
+    os.utime(file, (videos[0].stat().st_mtime + 60,) * 2)  # as a new export in the place of the old one
+    refused(asked, capsys, "video_0.mp4 is already there, and 2 more")
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_latents_that_are_not_finite_are_no_video(asked, pipeline, tmp_path, capsys, part):
+    weights = copy_of(pipeline, tmp_path / "W")
+    (file,) = (weights / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if "ffn.net.2.weight" in name or "final_layer_norm" in name)
+    tensors[name].fill_(float("nan"))
+    save_file(tensors, file, {"format": "pt"})
+    blamed = "first blocks.0.ffn.2.weight" if part == "transformer" else "the text encoder"
+    asked += ["--weights", str(weights), "--output", str(tmp_path / "out")]
+    refused(asked, capsys, f"latents for {PROMPTS[0]!r} came out as NaN", blamed, code=1)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_video_too_large_for_the_memory_is_refused_by_its_size(asked, tmp_path, capsys):
+    asked += ["--output", str(tmp_path / "out"), "--height", "4096000", "--width", "409600"]
+    refused(asked, capsys, "not enough memory for 9 frames of 4096000x409600", code=1)
+
+
+def test_prompt_files_are_cut_at_line_ends_only(asked, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("a\u2028cat\r\na\x85dog\n".encode())
+    config = Config(weights=Path("w"), output=Path("o"), prompt_file=file)
+    assert config.prompts() == ["a\u2028cat", "a\x85dog"]
+    file.write_bytes(b"caf\xe9\n")
+    refused([*asked, "--output", str(tmp_path / "out")], capsys, "prompts.txt is not UTF-8 text")
+
+
+def test_output_that_is_a_file_is_named(asked, tmp_path, capsys):
+    (tmp_path / "afile").touch()
+    for output in (tmp_path / "afile", tmp_path / "afile" / "out"):
+        refused([*asked, "--output", str(output)], capsys, f"{tmp_path / 'afile'} is a file, not a folder")
+
+
+def refused(argv: list[str], capsys, *messages: str, code: int = 2) -> None:
     with pytest.raises(SystemExit) as stop:
         main(argv)
-    assert stop.value.code == 2
+    assert stop.value.code == code
     error = capsys.readouterr().err
     for message in messages:
         assert message in error
@@ -119,6 +175,7 @@ def refused(argv: list[str], capsys, *messages: str) -> None:
         (["--prompt_file", "/dev/null"], ["holds no prompts"]),
         (["--weights", "nowhere"], ["nowhere does not exist"]),
         (["--encoders", "nowhere"], ["nowhere does not exist"]),
+        (["--text_tokens", "0"], ["text_tokens is 0", "at least 1"]),
         (["--lora", "nowhere"], ["nowhere does not exist"]),
         (["--model", "wan2.1-t2v-1.3b"], ["is no wan2.1-t2v-1.3b", "dim 40 instead of 1536"]),
         (["--model", "wan2.1-t2v-1.4b"], ["there is no preset", "wan2.1-t2v-1.3b"]),

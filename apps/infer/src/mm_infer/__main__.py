@@ -20,10 +20,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 sys.exit(_fail(error, 2))
             try:
                 generate.run(job)
-            except OSError as error:  # a full disk
+            except (OSError, FloatingPointError, MemoryError) as error:  # a full disk, broken weights, a huge video
                 sys.exit(_fail(error, 1))
     except KeyboardInterrupt:
-        print("mm_infer: stopped; the videos named above are complete", file=sys.stderr)
+        print(
+            "mm_infer: stopped; the videos named above are complete, the same command makes the others", file=sys.stderr
+        )
         sys.exit(130)
 
 

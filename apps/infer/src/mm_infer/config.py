@@ -96,7 +96,7 @@ class Config(Options):
     fps: int = 16
     "frames per second of the mp4"
     overwrite: bool = False
-    "replace videos that are already in the output folder"
+    "replace videos that are already in the output folder; without it, those that the same command made are kept"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,11 +106,18 @@ class Config(Options):
             raise ValueError(f"fps {self.fps}: must be 1 or more")
 
     def prompts(self) -> list[str]:
-        """The prompts asked for, in order. OSError for a file that cannot be read, ValueError for an empty one."""
+        """The prompts asked for, in order. OSError for a file that cannot be read, ValueError for one that is
+        empty or no UTF-8 text.
+        """
         if self.prompt is not None:
             return [self.prompt]
-        lines = self.prompt_file.read_text(encoding="utf-8-sig").splitlines()
-        prompts = [line.strip() for line in lines if line.strip()]
+        try:
+            text = self.prompt_file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            why = f"{error.reason} at byte {error.start}"
+            raise ValueError(f"{self.prompt_file} is not UTF-8 text ({why}): save it as UTF-8") from error
+        # Not splitlines, which would also cut at U+2028 and U+0085, inside what an editor shows as one line.
+        prompts = [line.strip() for line in text.split("\n") if line.strip()]
         if not prompts:
             raise ValueError(f"{self.prompt_file} holds no prompts: it should have one per line")
         return prompts

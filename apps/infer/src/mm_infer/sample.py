@@ -87,6 +87,7 @@ class Sampler:
 
         Raises:
             ValueError: an option that is unknown or out of range.
+            FloatingPointError: the latents are not finite, so there is no video to see.
         """
         return self.run(prompt, _options(options), latents, progress)
 
@@ -126,6 +127,10 @@ class Sampler:
                 grid=options.grid,
                 progress=progress,
             )
+        if not latents.isfinite().all():
+            raise FloatingPointError(
+                f"the latents for {prompt!r} came out as NaN or infinite, so there is no video: {self._blame(text)}"
+            )
         with self._timed(seconds, "decode"):
             frames = vae.frames(latents)
         return Result(latents.cpu(), frames, seconds)
@@ -149,6 +154,15 @@ class Sampler:
         if self._vae is None:
             self._vae = VideoVAE(self.encoders, self.device, torch.float32, tiling=self.vae_tiling)
         return self._model, self._vae
+
+    def _blame(self, text: Tensor) -> str:
+        """The likely cause of latents that are not finite."""
+        if not text.isfinite().all():
+            return f"the text encoder's output is not finite already: look at the weights in {self.encoders}"
+        broken = [name for name, p in self._model.named_parameters() if not p.isfinite().all()]
+        if broken:
+            return f"{len(broken)} tensors of the weights hold such values, first {broken[0]}: take other weights"
+        return f"the weights are finite, but the model overflows in {self.dtype} with this prompt and these options"
 
     def _latent_shape(self, options: Options) -> tuple[int, ...]:
         return (1, *self._vae.latent_shape(options.frames, options.height, options.width))
