@@ -9,7 +9,7 @@ from mm_convert import convert
 from mm_data import FeatureCache
 from mm_infer import load
 from mm_models.testing import write_encoders
-from mm_train.config import load_config
+from mm_train.recipe import load_config
 from mm_train.train import train
 
 SMALL = {"dim": 48, "num_heads": 2, "num_layers": 2, "ffn_dim": 64, "text_tokens": 16}

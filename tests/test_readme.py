@@ -9,9 +9,9 @@ import pytest
 from mm_convert import cli
 from mm_convert.arguments import parse
 from mm_infer.config import Config as InferConfig
-from mm_train.config import load_config
 from mm_train.export import ExportConfig
 from mm_train.extract import ExtractConfig
+from mm_train.recipe import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = [ROOT / "README.md", ROOT / "README.zh.md", *ROOT.glob("apps/*/README.md"), *ROOT.glob("docs/**/*.md")]

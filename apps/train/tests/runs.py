@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from mm_data import FeatureCache
-from mm_train.config import Config, load_config
+from mm_train.config import Config
+from mm_train.recipe import load_config
 
 SMALL = {"dim": 48, "num_heads": 2, "num_layers": 2, "ffn_dim": 64, "text_dim": 8}
 

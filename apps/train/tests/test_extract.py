@@ -14,8 +14,8 @@ from mm_data import FeatureDataset
 from mm_models.encoders import TextEncoder, VideoVAE
 from mm_models.testing import write_encoders
 from mm_parallel.testing import spawn
-from mm_train.config import load_config
 from mm_train.extract import Data, ExtractConfig, Geometry, extract
+from mm_train.recipe import load_config
 from mm_train.train import train
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -14,10 +14,11 @@ from mm_models import build, presets
 from mm_models.diffusion.flow import FlowMatching
 from mm_train import checkpoint as checkpoints
 from mm_train.checkpoint import Checkpointer
-from mm_train.config import RECIPES, OptimConfig, load_config
+from mm_train.config import OptimConfig
 from mm_train.metrics import Metrics
 from mm_train.objective import draw
 from mm_train.optim import EMA, build_optimizer, learning_rate
+from mm_train.recipe import RECIPES, load_config
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import SMALL, arguments, config, write_features

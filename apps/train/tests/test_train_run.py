@@ -28,7 +28,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def ranks_train(rank: int, world: int, argv: list[str]) -> None:
-    from mm_train.config import load_config
+    from mm_train.recipe import load_config
 
     as_torchrun(rank, world)
     train(load_config(argv))

@@ -9,7 +9,7 @@ from mm_train.command import run
 
 def main(argv: list[str] | None = None) -> None:
     def work() -> None:
-        from mm_train.config import load_config
+        from mm_train.recipe import load_config
 
         config = load_config(argv)
         from mm_train.train import train  # after the flags: torch takes seconds, a typo should not

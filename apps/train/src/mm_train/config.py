@@ -1,25 +1,16 @@
-"""What a training run is told: dataclasses, their checks, and the choice of a recipe.
+"""What a training run is told: dataclasses and their checks.
 
-Precedence: defaults below < ``recipes/<recipe>.toml`` < ``--config mine.toml`` < flags. Every relation between fields
-that can be checked without loading anything is checked in :meth:`Config.check`, so a mistake costs a second and not a
-quarter of an hour.
+Every relation between fields that can be checked without loading anything is checked in `Config.check`, so a mistake
+costs a second and not a quarter of an hour.
 """
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import tomllib
 from dataclasses import dataclass, field
-from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from mm_convert.arguments import parse
 from mm_parallel import MemoryConfig, ParallelConfig
-
-RECIPES = Path(str(resources.files("mm_train") / "recipes"))
 
 
 @dataclass
@@ -254,34 +245,3 @@ class Config:
                 f"{' or '.join(map(str, legal))})"
             )
         return self.data.global_batch // share
-
-
-def load_config(argv: list[str] | None = None) -> Config:
-    """Config from the command line, its TOML file, and the recipe that either of them selects."""
-    return parse(Config, argv, prog="python -m mm_train", description=Config.__doc__, defaults=_recipe(argv))
-
-
-def _recipe(argv: list[str] | None) -> list[Path]:
-    """The recipe file has to be known before the flags are parsed, as its values lie below theirs."""
-    argv = sys.argv[1:] if argv is None else argv
-    chosen: dict[str, str] = {}
-    for file in _values(argv, "config"):
-        with contextlib.suppress(OSError, ValueError):  # `parse` reads it again, and says what is wrong with it
-            written = tomllib.loads(Path(file).read_text(encoding="utf-8"))
-            chosen |= {k: v for k, v in written.items() if k in ("model", "recipe") and isinstance(v, str)}
-    for flag in ("model", "recipe"):
-        for value in _values(argv, flag):
-            chosen[flag] = value
-    known = sorted(p.stem for p in RECIPES.glob("*.toml"))
-    recipe = chosen.get("recipe", "")
-    if recipe and recipe not in known:
-        sys.stderr.write(f"error: unknown recipe '{recipe}': choose one of {', '.join(known)}\n")
-        sys.exit(2)
-    name = recipe or chosen.get("model", "")
-    return [RECIPES / f"{name}.toml"] if name in known else []
-
-
-def _values(argv: list[str], flag: str) -> list[str]:
-    """What follows `--flag`, each time it is given."""
-    spaced = [value for word, value in pairwise(argv) if word == f"--{flag}"]
-    return spaced + [word.partition("=")[2] for word in argv if word.startswith(f"--{flag}=")]

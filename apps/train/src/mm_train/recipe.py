@@ -1,0 +1,49 @@
+"""From the command line to a Config, by way of the recipe that it selects.
+
+Precedence: defaults of the dataclasses < ``recipes/<recipe>.toml`` < ``--config mine.toml`` < flags.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tomllib
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+
+from mm_convert.arguments import parse
+from mm_train.config import Config
+
+RECIPES = Path(str(resources.files("mm_train") / "recipes"))
+
+
+def load_config(argv: list[str] | None = None) -> Config:
+    """Config from the command line, its TOML file, and the recipe that either of them selects."""
+    return parse(Config, argv, prog="python -m mm_train", description=Config.__doc__, defaults=_recipe(argv))
+
+
+def _recipe(argv: list[str] | None) -> list[Path]:
+    """The recipe file has to be known before the flags are parsed, as its values lie below theirs."""
+    argv = sys.argv[1:] if argv is None else argv
+    chosen: dict[str, str] = {}
+    for file in _values(argv, "config"):
+        with contextlib.suppress(OSError, ValueError):  # `parse` reads it again, and says what is wrong with it
+            written = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+            chosen |= {k: v for k, v in written.items() if k in ("model", "recipe") and isinstance(v, str)}
+    for flag in ("model", "recipe"):
+        for value in _values(argv, flag):
+            chosen[flag] = value
+    known = sorted(p.stem for p in RECIPES.glob("*.toml"))
+    recipe = chosen.get("recipe", "")
+    if recipe and recipe not in known:
+        sys.stderr.write(f"error: unknown recipe '{recipe}': choose one of {', '.join(known)}\n")
+        sys.exit(2)
+    name = recipe or chosen.get("model", "")
+    return [RECIPES / f"{name}.toml"] if name in known else []
+
+
+def _values(argv: list[str], flag: str) -> list[str]:
+    """What follows `--flag`, each time it is given."""
+    spaced = [value for word, value in pairwise(argv) if word == f"--{flag}"]
+    return spaced + [word.partition("=")[2] for word in argv if word.startswith(f"--{flag}=")]
