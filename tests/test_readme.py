@@ -44,6 +44,7 @@ def test_there_are_commands_of_every_program():
 
 @pytest.mark.parametrize(("program", "arguments"), commands())
 def test_the_command_is_understood(program, arguments, tmp_path, monkeypatch, capsys):
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
     monkeypatch.chdir(tmp_path)
     if program != "mm-convert":
         PROGRAMS[program](arguments)
