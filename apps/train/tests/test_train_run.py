@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mm_parallel.testing import spawn
+from mm_train.export import export
 from mm_train.train import train
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -130,7 +131,11 @@ def test_adapters_train_and_the_base_stays(features, tmp_path):
     train(config(features, tmp_path / "other", "--steps", "1", "--seed", "7"))
     with pytest.raises(ValueError, match="weights"):  # the adapter would continue on another base
         train(config(features, tmp_path / "lora", *lora[2:], "--weights", str(tmp_path / "other/weights")))
-    assert any(found.iterdir())
+    settings = json.loads((found / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (2, 4.0, base)
+    train(config(features, tmp_path / "lora", *lora, "--steps", "5"))  # continues, and replaces the adapter
+    with pytest.raises(ValueError, match="overwrite"):
+        export(tmp_path / "lora", found)
 
 
 def test_a_checkpoint_continues_only_the_same_run(features, tmp_path, capfd):

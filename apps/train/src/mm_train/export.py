@@ -94,9 +94,8 @@ def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = 
     tensors = Saved(checkpoint, "ema" if ema else "model")
     lora = settings["lora"]
     if lora["rank"]:
-        return write_lora(
-            output, tensors, LoRAConfig(lora["rank"], lora["alpha"], lora["dropout"], tuple(lora["targets"]))
-        )
+        adapter = LoRAConfig(lora["rank"], lora["alpha"], lora["dropout"], tuple(lora["targets"]))
+        return write_lora(output, tensors, adapter, base=settings["weights"], overwrite=overwrite)
     config = build(settings["model"], device="meta", **settings["architecture"]).config
     save_checkpoint(output, tensors, asdict(config), overwrite=overwrite)
     return output
