@@ -84,3 +84,13 @@ def test_its_help_is_quick():
     # The best of three: what is promised is the program's own time, not that of a busy machine.
     script = "from mm_convert.cli import main; main(['--help'])"
     assert min(seconds(sys.executable, "-c", script) for _ in range(3)) < 0.5
+
+
+@pytest.mark.parametrize("program", ["mm_train", "mm_infer"])
+def test_a_typo_is_answered_without_torch(program):
+    wrong = (
+        f"import sys, runpy\nsys.argv = ['x', '--modle', 'a']\ntry: runpy.run_module('{program}', run_name='__main__')"
+    )
+    code = f"{wrong}\nexcept SystemExit as e: assert e.code == 2\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "did you mean --model?" in done.stderr

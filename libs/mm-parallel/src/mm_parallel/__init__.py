@@ -1,11 +1,17 @@
 """Meshes, plans and sharded data parallelism for models that are ladders."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from mm_parallel.__about__ import __version__ as __version__
-from mm_parallel.grads import clip_grad_norm, finish_gradients
-from mm_parallel.mesh import ParallelConfig, data_rank
-from mm_parallel.parallelize import MemoryConfig, parallelize
-from mm_parallel.plan import Ladder, ParallelPlan
-from mm_parallel.weights import full_tensors, load_parameters
+from mm_parallel.config import MemoryConfig, ParallelConfig
+
+if TYPE_CHECKING:
+    from mm_parallel.grads import clip_grad_norm, finish_gradients
+    from mm_parallel.mesh import data_rank
+    from mm_parallel.order import parallelize
+    from mm_parallel.plan import Ladder, ParallelPlan
+    from mm_parallel.weights import full_tensors, load_parameters
 
 __all__ = [
     "Ladder",
@@ -19,3 +25,19 @@ __all__ = [
     "load_parameters",
     "parallelize",
 ]
+
+# What needs torch is imported when it is asked for: a command line made of the two configurations is read without it.
+_HOMES = {
+    "grads": ("clip_grad_norm", "finish_gradients"),
+    "mesh": ("data_rank",),
+    "order": ("parallelize",),
+    "plan": ("Ladder", "ParallelPlan"),
+    "weights": ("full_tensors", "load_parameters"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"mm_parallel.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

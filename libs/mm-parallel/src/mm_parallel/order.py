@@ -1,12 +1,12 @@
 """The order in which a model is cut, stated once: recompute, then fsdp."""
 
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from mm_parallel.config import MemoryConfig
 from mm_parallel.fsdp import shard
 from mm_parallel.plan import ParallelPlan
 from mm_parallel.recompute import recompute
@@ -14,21 +14,11 @@ from mm_parallel.recompute import recompute
 Model = TypeVar("Model", bound=nn.Module)
 
 
-@dataclass(frozen=True)
-class MemoryConfig:
-    """What is paid in time for memory.
-
-    recompute: "none", "full", or the first k rungs, whose activations are computed again in the backward.
-    """
-
-    recompute: Literal["none", "full"] | int = "none"
-
-
 def parallelize(
     model: Model,
     plan: ParallelPlan,
     mesh: DeviceMesh | None = None,
-    memory: MemoryConfig = MemoryConfig(),
+    memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
     dtype: torch.dtype | None = None,
 ) -> Model:
     """Cuts `model` in place as `plan` allows and `mesh` (of `ParallelConfig.mesh`) asks; returns it.
