@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mm_data import FeatureDataset
+from mm_data import FeatureDataset, read_video
 from mm_models.encoders import TextEncoder, VideoVAE
 from mm_models.testing import write_encoders
 from mm_parallel.testing import spawn
@@ -121,17 +121,28 @@ def test_ranks_and_batches_give_the_same_store(encoders, manifest, tmp_path):
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-4)
 
 
+def ranks_train(rank: int, world: int, argv: list[str]) -> None:
+    as_torchrun(rank, world)
+    train(load_config(argv))
+
+
 def test_what_was_extracted_trains_and_is_sampled_while_training(encoders, manifest, tmp_path):
+    """…on one rank and on two, with the same videos."""
     extract(config(encoders, manifest, tmp_path / "f"))
     argv = ["--model", "wan-tiny", "--weights", "random", "--dtype", "float32", "--steps", "2", "--sample.every", "2"]
-    argv += ["--data.features", str(tmp_path / "f"), "--output", str(tmp_path / "run"), "--data.global_batch", "2"]
-    argv += ["--sample.prompts", '["one", "two"]', "--sample.encoders", str(encoders), "--sample.steps", "2"]
-    argv += ["--sample.height", "32", "--sample.width", "48", "--sample.frames", "5", "--optim.ema", "0.9"]
-    train(load_config(argv))
-    videos = sorted((tmp_path / "run/samples/step-00000002").glob("*.mp4"))
-    assert [v.name for v in videos] == ["000.mp4", "001.mp4"]
-    with av.open(str(videos[0])) as file:
-        assert sum(1 for _ in file.decode(video=0)) == 5
+    argv += ["--data.features", str(tmp_path / "f"), "--data.global_batch", "2", "--optim.ema", "0.9"]
+    argv += ["--sample.prompts", '["one", "two", "three"]', "--sample.encoders", str(encoders), "--sample.steps", "2"]
+    argv += ["--sample.height", "32", "--sample.width", "48", "--sample.frames", "5"]
+    train(load_config([*argv, "--output", str(tmp_path / "one")]))
+    spawn(2, ranks_train, [*argv, "--output", str(tmp_path / "two")], timeout=120)
+    frames = {}
+    for run in ("one", "two"):
+        videos = sorted((tmp_path / run / "samples/step-00000002").glob("*.mp4"))
+        assert [v.name for v in videos] == ["000.mp4", "001.mp4", "002.mp4"]
+        frames[run] = np.stack([read_video(video).frames for video in videos]).astype(int)
+    assert frames["one"].shape == (3, 5, 32, 48, 3)
+    assert np.abs(frames["one"] - frames["two"]).max() <= 2
+    assert (frames["one"][0] != frames["one"][1]).any()
 
 
 def test_a_manifest_of_which_nothing_is_left_is_an_error(encoders, tmp_path):

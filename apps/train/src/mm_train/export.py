@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
@@ -102,14 +101,15 @@ def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = 
 
 
 def export_final(config: Config, checkpoint: Path, leader: bool) -> Path:
-    """What a finished run leaves: `weights/` (or `adapter/`), and `-ema` beside it where an average was kept."""
+    """What a finished run leaves: `weights/` (or `adapter/`), and `-ema` beside it where an average was kept.
+
+    The first rank writes, the others are done: they do not wait, as that could take longer than any timeout.
+    """
     output = config.output / ("adapter" if config.lora.rank else "weights")
     if leader:
         export(checkpoint, output, overwrite=True)
         if config.optim.ema:
             export(checkpoint, output.with_name(f"{output.name}-ema"), ema=True, overwrite=True)
-    if dist.is_initialized():
-        dist.barrier()
     return output
 
 

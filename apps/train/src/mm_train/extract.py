@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,7 @@ from mm_models.encoders import TextEncoder, VideoVAE
 from mm_parallel.device import device as accelerator
 from mm_parallel.device import init_distributed
 from mm_train.command import prepare_output, run
+from mm_train.ranks import gathered
 
 
 @dataclass
@@ -157,10 +159,8 @@ def _identified(samples: list[Sample], cache: FeatureCache, rank: int, world: in
         own.append(sample)
         bar.update(world)
     bar.close()
-    if world == 1:
-        return own
-    shares: list[list[Sample]] = [[] for _ in range(world)]
-    dist.all_gather_object(shares, own)
+    everyone = iter(gathered(own))
+    shares = [list(islice(everyone, len(samples[r::world]))) for r in range(world)]
     return [shares[i % world][i // world] for i in range(len(samples))]
 
 

@@ -6,20 +6,12 @@ import math
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mm_data import Step
+from mm_train.ranks import gathered
 
 MOST_IN_A_ROW = 10
-
-
-def total(value: Tensor) -> Tensor:
-    """Sum of a scalar over all ranks, on the CPU: there are doubles there, whatever the accelerator has."""
-    value = value.cpu()
-    if dist.is_initialized():
-        dist.all_reduce(value)
-    return value
 
 
 class Watch:
@@ -39,7 +31,7 @@ class Watch:
         bad = [i for i, value in zip(ids, torch.cat(own).tolist(), strict=True) if not math.isfinite(value)]
         self.reason = f"loss {loss}, gradient norm {float(norm)}"
         # When every loss is finite and only the gradient is not, any sample of the step may be the cause.
-        self.samples = _gather(bad) or _gather(ids)
+        self.samples = gathered(bad) or gathered(ids)
         return False
 
     def skip(self) -> bool:
@@ -59,11 +51,3 @@ class Watch:
             f"{text} Weights and optimizer are as before it, saved in {checkpoint}. Look at these samples, lower "
             f"--optim.lr, {way_out}"
         )
-
-
-def _gather(names: list[str]) -> list[str]:
-    if not dist.is_initialized():
-        return names
-    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, names)
-    return [name for names in everyone for name in names]

@@ -14,6 +14,7 @@ from mm_models.diffusion.sampling import denoise, noise
 from mm_models.encoders import TextEncoder, VideoVAE
 from mm_train.config import Config
 from mm_train.optim import EMA
+from mm_train.ranks import made_once
 
 
 class Samples:
@@ -24,9 +25,13 @@ class Samples:
         self.rank, self.ranks, self.device = rank, ranks, device
         if not self.options.prompts:
             return
-        prompts = list(self.options.prompts)
-        encoder = TextEncoder(self.options.encoders, device=device, dtype=getattr(torch, config.dtype))
-        self.texts = [text.cpu() for text in encoder.encode([*prompts, ""])]  # "" is what guidance pushes away from
+        self.texts = made_once(self._encode)  # by one rank: the text encoder may be larger than the model
+
+    def _encode(self) -> list[torch.Tensor]:
+        dtype = getattr(torch, self.config.dtype)
+        encoder = TextEncoder(self.options.encoders, device=self.device, dtype=dtype)
+        # "" is what guidance pushes away from
+        return [text.cpu() for text in encoder.encode([*self.options.prompts, ""])]
 
     def due(self, step: int) -> bool:
         return bool(self.options.prompts) and (step % self.options.every == 0 or step == self.config.steps)

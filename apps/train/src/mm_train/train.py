@@ -22,9 +22,10 @@ from mm_train.command import prepare_output
 from mm_train.config import Config
 from mm_train.export import export_final
 from mm_train.metrics import Metrics
-from mm_train.nonfinite import Watch, total
+from mm_train.nonfinite import Watch
 from mm_train.objective import draw, losses
 from mm_train.optim import EMA, build_optimizer, learning_rate
+from mm_train.ranks import total
 from mm_train.samples import Samples
 from mm_train.speed import Speed
 from mm_train.validate import Validation
@@ -48,6 +49,7 @@ def train(config: Config) -> Path:
     if config.validation.features:
         setup.check_features(FeatureDataset(config.validation.features), config)
     found, changed = setup.find_checkpoint(config)  # refuses a directory that this run must not continue
+    samples = Samples(config, data_index, data_size, device)  # before the model: it needs the text encoder for a moment
     model = setup.build_model(config, mesh, device)
     optimizer = build_optimizer(model, config.optim)
     ema = EMA(model, config.optim.ema) if config.optim.ema else None
@@ -74,7 +76,6 @@ def train(config: Config) -> Path:
     if progress["step"] == config.steps:
         metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
     validation = Validation(config, flow, data_index, data_size, device)
-    samples = Samples(config, data_index, data_size, device)
     speed = Speed(model, device, world)
     watch = Watch(config.on_nonfinite)
     resolved = dump(config)

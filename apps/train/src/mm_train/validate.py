@@ -11,7 +11,7 @@ from mm_data import FeatureDataset
 from mm_data.random import generator
 from mm_models.diffusion.flow import FlowMatching
 from mm_train.config import Config
-from mm_train.nonfinite import total
+from mm_train.ranks import total
 
 # Not the training seed: runs with different seeds are measured on the same noise.
 SEED = 0
