@@ -132,7 +132,7 @@ def test_what_was_extracted_trains_and_is_sampled_while_training(encoders, manif
     argv = ["--model", "wan-tiny", "--weights", "random", "--dtype", "float32", "--steps", "2", "--sample.every", "2"]
     argv += ["--data.features", str(tmp_path / "f"), "--data.global_batch", "2", "--optim.ema", "0.9"]
     argv += ["--sample.prompts", '["one", "two", "three"]', "--sample.encoders", str(encoders), "--sample.steps", "2"]
-    argv += ["--sample.height", "32", "--sample.width", "48", "--sample.frames", "5"]
+    argv += ["--sample.height", "32", "--sample.width", "48", "--sample.frames", "5", "--optim.lr", "3e-2"]
     train(load_config([*argv, "--output", str(tmp_path / "one")]))
     spawn(2, ranks_train, [*argv, "--output", str(tmp_path / "two")], timeout=120)
     frames = {}
