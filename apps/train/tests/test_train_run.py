@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from mm_parallel.testing import spawn
@@ -97,6 +98,14 @@ def test_a_loss_that_is_not_a_number_stops_with_the_sample_named(tmp_path):
     assert "skip" in str(error.value)
 
 
+def test_a_first_step_that_is_not_finite_leaves_a_run_that_can_be_started(tmp_path):
+    features = write_features(tmp_path / "features", count=2, poison="clip1.mp4")
+    argv = ("--data.global_batch", "2", "--data.micro_batch", "1", "--optim.ema", "0.5")
+    for _ in range(4):
+        with pytest.raises(FloatingPointError):
+            train(config(features, tmp_path / "run", *argv))
+
+
 def test_it_can_be_skipped_and_counted(tmp_path, capfd):
     features = write_features(tmp_path / "features", count=6, poison="clip2.mp4")
     argv = ("--data.global_batch", "2", "--data.micro_batch", "1", "--steps", "5", "--on_nonfinite", "skip")
@@ -159,6 +168,27 @@ def test_a_checkpoint_continues_only_the_same_run(features, tmp_path, capfd):
     newest.write_bytes(newest.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"cannot be read .* step-00000001; .*latest"):
         train(config(features, tmp_path / "run", "--steps", "3"))
+
+
+def test_what_is_changed_on_continuing_is_used(features, tmp_path):
+    train(config(features, tmp_path / "run", "--steps", "1"))
+    train(config(features, tmp_path / "run", "--steps", "2", "--optim.weight_decay", "0.5", "--optim.eps", "1e-6"))
+    saved = dcp.FileSystemReader(tmp_path / "run/checkpoints/step-00000002").read_metadata().state_dict_metadata
+    values = {name: None for name in saved if name.endswith((".weight_decay", ".eps"))}
+    dcp.load(values, checkpoint_id=tmp_path / "run/checkpoints/step-00000002", no_dist=True)
+    assert {v for name, v in values.items() if name.endswith(".eps")} == {1e-6}
+    assert {v for name, v in values.items() if name.endswith(".weight_decay")} == {0.0, 0.5}
+
+
+def test_a_run_taken_back_to_an_earlier_step_replaces_what_came_after(features, tmp_path):
+    options = ("--checkpoint.every", "1", "--checkpoint.keep", "2")
+    train(config(features, tmp_path / "run", "--steps", "3", *options))
+    checkpoints = tmp_path / "run/checkpoints"
+    before = state(checkpoints / "step-00000003")
+    (checkpoints / "latest").write_text("step-00000002")
+    train(config(features, tmp_path / "run", "--steps", "3", *options))
+    assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-00000002", "step-00000003"]
+    assert equal(before, state(checkpoints / "step-00000003"))
 
 
 def test_weights_that_only_look_right_are_refused(features, tmp_path):

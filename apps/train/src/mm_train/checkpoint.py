@@ -64,6 +64,10 @@ class Checkpointer:
         """The newest complete checkpoint."""
         return latest(self.directory)
 
+    def saved(self) -> Path | None:
+        """Where the last save or load of this run lies; known without looking at the disk, and so on every rank."""
+        return None if self.newest is None else self.directory / f"step-{self.newest:08d}"
+
     def save(
         self, step: int, model: nn.Module, optimizer: Optimizer, ema: EMA | None, progress: dict, config: str
     ) -> None:
@@ -84,6 +88,9 @@ class Checkpointer:
             if self.leader:
                 _write(unfinished / "progress.json", json.dumps(progress))
                 _write(unfinished / "config.toml", config)
+                # A later one is left of a run that was taken back to an earlier step, or was never named in `latest`.
+                for abandoned in [p for p in self.directory.glob("step-*") if p.name >= final.name]:
+                    shutil.rmtree(abandoned)
                 os.rename(unfinished, final)
                 _write(self.directory / "latest", final.name)
                 self._prune(final)
@@ -125,7 +132,10 @@ class Checkpointer:
                 f"{path} cannot be read ({_reason(error)}). Other checkpoints there: {others}; "
                 f"to continue from one of them, write its name into {self.directory / 'latest'}"
             ) from error
+        asked = [{key: group[key] for key in ("weight_decay", "betas", "eps")} for group in optimizer.param_groups]
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=OPTIONS)
+        for group, chosen in zip(optimizer.param_groups, asked, strict=True):
+            group.update(chosen)  # the moments are the run's, these are the command's
         progress = json.loads((path / "progress.json").read_text())
         self.newest = progress["step"]
         return progress

@@ -31,6 +31,19 @@ def prepare_output(path: Path) -> None:
         raise ValueError(f"--output {path} cannot be written: {error.strerror}") from error
 
 
+def check_shared(path: Path) -> None:
+    """Raise ValueError unless all ranks see the same directory: checkpoints are written by all into one."""
+    from mm_train.ranks import gathered, made_once
+
+    token = made_once(lambda: tempfile.mkstemp(prefix=".shared-", dir=path)[1])
+    blind = [rank for rank in gathered([] if Path(token).exists() else [os.environ.get("RANK", "0")])]
+    made_once(lambda: os.remove(token))
+    if blind:
+        raise ValueError(
+            f"--output {path} is not the same directory on ranks {', '.join(blind)}: use a shared file system"
+        )
+
+
 def _leave(message: str, code: int) -> None:
     rank = os.environ.get("RANK", "0")
     sys.stderr.write(f"{f'[rank {rank}] ' if rank != '0' else ''}{message}\n")

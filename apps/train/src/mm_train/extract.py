@@ -100,7 +100,9 @@ def extract(config: ExtractConfig) -> int:
                 cache.put_empty_text(text.encode([""])[0], encoder)
         dataset = VideoDataset(plan.todo, config.geometry, config.seed, on_error="return")
         progress = Progress(len(plan.todo), leader=rank == 0, world=world)
-        for clips in batches(dataset, range(rank, len(plan.todo), world), config, lambda f: _fail(cache, progress, f)):
+        # Shared out by key, not by place: a rank that sees the store a moment later must not shift everybody's share.
+        own = [i for i, sample in enumerate(plan.todo) if int(plan.keys[sample.id][:8], 16) % world == rank]
+        for clips in batches(dataset, own, config, lambda failure: _fail(cache, progress, failure)):
             latents = vae.encode(torch.stack([clip["video"] for clip in clips]))
             for clip, one in zip(clips, latents, strict=True):
                 encoded = {f"text.{i}": t for i, t in enumerate(text.encode(list(clip["captions"])))}

@@ -34,20 +34,19 @@ class Watch:
         self.samples = gathered(bad) or gathered(ids)
         return False
 
-    def skip(self) -> bool:
-        """Whether to go on; a run in which nothing is finite any more is stopped all the same."""
-        return self.policy == "skip" and self.in_a_row < MOST_IN_A_ROW
+    def stop(self) -> bool:
+        """Whether to stop; a run in which nothing is finite any more is stopped whatever the policy."""
+        return self.policy == "stop" or self.in_a_row >= MOST_IN_A_ROW
 
     def explain(self, step: int, checkpoint: Path | None) -> str:
-        """One paragraph: what, which samples, and what to do."""
+        """One paragraph: what, which samples, and what to do. `checkpoint` is the last that was saved."""
         shown = ", ".join(self.samples[:8]) + (f" and {len(self.samples) - 8} more" if len(self.samples) > 8 else "")
-        text = f"step {step + 1} is not finite ({self.reason}); samples: {shown}."
-        if checkpoint is None:
-            return f"{text} Skipped: weights and optimizer are as before it"
+        text = f"step {step + 1} is not finite ({self.reason}); samples: {shown}"
+        if not self.stop():
+            return text
         way_out = "or continue without such steps by --on_nonfinite skip"
         if self.policy == "skip":
             way_out = f"as it was the last of {self.in_a_row} in a row, the model itself may be at fault"
-        return (
-            f"{text} Weights and optimizer are as before it, saved in {checkpoint}. Look at these samples, lower "
-            f"--optim.lr, {way_out}"
-        )
+        kept = f"saved in {checkpoint}" if checkpoint else "nothing was trained yet"
+        advice = f"Look at these samples, lower --optim.lr, {way_out}"
+        return f"{text}. Weights and optimizer are as before it, {kept}. {advice}"

@@ -91,8 +91,11 @@ def check_dataset(progress: dict[str, Any], dataset: FeatureDataset, config: Con
         )
 
 
-def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device) -> nn.Module:
-    """The model, cut over the mesh and filled tensor by tensor; no rank ever holds all of it."""
+def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, continuing: bool) -> nn.Module:
+    """The model, cut over the mesh and filled tensor by tensor; no rank ever holds all of it.
+
+    Continuing, it is left empty, for the checkpoint to fill; but the base below an adapter is read again.
+    """
     dtype = getattr(torch, config.dtype)
     model = build(config.model, device="meta", **config.architecture)
     model.compute_dtype = dtype
@@ -100,6 +103,8 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device) -
         cast_weights(model, dtype)  # a frozen base needs no float32 masters
         add_lora(model, LoRAConfig(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets))
     check_space(model, config)
+    if continuing and not config.lora.rank:
+        return parallelize(model, plan(model), mesh, config.memory, dtype).to_empty(device=device).train()
     source = Start(config, model)
     parallelize(model, plan(model), mesh, config.memory, dtype)
     load_parameters(model, source, device)

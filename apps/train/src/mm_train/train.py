@@ -14,18 +14,18 @@ from mm_data import FeatureDataset, build_loader
 from mm_models.diffusion.flow import FlowMatching
 from mm_parallel import clip_grad_norm, finish_gradients
 from mm_parallel.device import device as accelerator
-from mm_parallel.device import init_distributed, synchronize
+from mm_parallel.device import init_distributed, reset_max_memory, synchronize
 from mm_parallel.mesh import data_rank
 from mm_train import setup
 from mm_train.checkpoint import Checkpointer
-from mm_train.command import prepare_output
+from mm_train.command import check_shared, prepare_output
 from mm_train.config import Config
 from mm_train.export import export_final
 from mm_train.metrics import Metrics
 from mm_train.nonfinite import Watch
 from mm_train.objective import draw, losses
 from mm_train.optim import EMA, build_optimizer, learning_rate
-from mm_train.ranks import total
+from mm_train.ranks import made_once, total
 from mm_train.samples import Samples
 from mm_train.speed import Speed
 from mm_train.validate import Validation
@@ -48,9 +48,11 @@ def train(config: Config) -> Path:
     setup.check_features(dataset, config)
     if config.validation.features:
         setup.check_features(FeatureDataset(config.validation.features), config)
-    found, changed = setup.find_checkpoint(config)  # refuses a directory that this run must not continue
+    check_shared(config.output)
+    # Refuses a directory that this run must not continue. One rank looks, so that all go the same way.
+    found, changed = made_once(lambda: setup.find_checkpoint(config))
     samples = Samples(config, data_index, data_size, device)  # before the model: it needs the text encoder for a moment
-    model = setup.build_model(config, mesh, device)
+    model = setup.build_model(config, mesh, device, continuing=found is not None)
     optimizer = build_optimizer(model, config.optim)
     ema = EMA(model, config.optim.ema) if config.optim.ema else None
     checkpoints = Checkpointer(config.output / "checkpoints", config.checkpoint.keep)
@@ -81,6 +83,8 @@ def train(config: Config) -> Path:
     resolved = dump(config)
 
     def save() -> None:
+        if progress["step"] == 0:
+            return  # nothing is lost, and an optimizer without a step has no state to save
         checkpoints.save(progress["step"], model, optimizer, ema, dict(progress), resolved)
 
     def look() -> None:
@@ -101,7 +105,6 @@ def train(config: Config) -> Path:
 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(progress["step"], config.steps, config.optim)
-            optimizer.zero_grad(set_to_none=True)
             own = []
             for number, micro in enumerate(batch.micro):
                 torch.manual_seed(setup.dropout_seed(config.seed, batch.index, number, data_index))  # adapters' dropout
@@ -119,15 +122,16 @@ def train(config: Config) -> Path:
                 if ema:
                     ema.update(model, progress["step"])
                 progress["step"] += 1
-            elif not watch.skip():  # on every rank alike, as both numbers are global
+            optimizer.zero_grad(set_to_none=True)  # not held while something else needs memory, and never saved
+            if watch.in_a_row and watch.stop():  # on every rank alike, as both numbers are global
                 progress["cursor"] -= config.data.global_batch
                 save()
                 checkpoints.wait()
                 metrics.close()
-                raise FloatingPointError(watch.explain(progress["step"], checkpoints.latest()))
-            else:
+                raise FloatingPointError(watch.explain(progress["step"], checkpoints.saved()))
+            if watch.in_a_row:
                 progress["skipped"] += 1
-                metrics.say(watch.explain(progress["step"], None))
+                metrics.say(f"{watch.explain(progress['step'], checkpoints.saved())}. Skipped")
                 continue
 
             synchronize(device)
@@ -147,13 +151,14 @@ def train(config: Config) -> Path:
             if progress["step"] % config.checkpoint.every == 0:
                 save()
             look()
+            reset_max_memory(device)
 
         save()
         checkpoints.wait()
     metrics.close()
     if interrupt.signal:
         raise KeyboardInterrupt(f"stopped after step {progress['step']}; the same command continues from there")
-    return export_final(config, checkpoints.latest(), leader=rank == 0)
+    return export_final(config, checkpoints.saved(), leader=rank == 0)
 
 
 class _Interrupt:
@@ -175,5 +180,6 @@ class _Interrupt:
 
     def asked(self) -> bool:
         """Whether any rank was interrupted: all stop after the same step."""
-        self.signal = int(total(torch.tensor(float(self.signal))).item())
-        return self.signal > 0
+        anywhere = int(total(torch.tensor(float(self.signal))).item())
+        self.signal = self.signal or anywhere  # one that came meanwhile must not be forgotten
+        return anywhere > 0

@@ -55,6 +55,8 @@ class Validation:
 
     def _error(self, model: nn.Module, pairs: list[tuple[int, int]]) -> torch.Tensor:
         items = [self.data[i] for i, _ in pairs]
+        if empty := [item["id"] for item in items if not item["text"]]:
+            raise ValueError(f"{self.data.path}: sample {empty[0]} has no encoded caption")
         clean = torch.stack([item["latents"] for item in items]).float()
         noise = torch.stack(
             [
