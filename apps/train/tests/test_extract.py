@@ -141,8 +141,9 @@ def test_what_was_extracted_trains_and_is_sampled_while_training(encoders, manif
         assert [v.name for v in videos] == ["000.mp4", "001.mp4", "002.mp4"]
         frames[run] = np.stack([read_video(video).frames for video in videos]).astype(int)
     assert frames["one"].shape == (3, 5, 32, 48, 3)
-    assert np.abs(frames["one"] - frames["two"]).max() <= 2
-    assert (frames["one"][0] != frames["one"][1]).any()
+    between_runs = np.abs(frames["one"] - frames["two"]).mean()  # rounding, which H.264 makes larger in places
+    between_prompts = np.abs(frames["one"][0] - frames["one"][1]).mean()
+    assert between_runs < 0.1 * between_prompts, (between_runs, between_prompts)
 
 
 def test_a_manifest_of_which_nothing_is_left_is_an_error(encoders, tmp_path):
