@@ -25,12 +25,7 @@ def wan_shapes(dialect: str, sizes: Mapping[str, int]) -> dict[str, tuple[int, .
     """Names and shapes of a Wan of these sizes, by the table."""
     sizes = {"patch_t": 1, "patch_h": 2, "patch_w": 2, **sizes}
     groups = {g for g, size in (("image", "image_dim"), ("image positions", "image_tokens")) if size in sizes}
-    rows = WAN.table.names(dialect, sizes["layers"], groups)
-
-    def length(side: str) -> int:
-        return prod(int(factor) if factor.isdecimal() else sizes[factor] for factor in side.split("*"))
-
-    return {name: tuple(length(side) for side in row.shape.split()) for name, row in rows.items()}
+    return WAN.table.shapes(dialect, sizes, {"i": sizes["layers"]}, groups)
 
 
 def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F32") -> None:

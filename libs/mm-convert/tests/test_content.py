@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mm_convert.content import understand
-from mm_convert.rules import Row, Sizes, template
+from mm_convert.rules import Patterns, Row, Sizes
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_the_unused_norms_of_published_i2v_files_are_dropped_and_said(shapes):
     ],
 )
 def test_layer_numbers(name, expected):
-    assert template(name, ["blocks.{i}.norm.weight", "head.0.norm.weight"]) == expected
+    assert Patterns(["blocks.{i}.norm.weight", "head.0.norm.weight"]).find(name) == expected
 
 
 def test_sizes_divide_evenly():

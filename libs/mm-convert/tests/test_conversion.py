@@ -50,8 +50,6 @@ def test_values_stay_with_their_names(toys, tmp_path):
     for name in before:
         assert after[name].dtype == torch.bfloat16
         assert torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8))
-    raw = open_checkpoint(source).entries["head.modulation"]
-    assert raw.name == "scale_shift_table"
 
 
 def test_the_files_that_other_tools_look_for(toys, tmp_path):
@@ -120,9 +118,6 @@ def test_a_refused_conversion_leaves_nothing(toys, tmp_path):
     toys.diffusers(tmp_path / "good")
     with pytest.raises(ValueError, match="choose one of mm, original, diffusers"):
         convert(tmp_path / "good", tmp_path / "out", "difusers")
-    (tmp_path / "good/config.json").unlink()
-    with pytest.raises(ValueError, match=r"dim 24 with no num_heads.*put a config\.json"):
-        convert(tmp_path / "good", tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "good"}
 
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mm_convert import open_checkpoint
-from mm_convert.store.safetensors import read_header
+from mm_convert.store.safetensors import read_file
 
 
 def file_of(path, header, data=b"", length=None):
@@ -57,24 +57,24 @@ def test_broken_files_are_clear_errors(case, tmp_path):
     else:
         file_of(path, header, data)
     with pytest.raises(ValueError, match=message) as error:
-        read_header(path)
+        read_file(path)
     assert "model.safetensors" in str(error.value)
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**9, 100])
 def test_a_header_longer_than_the_file_is_not_read(length, tmp_path):
     with pytest.raises(ValueError, match="promises a header of"):
-        read_header(file_of(tmp_path / "model.safetensors", {"a": tensor(0, 4)}, bytes(4), length=length))
+        read_file(file_of(tmp_path / "model.safetensors", {"a": tensor(0, 4)}, bytes(4), length=length))
 
 
 def test_every_truncation_is_noticed(toys, tmp_path):
     toys.write_safetensors(tmp_path / "whole", {"a": (3,), "b": (2, 2)})
     whole = (tmp_path / "whole").read_bytes()
-    read_header(tmp_path / "whole")
+    read_file(tmp_path / "whole")
     for length in range(len(whole)):
         (tmp_path / "cut").write_bytes(whole[:length])
         with pytest.raises(ValueError, match="cut"):
-            read_header(tmp_path / "cut")
+            read_file(tmp_path / "cut")
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -86,10 +86,10 @@ def test_any_change_of_the_header_is_read_or_refused(edits, tmp_path):
         data[position % (len(data) - 20)] = byte
     (tmp_path / "f").write_bytes(data)
     try:
-        entries, _ = read_header(tmp_path / "f")
+        entries, _ = read_file(tmp_path / "f")
     except ValueError:
         return
-    assert all(8 <= entry.start <= entry.end <= len(data) for entry in entries)
+    assert all(8 <= t.start <= t.start + t.nbytes <= len(data) for t in entries.values())
 
 
 # --- indices

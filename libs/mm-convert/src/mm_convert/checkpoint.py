@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from mm_convert.content import Content, understand
 from mm_convert.families.family import Config
-from mm_convert.store.safetensors import Entry, read_files, read_folder
+from mm_convert.store.safetensors import read_files, read_folder
+from mm_convert.tensors import LazyTensor
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         config: the fields of the model's configuration, for example of `WanConfig`. `num_heads` is absent where
             neither config.json nor the shapes say it.
         notes: what a person should know: tensors that were dropped, a config.json that contradicts the tensors.
-        entries: our name -> place in the files, in their order.
+        tensors: our name -> where its bytes are, in the order of the files.
         metadata: the free text of the safetensors headers.
     """
 
@@ -37,39 +38,35 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         path: Path,
         layout: str,
         content: Content,
-        entries: dict[str, Entry],
+        tensors: dict[str, LazyTensor],
         metadata: dict[str, str],
         config: Config,
         notes: list[str],
     ) -> None:
-        self.path, self.layout, self.content, self.entries = path, layout, content, entries
+        self.path, self.layout, self.content, self.tensors = path, layout, content, tensors
         self.metadata, self.config, self.notes = metadata, config, notes
         self.dialect, self.family = content.dialect, content.family.name
-        self._open: dict[Path, Any] = {}
+        self._maps: Any = None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.entries[name].shape
+        return self.tensors[name].shape
 
     def dtype(self, name: str) -> str:
         """As safetensors spells it: "F32", "BF16", …"""
-        return self.entries[name].dtype
+        return self.tensors[name].dtype
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The tensor, mapped from the file: it takes memory only where it is read, and must not be written to."""
-        try:
-            from safetensors import safe_open
-        except ImportError as error:  # pragma: no cover
-            raise ImportError("tensors need torch: pip install 'mm-convert[torch]'") from error
-        entry = self.entries[name]
-        if entry.file not in self._open:
-            self._open[entry.file] = safe_open(entry.file, framework="pt")
-        return self._open[entry.file].get_tensor(entry.name)
+        """The tensor, mapped from the file where it lies in one piece: it takes memory only where it is read."""
+        from mm_convert.torch_tensors import Maps
+
+        self._maps = self._maps or Maps()
+        return self._maps.tensor(self.tensors[name])
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -80,15 +77,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     folder = _find_folder(Path(path))
     found, metadata = read_files([Path(path)]) if Path(path).is_file() else read_folder(folder)
-    content = understand({entry.name: entry.shape for entry in found}, str(path))
-    entries = {content.names[entry.name]: entry for entry in found if entry.name in content.names}
+    content = understand({name: tensor.shape for name, tensor in found.items()}, str(path))
+    tensors = {content.names[name]: tensor for name, tensor in found.items() if name in content.names}
     config_json = _read_config_json(folder / "config.json")
     layout = "mm" if config_json.get("format") == FORMAT else "safetensors"
     config, notes = _merge_config(content, config_json, folder / "config.json")
     for reason in sorted(set(content.ignored.values())):
         names = [name for name, why in content.ignored.items() if why == reason]
         notes.append(f"{len(names)} tensors are left out ({reason}): {names[0]}, …")
-    return Checkpoint(Path(path), layout, content, entries, metadata, config, notes)
+    return Checkpoint(Path(path), layout, content, tensors, metadata, config, notes)
 
 
 def _find_folder(path: Path) -> Path:
@@ -136,4 +133,5 @@ def _merge_config(content: Content, config_json: Mapping[str, Any], path: Path) 
         for field, value in content.config.items()
         if field in said and said[field] != value
     ]
-    return {**said, **content.config}, contradictions
+    config, notes = content.family.complete({**said, **content.config})
+    return config, contradictions + notes

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mm_convert.families import FAMILIES, Family
 from mm_convert.families.family import Config
-from mm_convert.rules import Row, Sizes, template
+from mm_convert.rules import Patterns, Row, Sizes
 
 _SHOWN = 5  # problems of a kind that an error names; the rest is counted
 
@@ -23,7 +23,7 @@ class Content:
     names: dict[str, str]  # name as found -> our name
     ignored: dict[str, str]  # name as found -> why it is dropped
     config: Config  # the fields that the shapes say
-    layers: int
+    layers: dict[str, int]  # of each ladder, by its letter in the table
     groups: set[str]
 
     def translate(self, dialect: str) -> dict[str, str]:
@@ -39,8 +39,8 @@ def understand(shapes: Shapes, where: str) -> Content:
     Raises ValueError, naming up to five of each: unknown names with their nearest match, missing names, and
     shapes that do not fit together. `where` stands in the message.
     """
-    family, dialect = _recognise(shapes, where)
-    table = family.table
+    family, dialect = recognise(shapes, where)
+    table, patterns = family.table, family.table.patterns[dialect]
     rows = {row.names[dialect]: row for row in table.rows}
     dropped = table.ignored.get(dialect, {})
 
@@ -48,7 +48,7 @@ def understand(shapes: Shapes, where: str) -> Content:
     ignored: dict[str, str] = {}
     unknown: list[str] = []
     for name in shapes:
-        pattern, layer = template(name, rows)
+        pattern, layer = patterns.find(name)
         if pattern in rows:
             found[name] = (rows[pattern], layer)
         elif pattern in dropped:
@@ -56,22 +56,30 @@ def understand(shapes: Shapes, where: str) -> Content:
         else:
             unknown.append(name)
 
-    numbers = {layer for _, layer in found.values()} - {-1}
-    layers = _first_gap(numbers)  # blocks beyond a gap are unknown: a hostile number must not make a long list
-    beyond = {name for name, (_, layer) in found.items() if layer >= layers}
+    problems: list[str] = []
+    layers: dict[str, int] = {}
+    for letter in table.letters:
+        of_ladder = {name: layer for name, (row, layer) in found.items() if row.letter == letter}
+        # What comes after a gap is unknown: a hostile number must not make a long list of missing names.
+        layers[letter] = _first_gap(set(of_ladder.values()))
+        behind = sorted(name for name, layer in of_ladder.items() if layer >= layers[letter])
+        problems += _describe(f"layer {layers[letter]} is missing, yet there is", behind)
     groups = {row.group for row, _ in found.values()} - {""}
     expected = table.names(dialect, layers, groups)
     missing = [name for name in expected if name not in found]
-    if layers == 0:
-        missing += [name.format(i=0) for name in rows if "{i}" in name]
-    problems = _describe_names(unknown, sorted(beyond), missing, layers, expected)
+    missing += [
+        n.format(i=0, j=0) for n, row in rows.items() if row.letter and not layers[row.letter] and not row.group
+    ]
+    candidates = missing or list(expected)
+    problems = _describe("unknown", [_with_nearest(n, candidates) for n in unknown[:_SHOWN]], len(unknown)) + problems
+    problems += _describe("missing", missing)
     sizes, misshapen = _solve(expected, shapes)
     problems += _describe("does not fit", misshapen)
     if problems:
         raise ValueError(f"{where} is not a whole {family.name} checkpoint ({dialect} names): " + "; ".join(problems))
 
     ours = table.dialects[0]
-    names = {name: row.names[ours].format(i=layer) for name, (row, layer) in found.items()}
+    names = {name: row.names[ours].format(i=layer, j=layer) for name, (row, layer) in found.items()}
     config = family.from_sizes(sizes.values, groups, layers)
     return Content(family, dialect, names, ignored, config, layers, groups)
 
@@ -82,13 +90,18 @@ def fingerprint(shapes: Shapes) -> str:
     return hashlib.md5(",".join(sorted(words)).encode(), usedforsecurity=False).hexdigest()
 
 
-def _recognise(names: Iterable[str], where: str) -> tuple[Family, str]:
+def recognise(names: Iterable[str], where: str) -> tuple[Family, str]:
+    """The family and the dialect that know most of these names; a fused tensor goes by its own name or by its parts'.
+
+    Raises ValueError when no family knows any.
+    """
     names = list(names)
     scores = {}
     for family in FAMILIES:
         for dialect in family.table.dialects:
-            patterns = {row.names[dialect] for row in family.table.rows}
-            scores[family.name, dialect] = sum(template(name, patterns)[0] in patterns for name in names)
+            fused = [fusion.name for fusion in family.fusions.get(dialect, ())]
+            patterns = Patterns([*family.table.patterns[dialect].known, *fused])
+            scores[family.name, dialect] = sum(patterns.find(name)[0] in patterns for name in names)
     best = max(scores, key=scores.__getitem__)
     if not scores[best]:
         some = ", ".join(sorted(names)[:_SHOWN]) or "no tensors"
@@ -107,17 +120,9 @@ def _solve(expected: Mapping[str, Row], shapes: Shapes) -> tuple[Sizes, list[str
     return sizes, [error for error in errors if error]
 
 
-def _describe_names(
-    unknown: list[str], beyond: list[str], missing: list[str], layers: int, expected: Iterable[str]
-) -> list[str]:
-    candidates = missing or list(expected)
-    named = []
-    for name in unknown[:_SHOWN]:
-        near = difflib.get_close_matches(name, candidates, n=1, cutoff=0)
-        named.append(f"{name} (nearest: {near[0]})" if near else name)
-    problems = _describe("unknown", named, len(unknown))
-    problems += _describe(f"layer {layers} is missing, yet there is", beyond)
-    return problems + _describe("missing", missing)
+def _with_nearest(name: str, candidates: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, candidates, n=1, cutoff=0)
+    return f"{name} (nearest: {near[0]})" if near else name
 
 
 def _describe(what: str, names: list[str], count: int | None = None) -> list[str]:

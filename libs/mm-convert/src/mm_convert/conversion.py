@@ -13,7 +13,7 @@ from mm_convert.checkpoint import Checkpoint, open_checkpoint
 from mm_convert.content import fingerprint
 from mm_convert.save import config_for, name_files, target_names, write
 from mm_convert.store.folder import Files, refuse_target, split
-from mm_convert.store.safetensors import Entry, Item
+from mm_convert.tensors import LazyTensor, Stored
 
 
 def convert(
@@ -39,7 +39,7 @@ def convert(
     refuse_target(Path(target), overwrite)
     checkpoint = open_checkpoint(source)
     items = _items(checkpoint, target_names(checkpoint.content, to))
-    shards = split(list(items), shard_bytes) if shard_bytes else _as_in_source(items)
+    shards = split(items, shard_bytes) if shard_bytes else _as_in_source(items)
     files = name_files(shards, to, checkpoint.metadata)
     config = config_for(checkpoint.content, checkpoint.config, to)
     write(Path(target), files, config, overwrite, show_progress)
@@ -60,18 +60,21 @@ def convert_like(
     """
     refuse_target(Path(target), overwrite)
     checkpoint, model = open_checkpoint(source), open_checkpoint(like)
-    for name, entry in model.entries.items():
-        if name not in checkpoint.entries or checkpoint.shape(name) != entry.shape:
-            there = list(checkpoint.shape(name)) if name in checkpoint.entries else "absent"
-            raise ValueError(f"{like} is another model: its {entry.name} is {list(entry.shape)}, in {source} {there}")
+    published = model.content.translate(model.dialect)
+    for name, tensor in model.tensors.items():
+        if name not in checkpoint.tensors or checkpoint.shape(name) != tensor.shape:
+            there = list(checkpoint.shape(name)) if name in checkpoint.tensors else "absent"
+            raise ValueError(
+                f"{like} is another model: its {published[name]} is {list(tensor.shape)}, in {source} {there}"
+            )
     if extra := set(checkpoint) - set(model):
         raise ValueError(f"{like} is another model: it has no {sorted(extra)[0]}")
 
-    items = {item.name: item for item in _items(checkpoint, target_names(checkpoint.content, model.dialect))}
-    shards: dict[str, list[Item]] = {}
-    for entry in model.entries.values():
-        shards.setdefault(entry.file.name, []).append(items[entry.name])
-    folder = next(iter(model.entries.values())).file.parent
+    shards: dict[str, dict[str, LazyTensor]] = {}
+    for name, tensor in model.tensors.items():
+        assert isinstance(tensor, Stored)
+        shards.setdefault(tensor.file.name, {})[published[name]] = checkpoint.tensors[name]
+    folder = tensor.file.parent
     index = next((path.name for path in folder.glob("*.safetensors.index.json")), None)
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} has no config.json to copy")
@@ -80,15 +83,15 @@ def convert_like(
     return checkpoint
 
 
-def _items(checkpoint: Checkpoint, names: Mapping[str, str]) -> list[Item]:
-    return [Item(names[ours], e.dtype, e.shape, e.nbytes, e) for ours, e in checkpoint.entries.items()]
+def _items(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, LazyTensor]:
+    return {names[ours]: tensor for ours, tensor in checkpoint.tensors.items()}
 
 
-def _as_in_source(items: list[Item]) -> list[list[Item]]:
-    shards: dict[Path, list[Item]] = {}
-    for item in items:
-        assert isinstance(item.source, Entry)
-        shards.setdefault(item.source.file, []).append(item)
+def _as_in_source(items: Mapping[str, LazyTensor]) -> list[dict[str, LazyTensor]]:
+    shards: dict[Path, dict[str, LazyTensor]] = {}
+    for name, tensor in items.items():
+        assert isinstance(tensor, Stored)
+        shards.setdefault(tensor.file, {})[name] = tensor
     return list(shards.values())
 
 
@@ -128,18 +131,18 @@ class Inspection:
 def inspect(path: str | Path) -> Inspection:
     """Say what a checkpoint is; reads headers only. Errors as `open_checkpoint`."""
     checkpoint = open_checkpoint(path)
-    entries = checkpoint.entries
+    tensors = checkpoint.tensors
     return Inspection(
         path=checkpoint.path,
         family=checkpoint.family,
         dialect=checkpoint.dialect,
         layout=checkpoint.layout,
-        files=len({entry.file for entry in entries.values()}),
-        tensors=len(entries),
-        parameters=sum(prod(entry.shape) for entry in entries.values()),
-        nbytes=sum(entry.nbytes for entry in entries.values()),
-        dtypes=dict(Counter(entry.dtype for entry in entries.values()).most_common()),
-        fingerprint=fingerprint({name: entry.shape for name, entry in entries.items()}),
+        files=len({t.file for t in tensors.values()}),
+        tensors=len(tensors),
+        parameters=sum(prod(t.shape) for t in tensors.values()),
+        nbytes=sum(t.nbytes for t in tensors.values()),
+        dtypes=dict(Counter(t.dtype for t in tensors.values()).most_common()),
+        fingerprint=fingerprint({name: t.shape for name, t in tensors.items()}),
         config=checkpoint.config,
         notes=tuple(checkpoint.notes),
     )

@@ -4,21 +4,32 @@ A row says what a tensor is called in each dialect and how its sides follow from
 
     Row({"original": "blocks.{i}.ffn.0.weight", "diffusers": "blocks.{i}.ffn.net.0.proj.weight"}, "ffn_dim dim")
 
-`{i}` is a layer number. A side is a number, a size, or a product of them (`6*dim`). The sizes themselves are found by
-solving the rows from top to bottom, so that a checkpoint without config.json still says how large it is.
+`{i}` is a layer number; a model with a second ladder (VACE's control blocks, Qwen's vision) numbers that one `{j}`.
+A name that ends in `#part` says that the tensor is a part of a larger one in that dialect (see `fusion`). A side is a
+number, a size, or a product of them (`6*dim`). The sizes themselves are found by solving the rows from top to bottom,
+so that a checkpoint without config.json still says how large it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+
+LETTERS = ("i", "j")
 
 
 @dataclass(frozen=True)
 class Row:
-    names: Mapping[str, str]  # dialect -> name, with {i} for the layer number
+    names: Mapping[str, str]  # dialect -> name, with {i} or {j} for the layer number
     shape: str  # sides, separated by spaces
     group: str = ""  # rows of a named group are present together or not at all
+
+    @property
+    def letter(self) -> str:
+        """Of the ladder that this row belongs to; "" outside of the layers."""
+        return letter_of(next(iter(self.names.values())))
 
 
 @dataclass(frozen=True)
@@ -33,29 +44,69 @@ class Table:
             names = [row.names[dialect] for row in self.rows]
             assert len(set(names)) == len(names), f"two rows of {dialect} have one name"
             assert not set(names) & set(self.ignored.get(dialect, ())), "an ignored tensor has a row"
+            assert all(letter_of(row.names[dialect]) == row.letter for row in self.rows), "a row changes ladders"
 
     @property
     def dialects(self) -> tuple[str, ...]:
         return tuple(self.rows[0].names)
 
-    def names(self, dialect: str, layers: int, groups: Iterable[str]) -> dict[str, Row]:
-        """Every name of a model with so many layers and these optional groups."""
+    @cached_property
+    def patterns(self) -> dict[str, Patterns]:
+        """For each dialect, what finds the row of a name."""
+        return {d: Patterns([*(r.names[d] for r in self.rows), *self.ignored.get(d, ())]) for d in self.dialects}
+
+    @property
+    def letters(self) -> list[str]:
+        """The ladders that this family has."""
+        return sorted({row.letter for row in self.rows} - {""})
+
+    def names(self, dialect: str, layers: Mapping[str, int], groups: Iterable[str]) -> dict[str, Row]:
+        """Every name of a model with so many layers of each letter and these optional groups."""
         groups = {"", *groups}
         return {
-            row.names[dialect].format(i=i): row
+            row.names[dialect].format(**{row.letter: number}) if row.letter else row.names[dialect]: row
             for row in self.rows
             if row.group in groups
-            for i in (range(layers) if "{i}" in row.names[dialect] else (0,))
+            for number in (range(layers[row.letter]) if row.letter else (0,))
         }
 
+    def shapes(
+        self, dialect: str, sizes: Mapping[str, int], layers: Mapping[str, int], groups: Iterable[str] = ()
+    ) -> dict[str, tuple[int, ...]]:
+        """Every name and shape of a model of these sizes."""
 
-def template(name: str, patterns: Iterable[str]) -> tuple[str, int]:
-    """`blocks.7.norm3.weight` -> (`blocks.{i}.norm3.weight`, 7); a name without layer number is its own, at -1."""
-    for prefix in {pattern.partition("{i}")[0] for pattern in patterns if "{i}" in pattern}:
-        number, dot, rest = name.removeprefix(prefix).partition(".")
-        if name.startswith(prefix) and dot and number.isdecimal() and str(int(number)) == number:
-            return f"{prefix}{{i}}.{rest}", int(number)
-    return name, -1
+        def length(side: str) -> int:
+            return prod(int(factor) if factor.isdecimal() else sizes[factor] for factor in side.split("*"))
+
+        rows = self.names(dialect, layers, groups)
+        return {name: tuple(length(side) for side in row.shape.split()) for name, row in rows.items()}
+
+
+def letter_of(pattern: str) -> str:
+    return next((letter for letter in LETTERS if f"{{{letter}}}" in pattern), "")
+
+
+class Patterns:
+    """Finds which of some names with {i} or {j} a name is made from."""
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self.known = set(patterns)
+        self.prefixes = {
+            pattern.partition(f"{{{letter}}}")[0]: letter for pattern in self.known if (letter := letter_of(pattern))
+        }
+
+    def __contains__(self, pattern: str) -> bool:
+        return pattern in self.known
+
+    def find(self, name: str) -> tuple[str, int]:
+        """`blocks.7.norm3.weight` -> (`blocks.{i}.norm3.weight`, 7); a name without layer number is its own, at -1."""
+        if name in self.known:
+            return name, -1
+        for prefix, letter in self.prefixes.items():
+            number, dot, rest = name.removeprefix(prefix).partition(".")
+            if name.startswith(prefix) and dot and number.isdecimal() and str(int(number)) == number:
+                return f"{prefix}{{{letter}}}.{rest}", int(number)
+        return name, -1
 
 
 @dataclass

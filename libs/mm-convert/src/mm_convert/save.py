@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,16 +12,12 @@ from mm_convert.content import Content, understand
 from mm_convert.families.family import Config
 from mm_convert.progress import Progress
 from mm_convert.store.folder import Files, name_shards, new_folder, refuse_target, split, write_folder
-from mm_convert.store.safetensors import Item
+from mm_convert.tensors import LazyTensor
 
 if TYPE_CHECKING:
     import torch
 
 SHARD_BYTES = 5_000_000_000
-
-_DTYPES = {"bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64"}
-_DTYPES |= {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
-_DTYPES |= {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 
 
 def save_checkpoint(
@@ -49,13 +44,13 @@ def save_checkpoint(
     refuse_target(Path(path), overwrite)
     fields = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
     fields = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
-    items = {name: _item(tensors, name) for name in tensors}
+    items = {name: _lazy(tensors, name) for name in tensors}
     content = understand({name: item.shape for name, item in items.items()}, "what is to be saved")
     for field, value in content.config.items():
         if fields.get(field, value) != value:
             raise ValueError(f"the configuration says {field} {fields[field]}, the tensors say {value}")
     names = target_names(content, to)
-    kept = [dataclasses.replace(item, name=names[content.names[name]]) for name, item in items.items()]
+    kept = {names[content.names[name]]: item for name, item in items.items()}
     shards = split(kept, shard_bytes)
     files = name_files(shards, to, {"format": "pt"})
     write(Path(path), files, config_for(content, {**fields, **content.config}, to), overwrite, show_progress)
@@ -69,14 +64,14 @@ def target_names(content: Content, to: str) -> dict[str, str]:
     return content.translate(dialects[0] if to == FORMAT else to)
 
 
-def name_files(shards: Sequence[Sequence[Item]], to: str, metadata: Mapping[str, str]) -> Files:
+def name_files(shards: Sequence[Mapping[str, LazyTensor]], to: str, metadata: Mapping[str, str]) -> Files:
     return name_shards("model" if to == FORMAT else "diffusion_pytorch_model", shards, metadata, to == FORMAT)
 
 
 def config_for(content: Content, config: Config, to: str) -> dict[str, Any]:
     """The config.json that belongs to the target."""
     family = content.family
-    config = family.complete(config)
+    config, _ = family.complete(config)
     if to != FORMAT:
         return family.write_config[to](config)
     dialect = family.table.dialects[0]
@@ -93,18 +88,8 @@ def write(path: Path, files: Files, config: Mapping[str, Any] | bytes, overwrite
             write_folder(folder, files, config, progress)
 
 
-def _item(tensors: Mapping[str, torch.Tensor], name: str) -> Item:
-    tensor = tensors.meta(name) if hasattr(tensors, "meta") else tensors[name]
-    dtype = _DTYPES.get(str(tensor.dtype).removeprefix("torch."))
-    if dtype is None:
-        raise ValueError(f"{name} is {tensor.dtype}, which safetensors cannot hold")
-    nbytes = tensor.numel() * tensor.element_size()
-    return Item(name, dtype, tuple(tensor.shape), nbytes, lambda: _bytes(tensors[name]))
+def _lazy(tensors: Mapping[str, torch.Tensor], name: str) -> LazyTensor:
+    from mm_convert.torch_tensors import lazy
 
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's bytes, without a copy where it lies on the CPU already (numpy knows no bfloat16)."""
-    tensor = tensor.detach().cpu().contiguous()
-    array = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
-    array.tensor = tensor  # the view keeps the array alive, and the array the tensor
-    return memoryview(array)
+    meta = tensors.meta(name) if hasattr(tensors, "meta") else tensors[name]
+    return lazy(meta, lambda: tensors[name], name)

@@ -76,26 +76,27 @@ HEAD_DIM = 128  # of every published Wan; the shapes do not tell the number of h
 IMAGE_TOKENS = 257  # of one CLIP picture
 
 
-def from_sizes(sizes: Mapping[str, int], groups: set[str], layers: int) -> Config:
+def from_sizes(sizes: Mapping[str, int], groups: set[str], layers: Mapping[str, int]) -> Config:
     config: Config = {k: sizes[k] for k in ("dim", "ffn_dim", "freq_dim", "text_dim", "in_channels", "out_channels")}
-    config["num_layers"] = layers
+    config["num_layers"] = layers["i"]
     config["patch_size"] = [sizes["patch_t"], sizes["patch_h"], sizes["patch_w"]]
     config["image_dim"] = sizes["image_dim"] if "image" in groups else None
     config["image_tokens"] = sizes["image_tokens"] if "image positions" in groups else IMAGE_TOKENS
     return config
 
 
-def complete(config: Config) -> Config:
-    config = {"eps": 1e-6, "text_tokens": 512, **config}
-    if "num_heads" not in config and config["dim"] % HEAD_DIM == 0:
-        config["num_heads"] = config["dim"] // HEAD_DIM
-    if "num_heads" not in config or config["dim"] % config["num_heads"]:
-        known = f"num_heads {config['num_heads']}" if "num_heads" in config else "no num_heads"
-        raise ValueError(
-            f"dim {config['dim']} with {known}: the number of heads cannot be read from the tensors; "
-            "put a config.json that says it beside them"
-        )
-    return config
+def complete(config: Config) -> tuple[Config, list[str]]:
+    config, notes = {"eps": 1e-6, "text_tokens": 512, **config}, []
+    dim, heads = config["dim"], config.get("num_heads")
+    if heads is not None and (heads < 1 or dim % heads):
+        notes.append(f"num_heads is said to be {heads}, which does not divide dim {dim}: it is left out")
+        del config["num_heads"]
+    if "num_heads" not in config and dim % HEAD_DIM == 0:
+        config["num_heads"] = dim // HEAD_DIM
+        notes.append(f"num_heads is {dim // HEAD_DIM} if heads have {HEAD_DIM} channels, as in every published Wan")
+    elif "num_heads" not in config:
+        notes.append(f"num_heads of dim {dim} is unknown; a config.json beside the tensors could say it")
+    return config, notes
 
 
 # --- config.json, as it is published

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mm_convert.progress import readable_bytes
-from mm_convert.store.safetensors import Item, write_file
+from mm_convert.store.safetensors import write_file
+from mm_convert.tensors import LazyTensor
 
 _OURS = ("*.safetensors", "*.safetensors.index.json", "config.json")  # what --overwrite may replace
 
@@ -22,16 +23,18 @@ _OURS = ("*.safetensors", "*.safetensors.index.json", "config.json")  # what --o
 class Files:
     """What to write: tensors by file name, the index's name (None: one file without index), and header metadata."""
 
-    shards: Mapping[str, Sequence[Item]]
+    shards: Mapping[str, Mapping[str, LazyTensor]]
     index: str | None
     metadata: Mapping[str, str]
 
     @property
     def nbytes(self) -> int:
-        return sum(item.nbytes for items in self.shards.values() for item in items)
+        return sum(tensor.nbytes for contents in self.shards.values() for tensor in contents.values())
 
 
-def name_shards(stem: str, shards: Sequence[Sequence[Item]], metadata: Mapping[str, str], always_index: bool) -> Files:
+def name_shards(
+    stem: str, shards: Sequence[Mapping[str, LazyTensor]], metadata: Mapping[str, str], always_index: bool
+) -> Files:
     """The hub's file names: `stem.safetensors`, or `stem-00001-of-00003.safetensors`, … and an index."""
     if len(shards) == 1 and not always_index:
         return Files({f"{stem}.safetensors": shards[0]}, None, metadata)
@@ -92,10 +95,10 @@ def write_folder(
     folder: Path, files: Files, config: Mapping[str, Any] | bytes, progress: Callable[[int], None]
 ) -> None:
     """Write the safetensors files, their index and config.json (bytes are taken as they are)."""
-    for name, items in files.shards.items():
-        write_file(folder / name, items, files.metadata, progress)
+    for name, contents in files.shards.items():
+        write_file(folder / name, contents, files.metadata, progress)
     if files.index:
-        weight_map = {item.name: name for name, items in files.shards.items() for item in items}
+        weight_map = {tensor: name for name, contents in files.shards.items() for tensor in contents}
         index = {"metadata": {"total_size": files.nbytes}, "weight_map": weight_map}
         (folder / files.index).write_bytes(_json(index))
     (folder / "config.json").write_bytes(config if isinstance(config, bytes) else _json(config))
@@ -105,14 +108,14 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def split(items: Sequence[Item], shard_bytes: int) -> list[list[Item]]:
+def split(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> list[dict[str, LazyTensor]]:
     """Cut into shards of at most `shard_bytes`, in order; a larger tensor gets a shard of its own."""
-    shards: list[list[Item]] = [[]]
+    shards: list[dict[str, LazyTensor]] = [{}]
     size = 0
-    for item in items:
-        if shards[-1] and size + item.nbytes > shard_bytes:
-            shards.append([])
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
             size = 0
-        shards[-1].append(item)
-        size += item.nbytes
+        shards[-1][name] = tensor
+        size += tensor.nbytes
     return shards

@@ -6,36 +6,18 @@ A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_off
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from mm_convert import tensors
+from mm_convert.tensors import BITS, LazyTensor, Stored
 
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
-_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16}
-_BITS |= {"BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64}
-_CHUNK = 64 * 2**20  # bytes copied between two signs of progress
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor in a file: `name` there, dtype as safetensors spells it, bytes [start, end) of the whole file."""
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.start
-
-
-def read_header(path: Path) -> tuple[list[Entry], dict[str, str]]:
+def read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors of a file in the order of their data, and its metadata.
 
     Raises ValueError for anything that is not a whole, honest safetensors file.
@@ -54,20 +36,21 @@ def read_header(path: Path) -> tuple[list[Entry], dict[str, str]]:
         metadata = header.pop("__metadata__", None) or {}
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("__metadata__ holds something else than text")
-        entries = sorted((_entry(path, k, v, 8 + length) for k, v in header.items()), key=lambda e: (e.start, e.end))
+        found = {name: _stored(path, name, record, 8 + length) for name, record in header.items()}
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} has a broken safetensors header: {error}") from error
 
+    found = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)))
     position = 8 + length
-    for entry in entries:
-        if entry.start != position:
-            kind = "overlaps the tensor before it" if entry.start < position else "leaves a gap before it"
-            raise ValueError(f"{path} has a lying header: the data of {entry.name} {kind}")
-        position = entry.end
+    for name, tensor in found.items():
+        if tensor.start != position:
+            kind = "overlaps the tensor before it" if tensor.start < position else "leaves a gap before it"
+            raise ValueError(f"{path} has a lying header: the data of {name} {kind}")
+        position += tensor.nbytes
     if position != size:
         what = "is truncated" if position > size else "has bytes that belong to no tensor"
         raise ValueError(f"{path} {what}: its header describes {position:,} bytes, the file has {size:,}")
-    return entries, metadata
+    return found, metadata
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -78,44 +61,47 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _entry(path: Path, name: str, record: Mapping[str, Any], data: int) -> Entry:
+def _stored(path: Path, name: str, record: Mapping[str, Any], data: int) -> Stored:
     dtype, shape, (start, end) = record["dtype"], record["shape"], record["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in [*shape, start, end]) or start > end:
         raise ValueError(f"{name} has shape {shape} and offsets {start}, {end}")
-    if dtype in _BITS and (end - start) * 8 != prod(shape) * _BITS[dtype]:
-        needed = prod(shape) * _BITS[dtype] // 8
+    if dtype in BITS and (end - start) * 8 != prod(shape) * BITS[dtype]:
+        needed = prod(shape) * BITS[dtype] // 8
         raise ValueError(f"{name} is {dtype} {shape}, {needed:,} bytes, but its offsets span {end - start:,}")
-    return Entry(path, name, str(dtype), tuple(shape), data + start, data + end)
+    return Stored(path, data + start, str(dtype), tuple(shape), end - start)
 
 
 # --- a folder of files
 
 
-def read_folder(folder: Path) -> tuple[list[Entry], dict[str, str]]:
+def read_folder(folder: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors of the one checkpoint in a folder, file by file, and its metadata.
 
     Raises ValueError when there is none, or several, and when its index and its files contradict each other.
     """
     files, index = _find_files(folder)
-    entries, metadata = read_files(files)
-    for entry in entries if index else ():
-        if index.pop(entry.name, "no file") != entry.file.name:
-            raise ValueError(f"the index of {folder} does not have {entry.name} in {entry.file.name}, where it is")
+    found, metadata = read_files(files)
+    for name, tensor in found.items() if index else ():
+        if index.pop(name, "no file") != tensor.file.name:
+            raise ValueError(f"the index of {folder} does not have {name} in {tensor.file.name}, where it is")
     if index:
         name, file = index.popitem()
         raise ValueError(f"the index of {folder} has {name} in {file}, where it is not")
-    return entries, metadata
+    return found, metadata
 
 
-def read_files(files: Sequence[Path]) -> tuple[list[Entry], dict[str, str]]:
+def read_files(files: Sequence[Path]) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors of several files. Raises ValueError for one that is in two of them."""
-    headers = [read_header(file) for file in files]
-    found: dict[str, Entry] = {}
-    for entry in (entry for entries, _ in headers for entry in entries):
-        if entry.name in found:
-            raise ValueError(f"{entry.name} is in {found[entry.name].file} and again in {entry.file}")
-        found[entry.name] = entry
-    return list(found.values()), {key: text for _, metadata in headers for key, text in metadata.items()}
+    found: dict[str, Stored] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        tensors_here, metadata_here = read_file(file)
+        for name in tensors_here:
+            if name in found:
+                raise ValueError(f"{name} is in {found[name].file} and again in {file}")
+        found |= tensors_here
+        metadata |= metadata_here
+    return found, metadata
 
 
 def _find_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
@@ -161,87 +147,21 @@ def _listed(files: Sequence[Path]) -> str:
 # --- writing
 
 
-@dataclass(frozen=True)
-class Item:
-    """One tensor to be written: its bytes are a range of another file (`source`) or come from a call."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    source: Entry | Callable[[], memoryview]
-
-
-def write_file(path: Path, items: Sequence[Item], metadata: Mapping[str, str], progress: Callable[[int], None]) -> None:
-    """Write one safetensors file, data in the order of `items`; `progress` is told the bytes just written."""
+def write_file(
+    path: Path,
+    contents: Mapping[str, LazyTensor],
+    metadata: Mapping[str, str],
+    progress: Callable[[int], None],
+) -> None:
+    """Write one safetensors file, data in the order of `contents`; `progress` is told the bytes just written."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
-    for item in items:
-        offsets = [position, position + item.nbytes]
-        header[item.name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": offsets}
-        position += item.nbytes
+    for name, tensor in contents.items():
+        offsets = [position, position + tensor.nbytes]
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        position += tensor.nbytes
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     with path.open("xb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        for source in _runs(items):
-            if isinstance(source, Entry):
-                file.flush()
-                _copy_range(source, file, progress)
-            else:
-                data = source()
-                file.write(data)
-                progress(data.nbytes)
-
-
-def _runs(items: Sequence[Item]) -> Iterator[Entry | Callable[[], memoryview]]:
-    """The sources, with neighbouring ranges of one file joined: a renamed shard is copied in one piece."""
-    run: Entry | None = None
-    for item in items:
-        source = item.source
-        if isinstance(source, Entry) and run and (run.file, run.end) == (source.file, source.start):
-            run = Entry(run.file, run.name, run.dtype, run.shape, run.start, source.end)
-            continue
-        if run:
-            yield run
-        run = source if isinstance(source, Entry) else None
-        if run is None:
-            yield source
-    if run:
-        yield run
-
-
-def _copy_range(source: Entry, target: BinaryIO, progress: Callable[[int], None]) -> None:
-    """Append bytes of one file to another, inside the kernel where it can, else through a buffer of 1 MiB."""
-    with source.file.open("rb", buffering=0) as file:
-        copy = _kernel_copy
-        position = source.start
-        while position < source.end:
-            count = min(_CHUNK, source.end - position)
-            try:
-                copied = copy(file.fileno(), target.fileno(), position, count)
-            except (OSError, AttributeError) as error:
-                if copy is _buffered_copy or (isinstance(error, OSError) and error.errno in _REAL_ERRORS):
-                    raise
-                copy = _buffered_copy  # another file system, or another operating system
-                continue
-            if not copied:
-                raise ValueError(f"{source.file} became shorter while it was read")
-            position += copied
-            progress(copied)
-
-
-_REAL_ERRORS = {5, 28, 122}  # EIO, ENOSPC, EDQUOT: a second try would not help
-
-
-def _kernel_copy(source: int, target: int, position: int, count: int) -> int:
-    return os.copy_file_range(source, target, count, offset_src=position)
-
-
-def _buffered_copy(source: int, target: int, position: int, count: int) -> int:
-    os.lseek(source, position, os.SEEK_SET)
-    data = memoryview(os.read(source, min(count, 2**20)))
-    written = 0
-    while written < len(data):
-        written += os.write(target, data[written:])
-    return written
+        tensors.write(tensors.pieces(contents.values()), file, progress)
