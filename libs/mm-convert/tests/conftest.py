@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mm_convert.families import WAN
+from mm_convert.families import VACE, WAN
 
 BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
 
@@ -19,13 +19,15 @@ I2V = T2V | dict(in_channels=36, image_dim=20)
 FLF2V = I2V | dict(image_tokens=514)
 WIDE = T2V | dict(in_channels=36)
 KINDS = {"t2v": T2V, "i2v": I2V, "flf2v": FLF2V, "wide": WIDE}
+CONTROL = T2V | dict(control_channels=12, control_blocks=2)
 
 
 def wan_shapes(dialect: str, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a Wan of these sizes, by the table."""
+    """Names and shapes of a Wan of these sizes, by the table; of a VACE if it has control blocks."""
     sizes = {"patch_t": 1, "patch_h": 2, "patch_w": 2, **sizes}
     groups = {g for g, size in (("image", "image_dim"), ("image positions", "image_tokens")) if size in sizes}
-    return WAN.table.shapes(dialect, sizes, {"i": sizes["layers"]}, groups)
+    family = VACE if "control_blocks" in sizes else WAN
+    return family.table.shapes(dialect, sizes, {"i": sizes["layers"], "j": sizes.get("control_blocks", 0)}, groups)
 
 
 def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F32") -> None:
@@ -83,6 +85,7 @@ class Toys:
     """What the tests make checkpoints with."""
 
     kinds = KINDS
+    control = CONTROL
     shapes = staticmethod(wan_shapes)
     write_safetensors = staticmethod(write_safetensors)
     write_checkpoint = staticmethod(write_checkpoint)

@@ -1,10 +1,14 @@
-"""The families of models whose checkpoints can be read, each a table of names and two of configuration."""
+"""The families of models whose checkpoints can be read, each a table of names and two of configuration.
+
+Of two families that know equally many names of a checkpoint the earlier one is meant: all names of Wan are VACE's too.
+"""
 
 from __future__ import annotations
 
 from mm_convert.families.family import Family
+from mm_convert.families.vace import VACE
 from mm_convert.families.wan import WAN
 
-FAMILIES: tuple[Family, ...] = (WAN,)
+FAMILIES: tuple[Family, ...] = (WAN, VACE)
 
-__all__ = ["FAMILIES", "WAN", "Family"]
+__all__ = ["FAMILIES", "VACE", "WAN", "Family"]

@@ -1,7 +1,7 @@
 """Wan2.1 and Wan2.2 transformers: text, image and first-and-last-frame to video.
 
-Names and shapes after Wan-AI's published files (`original`) and diffusers' `WanTransformer3DModel` (`diffusers`).
-Our own names are the original ones.
+Names and shapes after Wan-AI's published files (`original`), diffusers' `WanTransformer3DModel` (`diffusers`) and
+MindSpeed-MM's `WanDiT` (`mindspeed`). Our own names are the original ones.
 """
 
 from __future__ import annotations
@@ -9,63 +9,71 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mm_convert.families.family import Config, Family
+from mm_convert.families.family import Config, Cuts, Family, Ladder
 from mm_convert.rules import Row, Table
 
 
-def _row(original: str, diffusers: str, shape: str, group: str = "") -> Row:
-    return Row({"original": original, "diffusers": diffusers}, shape, group)
+def _row(original: str, diffusers: str, shape: str, group: str = "", *, mindspeed: str = "") -> Row:
+    """MindSpeed-MM's name is the original one where none is given."""
+    return Row({"original": original, "diffusers": diffusers, "mindspeed": mindspeed or original}, shape, group)
 
 
-def _affine(original: str, diffusers: str, shape: str, group: str = "") -> list[Row]:
+def affine(original: str, diffusers: str, shape: str, group: str = "", *, mindspeed: str = "") -> list[Row]:
     """A weight of this shape and a bias as long as its first side."""
+    mindspeed = mindspeed or original
     return [
-        _row(f"{original}.weight", f"{diffusers}.weight", shape, group),
-        _row(f"{original}.bias", f"{diffusers}.bias", shape.split()[0], group),
+        _row(f"{original}.weight", f"{diffusers}.weight", shape, group, mindspeed=f"{mindspeed}.weight"),
+        _row(f"{original}.bias", f"{diffusers}.bias", shape.split()[0], group, mindspeed=f"{mindspeed}.bias"),
     ]
 
 
 def _attention(original: str, diffusers: str) -> list[Row]:
     o, d = "blocks.{i}." + original, "blocks.{i}." + diffusers
     return [
-        *_affine(f"{o}.q", f"{d}.to_q", "dim dim"),
-        *_affine(f"{o}.k", f"{d}.to_k", "dim dim"),
-        *_affine(f"{o}.v", f"{d}.to_v", "dim dim"),
-        *_affine(f"{o}.o", f"{d}.to_out.0", "dim dim"),
-        _row(f"{o}.norm_q.weight", f"{d}.norm_q.weight", "dim"),
-        _row(f"{o}.norm_k.weight", f"{d}.norm_k.weight", "dim"),
+        *affine(f"{o}.q", f"{d}.to_q", "dim dim", mindspeed=f"{o}.proj_q"),
+        *affine(f"{o}.k", f"{d}.to_k", "dim dim", mindspeed=f"{o}.proj_k"),
+        *affine(f"{o}.v", f"{d}.to_v", "dim dim", mindspeed=f"{o}.proj_v"),
+        *affine(f"{o}.o", f"{d}.to_out.0", "dim dim", mindspeed=f"{o}.proj_out"),
+        _row(f"{o}.norm_q.weight", f"{d}.norm_q.weight", "dim", mindspeed=f"{o}.q_norm.weight"),
+        _row(f"{o}.norm_k.weight", f"{d}.norm_k.weight", "dim", mindspeed=f"{o}.k_norm.weight"),
     ]
 
 
-_EMBED, _IMAGE = "condition_embedder", "condition_embedder.image_embedder"
+_TEXT, _TIME, _IMAGE = (f"condition_embedder.{part}_embedder" for part in ("text", "time", "image"))
 
 TABLE = Table(
     rows=[
         # stem
-        *_affine("patch_embedding", "patch_embedding", "dim in_channels patch_t patch_h patch_w"),
-        *_affine("text_embedding.0", f"{_EMBED}.text_embedder.linear_1", "dim text_dim"),
-        *_affine("text_embedding.2", f"{_EMBED}.text_embedder.linear_2", "dim dim"),
-        *_affine("time_embedding.0", f"{_EMBED}.time_embedder.linear_1", "dim freq_dim"),
-        *_affine("time_embedding.2", f"{_EMBED}.time_embedder.linear_2", "dim dim"),
-        *_affine("time_projection.1", f"{_EMBED}.time_proj", "6*dim dim"),
-        *_affine("img_emb.proj.0", f"{_IMAGE}.norm1", "image_dim", "image"),
-        *_affine("img_emb.proj.1", f"{_IMAGE}.ff.net.0.proj", "image_dim image_dim", "image"),
-        *_affine("img_emb.proj.3", f"{_IMAGE}.ff.net.2", "dim image_dim", "image"),
-        *_affine("img_emb.proj.4", f"{_IMAGE}.norm2", "dim", "image"),
+        *affine("patch_embedding", "patch_embedding", "dim in_channels patch_t patch_h patch_w"),
+        *affine("text_embedding.0", f"{_TEXT}.linear_1", "dim text_dim", mindspeed="text_embedding.linear_1"),
+        *affine("text_embedding.2", f"{_TEXT}.linear_2", "dim dim", mindspeed="text_embedding.linear_2"),
+        *affine("time_embedding.0", f"{_TIME}.linear_1", "dim freq_dim"),
+        *affine("time_embedding.2", f"{_TIME}.linear_2", "dim dim"),
+        *affine("time_projection.1", "condition_embedder.time_proj", "6*dim dim"),
+        *affine("img_emb.proj.0", f"{_IMAGE}.norm1", "image_dim", "image"),
+        *affine("img_emb.proj.1", f"{_IMAGE}.ff.net.0.proj", "image_dim image_dim", "image"),
+        *affine("img_emb.proj.3", f"{_IMAGE}.ff.net.2", "dim image_dim", "image"),
+        *affine("img_emb.proj.4", f"{_IMAGE}.norm2", "dim", "image"),
         _row("img_emb.emb_pos", f"{_IMAGE}.pos_embed", "1 image_tokens image_dim", "image positions"),
         # layer i
         _row("blocks.{i}.modulation", "blocks.{i}.scale_shift_table", "1 6 dim"),
         *_attention("self_attn", "attn1"),
-        *_affine("blocks.{i}.norm3", "blocks.{i}.norm2", "dim"),  # before cross-attention; 1 and 2 have no tensors
+        *affine("blocks.{i}.norm3", "blocks.{i}.norm2", "dim"),  # before cross-attention; 1 and 2 have no tensors
         *_attention("cross_attn", "attn2"),
-        *_affine("blocks.{i}.cross_attn.k_img", "blocks.{i}.attn2.add_k_proj", "dim dim", "image"),
-        *_affine("blocks.{i}.cross_attn.v_img", "blocks.{i}.attn2.add_v_proj", "dim dim", "image"),
-        _row("blocks.{i}.cross_attn.norm_k_img.weight", "blocks.{i}.attn2.norm_added_k.weight", "dim", "image"),
-        *_affine("blocks.{i}.ffn.0", "blocks.{i}.ffn.net.0.proj", "ffn_dim dim"),
-        *_affine("blocks.{i}.ffn.2", "blocks.{i}.ffn.net.2", "dim ffn_dim"),
+        *affine("blocks.{i}.cross_attn.k_img", "blocks.{i}.attn2.add_k_proj", "dim dim", "image"),
+        *affine("blocks.{i}.cross_attn.v_img", "blocks.{i}.attn2.add_v_proj", "dim dim", "image"),
+        _row(
+            "blocks.{i}.cross_attn.norm_k_img.weight",
+            "blocks.{i}.attn2.norm_added_k.weight",
+            "dim",
+            "image",
+            mindspeed="blocks.{i}.cross_attn.k_norm_img.weight",
+        ),
+        *affine("blocks.{i}.ffn.0", "blocks.{i}.ffn.net.0.proj", "ffn_dim dim"),
+        *affine("blocks.{i}.ffn.2", "blocks.{i}.ffn.net.2", "dim ffn_dim"),
         # head
         _row("head.modulation", "scale_shift_table", "1 2 dim"),
-        *_affine("head.head", "proj_out", "patch_t*patch_h*patch_w*out_channels dim"),
+        *affine("head.head", "proj_out", "patch_t*patch_h*patch_w*out_channels dim"),
     ],
     ignored={
         "diffusers": {"blocks.{i}.attn2.norm_added_q.weight": "zeros that no model reads, in the published I2V files"}
@@ -86,10 +94,15 @@ def from_sizes(sizes: Mapping[str, int], groups: set[str], layers: Mapping[str, 
 
 
 def complete(config: Config) -> tuple[Config, list[str]]:
-    config, notes = {"eps": 1e-6, "text_tokens": 512, **config}, []
+    config, notes = dict(config), []
+    for field, usual, fits in (("eps", 1e-6, _is_small), ("text_tokens", 512, _is_count)):
+        if field in config and not fits(config[field]):
+            notes.append(f"{field} is said to be {config[field]!r}, which cannot be: {usual} is taken")
+            del config[field]
+        config.setdefault(field, usual)
     dim, heads = config["dim"], config.get("num_heads")
-    if heads is not None and (heads < 1 or dim % heads):
-        notes.append(f"num_heads is said to be {heads}, which does not divide dim {dim}: it is left out")
+    if heads is not None and (not _is_count(heads) or dim % heads):
+        notes.append(f"num_heads is said to be {heads!r}, which does not divide dim {dim}: it is left out")
         del config["num_heads"]
     if "num_heads" not in config and dim % HEAD_DIM == 0:
         config["num_heads"] = dim // HEAD_DIM
@@ -97,6 +110,14 @@ def complete(config: Config) -> tuple[Config, list[str]]:
     elif "num_heads" not in config:
         notes.append(f"num_heads of dim {dim} is unknown; a config.json beside the tensors could say it")
     return config, notes
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_small(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1
 
 
 # --- config.json, as it is published
@@ -133,22 +154,24 @@ def read_config(json: Mapping[str, Any]) -> Config:
         for spelling in spellings
         if json.get(spelling) is not None
     }
-    if "attention_head_dim" in json and "num_heads" in found:
-        found["dim"] = found["num_heads"] * json["attention_head_dim"]
+    heads, head_dim = found.get("num_heads"), json.get("attention_head_dim")
+    if _is_count(heads) and _is_count(head_dim):
+        found["dim"] = heads * head_dim
     return found
 
 
-def _write_diffusers(config: Config) -> Config:
+def write_diffusers(config: Config) -> Config:
     image, positions = config["image_dim"] is not None, config["image_tokens"] != IMAGE_TOKENS
     json = {
         theirs: config[ours]
         for ours, (theirs, _) in _SPELLINGS.items()
-        if ours not in ("dim", "image_tokens") and config[ours] != _USUAL_DIFFUSERS.get(ours)
+        if ours in config and ours not in ("dim", "image_tokens") and config[ours] != _USUAL_DIFFUSERS.get(ours)
     }
+    head_dim = {"attention_head_dim": config["dim"] // config["num_heads"]} if "num_heads" in config else {}
     return {
         "_class_name": "WanTransformer3DModel",
         **json,
-        "attention_head_dim": config["dim"] // config["num_heads"],
+        **head_dim,
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
         "image_dim": config["image_dim"],
@@ -158,11 +181,11 @@ def _write_diffusers(config: Config) -> Config:
     }
 
 
-def _write_original(config: Config) -> Config:
+def write_original(config: Config) -> Config:
     json = {
         theirs: config[ours]
         for ours, (_, theirs) in _SPELLINGS.items()
-        if ours != "image_tokens" and config[ours] != _USUAL_ORIGINAL.get(ours)
+        if ours in config and ours != "image_tokens" and config[ours] != _USUAL_ORIGINAL.get(ours)
     }
     return {"_class_name": "WanModel", "model_type": _model_type(config), **json}
 
@@ -175,11 +198,44 @@ def _model_type(config: Config) -> str:
     return "ti2v" if config["in_channels"] == 48 else "t2v"
 
 
+# --- how training splits it, and what is published
+
+TP_ROWS = tuple(
+    f"*attn.{name}.{kind}" for name in ("proj_q", "proj_k", "proj_v", "k_img", "v_img") for kind in ("weight", "bias")
+)
+TP_COLUMNS = ("*attn.proj_out.weight",)
+DIVIDES = {"heads": "num_heads"}
+
+SMALL: Config = {"dim": 1536, "ffn_dim": 8960, "num_layers": 30, "in_channels": 16, "out_channels": 16}
+LARGE: Config = {"dim": 5120, "ffn_dim": 13824, "num_layers": 40, "in_channels": 16, "out_channels": 16}
+_NO_CLIP: Config = {"image_dim": None, "image_tokens": IMAGE_TOKENS}
+_CLIP: Config = {"in_channels": 36, "image_dim": 1280, "image_tokens": IMAGE_TOKENS}
+
+PRESETS: dict[str, Config] = {
+    "wan2.1-t2v-1.3b": SMALL | _NO_CLIP,
+    "wan2.1-t2v-14b": LARGE | _NO_CLIP,
+    "wan2.1-i2v-1.3b": SMALL | _CLIP,
+    "wan2.1-i2v-14b-480p": LARGE | _CLIP,
+    "wan2.1-i2v-14b-720p": LARGE | _CLIP,  # another training, the same shapes
+    "wan2.1-flf2v-14b": LARGE | _CLIP | {"image_tokens": 2 * IMAGE_TOKENS},
+    "wan2.2-ti2v-5b": _NO_CLIP
+    | {"dim": 3072, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48},
+    "wan2.2-t2v-a14b": LARGE | _NO_CLIP,  # each of its two experts; the shapes of wan2.1-t2v-14b
+    "wan2.2-i2v-a14b": LARGE | _NO_CLIP | {"in_channels": 36},
+}
+
 WAN = Family(
     name="wan",
     table=TABLE,
     from_sizes=from_sizes,
     read_config=read_config,
-    write_config={"original": _write_original, "diffusers": _write_diffusers},
+    write_config={"original": write_original, "diffusers": write_diffusers},
     complete=complete,
+    presets=PRESETS,
+    cuts=Cuts(
+        ladders=(Ladder("layers", layer="blocks.", first=("",), last=("head.",)),),
+        rows=TP_ROWS,
+        columns=TP_COLUMNS,
+        divides=DIVIDES,
+    ),
 )
