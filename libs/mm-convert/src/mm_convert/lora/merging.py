@@ -1,0 +1,46 @@
+"""Adapters added to the weights that they stand beside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mm_convert.lora.adapter import Adapter, LowRank
+from mm_convert.lora.names import listed
+from mm_convert.tensors import Computed, LazyTensor
+
+_FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+def merge(tensors: Mapping[str, LazyTensor], adapter: Adapter) -> dict[str, LazyTensor]:
+    """A base, by our names, with the adapter in it; every weight keeps its shape and dtype. Needs torch.
+
+    Sums are in float32 (for a float64 weight in float64), rounded once. Rows are computed when they are asked for.
+    Raises ValueError when the base lacks a module, or has it in another shape.
+    """
+    problems = []
+    for name, module in adapter.modules.items():
+        weight = tensors.get(f"{name}.weight")
+        if weight is None:
+            problems.append(f"{name}, which the base has not")
+        elif weight.shape != module.shape:
+            problems.append(f"{name} for {list(module.shape)}, which in the base is {list(weight.shape)}")
+        elif odd := {weight.dtype, module.a.dtype, module.b.dtype}.difference(_FLOATS):
+            problems.append(f"{name} in {odd.pop()}, where sums need one of {', '.join(_FLOATS)}")
+    if problems:
+        raise ValueError(f"this adapter is not for this base: it has {listed(problems)}")
+    adapted = {f"{name}.weight": module for name, module in adapter.modules.items()}
+    return {name: _merged(weight, adapted[name]) if name in adapted else weight for name, weight in tensors.items()}
+
+
+def _merged(weight: LazyTensor, module: LowRank) -> LazyTensor:
+    from mm_convert.torch_tensors import DTYPES, bytes_of, rows_of, torch
+
+    dtype = torch.float64 if weight.dtype == "F64" else torch.float32
+
+    def compute(start: int, stop: int) -> memoryview:
+        w = rows_of(weight, start, stop).to(dtype).flatten(1)
+        b = rows_of(module.b, start, stop).to(dtype).flatten(1)
+        a = rows_of(module.a, 0, module.rank).to(dtype).flatten(1)
+        return bytes_of(torch.addmm(w, b, a, alpha=module.alpha / module.rank).to(DTYPES[weight.dtype]))
+
+    return Computed(weight.dtype, weight.shape, compute)

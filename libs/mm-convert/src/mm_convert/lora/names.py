@@ -1,0 +1,187 @@
+"""How files of low-rank adapters (LoRA) call their tensors.
+
+A name is a prefix, the module in one of the dialects of a family, and a part: `lora_A` (r x in), `lora_B` (out x r), or
+the `alpha` of that module.
+
+    peft, ours  base_model.model.blocks.0.self_attn.q.lora_A.weight     with rank and alpha in adapter_config.json
+    diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight           with both in the header, as JSON, or nowhere
+    comfyui     diffusion_model.blocks.0.self_attn.q.lora_down.weight   with alpha as a tensor, or nowhere
+    kohya       lora_unet_blocks_0_self_attn_q.lora_down.weight         so do musubi-tuner and others
+    diffsynth   blocks.0.self_attn.q.lora_A.default.weight              with alpha nowhere: it is the rank
+    mindspeed   blocks.0.self_attn.proj_q.lora_A.default.weight         with alpha nowhere, and free
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mm_convert.families import FAMILIES, Family
+from mm_convert.rules import LETTERS, Patterns, Row
+
+PREFIXES = {
+    "base_model.model.": "peft",
+    "transformer.": "diffusers",
+    "transformer_2.": "diffusers",  # the low-noise expert
+    "diffusion_model.": "comfyui",
+    "lora_unet_": "kohya",
+    "pipe.dit.": "diffsynth",
+    "dit.": "diffsynth",
+}
+_PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B"}
+_FACTOR = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})(\.(?P<adapter>[^.]+))?\.weight")
+_OTHERS = {  # what an adapter may hold besides: a piece of the name -> what that is
+    "lokr_": "Kronecker factors (LoKr)",
+    "hada_": "Hadamard factors (LoHa)",
+    "oft_": "orthogonal finetuning (OFT)",
+    "dora_scale": "magnitudes of DoRA",
+    "lora_magnitude_vector": "magnitudes of DoRA",
+    "lora_mid": "a third factor (Tucker)",
+    "lora_embedding_": "factors of an embedding",
+    ".diff_b": "a whole difference of a bias",
+    ".diff": "a whole difference of a weight",
+    ".set_weight": "a whole weight",
+    "modules_to_save": "a whole trained module",
+    ".bias": "a bias",
+}
+SHOWN = 5  # problems that an error names; the rest is counted
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the names of an adapter say. `modules` are as in the file, without prefix, and ours."""
+
+    prefix: str
+    family: Family
+    dialect: str
+    parts: dict[str, dict[str, str]]  # module as found -> part ("A", "B", "alpha") -> name of the tensor
+    modules: dict[str, tuple[str, Row]]  # module as found -> our module, and the row of its weight
+    twofold: bool  # the names are those of MindSpeed-MM as well as of others
+
+    @property
+    def format(self) -> str:
+        return PREFIXES.get(self.prefix) or {"original": "diffsynth"}.get(self.dialect, self.dialect)
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are an adapter, of whatever kind, or hold one."""
+    return any(re.search(r"\.(lora|lokr|hada|oft|dora)_|\.diff(_b)?$", name) for name in names)
+
+
+def read_names(names: Iterable[str], where: str) -> Names:
+    """Recognise an adapter by the names of its tensors.
+
+    Raises ValueError for what is not plain LoRA, factors without their counterpart, and modules that no family has.
+    """
+    prefix, parts = _split(list(names), where)
+    scores: dict[tuple[str, str], dict[str, tuple[str, Row]]] = {}
+    for family in FAMILIES:
+        for dialect in family.table.dialects:
+            scores[family.name, dialect] = _modules(family, dialect, parts, flat=prefix == "lora_unet_")
+    (name, dialect), modules = max(scores.items(), key=lambda item: len(item[1]))
+    family = next(f for f in FAMILIES if f.name == name)
+    if unknown := [module for module in parts if module not in modules]:
+        raise ValueError(
+            f"{where} is no LoRA of a family that is known, the nearest being {name} ({dialect} names): it has "
+            + listed([_with_nearest(m, _linears(family, dialect)) for m in unknown[:SHOWN]], len(unknown))
+        )
+    twofold = not prefix and dialect != "mindspeed" and len(scores.get((name, "mindspeed"), ())) == len(modules)
+    return Names(prefix, family, dialect, parts, modules, twofold)
+
+
+def rename(family: Family, dialect: str, modules: Iterable[str]) -> dict[str, str]:
+    """Our modules -> their names in this dialect. Raises ValueError when it has none, or keeps several as one."""
+    if dialect not in family.table.dialects:
+        raise ValueError(f"{family.name} has no {dialect} names, but {', '.join(family.table.dialects)}")
+    ours = _linears(family, family.table.dialects[0])
+    finder, result = Patterns(ours), {}
+    for module in modules:
+        pattern, layer = finder.find(module)
+        theirs = ours[pattern].names[dialect]
+        if "#" in theirs:
+            raise ValueError(f"{module} has no {dialect} name of its own: it is a part of {theirs.partition('#')[0]}")
+        result[module] = theirs.removesuffix(".weight").format(i=layer, j=layer)
+    return result
+
+
+def _split(names: list[str], where: str) -> tuple[str, dict[str, dict[str, str]]]:
+    """The prefix of all names, and the parts of each module."""
+    prefixes = {next((p for p in PREFIXES if name.startswith(p)), ""): name for name in names}
+    if len(prefixes) > 1:
+        raise ValueError(f"{where} mixes adapters of several kinds: it holds {listed(list(prefixes.values()))}")
+    prefix = next(iter(prefixes), "")
+    parts: dict[str, dict[str, str]] = {}
+    foreign, adapters = [], set()
+    for name in names:
+        if match := _FACTOR.fullmatch(name.removeprefix(prefix)):
+            module, part = match["module"], _PARTS[match["part"]]
+            adapters.add(match["adapter"])
+        elif name.endswith(".alpha"):
+            module, part = name.removeprefix(prefix).removesuffix(".alpha"), "alpha"
+        else:
+            foreign.append(next((f"{name} ({what})" for piece, what in _OTHERS.items() if piece in name), name))
+            continue
+        if part in (factors := parts.setdefault(module, {})) and len(adapters) == 1:
+            raise ValueError(f"{where} has {part} of {module} twice: {factors[part]} and {name}")
+        factors[part] = name
+    if foreign:
+        raise ValueError(f"{where} is more than plain LoRA, which alone can be converted: it has {listed(foreign)}")
+    if len(adapters) > 1:
+        raise ValueError(f"{where} holds several adapters: {', '.join(sorted(map(str, adapters)))}; keep one of them")
+    if not parts:
+        raise ValueError(f"{where} holds no tensors")
+    single = [
+        f"{next(iter(factors.values()))} without its {part}"
+        for module, factors in parts.items()
+        for part in "AB"
+        if part not in factors
+    ]
+    if single:
+        raise ValueError(f"{where} is incomplete: it has {listed(single)}")
+    return prefix, parts
+
+
+def _linears(family: Family, dialect: str) -> dict[str, Row]:
+    """What an adapter can stand beside: patterns of modules in this dialect, and the rows of their weights."""
+    return {
+        row.names[dialect].removesuffix(".weight"): row
+        for row in family.table.rows
+        if row.names[dialect].endswith(".weight") and len(row.shape.split()) > 1
+    }
+
+
+def _modules(family: Family, dialect: str, modules: Iterable[str], flat: bool) -> dict[str, tuple[str, Row]]:
+    """Those of the modules that this dialect knows, with our name and row."""
+    linears, ours = _linears(family, dialect), family.table.dialects[0]
+    finder, found = Patterns(linears), {}
+    flattened = {pattern.replace(".", "_"): pattern for pattern in linears}
+    for module in modules:
+        pattern, layer = finder.find(_with_dots(module, flattened) if flat else module)
+        if pattern in linears:
+            row = linears[pattern]
+            found[module] = (row.names[ours].removesuffix(".weight").format(i=layer, j=layer), row)
+    return found
+
+
+def _with_dots(module: str, flattened: Mapping[str, str]) -> str:
+    """`blocks_7_ffn_0` -> `blocks.7.ffn.0`, as far as a pattern says where the dots were."""
+    number = re.search(r"_(\d+)_", module)
+    for letter in ("", *LETTERS) if number else ("",):
+        key = re.sub(r"_\d+_", f"_{{{letter}}}_", module, count=1) if letter else module
+        if key in flattened:
+            return flattened[key].replace(f"{{{letter}}}", number[1]) if letter else flattened[key]
+    return module
+
+
+def _with_nearest(module: str, patterns: Iterable[str]) -> str:
+    _, layer = Patterns(patterns).find(module)
+    near = difflib.get_close_matches(module, [p.format(i=max(layer, 0), j=max(layer, 0)) for p in patterns], 1, 0)
+    return f"{module} (nearest: {near[0]})"
+
+
+def listed(items: Sequence[str], count: int | None = None) -> str:
+    """The first items, and how many more there are."""
+    more = (count or len(items)) - SHOWN
+    return ", ".join(items[:SHOWN]) + (f" and {more} more" if more > 0 else "")

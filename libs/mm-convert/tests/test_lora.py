@@ -1,0 +1,504 @@
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mm_convert.families import VACE, WAN
+from mm_convert.lora import FILES, Adapter, LowRank, is_lora, lora_tensors, merge, read_lora
+from mm_convert.store.safetensors import read_file, write_file
+from mm_convert.tensors import Computed, LazyTensor
+
+DIM, FFN, RANK = 24, 40, 4
+SHAPES = {"blocks.0.self_attn.q": (DIM, DIM), "blocks.1.cross_attn.o": (DIM, DIM), "blocks.1.ffn.0": (FFN, DIM)}
+OURS = list(SHAPES)
+DIFFUSERS = ["blocks.0.attn1.to_q", "blocks.1.attn2.to_out.0", "blocks.1.ffn.net.0.proj"]
+MINDSPEED = ["blocks.0.self_attn.proj_q", "blocks.1.cross_attn.proj_out", "blocks.1.ffn.0"]
+SPELLINGS = {  # prefix, modules, A, B
+    "peft": ("base_model.model.", OURS, "lora_A", "lora_B"),
+    "diffusers": ("transformer.", DIFFUSERS, "lora_A", "lora_B"),
+    "comfyui": ("diffusion_model.", OURS, "lora_down", "lora_up"),
+    "kohya": ("lora_unet_", [name.replace(".", "_") for name in OURS], "lora_down", "lora_up"),
+    "diffsynth": ("", OURS, "lora_A.default", "lora_B.default"),
+    "mindspeed": ("", MINDSPEED, "lora_A.default", "lora_B.default"),
+}
+
+
+def constant(data: bytes, shape: tuple[int, ...], dtype: str = "F32") -> LazyTensor:
+    row = len(data) // max(1, shape[0] if shape else 1)
+    return Computed(dtype, shape, lambda start, stop: data[start * row : stop * row])
+
+
+def matrix(*shape: int, seed: int = 0) -> LazyTensor:
+    count = shape[0] * shape[1]
+    return constant(struct.pack(f"<{count}f", *(((i + seed) * 7919 % 101) / 50 - 1 for i in range(count))), shape)
+
+
+def scalar(alpha: float) -> LazyTensor:
+    return constant(struct.pack("<f", alpha), ())
+
+
+def tensors_of(format: str, rank: int = RANK) -> dict[str, LazyTensor]:
+    """An adapter as this format has it, without its alpha."""
+    prefix, names, a, b = SPELLINGS[format]
+    found: dict[str, LazyTensor] = {}
+    for seed, (name, (height, width)) in enumerate(zip(names, SHAPES.values(), strict=True)):
+        found[f"{prefix}{name}.{a}.weight"] = matrix(rank, width, seed=seed)
+        found[f"{prefix}{name}.{b}.weight"] = matrix(height, rank, seed=seed + 50)
+    return found
+
+
+def content(adapter: Adapter) -> dict[str, tuple[Any, ...]]:
+    return {
+        name: (m.alpha, *((f.dtype, f.shape, bytes(f.read())) for f in (m.a, m.b)))
+        for name, m in adapter.modules.items()
+    }
+
+
+def read(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None, config=None, **given) -> Adapter:
+    return read_lora(tensors, metadata or {}, config, "x.safetensors", **given)
+
+
+@pytest.mark.parametrize("format", SPELLINGS)
+def test_every_format_is_read_by_its_names(format: str) -> None:
+    adapter = read(tensors_of(format), alpha=8)
+    assert (adapter.family, adapter.format, adapter.rank, adapter.alpha) == (WAN, format, RANK, 8.0)
+    assert content(adapter) == content(read(tensors_of("peft"), alpha=8))
+    assert list(adapter.modules) == OURS
+
+
+@pytest.mark.parametrize("format", ["diffusers", "comfyui", "kohya", "diffsynth"])
+def test_alpha_said_nowhere_is_the_rank_as_loaders_take_it(format: str) -> None:
+    adapter = read(tensors_of(format))
+    assert adapter.alpha == RANK
+    assert "taken to be the rank" in adapter.notes[0]
+
+
+@pytest.mark.parametrize("format", ["mindspeed", "peft"])
+def test_alpha_is_never_guessed_where_it_is_free(format: str) -> None:
+    with pytest.raises(ValueError, match=r"does not say its alpha .*--lora_alpha.*; the rank is 4"):
+        read(tensors_of(format))
+
+
+def test_names_that_mindspeed_shares_with_others_do_not_say_alpha() -> None:
+    tensors = {name: tensor for name, tensor in tensors_of("diffsynth").items() if ".ffn." in name}
+    with pytest.raises(ValueError, match="MindSpeed-MM's as well as others'"):
+        read(tensors)
+    assert read(tensors, alpha=2).alpha == 2
+
+
+@pytest.mark.parametrize("prefix", ["pipe.dit.", "dit."])
+def test_diffsynth_prefixes(prefix: str) -> None:
+    adapter = read({prefix + name.replace(".default", ""): t for name, t in tensors_of("diffsynth").items()})
+    assert (adapter.format, list(adapter.modules)) == ("diffsynth", OURS)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "data"), [("F16", "<e"), ("F32", "<f"), ("F64", "<d"), ("I64", "<q"), ("BF16", None)]
+)
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_alpha_tensors(dtype: str, data: str | None, shape: tuple[int, ...]) -> None:
+    raw = struct.pack(data, 8) if data else struct.pack("<f", 8)[2:]
+    tensors = tensors_of("comfyui")
+    tensors[f"diffusion_model.{OURS[0]}.alpha"] = constant(raw, shape, dtype)
+    adapter = read(tensors)
+    assert [module.alpha for module in adapter.modules.values()] == [8, RANK, RANK]
+    assert adapter.alpha is None
+    assert "alpha of 2 modules" in adapter.notes[0]
+
+
+def test_the_low_noise_expert_of_diffusers() -> None:
+    tensors = {name.replace("transformer.", "transformer_2."): t for name, t in tensors_of("diffusers").items()}
+    said = {"lora_adapter_metadata": json.dumps({"transformer_2.r": RANK, "transformer_2.lora_alpha": 6})}
+    assert read(tensors, said).alpha == 6
+    with pytest.raises(ValueError, match=r"mixes adapters of several kinds: it holds transformer.*, transformer"):
+        read(tensors | tensors_of("diffusers"))
+
+
+def test_peft_patterns_and_rslora() -> None:
+    config = {
+        "r": RANK,
+        "lora_alpha": 8,
+        "alpha_pattern": {"^blocks.0.self_attn.q": 2, r".*\.o": 5},
+        "rank_pattern": {},
+    }
+    adapter = read(tensors_of("peft"), config=config)
+    assert [module.alpha for module in adapter.modules.values()] == [2, 5, 8]
+    assert read(tensors_of("peft"), config={"lora_alpha": 8, "use_rslora": True}).alpha == 8 * RANK**0.5
+    with pytest.raises(ValueError, match="pattern that cannot be read"):
+        read(tensors_of("peft"), config={"lora_alpha": 8, "alpha_pattern": {"(": 1}})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "config", "given", "message"),
+    [
+        ({"rank": "8", "alpha": "8"}, None, {}, r"header of x.* says rank 8, .* have 4"),
+        ({"rank": "4", "alpha": "8"}, {"r": 4, "lora_alpha": 16}, {}, r"says alpha 8 .* says 16"),
+        ({}, {"r": 16, "lora_alpha": 16}, {}, r"adapter_config.json of x.* says rank 16, .* have 4"),
+        ({"rank": "4", "alpha": "8"}, None, {"alpha": 16}, r"caller says alpha 16 .* says 8"),
+        ({"rank": "4", "alpha": "8"}, None, {"rank": 8}, r"caller says rank 8, .* have 4"),
+        ({}, None, {"alpha": 8, "rank": 0}, r"caller says rank 0; it must be a number other than 0"),
+        ({"rank": "4", "alpha": "nan"}, None, {}, r"says alpha 'nan'"),
+        ({"rank": "four", "alpha": "8"}, None, {}, r"says rank 'four'"),
+        ({"lora_adapter_metadata": "[1"}, None, {}, r"not a JSON object"),
+        ({}, {"r": 4, "lora_alpha": 8, "use_dora": True}, {}, r"uses use_dora True: this is not plain LoRA"),
+        ({}, {"r": 4, "lora_alpha": 8, "bias": "all"}, {}, r"uses bias 'all'"),
+        ({}, {"r": 4, "lora_alpha": 8, "init_lora_weights": "pissa_niter_4"}, {}, r"uses init_lora_weights 'pissa"),
+    ],
+)
+def test_places_that_contradict_the_factors_or_one_another(metadata, config, given, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(tensors_of("peft"), metadata, config, **given)
+
+
+Q = "base_model.model.blocks.0.self_attn.q."
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({Q + "lora_B.weight": None}, r"incomplete: it has .*self_attn.q.lora_A.weight without its B"),
+        ({Q + "lora_A.weight": None}, r"without its A"),
+        ({"base_model.model.head.head.alpha": scalar(1)}, r"head.head.alpha without its A"),
+        ({Q + "lora_B.weight": matrix(DIM, 3)}, r"q has A \[4, 24\] and B \[24, 3\], of rank 4 and 3"),
+        ({Q + "lora_B.weight": matrix(DIM + 1, RANK)}, r"q has shape \[25, 24\], expected dim"),
+        ({Q + "lora_A.weight": matrix(0, DIM), Q + "lora_B.weight": matrix(DIM, 0)}, r"of rank 0 and 0"),
+        ({Q + "lora_A.weight": constant(bytes(16), (4,))}, r"expected are \[rank, in\] and \[out, rank\]"),
+        ({Q + "lora_B.bias": matrix(DIM, 1)}, r"lora_B.bias \(a bias\)"),
+        ({Q + "lora_magnitude_vector": matrix(DIM, 1)}, r"\(magnitudes of DoRA\)"),
+        ({Q + "diff": matrix(DIM, 1)}, r"\(a whole difference of a weight\)"),
+        ({Q + "diff_b": matrix(DIM, 1)}, r"\(a whole difference of a bias\)"),
+        ({Q + "lokr_w1": matrix(DIM, 1)}, r"\(Kronecker factors \(LoKr\)\)"),
+        ({Q + "weight": matrix(DIM, 1)}, r"more than plain LoRA"),
+        ({Q + "lora_A.other.weight": matrix(RANK, DIM)}, r"several adapters: None, other"),
+        ({Q + "lora_down.weight": matrix(RANK, DIM)}, r"has A of .*self_attn.q twice"),
+        ({"lora_unet_blocks_0_ffn_0.lora_up.weight": matrix(FFN, RANK)}, r"mixes adapters of several kinds"),
+        (
+            {Q.replace("q.", "qq.") + part + ".weight": matrix(4, 4) for part in ("lora_A", "lora_B")},
+            r"the nearest being wan \(original names\): it has blocks.0.self_attn.qq \(nearest: blocks.0.self_attn.q\)",
+        ),
+    ],
+)
+def test_what_is_no_whole_plain_adapter_is_refused(changes, message) -> None:
+    tensors = {name: t for name, t in (tensors_of("peft") | changes).items() if t is not None}
+    with pytest.raises(ValueError, match=message):
+        read(tensors, alpha=4)
+
+
+def test_a_checkpoint_is_no_adapter(toys) -> None:
+    assert not is_lora(toys.shapes("original", toys.kinds["i2v"]))
+    assert not is_lora(toys.shapes("diffusers", toys.kinds["i2v"]))
+    for format in SPELLINGS:
+        assert is_lora(tensors_of(format))
+    with pytest.raises(ValueError, match=r"holds no tensors$"):
+        read({})
+
+
+def test_an_adapter_of_vace_has_both_ladders_of_mindspeed() -> None:
+    names = {
+        "blocks.0.ffn.0": (FFN, DIM),
+        "vace_blocks.1.self_attn.q": (DIM, DIM),
+        "vace_blocks.0.before_proj": (DIM, DIM),
+    }
+    adapter = Adapter(
+        VACE, "peft", "original", {n: LowRank(matrix(2, w), matrix(h, 2), 1.0) for n, (h, w) in names.items()}
+    )
+    tensors, metadata, _ = lora_tensors(adapter, "mindspeed")
+    assert "vace_dit.vace_blocks.1.wan_dit_block.self_attn.proj_q.lora_A.default.weight" in tensors
+    again = read(tensors, metadata)
+    assert (again.family, again.format, content(again)) == (VACE, "mindspeed", content(adapter))
+
+
+# --- writing
+
+FORMATS = ["mm", "peft", "diffusers", "comfyui", "mindspeed"]
+
+
+def test_a_uniform_adapter_is_written_as_mm_models_writes_it() -> None:
+    tensors, metadata, config = lora_tensors(read(tensors_of("diffsynth"), {"base": "B"}, alpha=8), "mm")
+    assert metadata == {"format": "pt", "base": "B", "rank": "4", "alpha": "8.0"}
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 8, OURS)
+    assert list(tensors) == list(tensors_of("peft"))
+
+
+@st.composite
+def adapters(draw: st.DrawFn) -> Adapter:
+    modules = {}
+    for name in draw(st.lists(st.sampled_from([*OURS, "head.head", "time_projection.1"]), min_size=1, unique=True)):
+        height, width = {"head.head": (64, DIM), "time_projection.1": (6 * DIM, DIM)}.get(name) or SHAPES[name]
+        rank, dtype = draw(st.sampled_from([1, 2, 8])), draw(st.sampled_from(["BF16", "F32"]))
+        bytes_each = {"BF16": 2, "F32": 4}[dtype]
+        seed = draw(st.integers(0, 250))
+        a, b = (
+            constant(bytes((i * seed) % 251 for i in range(h * w * bytes_each)), (h, w), dtype)
+            for h, w in ((rank, width), (height, rank))
+        )
+        modules[name] = LowRank(a, b, draw(st.floats(1e-3, 1e3) | st.sampled_from([1.0, 16.0])))
+    return Adapter(WAN, "peft", "original", modules, base=draw(st.sampled_from(["", "Wan-AI/Wan2.1"])))
+
+
+@given(adapters(), st.permutations(FORMATS))
+def test_factors_and_alpha_survive_every_format(tmp_path_factory, adapter: Adapter, formats: list[str]) -> None:
+    path = tmp_path_factory.mktemp("lora") / "adapter.safetensors"
+    expected = content(adapter)
+    for format in formats:
+        tensors, metadata, config = lora_tensors(adapter, format)
+        assert (config is not None) == (format in ("mm", "peft"))
+        path.unlink(missing_ok=True)
+        write_file(path.with_name("new"), tensors, metadata, lambda count: None)
+        path.with_name("new").rename(path)
+        stored, header = read_file(path)
+        again = read_lora(stored, header, json.loads(json.dumps(config)), str(path))
+        assert content(again) == expected
+        assert (again.base, again.notes) == (adapter.base, ())
+
+
+def test_other_formats_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"cannot be written as 'kohya', but as mm, peft, diffusers"):
+        lora_tensors(read(tensors_of("diffsynth")), "kohya")
+    assert set(FILES) < set(FORMATS)
+
+
+# --- merging
+
+
+def test_a_base_without_the_module_or_of_another_size_is_refused() -> None:
+    base = {f"{name}.weight": matrix(*shape) for name, shape in SHAPES.items()}
+    adapter = read(tensors_of("peft"), alpha=8)
+    with pytest.raises(ValueError, match=r"blocks.0.self_attn.q, which the base has not"):
+        merge({name: t for name, t in base.items() if "q" not in name}, adapter)
+    with pytest.raises(ValueError, match=r"ffn.0 for \[40, 24\], which in the base is \[40, 25\]"):
+        merge(base | {"blocks.1.ffn.0.weight": matrix(40, 25)}, adapter)
+    with pytest.raises(ValueError, match="in F8_E4M3, where sums need"):
+        merge(base | {"blocks.1.ffn.0.weight": constant(bytes(FFN * DIM), (FFN, DIM), "F8_E4M3")}, adapter)
+
+
+@pytest.fixture(scope="module")
+def wan():
+    """A tiny model of diffusers, in float64."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=FFN,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    return model.double().eval()
+
+
+def output(model) -> Any:
+    import torch
+
+    draw = torch.Generator().manual_seed(1)
+    video = torch.randn(1, 4, 3, 4, 4, generator=draw, dtype=torch.float64)
+    text = torch.randn(1, 5, 16, generator=draw, dtype=torch.float64)
+    with torch.no_grad():
+        return model(video, torch.tensor([500]), text, return_dict=False)[0]
+
+
+def stored_model(model, folder: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Our name -> tensor of a diffusers model, and our name -> its own."""
+    from mm_convert.content import understand
+
+    model.save_pretrained(folder)
+    found, _ = read_file(folder / "diffusion_pytorch_model.safetensors")
+    names = understand({name: tensor.shape for name, tensor in found.items()}, str(folder)).names
+    return {names[name]: tensor for name, tensor in found.items()}, {ours: theirs for theirs, ours in names.items()}
+
+
+def loaded(merged: Mapping[str, LazyTensor], names: Mapping[str, str]) -> dict[str, Any]:
+    from mm_convert.torch_tensors import Maps
+
+    return {names[ours]: Maps().tensor(tensor) for ours, tensor in merged.items()}
+
+
+@pytest.fixture(scope="module")
+def trained(wan, tmp_path_factory):
+    """Adapters on `wan` as peft saves them, of several ranks and strengths; and what peft itself merges."""
+    import copy
+
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        init_lora_weights=False,
+        target_modules=["to_q", "to_out.0", "ffn.net.0.proj", "patch_embedding", "proj_out"],
+        rank_pattern={"blocks.1.attn1.to_q": 2, "attn2.to_q": 3},
+        alpha_pattern={"^blocks.0.attn1.to_q": 1.5},
+    )
+    torch.manual_seed(2)
+    model = peft.get_peft_model(copy.deepcopy(wan), config)
+    folder = tmp_path_factory.mktemp("peft")
+    model.save_pretrained(folder)
+    tensors, metadata = read_file(folder / "adapter_model.safetensors")
+    adapter = read_lora(tensors, metadata, json.loads((folder / "adapter_config.json").read_text()), str(folder))
+    adapted = output(model)
+    return adapter, adapted, model.merge_and_unload()
+
+
+def test_merging_is_what_peft_merges_and_computes_what_the_adapted_model_does(wan, trained, tmp_path) -> None:
+    torch = pytest.importorskip("torch")
+    adapter, adapted, by_peft = trained
+    assert (adapter.format, adapter.dialect, adapter.rank, adapter.alpha) == ("peft", "diffusers", None, None)
+    base, names = stored_model(wan, tmp_path)
+    merged = merge(base, adapter)
+    assert {name for name in merged if merged[name] is not base[name]} == {f"{name}.weight" for name in adapter.modules}
+    weights = loaded(merged, names)
+    torch.testing.assert_close(weights, dict(by_peft.state_dict()), rtol=1e-14, atol=1e-15)
+
+    model = type(wan).from_config(wan.config).double()
+    model.load_state_dict(weights)
+    torch.testing.assert_close(output(model), adapted, rtol=1e-11, atol=1e-12)
+    assert (output(model) - output(wan)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_sums_are_rounded_once(wan, trained, tmp_path, dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    adapter, _, by_peft = trained
+    import copy
+
+    base, names = stored_model(copy.deepcopy(wan).to(getattr(torch, dtype)), tmp_path)
+    before = loaded(base, names)
+    after = loaded(merge(base, adapter), names)
+    for name, module in adapter.modules.items():
+        theirs = names[f"{name}.weight"]
+        delta = by_peft.state_dict()[theirs] - wan.state_dict()[theirs]
+        exact = before[theirs].double() + delta
+        assert after[theirs].dtype == getattr(torch, dtype)
+        step = torch.finfo(after[theirs].dtype).eps / 2  # of a number, half the distance to the next
+        small = 1e-6 * (module.rank + 1)  # of the sums in float32
+        assert ((after[theirs].double() - exact).abs() <= exact.abs() * step * 1.001 + small).all()
+
+
+def test_rows_of_a_merged_weight_are_those_of_the_whole() -> None:
+    pytest.importorskip("torch")
+    base = {f"{name}.weight": matrix(*shape) for name, shape in SHAPES.items()}
+    whole = merge(base, read(tensors_of("peft"), alpha=8))["blocks.1.ffn.0.weight"]
+    assert whole.read(7, 19) == whole.read()[7 * whole.row_bytes : 19 * whole.row_bytes]
+    assert whole.read() != base["blocks.1.ffn.0.weight"].read()
+
+
+def test_merging_reads_some_rows_at_a_time() -> None:
+    pytest.importorskip("torch")
+    height, width = 4096, 1024  # 16 MiB, two blocks
+    reads: list[tuple[int, int]] = []
+
+    def zeros(start: int, stop: int) -> bytes:
+        reads.append((start, stop))
+        return bytes((stop - start) * width * 4)
+
+    base = {"blocks.0.self_attn.q.weight": Computed("F32", (height, width), zeros)}
+    module = LowRank(matrix(2, width), matrix(height, 2), 2.0)
+    merged = merge(base, Adapter(WAN, "peft", "original", {"blocks.0.self_attn.q": module}))
+    for _ in merged["blocks.0.self_attn.q.weight"].pieces(0, height):
+        pass
+    assert reads == [(0, 2048), (2048, 4096)]
+
+
+# --- others read what is written
+
+
+def write(folder: Path, adapter: Adapter, to: str) -> Path:
+    tensors, metadata, config = lora_tensors(adapter, to)
+    write_file(folder / FILES[to], tensors, metadata, lambda count: None)
+    if config:
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder / FILES[to]
+
+
+def test_diffusers_loads_its_format_and_computes_the_same(wan, trained, tmp_path) -> None:
+    import copy
+
+    torch = pytest.importorskip("torch")
+    adapter, adapted, _ = trained
+    model = copy.deepcopy(wan)
+    write(tmp_path, adapter, "diffusers")
+    model.load_lora_adapter(tmp_path, weight_name=FILES["diffusers"])
+    torch.testing.assert_close(output(model), adapted, rtol=1e-11, atol=1e-12)
+
+
+def test_diffusers_loads_the_comfyui_format(wan, trained, tmp_path) -> None:
+    """Through its converter, which scales A by alpha/rank, and knows no alpha outside of the layers."""
+    import copy
+    from dataclasses import replace
+
+    torch = pytest.importorskip("torch")
+    from diffusers.loaders import WanLoraLoaderMixin
+
+    adapter, _, _ = trained
+    adapter = replace(adapter, modules={n: m for n, m in adapter.modules.items() if n.startswith("blocks.")})
+    state = WanLoraLoaderMixin.lora_state_dict(write(tmp_path, adapter, "comfyui"))
+    assert len(state) == 2 * len(adapter.modules)
+    model = copy.deepcopy(wan)
+    model.load_lora_adapter(state)
+
+    base, names = stored_model(wan, tmp_path / "base")
+    merged = type(wan).from_config(wan.config).double()
+    merged.load_state_dict(loaded(merge(base, adapter), names))
+    torch.testing.assert_close(output(model), output(merged), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("format", ["comfyui", "kohya"])
+def test_what_diffusers_converts_is_what_is_read(format: str) -> None:
+    """The same file, understood by diffusers and by us: alpha/rank · B A is the same."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    from diffusers.loaders import WanLoraLoaderMixin
+
+    from mm_convert.torch_tensors import Maps
+
+    def full(separator: str, prefix: str) -> dict[str, LazyTensor]:
+        attentions = [f"{kind}.{part}" for kind in ("self_attn", "cross_attn") for part in "qkvo"]
+        tensors: dict[str, LazyTensor] = {}
+        for seed, part in enumerate([*attentions, "ffn.0", "ffn.2"]):
+            height, width = {"ffn.0": (FFN, DIM), "ffn.2": (DIM, FFN)}.get(part, (DIM, DIM))
+            name = prefix + f"blocks.0.{part}".replace(".", separator)
+            tensors[f"{name}.lora_down.weight"] = matrix(RANK, width, seed=seed)
+            tensors[f"{name}.lora_up.weight"] = matrix(height, RANK, seed=seed + 20)
+            tensors[f"{name}.alpha"] = scalar(seed + 1)
+        return tensors
+
+    tensors = full("_", "lora_unet_") if format == "kohya" else full(".", "diffusion_model.")
+    theirs = WanLoraLoaderMixin.lora_state_dict({name: Maps().tensor(t) for name, t in tensors.items()})
+    ours, _, _ = lora_tensors(adapter := read(tensors), "diffusers")
+    assert list(sorted(ours)) == list(sorted(theirs))
+    scales = {m.a: m.alpha / m.rank for m in adapter.modules.values()}
+    for name, tensor in ours.items():
+        if name.endswith("lora_A.weight"):
+            b = name.replace("lora_A", "lora_B")
+            delta = scales[tensor] * Maps().tensor(ours[b]) @ Maps().tensor(tensor)
+            torch.testing.assert_close(theirs[b] @ theirs[name], delta)
+
+
+def test_mm_models_and_peft_load_ours(tmp_path) -> None:
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    models = pytest.importorskip("mm_models")
+    from mm_models.lora import load_lora, lora_state_dict
+
+    adapter = read(tensors_of("diffusers"), alpha=8)
+    write(tmp_path, adapter, "mm")
+    sizes = dict(dim=DIM, ffn_dim=FFN, num_heads=2, num_layers=2, freq_dim=32, text_dim=16)
+    model, other = (models.build("wan2.1-t2v-1.3b", **sizes) for _ in range(2))
+    config = load_lora(model, tmp_path)
+    assert (config.rank, config.alpha, config.targets) == (RANK, 8.0, tuple(OURS))
+    by_peft = peft.PeftModel.from_pretrained(other, tmp_path)
+    in_peft = {n: t for n, t in by_peft.state_dict().items() if ".lora_" in n}
+    for name, tensor in lora_state_dict(model).items():
+        torch.testing.assert_close(in_peft[f"base_model.model.{name.replace('.weight', '.default.weight')}"], tensor)
+        assert bytes(tensor.numpy().tobytes()) == bytes(
+            lora_tensors(adapter, "mm")[0]["base_model.model." + name].read()
+        )
