@@ -136,6 +136,22 @@ def test_peft_patterns_and_rslora() -> None:
 
 
 @pytest.mark.parametrize(
+    ("flat", "module"),
+    [
+        ("blocks_12_cross_attn_k_img", "blocks.12.cross_attn.k_img"),
+        ("blocks_3_attn1_to_out_0", "blocks.3.self_attn.o"),
+        ("vace_blocks_3_self_attn_q", "vace_blocks.3.self_attn.q"),
+        ("vace_blocks_0_before_proj", "vace_blocks.0.before_proj"),
+        ("text_embedding_2", "text_embedding.2"),
+    ],
+)
+def test_kohya_names_have_lost_their_dots(flat: str, module: str) -> None:
+    name = f"lora_unet_{flat}.lora_"
+    adapter = read({f"{name}down.weight": matrix(RANK, DIM), f"{name}up.weight": matrix(DIM, RANK)})
+    assert list(adapter.modules) == [module]
+
+
+@pytest.mark.parametrize(
     ("metadata", "config", "given", "message"),
     [
         ({"rank": "8", "alpha": "8"}, None, {}, r"header of x.* says rank 8, .* have 4"),
@@ -429,6 +445,28 @@ def test_diffusers_loads_its_format_and_computes_the_same(wan, trained, tmp_path
     write(tmp_path, adapter, "diffusers")
     model.load_lora_adapter(tmp_path, weight_name=FILES["diffusers"])
     torch.testing.assert_close(output(model), adapted, rtol=1e-11, atol=1e-12)
+
+
+def test_diffusers_tells_the_heads_of_vace_apart(tmp_path) -> None:
+    """`proj_out` is the head, `vace_blocks.0.proj_out` ends alike; peft would take one's rank for the other."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    small = dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32)
+    small |= dict(ffn_dim=FFN, num_layers=2, rope_max_seq_len=32, vace_layers=[0], vace_in_channels=8)
+    model = diffusers.WanVACETransformer3DModel(**small).double()
+    base, names = stored_model(model, tmp_path / "base")
+    modules = {
+        "head.head": LowRank(matrix(2, DIM), matrix(16, 2), 1.0),
+        "vace_blocks.0.after_proj": LowRank(matrix(3, DIM), matrix(DIM, 3), 5.0),
+        "vace_blocks.0.ffn.0": LowRank(matrix(3, DIM), matrix(FFN, 3), 3.0),
+    }
+    adapter = Adapter(VACE, "peft", "original", modules)
+    expected = loaded(merge(base, adapter), names)
+    write(tmp_path, adapter, "diffusers")
+    model.load_lora_adapter(tmp_path, weight_name=FILES["diffusers"])
+    model.fuse_lora()
+    fused = {name.replace(".base_layer", ""): t for name, t in model.state_dict().items() if ".lora_" not in name}
+    torch.testing.assert_close(fused, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_diffusers_loads_the_comfyui_format(wan, trained, tmp_path) -> None:

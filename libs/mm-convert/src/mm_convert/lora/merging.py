@@ -41,6 +41,6 @@ def _merged(weight: LazyTensor, module: LowRank) -> LazyTensor:
         w = rows_of(weight, start, stop).to(dtype).flatten(1)
         b = rows_of(module.b, start, stop).to(dtype).flatten(1)
         a = rows_of(module.a, 0, module.rank).to(dtype).flatten(1)
-        return bytes_of(torch.addmm(w, b, a, alpha=module.alpha / module.rank).to(DTYPES[weight.dtype]))
+        return bytes_of(w.addmm_(b, a, alpha=module.alpha / module.rank).to(DTYPES[weight.dtype]))
 
     return Computed(weight.dtype, weight.shape, compute)
