@@ -6,9 +6,11 @@ Of two families that know equally many names of a checkpoint the earlier one is 
 from __future__ import annotations
 
 from mm_convert.families.family import Family
+from mm_convert.families.opensoraplan import OPENSORAPLAN
+from mm_convert.families.opensoraplan_vae import OPENSORAPLAN_VAE
 from mm_convert.families.vace import VACE
 from mm_convert.families.wan import WAN
 
-FAMILIES: tuple[Family, ...] = (WAN, VACE)
+FAMILIES: tuple[Family, ...] = (WAN, VACE, OPENSORAPLAN, OPENSORAPLAN_VAE)
 
-__all__ = ["FAMILIES", "VACE", "WAN", "Family"]
+__all__ = ["FAMILIES", "OPENSORAPLAN", "OPENSORAPLAN_VAE", "VACE", "WAN", "Family"]

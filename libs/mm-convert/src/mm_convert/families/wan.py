@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mm_convert.families.family import Config, Cuts, Family, Ladder
+from mm_convert.families.fields import is_count, is_small, settle, settle_heads
 from mm_convert.rules import Row, Table
 
 
@@ -94,30 +95,9 @@ def from_sizes(sizes: Mapping[str, int], groups: set[str], layers: Mapping[str, 
 
 
 def complete(config: Config) -> tuple[Config, list[str]]:
-    config, notes = dict(config), []
-    for field, usual, fits in (("eps", 1e-6, _is_small), ("text_tokens", 512, _is_count)):
-        if field in config and not fits(config[field]):
-            notes.append(f"{field} is said to be {config[field]!r}, which cannot be: {usual} is taken")
-            del config[field]
-        config.setdefault(field, usual)
-    dim, heads = config["dim"], config.get("num_heads")
-    if heads is not None and (not _is_count(heads) or dim % heads):
-        notes.append(f"num_heads is said to be {heads!r}, which does not divide dim {dim}: it is left out")
-        del config["num_heads"]
-    if "num_heads" not in config and dim % HEAD_DIM == 0:
-        config["num_heads"] = dim // HEAD_DIM
-        notes.append(f"num_heads is {dim // HEAD_DIM} if heads have {HEAD_DIM} channels, as in every published Wan")
-    elif "num_heads" not in config:
-        notes.append(f"num_heads of dim {dim} is unknown; a config.json beside the tensors could say it")
-    return config, notes
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_small(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < 1
+    config = dict(config)
+    notes = settle(config, "eps", 1e-6, is_small) + settle(config, "text_tokens", 512, is_count)
+    return config, notes + settle_heads(config, HEAD_DIM)
 
 
 # --- config.json, as it is published
@@ -155,7 +135,7 @@ def read_config(json: Mapping[str, Any]) -> Config:
         if json.get(spelling) is not None
     }
     heads, head_dim = found.get("num_heads"), json.get("attention_head_dim")
-    if _is_count(heads) and _is_count(head_dim):
+    if is_count(heads) and is_count(head_dim):
         found["dim"] = heads * head_dim
     return found
 

@@ -1,0 +1,142 @@
+"""The tables of Open-Sora-Plan 1.2 against published counts and diffusers' class with the same names."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from math import prod
+
+import pytest
+
+from mm_convert.content import understand
+from mm_convert.families import OPENSORAPLAN, OPENSORAPLAN_VAE
+
+TOY = dict(dim=48, ffn_dim=192, freq_dim=256, text_dim=32, in_channels=4, out_channels=6, patch=2)
+LAYERS = {"i": 3}
+
+
+def shapes(dialect: str = "original") -> dict[str, tuple[int, ...]]:
+    return OPENSORAPLAN.table.shapes(dialect, TOY, LAYERS)
+
+
+def test_the_published_counts():
+    sizes = OPENSORAPLAN.presets["opensoraplan-1.2"] | {"patch": 2, "freq_dim": 256}
+    published = OPENSORAPLAN.table.shapes("original", sizes, {"i": 32})
+    assert (len(published), sum(map(prod, published.values()))) == (687, 2_771_907_856)
+
+
+def test_names_and_shapes_are_those_of_diffusers_allegro():
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        model = diffusers.AllegroTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=24,
+            num_layers=3,
+            out_channels=6,
+            cross_attention_dim=48,
+            caption_channels=32,
+        )
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == shapes()
+
+
+def test_the_names_of_mindspeed():
+    content = understand(shapes("mindspeed"), "toy")
+    assert (content.family.name, content.dialect) == ("opensoraplan", "mindspeed")
+    # as its script renames: one word after the other, anywhere in the name
+    words = {"transformer_blocks": "videodit_blocks", "attn1": "self_atten", "attn2": "cross_atten"}
+    words |= {"to_q": "proj_q", "to_k": "proj_k", "to_v": "proj_v", "to_out.0": "proj_out"}
+    for theirs, ours in content.names.items():
+        for word, other in words.items():
+            ours = ours.replace(word, other)
+        assert ours == theirs
+    assert list(content.names.values()) == list(shapes())
+
+
+def test_config_json_there_and_back():
+    content = understand(shapes(), "toy")
+    said = {"num_heads": 2, "interpolation_scale": [1.0, 1.5, 2.0], "sample_size": [5, 8, 12]}
+    config, notes = OPENSORAPLAN.complete(content.config | said)
+    assert not notes
+    json = OPENSORAPLAN.write_config["original"](config)
+    assert (json["attention_head_dim"], json["cross_attention_dim"], json["patch_size"]) == (24, 48, 2)
+    read = OPENSORAPLAN.read_config(json)
+    assert read.items() <= config.items()
+    assert OPENSORAPLAN.complete(read | content.config) == (config, [])
+
+
+def test_values_that_cannot_be_are_left_out_and_said():
+    content = understand(shapes(), "toy")
+    said = {"num_heads": 5, "interpolation_scale": [1.0, "2"], "sample_size": [0, 8, 12], "eps": 3}
+    config, notes = OPENSORAPLAN.complete(said | content.config)
+    assert len(notes) == 5  # and that the number of heads is unknown
+    assert (config["interpolation_scale"], config["sample_size"], config["eps"]) == ([1.0, 1.0, 1.0], None, 1e-6)
+    json = OPENSORAPLAN.write_config["original"](config)
+    assert not {"num_attention_heads", "attention_head_dim", "sample_size"} & set(json)
+
+
+def test_a_config_json_of_another_network_is_refused():
+    with pytest.raises(ValueError, match="use_rope is False"):
+        OPENSORAPLAN.read_config({"use_rope": False})
+
+
+def test_cuts_name_what_there_is():
+    cuts, names = OPENSORAPLAN.cuts, shapes("mindspeed")
+    rows = [name for name in names if any(fnmatchcase(name, pattern) for pattern in cuts.rows)]
+    columns = [name for name in names if any(fnmatchcase(name, pattern) for pattern in cuts.columns)]
+    assert len(rows) == 3 * (2 * 3 * 2 + 2)  # layers x (attentions x q, k, v x weight, bias; feed-forward)
+    assert len(columns) == 3 * 3
+    assert not any(name.endswith("bias") for name in columns)
+
+
+# --- the VAE
+
+
+def vae_shapes(dialect: str = "original", base_dim: int = 128) -> dict[str, tuple[int, ...]]:
+    sizes = OPENSORAPLAN_VAE.presets["opensoraplan-1.2-vae"] | {"base_dim": base_dim}
+    return OPENSORAPLAN_VAE.table.shapes(dialect, sizes, {})
+
+
+def test_the_published_counts_of_the_vae():
+    published = vae_shapes()
+    assert (len(published), sum(map(prod, published.values()))) == (248, 239_189_991)
+    assert vae_shapes("mindspeed") == published
+
+
+def test_the_vae_is_that_of_diffusers_but_for_time():
+    """Every tensor of diffusers' AutoencoderKL of the same widths has its like, with kernels over time added."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        flat = diffusers.AutoencoderKL(
+            block_out_channels=(32, 64, 128, 128),
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            layers_per_block=2,
+        ).state_dict()
+    words = {"mid.block_1": "mid_block.resnets.0", "mid.block_2": "mid_block.resnets.1", "norm_out": "conv_norm_out"}
+    words |= {"mid.attn_1.norm": "mid_block.attentions.0.group_norm", "nin_shortcut": "conv_shortcut"}
+    words |= {f"mid.attn_1.{part}": f"mid_block.attentions.0.to_{part}" for part in "qkv"}
+    words |= {"mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0", ".conv.conv.": ".conv."}
+    words |= {f"down.{n}.block": f"down_blocks.{n}.resnets" for n in range(4)}
+    words |= {f"down.{n}.downsample": f"down_blocks.{n}.downsamplers.0" for n in range(4)}
+    words |= {f"up.{n}.block": f"up_blocks.{3 - n}.resnets" for n in range(4)}
+    words |= {f"up.{n}.upsample": f"up_blocks.{3 - n}.upsamplers.0" for n in range(4)}
+    found = {}
+    for name, shape in vae_shapes(base_dim=32).items():
+        for word, other in words.items():
+            name = name.replace(word, other)
+        if len(shape) == 5 and "samplers" not in name:
+            name = name.removesuffix(".conv.weight") + ".weight"
+        elif "samplers" not in name:
+            name = name.removesuffix(".conv.bias") + ".bias" if name.endswith(".conv.bias") else name
+        spatial = shape if len(shape) < 5 else shape[:2] + shape[3:]
+        found[name] = spatial[:2] if ".to_" in name else spatial
+    assert found == {name: tuple(tensor.shape) for name, tensor in flat.items()}
+
+
+def test_config_json_of_the_vae_there_and_back():
+    content = understand(vae_shapes(base_dim=32), "toy")
+    assert content.family.name == "opensoraplan-vae"
+    assert content.config == {"base_dim": 32, "channels": 3, "z_channels": 4, "embed_dim": 4}
+    json = OPENSORAPLAN_VAE.write_config["original"](content.config)
+    assert OPENSORAPLAN_VAE.read_config(json) == content.config
