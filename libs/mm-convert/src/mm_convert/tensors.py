@@ -169,6 +169,8 @@ class Reshaped(LazyTensor):
     def pieces(self, start: int, stop: int) -> Iterator[Range | bytes]:
         if (start, stop) == (0, self.height):
             yield from self.whole.pieces(0, self.whole.height)
+        elif self.height == self.whole.height:
+            yield from self.whole.pieces(start, stop)
         else:
             yield bytes(self.whole.read()[start * self.row_bytes : stop * self.row_bytes])
 

@@ -24,11 +24,11 @@ from mm_convert.tensors import BITS, Computed, LazyTensor, Stored, chunks, piece
 _MAX_PICKLE = 200 * 2**20
 
 # torch's name -> the spelling of safetensors; those after the gap have none, and are only carried along
-_DTYPES = {"bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "uint16": "U16"}
-_DTYPES |= {"uint32": "U32", "uint64": "U64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
-_DTYPES |= {"complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0"}
-_SPELLING = {spelling: name for name, spelling in _DTYPES.items()}
-_BYTES = {name: BITS[spelling] // 8 for name, spelling in _DTYPES.items()}
+DTYPES = {"bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "uint16": "U16"}
+DTYPES |= {"uint32": "U32", "uint64": "U64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+DTYPES |= {"complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0"}
+TORCH_NAMES = {spelling: name for name, spelling in DTYPES.items()}
+_BYTES = {name: BITS[spelling] // 8 for name, spelling in DTYPES.items()}
 _BYTES |= {"complex32": 4, "complex128": 16, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1}
 
 # Storages that know their dtype. Younger dtypes have none: their storage is untyped, and the tensor says the dtype.
@@ -147,7 +147,7 @@ class _Builder:
         last = offset + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True)) if count else 0
         if (count and last >= held) or count > held:
             raise ValueError(f"a tensor of shape {shape} and strides {strides} does not fit a storage of {held:,}")
-        spelling, begin = _DTYPES.get(dtype, dtype.upper()), storage.record.start + offset * width
+        spelling, begin = DTYPES.get(dtype, dtype.upper()), storage.record.start + offset * width
         if not count:
             return Stored(self.path, storage.record.start, spelling, shape, 0)
         if all(side == 1 or s == c for side, s, c in zip(shape, strides, _contiguous(shape), strict=True)):
@@ -253,9 +253,9 @@ def _pickled(value: Any, storages: dict[LazyTensor, int]) -> Iterator[bytes]:
 
 
 def _pickled_tensor(tensor: LazyTensor, storages: dict[LazyTensor, int]) -> Iterator[bytes]:
-    if tensor.dtype not in _SPELLING:
+    if tensor.dtype not in TORCH_NAMES:
         raise ValueError(f"{tensor.dtype} tensors cannot be written into a torch file")
-    dtype = _SPELLING[tensor.dtype]
+    dtype = TORCH_NAMES[tensor.dtype]
     typed = dtype in _CLASSES
     storage = b"ctorch\n%b\n" % _CLASSES[dtype].encode() if typed else b"ctorch.storage\nUntypedStorage\n"
     key = storages.setdefault(tensor, len(storages))
