@@ -8,16 +8,16 @@ classes.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from mm_convert.store.chunks import join_chunks
 from mm_convert.store.torch_file import DTYPES, TORCH_NAMES, read_torch_file, write_archive
 from mm_convert.store.unpickle import Opaque, unpickle
-from mm_convert.tensors import Computed, LazyTensor, Reshaped, below, beside, rows
+from mm_convert.tensors import Computed, LazyTensor, rows
 
 INDEX = ".metadata"
 _MAX_INDEX = 200 * 2**20
@@ -34,13 +34,6 @@ class _Place:
     file: str
     start: int
     stop: int
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    top: int
-    left: int
-    tensor: LazyTensor
 
 
 def read_dcp(folder: Path) -> dict[str, LazyTensor]:
@@ -131,59 +124,12 @@ def _tensor(folder: Path, name: str, record: Opaque, places: Mapping[tuple[str, 
         if not isinstance(tensor, LazyTensor) or (tensor.dtype, tensor.shape) != (DTYPES[dtype], sizes):
             raise ValueError(f"{where} should have {DTYPES[dtype]} {sizes} at {offsets}, but there lies {tensor}")
         chunks.append((offsets, tensor))
-    return _joined(where, shape, chunks)
-
-
-def _joined(where: str, shape: tuple[int, ...], chunks: Sequence[tuple[tuple[int, ...], LazyTensor]]) -> LazyTensor:
-    """Chunks, by their offsets, as one tensor: rows below one another, and in each band columns beside one another."""
-    if not shape:
-        if len(chunks) != 1:
-            raise ValueError(f"{where} is a single number, in {len(chunks)} chunks")
-        return chunks[0][1]
-    for offsets, tensor in chunks:
-        if any(offsets[2:]) or tensor.shape[2:] != shape[2:]:
-            raise ValueError(f"{where} is cut along its third side or further; only rows and columns can be joined")
-    height, depth = shape[0], prod(shape[2:])
-    width = prod(shape[1:])
-    flat = any(tensor.shape[1:] != shape[1:] for _, tensor in chunks)  # columns are those of a matrix
-    parts = sorted(
-        (
-            _Chunk(offsets[0], offsets[1] * depth, _matrix(tensor)) if flat else _Chunk(offsets[0], 0, tensor)
-            for offsets, tensor in chunks
-        ),
-        key=lambda part: (part.top, part.left),
-    )
-    bands: list[LazyTensor] = []
-    active: list[_Chunk] = []
-    waiting = iter([*parts, None])
-    upcoming = next(waiting)
-    cuts = {0, height} | {p.top for p in parts} | {p.top + p.tensor.height for p in parts}
-    for top, bottom in pairwise(sorted(cuts)):
-        active = [part for part in active if part.top + part.tensor.height > top]
-        while upcoming and upcoming.top == top:
-            active.append(upcoming)
-            upcoming = next(waiting)
-        active.sort(key=lambda part: part.left)
-        columns = 0
-        for part in active:
-            if part.left != columns or bottom > height:
-                break
-            columns += prod(part.tensor.shape[1:])
-        else:
-            if columns == width:
-                bands.append(beside([rows(part.tensor, top - part.top, bottom - part.top) for part in active]))
-                continue
-        raise ValueError(f"{where} has shape {shape}, but its chunks do not cover rows {top} to {bottom} exactly once")
-    whole = below(bands)
-    return Reshaped(whole, shape) if whole.shape != shape else whole
-
-
-def _matrix(tensor: LazyTensor) -> LazyTensor:
-    shape = (tensor.height, prod(tensor.shape[1:]))
-    return tensor if tensor.shape == shape else Reshaped(tensor, shape)
+    return join_chunks(where, shape, chunks)
 
 
 # --- writing
+
+_Part = tuple[str, tuple[int, ...] | None, Any, int]  # name, offset, what, bytes
 
 
 def write_dcp(folder: Path, contents: Mapping[str, Any], progress: Callable[[int], None]) -> None:
@@ -209,37 +155,33 @@ def write_dcp(folder: Path, contents: Mapping[str, Any], progress: Callable[[int
     except ImportError as error:
         raise ImportError("writing a DCP folder needs torch: pip install 'mm-convert[torch]'") from error
 
+    described, paths = {}, {}
+    parts: list[_Part] = []
+    for path, value in _leaves(contents):
+        name = ".".join(path)
+        if name in paths:
+            raise ValueError(f"{' / '.join(paths[name])} and {' / '.join(path)} would both be called {name}")
+        paths[name] = path
+        if isinstance(value, LazyTensor):
+            if value.dtype not in TORCH_NAMES:
+                raise ValueError(f"{name} is {value.dtype}, which torch does not have")
+            own = [(torch.Size(offset), part) for offset, part in _cut(value)]
+            parts += [(name, offset, part, part.nbytes) for offset, part in own]
+            properties = TensorProperties(getattr(torch, TORCH_NAMES[value.dtype]))
+            chunks = [ChunkStorageMetadata(offset, torch.Size(part.shape)) for offset, part in own]
+            described[name] = TensorStorageMetadata(properties, torch.Size(value.shape), chunks)
+        else:
+            parts.append((name, None, value, 0))
+            described[name] = BytesStorageMetadata()
+
     folder.mkdir(parents=True, exist_ok=True)
-    described, places, paths = {}, {}, {}
-    number = 0
-    file = (folder / "__0_0.distcp").open("xb")
-    try:
-        for path, value in _leaves(contents):
-            name = ".".join(path)
-            if name in paths:
-                raise ValueError(f"{'/'.join(paths[name])} and {'/'.join(path)} would both be called {name}")
-            paths[name] = path
-            chunks = []
-            for top, part in _cut(value) if isinstance(value, LazyTensor) else [(0, value)]:
-                if file.tell() > _FILE_BYTES:
-                    file.close()
-                    number += 1
-                    file = (folder / f"__0_{number}.distcp").open("xb")
+    places = {}
+    for number, group in enumerate(_grouped(parts)):
+        with (folder / f"__0_{number}.distcp").open("xb") as file:
+            for name, offset, part, _ in group:
                 start = file.tell()
                 write_archive(file, part, progress)
-                key = MetadataIndex(name)
-                if isinstance(part, LazyTensor):
-                    offsets = torch.Size((top, *[0] * (len(part.shape) - 1)) if part.shape else ())
-                    key = MetadataIndex(name, offsets, len(chunks))
-                    chunks.append(ChunkStorageMetadata(offsets, torch.Size(part.shape)))
-                places[key] = _StorageInfo(f"__0_{number}.distcp", start, file.tell() - start)
-            if isinstance(value, LazyTensor):
-                properties = TensorProperties(getattr(torch, TORCH_NAMES[value.dtype]))
-                described[name] = TensorStorageMetadata(properties, torch.Size(value.shape), chunks)
-            else:
-                described[name] = BytesStorageMetadata()
-    finally:
-        file.close()
+                places[MetadataIndex(name, offset)] = _StorageInfo(Path(file.name).name, start, file.tell() - start)
     index = Metadata(described, paths, places, StorageMeta(), CURRENT_DCP_VERSION)
     (folder / INDEX).write_bytes(pickle.dumps(index, protocol=4))
 
@@ -252,10 +194,25 @@ def _leaves(contents: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator
             yield (*path, key), value
 
 
-def _cut(tensor: LazyTensor) -> Iterator[tuple[int, LazyTensor]]:
-    """A tensor in chunks of some rows, and the first row of each."""
-    step = max(1, _CHUNK_BYTES // max(1, tensor.row_bytes))
-    for top in range(0, tensor.height, step) if tensor.shape else [0]:
-        yield top, rows(tensor, top, min(top + step, tensor.height))
-    if not tensor.height:
-        yield 0, tensor
+def _cut(tensor: LazyTensor) -> Iterator[tuple[tuple[int, ...], LazyTensor]]:
+    """A tensor in chunks of some rows, and the offset of each."""
+    if not tensor.nbytes or not tensor.shape:
+        yield (0,) * len(tensor.shape), tensor
+        return
+    step = max(1, _CHUNK_BYTES // tensor.row_bytes)
+    for top in range(0, tensor.height, step):
+        yield (top, *[0] * (len(tensor.shape) - 1)), rows(tensor, top, min(top + step, tensor.height))
+
+
+def _grouped(parts: list[_Part]) -> Iterator[list[_Part]]:
+    """Parts by file: each is closed when it is large enough."""
+    group: list[_Part] = []
+    size = 0
+    for part in parts:
+        group.append(part)
+        size += part[3]
+        if size >= _FILE_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

@@ -92,7 +92,10 @@ def _entry(directory: bytes, position: int) -> tuple[str, int, int, int]:
     if magic != b"PK\1\2":
         raise ValueError(f"is damaged: its directory has {magic!r} at {position:,}")
     if method or packed != size or flags & 1:
-        raise ValueError(f"is compressed or encrypted ({name!r}), which torch never does: load and save it with torch")
+        raise ValueError(
+            f"is compressed or encrypted ({name!r}), as checkpoints never are (but programs of TorchScript): "
+            "load its weights with torch and save them with torch.save"
+        )
     return name, place, size, begin + names + extras + comments
 
 

@@ -62,14 +62,12 @@ def read_torch_file(path: Path, start: int = 0, stop: int | None = None) -> Any:
             _check_format(file, start)
             records = read_records(file, start, stop)
             prefix = next(iter(records), "").partition("/")[0]
-            program = f"{prefix}/data.pkl"
-            if program not in records or f"{prefix}/constants.pkl" in records:
-                what = "a program of TorchScript" if program in records else "a zip file without data.pkl"
-                raise ValueError(f"is {what}, not a checkpoint")
+            if f"{prefix}/data.pkl" not in records:
+                raise ValueError("is a zip file without data.pkl, not one of torch.save")
             order = records.get(f"{prefix}/byteorder")
             if order and (said := read_record(file, order, 16)) != b"little":
                 raise ValueError(f"was written on a machine of other byte order ({said!r}): load and save it there")
-            data = read_record(file, records[program], _MAX_PICKLE)
+            data = read_record(file, records[f"{prefix}/data.pkl"], _MAX_PICKLE)
         except ValueError as error:
             raise ValueError(f"{where} {error}") from None
     storages = {name.removeprefix(f"{prefix}/data/"): record for name, record in records.items()}

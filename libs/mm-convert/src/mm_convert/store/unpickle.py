@@ -140,11 +140,12 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C gives wa
             "file, load it with torch where it can do no harm, and save the weights alone: torch.save(weights, path)"
         )
 
-    def attribute(self, owner: Any, name: Any) -> Opaque:
-        """A member of an enumeration, as Python 3.11 began to pickle it: as a name of a name."""
-        if not isinstance(owner, Opaque) or owner.args is not None or not isinstance(name, str):
-            raise self.refused("builtins.getattr")
-        return Opaque(owner.module, f"{owner.name}.{name}", ())
+    def attribute(self, *args: Any) -> Opaque:
+        """A member of an enumeration, as Python 3.11 began to pickle it: as a name of a name. Nothing else."""
+        match args:
+            case (Opaque(module=module, name=owner, args=None), str(name)):
+                return Opaque(module, f"{owner}.{name}", ())
+        raise self.refused("builtins.getattr")
 
     def persistent_load(self, pid: Any) -> Any:
         if self.load_persistent is None:
