@@ -43,11 +43,11 @@ def test_paths_that_hold_no_checkpoint(toys, tmp_path):
     with pytest.raises(ValueError, match="no \\*\\.safetensors file"):
         open_checkpoint(tmp_path)
     (tmp_path / "weights.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="is not a safetensors file"):
+    with pytest.raises(ValueError, match=r"weights\.pt is not a file of torch\.save"):
         open_checkpoint(tmp_path / "weights.pt")
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.metadata").write_bytes(b"")
-    with pytest.raises(ValueError, match="mm_train exports it"):
+    with pytest.raises(ValueError, match=r"\.metadata"):
         open_checkpoint(tmp_path / "run")
 
 

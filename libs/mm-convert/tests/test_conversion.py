@@ -13,7 +13,8 @@ from mm_convert.conversion import convert_like
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """All files but the note on where they come from."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "mm_convert.json"}
 
 
 def safetensors(folder):
@@ -116,7 +117,7 @@ def test_a_refused_conversion_leaves_nothing(toys, tmp_path):
     with pytest.raises(ValueError, match="unknown: surplus"):
         convert(tmp_path / "source", tmp_path / "out")
     toys.diffusers(tmp_path / "good")
-    with pytest.raises(ValueError, match="choose one of mm, original, diffusers"):
+    with pytest.raises(ValueError, match="choose one of mm, original, diffusers, mindspeed, dcp"):
         convert(tmp_path / "good", tmp_path / "out", "difusers")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "good"}
 
@@ -172,26 +173,45 @@ def test_a_failed_write_leaves_nothing(toys, tmp_path):
 
 
 KILLED = """
-import os, sys
-from mm_convert import conversion
-from mm_convert.store import folder
-count = 0
-def die(*arguments, write=folder.write_file):
-    global count
-    count += 1
-    write(*arguments)
-    if count == int(sys.argv[3]):
-        os.kill(os.getpid(), 9)
-folder.write_file = die
-conversion.convert(sys.argv[1], sys.argv[2])
+import os, pathlib, sys
+from mm_convert import tensors
+from mm_convert.checkpoint import open_checkpoint
+from mm_convert.conversion import plan_conversion
+left = int(sys.argv[4])
+def counted(function):
+    def call(*arguments, **named):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), 9)
+        return function(*arguments, **named)
+    return call
+tensors._copy = counted(tensors._copy)
+tensors.chunks = counted(tensors.chunks)
+for name in ("rename", "replace", "write_bytes", "write_text"):
+    setattr(pathlib.Path, name, counted(getattr(pathlib.Path, name)))
+plan_conversion(open_checkpoint(sys.argv[1], published=True), sys.argv[2], sys.argv[3]).execute(overwrite=False)
 """
 
 
-@pytest.mark.parametrize("after", [1, 3])
-def test_a_killed_conversion_has_made_no_target(after, toys, tmp_path):
-    source = toys.diffusers(tmp_path / "source", files=3)
-    arguments = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "out"), str(after)]
-    assert subprocess.run(arguments, check=False).returncode == -9
-    assert not (tmp_path / "out").exists()
-    convert(source, tmp_path / "out")
-    assert set(open_checkpoint(tmp_path / "out")) == set(open_checkpoint(source))
+@pytest.mark.parametrize("to", ["mm", "mindspeed"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_kill_9_at_any_moment_leaves_the_target_absent_or_complete(to, in_place, toys, tmp_path):
+    before = open_checkpoint(toys.diffusers(tmp_path / "reference", files=2))
+    for moment in range(1, 30):
+        source = toys.diffusers(tmp_path / f"{moment}/source", files=2)
+        expected = contents(source)
+        target = source if in_place else tmp_path / f"{moment}/out"
+        arguments = [sys.executable, "-c", KILLED, str(source), str(target), to, str(moment)]
+        code = subprocess.run(arguments, check=False).returncode
+        assert code in (0, -9)
+        assert {name: (source / name).read_bytes() for name in expected} == expected
+        if in_place or target.exists():
+            made = open_checkpoint(target)
+            assert made.layout == to or in_place
+            assert {n: t.shape for n, t in made.tensors.items()} == {n: t.shape for n, t in before.tensors.items()}
+        if code == 0:
+            assert open_checkpoint(target).layout == to
+            break
+    assert code == 0
+    assert moment > 3

@@ -134,3 +134,23 @@ def test_an_index_must_agree_with_its_files(toys, tmp_path):
     (source / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match=r"names diffusion_pytorch_model-00002.*not there"):
         open_checkpoint(source)
+
+
+def test_a_link_out_of_the_folder_is_refused(toys, tmp_path):
+    source = toys.diffusers(tmp_path / "source")
+    file = source / "diffusion_pytorch_model.safetensors"
+    file.rename(tmp_path / "elsewhere.safetensors")
+    file.symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(ValueError, match=r"is a link to .*elsewhere\.safetensors, outside its folder"):
+        open_checkpoint(source)
+    open_checkpoint(tmp_path / "elsewhere.safetensors")
+
+
+def test_links_of_the_hub_cache_are_followed(toys, tmp_path):
+    cache = tmp_path / "models--Wan-AI--Wan2.1"
+    source = toys.diffusers(cache / "snapshots/0123abc/transformer")
+    (cache / "blobs").mkdir()
+    for file in source.iterdir():
+        file.rename(cache / "blobs" / file.name)
+        file.symlink_to(cache / "blobs" / file.name)
+    assert len(open_checkpoint(cache / "snapshots/0123abc")) > 80

@@ -9,16 +9,18 @@ from mm_convert.__about__ import __version__
 
 if TYPE_CHECKING:
     from mm_convert.checkpoint import Checkpoint, open_checkpoint
-    from mm_convert.conversion import convert, inspect
+    from mm_convert.conversion import convert
+    from mm_convert.inspection import diff, inspect
     from mm_convert.save import save_checkpoint
 
-__all__ = ["Checkpoint", "__version__", "convert", "inspect", "open_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "__version__", "convert", "diff", "inspect", "open_checkpoint", "save_checkpoint"]
 
 _HOME = {
     "Checkpoint": "checkpoint",
     "open_checkpoint": "checkpoint",
     "convert": "conversion",
-    "inspect": "conversion",
+    "diff": "inspection",
+    "inspect": "inspection",
     "save_checkpoint": "save",
 }
 

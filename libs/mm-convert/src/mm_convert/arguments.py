@@ -17,8 +17,9 @@ A configuration is a tree of plain dataclasses; the string below a field is its 
     config = parse(Config, prog="mm_train")
 
 reads `--optim.lr 3e-4`, `--config mine.toml` (the same names, as TOML tables; may be given several times) and
-`--print_config`. Later beats earlier: dataclass defaults, files of `defaults`, `--config`, flags. A field without
-default is required. An unknown flag or key, or a value of the wrong type, ends with exit code 2 and the nearest name.
+`--print_config` (`=comments` adds what the fields mean). Later beats earlier: dataclass defaults, files of `defaults`,
+environment variables where the program has them, `--config`, flags. A field without default is required. An unknown
+flag or key, or a value of the wrong type, ends with exit code 2 and the nearest name.
 Lists are written `[1, 2]` or `[[5,5],[5,5]]`, a true bool `--flag` or `--flag true`. None is written `null` on the
 command line and "null" in TOML, which has no word for it. In a union the first member that fits wins: write
 `int | str`, not `str | int`.
@@ -32,6 +33,7 @@ import difflib
 import inspect
 import itertools
 import json
+import os
 import re
 import sys
 import textwrap
@@ -41,6 +43,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 T = TypeVar("T")
@@ -58,6 +61,10 @@ class _Leaf:
     help: str
     positional: bool
 
+    @property
+    def required(self) -> bool:
+        return self.default is _REQUIRED
+
 
 def parse(
     config_class: type[T],
@@ -66,12 +73,15 @@ def parse(
     prog: str,
     description: str = "",
     defaults: Sequence[Path] = (),
+    environment: str = "",
 ) -> T:
     """Read the command line into an instance of the dataclass `config_class`.
 
     Args:
         argv: arguments without the program's name; None takes sys.argv[1:].
         defaults: TOML files (recipes) that stand between the dataclass defaults and `--config`; missing is an error.
+        environment: environment variables that begin so are values too: this prefix and the name of the field in upper
+            case, with two underscores for each dot.
 
     A ValueError of a `__post_init__` is reported like any other wrong value. Errors: SystemExit(2), text on stderr.
     """
@@ -81,18 +91,28 @@ def parse(
     _refuse_unknown_flags(parser, argv, leaves)
 
     values: dict[str, Any] = {}
-    for file in [*defaults, *_config_files(parser, argv)]:
-        values |= _read_toml(parser, Path(file), leaves)
+    for file in defaults:
+        values |= _read_file(parser, Path(file), leaves)
+    values |= _read_environment(parser, environment, leaves) if environment else {}
+    for file in _config_files(parser, argv):
+        values |= _read_file(parser, Path(file), leaves)
 
-    parser.add_argument("--config", type=list[str], metavar="FILE.toml", help="values from this file; may be repeated")
+    printing = next((word for word in argv if word.partition("=")[0] == "--print_config"), "")
+    parser.add_argument(
+        "--config", type=list[str], metavar="FILE", help="values from this TOML or YAML; may be repeated"
+    )
     parser.add_argument("--print_config", action="store_true", help="print the resulting configuration and exit")
-    _add_leaves(parser, config_class, leaves, values)
+    _add_leaves(parser, config_class, leaves, values, missing_is_fine=bool(printing))
     namespace = parser.parse_args(_for_jsonargparse(argv, leaves))
+    missing = [name for name, leaf in leaves.items() if printing and namespace.get(name) is None and leaf.required]
+    if missing or printing == "--print_config=comments":
+        print(_template(leaves, namespace, missing, "comments" in printing), end="")
+        sys.exit(0)
     try:
         config = _instantiate(config_class, namespace)
     except ValueError as error:
         parser.error(str(error))
-    if "--print_config" in argv:
+    if printing:
         print(dump(config), end="")
         sys.exit(0)
     return config
@@ -193,7 +213,7 @@ def _for_jsonargparse(argv: list[str], leaves: Mapping[str, _Leaf]) -> list[str]
     result = []
     skip = {j for i, word in enumerate(argv) if word == "--config" for j in (i, i + 1)}
     for i, word in enumerate(argv):
-        if i in skip or word == "--print_config" or word.startswith("--config="):
+        if i in skip or word.partition("=")[0] == "--print_config" or word.startswith("--config="):
             continue
         leaf = leaves.get(word.removeprefix("--")) if word.startswith("--") else None
         alone = leaf and leaf.hint is bool and argv[i + 1 : i + 2] not in (["true"], ["false"])
@@ -201,13 +221,17 @@ def _for_jsonargparse(argv: list[str], leaves: Mapping[str, _Leaf]) -> list[str]
     return result
 
 
-def _read_toml(parser: _Parser, path: Path, leaves: Mapping[str, _Leaf]) -> dict[str, Any]:
+def _read_file(parser: _Parser, path: Path, leaves: Mapping[str, _Leaf]) -> dict[str, Any]:
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         parser.error(f"cannot read {path}: {error}")
+    try:
+        tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        parser.error(f"{path} is not TOML: {error}")
+        tables = _yaml(text)  # as MindSpeed-MM's users have them
+        if tables is None:
+            parser.error(f"{path} is not TOML: {error}")
     groups = {name.rsplit(".", n)[0] for name in leaves for n in range(1, name.count(".") + 1)}
 
     def refuse_unknown_keys(table: Mapping[str, Any], prefix: str = "") -> None:
@@ -224,6 +248,30 @@ def _read_toml(parser: _Parser, path: Path, leaves: Mapping[str, _Leaf]) -> dict
 
     refuse_unknown_keys(tables)
     return {name: _check(parser, path, leaf, value) for name, leaf, value in _chosen(tables, leaves)}
+
+
+def _yaml(text: str) -> dict[str, Any] | None:
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _read_environment(parser: _Parser, prefix: str, leaves: Mapping[str, _Leaf]) -> dict[str, Any]:
+    names = {prefix + name.upper().replace(".", "__"): name for name in leaves}
+    values = {}
+    for variable in (variable for variable in os.environ if variable.startswith(prefix)):
+        if variable not in names:
+            parser.error(f"unknown environment variable {variable}{nearest(variable, names)}")
+        leaf = leaves[names[variable]]
+        single = ArgumentParser(exit_on_error=False)
+        single.add_argument(f"--{leaf.name}", type=leaf.hint)
+        try:
+            values[leaf.name] = single.parse_args([f"--{leaf.name}={os.environ[variable]}"])[leaf.name]
+        except Exception as error:
+            parser.error(f"{variable}: {_plain(str(error))}")
+    return values
 
 
 def _chosen(tables: Mapping[str, Any], leaves: Mapping[str, _Leaf]) -> Iterator[tuple[str, _Leaf, Any]]:
@@ -247,16 +295,18 @@ def _check(parser: _Parser, path: Path, leaf: _Leaf, value: Any) -> Any:
         parser.error(f"{path}: {_plain(str(error))}")
 
 
-def _add_leaves(parser: _Parser, cls: type, leaves: Mapping[str, _Leaf], values: Mapping[str, Any]) -> None:
+def _add_leaves(
+    parser: _Parser, cls: type, leaves: Mapping[str, _Leaf], values: Mapping[str, Any], missing_is_fine: bool
+) -> None:
     groups = {"": parser}
     for name, leaf in leaves.items():
         table = name.rpartition(".")[0]
         if table not in groups:
             groups[table] = parser.add_argument_group(table, _group_doc(cls, table))
         default = values.get(name, leaf.default)
-        required = default is _REQUIRED
+        required = default is _REQUIRED and not missing_is_fine
         options: dict[str, Any] = {"type": leaf.hint, "help": leaf.help or "%(type)s"}
-        if not required:
+        if default is not _REQUIRED:
             options["default"] = default
         if leaf.positional:
             groups[table].add_argument(name, **options, **({} if required else {"nargs": "?"}))
@@ -285,6 +335,20 @@ def _instantiate(cls: type[T], namespace: Namespace) -> T:
 
 def _fields(config: Any) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def _template(leaves: Mapping[str, _Leaf], values: Namespace, missing: list[str], comments: bool) -> str:
+    """TOML to be filled in: what is required and missing stands as a comment."""
+    lines, table = [], ""
+    for name, leaf in sorted(leaves.items(), key=lambda item: item[0].rpartition(".")[0]):
+        own, _, key = name.rpartition(".")
+        if own != table:
+            lines += ["", f"[{own}]"]
+            table = own
+        if comments and leaf.help:
+            lines.append(f"# {leaf.help}")
+        lines.append(f"# {_key(key)} =   (required)" if name in missing else f"{_key(key)} = {_toml(values[name])}")
+    return "\n".join(lines).lstrip("\n") + "\n"
 
 
 def _dump_table(values: Mapping[str, Any], prefix: str, lines: list[str]) -> None:

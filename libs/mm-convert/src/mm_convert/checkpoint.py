@@ -7,9 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_convert.content import Content, understand
+from mm_convert.content import Content, cut_fused, recognise, understand
+from mm_convert.families import Family
 from mm_convert.families.family import Config
-from mm_convert.store.safetensors import read_files, read_folder
+from mm_convert.lora.names import is_lora
+from mm_convert.outputs import MANIFEST
+from mm_convert.source import Source, find
+from mm_convert.store import mindspeed
 from mm_convert.tensors import LazyTensor
 
 if TYPE_CHECKING:
@@ -22,29 +26,31 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     """A checkpoint on disk as a mapping of *our* names to tensors; only headers are read until a tensor is asked for.
 
     Attributes:
-        path: the folder or file it was read from.
-        layout: "mm" (ours) or "safetensors".
-        dialect: the names on disk, "original" or "diffusers".
-        family: "wan".
-        config: the fields of the model's configuration, for example of `WanConfig`. `num_heads` is absent where
-            neither config.json nor the shapes say it.
+        path: the folder or file it was opened as.
+        layout: "mm" (ours), "safetensors", "torch" (.pt, .pth), "mindspeed" (a tree of ranks) or "dcp".
+        dialect: the names on disk, for example "original", "diffusers" or "mindspeed".
+        family: for example "wan".
+        config: the fields of the model's configuration, for example of `WanConfig`. A number of heads is absent where
+            neither a config.json nor the published sizes say it.
         notes: what a person should know: tensors that were dropped, a config.json that contradicts the tensors.
         tensors: our name -> where its bytes are, in the order of the files.
         metadata: the free text of the safetensors headers.
+        split: of a MindSpeed-MM tree, its ranks and layers per stage.
     """
 
     def __init__(
         self,
         path: Path,
+        source: Source,
         layout: str,
         content: Content,
         tensors: dict[str, LazyTensor],
-        metadata: dict[str, str],
         config: Config,
         notes: list[str],
     ) -> None:
         self.path, self.layout, self.content, self.tensors = path, layout, content, tensors
-        self.metadata, self.config, self.notes = metadata, config, notes
+        self.files, self.folder, self.metadata, self.split = source.files, source.folder, source.metadata, source.split
+        self.config, self.notes = config, notes
         self.dialect, self.family = content.dialect, content.family.name
         self._maps: Any = None
 
@@ -69,69 +75,102 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return self._maps.tensor(self.tensors[name])
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a diffusers repository or its transformer folder, a Wan-AI folder, our own folder, or one safetensors file.
+def open_checkpoint(
+    path: str | Path,
+    *,
+    config: Config | None = None,
+    published: bool = False,
+    part: str = "model",
+    prefix: str = "",
+) -> Checkpoint:
+    """Open a checkpoint of any layout and dialect that is known.
+
+    Args:
+        path: a diffusers or transformers repository, its transformer folder, a Wan-AI folder, our own folder, one
+            .safetensors or torch file, a MindSpeed-MM tree, a torch DCP folder or a run of mm_train.
+        config: what is known of the configuration, for files that do not say it themselves.
+        published: in a folder that was converted in place, open the published files, not what was made of them.
+        part: "model"; or "ema" of a training checkpoint.
+        prefix: what the names of the model begin with, where they begin with something unusual.
 
     Raises ValueError when it is none of these, when a file is broken, or when a tensor is unknown, missing or
     misshapen.
     """
-    folder = _find_folder(Path(path))
-    found, metadata = read_files([Path(path)]) if Path(path).is_file() else read_folder(folder)
-    content = understand({name: tensor.shape for name, tensor in found.items()}, str(path))
-    tensors = {content.names[name]: tensor for name, tensor in found.items() if name in content.names}
-    config_json = _read_config_json(folder / "config.json")
-    layout = "mm" if config_json.get("format") == FORMAT else "safetensors"
-    config, notes = _merge_config(content, config_json, folder / "config.json")
+    path = Path(path)
+    source = find(path, published, part, prefix)
+    if is_lora(source.tensors):
+        raise ValueError(f"{path} holds a LoRA adapter, not a whole model; `mm-convert inspect` and `convert` read it")
+    family, dialect = recognise(source.tensors, str(path))
+    said, is_ours, where = read_config(source, family)
+    said = {**(config or {}), **said}
+    tensors = _without_tied_copy(source, family, said)
+    tensors = cut_fused(tensors, family, dialect, said, str(path))
+    content = understand({name: tensor.shape for name, tensor in tensors.items()}, str(path))
+    ours = {content.names[name]: tensor for name, tensor in tensors.items() if name in content.names}
+    notes = source.notes + [
+        f"{where} says {field} {said[field]}, the tensors say {value}: the tensors are believed"
+        for field, value in content.config.items()
+        if field in said and said[field] != value
+    ]
+    # The shapes say most fields and are always right; config.json adds what they cannot say (num_heads, eps).
+    complete, doubts = family.complete({**said, **content.config})
     for reason in sorted(set(content.ignored.values())):
         names = [name for name, why in content.ignored.items() if why == reason]
-        notes.append(f"{len(names)} tensors are left out ({reason}): {names[0]}, …")
-    return Checkpoint(Path(path), layout, content, tensors, metadata, config, notes)
+        notes.append(f"{len(names)} tensors are left out ({reason}): {names[0]}" + (", …" if len(names) > 1 else ""))
+    layout = "mm" if is_ours and source.layout == "safetensors" else source.layout
+    return Checkpoint(path, source, layout, content, ours, complete, notes + doubts)
 
 
-def _find_folder(path: Path) -> Path:
-    """The folder with the tensors and their config.json."""
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise ValueError(f"{path} is not a safetensors file")
-        return path.parent
-    for experts in (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model")):
-        present = [path / name for name in experts if (path / name).is_dir()]
-        if len(present) == 2:
-            raise ValueError(f"{path} holds two models; name one of {present[0]} (high noise) and {present[1]} (low)")
-        if present:
-            return present[0]
-    if (path / ".metadata").exists() or (path / "latest").exists():
-        raise ValueError(f"{path} is a training checkpoint (torch DCP); mm_train exports it to safetensors")
-    return path
+def read_config(source: Source, family: Family) -> tuple[Config, bool, Path]:
+    """What the files beside the tensors say of the configuration; whether they are ours; and where it stands."""
+    candidates = [source.folder / "config.json", source.folder / MANIFEST]
+    if source.layout == "mindspeed" and (source.folder.parent / mindspeed.TRACKER).exists():
+        # Ours beside the tracker; converted in place, the published config.json beside the tree.
+        candidates += [source.folder.parent / MANIFEST, source.folder.parent / "config.json"]
+    if len(source.files) == 1:
+        candidates.insert(0, source.files[0].with_name(f"{source.files[0].name}.{MANIFEST}"))
+    for path in (path for path in candidates if path.exists()):
+        json_ = read_json(path)
+        if path.name.endswith(MANIFEST):
+            if json_.get("family") == family.name:
+                return dict(json_.get("config", {})), False, path
+        elif json_.get("format") == FORMAT:
+            if json_.get("version") != VERSION:
+                raise ValueError(f"{path} has version {json_.get('version')!r}; this mm_convert reads {VERSION}")
+            return dict(json_.get("config", {})), True, path
+        else:
+            try:
+                return family.read_config(json_), False, path
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+    return {}, False, source.folder
 
 
-def _read_config_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
+def read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {**content}
+        return {**json.loads(path.read_text(encoding="utf-8"))}
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON object: {error}") from error
 
 
-def _merge_config(content: Content, config_json: Mapping[str, Any], path: Path) -> tuple[Config, list[str]]:
-    """The shapes say most fields and are always right; config.json adds what they cannot say (num_heads, eps)."""
-    if config_json.get("format") == FORMAT:
-        if config_json.get("version") != VERSION:
-            raise ValueError(f"{path} has version {config_json.get('version')!r}; this mm_convert reads {VERSION}")
-        said = dict(config_json.get("config", {}))
-    else:
-        try:
-            said = content.family.read_config(config_json)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-    contradictions = [
-        f"{path} says {field} {said[field]}, the tensors say {value}: the tensors are believed"
-        for field, value in content.config.items()
-        if field in said and said[field] != value
-    ]
-    config, notes = content.family.complete({**said, **content.config})
-    return config, contradictions + notes
+def _without_tied_copy(source: Source, family: Family, said: Config) -> dict[str, LazyTensor]:
+    """MindSpeed-MM repeats tied embeddings on the last stage; what is repeated is no tensor of the model."""
+    tensors = source.tensors
+    tied = family.cuts.tied if family.cuts and source.split.get("pp", 1) > 1 else None
+    if not tied or not set(tied) <= set(tensors) or said.get("tied") is False:
+        return tensors
+    same = _equal(tensors[tied[0]], tensors[tied[1]])
+    if said.get("tied") and not same:
+        raise ValueError(
+            f"{source.folder}: {tied[1]} differs from {tied[0]}, though the configuration says that they are tied: "
+            "which is right cannot be known"
+        )
+    return {name: tensor for name, tensor in tensors.items() if not same or name != tied[1]}
+
+
+def _equal(a: LazyTensor, b: LazyTensor) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    step = max(1, 2**23 // max(1, a.row_bytes))  # rows in 8 MiB
+    ends = ((top, min(top + step, a.height)) for top in range(0, a.height, step))
+    return all(a.read(*rows) == b.read(*rows) for rows in ends)

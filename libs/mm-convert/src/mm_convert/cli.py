@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 USAGE = """\
 usage: mm-convert COMMAND [options]        (mm-convert COMMAND --help says more)
 
 Checkpoints of video models, from any form into any other, streamed.
 
-  inspect PATH                  what is this checkpoint: family, names, files, sizes; reads headers only
-  convert SOURCE TARGET --to T  rewrite it; T is mm (our own files), diffusers or original (Wan-AI)
+  inspect PATH                  what is this: family, preset, names, files, split, sizes; reads headers only
+  convert SOURCE TARGET --to T  rewrite it as mm (ours), mindspeed (its tree), dcp (torch DCP), or under the names
+                                original, diffusers, transformers; LoRA adapters too
+  diff A B                      how two checkpoints differ, in whatever form each is
 
-The commands of MindSpeed-MM's guides:
+The commands of MindSpeed-MM's guides (… METHOD --help has the options):
 
-  WanConverter hf_to_mm --cfg.source_path S --cfg.target_path T
-  WanConverter mm_to_hf --cfg.source_path S --cfg.target_path T [--cfg.hf_dir H]
+  WanConverter           hf_to_mm  mm_to_hf  resplit  mm_to_dcp  dcp_to_mm  layerzero_to_mm
+                         merge_lora_to_base  lora_hf_to_mm  lora_mm_to_hf
+  VACEConverter          hf_to_mm  mm_to_hf  resplit  mm_to_dcp  dcp_to_mm  layerzero_to_mm
+                         hf_diffusers_to_mm  mm_to_hf_diffusers
+  OpenSoraPlanConverter  hf_to_mm  mm_to_hf  resplit  vae_convert
+  Qwen2_5_VLConverter    hf_to_mm  mm_to_hf  resplit
+
+Every command that writes takes --dry_run, --overwrite, --dtype and --sha256.
 
 options: -h, --help, --version
 """
@@ -25,7 +33,7 @@ options: -h, --help, --version
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Exit code 0: done; 1: it could not be done; 2: it was not said rightly."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help") or (argv[1:] in (["-h"], ["--help"]) and argv[0].endswith("Converter")):
+    if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         sys.exit(0 if argv else 2)
     if argv == ["--version"]:
@@ -36,12 +44,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from mm_convert.commands import run
 
+    guarded("mm-convert", lambda: run(argv))
+
+
+def guarded(program: str, action: Callable[[], None]) -> None:
+    """Do it; what goes wrong ends with exit code 1 and one line on stderr."""
     try:
-        run(argv)
-    except (ValueError, OSError) as error:
-        sys.exit(f"mm-convert: error: {error}")
+        action()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"{program}: error: {error}")
     except KeyboardInterrupt:
-        sys.stderr.write("\nmm-convert: interrupted; nothing was written\n")
+        sys.stderr.write(f"\n{program}: interrupted; nothing was written\n")
         sys.exit(130)
 
 

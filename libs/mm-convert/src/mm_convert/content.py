@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mm_convert.families import FAMILIES, Family
 from mm_convert.families.family import Config
 from mm_convert.rules import Patterns, Row, Sizes
+from mm_convert.tensors import LazyTensor
 
 _SHOWN = 5  # problems of a kind that an error names; the rest is counted
 
@@ -96,18 +97,65 @@ def recognise(names: Iterable[str], where: str) -> tuple[Family, str]:
     Raises ValueError when no family knows any.
     """
     names = list(names)
+    scores = _scores(names)
+    (family, dialect), score = max(scores.items(), key=lambda item: item[1])
+    if not score:
+        some = ", ".join(sorted(names)[:_SHOWN]) or "no tensors"
+        known = ", ".join(family.name for family in FAMILIES)
+        raise ValueError(f"{where} belongs to no known family ({known}); it holds {some}")
+    return next(f for f in FAMILIES if f.name == family), dialect
+
+
+def known_names(names: Iterable[str]) -> int:
+    """How many of these names the family that knows most of them knows."""
+    return max(_scores(list(names)).values())
+
+
+def _scores(names: Sequence[str]) -> dict[tuple[str, str], int]:
     scores = {}
     for family in FAMILIES:
         for dialect in family.table.dialects:
             fused = [fusion.name for fusion in family.fusions.get(dialect, ())]
             patterns = Patterns([*family.table.patterns[dialect].known, *fused])
             scores[family.name, dialect] = sum(patterns.find(name)[0] in patterns for name in names)
-    best = max(scores, key=scores.__getitem__)
-    if not scores[best]:
-        some = ", ".join(sorted(names)[:_SHOWN]) or "no tensors"
-        known = ", ".join(family.name for family in FAMILIES)
-        raise ValueError(f"{where} belongs to no known family ({known}); it holds {some}")
-    return next(f for f in FAMILIES if f.name == best[0]), best[1]
+    return scores
+
+
+def cut_fused(
+    tensors: Mapping[str, LazyTensor], family: Family, dialect: str, said: Config, where: str
+) -> dict[str, LazyTensor]:
+    """The tensors with every fused one of this dialect replaced by its parts, called `name#part`."""
+    fusions = {fusion.name: fusion for fusion in family.fusions.get(dialect, ())}
+    if not fusions:
+        return dict(tensors)
+    try:
+        counts = family.heads({name: tensor.shape for name, tensor in tensors.items()}, said) if family.heads else {}
+    except KeyError as error:
+        raise ValueError(f"{where} is not a whole {family.name} checkpoint: {error.args[0]} is missing") from error
+    patterns, result = Patterns(fusions), {}
+    for name, tensor in tensors.items():
+        pattern, layer = patterns.find(name)
+        if pattern not in fusions:
+            result[name] = tensor
+            continue
+        parts = zip(fusions[pattern].names, fusions[pattern].cut(tensor, counts), strict=True)
+        result |= {part.format(i=layer, j=layer): cut for part, cut in parts}
+    return result
+
+
+def join_fused(
+    tensors: Mapping[str, LazyTensor], family: Family, dialect: str, config: Config
+) -> dict[str, LazyTensor]:
+    """The reverse: from parts called `name#part` to the tensors that this dialect has."""
+    result = {name: tensor for name, tensor in tensors.items() if "#" not in name}
+    patterns = {name: fusion for fusion in family.fusions.get(dialect, ()) for name in fusion.names}
+    finder = Patterns(patterns)
+    for name in tensors:
+        if "#" in name and (whole := name.partition("#")[0]) not in result:
+            pattern, layer = finder.find(name)
+            parts = [tensors[part.format(i=layer, j=layer)] for part in patterns[pattern].names]
+            result[whole] = patterns[pattern].join(parts, config)
+    return result
 
 
 def _first_gap(numbers: set[int]) -> int:

@@ -1,19 +1,19 @@
-"""From one checkpoint to another, and what a checkpoint is."""
+"""From one checkpoint to another."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any
 
 from mm_convert.checkpoint import Checkpoint, open_checkpoint
-from mm_convert.content import fingerprint
-from mm_convert.save import config_for, name_files, target_names, write
-from mm_convert.store.folder import Files, refuse_target, split
+from mm_convert.outputs import MANIFEST, Output, Plan, index_file, safetensors_file, text_file
+from mm_convert.save import split_of, target_plan
+from mm_convert.source import MM_FOLDER, TORCH_SUFFIXES
+from mm_convert.stages import Layers
+from mm_convert.store.mindspeed import TRACKER
 from mm_convert.tensors import LazyTensor, Stored
+
+FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what --dtype may say
 
 
 def convert(
@@ -21,28 +21,38 @@ def convert(
     target: str | Path,
     to: str = "mm",
     *,
+    pp_layers: Layers | Mapping[str, Layers] = (),
+    tp_size: int = 1,
     shard_bytes: int | None = None,
+    dtype: str | None = None,
     overwrite: bool = False,
     show_progress: bool = False,
+    sha256: bool = False,
 ) -> Checkpoint:
-    """Rewrite a checkpoint under the names and with the files of `to`; tensors keep their bytes.
+    """Rewrite a checkpoint under the names and with the files of `to`; tensors keep their bytes, but for `dtype`.
 
     Args:
         source: anything that `open_checkpoint` reads.
-        target: a folder that does not exist yet (with `overwrite`: or that holds nothing but a checkpoint).
-        to: "mm" (our own layout), "original" (Wan-AI) or "diffusers".
+        target: a folder that does not exist yet (with `overwrite`: or that holds nothing but a checkpoint); a name in
+            .safetensors or .pt makes one file. The same as `source`: published files stay, and what is made of them
+            goes into `mm/` or `release/` beside them.
+        to: "mm" (our own layout), "mindspeed" (MindSpeed-MM's tree), "dcp" (torch DCP with MindSpeed-MM's names), or
+            one of the family's dialects: "original", "diffusers", "transformers".
+        pp_layers: layers of each pipeline stage, flat or one list per virtual stage; by ladder where there are several
+            ({"llm": …, "vit": …}). In our own layout a stage is a file.
+        tp_size: tensor-parallel ranks. In our own layout tensors stay whole, any rank reads its slice of them.
         shard_bytes: regroup into files of at most so many bytes; None keeps the grouping of the source.
+        dtype: "float32", "bfloat16" or "float16" for all tensors of floating point (needs torch).
+        sha256: note the sum of every written tensor in `mm_convert.json`.
 
     Returns the source as it was opened; its `notes` say what was dropped. Raises ValueError before anything is
     written.
     """
-    refuse_target(Path(target), overwrite)
     checkpoint = open_checkpoint(source)
-    items = _items(checkpoint, target_names(checkpoint.content, to))
-    shards = split(items, shard_bytes) if shard_bytes else _as_in_source(items)
-    files = name_files(shards, to, checkpoint.metadata)
-    config = config_for(checkpoint.content, checkpoint.config, to)
-    write(Path(target), files, config, overwrite, show_progress)
+    plan = plan_conversion(
+        checkpoint, target, to, pp_layers=pp_layers, tp_size=tp_size, shard_bytes=shard_bytes, dtype=dtype
+    )
+    plan.execute(overwrite=overwrite, show_progress=show_progress, sha256=sha256)
     return checkpoint
 
 
@@ -58,91 +68,116 @@ def convert_like(
 
     Raises ValueError, besides what `convert` raises, when the two have other tensors or shapes.
     """
-    refuse_target(Path(target), overwrite)
-    checkpoint, model = open_checkpoint(source), open_checkpoint(like)
+    model = open_checkpoint(like, published=True)
+    checkpoint = open_checkpoint(source, config=model.config)
+    plan_like(checkpoint, target, model).execute(overwrite=overwrite, show_progress=show_progress)
+    return checkpoint
+
+
+def plan_conversion(
+    checkpoint: Checkpoint,
+    target: str | Path,
+    to: str = "mm",
+    *,
+    pp_layers: Layers | Mapping[str, Layers] = (),
+    tp_size: int = 1,
+    shard_bytes: int | None = None,
+    dtype: str | None = None,
+) -> Plan:
+    """What `convert` would write."""
+    target, content = Path(target), checkpoint.content
+    tensors = checkpoint.tensors if dtype is None else cast_all(checkpoint.tensors, dtype)
+    return target_plan(
+        content,
+        tensors,
+        checkpoint.config,
+        target,
+        to,
+        split=split_of(content.family, pp_layers, tp_size),
+        shards=None if shard_bytes else _files_of(checkpoint),
+        shard_bytes=shard_bytes,
+        metadata=checkpoint.metadata,
+        source=str(checkpoint.path.resolve()),
+        source_form=f"{checkpoint.layout}, {checkpoint.dialect} names",
+        beside_source=_is_beside(target, checkpoint),
+    )
+
+
+def plan_like(checkpoint: Checkpoint, target: str | Path, model: Checkpoint, *, dtype: str | None = None) -> Plan:
+    """What `convert_like` would write."""
+    target = Path(target)
+    if model.layout != "safetensors":
+        raise ValueError(f"{model.path} holds no published safetensors files to copy the names of")
     published = model.content.translate(model.dialect)
     for name, tensor in model.tensors.items():
         if name not in checkpoint.tensors or checkpoint.shape(name) != tensor.shape:
             there = list(checkpoint.shape(name)) if name in checkpoint.tensors else "absent"
             raise ValueError(
-                f"{like} is another model: its {published[name]} is {list(tensor.shape)}, in {source} {there}"
+                f"{model.path} is another model: its {published[name]} is {list(tensor.shape)}, "
+                f"in {checkpoint.path} {there}"
             )
     if extra := set(checkpoint) - set(model):
-        raise ValueError(f"{like} is another model: it has no {sorted(extra)[0]}")
+        raise ValueError(f"{model.path} is another model: it has no {sorted(extra)[0]}")
 
+    tensors = checkpoint.tensors if dtype is None else cast_all(checkpoint.tensors, dtype)
     shards: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in model.tensors.items():
         assert isinstance(tensor, Stored)
-        shards.setdefault(tensor.file.name, {})[published[name]] = checkpoint.tensors[name]
-    folder = tensor.file.parent
-    index = next((path.name for path in folder.glob("*.safetensors.index.json")), None)
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} has no config.json to copy")
-    config = (folder / "config.json").read_bytes()
-    write(Path(target), Files(shards, index, model.metadata), config, overwrite, show_progress)
-    return checkpoint
-
-
-def _items(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, LazyTensor]:
-    return {names[ours]: tensor for ours, tensor in checkpoint.tensors.items()}
-
-
-def _as_in_source(items: Mapping[str, LazyTensor]) -> list[dict[str, LazyTensor]]:
-    shards: dict[Path, dict[str, LazyTensor]] = {}
-    for name, tensor in items.items():
-        assert isinstance(tensor, Stored)
-        shards.setdefault(tensor.file, {})[name] = tensor
-    return list(shards.values())
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What a checkpoint is, from its headers alone; `str()` of it is for people."""
-
-    path: Path
-    family: str
-    dialect: str
-    layout: str
-    files: int
-    tensors: int
-    parameters: int
-    nbytes: int
-    dtypes: Mapping[str, int]  # tensors of each
-    fingerprint: str  # md5 of our names and shapes
-    config: Mapping[str, Any]
-    notes: tuple[str, ...]
-
-    def __str__(self) -> str:
-        rows = {
-            "family": self.family,
-            "names": self.dialect,
-            "layout": f"{self.layout}, {self.files} file{'s' * (self.files > 1)}",
-            "tensors": f"{self.tensors:,}",
-            "parameters": f"{self.parameters:,}",
-            "bytes": f"{self.nbytes:,}",
-            "dtype": ", ".join(f"{dtype} ({count})" for dtype, count in self.dtypes.items()),
-            "fingerprint": self.fingerprint,
-            **self.config,
-        }
-        lines = [f"{key:<14} {value}" for key, value in rows.items()] + [f"note: {note}" for note in self.notes]
-        return "\n".join([str(self.path), *lines])
-
-
-def inspect(path: str | Path) -> Inspection:
-    """Say what a checkpoint is; reads headers only. Errors as `open_checkpoint`."""
-    checkpoint = open_checkpoint(path)
-    tensors = checkpoint.tensors
-    return Inspection(
-        path=checkpoint.path,
-        family=checkpoint.family,
-        dialect=checkpoint.dialect,
-        layout=checkpoint.layout,
-        files=len({t.file for t in tensors.values()}),
-        tensors=len(tensors),
-        parameters=sum(prod(t.shape) for t in tensors.values()),
-        nbytes=sum(t.nbytes for t in tensors.values()),
-        dtypes=dict(Counter(t.dtype for t in tensors.values()).most_common()),
-        fingerprint=fingerprint({name: t.shape for name, t in tensors.items()}),
-        config=checkpoint.config,
-        notes=tuple(checkpoint.notes),
+        shards.setdefault(tensor.file.name, {})[published[name]] = tensors[name]
+    plan = target_plan(
+        checkpoint.content,
+        tensors,
+        {**checkpoint.config, **model.config},
+        target,
+        model.dialect,
+        metadata=model.metadata,
+        source=str(checkpoint.path.resolve()),
+        source_form=f"{checkpoint.layout}, {checkpoint.dialect} names",
     )
+    if plan.single_file:
+        return plan
+    if not (model.folder / "config.json").exists():
+        raise ValueError(f"{model.folder} has no config.json to copy")
+    plan.outputs = [safetensors_file(name, contents, model.metadata) for name, contents in shards.items()]
+    plan.outputs += [index_file(path.name, shards) for path in model.folder.glob("*.safetensors.index.json")]
+    plan.outputs += _copies(model.folder)
+    return plan
+
+
+def _copies(folder: Path) -> list[Output]:
+    """What stands beside the weights on the hub: configuration, tokenizer, licence."""
+    weights = (*TORCH_SUFFIXES, ".safetensors", ".msgpack", ".h5", ".onnx")
+    skipped = (MANIFEST, TRACKER)
+    files = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix not in weights and not path.name.startswith(".") and path.name not in skipped
+    ]
+    return [text_file(path.name, path.read_bytes()) for path in files if not path.name.endswith(".index.json")]
+
+
+def _files_of(checkpoint: Checkpoint) -> list[list[str]] | None:
+    """Our names grouped as the source groups them in files; None where it has other files than safetensors."""
+    if checkpoint.layout not in ("mm", "safetensors"):
+        return None
+    groups: dict[Path, list[str]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        assert isinstance(tensor, Stored)
+        groups.setdefault(tensor.file, []).append(name)
+    return list(groups.values())
+
+
+def _is_beside(target: Path, checkpoint: Checkpoint) -> bool:
+    """Whether converting in place: published files are to stay, and what is made of them to stand beside them."""
+    same = target.resolve() in (checkpoint.path.resolve(), checkpoint.folder.resolve())
+    return same and checkpoint.layout in ("safetensors", "torch") and checkpoint.folder.name != MM_FOLDER
+
+
+def cast_all(tensors: Mapping[str, LazyTensor], dtype: str) -> dict[str, LazyTensor]:
+    """The tensors with all of floating point in this dtype: one of `FLOATS`."""
+    from mm_convert.torch_tensors import cast
+
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
+    floating = {"F16", "BF16", "F32", "F64"}
+    return {n: cast(tensor, FLOATS[dtype]) if tensor.dtype in floating else tensor for n, tensor in tensors.items()}

@@ -8,9 +8,10 @@ from __future__ import annotations
 from mm_convert.families.family import Family
 from mm_convert.families.opensoraplan import OPENSORAPLAN
 from mm_convert.families.opensoraplan_vae import OPENSORAPLAN_VAE
+from mm_convert.families.qwen2_5_vl import QWEN2_5_VL
 from mm_convert.families.vace import VACE
 from mm_convert.families.wan import WAN
 
-FAMILIES: tuple[Family, ...] = (WAN, VACE, OPENSORAPLAN, OPENSORAPLAN_VAE)
+FAMILIES: tuple[Family, ...] = (WAN, VACE, OPENSORAPLAN, OPENSORAPLAN_VAE, QWEN2_5_VL)
 
-__all__ = ["FAMILIES", "OPENSORAPLAN", "OPENSORAPLAN_VAE", "VACE", "WAN", "Family"]
+__all__ = ["FAMILIES", "OPENSORAPLAN", "OPENSORAPLAN_VAE", "QWEN2_5_VL", "VACE", "WAN", "Family"]

@@ -56,6 +56,8 @@ class Family:
     `complete(config)` adds what follows from the other fields and takes out what cannot be; with notes on both.
     `presets` are the configurations of published weights, only the fields that set them apart.
     `fusions[dialect]`: the names of that dialect which hold several tensors of ours.
+    `heads(shapes, config)`: the counts that cutting them needs, from the shapes in that dialect and what is known of
+    the configuration.
     """
 
     name: str
@@ -66,4 +68,5 @@ class Family:
     complete: Callable[[Config], tuple[Config, list[str]]]
     presets: Mapping[str, Config] = field(default_factory=dict)
     fusions: Mapping[str, tuple[Fusion, ...]] = field(default_factory=dict)
+    heads: Callable[[Mapping[str, tuple[int, ...]], Config], Config] | None = None
     cuts: Cuts | None = None

@@ -1,45 +1,21 @@
-"""A checkpoint folder that appears whole or not at all."""
+"""Targets that appear whole or not at all: written under a hidden name beside the target, renamed at the end."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mm_convert.progress import readable_bytes
-from mm_convert.store.safetensors import write_file
-from mm_convert.tensors import LazyTensor
 
-_OURS = ("*.safetensors", "*.safetensors.index.json", "config.json")  # what --overwrite may replace
-
-
-@dataclass(frozen=True)
-class Files:
-    """What to write: tensors by file name, the index's name (None: one file without index), and header metadata."""
-
-    shards: Mapping[str, Mapping[str, LazyTensor]]
-    index: str | None
-    metadata: Mapping[str, str]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for contents in self.shards.values() for tensor in contents.values())
-
-
-def name_shards(
-    stem: str, shards: Sequence[Mapping[str, LazyTensor]], metadata: Mapping[str, str], always_index: bool
-) -> Files:
-    """The hub's file names: `stem.safetensors`, or `stem-00001-of-00003.safetensors`, … and an index."""
-    if len(shards) == 1 and not always_index:
-        return Files({f"{stem}.safetensors": shards[0]}, None, metadata)
-    names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    return Files(dict(zip(names, shards, strict=True)), f"{stem}.safetensors.index.json", metadata)
+# What --overwrite may replace: files of checkpoints, and what stands beside them on the hub.
+_OURS = ("*.safetensors", "*.safetensors.index.json", "config.json", "mm_convert.json", "model_optim_rng.pt")
+_OURS += ("mp_rank_*", "release", "iter_*", "latest_checkpointed_iteration.txt", ".metadata", "*.distcp")
+_OURS += ("adapter_config.json", "generation_config.json", "preprocessor_config.json", "tokenizer*.json", "vocab.json")
+_OURS += ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "README.md", "LICENSE*")
 
 
 @contextmanager
@@ -51,10 +27,7 @@ def new_folder(target: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
     """
     target = target.resolve()
     refuse_target(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if free < nbytes:
-        raise ValueError(f"{target} needs {readable_bytes(nbytes)}, its disk has {readable_bytes(free)} left")
+    _make_room(target, nbytes)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         folder.chmod(0o777 & ~_umask())
@@ -71,51 +44,44 @@ def new_folder(target: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
         raise
 
 
-def refuse_target(target: Path, overwrite: bool) -> None:
+@contextmanager
+def new_file(target: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
+    """The same for one file."""
+    refuse_target(target, overwrite, folder=False)
+    _make_room(target, nbytes)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent) as hidden:
+        yield Path(hidden) / target.name
+        (Path(hidden) / target.name).replace(target)
+
+
+def _make_room(target: Path, nbytes: int) -> None:
+    existing = next(parent for parent in target.parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < nbytes:
+        raise ValueError(f"{target} needs {readable_bytes(nbytes)}, its disk has {readable_bytes(free)} left")
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_target(target: Path, overwrite: bool, folder: bool = True) -> None:
+    """Raises ValueError for a target that is there, or that may not be replaced."""
     blocked = next((parent for parent in target.parents if parent.exists() and not parent.is_dir()), None)
     if blocked:
         raise ValueError(f"{target} cannot be made: {blocked} is a file, not a folder; name another target")
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if not target.exists() or (folder and target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
         raise ValueError(f"{target} exists; name another target, or give --overwrite (overwrite=True) to replace it")
-    foreign = [p.name for p in target.iterdir() if not any(p.match(ours) for ours in _OURS)] if target.is_dir() else []
-    if not target.is_dir() or foreign:
-        what = f"holds {foreign[0]}, which is no part of a checkpoint" if foreign else "is a file"
-        raise ValueError(f"{target} {what}, so it is not replaced; remove it yourself or name another target")
+    if target.is_dir() != folder:
+        raise ValueError(f"{target} is a {'file' if folder else 'folder'}; remove it yourself or name another target")
+    foreign = [p.name for p in target.iterdir() if not any(p.match(ours) for ours in _OURS)] if folder else []
+    if foreign:
+        raise ValueError(
+            f"{target} holds {foreign[0]}, which is no part of a checkpoint, so it is not replaced; "
+            "remove it yourself or name another target"
+        )
 
 
 def _umask() -> int:
     mask = os.umask(0o022)  # there is no way to read it without setting it
     os.umask(mask)
     return mask
-
-
-def write_folder(
-    folder: Path, files: Files, config: Mapping[str, Any] | bytes, progress: Callable[[int], None]
-) -> None:
-    """Write the safetensors files, their index and config.json (bytes are taken as they are)."""
-    for name, contents in files.shards.items():
-        write_file(folder / name, contents, files.metadata, progress)
-    if files.index:
-        weight_map = {tensor: name for name, contents in files.shards.items() for tensor in contents}
-        index = {"metadata": {"total_size": files.nbytes}, "weight_map": weight_map}
-        (folder / files.index).write_bytes(_json(index))
-    (folder / "config.json").write_bytes(config if isinstance(config, bytes) else _json(config))
-
-
-def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def split(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> list[dict[str, LazyTensor]]:
-    """Cut into shards of at most `shard_bytes`, in order; a larger tensor gets a shard of its own."""
-    shards: list[dict[str, LazyTensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    return shards

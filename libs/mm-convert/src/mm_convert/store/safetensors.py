@@ -114,8 +114,12 @@ def _find_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ValueError(f"{indices[0]} names {', '.join(missing)}, which is not there")
+        for file in files:
+            refuse_link_out(file)
         return files, weight_map
     files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        refuse_link_out(file)
     if len(files) == 1 or (files and _is_complete_series(files)):
         return files, {}
     found = f"{_listed(files)} and no index; name one of them" if files else "no *.safetensors file"
@@ -132,6 +136,14 @@ def read_index(path: Path) -> dict[str, str]:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"{path} sends {name} to {file!r}, outside its own folder")
     return weight_map
+
+
+def refuse_link_out(file: Path) -> None:
+    """A file of a folder may be a link within it, or as in the hub's cache (snapshots/… -> blobs/…), not elsewhere."""
+    folder, real = file.parent.resolve(), file.resolve()
+    cache = next((parent.parent for parent in folder.parents if parent.name == "snapshots"), folder)
+    if not (real.is_relative_to(folder) or real.is_relative_to(cache / "blobs")):
+        raise ValueError(f"{file} is a link to {real}, outside its folder; name that file itself if it is meant")
 
 
 def _is_complete_series(files: Sequence[Path]) -> bool:

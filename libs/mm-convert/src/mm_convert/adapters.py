@@ -1,0 +1,96 @@
+"""Adapters (LoRA) on disk: opened from any layout, written in any format, merged into any base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mm_convert.checkpoint import Checkpoint, read_json
+from mm_convert.conversion import cast_all, plan_conversion
+from mm_convert.lora import FILES, Adapter, is_lora, lora_tensors, merge, read_lora
+from mm_convert.outputs import MANIFEST, Output, Plan, as_json, describe, safetensors_file, text_file
+from mm_convert.source import Source, find
+from mm_convert.stages import Layers, Split
+from mm_convert.store.mindspeed import TRACKER, rank_files
+
+
+def open_adapter(path: str | Path, *, alpha: float | None = None, rank: int | None = None) -> Adapter | None:
+    """The adapter at a path, in whatever layout and format; None where a whole model is. Errors as `read_lora`."""
+    source = find(Path(path))
+    if not is_lora(source.tensors):
+        return None
+    if source.layout == "dcp" and alpha is None:
+        raise ValueError(f"{path} is a training checkpoint, which does not say alpha: give --lora_alpha, or export it")
+    beside = source.folder / "adapter_config.json"
+    # Of a file under another name, the config beside it may be somebody else's.
+    known = beside.exists() and source.files[0].name == FILES["peft"]
+    metadata = source.metadata | _manifest_metadata(source)
+    return read_lora(source.tensors, metadata, read_json(beside) if known else None, str(path), alpha, rank)
+
+
+def _manifest_metadata(source: Source) -> dict[str, str]:
+    manifest = source.folder / MANIFEST
+    return dict(read_json(manifest).get("metadata", {})) if manifest.exists() else {}
+
+
+def plan_adapter(adapter: Adapter, source: str | Path, target: str | Path, to: str, dtype: str | None = None) -> Plan:
+    """What writing an adapter in a format would write: a folder, or one file for a target in .safetensors."""
+    target = Path(target)
+    tensors, metadata, config = lora_tensors(adapter, to)
+    if dtype is not None:  # of the factors; alpha is no weight
+        tensors |= cast_all({name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}, dtype)
+    more = {"metadata": metadata} if to == "mindspeed" else {}
+    family = adapter.family
+    about = describe(str(Path(source).resolve()), family.name, {}, f"LoRA, {adapter.format}", f"LoRA, {to}", **more)
+    plan = Plan(target, [], about)
+    if to == "mindspeed":
+        assert family.cuts
+        files = rank_files([tensors], Split(), family.cuts)
+        plan.outputs = [Output(f"release/{name}", nbytes, write) for name, (nbytes, write) in files.items()]
+        plan.pointer = (TRACKER, "release")
+        return plan
+    plan.single_file = target.suffix == ".safetensors"
+    plan.outputs = [safetensors_file(target.name if plan.single_file else FILES[to], tensors, metadata)]
+    if config and not plan.single_file:
+        plan.outputs.append(text_file("adapter_config.json", as_json(config)))
+    return plan
+
+
+def plan_merge(
+    base: Checkpoint,
+    adapter: Adapter,
+    target: str | Path,
+    to: str,
+    pp_layers: Layers = (),
+    dtype: str | None = None,
+) -> Plan:
+    """What a base with the adapter in it would be, in the form `to`. Needs torch when it is carried out."""
+    import mm_convert.torch_tensors  # noqa: F401  # so that a missing torch is said before anything is planned
+
+    base.tensors = merge(base.tensors, adapter)
+    return plan_conversion(base, target, to, pp_layers=pp_layers, dtype=dtype)
+
+
+def inspect_adapter(path: str | Path) -> str | None:
+    """What an adapter is, for people; None where a whole model is."""
+    source = find(Path(path))
+    if not is_lora(source.tensors):
+        return None
+    rows = {"what": "LoRA adapter"}
+    try:
+        adapter = open_adapter(path)
+    except ValueError as error:
+        rows["problem"] = str(error)
+        adapter = None
+    if adapter:
+        strengths = {(module.rank, module.alpha) for module in adapter.modules.values()}
+        rows |= {
+            "family": adapter.family.name,
+            "format": f"{adapter.format}, {adapter.dialect} names",
+            "layout": source.layout,
+            "modules": f"{len(adapter.modules)}",
+            "rank, alpha": "; ".join(f"{rank}, {alpha:g}" for rank, alpha in sorted(strengths)),
+            "parameters": f"{sum(m.a.nbytes + m.b.nbytes for m in adapter.modules.values()):,} bytes",
+            "base": adapter.base or "not said",
+        }
+    lines = [f"{key:<14} {value}" for key, value in rows.items()]
+    return "\n".join([str(path), *lines, *(f"note: {note}" for note in (adapter.notes if adapter else ()))])

@@ -1,0 +1,98 @@
+"""The commands that the guides do not have: inspect, diff, and convert as the plain form of everything."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mm_convert.adapters import inspect_adapter, open_adapter, plan_adapter
+from mm_convert.checkpoint import open_checkpoint
+from mm_convert.conversion import plan_conversion
+from mm_convert.inspection import diff, inspect
+from mm_convert.writing import Writing, carry_out
+
+POSITIONAL = {"positional": True}
+Form = Literal["mm", "mindspeed", "dcp", "original", "diffusers", "transformers", "transformers-v5", "peft", "comfyui"]
+
+
+@dataclass
+class Inspect:
+    """Say what a checkpoint is, from its headers alone."""
+
+    path: Path = field(metadata=POSITIONAL)
+    "a folder of the hub, our folder, a MindSpeed-MM tree, torch DCP, one .safetensors or .pt file; or a LoRA adapter"
+
+
+@dataclass
+class Diff:
+    """Say how two checkpoints differ, whatever their forms: names, shapes, dtypes, largest difference per tensor."""
+
+    a: Path = field(metadata=POSITIONAL)
+    "anything that inspect reads"
+    b: Path = field(metadata=POSITIONAL)
+    "anything that inspect reads"
+
+
+@dataclass(kw_only=True)
+class Convert(Writing):
+    """Rewrite a checkpoint, or a LoRA adapter, under other names and in other files; tensors keep their bytes."""
+
+    source: Path = field(metadata=POSITIONAL)
+    "anything that inspect reads"
+    target: Path = field(metadata=POSITIONAL)
+    "the folder to make; a name in .safetensors or .pt makes one file"
+    to: Form = "mm"
+    "mm (ours), mindspeed, dcp, or names: original, diffusers, transformers; of LoRA: mm, diffusers, comfyui, mindspeed"
+    shard_gb: float | None = None
+    "regroup into files of at most so many GB (10^9 bytes); null: the source's grouping"
+    pp_layers: list[int] | list[list[int]] = field(default_factory=list)
+    "layers of each pipeline stage, flat or one list per virtual stage (of Qwen, the language layers)"
+    vit_pp_layers: list[int] | list[list[int]] = field(default_factory=list)
+    "of Qwen: vision layers of each pipeline stage"
+    tp_size: int = 1
+    "tensor-parallel ranks"
+    lora_alpha: float | None = None
+    "of a LoRA adapter whose file does not say it"
+
+    def __post_init__(self) -> None:
+        if self.shard_gb is not None and self.shard_gb <= 0:
+            raise ValueError(f"shard_gb is {self.shard_gb}; a file must hold something")
+
+
+def run_inspect(options: Inspect) -> None:
+    print(inspect_adapter(options.path) or inspect(options.path))
+
+
+def run_diff(options: Diff) -> None:
+    """Exit code 1 where the two differ."""
+    compared = list(diff(options.a, options.b))
+    differences = [difference for difference in compared if difference]
+    for difference in differences:
+        print(f"{difference.name}: {difference.what}")
+    print(
+        f"{len(compared)} tensors, {len(differences)} differ" if differences else f"{len(compared)} tensors, all equal"
+    )
+    sys.exit(1 if differences else 0)
+
+
+def run_convert(options: Convert) -> None:
+    adapter = open_adapter(options.source, alpha=options.lora_alpha)
+    if adapter:
+        carry_out(plan_adapter(adapter, options.source, options.target, options.to), adapter.notes, options)
+        return
+    if options.lora_alpha is not None:
+        raise ValueError(f"{options.source} is no LoRA adapter, so it has no lora_alpha")
+    checkpoint = open_checkpoint(options.source)
+    layers = options.pp_layers
+    plan = plan_conversion(
+        checkpoint,
+        options.target,
+        options.to,
+        pp_layers={"llm": layers, "vit": options.vit_pp_layers} if options.vit_pp_layers else layers,
+        tp_size=options.tp_size,
+        shard_bytes=None if options.shard_gb is None else int(options.shard_gb * 1e9),
+        dtype=options.dtype,
+    )
+    carry_out(plan, checkpoint.notes, options)
