@@ -82,11 +82,8 @@ def _place(path: Path, name: str, info: Mapping[str, Any]) -> _Place:
     file, start, size = info["relative_path"], info["offset"], info["length"]
     if info.get("transform_descriptors"):
         raise ValueError(f"{path} has {name} transformed by {info['transform_descriptors']}: save it without")
-    if (
-        not isinstance(file, str)
-        or Path(file).name != file
-        or not all(type(n) is int and n >= 0 for n in (start, size))
-    ):
+    inside = isinstance(file, str) and Path(file).name == file and file not in ("", "..")
+    if not inside or not all(type(n) is int and n >= 0 for n in (start, size)):
         raise ValueError(f"{path} has {name} in {file!r}, bytes {start} and {size} more, outside its own folder")
     return _Place(file, start, start + size)
 
@@ -121,8 +118,9 @@ def _tensor(folder: Path, name: str, record: Opaque, places: Mapping[tuple[str, 
         if (name, offsets) not in places:
             raise ValueError(f"{where} has a chunk at {offsets}, which lies nowhere")
         tensor = _read(folder, places[name, offsets])
-        if not isinstance(tensor, LazyTensor) or (tensor.dtype, tensor.shape) != (DTYPES[dtype], sizes):
-            raise ValueError(f"{where} should have {DTYPES[dtype]} {sizes} at {offsets}, but there lies {tensor}")
+        lies = (tensor.dtype, tensor.shape) if isinstance(tensor, LazyTensor) else type(tensor).__name__
+        if lies != (DTYPES[dtype], sizes):
+            raise ValueError(f"{where} should have {DTYPES[dtype]} {sizes} at {offsets}, but there lies {lies}")
         chunks.append((offsets, tensor))
     return join_chunks(where, shape, chunks)
 
