@@ -107,11 +107,11 @@ def open_checkpoint(
     tensors = cut_fused(tensors, family, dialect, said, str(path))
     content = understand({name: tensor.shape for name, tensor in tensors.items()}, str(path))
     ours = {content.names[name]: tensor for name, tensor in tensors.items() if name in content.names}
-    notes = source.notes + [
-        f"{where} says {field} {said[field]}, the tensors say {value}: the tensors are believed"
-        for field, value in content.config.items()
-        if field in said and said[field] != value
-    ]
+    notes = list(source.notes)
+    wrong = {f: v for f, v in content.config.items() if f in said and said[f] != v}
+    if wrong:
+        differences = ", ".join(f"{field} {said[field]} instead of {value}" for field, value in wrong.items())
+        notes.append(f"{where} says {differences}: the tensors are believed")
     # The shapes say most fields and are always right; config.json adds what they cannot say (num_heads, eps).
     complete, doubts = family.complete({**said, **content.config})
     for reason in sorted(set(content.ignored.values())):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,7 +97,8 @@ def run(argv: list[str]) -> None:
 def run_command(command: Command, words: Sequence[str], argv: Sequence[str], prog: str = "mm-convert") -> None:
     """Parse the options of one command, and do it."""
     argv = with_canonical_names(argv, command.aliases)
-    environment = "_".join(["MM_CONVERT", "__".join(word.upper() for word in words)]) + "__"
+    asked_for = os.environ.get("JSONARGPARSE_DEFAULT_ENV", "").lower() == "true"  # as for MindSpeed-MM's tools
+    environment = f"MM_CONVERT_{'__'.join(word.upper() for word in words)}__" if asked_for else ""
     command.action(parse(command.options, argv, prog=" ".join([prog, *words]), environment=environment))
 
 

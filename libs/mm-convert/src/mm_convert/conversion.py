@@ -7,10 +7,10 @@ from pathlib import Path
 
 from mm_convert.checkpoint import Checkpoint, open_checkpoint
 from mm_convert.outputs import MANIFEST, Output, Plan, index_file, safetensors_file, text_file
-from mm_convert.save import split_of, target_plan
 from mm_convert.source import MM_FOLDER, TORCH_SUFFIXES
 from mm_convert.stages import Layers
 from mm_convert.store.mindspeed import TRACKER
+from mm_convert.targets import Target, split_of, target_plan
 from mm_convert.tensors import LazyTensor, Stored
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what --dtype may say
@@ -87,20 +87,16 @@ def plan_conversion(
     """What `convert` would write."""
     target, content = Path(target), checkpoint.content
     tensors = checkpoint.tensors if dtype is None else cast_all(checkpoint.tensors, dtype)
-    return target_plan(
-        content,
-        tensors,
-        checkpoint.config,
+    wanted = Target(
         target,
         to,
-        split=split_of(content.family, pp_layers, tp_size),
-        shards=None if shard_bytes else _files_of(checkpoint),
+        split_of(content.family, pp_layers, tp_size),
+        shards=None if shard_bytes or to == "mindspeed" else _files_of(checkpoint),
         shard_bytes=shard_bytes,
-        metadata=checkpoint.metadata,
-        source=str(checkpoint.path.resolve()),
-        source_form=f"{checkpoint.layout}, {checkpoint.dialect} names",
-        beside_source=_is_beside(target, checkpoint),
+        beside_source=_is_beside(target, checkpoint, to),
+        metadata=_metadata(checkpoint),
     )
+    return target_plan(wanted, content, tensors, checkpoint.config, **_origin(checkpoint))
 
 
 def plan_like(checkpoint: Checkpoint, target: str | Path, model: Checkpoint, *, dtype: str | None = None) -> Plan:
@@ -124,16 +120,14 @@ def plan_like(checkpoint: Checkpoint, target: str | Path, model: Checkpoint, *, 
     for name, tensor in model.tensors.items():
         assert isinstance(tensor, Stored)
         shards.setdefault(tensor.file.name, {})[published[name]] = tensors[name]
-    plan = target_plan(
-        checkpoint.content,
-        tensors,
-        {**checkpoint.config, **model.config},
+    wanted = Target(
         target,
         model.dialect,
+        beside_source=_is_beside(target, checkpoint, model.dialect),
         metadata=model.metadata,
-        source=str(checkpoint.path.resolve()),
-        source_form=f"{checkpoint.layout}, {checkpoint.dialect} names",
     )
+    config = {**checkpoint.config, **model.config}
+    plan = target_plan(wanted, checkpoint.content, tensors, config, **_origin(checkpoint))
     if plan.single_file:
         return plan
     if not (model.folder / "config.json").exists():
@@ -142,6 +136,15 @@ def plan_like(checkpoint: Checkpoint, target: str | Path, model: Checkpoint, *, 
     plan.outputs += [index_file(path.name, shards) for path in model.folder.glob("*.safetensors.index.json")]
     plan.outputs += _copies(model.folder)
     return plan
+
+
+def _origin(checkpoint: Checkpoint) -> dict[str, str]:
+    form = f"{checkpoint.layout}, {checkpoint.dialect} names"
+    return {"source": str(checkpoint.path.resolve()), "source_form": form}
+
+
+def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    return checkpoint.metadata if checkpoint.layout in ("mm", "safetensors") else {"format": "pt"}
 
 
 def _copies(folder: Path) -> list[Output]:
@@ -167,10 +170,14 @@ def _files_of(checkpoint: Checkpoint) -> list[list[str]] | None:
     return list(groups.values())
 
 
-def _is_beside(target: Path, checkpoint: Checkpoint) -> bool:
-    """Whether converting in place: published files are to stay, and what is made of them to stand beside them."""
-    same = target.resolve() in (checkpoint.path.resolve(), checkpoint.folder.resolve())
-    return same and checkpoint.layout in ("safetensors", "torch") and checkpoint.folder.name != MM_FOLDER
+def _is_beside(target: Path, checkpoint: Checkpoint, to: str) -> bool:
+    """Whether converting in place: the source is to stay, and what is made of it to stand beside it."""
+    if target.resolve() not in (checkpoint.path.resolve(), checkpoint.folder.resolve()):
+        return False
+    published = checkpoint.layout in ("safetensors", "torch")
+    if to in ("mm", "mindspeed"):
+        return checkpoint.folder.name != MM_FOLDER and checkpoint.layout not in ("mm", to)
+    return not published and checkpoint.layout != "mm" and to != "dcp"
 
 
 def cast_all(tensors: Mapping[str, LazyTensor], dtype: str) -> dict[str, LazyTensor]:

@@ -60,7 +60,7 @@ def inspect(path: str | Path) -> Inspection:
     return Inspection(
         path=checkpoint.path,
         family=checkpoint.family,
-        preset=preset(checkpoint.content.family, checkpoint.content.config),
+        preset=preset(checkpoint.content.family, checkpoint.config),
         dialect=checkpoint.dialect,
         layout=checkpoint.layout,
         split=checkpoint.split,

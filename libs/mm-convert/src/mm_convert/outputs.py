@@ -12,7 +12,7 @@ from typing import Any
 
 from mm_convert.__about__ import __version__
 from mm_convert.progress import Progress, readable_bytes
-from mm_convert.store.folder import new_file, new_folder, refuse_target
+from mm_convert.store.folder import files_into, new_file, new_folder, refuse_target
 from mm_convert.store.safetensors import read_file, write_file
 from mm_convert.store.torch_file import read_torch_file, write_torch_file
 from mm_convert.tensors import LazyTensor, chunks, pieces
@@ -36,7 +36,7 @@ class Plan:
     """All files of a target, and what will be said about where they come from.
 
     `inside`: the files go into this folder of the target, which stays as it is otherwise; `pointer`, a file of the
-    target and its text, is written last.
+    target and its text, is written last. `among_others`: the files go into the target itself, which holds other things.
     """
 
     target: Path
@@ -45,6 +45,7 @@ class Plan:
     inside: str = ""
     pointer: tuple[str, str] | None = None
     single_file: bool = False
+    among_others: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -56,6 +57,11 @@ class Plan:
         return self.target / self.inside
 
     def refuse(self, overwrite: bool) -> None:
+        """Raises ValueError for a target that is there, or may not be replaced."""
+        if self.among_others:
+            for output in self.outputs:
+                refuse_target(self.target / output.name, overwrite, folder=False)
+            return
         refuse_target(self.target if self.single_file else self.folder, overwrite, folder=not self.single_file)
 
     def execute(self, *, overwrite: bool = False, show_progress: bool = False, sha256: bool = False) -> None:
@@ -69,11 +75,13 @@ class Plan:
                 beside = self.target.with_name(f"{self.target.name}.{MANIFEST}")
                 beside.write_bytes(as_json(manifest))
                 return
-            with new_folder(self.folder, self.nbytes, overwrite) as folder:
+            into = files_into if self.among_others else new_folder
+            with into(self.folder, self.nbytes, overwrite) as folder:
                 for output in self.outputs:
                     (folder / output.name).parent.mkdir(parents=True, exist_ok=True)
                     output.write(folder / output.name, progress)
-                (folder / MANIFEST).write_bytes(as_json(self._manifest(folder, sha256)))
+                if not (self.among_others and (self.target / MANIFEST).exists()):  # which is about the source
+                    (folder / MANIFEST).write_bytes(as_json(self._manifest(folder, sha256)))
                 if self.pointer and not self.inside:
                     (folder / self.pointer[0]).write_text(self.pointer[1], encoding="utf-8")
             if self.pointer and self.inside:
@@ -163,7 +171,7 @@ def torch_file(name: str, tensors: Mapping[str, LazyTensor]) -> Output:
     return Output(name, nbytes, lambda path, progress: write_torch_file(path, tensors, progress))
 
 
-def split(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> list[dict[str, LazyTensor]]:
+def split_shards(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> list[dict[str, LazyTensor]]:
     """Cut into shards of at most `shard_bytes`, in order; a larger tensor gets a shard of its own."""
     shards: list[dict[str, LazyTensor]] = [{}]
     size = 0

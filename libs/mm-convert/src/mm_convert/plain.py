@@ -80,7 +80,17 @@ def run_diff(options: Diff) -> None:
 def run_convert(options: Convert) -> None:
     adapter = open_adapter(options.source, alpha=options.lora_alpha)
     if adapter:
-        carry_out(plan_adapter(adapter, options.source, options.target, options.to), adapter.notes, options)
+        inapplicable = {
+            "shard_gb": options.shard_gb,
+            "pp_layers": options.pp_layers,
+            "vit_pp_layers": options.vit_pp_layers,
+        }
+        for name, value in {**inapplicable, "tp_size": options.tp_size > 1}.items():
+            if value:
+                raise ValueError(f"{options.source} is a LoRA adapter, which has no use for --{name}")
+        carry_out(
+            plan_adapter(adapter, options.source, options.target, options.to, options.dtype), adapter.notes, options
+        )
         return
     if options.lora_alpha is not None:
         raise ValueError(f"{options.source} is no LoRA adapter, so it has no lora_alpha")

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mm_convert.store.chunks import join_chunks
-from mm_convert.store.torch_file import DTYPES, TORCH_NAMES, read_torch_file, write_archive
+from mm_convert.store.storages import DTYPES, TORCH_NAMES
+from mm_convert.store.torch_file import read_torch_file, write_archive
 from mm_convert.store.unpickle import Opaque, unpickle
 from mm_convert.tensors import Computed, LazyTensor, rows
 

@@ -54,6 +54,20 @@ def new_file(target: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
         (Path(hidden) / target.name).replace(target)
 
 
+@contextmanager
+def files_into(target: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
+    """A hidden folder in `target`, which holds other things; what is written there moves into it when the block ends.
+
+    The files move one by one, small ones last: an index never names what is not there.
+    """
+    _make_room(target / "file", nbytes)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=target) as hidden:
+        yield Path(hidden)
+        for file in sorted(Path(hidden).iterdir(), key=lambda file: -file.stat().st_size):
+            refuse_target(target / file.name, overwrite, folder=False)
+            file.replace(target / file.name)
+
+
 def _make_room(target: Path, nbytes: int) -> None:
     existing = next(parent for parent in target.parents if parent.exists())
     free = shutil.disk_usage(existing).free
