@@ -14,12 +14,13 @@ from mm_convert.store.records import Record
 from mm_convert.store.unpickle import Opaque
 from mm_convert.tensors import BITS, Computed, LazyTensor, Stored
 
-# torch's name -> the spelling of safetensors; those after the gap have none, and are only carried along
+# torch's name -> the spelling of safetensors
 DTYPES = {"bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "uint16": "U16"}
 DTYPES |= {"uint32": "U32", "uint64": "U64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 DTYPES |= {"complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0"}
 TORCH_NAMES = {spelling: name for name, spelling in DTYPES.items()}
 _BYTES = {name: BITS[spelling] // 8 for name, spelling in DTYPES.items()}
+# These have no spelling: such a tensor is seen, but can only be left out.
 _BYTES |= {"complex32": 4, "complex128": 16, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1}
 
 # Storages that know their dtype. Younger dtypes have none: their storage is untyped, and the tensor says the dtype.
