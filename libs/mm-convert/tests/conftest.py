@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mm_convert.families import VACE, WAN
+from mm_convert.families import VACE, WAN, Family
 
 BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
 
@@ -28,6 +28,27 @@ def wan_shapes(dialect: str, sizes: Mapping[str, int]) -> dict[str, tuple[int, .
     groups = {g for g, size in (("image", "image_dim"), ("image positions", "image_tokens")) if size in sizes}
     family = VACE if "control_blocks" in sizes else WAN
     return family.table.shapes(dialect, sizes, {"i": sizes["layers"], "j": sizes.get("control_blocks", 0)}, groups)
+
+
+# What all published models of a family have in common; presets say the rest.
+_WAN = dict(freq_dim=256, text_dim=4096, patch_t=1, patch_h=2, patch_w=2)
+PUBLISHED = {
+    "wan": _WAN,
+    "vace": _WAN,
+    "opensoraplan": dict(freq_dim=256, patch=2),
+    "qwen2.5-vl": dict(channels=3, pt=2, ph=14, pw=14, merged_dim=5120),
+}
+
+
+def published_shapes(family: Family, preset: str, dialect: str = "") -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a preset, in our names if not said otherwise."""
+    fields = family.presets[preset]
+    sizes = {"q_dim": fields.get("dim"), **PUBLISHED.get(family.name, {}), **fields}
+    layers = {"i": fields.get("num_layers"), "j": fields.get("vision_layers") or len(fields.get("vace_layers", ()))}
+    said = {"image": fields.get("image_dim"), "image positions": fields.get("image_tokens", 0) > 257}
+    said["untied"] = not fields.get("tied")
+    groups = {group for group, present in said.items() if present}
+    return family.table.shapes(dialect or family.table.dialects[0], sizes, layers, groups)
 
 
 def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F32") -> None:
@@ -87,6 +108,7 @@ class Toys:
     kinds = KINDS
     control = CONTROL
     shapes = staticmethod(wan_shapes)
+    published = staticmethod(published_shapes)
     write_safetensors = staticmethod(write_safetensors)
     write_checkpoint = staticmethod(write_checkpoint)
     diffusers_config = staticmethod(diffusers_config)

@@ -127,7 +127,8 @@ def _plan_folder(
         metadata.setdefault("format", "pt")  # transformers refuses files that do not say it
     stem = "model" if ours or dialect.startswith("transformers") else "diffusion_pytorch_model"
     plan.outputs = safetensors_files(stem, shards, metadata, always_index=ours)
-    plan.outputs.append(text_file("config.json", as_json(_config_json(family, config, target.to))))
+    if ours or dialect in family.write_config:  # the original VAEs and text encoders are published without
+        plan.outputs.append(text_file("config.json", as_json(_config_json(family, config, target.to))))
     plan.inside = MM_FOLDER if ours and target.beside_source else ""
     plan.among_others = target.beside_source and not ours
 

@@ -9,9 +9,22 @@ from mm_convert.families.family import Family
 from mm_convert.families.opensoraplan import OPENSORAPLAN
 from mm_convert.families.opensoraplan_vae import OPENSORAPLAN_VAE
 from mm_convert.families.qwen2_5_vl import QWEN2_5_VL
+from mm_convert.families.umt5 import UMT5
 from mm_convert.families.vace import VACE
 from mm_convert.families.wan import WAN
+from mm_convert.families.wan_vae import WAN_2_2_VAE, WAN_VAE
 
-FAMILIES: tuple[Family, ...] = (WAN, VACE, OPENSORAPLAN, OPENSORAPLAN_VAE, QWEN2_5_VL)
+FAMILIES: tuple[Family, ...] = (WAN, VACE, OPENSORAPLAN, QWEN2_5_VL, UMT5, WAN_VAE, WAN_2_2_VAE, OPENSORAPLAN_VAE)
 
-__all__ = ["FAMILIES", "OPENSORAPLAN", "OPENSORAPLAN_VAE", "QWEN2_5_VL", "VACE", "WAN", "Family"]
+__all__ = [
+    "FAMILIES",
+    "OPENSORAPLAN",
+    "OPENSORAPLAN_VAE",
+    "QWEN2_5_VL",
+    "UMT5",
+    "VACE",
+    "WAN",
+    "WAN_2_2_VAE",
+    "WAN_VAE",
+    "Family",
+]
