@@ -13,12 +13,13 @@ from mm_train.recipe import load_config
 from mm_train.train import train
 
 SMALL = {"dim": 48, "num_heads": 2, "num_layers": 2, "ffn_dim": 64, "text_tokens": 16}
+FORMS = ("first/weights", "diffusers", "original", "dcp", "mindspeed", "original.pt")
 VIDEO = {"height": 32, "width": 48, "frames": 5, "steps": 2, "guidance": 2.0}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Features, encoders, and a model trained for two steps, with its weights in three forms."""
+    """Features, encoders, and a model trained for two steps, with its weights in every form."""
     place = tmp_path_factory.mktemp("chain")
     random = torch.Generator().manual_seed(0)
     with FeatureCache(place / "features") as cache:
@@ -29,8 +30,10 @@ def place(tmp_path_factory):
         cache.finish()
     write_encoders(place / "encoders", text_dim=64)
     weights = run(place, "first", "random", "--steps", "2", "--optim.lr", "1e-2")
-    for form in ("diffusers", "original"):
+    for form in ("diffusers", "original", "dcp"):
         convert(weights, place / form, to=form)
+    convert(weights, place / "mindspeed", to="mindspeed", pp_layers=[1, 1])
+    convert(weights, place / "original.pt", to="original")
     return place
 
 
@@ -55,19 +58,16 @@ def loss(place, name):
 
 
 def test_training_starts_from_every_form_alike(place):
-    for form in ("first/weights", "diffusers", "original"):
+    for form in FORMS:
         run(place, f"from-{form.replace('/', '-')}", place / form, "--steps", "1")
-    losses = {loss(place, f"from-{form}") for form in ("first-weights", "diffusers", "original")}
+    losses = {loss(place, f"from-{form.replace('/', '-')}") for form in FORMS}
     assert len(losses) == 1
     assert losses != {loss(place, "first")}  # which began at random
 
 
 def test_every_form_generates_the_same_video(place):
-    made = [
-        load(place / form, place / "encoders")("a cat", **VIDEO) for form in ("first/weights", "diffusers", "original")
-    ]
-    assert torch.equal(made[0].latents, made[1].latents)
-    assert torch.equal(made[0].latents, made[2].latents)
+    made = [load(place / form, place / "encoders")("a cat", **VIDEO) for form in FORMS]
+    assert all(torch.equal(made[0].latents, other.latents) for other in made[1:])
 
 
 def test_a_trained_adapter_is_generated_with(place):

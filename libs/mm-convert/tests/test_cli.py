@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 import time
@@ -120,3 +122,75 @@ def test_answers_in_half_a_second(code):
         return time.perf_counter() - start
 
     assert min(once() for _ in range(5)) < 0.5
+
+
+def test_diff_says_what_differs_and_ends_with_1(run, toys, tmp_path):
+    pytest.importorskip("torch")
+    source = toys.diffusers(tmp_path / "source", files=2)
+    assert run("convert", source, tmp_path / "tree", "--to", "mindspeed", "--pp_layers", "[1,2]")[0] == 0
+    assert run("diff", source, tmp_path / "tree")[:2] == (0, f"{len(open_checkpoint(source))} tensors, all equal\n")
+    assert run("convert", source, tmp_path / "b", "--dtype", "bfloat16")[0] == 0
+    assert set(open_checkpoint(tmp_path / "b").tensors[n].dtype for n in open_checkpoint(source)) == {"BF16"}
+    code, out, _ = run("diff", source, tmp_path / "b")
+    assert code == 1
+    assert "head.modulation: F32 and BF16, largest difference" in out
+
+
+def test_sums_are_of_what_was_written(run, toys, tmp_path):
+    source = toys.diffusers(tmp_path / "source")
+    for to, file, name in (
+        ("original", "diffusion_pytorch_model.safetensors", "head.modulation"),
+        ("mindspeed", "release/mp_rank_00/model_optim_rng.pt", "model:head.modulation"),
+    ):
+        assert run("convert", source, tmp_path / to, "--to", to, "--sha256")[0] == 0
+        sums = json.loads((tmp_path / to / "mm_convert.json").read_text())["sha256"]
+        expected = hashlib.sha256(open_checkpoint(source).tensors["head.modulation"].read()).hexdigest()
+        assert sums[file][name] == expected
+
+
+def adapter(toys, folder, module, rank=2):
+    name = f"blocks.0.{module}.lora_{{}}.default.weight"
+    shapes = {name.format("A"): (rank, 24), name.format("B"): (24, rank)}
+    folder.mkdir()
+    toys.write_safetensors(folder / "adapter.safetensors", shapes, "BF16")
+    return folder / "adapter.safetensors"
+
+
+def test_an_adapter_of_mindspeed_needs_its_alpha(run, toys, tmp_path):
+    pytest.importorskip("torch")
+    base = toys.diffusers(tmp_path / "base")
+    lora = adapter(toys, tmp_path / "lora", "self_attn.proj_q")
+    merge = ["WanConverter", "merge_lora_to_base", "--cfg.source_path", base, "--cfg.lora_path", lora]
+    code, _, err = run(*merge, "--cfg.target_path", tmp_path / "merged")
+    assert code == 1
+    assert "--lora_alpha" in err
+    code, _, err = run(*merge, "--cfg.target_path", tmp_path / "merged", "--lora_rank", "8", "--lora_alpha", "4")
+    assert code == 1
+    assert "8" in err
+    assert not (tmp_path / "merged").exists()
+    code, _, err = run(*merge, "--cfg.target_path", tmp_path / "merged", "--lora_rank", "2", "--lora_alpha", "4")
+    assert code == 0
+    assert "1 weights are merged" in err
+    code, out, _ = run("diff", base, tmp_path / "merged")
+    assert code == 1
+    assert out.splitlines()[0].startswith("blocks.0.self_attn.q.weight: largest difference")
+    assert len(out.splitlines()) == 2
+
+
+def test_rank_and_alpha_travel_with_an_adapter(run, toys, tmp_path):
+    lora = adapter(toys, tmp_path / "lora", "self_attn.proj_q")
+    line = ["WanConverter", "lora_hf_to_mm", "--cfg.source_path", lora, "--cfg.target_path", tmp_path / "tree"]
+    assert run(*line, "--lora_alpha", "4", "--target_layout", "mindspeed")[0] == 0
+    assert (tmp_path / "tree/release/mp_rank_00/model_optim_rng.pt").exists()
+    for to in ("diffusers", "comfyui", "peft"):
+        line = ["WanConverter", "lora_mm_to_hf", "--cfg.source_path", tmp_path / "tree", "--cfg.target_path"]
+        assert run(*line, tmp_path / to, "--to", to)[0] == 0
+        code, out, _ = run("inspect", tmp_path / to)
+        assert code == 0
+        assert "rank, alpha    2, 4" in out
+    assert run("convert", tmp_path / "comfyui", tmp_path / "back.safetensors", "--to", "mindspeed")[0] == 1
+    assert run("convert", tmp_path / "comfyui", tmp_path / "one.safetensors", "--to", "diffusers")[0] == 0
+    assert "rank, alpha    2, 4" in run("inspect", tmp_path / "one.safetensors")[1]
+    code, _, err = run("convert", tmp_path / "comfyui", tmp_path / "x", "--tp_size", "2")
+    assert code == 1
+    assert "--tp_size" in err

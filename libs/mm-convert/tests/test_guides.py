@@ -261,9 +261,8 @@ def test_options_from_a_file_and_from_the_environment(toys, tmp_path, monkeypatc
 
 def test_a_dry_run_writes_nothing(toys, tmp_path, capsys):
     toys.diffusers(tmp_path / "s")
-    mm_convert(
-        "WanConverter hf_to_mm --cfg.source_path s --cfg.target_path t --cfg.target_layout mindspeed --pp_layers [1,2] --dry_run"
-    )
+    command = "WanConverter hf_to_mm --cfg.source_path s --cfg.target_path t --cfg.target_layout mindspeed"
+    mm_convert(f"{command} --pp_layers [1,2] --dry_run")
     said = capsys.readouterr().out
     assert "release/mp_rank_00_001/model_optim_rng.pt" in said
     assert "latest_checkpointed_iteration.txt: release" in said

@@ -28,8 +28,11 @@ def open_adapter(path: str | Path, *, alpha: float | None = None, rank: int | No
 
 
 def _manifest_metadata(source: Source) -> dict[str, str]:
-    manifest = source.folder / MANIFEST
-    return dict(read_json(manifest).get("metadata", {})) if manifest.exists() else {}
+    """Rank and alpha, which MindSpeed-MM's tree has no place for."""
+    for folder in (source.folder, source.folder.parent) if source.layout == "mindspeed" else ():
+        if (folder / MANIFEST).exists():
+            return dict(read_json(folder / MANIFEST).get("metadata", {}))
+    return {}
 
 
 def plan_adapter(adapter: Adapter, source: str | Path, target: str | Path, to: str, dtype: str | None = None) -> Plan:
@@ -43,6 +46,8 @@ def plan_adapter(adapter: Adapter, source: str | Path, target: str | Path, to: s
     about = describe(str(Path(source).resolve()), family.name, {}, f"LoRA, {adapter.format}", f"LoRA, {to}", **more)
     plan = Plan(target, [], about)
     if to == "mindspeed":
+        if target.suffix:
+            raise ValueError(f"{target}: MindSpeed-MM's adapters are folders; name one")
         assert family.cuts
         files = rank_files([tensors], Split(), family.cuts)
         plan.outputs = [Output(f"release/{name}", nbytes, write) for name, (nbytes, write) in files.items()]

@@ -14,7 +14,7 @@ from mm_convert.lora.names import is_lora
 from mm_convert.outputs import MANIFEST
 from mm_convert.source import Source, find
 from mm_convert.store import mindspeed
-from mm_convert.tensors import LazyTensor
+from mm_convert.tensors import LazyTensor, Stored
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         tensors: our name -> where its bytes are, in the order of the files.
         metadata: the free text of the safetensors headers.
         split: of a MindSpeed-MM tree, its ranks and layers per stage.
+        shards: our names by the file that holds them, where every tensor lies whole in one.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         self.files, self.folder, self.metadata, self.split = source.files, source.folder, source.metadata, source.split
         self.config, self.notes = config, notes
         self.dialect, self.family = content.dialect, content.family.name
+        self.shards = _by_file(tensors)
         self._maps: Any = None
 
     def __iter__(self) -> Iterator[str]:
@@ -73,6 +75,15 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
         self._maps = self._maps or Maps()
         return self._maps.tensor(self.tensors[name])
+
+
+def _by_file(tensors: Mapping[str, LazyTensor]) -> dict[Path, list[str]]:
+    shards: dict[Path, list[str]] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Stored):
+            return {}
+        shards.setdefault(tensor.file, []).append(name)
+    return shards
 
 
 def open_checkpoint(

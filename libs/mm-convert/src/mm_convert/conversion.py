@@ -11,7 +11,7 @@ from mm_convert.source import MM_FOLDER, TORCH_SUFFIXES
 from mm_convert.stages import Layers
 from mm_convert.store.mindspeed import TRACKER
 from mm_convert.targets import Target, split_of, target_plan
-from mm_convert.tensors import LazyTensor, Stored
+from mm_convert.tensors import LazyTensor
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what --dtype may say
 
@@ -91,7 +91,7 @@ def plan_conversion(
         target,
         to,
         split_of(content.family, pp_layers, tp_size),
-        shards=None if shard_bytes or to == "mindspeed" else _files_of(checkpoint),
+        shards=list(checkpoint.shards.values()) if checkpoint.layout in ("mm", "safetensors") else None,
         shard_bytes=shard_bytes,
         beside_source=_is_beside(target, checkpoint, to),
         metadata=_metadata(checkpoint),
@@ -117,9 +117,8 @@ def plan_like(checkpoint: Checkpoint, target: str | Path, model: Checkpoint, *, 
 
     tensors = checkpoint.tensors if dtype is None else cast_all(checkpoint.tensors, dtype)
     shards: dict[str, dict[str, LazyTensor]] = {}
-    for name, tensor in model.tensors.items():
-        assert isinstance(tensor, Stored)
-        shards.setdefault(tensor.file.name, {})[published[name]] = tensors[name]
+    for file, ours in model.shards.items():
+        shards[file.name] = {published[name]: tensors[name] for name in ours}
     wanted = Target(
         target,
         model.dialect,
@@ -157,17 +156,6 @@ def _copies(folder: Path) -> list[Output]:
         if path.is_file() and path.suffix not in weights and not path.name.startswith(".") and path.name not in skipped
     ]
     return [text_file(path.name, path.read_bytes()) for path in files if not path.name.endswith(".index.json")]
-
-
-def _files_of(checkpoint: Checkpoint) -> list[list[str]] | None:
-    """Our names grouped as the source groups them in files; None where it has other files than safetensors."""
-    if checkpoint.layout not in ("mm", "safetensors"):
-        return None
-    groups: dict[Path, list[str]] = {}
-    for name, tensor in checkpoint.tensors.items():
-        assert isinstance(tensor, Stored)
-        groups.setdefault(tensor.file, []).append(name)
-    return list(groups.values())
 
 
 def _is_beside(target: Path, checkpoint: Checkpoint, to: str) -> bool:

@@ -140,7 +140,11 @@ def as_json(content: Mapping[str, Any]) -> bytes:
 
 
 def text_file(name: str, content: bytes) -> Output:
-    return Output(name, len(content), lambda path, _: path.write_bytes(content) and None)
+    def write(path: Path, progress: Callable[[int], None]) -> None:
+        path.write_bytes(content)
+        progress(len(content))
+
+    return Output(name, len(content), write)
 
 
 def safetensors_file(name: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> Output:

@@ -93,9 +93,8 @@ def target_plan(
         file = safetensors_file(target.path.name, theirs, target.metadata) if safetensors else None
         plan.outputs, plan.single_file = [file or torch_file(target.path.name, theirs)], True
     elif to == "dcp":
-        whole = {f"model.{name}": tensor for name, tensor in theirs.items()}
-        nbytes = sum(tensor.nbytes for tensor in whole.values())
-        plan.outputs = [Output(".", nbytes, lambda path, progress: write_dcp(path, whole, progress))]
+        nbytes = sum(tensor.nbytes for tensor in theirs.values())
+        plan.outputs = [Output(".", nbytes, lambda path, progress: write_dcp(path, {"model": theirs}, progress))]
     elif to == "mindspeed":
         _plan_tree(plan, theirs, split, family, config, target.beside_source)
     else:

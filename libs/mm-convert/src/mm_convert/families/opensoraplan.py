@@ -152,7 +152,7 @@ OPENSORAPLAN = Family(
         }
     },
     cuts=Cuts(
-        ladders=(Ladder("layers", layer="videodit_blocks.", first=("",)),),
+        ladders=(Ladder("layers", "videodit_blocks.", first=("",), last=("proj_out.", "scale_shift_table")),),
         rows=(
             *(f"*atten.proj_{name}.{kind}" for name in "qkv" for kind in ("weight", "bias")),
             *(f"*.ff.net.0.proj.{kind}" for kind in ("weight", "bias")),
