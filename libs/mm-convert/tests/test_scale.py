@@ -9,6 +9,7 @@ from math import prod
 
 import pytest
 
+from mm_convert import convert
 from mm_convert.families import QWEN2_5_VL
 
 SIZES = dict(dim=2048, ffn_dim=4096, q_dim=2048, kv_dim=512, vocab_size=32768, vision_dim=1280, vision_ffn_dim=2560)
@@ -56,3 +57,22 @@ def test_memory_stays_flat(tmp_path):
         assert int(peak) < 100, (source, target, peak)
     command = [sys.executable, "-m", "mm_convert.cli", "diff", str(tmp_path / "source"), str(tmp_path / "ours")]
     assert "all equal" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("to", ["original", "mindspeed"])
+def test_a_full_disk_is_said_before_anything_is_written(to, toys, tmp_path):
+    source = toys.write_checkpoint(tmp_path / "source", toys.shapes("diffusers", toys.kinds["t2v"] | {"dim": 128}))
+    file = source / "diffusion_pytorch_model.safetensors"
+    huge = toys.shapes("diffusers", toys.kinds["t2v"] | {"dim": 128, "text_dim": 10**10})  # 5 TB of zeros, sparse
+    header, position = {}, 0
+    for name, shape in huge.items():
+        end = position + prod(shape) * 4
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(header).encode()
+    with file.open("wb") as stream:
+        stream.write(len(raw).to_bytes(8, "little") + raw)
+        stream.truncate(8 + len(raw) + position)
+    with pytest.raises(ValueError, match=r"needs 5\.12 TB, its disk has .* left"):
+        convert(source, tmp_path / "out", to)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

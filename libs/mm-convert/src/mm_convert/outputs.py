@@ -12,7 +12,7 @@ from typing import Any
 
 from mm_convert.__about__ import __version__
 from mm_convert.progress import Progress, readable_bytes
-from mm_convert.store.folder import files_into, new_file, new_folder, refuse_target
+from mm_convert.store.folder import files_into, free_space, new_file, new_folder, refuse_target
 from mm_convert.store.safetensors import read_file, write_file
 from mm_convert.store.torch_file import read_torch_file, write_torch_file
 from mm_convert.tensors import LazyTensor, chunks, pieces
@@ -115,7 +115,7 @@ class Plan:
                 f"from {source}",
                 f"to   {at} ({self.manifest['to']})",
                 *(f"  {line}" for line in lines),
-                f"disk   {readable_bytes(self.nbytes)} and headers",
+                f"disk   {readable_bytes(self.nbytes)} and headers, of {readable_bytes(free_space(at))} that are free",
                 "memory under 100 MB: bytes are moved, not tensors",
             ]
         )

@@ -69,11 +69,15 @@ def files_into(target: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
 
 
 def _make_room(target: Path, nbytes: int) -> None:
-    existing = next(parent for parent in target.parents if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(target)
     if free < nbytes:
         raise ValueError(f"{target} needs {readable_bytes(nbytes)}, its disk has {readable_bytes(free)} left")
     target.parent.mkdir(parents=True, exist_ok=True)
+
+
+def free_space(target: Path) -> int:
+    """Bytes left on the disk that a target, which need not exist, would be on."""
+    return shutil.disk_usage(next(parent for parent in target.absolute().parents if parent.exists())).free
 
 
 def refuse_target(target: Path, overwrite: bool, folder: bool = True) -> None:
