@@ -72,7 +72,9 @@ def plan_merge(
     import mm_convert.torch_tensors  # noqa: F401  # so that a missing torch is said before anything is planned
 
     base.tensors = merge(base.tensors, adapter)
-    return plan_conversion(base, target, to, pp_layers=pp_layers, dtype=dtype)
+    plan = plan_conversion(base, target, to, pp_layers=pp_layers, dtype=dtype)
+    plan.needs_torch = True
+    return plan
 
 
 def inspect_adapter(path: str | Path) -> str | None:

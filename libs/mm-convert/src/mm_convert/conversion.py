@@ -96,7 +96,9 @@ def plan_conversion(
         beside_source=_is_beside(target, checkpoint, to),
         metadata=_metadata(checkpoint),
     )
-    return target_plan(wanted, content, tensors, checkpoint.config, **_origin(checkpoint))
+    plan = target_plan(wanted, content, tensors, checkpoint.config, **_origin(checkpoint))
+    plan.needs_torch = dtype is not None or to == "dcp"
+    return plan
 
 
 def plan_like(checkpoint: Checkpoint, target: str | Path, model: Checkpoint, *, dtype: str | None = None) -> Plan:

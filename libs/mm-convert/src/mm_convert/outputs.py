@@ -46,6 +46,7 @@ class Plan:
     pointer: tuple[str, str] | None = None
     single_file: bool = False
     among_others: bool = False
+    needs_torch: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -116,7 +117,7 @@ class Plan:
                 f"to   {at} ({self.manifest['to']})",
                 *(f"  {line}" for line in lines),
                 f"disk   {readable_bytes(self.nbytes)} and headers, of {readable_bytes(free_space(at))} that are free",
-                "memory under 100 MB: bytes are moved, not tensors",
+                f"memory {'about 350 MB, most of it torch itself' if self.needs_torch else 'under 100 MB'}",
             ]
         )
 
