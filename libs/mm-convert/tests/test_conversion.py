@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from mm_convert import convert, inspect, open_checkpoint
-from mm_convert.conversion import convert_like
+from mm_convert.conversion import plan_like
 
 
 def contents(folder):
@@ -89,14 +89,14 @@ def test_diffusers_loads_what_we_write(toys, tmp_path):
 def test_like_another_model(toys, tmp_path):
     published = toys.diffusers(tmp_path / "published", "i2v", files=3)
     convert(published, tmp_path / "mm", shard_bytes=9_000)
-    convert_like(tmp_path / "mm", tmp_path / "out", published)
+    plan_like(open_checkpoint(tmp_path / "mm"), tmp_path / "out", open_checkpoint(published)).execute()
     ours, theirs = contents(tmp_path / "out"), contents(published)
     index = "diffusion_pytorch_model.safetensors.index.json"
     assert json.loads(ours.pop(index))["weight_map"] == json.loads(theirs.pop(index))["weight_map"]
     assert ours == theirs
     other = toys.diffusers(tmp_path / "other", "t2v")
     with pytest.raises(ValueError, match="is another model"):
-        convert_like(tmp_path / "mm", tmp_path / "out2", other)
+        plan_like(open_checkpoint(tmp_path / "mm"), tmp_path / "out2", open_checkpoint(other))
 
 
 def test_dropped_tensors_are_said_and_gone(toys, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 from mm_convert.checkpoint import Checkpoint, read_json
@@ -11,6 +12,7 @@ from mm_convert.outputs import MANIFEST, Output, Plan, as_json, describe, safete
 from mm_convert.source import Source, find
 from mm_convert.stages import Layers, Split
 from mm_convert.store.mindspeed import TRACKER, rank_files
+from mm_convert.store.torch_file import SUFFIXES
 
 
 def open_adapter(path: str | Path, *, alpha: float | None = None, rank: int | None = None) -> Adapter | None:
@@ -46,13 +48,16 @@ def plan_adapter(adapter: Adapter, source: str | Path, target: str | Path, to: s
     about = describe(str(Path(source).resolve()), family.name, {}, f"LoRA, {adapter.format}", f"LoRA, {to}", **more)
     plan = Plan(target, [], about)
     if to == "mindspeed":
-        if target.suffix:
+        if target.suffix in (".safetensors", *SUFFIXES):
             raise ValueError(f"{target}: MindSpeed-MM's adapters are folders; name one")
         assert family.cuts
         files = rank_files([tensors], Split(), family.cuts)
         plan.outputs = [Output(f"release/{name}", nbytes, write) for name, (nbytes, write) in files.items()]
         plan.pointer = (TRACKER, "release")
         return plan
+    if target.suffix in SUFFIXES:
+        raise ValueError(f"{target}: adapters are written as safetensors; name a folder, or a file in .safetensors")
+    plan.needs_torch = dtype is not None
     plan.single_file = target.suffix == ".safetensors"
     plan.outputs = [safetensors_file(target.name if plan.single_file else FILES[to], tensors, metadata)]
     if config and not plan.single_file:
@@ -63,17 +68,23 @@ def plan_adapter(adapter: Adapter, source: str | Path, target: str | Path, to: s
 def plan_merge(
     base: Checkpoint,
     adapter: Adapter,
+    where: Path,
     target: str | Path,
     to: str,
     pp_layers: Layers = (),
     dtype: str | None = None,
 ) -> Plan:
-    """What a base with the adapter in it would be, in the form `to`. Needs torch when it is carried out."""
+    """What a base with the adapter at `where` in it would be, in the form `to`. Needs torch to be carried out."""
     import mm_convert.torch_tensors  # noqa: F401  # so that a missing torch is said before anything is planned
 
     base.tensors = merge(base.tensors, adapter)
     plan = plan_conversion(base, target, to, pp_layers=pp_layers, dtype=dtype)
     plan.needs_torch = True
+    manifest = base.folder / MANIFEST
+    before = read_json(manifest).get("merged", []) if manifest.exists() else []
+    if before:
+        plan.notes.append(f"{base.path} has an adapter merged into it already: {before[-1]['source']}")
+    plan.manifest["merged"] = [*before, {"source": str(where), "rank": adapter.rank, "alpha": adapter.alpha}]
     return plan
 
 
@@ -96,7 +107,7 @@ def inspect_adapter(path: str | Path) -> str | None:
             "layout": source.layout,
             "modules": f"{len(adapter.modules)}",
             "rank, alpha": "; ".join(f"{rank}, {alpha:g}" for rank, alpha in sorted(strengths)),
-            "parameters": f"{sum(m.a.nbytes + m.b.nbytes for m in adapter.modules.values()):,} bytes",
+            "parameters": f"{sum(prod(t.shape) for m in adapter.modules.values() for t in (m.a, m.b)):,}",
             "base": adapter.base or "not said",
         }
     lines = [f"{key:<14} {value}" for key, value in rows.items()]

@@ -143,12 +143,14 @@ def read_config(source: Source, family: Family) -> tuple[Config, bool, Path]:
     for path in (path for path in candidates if path.exists()):
         json_ = read_json(path)
         if path.name.endswith(MANIFEST):
-            if json_.get("family") == family.name:
-                return dict(json_.get("config", {})), False, path
+            if json_.get("family") == family.name and isinstance(json_.get("config"), dict):
+                return json_["config"], False, path
         elif json_.get("format") == FORMAT:
             if json_.get("version") != VERSION:
                 raise ValueError(f"{path} has version {json_.get('version')!r}; this mm_convert reads {VERSION}")
-            return dict(json_.get("config", {})), True, path
+            if not isinstance(json_.get("config"), dict):
+                raise ValueError(f"{path} has no table config")
+            return json_["config"], True, path
         else:
             try:
                 return family.read_config(json_), False, path

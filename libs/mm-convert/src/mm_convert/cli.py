@@ -54,7 +54,7 @@ def guarded(program: str, action: Callable[[], None]) -> None:
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{program}: error: {error}")
     except KeyboardInterrupt:
-        sys.stderr.write(f"\n{program}: interrupted; nothing was written\n")
+        sys.stderr.write(f"\n{program}: interrupted; what was not finished is not there\n")
         sys.exit(130)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mm_convert.checkpoint import Checkpoint, open_checkpoint
-from mm_convert.outputs import MANIFEST, Output, Plan, index_file, safetensors_file, text_file
-from mm_convert.source import MM_FOLDER, TORCH_SUFFIXES
+from mm_convert.checkpoint import Checkpoint, open_checkpoint, read_json
+from mm_convert.outputs import MANIFEST, Output, Plan, as_json, copied_file, index_file, safetensors_file, text_file
+from mm_convert.source import TORCH_SUFFIXES
 from mm_convert.stages import Layers
 from mm_convert.store.mindspeed import TRACKER
+from mm_convert.store.safetensors import refuse_link_out
 from mm_convert.targets import Target, split_of, target_plan
 from mm_convert.tensors import LazyTensor
 
@@ -56,24 +57,6 @@ def convert(
     return checkpoint
 
 
-def convert_like(
-    source: str | Path,
-    target: str | Path,
-    like: str | Path,
-    *,
-    overwrite: bool = False,
-    show_progress: bool = False,
-) -> Checkpoint:
-    """Rewrite a checkpoint under the names, in the files and with the config.json of another, published one.
-
-    Raises ValueError, besides what `convert` raises, when the two have other tensors or shapes.
-    """
-    model = open_checkpoint(like, published=True)
-    checkpoint = open_checkpoint(source, config=model.config)
-    plan_like(checkpoint, target, model).execute(overwrite=overwrite, show_progress=show_progress)
-    return checkpoint
-
-
 def plan_conversion(
     checkpoint: Checkpoint,
     target: str | Path,
@@ -102,7 +85,10 @@ def plan_conversion(
 
 
 def plan_like(checkpoint: Checkpoint, target: str | Path, model: Checkpoint, *, dtype: str | None = None) -> Plan:
-    """What `convert_like` would write."""
+    """What gives a checkpoint the names, the files and the config.json of another, published one.
+
+    Raises ValueError when the two have other tensors or shapes.
+    """
     target = Path(target)
     if model.layout != "safetensors":
         raise ValueError(f"{model.path} holds no published safetensors files to copy the names of")
@@ -135,7 +121,11 @@ def plan_like(checkpoint: Checkpoint, target: str | Path, model: Checkpoint, *, 
         raise ValueError(f"{model.folder} has no config.json to copy")
     plan.outputs = [safetensors_file(name, contents, model.metadata) for name, contents in shards.items()]
     plan.outputs += [index_file(path.name, shards) for path in model.folder.glob("*.safetensors.index.json")]
-    plan.outputs += _copies(model.folder)
+    plan.outputs += [_config_like(model.folder / "config.json", dtype), *_copies(model.folder)]
+    plan.needs_torch = dtype is not None
+    if model.content.ignored:
+        first, reason = next(iter(model.content.ignored.items()))
+        plan.notes.append(f"{len(model.content.ignored)} tensors of {model.path} are left out ({reason}): {first}, …")
     return plan
 
 
@@ -151,23 +141,42 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
 def _copies(folder: Path) -> list[Output]:
     """What stands beside the weights on the hub: configuration, tokenizer, licence."""
     weights = (*TORCH_SUFFIXES, ".safetensors", ".msgpack", ".h5", ".onnx")
-    skipped = (MANIFEST, TRACKER)
+    skipped = (MANIFEST, TRACKER, "config.json")
     files = [
         path
         for path in sorted(folder.iterdir())
         if path.is_file() and path.suffix not in weights and not path.name.startswith(".") and path.name not in skipped
     ]
-    return [text_file(path.name, path.read_bytes()) for path in files if not path.name.endswith(".index.json")]
+    for file in files:
+        refuse_link_out(file)
+    return [copied_file(path) for path in files if not path.name.endswith(".index.json")]
+
+
+def _config_like(path: Path, dtype: str | None) -> Output:
+    """The published config.json; where the dtype changes, it says the new one, which transformers loads in."""
+    if dtype is None:
+        return text_file("config.json", path.read_bytes())
+    config = read_json(path)
+    for table in (config, *(value for value in config.values() if isinstance(value, dict))):
+        table.update({key: dtype for key in ("dtype", "torch_dtype") if key in table})
+    return text_file("config.json", as_json(config))
 
 
 def _is_beside(target: Path, checkpoint: Checkpoint, to: str) -> bool:
-    """Whether converting in place: the source is to stay, and what is made of it to stand beside it."""
-    if target.resolve() not in (checkpoint.path.resolve(), checkpoint.folder.resolve()):
-        return False
+    """Whether converting in place: the source is to stay, and what is made of it to stand beside it.
+
+    Raises ValueError for a target that holds the source otherwise, as replacing it would lose what lies around it.
+    """
+    target, folder = target.resolve(), checkpoint.folder.resolve()
+    same = target in (checkpoint.path.resolve(), folder)
     published = checkpoint.layout in ("safetensors", "torch")
-    if to in ("mm", "mindspeed"):
-        return checkpoint.folder.name != MM_FOLDER and checkpoint.layout not in ("mm", to)
-    return not published and checkpoint.layout != "mm" and to != "dcp"
+    if same and to in ("mm", "mindspeed") and not (target == folder and checkpoint.layout == "mm"):
+        return True
+    if same and to != "dcp" and (not published or folder != target) and checkpoint.layout != "mm":
+        return True
+    if target in folder.parents:
+        raise ValueError(f"{target} holds the source, {folder}; name another target")
+    return False
 
 
 def cast_all(tensors: Mapping[str, LazyTensor], dtype: str) -> dict[str, LazyTensor]:

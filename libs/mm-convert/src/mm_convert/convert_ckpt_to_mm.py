@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from mm_convert import converters
 from mm_convert.arguments import parse
+from mm_convert.checkpoint import open_checkpoint
 from mm_convert.cli import guarded
-from mm_convert.converters import Layout, TensorParallel
-from mm_convert.writing import Writing
+from mm_convert.conversion import plan_conversion
+from mm_convert.converters import Layout, plan_vae
+from mm_convert.writing import Writing, carry_out, of_family
 
 PROGRAM = "convert_ckpt_to_mm.py"
 
@@ -28,7 +29,7 @@ class ConvertCkptToMM(Writing):
     mode: Literal["split", "merge"] = "split"
     "split: from the published files, for tp_size ranks; merge: ranks into one"
     tp_size: int = 1
-    "tensor-parallel ranks of the target of split"
+    "split: tensor-parallel ranks to make; merge: those that there are, if given"
     dit_hg_weight_path: Path = Path("raw_ckpt/open-sora-plan/93x480p/diffusion_pytorch_model.safetensors")
     "split: the published transformer, a file or folder"
     dit_mm_save_path: Path = Path("ckpt/open-sora-plan-12/93x480p")
@@ -48,28 +49,32 @@ class ConvertCkptToMM(Writing):
 
 
 def run(options: ConvertCkptToMM) -> None:
-    how = {"overwrite": options.overwrite, "dry_run": options.dry_run, "sha256": options.sha256, "dtype": options.dtype}
+    to, dtype = options.target_layout, options.dtype
     if options.mode == "merge":
-        cfg = converters.ToOtherTensorParallel(
-            options.dit_mm_weight_path, options.dit_merge_save_path, options.target_layout
-        )
-        converters.resplit("opensoraplan", converters.ResplitTensorParallel(cfg=cfg, **how))
+        checkpoint = of_family(open_checkpoint(options.dit_mm_weight_path), "opensoraplan")
+        found = checkpoint.split.get("tp", options.tp_size)
+        if options.tp_size not in (1, found):
+            raise ValueError(
+                f"{options.dit_mm_weight_path} is said to be split by tp {options.tp_size}, it has {found}"
+            )
+        carry_out(plan_conversion(checkpoint, options.dit_merge_save_path, to, dtype=dtype), checkpoint.notes, options)
         return
-    if options.vae_convert and not options.vae_hg_weight_path.exists():  # before the long part
-        raise ValueError(f"{options.vae_hg_weight_path} does not exist; name it, or give --vae_convert false")
-    cfg = converters.ToMMTensorParallel(
-        options.dit_hg_weight_path, options.dit_mm_save_path, options.target_layout, TensorParallel(options.tp_size)
-    )
-    converters.hf_to_mm("opensoraplan", converters.HfToMMTensorParallel(cfg=cfg, **how))
+    transformer = of_family(open_checkpoint(options.dit_hg_weight_path, published=True), "opensoraplan")
+    plan = plan_conversion(transformer, options.dit_mm_save_path, to, tp_size=options.tp_size, dtype=dtype)
+    plan.refuse(options.overwrite)
+    if options.vae_convert:  # looked at before the long part
+        vae, vae_plan = plan_vae(options.vae_hg_weight_path, options.vae_mm_save_path, to, dtype=dtype)
+        vae_plan.refuse(options.overwrite)
+    carry_out(plan, transformer.notes, options)
     if options.vae_convert:
-        vae = converters.VaeToMM(options.vae_hg_weight_path, options.vae_mm_save_path, options.target_layout)
-        converters.vae_convert(converters.VaeConvert(cfg=vae, **how))
+        carry_out(vae_plan, vae.notes, options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     dashed = [word.partition("=") for word in argv]  # the guide's table has underscores, its command dashes
     argv = [f"--{flag[2:].replace('-', '_')}{e}{v}" if flag[:2] == "--" else flag + e + v for flag, e, v in dashed]
+    argv = [word.lower() if word in ("True", "False") else word for word in argv]  # as the guide writes its defaults
     guarded(PROGRAM, partial(run, parse(ConvertCkptToMM, argv, prog=PROGRAM)))
 
 

@@ -11,6 +11,8 @@ from typing import Literal
 
 from mm_convert.checkpoint import Checkpoint, open_checkpoint
 from mm_convert.conversion import plan_conversion, plan_like
+from mm_convert.outputs import Plan
+from mm_convert.store.torch_file import SUFFIXES
 from mm_convert.writing import Writing, carry_out, of_family
 
 Layout = Literal["mm", "mindspeed"]
@@ -225,12 +227,19 @@ def mm_to_dcp(family: str, options: MMToDcp) -> None:
 
 def vae_convert(options: VaeConvert) -> None:
     cfg = options.cfg
-    checkpoint = open_checkpoint(cfg.source_path, part="ema_state_dict" if options.use_ema_model else "state_dict")
+    vae, plan = plan_vae(cfg.source_path, cfg.target_path, cfg.target_layout, options.use_ema_model, options.dtype)
+    carry_out(plan, vae.notes, options)
+
+
+def plan_vae(
+    source: Path, target: Path, to: Layout, use_ema_model: bool = True, dtype: str | None = None
+) -> tuple[Checkpoint, Plan]:
+    """The VAE of Open-Sora-Plan 1.2, which MindSpeed-MM has as one file."""
+    checkpoint = open_checkpoint(source, part="ema_state_dict" if use_ema_model else "state_dict")
     checkpoint = of_family(checkpoint, "opensoraplan-vae")
-    target = cfg.target_path
-    if cfg.target_layout == "mindspeed" and not target.suffix:
+    if to == "mindspeed" and target.suffix not in SUFFIXES:
         target = target / "casualvae_mm.pt"
-    carry_out(plan_conversion(checkpoint, target, cfg.target_layout, dtype=options.dtype), checkpoint.notes, options)
+    return checkpoint, plan_conversion(checkpoint, target, to, dtype=dtype)
 
 
 def _split(

@@ -24,7 +24,7 @@ class BaseAndLora:
     target_path: Path
     "the folder to make"
     target_layout: Layout | None = None
-    "mm: our own files; mindspeed: MindSpeed-MM's tree; null: as the base"
+    "mm: our own files; mindspeed: MindSpeed-MM's tree; null: as the base if that is MindSpeed-MM's, else ours"
     target_parallel_config: Parallel = field(default_factory=Parallel)
 
 
@@ -78,7 +78,8 @@ def merge_lora(family: str, options: MergeLora) -> None:
     base = of_family(open_checkpoint(cfg.source_path), family)
     adapter = _adapter(cfg.lora_path, options.lora_alpha, options.lora_rank)
     to = cfg.target_layout or ("mindspeed" if base.layout == "mindspeed" else "mm")
-    plan = plan_merge(base, adapter, cfg.target_path, to, cfg.target_parallel_config.pp_layers, options.dtype)
+    where, parallel = cfg.lora_path.resolve(), cfg.target_parallel_config
+    plan = plan_merge(base, adapter, where, cfg.target_path, to, parallel.pp_layers, options.dtype)
     carry_out(plan, [*base.notes, *adapter.notes, f"{len(adapter.modules)} weights are merged"], options)
 
 

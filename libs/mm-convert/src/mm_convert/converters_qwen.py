@@ -135,7 +135,7 @@ def _agree(checkpoint: Checkpoint, said: VisionLanguageParallel) -> None:
         for name in stated.layers
         if stated.flat(name) != found["layers"][name]
     ]
-    if stated.layers and stated.tp != found["tp"]:
+    if (stated.layers or stated.tp > 1) and stated.tp != found["tp"]:
         different.append(f"tp_size {stated.tp}, it has {found['tp']}")
     if different:
         raise ValueError(f"{checkpoint.path} is said to be split by {'; '.join(different)}")

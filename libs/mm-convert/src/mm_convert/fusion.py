@@ -42,6 +42,10 @@ class Fusion:
             heights = self._heights(ours[0].height, counts)
             tops = [sum(heights[:n]) for n in range(len(heights))]
             parts = [rows(ours[0], top, top + height) for top, height in zip(tops, heights, strict=True)]
+        heights = self._heights(sum(part.height for part in parts), counts)
+        if [part.height for part in parts] != heights:
+            found = ", ".join(f"{part} {p.height}" for part, p in zip(self.parts, parts, strict=True))
+            raise ValueError(f"{self.name} is to be made of rows {found}, by its numbers of heads they are {heights}")
         groups = _count(self.groups, counts)
         if groups == 1:
             return below(parts)
@@ -73,4 +77,8 @@ class Fusion:
 
 
 def _count(name: str, counts: Counts) -> int:
+    if not name.isdecimal() and name not in counts:
+        raise ValueError(
+            f"{name} is unknown, by which tensors are fused; a config.json beside the tensors could say it"
+        )
     return int(name) if name.isdecimal() else counts[name]

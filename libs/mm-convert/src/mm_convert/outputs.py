@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,8 +13,10 @@ from typing import Any
 
 from mm_convert.__about__ import __version__
 from mm_convert.progress import Progress, readable_bytes
+from mm_convert.store.dcp import read_dcp
 from mm_convert.store.folder import files_into, free_space, new_file, new_folder, refuse_target
 from mm_convert.store.safetensors import read_file, write_file
+from mm_convert.store.torch_file import SUFFIXES as TORCH_SUFFIXES
 from mm_convert.store.torch_file import read_torch_file, write_torch_file
 from mm_convert.tensors import LazyTensor, chunks, pieces
 
@@ -59,25 +62,36 @@ class Plan:
 
     def refuse(self, overwrite: bool) -> None:
         """Raises ValueError for a target that is there, or may not be replaced."""
+        pointer = self.target / self.pointer[0] if self.pointer and self.inside else None
+        if pointer and pointer.exists() and (said := pointer.read_text().strip()) != self.pointer[1]:
+            raise ValueError(f"{pointer} says {said}: a training run's; name another target, so that it stays")
         if self.among_others:
-            for output in self.outputs:
-                refuse_target(self.target / output.name, overwrite, folder=False)
-            return
-        refuse_target(self.target if self.single_file else self.folder, overwrite, folder=not self.single_file)
+            there = [path.name for path in self.target.glob("*.safetensors*")]
+            there += [o.name for o in self.outputs if (self.target / o.name).exists()]
+            if there:
+                raise ValueError(f"{self.target / there[0]} exists, beside the source; name another target")
+        elif self.single_file:
+            refuse_target(self.target, overwrite, folder=False)
+        else:
+            refuse_target(self.folder, overwrite, replaceable=self._names())
+
+    def _names(self) -> set[str]:
+        return {output.name for output in self.outputs}
 
     def execute(self, *, overwrite: bool = False, show_progress: bool = False, sha256: bool = False) -> None:
         """Write everything; the target appears by renaming at the end."""
         self.refuse(overwrite)
+        if sha256 and self.among_others and (self.target / MANIFEST).exists():
+            raise ValueError(f"{self.target / MANIFEST} is about the source, so sums cannot be noted there")
         with self._progress(show_progress) as progress:
             if self.single_file:
                 with new_file(self.target, self.nbytes, overwrite) as path:
                     self.outputs[0].write(path, progress)
-                    manifest = self._manifest(path.parent, sha256)
-                beside = self.target.with_name(f"{self.target.name}.{MANIFEST}")
-                beside.write_bytes(as_json(manifest))
+                    beside = self.target.with_name(f"{self.target.name}.{MANIFEST}")
+                    beside.write_bytes(as_json(self._manifest(path.parent, sha256)))
                 return
-            into = files_into if self.among_others else new_folder
-            with into(self.folder, self.nbytes, overwrite) as folder:
+            replacing = new_folder(self.folder, self.nbytes, overwrite, self._names())
+            with files_into(self.target, self.nbytes) if self.among_others else replacing as folder:
                 for output in self.outputs:
                     (folder / output.name).parent.mkdir(parents=True, exist_ok=True)
                     output.write(folder / output.name, progress)
@@ -140,6 +154,14 @@ def as_json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
+def copied_file(source: Path) -> Output:
+    def write(path: Path, progress: Callable[[int], None]) -> None:
+        shutil.copyfile(source, path)
+        progress(path.stat().st_size)
+
+    return Output(source.name, source.stat().st_size, write)
+
+
 def text_file(name: str, content: bytes) -> Output:
     def write(path: Path, progress: Callable[[int], None]) -> None:
         path.write_bytes(content)
@@ -191,12 +213,14 @@ def split_shards(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> list[di
 
 def _sums(folder: Path) -> dict[str, dict[str, str]]:
     """sha256 of every tensor in every file, read back from the disk."""
+    if (folder / ".metadata").exists():
+        return {"dcp": {name: _sha256(tensor) for name, tensor in read_dcp(folder).items()}}
     sums: dict[str, dict[str, str]] = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         found: dict[str, Any] = {}
         if file.suffix == ".safetensors":
             found = dict(read_file(file)[0])
-        elif file.suffix in (".pt", ".pth"):
+        elif file.suffix in TORCH_SUFFIXES:
             content = read_torch_file(file)
             models = {k: v for k, v in content.items() if isinstance(v, Mapping)}
             found = {f"{k}:{n}": t for k, v in models.items() for n, t in v.items()} if models else content

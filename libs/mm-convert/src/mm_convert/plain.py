@@ -30,9 +30,9 @@ class Diff:
     """Say how two checkpoints differ, whatever their forms: names, shapes, dtypes, largest difference per tensor."""
 
     a: Path = field(metadata=POSITIONAL)
-    "anything that inspect reads"
+    "a whole model, in any form"
     b: Path = field(metadata=POSITIONAL)
-    "anything that inspect reads"
+    "a whole model, in any form"
 
 
 @dataclass(kw_only=True)

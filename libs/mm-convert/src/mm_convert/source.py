@@ -12,11 +12,11 @@ from mm_convert.content import known_names, recognise
 from mm_convert.store import mindspeed
 from mm_convert.store.dcp import read_dcp
 from mm_convert.store.safetensors import read_files, read_folder
+from mm_convert.store.torch_file import SUFFIXES as TORCH_SUFFIXES
 from mm_convert.store.torch_file import read_torch_file
 from mm_convert.tensors import LazyTensor
 
 MM_FOLDER = "mm"  # our files, in a folder that holds published ones too
-TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 _PREFIXES = ("module.", "model.", "predictor.", "diffusion_model.", "model.diffusion_model.", "pipe.dit.")
 _EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
 
@@ -50,24 +50,31 @@ def find(path: Path, published: bool = False, part: str = "model", prefix: str =
     prefixes = (*_PREFIXES, *([f"{prefix.rstrip('.')}."] if prefix else []))
     if path.is_file():
         return _stripped(_file(path, part), prefixes)
-    for experts in _EXPERTS:
+    made = None if published else _made(path, part)
+    for experts in () if made else _EXPERTS:
         present = [path / name for name in experts if (path / name).is_dir()]
         if len(present) == 2:
             raise ValueError(f"{path} holds two models; name one of {present[0]} (high noise) and {present[1]} (low)")
-        if present and not (path / mindspeed.TRACKER).exists():
+        if present:
             return find(present[0], published, part, prefix)
     has_safetensors = any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.safetensors.index.json"))
-    if published and has_safetensors:
-        return _stripped(_safetensors(path), prefixes)
-    made = _made(path, part)
-    if made and has_safetensors and made.folder != path:
+    has_torch = any(file.suffix in TORCH_SUFFIXES for file in path.iterdir())
+    if made and (has_safetensors or has_torch) and made.folder != path:
         made.notes.append(f"{path} also holds published files, which were not read")
+    if published and not has_safetensors and not has_torch:
+        made = _made(path, part)
+    if made is None and has_safetensors and part == "ema":
+        raise ValueError(f"{path} holds no moving average (ema), only the weights")
     return _stripped(made or (_safetensors(path) if has_safetensors else _torch_folder(path, part)), prefixes)
 
 
 def _made(path: Path, part: str) -> Source | None:
     """What a conversion or a training run has left."""
     if (path / MM_FOLDER / "config.json").exists():
+        if (path / mindspeed.TRACKER).exists():
+            raise ValueError(f"{path} holds {MM_FOLDER}/ and what {mindspeed.TRACKER} names; name one of the two")
+        if part == "ema":
+            raise ValueError(f"{path / MM_FOLDER} holds no moving average (ema), only the weights")
         return _safetensors(path / MM_FOLDER)
     folder = mindspeed.newest(path) or path
     if mindspeed.is_tree(folder):
@@ -91,6 +98,8 @@ def _safetensors(folder: Path) -> Source:
 
 
 def _file(path: Path, part: str) -> Source:
+    if path.suffix == ".safetensors" and part == "ema":
+        raise ValueError(f"{path} holds no moving average (ema), only the weights")
     if path.suffix == ".safetensors":
         tensors, metadata = read_files([path])
         return Source(dict(tensors), "safetensors", [path], path.parent, metadata)
@@ -112,11 +121,12 @@ def _state_dict(content: Any, path: Path, part: str) -> dict[str, LazyTensor]:
     """The tensors in what a torch file holds: itself, or the part of it that is known to be the model."""
     usual = ["ema_state_dict", "state_dict", "gen_model", "model"]
     wanted = {"model": usual, "ema": ["ema_model", "ema"], "state_dict": usual[1:], "ema_state_dict": usual}[part]
+    outermost = content
     while isinstance(content, Mapping):
         tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, LazyTensor)}
         inner = next((key for key in wanted if isinstance(content.get(key), Mapping) and content[key]), None)
         if inner is None:
-            if tensors:
+            if tensors and not (part == "ema" and content is outermost):
                 return tensors
             break
         content = content[inner]
@@ -152,9 +162,10 @@ def _tree(folder: Path, part: str) -> Source:
 def _stripped(source: Source, prefixes: Sequence[str]) -> Source:
     """Without a prefix that all names share and that no family knows."""
     names = list(source.tensors)
-    if len(prefixes) > len(_PREFIXES) and not all(name.startswith(prefixes[-1]) for name in names):
-        raise ValueError(f"{source.folder}: not all names begin with {prefixes[-1]}, for example {names[0]}")
     known = known_names(names)
+    unusual = prefixes[-1] if len(prefixes) > len(_PREFIXES) and known < len(names) else ""
+    if not all(name.startswith(unusual) for name in names):
+        raise ValueError(f"{source.folder}: not all names begin with {unusual}, for example {names[0]}")
     for prefix in prefixes if known < len(names) else ():
         if all(name.startswith(prefix) for name in names):
             shorter = {name.removeprefix(prefix): tensor for name, tensor in source.tensors.items()}

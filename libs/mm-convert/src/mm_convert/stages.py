@@ -60,10 +60,13 @@ class Split:
 
 
 def _nested(name: str, said: Layers) -> tuple[tuple[int, ...], ...]:
-    nested = [list(v) for v in said] if not isinstance(said[0], int) else [list(said)]  # type: ignore[arg-type]
+    lists = [isinstance(virtual, (list, tuple)) for virtual in said]
+    nested = [list(v) for v in said] if all(lists) else [list(said)]  # type: ignore[arg-type]
+    if any(type(count) is not int for virtual in nested for count in virtual):
+        raise ValueError(f"{name} {list(said)}: expected are whole numbers, or lists of them")
     if len({len(virtual) for virtual in nested}) != 1 or not nested[0]:
         raise ValueError(f"{name} {list(said)}: every virtual stage needs as many numbers as there are pipeline ranks")
-    if any(not isinstance(count, int) or count < 0 for virtual in nested for count in virtual):
+    if any(count < 0 for virtual in nested for count in virtual):
         raise ValueError(f"{name} {list(said)}: a number of layers cannot be negative")
     return tuple(tuple(virtual) for virtual in nested)
 

@@ -75,6 +75,14 @@ def target_plan(
         split = check(split, family.cuts, content.layers, config)
     elif split.layers or split.tp > 1:
         raise ValueError(f"{family.name} is not split over stages or ranks")
+    if to == "dcp" and target.is_file:
+        raise ValueError(f"{target.path}: torch DCP is a folder; name one")
+    if to == "mindspeed" and not target.is_file and not family.cuts:
+        raise ValueError(f"MindSpeed-MM has {family.name} as one file; give the target a name in .pt")
+    if split.tp > 1 and target.is_file:
+        raise ValueError(f"{target.path} is one file, which holds whole tensors; leave the tp_size out")
+    if target.shard_bytes is not None and target.shard_bytes < 1:
+        raise ValueError(f"shard_bytes is {target.shard_bytes}; a file must hold something")
     if split.stages > 1 and (target.is_file or to == "dcp"):
         raise ValueError(f"{target.path} in the form {to} is not split into stages; leave the pp_layers out")
     if target.shard_bytes and (target.is_file or to in ("mindspeed", "dcp") or split.stages > 1):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mm_convert.families.family import Config, Cuts, Family, Ladder
+from mm_convert.families.fields import is_count
 from mm_convert.fusion import Fusion
 from mm_convert.rules import Row, Table
 
@@ -117,6 +118,7 @@ def heads(shapes: Mapping[str, tuple[int, ...]], said: Config) -> Config:
     dim = shapes[_TEXT + "decoder.final_layernorm.weight"][0]
     vision_dim = shapes[_VISION + "patch_embed.proj.weight"][0]
     fused = shapes[_TEXT_LAYER.format(i=0) + "self_attention.linear_qkv.weight"][0]
+    said = {field: value for field, value in said.items() if is_count(value)}
     num_heads = said.get("num_heads") or dim // HEAD_DIM
     vision_heads = said.get("vision_heads") or vision_dim // VISION_HEAD_DIM
     if not num_heads or not vision_heads or dim % num_heads:
@@ -152,14 +154,20 @@ def complete(config: Config) -> tuple[Config, list[str]]:
         ("num_kv_heads", "kv_dim", HEAD_DIM),
         ("vision_heads", "vision_dim", VISION_HEAD_DIM),
     ):
-        if config.get(field) and config[rows] % config[field]:
-            notes.append(f"{field} is said to be {config[field]}, which does not divide {config[rows]}: it is left out")
+        said = config.get(field)
+        if field in config and not (is_count(said) and config[rows] % said == 0):
+            notes.append(f"{field} is said to be {said!r}, which does not divide {config[rows]}: it is left out")
             del config[field]
         if field not in config and config[rows] % head_dim == 0:
             config[field] = config[rows] // head_dim
             notes.append(f"{field} is {config[field]} if heads have {head_dim} channels, as in every published size")
         elif field not in config:
             notes.append(f"{field} is unknown; a config.json beside the tensors could say it")
+    heads, kv_heads = config.get("num_heads"), config.get("num_kv_heads")
+    if heads and kv_heads and config["q_dim"] // heads != config["kv_dim"] // kv_heads:
+        widths = f"{config['q_dim'] // heads} and {config['kv_dim'] // kv_heads} channels"
+        notes.append(f"num_heads {heads} and num_kv_heads {kv_heads} would have {widths}: both are left out")
+        del config["num_heads"], config["num_kv_heads"]
     return config, notes
 
 
@@ -202,15 +210,19 @@ _VISION_SPELLINGS = {
 
 def read_config(json: Mapping[str, Any]) -> Config:
     """Our fields from a config.json of Qwen2.5-VL, only those that stand in it."""
-    text = {**json, **(json.get("text_config") or {})}
-    vision = json.get("vision_config") or {}
-    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    text = {**json, **_table(json.get("text_config"))}
+    vision = _table(json.get("vision_config"))
+    rope = _table(text.get("rope_scaling")) or _table(text.get("rope_parameters"))
     found = {ours: text.get(theirs) for ours, theirs in (_TEXT_SPELLINGS | _TOKENS).items()}
     found |= {ours: vision.get(theirs) for ours, theirs in _VISION_SPELLINGS.items()}
     found["tied"] = json.get("tie_word_embeddings", found["tied"])
     found["mrope_section"] = rope.get("mrope_section")
     found["rope_theta"] = found["rope_theta"] or rope.get("rope_theta")
     return {field: value for field, value in found.items() if value is not None}
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _write_transformers(config: Config) -> Config:

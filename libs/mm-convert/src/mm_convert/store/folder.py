@@ -5,28 +5,27 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mm_convert.progress import readable_bytes
 
-# What --overwrite may replace: files of checkpoints, and what stands beside them on the hub.
-_OURS = ("*.safetensors", "*.safetensors.index.json", "config.json", "mm_convert.json", "model_optim_rng.pt")
-_OURS += ("mp_rank_*", "release", "iter_*", "latest_checkpointed_iteration.txt", ".metadata", "*.distcp")
-_OURS += ("adapter_config.json", "generation_config.json", "preprocessor_config.json", "tokenizer*.json", "vocab.json")
-_OURS += ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "README.md", "LICENSE*")
+# What --overwrite may replace without being told: whole checkpoints that can be made again, never a training run.
+_OURS = ("*.safetensors", "*.safetensors.index.json", "config.json", "mm_convert.json", "adapter_config.json")
+_OURS += ("mp_rank_*", "release", "model_optim_rng.pt", "latest_checkpointed_iteration.txt", ".metadata", "*.distcp")
+_OURS += ("mm", ".*.partial-*")
 
 
 @contextmanager
-def new_folder(target: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
+def new_folder(target: Path, nbytes: int, overwrite: bool, replaceable: Collection[str] = ()) -> Iterator[Path]:
     """A hidden folder beside `target` to write into; it takes the target's name when the block ends well.
 
     Raises ValueError, before anything is written, when the target exists (with `overwrite`: when it holds anything
     else than a checkpoint) or when the disk has fewer than `nbytes` bytes left.
     """
     target = target.resolve()
-    refuse_target(target, overwrite)
+    refuse_target(target, overwrite, replaceable=replaceable)
     _make_room(target, nbytes)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
@@ -35,7 +34,12 @@ def new_folder(target: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
         if overwrite and target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
             target.rename(old / "checkpoint")
-            folder.rename(target)
+            try:
+                folder.rename(target)
+            except BaseException:
+                (old / "checkpoint").rename(target)
+                old.rmdir()
+                raise
             shutil.rmtree(old)
         else:
             folder.rename(target)  # onto nothing, or an empty folder
@@ -55,16 +59,16 @@ def new_file(target: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def files_into(target: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
+def files_into(target: Path, nbytes: int) -> Iterator[Path]:
     """A hidden folder in `target`, which holds other things; what is written there moves into it when the block ends.
 
-    The files move one by one, small ones last: an index never names what is not there.
+    The files move one by one, an index after what it names.
     """
     _make_room(target / "file", nbytes)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=target) as hidden:
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target) as hidden:
         yield Path(hidden)
-        for file in sorted(Path(hidden).iterdir(), key=lambda file: -file.stat().st_size):
-            refuse_target(target / file.name, overwrite, folder=False)
+        for file in sorted(Path(hidden).iterdir(), key=lambda file: (file.suffix == ".json", file.name)):
+            refuse_target(target / file.name, overwrite=False, folder=False)
             file.replace(target / file.name)
 
 
@@ -80,8 +84,11 @@ def free_space(target: Path) -> int:
     return shutil.disk_usage(next(parent for parent in target.absolute().parents if parent.exists())).free
 
 
-def refuse_target(target: Path, overwrite: bool, folder: bool = True) -> None:
-    """Raises ValueError for a target that is there, or that may not be replaced."""
+def refuse_target(target: Path, overwrite: bool, folder: bool = True, replaceable: Collection[str] = ()) -> None:
+    """Raises ValueError for a target that is there, or that may not be replaced.
+
+    A folder may be replaced if it holds checkpoints alone, besides files of the names `replaceable`.
+    """
     blocked = next((parent for parent in target.parents if parent.exists() and not parent.is_dir()), None)
     if blocked:
         raise ValueError(f"{target} cannot be made: {blocked} is a file, not a folder; name another target")
@@ -90,13 +97,27 @@ def refuse_target(target: Path, overwrite: bool, folder: bool = True) -> None:
     if not overwrite:
         raise ValueError(f"{target} exists; name another target, or give --overwrite (overwrite=True) to replace it")
     if target.is_dir() != folder:
-        raise ValueError(f"{target} is a {'file' if folder else 'folder'}; remove it yourself or name another target")
-    foreign = [p.name for p in target.iterdir() if not any(p.match(ours) for ours in _OURS)] if folder else []
+        raise ValueError(f"{target} is a {'folder' if folder else 'file'}; remove it yourself or name another target")
+    if folder and any(target.glob("*.safetensors")) and any((target / made).is_dir() for made in ("release", "mm")):
+        raise ValueError(f"{target} holds published files and what was made of them; remove what you mean yourself")
+    foreign = _foreign(target, replaceable) if folder else None
     if foreign:
         raise ValueError(
-            f"{target} holds {foreign[0]}, which is no part of a checkpoint, so it is not replaced; "
-            "remove it yourself or name another target"
+            f"{target} holds {foreign.relative_to(target)}, which is no part of a checkpoint that a conversion makes, "
+            "so it is not replaced; remove it yourself or name another target"
         )
+
+
+def _foreign(folder: Path, replaceable: Collection[str]) -> Path | None:
+    """The first thing in a folder that a conversion does not make."""
+    for path in folder.iterdir():
+        if (path.name in replaceable and path.is_file()) or path.match(".*.partial-*"):
+            continue
+        if not any(path.match(ours) for ours in _OURS):
+            return path
+        if path.is_dir() and (inside := _foreign(path, ())):
+            return inside
+    return None
 
 
 def _umask() -> int:

@@ -18,6 +18,7 @@ from typing import Any
 
 from mm_convert.families.family import Config, Cuts
 from mm_convert.stages import Places, Split, join, join_stages, slice_for
+from mm_convert.store.safetensors import refuse_link_out
 from mm_convert.store.torch_file import read_torch_file, write_torch_file
 from mm_convert.tensors import LazyTensor
 
@@ -64,6 +65,8 @@ def read_ranks(folder: Path, part: str = "model") -> tuple[list[list[Stage]], li
         if key not in files or not files[key].is_file():
             where = files.get(key, f"mp_rank_{key[0]:02d}" + (f"_{key[1]:03d}" if pp > 1 else ""))
             raise ValueError(f"{folder} has ranks of tp {tp} and pp {pp}, but {where} is missing")
+    for file in files.values():
+        refuse_link_out(file, folder.parent)
     models = {key: _models(file, part) for key, file in files.items()}
     if len({len(virtual) for virtual in models.values()}) != 1:
         raise ValueError(f"{folder}: the ranks have different numbers of virtual stages")
@@ -85,6 +88,9 @@ def _models(file: Path, part: str) -> list[Stage]:
     keys.sort(key=_virtual)
     if not keys or [_virtual(key) for key in keys] not in ([-1], list(range(len(keys)))):
         raise ValueError(f"{file} holds no {part}; it holds {', '.join(map(str, list(content)[:8]))}")
+    for key in keys:
+        if not isinstance(content[key], Mapping) or not all(isinstance(name, str) for name in content[key]):
+            raise ValueError(f"{file}: its {key} is no dictionary of names and tensors")
     return [
         {
             name.removeprefix("predictor."): tensor
@@ -100,13 +106,28 @@ def _virtual(key: str) -> int:
     return int(number[0]) if number else -1
 
 
+def _join(name: str, slices: list[LazyTensor], cuts: Cuts) -> LazyTensor:
+    try:
+        whole = join(name, slices, cuts)
+    except ValueError as error:
+        raise ValueError(f"{name} differs in kind between the tensor-parallel ranks: {error}") from error
+    if whole is slices[0] and any(_beginning(other) != _beginning(whole) for other in slices[1:]):
+        raise ValueError(f"{name} should be the same on all tensor-parallel ranks, and is not: which is right?")
+    return whole
+
+
+def _beginning(tensor: LazyTensor) -> bytes:
+    """Some rows, to compare by: all of the rest would have to be read only to look at a checkpoint."""
+    return bytes(tensor.read(0, min(tensor.height, max(1, 2**16 // max(1, tensor.row_bytes)))))
+
+
 def join_ranks(ranks: list[list[Stage]], cuts: Cuts) -> tuple[Stage, dict[str, list[int]]]:
     """The whole tensors under global names, and each ladder's layers per stage.
 
     A tied tensor that is repeated on the last stage stays; raises ValueError for another that is on two stages.
     """
     stages = [
-        {name: join(name, [rank[stage][name] for rank in ranks], cuts) for name in ranks[0][stage]}
+        {name: _join(name, [rank[stage][name] for rank in ranks], cuts) for name in ranks[0][stage]}
         for stage in range(len(ranks[0]))
     ]
     return join_stages(stages, cuts)

@@ -25,6 +25,8 @@ def read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length.to_bytes(8, "little") == b"version ":
+            raise ValueError(f"{path} is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise ValueError(
                 f"{path} is truncated or not a safetensors file: it promises a header of {length:,} bytes "
@@ -138,9 +140,9 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def refuse_link_out(file: Path) -> None:
+def refuse_link_out(file: Path, folder: Path | None = None) -> None:
     """A file of a folder may be a link within it, or as in the hub's cache (snapshots/… -> blobs/…), not elsewhere."""
-    folder, real = file.parent.resolve(), file.resolve()
+    folder, real = (folder or file.parent).resolve(), file.resolve()
     cache = next((parent.parent for parent in folder.parents if parent.name == "snapshots"), folder)
     if not (real.is_relative_to(folder) or real.is_relative_to(cache / "blobs")):
         raise ValueError(f"{file} is a link to {real}, outside its folder; name that file itself if it is meant")

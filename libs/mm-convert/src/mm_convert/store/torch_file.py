@@ -19,6 +19,7 @@ from mm_convert.store.storages import CLASSES, TORCH_NAMES, TensorBuilder, conti
 from mm_convert.store.unpickle import unpickle
 from mm_convert.tensors import LazyTensor, chunks, pieces
 
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 _MAX_PICKLE = 200 * 2**20
 
 # --- reading
