@@ -54,9 +54,7 @@ def run(options: ConvertCkptToMM) -> None:
         checkpoint = of_family(open_checkpoint(options.dit_mm_weight_path), "opensoraplan")
         found = checkpoint.split.get("tp", options.tp_size)
         if options.tp_size not in (1, found):
-            raise ValueError(
-                f"{options.dit_mm_weight_path} is said to be split by tp {options.tp_size}, it has {found}"
-            )
+            raise ValueError(f"{options.dit_mm_weight_path} is said to have tp_size {options.tp_size}, it has {found}")
         carry_out(plan_conversion(checkpoint, options.dit_merge_save_path, to, dtype=dtype), checkpoint.notes, options)
         return
     transformer = of_family(open_checkpoint(options.dit_hg_weight_path, published=True), "opensoraplan")
