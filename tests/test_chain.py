@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from mm_convert import convert
+from mm_convert import convert, diff, open_checkpoint
 from mm_data import FeatureCache
 from mm_infer import load
 from mm_models.testing import write_encoders
@@ -75,3 +75,10 @@ def test_a_trained_adapter_is_generated_with(place):
     plain = load(place / "diffusers", place / "encoders")("a cat", **VIDEO)
     adapted = load(place / "diffusers", place / "encoders", lora=adapter)("a cat", **VIDEO)
     assert not torch.allclose(plain.latents, adapted.latents, rtol=1e-3)
+
+
+def test_a_run_is_opened_and_converted_as_it_is(place):
+    assert open_checkpoint(place / "first").layout == "dcp"  # the newest training checkpoint, without exporting it
+    assert not any(diff(place / "first", place / "first/weights"))
+    convert(place / "first", place / "tree-of-run", "mindspeed", pp_layers=[1, 1])
+    assert not any(diff(place / "tree-of-run", place / "diffusers"))
