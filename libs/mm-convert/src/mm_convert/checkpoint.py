@@ -62,6 +62,9 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     def __len__(self) -> int:
         return len(self.tensors)
 
+    def __contains__(self, name: object) -> bool:  # a Mapping would read the tensor to find out
+        return name in self.tensors
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape
 
