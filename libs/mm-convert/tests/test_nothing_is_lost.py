@@ -31,7 +31,12 @@ def test_published_files_survive_converting_in_place_again_and_again(to, toys, t
     assert published(folder) == before
     assert open_checkpoint(folder).layout == to
     other = "mindspeed" if to == "mm" else "mm"
-    convert(folder, folder, other)
+    for again in (open_checkpoint(folder), open_checkpoint(folder, published=True)):
+        with pytest.raises(ValueError, match="it would not be clear which is meant"):
+            plan_conversion(again, folder, other)
+    (folder / "mm").mkdir(exist_ok=True)  # by hand, both are there
+    (folder / "mm/config.json").write_text("{}")
+    (folder / "latest_checkpointed_iteration.txt").write_text("release")
     with pytest.raises(ValueError, match=r"holds mm/ and what latest_checkpointed_iteration\.txt names; name one"):
         open_checkpoint(folder)
     with pytest.raises(ValueError, match="holds published files and what was made of them"):
@@ -44,6 +49,14 @@ def test_a_repository_converted_in_place_is_opened_as_what_was_made(toys, tmp_pa
     convert(tmp_path / "R", tmp_path / "R", "mm")
     assert open_checkpoint(tmp_path / "R").layout == "mm"
     assert open_checkpoint(tmp_path / "R", published=True).dialect == "diffusers"
+
+
+def test_a_run_stays_what_is_opened(toys, tmp_path):
+    pytest.importorskip("torch")
+    convert(toys.diffusers(tmp_path / "source"), tmp_path / "run", "dcp")
+    for to in ("mm", "mindspeed", "diffusers"):
+        with pytest.raises(ValueError, match="holds dcp; with both it would not be clear"):
+            convert(tmp_path / "run", tmp_path / "run", to, overwrite=True)
 
 
 def test_training_runs_are_not_replaced(toys, tmp_path):

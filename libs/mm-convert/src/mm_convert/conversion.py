@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mm_convert.checkpoint import Checkpoint, open_checkpoint, read_json
 from mm_convert.outputs import MANIFEST, Output, Plan, as_json, copied_file, index_file, safetensors_file, text_file
-from mm_convert.source import TORCH_SUFFIXES
+from mm_convert.source import MM_FOLDER, TORCH_SUFFIXES
 from mm_convert.stages import Layers
 from mm_convert.store.mindspeed import TRACKER
 from mm_convert.store.safetensors import refuse_link_out
@@ -165,11 +165,16 @@ def _config_like(path: Path, dtype: str | None) -> Output:
 def _is_beside(target: Path, checkpoint: Checkpoint, to: str) -> bool:
     """Whether converting in place: the source is to stay, and what is made of it to stand beside it.
 
-    Raises ValueError for a target that holds the source otherwise, as replacing it would lose what lies around it.
+    Raises ValueError for a target that would then hold two things to be opened, and for one that holds the source
+    otherwise, as replacing it would lose what lies around it.
     """
     target, folder = target.resolve(), checkpoint.folder.resolve()
     same = target in (checkpoint.path.resolve(), folder)
     published = checkpoint.layout in ("safetensors", "torch")
+    other = {"mm": target / TRACKER, "mindspeed": target / MM_FOLDER}.get(to)
+    if same and (checkpoint.layout == "dcp" or (other and other.exists())):
+        holds = checkpoint.layout if checkpoint.layout == "dcp" else other
+        raise ValueError(f"{target} holds {holds}; with both it would not be clear which is meant: name another target")
     if same and to in ("mm", "mindspeed") and not (target == folder and checkpoint.layout == "mm"):
         return True
     if same and to != "dcp" and (not published or folder != target) and checkpoint.layout != "mm":
