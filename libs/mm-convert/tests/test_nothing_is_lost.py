@@ -177,3 +177,29 @@ def test_links_out_of_a_tree_or_beside_weights_are_refused(toys, tmp_path):
     rank.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="outside its folder"):
         plan_conversion(open_checkpoint(tmp_path / "tree"), tmp_path / "out")
+
+
+def test_what_a_conversion_did_not_make_is_not_overwritten(toys, tmp_path):
+    source = toys.diffusers(tmp_path / "S", files=2)
+    shard = source / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    (tmp_path / "thesis.pt").write_text("years of work")
+    run = tmp_path / "R/iter_0000500"
+    convert(source, tmp_path / "tree", "mindspeed")
+    (tmp_path / "R").mkdir()
+    (tmp_path / "tree/release").rename(run)
+    alone = toys.diffusers(tmp_path / "F") / "diffusion_pytorch_model.safetensors"
+    toys.write_safetensors(tmp_path / "F/b.safetensors", {"x": (2,)})
+    before = files(tmp_path)
+    for origin, target, said in (
+        (source, shard, "holds the source"),
+        (source, tmp_path / "thesis.pt", "may hold more than weights"),
+        (source, run, "may be of a training run"),
+        (source, run / "mp_rank_00/model_optim_rng.pt", "may hold more than weights"),
+        (alone, tmp_path / "F", "holds the source"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            convert(origin, target, "original", overwrite=True)
+    assert files(tmp_path) == before
+    convert(source, tmp_path / "made.pt", "original")
+    convert(source, tmp_path / "made.pt", "diffusers", overwrite=True)
+    assert open_checkpoint(tmp_path / "made.pt").dialect == "diffusers"

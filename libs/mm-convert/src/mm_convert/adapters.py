@@ -40,8 +40,9 @@ def _manifest_metadata(source: Source) -> dict[str, str]:
 def plan_adapter(adapter: Adapter, source: str | Path, target: str | Path, to: str, dtype: str | None = None) -> Plan:
     """What writing an adapter in a format would write: a folder, or one file for a target in .safetensors."""
     target = Path(target)
-    if target.resolve() == Path(source).resolve():
-        raise ValueError(f"{target} is the adapter itself; name another target")
+    here, there = Path(source).resolve(), target.resolve()
+    if here == there or there in here.parents or here in there.parents:
+        raise ValueError(f"{target} is the adapter itself, or holds it, or lies in it; name another target")
     tensors, metadata, config = lora_tensors(adapter, to)
     if dtype is not None:  # of the factors; alpha is no weight
         tensors |= cast_all({name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}, dtype)

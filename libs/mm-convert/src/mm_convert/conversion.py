@@ -169,7 +169,10 @@ def _is_beside(target: Path, checkpoint: Checkpoint, to: str) -> bool:
     otherwise, as replacing it would lose what lies around it.
     """
     target, folder = target.resolve(), checkpoint.folder.resolve()
-    same = target in (checkpoint.path.resolve(), folder)
+    path = checkpoint.path.resolve()
+    same = target == path or (target == folder and path.is_dir())
+    if not same and any(target == file.resolve() or target in file.resolve().parents for file in checkpoint.files):
+        raise ValueError(f"{target} holds the source, {path}; name another target")
     published = checkpoint.layout in ("safetensors", "torch")
     other = {"mm": target / TRACKER, "mindspeed": target / MM_FOLDER}.get(to)
     if same and (checkpoint.layout == "dcp" or (other and other.exists())):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -100,6 +101,11 @@ def refuse_target(target: Path, overwrite: bool, folder: bool = True, replaceabl
         raise ValueError(f"{target} is a {'folder' if folder else 'file'}; remove it yourself or name another target")
     if folder and any(target.glob("*.safetensors")) and any((target / made).is_dir() for made in ("release", "mm")):
         raise ValueError(f"{target} holds published files and what was made of them; remove what you mean yourself")
+    made = (target / "mm_convert.json" if folder else target.with_name(f"{target.name}.mm_convert.json")).exists()
+    training = re.fullmatch(r"(iter|step)[-_]\d+", target.name) or (target / ".metadata").exists()
+    if not made and (training or not folder):
+        what = "may be of a training run" if training else "may hold more than weights"
+        raise ValueError(f"{target} was not made by mm-convert and {what}; remove it yourself or name another target")
     foreign = _foreign(target, replaceable) if folder else None
     if foreign:
         raise ValueError(
