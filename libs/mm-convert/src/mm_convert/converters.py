@@ -13,7 +13,7 @@ from mm_convert.checkpoint import Checkpoint, open_checkpoint
 from mm_convert.conversion import plan_conversion, plan_like
 from mm_convert.outputs import Plan
 from mm_convert.store.torch_file import SUFFIXES
-from mm_convert.writing import Writing, carry_out, of_family
+from mm_convert.writing import Writing, carry_out, made_layout, of_family
 
 Layout = Literal["mm", "mindspeed"]
 Layers = list[int] | list[list[int]]
@@ -40,7 +40,7 @@ class ToMM:
     """Where from, where to."""
 
     source_path: Path
-    "published files, of any names; A14B: one expert's folder"
+    "published files, of any names; of two experts (A14B), the folder of one"
     target_path: Path
     "the folder to make; the same as source_path: published files stay, the others go beside them"
     target_layout: Layout = "mm"
@@ -56,15 +56,9 @@ class HfToMM(Writing):
 
 
 @dataclass
-class ToMMTensorParallel:
+class ToMMTensorParallel(ToMM):
     """Where from, where to."""
 
-    source_path: Path
-    "published files, of any names"
-    target_path: Path
-    "the folder to make; the same as source_path: published files stay, the others go beside them"
-    target_layout: Layout = "mm"
-    "mm: our own files; mindspeed: MindSpeed-MM's tree, names and slices"
     target_parallel_config: TensorParallel = field(default_factory=TensorParallel)
 
 
@@ -115,15 +109,9 @@ class Resplit(Writing):
 
 
 @dataclass
-class ToOtherTensorParallel:
+class ToOtherTensorParallel(ToOther):
     """Where from, where to."""
 
-    source_path: Path
-    "our own folder, or a MindSpeed-MM tree; however it is split"
-    target_path: Path
-    "the folder to make"
-    target_layout: Layout | None = None
-    "mm: our own files; mindspeed: MindSpeed-MM's tree; null: as the source"
     target_parallel_config: TensorParallel = field(default_factory=TensorParallel)
 
 
@@ -194,7 +182,7 @@ def hf_to_mm(family: str, options: HfToMM | HfToMMTensorParallel) -> None:
 def resplit(family: str, options: Resplit | ResplitTensorParallel) -> None:
     cfg = options.cfg
     checkpoint = of_family(open_checkpoint(cfg.source_path), family)
-    layout = cfg.target_layout or ("mindspeed" if checkpoint.layout == "mindspeed" else "mm")
+    layout = made_layout(checkpoint, cfg.target_layout)
     _split(checkpoint, cfg.target_path, layout, cfg.target_parallel_config, options)
 
 

@@ -10,7 +10,7 @@ from mm_convert.adapters import open_adapter, plan_adapter, plan_merge
 from mm_convert.checkpoint import open_checkpoint
 from mm_convert.converters import Layout, Parallel
 from mm_convert.lora import Adapter
-from mm_convert.writing import Writing, carry_out, of_family
+from mm_convert.writing import Writing, carry_out, made_layout, of_family
 
 
 @dataclass
@@ -77,7 +77,7 @@ def merge_lora(family: str, options: MergeLora) -> None:
         raise ValueError(f"LoRA rank can not be {options.lora_rank}: it is at least 1")
     base = of_family(open_checkpoint(cfg.source_path), family)
     adapter = _adapter(cfg.lora_path, options.lora_alpha, options.lora_rank)
-    to = cfg.target_layout or ("mindspeed" if base.layout == "mindspeed" else "mm")
+    to = made_layout(base, cfg.target_layout)
     where, parallel = cfg.lora_path.resolve(), cfg.target_parallel_config
     plan = plan_merge(base, adapter, where, cfg.target_path, to, parallel.pp_layers, options.dtype)
     carry_out(plan, [*base.notes, *adapter.notes, f"{len(adapter.modules)} weights are merged"], options)

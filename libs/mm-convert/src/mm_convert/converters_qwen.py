@@ -9,7 +9,7 @@ from mm_convert.checkpoint import Checkpoint, open_checkpoint
 from mm_convert.conversion import plan_conversion, plan_like
 from mm_convert.converters import Layers, Layout
 from mm_convert.stages import Split
-from mm_convert.writing import Writing, carry_out, of_family
+from mm_convert.writing import Writing, carry_out, made_layout, of_family
 
 FAMILY = "qwen2.5-vl"
 
@@ -114,7 +114,7 @@ def resplit(options: QwenResplit) -> None:
     cfg = options.cfg
     checkpoint = of_family(open_checkpoint(cfg.source_dir), FAMILY)
     _agree(checkpoint, cfg.source_parallel_config)
-    layout = cfg.target_layout or ("mindspeed" if checkpoint.layout == "mindspeed" else "mm")
+    layout = made_layout(checkpoint, cfg.target_layout)
     _split(checkpoint, cfg.target_dir, layout, cfg.target_parallel_config, options)
 
 

@@ -67,14 +67,14 @@ def run_inspect(options: Inspect) -> None:
 
 def run_diff(options: Diff) -> None:
     """Exit code 1 where the two differ."""
-    compared = list(diff(options.a, options.b))
-    differences = [difference for difference in compared if difference]
-    for difference in differences:
-        print(f"{difference.name}: {difference.what}")
-    print(
-        f"{len(compared)} tensors, {len(differences)} differ" if differences else f"{len(compared)} tensors, all equal"
-    )
-    sys.exit(1 if differences else 0)
+    compared = differing = 0
+    for difference in diff(options.a, options.b):
+        compared += 1
+        if difference:
+            differing += 1
+            print(f"{difference.name}: {difference.what}", flush=True)  # a large model takes minutes
+    print(f"{compared} tensors, " + (f"{differing} differ" if differing else "all equal"))
+    sys.exit(1 if differing else 0)
 
 
 def run_convert(options: Convert) -> None:

@@ -54,10 +54,6 @@ class Split:
         """Layers of every stage, in the order of the model."""
         return [count for virtual in self.layers[ladder] for count in virtual]
 
-    def __str__(self) -> str:
-        lists = [f"{n} {[list(v) for v in ls] if len(ls) > 1 else list(ls[0])}" for n, ls in self.layers.items()]
-        return ", ".join([f"pp {self.pp}", f"vpp {self.vpp}", f"tp {self.tp}", *lists])
-
 
 def _nested(name: str, said: Layers) -> tuple[tuple[int, ...], ...]:
     lists = [isinstance(virtual, (list, tuple)) for virtual in said]

@@ -41,3 +41,8 @@ def of_family(checkpoint: Checkpoint, family: str) -> Checkpoint:
     if checkpoint.family != family:
         raise ValueError(f"{checkpoint.path} is a checkpoint of {checkpoint.family}, not of {family}")
     return checkpoint
+
+
+def made_layout(checkpoint: Checkpoint, said: str | None) -> str:
+    """The layout that is asked for; without a word, MindSpeed-MM's for what is in it, else ours."""
+    return said or ("mindspeed" if checkpoint.layout == "mindspeed" else "mm")
