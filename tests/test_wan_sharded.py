@@ -65,11 +65,11 @@ def compare(rank: int, world: int, replicate: int, recompute: str | int, variant
         model = WanModel(single.config)
     cast_weights(model, dtype)
     model.compute_dtype = compute
-    parallelize(model, plan(model), mesh, MemoryConfig(recompute), gathered)
+    parallelize(model, plan(model), mesh, memory=MemoryConfig(recompute), dtype=gathered)
     load_parameters(model, weights(single), torch.device("cpu"))
     share = {name: tensor.chunk(world)[rank] for name, tensor in data.items()}
     loss = step(model, share, dtype)
-    finish_gradients(model)
+    finish_gradients(model, mesh)
     dist.all_reduce(loss, dist.ReduceOp.AVG)
     assert abs(loss / expected - 1) <= rtol, (loss, expected)
     assert_same_grads(gradients(model), gradients(single), rtol)
@@ -108,13 +108,14 @@ def adapters(rank: int, world: int) -> None:
         model = WanModel(single.config)
     add_lora(cast_weights(model, torch.bfloat16), lora)
     model.compute_dtype = torch.bfloat16
-    parallelize(model, plan(model), ParallelConfig().mesh("cpu"), MemoryConfig("full"), torch.bfloat16)
+    mesh = ParallelConfig().mesh("cpu")
+    parallelize(model, plan(model), mesh, memory=MemoryConfig("full"), dtype=torch.bfloat16)
     for target in (single, model):
         load_parameters(target, weights(single), torch.device("cpu"))
     data = batch(single, torch.float32)
     expected = step(single, data, torch.float32)
     loss = step(model, {name: tensor.chunk(world)[rank] for name, tensor in data.items()}, torch.float32)
-    finish_gradients(model)
+    finish_gradients(model, mesh)
     dist.all_reduce(loss, dist.ReduceOp.AVG)
     assert abs(loss / expected - 1) <= 1e-3
     want = {name: p.grad for name, p in single.named_parameters() if p.requires_grad}

@@ -23,10 +23,14 @@ def test_minus_one_takes_what_is_left(config, world, expected):
 @pytest.mark.parametrize(
     ("config", "world", "message"),
     [
-        (ParallelConfig(3), 8, r"8 ranks cannot hold dp_replicate=3 equal copies.*must divide 8 \(1, 2, 4, 8\)"),
+        (
+            ParallelConfig(3),
+            8,
+            r"8 ranks .* dp_replicate=3 = 3 ranks times dp_shard: dp_replicate must divide 8 \(1, 2, 4, 8\)",
+        ),
         (ParallelConfig(2, 2), 8, r"4 ranks, but 8 were started: start 4 ranks, or dp_shard=4 .*or dp_replicate=4"),
         (ParallelConfig(1, 3), 8, r"3 ranks, but 8 were started: start 3 ranks, or dp_shard=8"),
-        (ParallelConfig(3, 3), 8, r"9 ranks, but 8 were started: start 9 ranks; both must divide 8 \(1, 2, 4, 8\)"),
+        (ParallelConfig(3, 3), 8, r"9 ranks, but 8 were started: start 9 ranks; each must divide 8 \(1, 2, 4, 8\)"),
         (ParallelConfig(0), 8, r"dp_replicate=0: must be at least 1"),
         (ParallelConfig(-1), 8, r"dp_replicate=-1: must be at least 1"),
         (ParallelConfig(1, 0), 8, r"dp_shard=0: must be at least 1, or -1"),
@@ -54,6 +58,6 @@ def mesh_of(rank: int, world: int, replicate: int) -> tuple:
 
 
 def test_neighbours_shard_and_every_rank_has_its_own_data():
-    names = ("dp_replicate", "dp_shard")
+    names = ("pp", "dp_replicate", "dp_shard", "ring", "ulysses", "tp")
     groups = [[0, 1], [0, 1], [2, 3], [2, 3]]
-    assert spawn(4, mesh_of, 2) == [(names, (2, 2), groups[rank], (rank, 4)) for rank in range(4)]
+    assert spawn(4, mesh_of, 2) == [(names, (1, 2, 2, 1, 1, 1), groups[rank], (rank, 4)) for rank in range(4)]

@@ -40,16 +40,16 @@ def compare(rank: int, world: int, replicate: int, recompute: str | int, micro_b
     single = build(dtype, compute)
     expected = step(single, data, micro_batches * world)
     mesh = ParallelConfig(dp_replicate=replicate).mesh("cpu")
-    model = parallelize(build(dtype, compute), TinyLadder.plan, mesh, MemoryConfig(recompute), gathered)
+    model = parallelize(build(dtype, compute), TinyLadder.plan, mesh, memory=MemoryConfig(recompute), dtype=gathered)
     index, size = data_rank(mesh)
     assert (index, size) == (rank, world)
     loss = step(model, tuple(part.chunk(size)[index] for part in data), micro_batches)
-    finish_gradients(model)
+    finish_gradients(model, mesh)
     dist.all_reduce(loss, dist.ReduceOp.AVG)
     assert abs(loss / expected - 1) <= rtol, (loss, expected)
     assert set(dict(model.named_parameters())) == set(dict(single.named_parameters()))
     assert_same_grads(gradients(model), gradients(single), rtol)
-    finish_gradients(model)  # a second call changes nothing
+    finish_gradients(model, mesh)  # a second call changes nothing
     assert_same_grads(gradients(model), gradients(single), rtol)
 
 
@@ -104,12 +104,13 @@ def test_islands_stay_fp32_inside_a_bf16_forward():
 
 def collectives(rank: int, world: int, layers: int) -> dict[str, int]:
     torch.manual_seed(0)
-    model = parallelize(TinyLadder(layers), TinyLadder.plan, ParallelConfig().mesh("cpu"))
+    mesh = ParallelConfig().mesh("cpu")
+    model = parallelize(TinyLadder(layers), TinyLadder.plan, mesh)
     tokens, t, target = batch(2, torch.float32)
     with warnings.catch_warnings(), CommDebugMode() as communication:
         warnings.filterwarnings("ignore", message="Full backward hook is firing")  # CommDebugMode's own
         (model(tokens, t) - target).square().mean().backward()
-        finish_gradients(model)
+        finish_gradients(model, mesh)
     return {str(op).split(".")[-1]: count for op, count in communication.get_comm_counts().items()}
 
 
@@ -157,11 +158,12 @@ def test_ranks_with_different_weights_are_refused():
 
 
 def unused_island(rank: int, world: int) -> tuple:
-    model = parallelize(build(torch.float32), TinyLadder.plan, ParallelConfig().mesh("cpu"))
+    mesh = ParallelConfig().mesh("cpu")
+    model = parallelize(build(torch.float32), TinyLadder.plan, mesh)
     first, second, third = (block.table for block in model.blocks)
     first.grad = torch.full_like(first, 3.0) if rank == 0 else None
     second.grad = torch.full_like(second, float(rank))
-    finish_gradients(model)
+    finish_gradients(model, mesh)
     return first.grad.mean().item(), second.grad.mean().item(), third.grad
 
 
@@ -174,9 +176,9 @@ def test_one_device_needs_no_process_group():
     mesh = ParallelConfig().mesh("cpu")
     assert mesh is None
     assert data_rank(mesh) == (0, 1)
-    assert parallelize(cut, TinyLadder.plan, mesh, MemoryConfig("full")) is cut
+    assert parallelize(cut, TinyLadder.plan, mesh, memory=MemoryConfig("full")) is cut
     assert list(cut.state_dict()) == list(plain.state_dict())
     data = batch(3, torch.float64)
     assert torch.equal(step(plain, data), step(cut, data))
-    finish_gradients(cut)
+    finish_gradients(cut, None)
     assert_same_grads(gradients(cut), gradients(plain), 0.0)

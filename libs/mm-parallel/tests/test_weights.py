@@ -51,7 +51,8 @@ def from_meta(rank: int, world: int, replicate: int) -> dict[str, int]:
     source = Lazy(whole)
     with torch.device("meta"):
         model = TinyLadder()
-    parallelize(model, TinyLadder.plan, ParallelConfig(replicate).mesh("cpu"), dtype=torch.bfloat16)
+    mesh = ParallelConfig(replicate).mesh("cpu")
+    parallelize(model, TinyLadder.plan, mesh, dtype=torch.bfloat16)
     assert all(p.is_meta for p in model.parameters())
     load_parameters(model, source, CPU)
     reference = parallelize(seeded(), TinyLadder.plan, ParallelConfig(replicate).mesh("cpu"), dtype=torch.bfloat16)
@@ -64,7 +65,7 @@ def from_meta(rank: int, world: int, replicate: int) -> dict[str, int]:
     out = model(*inputs)
     assert torch.equal(out, reference(*inputs))
     out.sum().backward()
-    finish_gradients(model)
+    finish_gradients(model, mesh)
     torch.optim.SGD(model.parameters(), 0.1).step()
     assert not torch.equal(model(*inputs), out)
     return source.rows
@@ -133,7 +134,7 @@ def trained(seed: int) -> tuple[TinyLadder, torch.optim.Optimizer]:
     optimizer = torch.optim.AdamW(model.parameters(), 0.1)
     generator = torch.Generator().manual_seed(3)
     model(torch.randn(2, 4, 5, generator=generator), torch.randn(2, 3, generator=generator)).sum().backward()
-    finish_gradients(model)
+    finish_gradients(model, mesh)
     optimizer.step()
     return model, optimizer
 

@@ -104,9 +104,9 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
         add_lora(model, LoRAConfig(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets))
     check_space(model, config)
     if continuing and not config.lora.rank:
-        return parallelize(model, plan(model), mesh, config.memory, dtype).to_empty(device=device).train()
+        return parallelize(model, plan(model), mesh, config.parallel, config.memory, dtype).to_empty(device=device).train()
     source = Start(config, model)
-    parallelize(model, plan(model), mesh, config.memory, dtype)
+    parallelize(model, plan(model), mesh, config.parallel, config.memory, dtype)
     load_parameters(model, source, device)
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -112,7 +112,7 @@ def train(config: Config) -> Path:
                 loss = losses(model, micro, flow, index, noise, device)
                 (loss.mean() / micro_batches).backward()
                 own.append(loss.detach())
-            finish_gradients(model)
+            finish_gradients(model, mesh)
             norm = clip_grad_norm(model, config.optim.clip or math.inf)
             mean = total(torch.cat(own).cpu().double().sum()).item() / config.data.global_batch
 

@@ -1,4 +1,4 @@
-"""Meshes, plans and sharded data parallelism for models that are ladders."""
+"""Every way to cut a model that is a ladder, with the numbers of one device."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mm_parallel.grads import clip_grad_norm, finish_gradients
     from mm_parallel.mesh import data_rank
     from mm_parallel.order import parallelize
+    from mm_parallel.pipeline import Pipeline
     from mm_parallel.plan import Ladder, ParallelPlan
     from mm_parallel.weights import full_tensors, load_parameters
 
@@ -18,6 +19,7 @@ __all__ = [
     "MemoryConfig",
     "ParallelConfig",
     "ParallelPlan",
+    "Pipeline",
     "clip_grad_norm",
     "data_rank",
     "finish_gradients",
@@ -31,6 +33,7 @@ _HOMES = {
     "grads": ("clip_grad_norm", "finish_gradients"),
     "mesh": ("data_rank",),
     "order": ("parallelize",),
+    "pipeline": ("Pipeline",),
     "plan": ("Ladder", "ParallelPlan"),
     "weights": ("full_tensors", "load_parameters"),
 }

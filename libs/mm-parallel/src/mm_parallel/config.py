@@ -3,72 +3,187 @@
 This file imports no torch, so that a command line can be read, and a typo answered, without waiting for it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+Layers = tuple[int, ...] | tuple[tuple[int, ...], ...]
+"""Rungs of each pipeline stage: flat, or nested (outer: virtual stages, inner: ranks)."""
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the ranks are laid out.
+    """How the ranks are laid out: pp x dp_replicate x dp_shard x ring x ulysses x tp, neighbours in the last.
 
-    dp_replicate: copies of the model; each is made of dp_shard ranks. More than 1 with dp_shard > 1 is HSDP.
-    dp_shard: ranks over which one copy is sharded (FSDP); -1 takes what is left.
+    dp_replicate: copies of the model. More than 1 with dp_shard > 1 is HSDP.
+    dp_shard: ranks over which one copy is sharded (FSDP), each with samples of its own; -1 takes what is left.
+    cp: ranks that share the tokens of a sample, for short: ulysses x ring of them. What is not given of the three is
+        what fits; cp alone is Ulysses.
+    ulysses: of these, ranks that exchange tokens for heads in every attention. Any number of heads and tokens.
+    ring: of these, ranks that pass keys and values around. For more ranks than heads, and between hosts.
+    tp: ranks that share every matrix of a rung. Must divide the heads.
+    pp_layers: rungs of each pipeline stage: [8, 8, 7, 7], or [[4, 4], [4, 4]] for two virtual stages on each of two
+        ranks. Empty: no pipeline.
+    schedule: of the pipeline; zero_bubble fills the bubble with weight gradients, and cannot recompute.
+    exact: with Ulysses alone: every sum in one fixed order, so that losses and weights are the same bits for cp 1, 2
+        and 4. Slow; for verification.
     """
 
     dp_replicate: int = 1
     dp_shard: int = -1
+    cp: int | None = None
+    ulysses: int | None = None
+    ring: int | None = None
+    tp: int = 1
+    pp_layers: Layers = ()
+    schedule: Literal["1f1b", "zero_bubble"] = "1f1b"
+    exact: bool = False
+
+    @property
+    def pp(self) -> int:
+        """Pipeline ranks; 1 without a pipeline."""
+        return len(self.stages[0]) if self.pp_layers else 1
+
+    @property
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        """`pp_layers` nested: rungs by virtual stage, then by rank. Raises ValueError for a shape that is neither."""
+        nested = [isinstance(part, (list, tuple)) for part in self.pp_layers]
+        if any(nested) != all(nested):
+            raise ValueError(f"pp_layers {self.pp_layers}: give one list, or a list of lists, not a mix of the two")
+        rows = tuple(map(tuple, self.pp_layers)) if any(nested) else (tuple(self.pp_layers),)
+        if len({len(row) for row in rows}) != 1:
+            raise ValueError(f"pp_layers {self.pp_layers}: every virtual stage must name the same number of ranks")
+        if self.pp_layers and min(min(row, default=0) for row in rows) < 1:
+            raise ValueError(
+                f"pp_layers {self.pp_layers}: a stage needs at least one rung; leave the stage out instead"
+            )
+        return rows
 
     def resolve(self, world: int) -> "ParallelConfig":
-        """The same layout for `world` ranks, without -1. Raises ValueError where it does not fit."""
-        if self.dp_replicate < 1:
-            raise ValueError(f"dp_replicate={self.dp_replicate}: must be at least 1 (1 is one copy of the model)")
+        """The same layout for `world` ranks, nothing left open. Raises ValueError where it does not fit."""
+        for name in ("dp_replicate", "tp", "cp", "ulysses", "ring"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1 (1 is none of it)")
         if self.dp_shard < 1 and self.dp_shard != -1:
             raise ValueError(f"dp_shard={self.dp_shard}: must be at least 1, or -1 for what is left")
+        if self.schedule not in ("1f1b", "zero_bubble"):
+            raise ValueError(f"schedule={self.schedule!r}: there are '1f1b' and 'zero_bubble'")
+        whole = self._with_context()
+        sizes = {
+            "pp_layers": whole.pp,
+            "dp_replicate": whole.dp_replicate,
+            "dp_shard": whole.dp_shard,
+            "ring": whole.ring,
+            "ulysses": whole.ulysses,
+            "tp": whole.tp,
+        }
+        asked = {name: size for name, size in sizes.items() if size != 1 and name != "dp_shard"}
+        rest = prod(asked.values())
         if self.dp_shard == -1:
-            if world % self.dp_replicate:
+            if world % rest:
                 raise ValueError(
-                    f"{world} ranks cannot hold dp_replicate={self.dp_replicate} equal copies: "
-                    f"dp_replicate must divide {world} ({_divisors(world)})"
+                    f"{world} ranks cannot be laid out as {_product(asked)} = {rest} ranks times dp_shard: "
+                    f"{_way_out(asked, world)}, or start {-(-world // rest) * rest} ranks"
                 )
-            return ParallelConfig(self.dp_replicate, world // self.dp_replicate)
-        needed = self.dp_replicate * self.dp_shard
-        if needed != world:
+            whole = replace(whole, dp_shard=world // rest)
+        elif rest * self.dp_shard != world:
+            asked["dp_shard"] = self.dp_shard
+            needed = rest * self.dp_shard
             fits = [f"start {needed} ranks"]
-            if world % self.dp_replicate == 0:
-                fits.append(f"dp_shard={world // self.dp_replicate} (or -1: what is left)")
-            if world % self.dp_shard == 0:
-                fits.append(f"dp_replicate={world // self.dp_shard}")
+            if world % rest == 0:
+                fits.append(f"dp_shard={world // rest} (or -1: what is left)")
+            others = needed // self.dp_replicate
+            if world % others == 0 and world != others:
+                fits.append(f"dp_replicate={world // others}")
             raise ValueError(
-                f"dp_replicate={self.dp_replicate} x dp_shard={self.dp_shard} is a layout of {needed} ranks, "
-                f"but {world} were started: {', or '.join(fits)}; both must divide {world} ({_divisors(world)})"
+                f"{_product(asked)} is a layout of {needed} ranks, but {world} were started: {', or '.join(fits)}; "
+                f"each must divide {world} ({_divisors(world)})"
             )
-        return self
+        if whole.exact:
+            whole._check_exact(world)
+        return whole
+
+    def _with_context(self) -> "ParallelConfig":
+        cp, ulysses, ring = self.cp, self.ulysses, self.ring
+        if cp is None:
+            return replace(self, cp=(ulysses or 1) * (ring or 1), ulysses=ulysses or 1, ring=ring or 1)
+        if ulysses is None:
+            if cp % (ring or 1):
+                raise ValueError(f"cp={cp} cannot be ulysses x ring={ring}: ring must divide {cp} ({_divisors(cp)})")
+            ulysses = cp // (ring or 1)
+        if ring is None:
+            if cp % ulysses:
+                raise ValueError(f"cp={cp} cannot be ulysses={ulysses} x ring: must divide {cp} ({_divisors(cp)})")
+            ring = cp // ulysses
+        if ulysses * ring != cp:
+            raise ValueError(
+                f"cp={cp} is not ulysses={ulysses} x ring={ring} = {ulysses * ring}: leave one of them out"
+            )
+        return replace(self, ulysses=ulysses, ring=ring)
+
+    def _check_exact(self, world: int) -> None:
+        if world not in (1, 2, 4) or self.ulysses != world:
+            raise ValueError(
+                f"exact needs Ulysses over all of 1, 2 or 4 ranks and nothing else, not ulysses={self.ulysses} of "
+                f"{world} ranks: its sums are four chunks of tokens, added in one order"
+            )
 
     def mesh(self, device_type: str) -> "DeviceMesh | None":
-        """The mesh ("dp_replicate", "dp_shard") over all ranks; None for one process without a process group."""
-        import torch.distributed as dist
-        from torch.distributed.device_mesh import init_device_mesh
+        """The mesh of this layout over all ranks (see `mm_parallel.mesh`); None for one process without process group.
 
-        from mm_parallel.mesh import DATA_DIMS
+        Raises ValueError for a layout that does not fit the number of ranks.
+        """
+        import torch.distributed as dist
+
+        from mm_parallel.mesh import make
 
         if not dist.is_initialized():
             self.resolve(1)
             return None
-        layout = self.resolve(dist.get_world_size())
-        return init_device_mesh(device_type, (layout.dp_replicate, layout.dp_shard), mesh_dim_names=DATA_DIMS)
+        return make(self.resolve(dist.get_world_size()), device_type)
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
     """What is paid in time for memory.
 
-    recompute: "none", "full", or the first k rungs, whose activations are computed again in the backward.
+    recompute: "none", "full", "but_attention" (all but core attention is computed again in the backward), a number
+        (the first k rungs of each pipeline rank in full), or one of the words for every rung of the model.
+    but_attention: so many rungs after those of a number `recompute` recompute all but core attention.
+    offload: "attention" moves what "but_attention" keeps to the host until the backward needs it; "inputs" moves what
+        recomputed rungs keep, their input.
+    reshard: whether FSDP drops a rung's gathered weights after its forward (and gathers them again for the backward).
+    prefetch: how many rungs ahead FSDP gathers weights; 0 leaves it to FSDP (one, and one rung late).
+    offload_params: FSDP's shards, their gradients and the optimizer live on the host.
     """
 
-    recompute: Literal["none", "full"] | int = "none"
+    recompute: Literal["none", "full", "but_attention"] | int | tuple[str, ...] = "none"
+    but_attention: int = 0
+    offload: Literal["none", "attention", "inputs"] = "none"
+    reshard: bool = True
+    prefetch: int = 0
+    offload_params: bool = False
+
+
+def _product(sizes: dict[str, int]) -> str:
+    return " x ".join(f"{name}={size}" if name != "pp_layers" else f"{size} stages" for name, size in sizes.items())
+
+
+def _way_out(sizes: dict[str, int], world: int) -> str:
+    """For each size the values that would fit, the others as they are."""
+    rest, ways = prod(sizes.values()), []
+    for name, size in sizes.items():
+        others = rest // size
+        if world % others == 0:
+            fitting = _divisors(world // others)
+            ways.append(
+                f"{name} must divide {world // others} ({fitting})" if name != "pp_layers" else f"use {fitting} stages"
+            )
+    return ", or ".join(ways) or f"their product must divide {world} ({_divisors(world)})"
 
 
 def _divisors(n: int) -> str:

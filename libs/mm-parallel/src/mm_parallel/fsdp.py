@@ -15,14 +15,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from mm_parallel.mesh import DATA_DIMS
+from mm_parallel.config import MemoryConfig
+from mm_parallel.mesh import parameter_mesh
 from mm_parallel.plan import ParallelPlan
 
 
-def shard(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
-    """Shards `model` in place over the mesh's data dims: rungs and island groups, then what is left at the root.
+def shard(
+    model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, dtype: torch.dtype | None, memory: MemoryConfig
+) -> None:
+    """Shards `model` in place over the mesh's data and context dims: rungs and island groups, then the root's own.
 
     dtype: what parameters other than islands are gathered in; None gathers them as they are. Gradients are reduced in
     fp32 (fp64 for fp64 parameters). Parameters end on the mesh's device; a meta model stays meta until
@@ -31,8 +34,8 @@ def shard(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, dtype: torch.d
     # A rung hands on the tensors of the stream that it does not change, and FSDP makes these views: torch warns of
     # every ladder that whoever writes into them in place gets wrong gradients. A stream is never written in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
-    data = mesh[DATA_DIMS] if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
-    _check_same_values(model, data)
+    data = parameter_mesh(mesh)
+    check_same_values(model, data)
     islands = set(plan.islands_of(model).values())
     groups = _island_groups("", model, islands)
     replicated = islands - {parameter for group in groups.values() for parameter in group.parameters()}
@@ -41,13 +44,30 @@ def shard(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, dtype: torch.d
             parameter.data = parameter.data.to(_device_of(data))
     widest = torch.float64 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
     all_islands = {name for name, module in model.named_modules() if islands.issuperset(module.parameters())}
-    targets = {"": model} | plan.rungs_of(model) | groups
+    rungs = plan.rungs_of(model)
+    targets = {"": model} | rungs | groups
+    host = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if memory.offload_params else OffloadPolicy()
     for name in sorted(targets, key=_depth, reverse=True):  # inner groups first: fully_shard takes what is left
         gathered = None if name in all_islands else dtype
         policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=widest, cast_forward_inputs=False)
         # The root's own are dropped after a forward, too (FSDP would keep them): or else the next evaluation would not
         # see what was written to the shards in between, say an EMA's weights.
-        fully_shard(targets[name], mesh=data, mp_policy=policy, ignored_params=replicated, reshard_after_forward=True)
+        fully_shard(
+            targets[name],
+            mesh=data,
+            mp_policy=policy,
+            offload_policy=host,
+            ignored_params=replicated,
+            reshard_after_forward=memory.reshard,
+        )
+    _prefetch(list(rungs.values()), memory.prefetch)
+
+
+def _prefetch(rungs: list[nn.Module], ahead: int) -> None:
+    if ahead:
+        for i, rung in enumerate(rungs):
+            rung.set_modules_to_forward_prefetch(rungs[i + 1 : i + 1 + ahead])
+            rung.set_modules_to_backward_prefetch(rungs[max(0, i - ahead) : i][::-1])
 
 
 def _island_groups(name: str, module: nn.Module, islands: set[nn.Parameter]) -> dict[str, nn.Module]:
@@ -70,7 +90,7 @@ def _device_of(mesh: DeviceMesh) -> torch.device:
     return torch.device(mesh.device_type, torch.accelerator.current_device_index())
 
 
-def _check_same_values(model: nn.Module, mesh: DeviceMesh) -> None:
+def check_same_values(model: nn.Module, mesh: DeviceMesh) -> None:
     """Ranks that initialised with different seeds would train a patchwork of models, without any other sign."""
     named = [(name, p) for name, p in model.named_parameters() if not p.is_meta]
     if not named:

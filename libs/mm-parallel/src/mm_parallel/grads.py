@@ -1,9 +1,20 @@
 """Gradients after the backward: the rule of scaling, averaging what is replicated, the global norm.
 
-The rule, once: **every rank's loss is the mean over its samples, all ranks have equally many, and a gradient is the
-mean over the data ranks.** Then it is the gradient of the mean over the global batch, as on one device. With n
-micro-batches per step the loss is divided by n before each backward, and gradients add up. FSDP averages what it shards
-(it never needs a divide factor, which gloo could not do); `finish_gradients` averages the rest.
+The rule, once: **every rank's loss is the mean over its samples, ranks of other samples have equally many, and a
+gradient is the mean over all ranks that share the parameter's values.** Then it is the gradient of the mean over the
+global batch, as on one device:
+
+- data: the mean of the ranks' means is the mean of all.
+- context (ring x ulysses): these ranks compute the same loss, each through its own tokens. `gather` joins the tokens,
+  so each rank's loss depends on all of them; its backward keeps the own tokens' gradient, times the number of context
+  ranks. A parameter's gradient on one rank is then that number times its part, and the mean is the sum of the parts.
+- tensor: these ranks compute the same loss from the same tokens; columns, rows and norms make what is replicated
+  complete on each, so nothing is left to do.
+- pipeline: a parameter lives on one stage.
+- micro-batches: with n of them each loss is divided by n, and gradients add up.
+
+FSDP averages what it shards (it never needs a divide factor, which gloo could not do); `finish_gradients` averages the
+rest.
 """
 
 from collections import defaultdict
@@ -16,55 +27,79 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from mm_parallel.mesh import DATA_DIMS
+from mm_parallel.mesh import size
 
 
-def finish_gradients(model: nn.Module) -> None:
-    """Averages over the data ranks the gradients of what FSDP left replicated; once per step, before clipping.
+def finish_gradients(model: nn.Module, mesh: DeviceMesh | None) -> None:
+    """Averages over data and context ranks the gradients of what FSDP left replicated; once per step, before clipping.
 
-    One collective per dtype and data dim. Does nothing on one device. A parameter without gradient on some ranks counts
-    as zero there; without gradient on all, it keeps none.
+    One collective per dtype. Does nothing on one device. A parameter without gradient on some ranks counts as zero
+    there; without gradient on all, it keeps none.
     """
-    mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
     if mesh is None:
         return
-    replicated = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-    for dtype in dict.fromkeys(p.dtype for p in replicated):
-        _average([p for p in replicated if p.dtype == dtype], mesh)
+    groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
+    for parameter in model.parameters():
+        if parameter.requires_grad and not _sharded(parameter):
+            groups[parameter.dtype, parameter.device].append(parameter)
+    for parameters in groups.values():
+        _average(parameters, [mesh[dim] for dim in ("fsdp", "dp_replicate") if mesh[dim].size() > 1])
 
 
-def _average(parameters: list[nn.Parameter], mesh: DeviceMesh) -> None:
-    used = parameters[0].new_tensor([p.grad is not None for p in parameters])
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+def _sharded(parameter: nn.Parameter) -> bool:
+    """Whether FSDP has it: a parameter that only tensor parallelism cuts is replicated over all other dims."""
+    return isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names != ("tp",)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _average(parameters: list[nn.Parameter], meshes: list[DeviceMesh]) -> None:
+    used = _local(parameters[0]).new_tensor([p.grad is not None for p in parameters])
+    grads = [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in parameters]
     flat = torch.cat([used, *(grad.flatten() for grad in grads)])
-    for dim in mesh.mesh_dim_names or ():
-        if dim in DATA_DIMS:
-            dist.all_reduce(flat, group=mesh.get_group(dim))
-            flat /= mesh[dim].size()
+    for mesh in meshes:
+        dist.all_reduce(flat, group=mesh.get_group())
+        flat /= mesh.size()
     used, *means = flat.split([len(parameters), *(grad.numel() for grad in grads)])
     for parameter, grad, mean, use in zip(parameters, grads, means, used.tolist(), strict=True):
-        parameter.grad = grad.copy_(mean.view_as(grad)) if use else None
+        grad.copy_(mean.view_as(grad))
+        if use and parameter.grad is None:
+            parameter.grad = _like(parameter, grad)
 
 
-def clip_grad_norm(model: nn.Module | Iterable[Tensor], max_norm: float) -> Tensor:
+def _like(parameter: nn.Parameter, grad: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return grad
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(grad, parameter.device_mesh, parameter.placements, shape=shape, stride=stride)
+
+
+def clip_grad_norm(model: nn.Module | Iterable[Tensor], max_norm: float, mesh: DeviceMesh | None = None) -> Tensor:
     """Scales all gradients so that their global 2-norm is at most `max_norm`; returns the norm before, a plain scalar.
 
-    Parameters may be any mix of Tensors and of DTensors of several meshes; the result is that of one device. All ranks
-    call it. `max_norm=inf` only measures. A non-finite norm is returned, and gradients are then useless: look at it.
-    Raises ValueError for a `max_norm` that is not positive.
+    Parameters may be any mix of Tensors and of DTensors of several meshes; with `mesh` also of several pipeline stages.
+    The result is that of one device. All ranks call it. `max_norm=inf` only measures. A non-finite norm is returned,
+    and gradients are then useless: look at it. Raises ValueError for a `max_norm` that is not positive.
     """
     if not max_norm > 0:  # 0 would stop training in silence, less would turn every step around
         raise ValueError(f"max_norm is {max_norm}, but must be more than 0; inf does not clip")
     parameters = model.parameters() if isinstance(model, nn.Module) else model
-    groups: dict[DeviceMesh | None, list[Tensor]] = defaultdict(list)  # foreach ops refuse a mix
+    groups: dict[tuple, list[Tensor]] = defaultdict(list)  # foreach ops refuse a mix
     for parameter in parameters:
-        if parameter.grad is not None:
-            groups[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
+        if (grad := parameter.grad) is not None:
+            layout = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
+            groups[layout, grad.device].append(parameter)
     norms = [get_total_norm([p.grad for p in group]) for group in groups.values()]
-    if not norms:
-        return torch.zeros(())
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    device = norms[0].device if norms else mesh.device_type if mesh is not None else "cpu"
+    norms = [norm.to(device) for norm in norms] or [torch.zeros((), device=device)]
     total = torch.linalg.vector_norm(torch.stack(norms))
-    for group in groups.values():
-        clip_grads_with_norm_(group, max_norm, total)
+    if size(mesh, "pp") > 1:
+        square = total.square()
+        dist.all_reduce(square, group=mesh.get_group("pp"))
+        total = square.sqrt()
+    for (_, where), group in groups.items():
+        clip_grads_with_norm_(group, max_norm, total.to(where))
     return total

@@ -1,4 +1,7 @@
-"""The order in which a model is cut, stated once: recompute, then fsdp."""
+"""The order in which a model is cut, stated once: tensor, context, recompute and offload, fsdp.
+
+A pipeline comes before all of it: see `mm_parallel.pipeline`.
+"""
 
 from typing import TypeVar
 
@@ -6,8 +9,10 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from mm_parallel.config import MemoryConfig
+from mm_parallel import context, tensor
+from mm_parallel.config import MemoryConfig, ParallelConfig
 from mm_parallel.fsdp import shard
+from mm_parallel.mesh import parameter_mesh, size
 from mm_parallel.plan import ParallelPlan
 from mm_parallel.recompute import recompute
 
@@ -18,18 +23,40 @@ def parallelize(
     model: Model,
     plan: ParallelPlan,
     mesh: DeviceMesh | None = None,
+    parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
     memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
     dtype: torch.dtype | None = None,
 ) -> Model:
-    """Cuts `model` in place as `plan` allows and `mesh` (of `ParallelConfig.mesh`) asks; returns it.
+    """Cuts `model` in place as `plan` allows and `mesh = parallel.mesh(…)` says; returns it.
 
     Parameter names do not change, and neither do loss and gradients, up to rounding. With one rank (mesh None or of
     size 1) nothing is sharded and no process group is needed. Parameters are the optimizer's masters, usually fp32;
     `dtype` is what they are gathered in for the forward, islands of the plan excepted. The model itself must cast its
     weights to the dtype it computes in, so that it does the same unsharded. Call before making the optimizer.
+
+    Raises ValueError for what the plan or the sizes of the model do not allow, and for a layout with a pipeline: that
+    is made by `Pipeline`.
     """
-    plan.islands_of(model)  # a misspelt pattern is an error on one rank, too
-    recompute(model, plan, memory.recompute)
-    if mesh is not None and mesh.size() > 1:
-        shard(model, plan, mesh, dtype)
+    if size(mesh, "pp") > 1:
+        raise ValueError(f"pp_layers {parallel.pp_layers}: a model is cut into stages by mm_parallel.Pipeline")
+    plan.check(model)
+    cut(model, plan, mesh, parallel, memory, dtype)
     return model
+
+
+def cut(
+    model: nn.Module,
+    plan: ParallelPlan,
+    mesh: DeviceMesh | None,
+    parallel: ParallelConfig,
+    memory: MemoryConfig,
+    dtype: torch.dtype | None,
+) -> None:
+    """All but the pipeline; `model` may be some stages of one, and `plan` what is left of the plan there."""
+    if size(mesh, "tp") > 1:
+        tensor.cut(model, plan, mesh)
+    if size(mesh, "cp") > 1 or parallel.exact:
+        context.cut(model, plan, mesh, parallel.exact)
+    recompute(model, plan, memory)
+    if mesh is not None and parameter_mesh(mesh).size() > 1:
+        shard(model, plan, mesh, dtype, memory)

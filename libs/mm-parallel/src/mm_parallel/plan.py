@@ -1,7 +1,7 @@
 """What a model family says about itself, as data, so that `parallelize` can cut it without knowing it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
@@ -12,36 +12,88 @@ from torch import Tensor, nn
 class Ladder(Protocol):
     """A network that is climbed: `head(layer(n-1, … layer(0, stem(…))))`.
 
-    The stream is a NamedTuple of tensors that travel up. Stem and head are methods, not submodules, so that parameter
-    names stay the published ones; `layers` are the rungs' modules in the order in which they are climbed.
+    The stream is a NamedTuple of what travels up: tensors, and facts that are the same for every rank (numbers, tuples
+    of numbers). A layer returns a stream of the same shapes, and writes into none. Stem and head are methods, not
+    submodules, so that parameter names stay the published ones; `layers` are the rungs' modules in the order in which
+    they are climbed.
+
+    To have its tokens cut over ranks, a ladder calls three seams, attributes named in its plan:
+
+        split(stream) -> stream                 last in the stem; by default it returns the stream
+        core(q, k, v, tokens) -> out            every attention between tokens; q, k, v, out are B L H h
+        gather(x, tokens) -> x                  in the head: B L … of this rank's tokens -> B L … of all
+
+    where `tokens` is the number of tokens of the whole sequence.
     """
 
     @property
     def layers(self) -> Sequence[nn.Module]: ...
-    def stem(self, *batch: Any) -> Any: ...
+    def stem(self, *batch: Any, **named: Any) -> Any: ...
     def layer(self, i: int, stream: Any) -> Any: ...
     def head(self, stream: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """How a model may be cut.
+    """How a model may be cut. What is left empty it cannot be.
 
     rungs: patterns of module names, one dot-separated part at a time: `blocks.*` is `blocks.0`, `blocks.1`, … and not
-        `blocks.0.norm`. One rung is the unit of sharding and of recompute.
+        `blocks.0.norm`. One rung is the unit of sharding, of recompute and of pipeline stages.
     fp32: patterns of parameter names that stay in fp32 when the rest computes in a lower dtype (*islands*). Here `*`
         crosses dots: `*.modulation`.
+    last: modules and parameters at the root that only `head` uses: a pipeline keeps them on its last stage, the rungs
+        where they belong, and everything else on the first.
+    tokens: fields of the stream that hold tokens, with the dim in which; the first counts them. A field of size 1
+        there is the same for all tokens, and stays whole.
+    causal: whether tokens attend to earlier ones only (a ring then deals them out so that all ranks work alike).
+    split, core, gather: where the three seams are (see `Ladder`).
+    heads: attention heads; the ranks of tensor parallelism must divide them.
+    columns: patterns of linears whose rows of the weight (columns of the output) are cut over tensor-parallel ranks;
+        what they compute is local until a linear of `rows`, whose outputs are summed.
+    rows: patterns of linears that take what `columns` make.
+    norms: patterns of RMSNorms over all heads between the two, whose mean of squares is taken over the ranks.
 
     A pattern that matches nothing is an error, because a misspelt island would silently be rounded.
     """
 
     rungs: tuple[str, ...]
     fp32: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    causal: bool = False
+    split: str = "split"
+    core: str = "core"
+    gather: str = "gather"
+    heads: int = 0
+    columns: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+
+    def on(self, model: nn.Module) -> "ParallelPlan":
+        """The plan of a part of its model: without the patterns that mean nothing that is there."""
+        modules, parameters = (
+            [name for name, _ in model.named_modules()],
+            [name for name, _ in model.named_parameters()],
+        )
+        kept = {"fp32": tuple(p for p in self.fp32 if any(fnmatchcase(name, p) for name in parameters))}
+        for kind in ("rungs", "columns", "rows", "norms"):
+            kept[kind] = tuple(p for p in getattr(self, kind) if any(_match_parts(name, p) for name in modules))
+        return replace(self, **kept)
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError for a pattern that means nothing in the whole model."""
+        self.islands_of(model)
+        for kind in ("rungs", "columns", "rows", "norms"):
+            self.modules_of(model, kind)
 
     def rungs_of(self, model: nn.Module) -> dict[str, nn.Module]:
         """The rungs by name, in the order of `model.named_modules()`. Raises ValueError for a pattern without match."""
+        return self.modules_of(model, "rungs")
+
+    def modules_of(self, model: nn.Module, kind: str) -> dict[str, nn.Module]:
+        """The modules by name that the patterns of a field mean: `rungs`, `columns`, `rows` or `norms`."""
         modules = dict(model.named_modules())
-        found = _matching(self.rungs, list(modules), _match_parts, "rungs", "module")
+        found = _matching(getattr(self, kind), list(modules), _match_parts, kind, "module")
         return {name: modules[name] for name in found}
 
     def islands_of(self, model: nn.Module) -> dict[str, nn.Parameter]:

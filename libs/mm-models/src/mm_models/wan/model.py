@@ -9,14 +9,18 @@ Three seams do nothing here and let others cut the tokens over devices:
 
     model.split        Stream -> Stream, last thing in the stem: keep this rank's part of dim 1 of x, rope (and mod, if
                        there is one per token)
-    model.core         (q, k, v: B L H h) -> B L H h, the self-attention between tokens
-    model.head.gather  (B L C) -> (B L C), before tokens become a video again: join what `split` cut
+    model.core         (q, k, v: B L H h, tokens) -> B L H h, the self-attention between tokens
+    model.head.gather  (B L C, tokens) -> (B L C), before tokens become a video again: join what `split` cut
+
+`tokens` is the length of the whole sequence. Linears of q, k, v and the first of the feed-forward may give a part of
+their columns (some heads), if those after them take it: no number of heads is written into the code.
 
 Precision: linears and attention run in `model.compute_dtype` (None: the dtype of the patch embedding's weight). Time
 embedding, modulation, norms, rotary positions, gates and the residual stream are at least float32 at all times.
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -41,15 +45,20 @@ class Stream(NamedTuple):
     grid: tuple[int, int, int]  # tokens per axis of the whole video, needed to put it together again
 
 
-def identity(x):
+def identity(x, *_):
     """A seam that nobody uses."""
     return x
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
+    """Attention on one device, where all tokens are."""
+    return attention(q, k, v)
 
 
 class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
         self.q = Linear(dim, dim)
         self.k = Linear(dim, dim)
         self.v = Linear(dim, dim)
@@ -58,12 +67,12 @@ class SelfAttention(nn.Module):
         self.norm_k = RMSNorm(dim, eps)
 
     def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1))  # B L D -> B L H h
+        return x.unflatten(-1, (-1, self.head_dim))  # B L D -> B L H h
 
-    def forward(self, x: Tensor, rope: Tensor, core: Callable) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, core: Callable, tokens: int) -> Tensor:
         q = rotate(self.heads(self.norm_q(self.q(x))), rope)
         k = rotate(self.heads(self.norm_k(self.k(x))), rope)
-        return self.o(core(q, k, self.heads(self.v(x))).flatten(2))
+        return self.o(core(q, k, self.heads(self.v(x)), tokens).flatten(2))
 
 
 class CrossAttention(SelfAttention):
@@ -104,12 +113,12 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(Linear(dim, config.ffn_dim), nn.GELU("tanh"), Linear(config.ffn_dim, dim))
 
     def forward(self, stream: Stream, core: Callable) -> Stream:
-        x, rope, mod, text, _ = stream
+        x, rope, mod, text, grid = stream
         modulation = wide(self.modulation) + mod[:, :, :6]  # B 1|L 6 D
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)
 
         y = modulate(self.norm1, x, shift1, scale1)
-        x = torch.addcmul(x, gate1, self.self_attn(y.to(text.dtype), rope, core))
+        x = torch.addcmul(x, gate1, self.self_attn(y.to(text.dtype), rope, core, prod(grid)))
         x = x + self.cross_attn(self.norm3(x).to(text.dtype), text)
         y = modulate(self.norm2, x, shift2, scale2)
         x = torch.addcmul(x, gate2, self.ffn(y.to(text.dtype)))
@@ -126,13 +135,13 @@ class Head(nn.Module):
         self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.head = Linear(config.dim, patch * config.out_channels)
         self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
-        self.gather: Callable[[Tensor], Tensor] = identity
+        self.gather: Callable[[Tensor, int], Tensor] = identity
 
     def forward(self, stream: Stream) -> Tensor:
         (f, h, w), (p, q, r) = stream.grid, self.patch_size
         shift, scale = (wide(self.modulation) + stream.mod[:, :, 6:]).unbind(2)
         y = modulate(self.norm, stream.x, shift, scale)
-        tokens = self.gather(self.head(y.to(stream.text.dtype)))
+        tokens = self.gather(self.head(y.to(stream.text.dtype)), f * h * w)
         return rearrange(wide(tokens), "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r)
 
 
@@ -157,7 +166,7 @@ class WanModel(nn.Module):
 
         self.compute_dtype: torch.dtype | None = None
         self.split: Callable[[Stream], Stream] = identity
-        self.core: Callable[[Tensor, Tensor, Tensor], Tensor] = attention
+        self.core: Callable[[Tensor, Tensor, Tensor, int], Tensor] = plain
 
     @property
     def layers(self) -> nn.ModuleList:

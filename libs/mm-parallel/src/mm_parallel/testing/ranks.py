@@ -1,4 +1,4 @@
-"""Running a function on several ranks of this machine, and a model to run: for our tests and for those of others."""
+"""Running a function on several ranks of this machine."""
 
 import faulthandler
 import importlib
@@ -14,17 +14,13 @@ import tempfile
 import time
 import traceback
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-
-from mm_parallel.plan import ParallelPlan
 
 # Imported once, in the server from which ranks are forked; _dynamo because the first collective imports it.
 _PRELOAD = [
@@ -133,86 +129,3 @@ def _find(module_name: str, path: str, qualname: str) -> Callable[..., Any]:
             sys.modules[module_name] = module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
     return getattr(sys.modules[module_name], qualname)
-
-
-class Stream(NamedTuple):
-    """What travels up `TinyLadder`: x B L D, and mod B 2 D in fp32."""
-
-    x: Tensor
-    mod: Tensor
-
-
-class TinyLadder(nn.Module):
-    """A toy with what real ladders have: islands of each kind, sizes that no world size divides, a compute dtype.
-
-    Called as `model(tokens, t) -> y` with tokens B L 5, t B 3 and y B L 5. A block's `read` are the dtypes of its
-    parameters as its last forward found them.
-    """
-
-    plan = ParallelPlan(rungs=("blocks.*",), fp32=("time.*", "*.norm.weight", "*.table"))
-
-    def __init__(self, layers: int = 3, compute_dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.compute_dtype = compute_dtype
-        self.embed = nn.Linear(5, 7)
-        self.time = nn.Sequential(nn.Linear(3, 9), nn.SiLU(), nn.Linear(9, 14))  # an island of matrices: own group
-        self.blocks = nn.ModuleList(TinyBlock(7) for _ in range(layers))
-        self.out = nn.Linear(7, 5)
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        return self.blocks
-
-    def stem(self, tokens: Tensor, t: Tensor) -> Stream:
-        x = _linear(self.embed, tokens.to(self.compute_dtype or tokens.dtype))
-        return Stream(x.to(t.dtype), self.time(t).unflatten(1, (2, 7)))  # the residual stream is an island as well
-
-    def layer(self, i: int, stream: Stream) -> Stream:
-        return self.blocks[i](stream, self.compute_dtype)
-
-    def head(self, stream: Stream) -> Tensor:
-        return _linear(self.out, stream.x.to(self.compute_dtype or stream.x.dtype)).to(stream.x.dtype)
-
-    def forward(self, tokens: Tensor, t: Tensor) -> Tensor:
-        stream = self.stem(tokens, t)
-        for i in range(len(self.blocks)):
-            stream = self.layer(i, stream)
-        return self.head(stream)
-
-
-class TinyBlock(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)  # an island beside matrices: replicated
-        self.norm = nn.LayerNorm(dim, bias=False)
-        self.up, self.down = nn.Linear(dim, 11), nn.Linear(11, dim)
-        self.read: dict[str, torch.dtype] = {}
-
-    def forward(self, stream: Stream, dtype: torch.dtype | None) -> Stream:
-        self.read = {name: p.dtype for name, p in self.named_parameters()}
-        shift, gate = (self.table + stream.mod).unbind(1)
-        y = self.norm(stream.x) + shift[:, None]
-        y = _linear(self.down, torch.nn.functional.gelu(_linear(self.up, y.to(dtype or y.dtype))))
-        return stream._replace(x=stream.x + gate[:, None] * y.to(stream.x.dtype))
-
-
-def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    return nn.functional.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter's whole gradient by name (all ranks call it). Raises AssertionError where there is none."""
-    whole = {}
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, f"{name} has no gradient"
-        grad = parameter.grad
-        whole[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
-    return whole
-
-
-def assert_same_grads(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], rtol: float) -> None:
-    """Compares gradients by name: |actual - expected| <= rtol |expected| in the 2-norm of each tensor."""
-    assert set(actual) == set(expected), f"different names: {sorted(set(actual) ^ set(expected))}"
-    for name, want in expected.items():
-        error, size = torch.linalg.vector_norm(actual[name] - want).item(), torch.linalg.vector_norm(want).item()
-        assert error <= rtol * size, f"gradient of {name}: error {error:.2e} is over {rtol:.0e} of {size:.2e}"

@@ -1,0 +1,126 @@
+"""A toy that has what real ladders have."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm_parallel.plan import ParallelPlan
+
+HEADS, HEAD_DIM = 4, 3
+DIM = HEADS * HEAD_DIM
+
+
+class Stream(NamedTuple):
+    """What travels up `TinyLadder`."""
+
+    x: Tensor  # B L D
+    place: Tensor  # L D, a position for every token
+    mod: Tensor  # B 2 D, in fp32
+    text: Tensor  # B 2 D, the same for all tokens
+    tokens: int  # L of the whole sequence
+
+
+def identity(x, *_):
+    """A seam that nobody uses."""
+    return x
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
+    """Softmax attention on B L H h."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+class Linear(nn.Linear):
+    """In the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.RMSNorm):
+    """In the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class TinyLadder(nn.Module):
+    """Islands of each kind, sizes that no world size divides, 4 heads with norms over all of them, a compute dtype.
+
+    Called as `model(tokens, t) -> y` with tokens B L 5, t B 3 and y B L 5. A block's `read` are the dtypes of its
+    parameters as its last forward found them.
+    """
+
+    plan = ParallelPlan(
+        rungs=("blocks.*",),
+        fp32=("time.*", "*.norm.weight", "*.table"),
+        last=("out",),
+        tokens={"x": 1, "place": 0},
+        heads=HEADS,
+        columns=("blocks.*.q", "blocks.*.k", "blocks.*.v", "blocks.*.up"),
+        rows=("blocks.*.o", "blocks.*.down"),
+        norms=("blocks.*.norm_q", "blocks.*.norm_k"),
+    )
+
+    def __init__(self, layers: int = 3, compute_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.compute_dtype = compute_dtype
+        self.embed = Linear(5, DIM)
+        self.read = Linear(3, 2 * DIM)
+        self.time = nn.Sequential(nn.Linear(3, 9), nn.SiLU(), nn.Linear(9, 2 * DIM))  # matrices: a group of its own
+        self.blocks = nn.ModuleList(TinyBlock() for _ in range(layers))
+        self.out = Linear(DIM, 5)
+        self.split: Callable = identity
+        self.core: Callable = attention
+        self.gather: Callable = identity
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.blocks
+
+    def stem(self, tokens: Tensor, t: Tensor) -> Stream:
+        dtype = self.compute_dtype or tokens.dtype
+        x = self.embed(tokens.to(dtype)).to(t.dtype)  # the residual stream is an island as well
+        length = tokens.shape[1]
+        place = torch.arange(length, device=t.device, dtype=t.dtype)[:, None] * torch.ones(DIM, device=t.device)
+        text = self.read(t.to(dtype)).unflatten(1, (2, DIM))
+        return self.split(Stream(x, (place / 7).sin(), self.time(t).unflatten(1, (2, DIM)), text, length))
+
+    def layer(self, i: int, stream: Stream) -> Stream:
+        return self.blocks[i](stream, self.core, self.compute_dtype)
+
+    def head(self, stream: Stream) -> Tensor:
+        y = self.out(stream.x.to(self.compute_dtype or stream.x.dtype)).to(stream.x.dtype)
+        return self.gather(y, stream.tokens)
+
+    def forward(self, tokens: Tensor, t: Tensor) -> Tensor:
+        stream = self.stem(tokens, t)
+        for i in range(len(self.blocks)):
+            stream = self.layer(i, stream)
+        return self.head(stream)
+
+
+class TinyBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 2, DIM) / DIM**0.5)  # an island beside matrices: replicated
+        self.norm = nn.LayerNorm(DIM, bias=False)
+        self.q, self.k, self.v, self.o = (Linear(DIM, DIM) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(DIM, eps=1e-6), RMSNorm(DIM, eps=1e-6)  # over all heads together
+        self.up, self.down = Linear(DIM, 10), Linear(10, DIM)
+        self.read: dict[str, torch.dtype] = {}
+
+    def forward(self, stream: Stream, core: Callable, dtype: torch.dtype | None) -> Stream:
+        self.read = {name: p.dtype for name, p in self.named_parameters()}
+        shift, gate = (self.table + stream.mod).unbind(1)
+        y = self.norm(stream.x) + shift[:, None] + stream.place
+        y = y.to(dtype or y.dtype)
+        y = y + stream.text.mean(1, keepdim=True)
+        q, k, v = (x.unflatten(-1, (-1, HEAD_DIM)) for x in (self.norm_q(self.q(y)), self.norm_k(self.k(y)), self.v(y)))
+        y = self.o(core(q, k, v, stream.tokens).flatten(2))
+        y = self.down(F.gelu(self.up(y)))
+        return stream._replace(x=stream.x + gate[:, None] * y.to(stream.x.dtype))
