@@ -73,10 +73,10 @@ def from_meta(rank: int, world: int, replicate: int) -> dict[str, int]:
 
 def test_a_meta_model_is_filled_and_each_rank_reads_its_rows_only():
     rows = spawn(4, from_meta, 1)
-    assert [rank["embed.weight"] for rank in rows] == [2, 2, 2, 1]  # 7 rows on 4 ranks
+    assert [rank["out.weight"] for rank in rows] == [2, 2, 1, 0]  # 5 rows on 4 ranks
     assert [rank["time.0.weight"] for rank in rows] == [3, 3, 3, 0]  # 9 rows: the last rank holds none
-    assert [rank["blocks.0.norm.weight"] for rank in rows] == [7] * 4  # replicated
-    assert [rank["embed.weight"] for rank in spawn(4, from_meta, 2)] == [4, 3, 4, 3]
+    assert [rank["blocks.0.norm.weight"] for rank in rows] == [12] * 4  # replicated
+    assert [rank["out.weight"] for rank in spawn(4, from_meta, 2)] == [3, 2, 3, 2]
 
 
 @pytest.mark.parametrize("start", ["meta", "cpu"])
@@ -95,14 +95,14 @@ def test_names_are_strict_and_the_nearest_are_named():
         load_parameters(seeded(), whole, CPU)
     assert "missing: blocks.0.up.weight (is it blocks.0.upp.weight?)" in str(caught.value)
     assert "unexpected: blocks.0.upp.weight (is it blocks.0.up.weight?)" in str(caught.value)
-    with pytest.raises(ValueError, match=r"26 missing, 0 unexpected[\s\S]*and 21 more"):
+    with pytest.raises(ValueError, match=r"58 missing, 0 unexpected[\s\S]*and 53 more"):
         load_parameters(seeded(), {}, CPU)
 
 
 def test_shapes_are_strict():
     whole = seeded().state_dict()
     whole["out.weight"] = whole["out.weight"].T
-    with pytest.raises(ValueError, match=r"out.weight has shape \(7, 5\), but the model needs \(5, 7\)"):
+    with pytest.raises(ValueError, match=r"out.weight has shape \(12, 5\), but the model needs \(5, 12\)"):
         load_parameters(seeded(), whole, CPU)
 
 
@@ -169,7 +169,7 @@ def load(rank: int, world: int, folder: str) -> dict[str, Tensor]:
 
 def test_a_checkpoint_of_two_ranks_loads_on_one_and_four(tmp_path: Path):
     saved = spawn(2, save, str(tmp_path / "step"))[0]
-    assert len(saved) == 2 * 26
+    assert len(saved) == 2 * 58
     for world in (1, 4):
         loaded = spawn(world, load, str(tmp_path / "step"))[0]
         for name, values in saved.items():

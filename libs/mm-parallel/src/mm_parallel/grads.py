@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from mm_parallel.mesh import size
+from mm_parallel.mesh import along, size
 
 
 def finish_gradients(model: nn.Module, mesh: DeviceMesh | None) -> None:
@@ -43,7 +43,7 @@ def finish_gradients(model: nn.Module, mesh: DeviceMesh | None) -> None:
         if parameter.requires_grad and not _sharded(parameter):
             groups[parameter.dtype, parameter.device].append(parameter)
     for parameters in groups.values():
-        _average(parameters, [mesh[dim] for dim in ("fsdp", "dp_replicate") if mesh[dim].size() > 1])
+        _average(parameters, [along(mesh, dim) for dim in ("fsdp", "dp_replicate") if size(mesh, dim) > 1])
 
 
 def _sharded(parameter: nn.Parameter) -> bool:

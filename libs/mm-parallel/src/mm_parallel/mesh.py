@@ -18,31 +18,36 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from mm_parallel.config import ParallelConfig
 
 DIMS = ("pp", "dp_replicate", "dp_shard", "ring", "ulysses", "tp")
-DATA_DIMS = ("dp_replicate", "dp_shard")
+FLAT = {"cp": ("ring", "ulysses"), "fsdp": ("dp_shard", "ring", "ulysses")}
 
 
 def make(layout: ParallelConfig, device_type: str) -> DeviceMesh:
-    """The mesh of a resolved layout; besides its dims it knows "cp" and "fsdp"."""
+    """The mesh of a resolved layout."""
     sizes = (layout.pp, layout.dp_replicate, layout.dp_shard, layout.ring, layout.ulysses, layout.tp)
-    mesh = init_device_mesh(device_type, sizes, mesh_dim_names=DIMS)
-    mesh["ring", "ulysses"]._flatten("cp")
-    mesh["dp_shard", "ring", "ulysses"]._flatten("fsdp")
-    return mesh
+    return init_device_mesh(device_type, sizes, mesh_dim_names=DIMS)
+
+
+def along(mesh: DeviceMesh, dim: str) -> DeviceMesh:
+    """The one-dimensional mesh of one of `DIMS`, of "cp" or of "fsdp"; always the same object."""
+    return mesh[FLAT[dim]]._flatten(dim) if dim in FLAT else mesh[dim]  # torch has no public name for it yet
 
 
 def size(mesh: DeviceMesh | None, dim: str) -> int:
-    """Ranks along a dim, of the mesh or flattened; 1 without a mesh."""
-    return 1 if mesh is None else mesh[dim].size()
+    """Ranks along a dim (see `along`); 1 without a mesh."""
+    return 1 if mesh is None else along(mesh, dim).size()
 
 
 def place(mesh: DeviceMesh | None, dim: str) -> int:
     """This rank's index along a dim; 0 without a mesh."""
-    return 0 if mesh is None else mesh[dim].get_local_rank()
+    return 0 if mesh is None else along(mesh, dim).get_local_rank()
 
 
 def parameter_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """What FSDP shards over: "fsdp", or HSDP's two dims."""
-    return mesh["dp_replicate", "fsdp"] if mesh["dp_replicate"].size() > 1 else mesh["fsdp"]
+    sharded = along(mesh, "fsdp")
+    if mesh["dp_replicate"].size() == 1:
+        return sharded
+    return DeviceMesh._concatenate([mesh["dp_replicate"], sharded])
 
 
 def data_rank(mesh: DeviceMesh | None) -> tuple[int, int]:
