@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mm_parallel.order import parallelize
     from mm_parallel.pipeline import Pipeline
     from mm_parallel.plan import Ladder, ParallelPlan
+    from mm_parallel.step import forward_backward
     from mm_parallel.weights import full_tensors, load_parameters
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "clip_grad_norm",
     "data_rank",
     "finish_gradients",
+    "forward_backward",
     "full_tensors",
     "load_parameters",
     "parallelize",
@@ -35,6 +37,7 @@ _HOMES = {
     "order": ("parallelize",),
     "pipeline": ("Pipeline",),
     "plan": ("Ladder", "ParallelPlan"),
+    "step": ("forward_backward",),
     "weights": ("full_tensors", "load_parameters"),
 }
 

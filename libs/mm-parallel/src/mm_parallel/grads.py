@@ -19,6 +19,7 @@ rest.
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mm_parallel.mesh import along, size
+
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 
 def finish_gradients(model: nn.Module, mesh: DeviceMesh | None) -> None:
@@ -76,6 +79,15 @@ def _like(parameter: nn.Parameter, grad: Tensor) -> Tensor:
     return DTensor.from_local(grad, parameter.device_mesh, parameter.placements, shape=shape, stride=stride)
 
 
+def by_layout(tensors: Iterable[AnyTensor]) -> list[list[AnyTensor]]:
+    """The tensors in lists of one device, mesh and placement: kernels that take lists of tensors refuse a mix."""
+    groups: dict[tuple, list[AnyTensor]] = defaultdict(list)
+    for tensor in tensors:
+        layout = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
+        groups[layout, tensor.device].append(tensor)
+    return list(groups.values())
+
+
 def clip_grad_norm(model: nn.Module | Iterable[Tensor], max_norm: float, mesh: DeviceMesh | None = None) -> Tensor:
     """Scales all gradients so that their global 2-norm is at most `max_norm`; returns the norm before, a plain scalar.
 
@@ -86,12 +98,8 @@ def clip_grad_norm(model: nn.Module | Iterable[Tensor], max_norm: float, mesh: D
     if not max_norm > 0:  # 0 would stop training in silence, less would turn every step around
         raise ValueError(f"max_norm is {max_norm}, but must be more than 0; inf does not clip")
     parameters = model.parameters() if isinstance(model, nn.Module) else model
-    groups: dict[tuple, list[Tensor]] = defaultdict(list)  # foreach ops refuse a mix
-    for parameter in parameters:
-        if (grad := parameter.grad) is not None:
-            layout = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
-            groups[layout, grad.device].append(parameter)
-    norms = [get_total_norm([p.grad for p in group]) for group in groups.values()]
+    groups = by_layout(p for p in parameters if p.grad is not None)
+    norms = [get_total_norm([p.grad for p in group]) for group in groups]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     device = norms[0].device if norms else mesh.device_type if mesh is not None else "cpu"
     norms = [norm.to(device) for norm in norms] or [torch.zeros((), device=device)]
@@ -100,6 +108,6 @@ def clip_grad_norm(model: nn.Module | Iterable[Tensor], max_norm: float, mesh: D
         square = total.square()
         dist.all_reduce(square, group=mesh.get_group("pp"))
         total = square.sqrt()
-    for (_, where), group in groups.items():
-        clip_grads_with_norm_(group, max_norm, total.to(where))
+    for group in groups:
+        clip_grads_with_norm_(group, max_norm, total.to(group[0].device))
     return total
