@@ -11,11 +11,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 2 for a command that cannot work, found before anything is loaded; 130 after Ctrl-C."""
     config = parse(Config, argv, prog="mm_infer")
     from mm_infer import generate  # torch, only now that the command line makes sense
+    from mm_infer.ranks import distributed, place
 
     try:
-        with generate.ranks() as (rank, world):
+        with distributed() as rank:
             try:
-                job = generate.prepare(config, rank, world)
+                job = generate.prepare(config, place(config.parallel), rank)
             except (ValueError, OSError) as error:
                 sys.exit(_fail(error, 2))
             try:

@@ -1,6 +1,6 @@
 """What can be asked for: the same names as flags of the command line and as arguments of a Sampler."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -69,9 +69,23 @@ def _neighbours(value: int, first: int, step: int) -> str:
     return f"{below} or {below + step}" if below >= first else str(first)
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """How many of torchrun's ranks make one video together; what is left of them makes others."""
+
+    cp: int | None = None
+    "ranks that share the tokens of a video: Ulysses, or ulysses x ring"
+    ulysses: int | None = None
+    "of these, ranks that exchange tokens for heads"
+    ring: int | None = None
+    "of these, ranks that pass keys and values around"
+    guidance: Literal[1, 2] = 1
+    "2: the passes with the prompt and with the negative prompt run at the same time, on ranks of their own"
+
+
 @dataclass(kw_only=True)
 class Config(Options):
-    """Generate videos from text. Under torchrun, the prompts are shared among the ranks."""
+    """Generate videos from text. Under torchrun, ranks share the prompts, or the work on each (see parallel)."""
 
     weights: Path
     "a diffusers directory (transformer, vae, text_encoder, tokenizer), or the transformer alone: converted or original"
@@ -95,6 +109,7 @@ class Config(Options):
     "decode in tiles: less memory, faint seams"
     fps: int = 16
     "frames per second of the mp4"
+    parallel: Ranks = field(default_factory=Ranks)
     overwrite: bool = False
     "replace videos that are already in the output folder; without it, those that the same command made are kept"
 
@@ -104,6 +119,8 @@ class Config(Options):
             raise ValueError("give either --prompt or --prompt_file")
         if self.fps < 1:
             raise ValueError(f"fps {self.fps}: must be 1 or more")
+        if self.parallel.guidance == 2 and self.guidance == 1:
+            raise ValueError("parallel.guidance 2 shares two passes, but guidance 1 makes one: leave either out")
 
     def prompts(self) -> list[str]:
         """The prompts asked for, in order. OSError for a file that cannot be read, ValueError for one that is

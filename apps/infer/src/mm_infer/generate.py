@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from mm_data import made_with, write_video
 from mm_infer.__about__ import __version__
 from mm_infer.config import Config, Options
+from mm_infer.ranks import Place
 from mm_infer.sample import Sampler, load
-from mm_parallel.device import init_distributed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,24 +31,14 @@ class Job:
     made_with: dict[str, Any]  # goes into every file
     fps: int
     rank: int
+    leads: bool  # of the ranks that make the same videos, this one decodes and writes
 
 
-@contextmanager
-def ranks() -> Iterator[tuple[int, int]]:
-    """(rank, world) as torchrun says, and an end to the process group."""
-    joined = dist.is_initialized()
-    rank, world, _ = init_distributed()
-    try:
-        yield rank, world
-    finally:
-        if dist.is_initialized() and not joined:
-            dist.destroy_process_group()
-
-
-def prepare(config: Config, rank: int = 0, world: int = 1) -> Job:
+def prepare(config: Config, place: Place = Place(), rank: int = 0) -> Job:  # noqa: B008 (frozen)
     """Checks all that can be checked without reading a tensor. ValueError or OSError with the way out."""
     prompts = config.prompts()
-    files = {config.output / f"video_{i}.mp4": prompts[i] for i in range(rank, len(prompts), world)}
+    first, step = place.prompts
+    files = {config.output / f"video_{i}.mp4": prompts[i] for i in range(first, len(prompts), step)}
     blocked = next((path for path in (config.output, *config.output.parents) if path.exists()), config.output)
     if blocked.exists() and not blocked.is_dir():
         raise ValueError(f"output {config.output}: {blocked} is a file, not a folder")
@@ -62,11 +51,13 @@ def prepare(config: Config, rank: int = 0, world: int = 1) -> Job:
         dtype=dtype,
         vae_tiling=config.vae_tiling,
         text_tokens=config.text_tokens,
+        mesh=place.mesh,
+        pair=place.pair,
     )
     record = _record(config, sampler)
-    there = [] if config.overwrite else [file for file in files if file.exists()]
+    there = place.decided(lambda: [] if config.overwrite else [file for file in files if file.exists()])
     written = _last_change(config.weights, config.encoders, config.lora)
-    others = [file for file in there if not _is_made(file, {"prompt": files[file]} | record, written)]
+    others = place.decided(lambda: [f for f in there if not _is_made(f, {"prompt": files[f]} | record, written)])
     if others:
         more = f", and {len(others) - 1} more" if len(others) > 1 else ""
         raise ValueError(
@@ -78,7 +69,7 @@ def prepare(config: Config, rank: int = 0, world: int = 1) -> Job:
         pass
     options = Options(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Options)})
     todo = {file: prompt for file, prompt in files.items() if file not in there}
-    return Job(sampler, options, todo, there, record, config.fps, rank)
+    return Job(sampler, options, todo, there, record, config.fps, rank, place.leads)
 
 
 def _is_made(file: Path, record: dict[str, Any], since: float) -> bool:
@@ -97,7 +88,7 @@ def _last_change(*weights: Path | None) -> float:
 
 def _record(config: Config, sampler: Sampler) -> dict[str, Any]:
     """The configuration as it goes into each file: what repeats the video, and not where in a list it stood."""
-    left_out = ("output", "overwrite", "prompt", "prompt_file")
+    left_out = ("output", "overwrite", "prompt", "prompt_file", "parallel")
     record = {k: v for k, v in dataclasses.asdict(config).items() if k not in left_out}
     record |= {"dtype": str(sampler.dtype).removeprefix("torch."), "mm_infer": __version__, "torch": torch.__version__}
     return {k: str(v) if isinstance(v, Path) else v for k, v in record.items()}
@@ -109,11 +100,12 @@ def run(job: Job) -> None:
     OSError when a disk is full, FloatingPointError for latents that are not finite, MemoryError for too large a video.
     """
     say = _say if job.rank == 0 else lambda text: None
+    say_own = _say if job.leads else lambda text: None
     total: dict[str, float] = {"text": 0.0, "load": 0.0, "denoise": 0.0, "decode": 0.0, "write": 0.0}
     for file in job.kept:
-        _say(f"{file}: kept, made by the same command (--overwrite true makes it again)")
+        say_own(f"{file}: kept, made by the same command (--overwrite true makes it again)")
     if not job.prompts:
-        return None if job.kept else _say(f"rank {job.rank} has nothing to do: there are fewer prompts than ranks")
+        return None if job.kept else say_own(f"rank {job.rank} has nothing to do: there are fewer prompts than ranks")
 
     start = time.perf_counter()
     negative = [job.options.negative_prompt] if job.options.guidance > 1 else []
@@ -123,14 +115,16 @@ def run(job: Job) -> None:
 
     for number, (file, prompt) in enumerate(job.prompts.items(), 1):
         with _enough_memory(job.options), _progress(job, f"{file.name} ({number}/{len(job.prompts)})") as progress:
-            result = job.sampler.run(prompt, job.options, progress=progress)
+            result = job.sampler.run(prompt, job.options, progress=progress, decode=job.leads)
+        if not job.leads:
+            continue
         start = time.perf_counter()
         write_video(file, result.frames.numpy(), job.fps, {"prompt": prompt} | job.made_with)
         seconds = result.seconds | {"write": time.perf_counter() - start}
         total = {stage: spent + seconds[stage] for stage, spent in total.items()}
         _say(f"{file}: {sum(seconds.values()):.1f} s, {prompt!r}")
     stages = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in total.items())
-    _say(f"{len(job.prompts)} video(s) in {sum(total.values()):.1f} s: {stages}")
+    say_own(f"{len(job.prompts)} video(s) in {sum(total.values()):.1f} s: {stages}")
 
 
 @contextmanager
@@ -162,5 +156,5 @@ def _progress(job: Job, name: str) -> Iterator[Any]:
         with tqdm(total=steps, desc=name, unit="step", leave=False) as bar:
             yield lambda done, latents: bar.update()
     else:
-        marks = {round(steps * tenth / 10) for tenth in range(1, 11)}
+        marks = {round(steps * tenth / 10) for tenth in range(1, 11)} if job.leads else set()
         yield lambda done, latents: _say(f"{name}: step {done} of {steps}") if done in marks else None

@@ -9,12 +9,16 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from mm_infer.config import Options
 from mm_infer.weights import Transformer, find_encoders, must_exist
+from mm_models import plan
 from mm_models.diffusion.sampling import denoise, noise
 from mm_models.encoders import TextEncoder, VideoVAE
+from mm_parallel import context
 from mm_parallel.device import bf16_ok, synchronize
 from mm_parallel.device import device as accelerator
 
@@ -38,11 +42,16 @@ def load(
     vae_tiling: bool = False,
     text_tokens: int | None = None,
     device: torch.device | str | None = None,
+    mesh: DeviceMesh | None = None,
+    pair: dist.ProcessGroup | None = None,
 ) -> "Sampler":
     """A sampler for weights on disk; the arguments are the flags of the same names (see `mm_infer.config.Config`).
 
     Names, shapes and paths are checked here; tensors are read when they are first needed. ValueError for parts that are
     missing or do not fit together.
+
+    mesh: of `mm_parallel.ParallelConfig`, with cp > 1 to share the tokens among its context ranks. pair: a group of two
+    ranks that share the passes of guidance. All ranks of both then make the same calls, and get the same latents.
     """
     path = must_exist(Path(path), "weights")
     encoders = find_encoders(path, None if encoders is None else must_exist(Path(encoders), "encoders"))
@@ -51,7 +60,7 @@ def load(
     device = accelerator() if device is None else torch.device(device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type != "cpu" and bf16_ok(device) else torch.float32
-    return Sampler(transformer, encoders, device, dtype, vae_tiling)
+    return Sampler(transformer, encoders, device, dtype, vae_tiling, mesh, pair)
 
 
 class Sampler:
@@ -62,8 +71,16 @@ class Sampler:
     """
 
     def __init__(
-        self, transformer: Transformer, encoders: Path, device: torch.device, dtype: torch.dtype, vae_tiling: bool
+        self,
+        transformer: Transformer,
+        encoders: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        vae_tiling: bool,
+        mesh: DeviceMesh | None = None,
+        pair: dist.ProcessGroup | None = None,
     ) -> None:
+        self.mesh, self.pair = mesh, pair
         self.transformer, self.encoders = transformer, encoders
         self.device, self.dtype, self.vae_tiling = device, dtype, vae_tiling
         self._texts: dict[str, Tensor] = {}  # S D on the CPU
@@ -97,8 +114,9 @@ class Sampler:
         options: Options,
         latents: Tensor | None = None,
         progress: Callable[[int, Tensor], None] | None = None,
+        decode: bool = True,
     ) -> Result:
-        """The same with the options in one piece."""
+        """The same with the options in one piece; without `decode`, with no frames."""
         seconds: dict[str, float] = {}
         negative = options.negative_prompt if options.guidance > 1 else None
         with self._timed(seconds, "text"):
@@ -126,13 +144,14 @@ class Sampler:
                 sampler=options.sampler,
                 grid=options.grid,
                 progress=progress,
+                pair=self.pair,
             )
         if not latents.isfinite().all():
             raise FloatingPointError(
                 f"the latents for {prompt!r} came out as NaN or infinite, so there is no video: {self._blame(text)}"
             )
         with self._timed(seconds, "decode"):
-            frames = vae.frames(latents)
+            frames = vae.frames(latents) if decode else torch.empty(0, options.height, options.width, 3).byte()
         return Result(latents.cpu(), frames, seconds)
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
@@ -151,6 +170,8 @@ class Sampler:
     def _load(self):
         if self._model is None:
             self._model = self.transformer.load(self.device, self.dtype)
+            if self.mesh is not None:
+                context.cut(self._model, plan(self._model), self.mesh)
         if self._vae is None:
             self._vae = VideoVAE(self.encoders, self.device, torch.float32, tiling=self.vae_tiling)
         return self._model, self._vae

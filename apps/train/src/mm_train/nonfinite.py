@@ -28,10 +28,11 @@ class Watch:
             return True
         self.in_a_row += 1
         ids = [i for micro in step.micro for i in micro.ids]
-        bad = [i for i, value in zip(ids, torch.cat(own).tolist(), strict=True) if not math.isfinite(value)]
+        values = torch.cat(own).tolist() if own else [0.0] * len(ids)  # a pipeline knows them on its last stage only
+        bad = [i for i, value in zip(ids, values, strict=True) if not math.isfinite(value)]
         self.reason = f"loss {loss}, gradient norm {float(norm)}"
         # When every loss is finite and only the gradient is not, any sample of the step may be the cause.
-        self.samples = gathered(bad) or gathered(ids)
+        self.samples = list(dict.fromkeys(gathered(bad) or gathered(ids)))  # ranks may share samples
         return False
 
     def stop(self) -> bool:

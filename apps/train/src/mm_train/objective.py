@@ -6,8 +6,10 @@ on the same (timestep, noise) whatever the rank, the world size, the micro-batch
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mm_data import Batch
 from mm_data.random import generator
@@ -24,12 +26,40 @@ def draw(batch: Batch, flow: FlowMatching, seed: int) -> tuple[Tensor, Tensor]:
     return torch.stack(indices), torch.stack(noise)
 
 
-def losses(
-    model: nn.Module, batch: Batch, flow: FlowMatching, index: Tensor, noise: Tensor, device: torch.device
-) -> Tensor:
-    """Weighted flow-matching loss of every sample: B, float32."""
-    clean, noise = batch.latents.to(device).float(), noise.to(device)
-    index = index.to(device)
-    t = flow.timesteps.to(device)[index]
-    prediction = model(flow.noised(clean, noise, index), t, batch.text.to(device))
-    return flow.loss(prediction, flow.target(clean, noise), index)
+class Work:
+    """The micro-batches of one step, as `mm_parallel.forward_backward` asks for them.
+
+    A pipeline asks for inputs on its first stage and for losses on its last; draws are made where they are needed.
+    """
+
+    def __init__(
+        self,
+        micro: Sequence[Batch],
+        flow: FlowMatching,
+        seed: int,
+        device: torch.device,
+        before: Callable[[int], None] = lambda number: None,
+    ):
+        self.micro, self.flow, self.seed, self.device, self.before = micro, flow, seed, device, before
+        self.drawn: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _draw(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(clean latents, index, noise) on the device."""
+        if number not in self.drawn:
+            self.drawn[number] = draw(self.micro[number], self.flow, self.seed)
+        index, noise = self.drawn[number]
+        clean = self.micro[number].latents.to(self.device).float()
+        return clean, index.to(self.device), noise.to(self.device)
+
+    def inputs(self, number: int) -> dict[str, Tensor]:
+        """What the model is called with; `before(number)` is called first."""
+        self.before(number)
+        clean, index, noise = self._draw(number)
+        t = self.flow.timesteps.to(self.device)[index]
+        return {"video": self.flow.noised(clean, noise, index), "t": t, "text": self.micro[number].text.to(self.device)}
+
+    def losses(self, prediction: Tensor, number: int) -> Tensor:
+        """Weighted flow-matching loss of every sample: B, float32."""
+        clean, index, noise = self._draw(number)
+        del self.drawn[number]
+        return self.flow.loss(prediction, self.flow.target(clean, noise), index)

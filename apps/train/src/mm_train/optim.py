@@ -8,25 +8,25 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from mm_parallel.grads import by_layout
 from mm_train.config import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; biases and vectors are not decayed (Megatron's rule, as in the guides).
 
-    Sharded and replicated parameters lie in separate groups, since one fused kernel cannot take both.
+    Parameters that are cut differently lie in separate groups, since one fused kernel cannot take both.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = parameter.ndim > 1 and not name.endswith("bias")
-            groups.setdefault((decay, isinstance(parameter, DTensor)), []).append(parameter)
-    if not groups:
+            groups[parameter.ndim > 1 and not name.endswith("bias")].append(parameter)
+    alike = [(config.weight_decay if decay else 0.0, part) for decay, all in groups.items() for part in by_layout(all)]
+    if not alike:
         raise ValueError("nothing to train: no parameter requires a gradient")
     return torch.optim.AdamW(
-        [{"params": p, "weight_decay": config.weight_decay if decay else 0.0} for (decay, _), p in groups.items()],
+        [{"params": part, "weight_decay": weight_decay} for weight_decay, part in alike],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
@@ -63,10 +63,9 @@ class EMA:
         """
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         live = dict(model.named_parameters())
-        for sharded in (False, True):
-            names = [n for n in self.average if isinstance(self.average[n], DTensor) == sharded]
-            if names:
-                torch._foreach_lerp_([self.average[n] for n in names], [live[n].detach() for n in names], weight)
+        names = {id(average): name for name, average in self.average.items()}
+        for alike in by_layout(self.average.values()):
+            torch._foreach_lerp_(alike, [live[names[id(average)]].detach() for average in alike], weight)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from mm_data import write_video
 from mm_models.diffusion.sampling import denoise, noise
 from mm_models.encoders import TextEncoder, VideoVAE
+from mm_parallel import Pipeline
+from mm_parallel.mesh import data_rank, speaks
 from mm_train.config import Config
 from mm_train.optim import EMA
 from mm_train.ranks import made_once
@@ -20,9 +23,10 @@ from mm_train.ranks import made_once
 class Samples:
     """Draws every prompt of the configuration with the same noise each time, so that videos compare across steps."""
 
-    def __init__(self, config: Config, rank: int, ranks: int, device: torch.device):
+    def __init__(self, config: Config, mesh: DeviceMesh | None, device: torch.device):
         self.config, self.options = config, config.sample
-        self.rank, self.ranks, self.device = rank, ranks, device
+        self.rank, self.ranks = data_rank(mesh)
+        self.speaks, self.device = speaks(mesh), device
         if not self.options.prompts:
             return
         self.texts = made_once(self._encode)  # by one rank: the text encoder may be larger than the model
@@ -36,7 +40,7 @@ class Samples:
     def due(self, step: int) -> bool:
         return bool(self.options.prompts) and (step % self.options.every == 0 or step == self.config.steps)
 
-    def __call__(self, model: nn.Module, ema: EMA | None, step: int) -> Path:
+    def __call__(self, run: nn.Module | Pipeline, model: nn.Module, ema: EMA | None, step: int) -> Path:
         """Write this rank's share of the videos; returns their directory. Uses the averaged weights where there are
         some.
         """
@@ -48,15 +52,15 @@ class Samples:
             # A sharded model is run by all ranks together: those without a prompt left repeat one and throw it away.
             for start in range(0, count, self.ranks):
                 number = start + self.rank
-                latents = self._denoise(model, vae, self.texts[min(number, count - 1)])
-                if number < count:
+                latents = self._denoise(run, vae, self.texts[min(number, count - 1)])
+                if number < count and self.speaks:
                     made_with = asdict(self.options) | {"prompt": self.options.prompts[number], "step": step}
                     made_with["encoders"] = str(self.options.encoders)
                     frames = vae.frames(latents).numpy()
                     write_video(directory / f"{number:03d}.mp4", frames, self.options.fps, made_with)
         return directory
 
-    def _denoise(self, model: nn.Module, vae: VideoVAE, text: torch.Tensor) -> torch.Tensor:
+    def _denoise(self, model: nn.Module | Pipeline, vae: VideoVAE, text: torch.Tensor) -> torch.Tensor:
         o = self.options
         return denoise(
             model,

@@ -23,7 +23,9 @@ from mm_models.initial import initial
 from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora
 from mm_models.wan import WanConfig
-from mm_parallel import load_parameters, parallelize
+from mm_parallel import Pipeline, load_parameters, parallelize
+from mm_parallel.mesh import describe, size
+from mm_parallel.weights import allocate
 from mm_train.checkpoint import latest
 from mm_train.config import Config
 
@@ -91,10 +93,13 @@ def check_dataset(progress: dict[str, Any], dataset: FeatureDataset, config: Con
         )
 
 
-def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, continuing: bool) -> nn.Module:
-    """The model, cut over the mesh and filled tensor by tensor; no rank ever holds all of it.
+def build_model(
+    config: Config, mesh: DeviceMesh | None, device: torch.device, continuing: bool
+) -> tuple[nn.Module, nn.Module | Pipeline]:
+    """(What holds this rank's parameters, what is called): one model, or a part of it and the pipeline.
 
-    Continuing, it is left empty, for the checkpoint to fill; but the base below an adapter is read again.
+    It is cut over the mesh and filled tensor by tensor; no rank ever holds all of it. Continuing, it is left empty, for
+    the checkpoint to fill; but the base below an adapter is read again.
     """
     dtype = getattr(torch, config.dtype)
     model = build(config.model, device="meta", **config.architecture)
@@ -103,16 +108,19 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
         cast_weights(model, dtype)  # a frozen base needs no float32 masters
         add_lora(model, LoRAConfig(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets))
     check_space(model, config)
-    if continuing and not config.lora.rank:
-        return parallelize(model, plan(model), mesh, config.parallel, config.memory, dtype).to_empty(device=device).train()
-    source = Start(config, model)
-    parallelize(model, plan(model), mesh, config.parallel, config.memory, dtype)
-    load_parameters(model, source, device)
+    source = None if continuing and not config.lora.rank else Start(config, model)
+    cut = (plan(model), mesh, config.parallel, config.memory, dtype)
+    pipelined = size(mesh, "pp") > 1
+    run = Pipeline(model, *cut) if pipelined else parallelize(model, *cut)
+    if source is None:
+        allocate(model, device)
+        return model.train(), run
+    load_parameters(model, source, device, elsewhere=run.elsewhere if pipelined else ())
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if not torch.isfinite(local).all():
             raise ValueError(f"--weights {config.weights}: {name} holds numbers that are not finite")
-    return model.train()
+    return model.train(), run
 
 
 class Start(Mapping[str, Tensor]):
@@ -165,9 +173,11 @@ def check_space(model: nn.Module, config: Config) -> None:
         )
 
 
-def dropout_seed(*place: int) -> int:
-    """Seed of the only ambient draw there is, the adapters' dropout: a function of (seed, step, micro-batch, rank)."""
-    return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=7).digest(), "big")
+def seed_dropout(*place: int) -> None:
+    """Seeds the only ambient draw there is, the adapters' dropout, by (seed, step, ranks of data and context,
+    micro-batch).
+    """
+    torch.manual_seed(int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=7).digest(), "big"))
 
 
 def summary(
@@ -175,6 +185,7 @@ def summary(
     model: nn.Module,
     dataset: FeatureDataset,
     mesh: DeviceMesh | None,
+    data_size: int,
     micro_batches: int,
     found: Path | None,
     changed: list[str],
@@ -182,13 +193,13 @@ def summary(
     """What is about to happen, in a few lines."""
     everything = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    ranks = "1 rank" if mesh is None else f"{mesh.size()} ranks ({' x '.join(map(str, mesh.shape))}: copies x shards)"
     lines = [
         f"model      {config.model}: {everything:,} parameters, {trained:,} trained, matrices in {config.dtype}",
         f"weights    {f'{found} (continuing)' if found else config.weights}",
         *(f"changed    {change}" for change in changed),
         f"data       {len(dataset):,} samples in {len(set(dataset.shapes))} shapes from {config.data.features}",
-        f"step       {config.data.global_batch} samples = {ranks} x {micro_batches} micro-batches of "
+        f"ranks      {describe(mesh)}",
+        f"step       {config.data.global_batch} samples = {data_size} x {micro_batches} micro-batches of "
         f"{config.data.micro_batch}",
     ]
     return "\n".join(lines)

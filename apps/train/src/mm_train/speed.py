@@ -15,16 +15,16 @@ from mm_parallel.device import max_memory, peak_flops
 class Speed:
     """Counts the operations that training needs; recomputation does not raise the MFU."""
 
-    def __init__(self, model: nn.Module, device: torch.device, world: int):
-        self.config, self.device, self.world = model.config, device, world
+    def __init__(self, model: nn.Module, device: torch.device, data_size: int, world: int):
+        self.config, self.device, self.data_size, self.world = model.config, device, data_size, world
         self.frozen = not all(p.requires_grad for p in model.parameters())
         self.peak = peak_flops(device, model.compute_dtype or torch.float32)
 
     def __call__(self, micro: Sequence[Batch], seconds: float, data_seconds: float) -> tuple[dict[str, float], str]:
-        """(numbers to keep, text for the line); global numbers, from this rank's micro-batches times the world size."""
+        """(numbers to keep, text for the line); global numbers: this rank's samples times the data-parallel ranks."""
         _, _, frames, height, width = micro[0].latents.shape
         tokens = frames * height * width // 4
-        samples = sum(len(m.ids) for m in micro) * self.world
+        samples = sum(len(m.ids) for m in micro) * self.data_size
         operations = train_flops(self.config, tokens, self.frozen) * samples / seconds
         row = {"tokens_per_second": tokens * samples / seconds, "tflops": operations / 1e12}
         pace = f"{seconds:.3f} s/step (data {data_seconds:.3f}) | {row['tokens_per_second']:,.0f} tok/s"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,10 +13,10 @@ import torch
 from mm_convert.arguments import dump
 from mm_data import FeatureDataset, build_loader
 from mm_models.diffusion.flow import FlowMatching
-from mm_parallel import clip_grad_norm, finish_gradients
+from mm_parallel import clip_grad_norm, finish_gradients, forward_backward
 from mm_parallel.device import device as accelerator
 from mm_parallel.device import init_distributed, reset_max_memory, synchronize
-from mm_parallel.mesh import data_rank
+from mm_parallel.mesh import data_rank, place, speaks
 from mm_train import setup
 from mm_train.checkpoint import Checkpointer
 from mm_train.command import check_shared, prepare_output
@@ -23,7 +24,7 @@ from mm_train.config import Config
 from mm_train.export import export_final
 from mm_train.metrics import Metrics
 from mm_train.nonfinite import Watch
-from mm_train.objective import draw, losses
+from mm_train.objective import Work
 from mm_train.optim import EMA, build_optimizer, learning_rate
 from mm_train.ranks import made_once, total
 from mm_train.samples import Samples
@@ -51,8 +52,8 @@ def train(config: Config) -> Path:
     check_shared(config.output)
     # Refuses a directory that this run must not continue. One rank looks, so that all go the same way.
     found, changed = made_once(lambda: setup.find_checkpoint(config))
-    samples = Samples(config, data_index, data_size, device)  # before the model: it needs the text encoder for a moment
-    model = setup.build_model(config, mesh, device, continuing=found is not None)
+    samples = Samples(config, mesh, device)  # before the model: it needs the text encoder for a moment
+    model, run = setup.build_model(config, mesh, device, continuing=found is not None)
     optimizer = build_optimizer(model, config.optim)
     ema = EMA(model, config.optim.ema) if config.optim.ema else None
     checkpoints = Checkpointer(config.output / "checkpoints", config.checkpoint.keep)
@@ -74,11 +75,11 @@ def train(config: Config) -> Path:
         text_dropout=config.data.text_dropout,
     )
     metrics = Metrics(config.output, leader=rank == 0, steps=config.steps, start=progress["step"])
-    metrics.say(setup.summary(config, model, dataset, mesh, micro_batches, found, changed))
+    metrics.say(setup.summary(config, model, dataset, mesh, data_size, micro_batches, found, changed))
     if progress["step"] == config.steps:
         metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
-    validation = Validation(config, flow, data_index, data_size, device)
-    speed = Speed(model, device, world)
+    validation = Validation(config, flow, mesh, device)
+    speed = Speed(model, device, data_size, world)
     watch = Watch(config.on_nonfinite)
     resolved = dump(config)
 
@@ -90,9 +91,9 @@ def train(config: Config) -> Path:
     def look() -> None:
         """Everything that looks at the model from outside, at the steps where it is due."""
         if validation.due(progress["step"]):
-            metrics.event({"step": progress["step"], "validation_loss": validation(model)})
+            metrics.event({"step": progress["step"], "validation_loss": validation(run)})
         if samples.due(progress["step"]):
-            metrics.say(f"step {progress['step']} | samples in {samples(model, ema, progress['step'])}")
+            metrics.say(f"step {progress['step']} | samples in {samples(run, model, ema, progress['step'])}")
 
     steps = iter(loader)
     with _Interrupt() as interrupt:
@@ -105,16 +106,13 @@ def train(config: Config) -> Path:
 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(progress["step"], config.steps, config.optim)
-            own = []
-            for number, micro in enumerate(batch.micro):
-                torch.manual_seed(setup.dropout_seed(config.seed, batch.index, number, data_index))  # adapters' dropout
-                index, noise = draw(micro, flow, config.seed)
-                loss = losses(model, micro, flow, index, noise, device)
-                (loss.mean() / micro_batches).backward()
-                own.append(loss.detach())
+            seed = partial(setup.seed_dropout, config.seed, batch.index, data_index, place(mesh, "cp"))
+            work = Work(batch.micro, flow, config.seed, device, before=seed)
+            own = forward_backward(run, micro_batches, work.inputs, work.losses)
             finish_gradients(model, mesh)
-            norm = clip_grad_norm(model, config.optim.clip or math.inf)
-            mean = total(torch.cat(own).cpu().double().sum()).item() / config.data.global_batch
+            norm = clip_grad_norm(model, config.optim.clip or math.inf, mesh)
+            counted = torch.cat(own).cpu().double().sum() if speaks(mesh) else torch.zeros((), dtype=torch.float64)
+            mean = total(counted).item() / config.data.global_batch
 
             progress["cursor"] = batch.cursor_after
             if watch.finite(mean, norm, own, batch):

@@ -6,10 +6,13 @@ from itertools import groupby
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from mm_data import FeatureDataset
 from mm_data.random import generator
 from mm_models.diffusion.flow import FlowMatching
+from mm_parallel import Pipeline
+from mm_parallel.mesh import data_rank, speaks
 from mm_train.config import Config
 from mm_train.ranks import total
 
@@ -20,7 +23,9 @@ SEED = 0
 class Validation:
     """Mean squared error of the predicted velocity over (sample, timestep) pairs; every pair weighs the same."""
 
-    def __init__(self, config: Config, flow: FlowMatching, rank: int, ranks: int, device: torch.device):
+    def __init__(self, config: Config, flow: FlowMatching, mesh: DeviceMesh | None, device: torch.device):
+        self.speaks = speaks(mesh)
+        rank, ranks = data_rank(mesh)
         self.every, self.steps = config.validation.every, config.steps
         self.flow, self.device = flow, device
         self.batches: list[list[tuple[int, int]]] = []  # this rank's batches of (sample, timestep) pairs
@@ -41,19 +46,19 @@ class Validation:
         return hasattr(self, "data") and (step % self.every == 0 or step == self.steps)
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module) -> float:
+    def __call__(self, model: nn.Module | Pipeline) -> float:
         model.eval()
         summed, count = torch.zeros((), dtype=torch.float64), 0
         for turn in range(self.rounds):
             counts = turn < len(self.batches)
             error = self._error(model, self.batches[turn] if counts else self.filler)
-            if counts:
+            if counts and self.speaks:
                 summed, count = summed + error.cpu().double().sum(), count + len(error)
         model.train()
         number = total(torch.tensor(float(count), dtype=torch.float64))
         return (total(summed) / number).item()
 
-    def _error(self, model: nn.Module, pairs: list[tuple[int, int]]) -> torch.Tensor:
+    def _error(self, model: nn.Module | Pipeline, pairs: list[tuple[int, int]]) -> torch.Tensor:
         items = [self.data[i] for i, _ in pairs]
         if empty := [item["id"] for item in items if not item["text"]]:
             raise ValueError(f"{self.data.path}: sample {empty[0]} has no encoded caption")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 Sampler = Literal["unipc", "euler"]
@@ -31,6 +32,7 @@ def denoise(
     sampler: Sampler = "unipc",
     grid: Grid = "guides",
     progress: Callable[[int, Tensor], None] | None = None,
+    pair: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Turns noise into latents with `model(latents, t, text)`.
 
@@ -41,6 +43,7 @@ def denoise(
         guidance: v = v_negative + guidance · (v_text - v_negative), in two passes; 1 or less asks for one pass only.
         flow_shift, sampler, grid: see `scheduler`.
         progress: called after each step with the number of steps done and the latents.
+        pair: a group of two ranks, of which each makes one of the two passes; both return the same.
 
     Returns:
         latents, B C F H W, in float32.
@@ -56,9 +59,10 @@ def denoise(
     try:
         for step, t in enumerate(schedule.timesteps):
             times = t.float().expand(latents.shape[0])
-            velocity = model(latents, times, text).float()
-            if guidance > 1:
-                away = model(latents, times, negative).float()
+            if guidance <= 1:
+                velocity = model(latents, times, text).float()
+            else:
+                velocity, away = _both(model, latents, times, text, negative, pair)
                 velocity = away + guidance * (velocity - away)
             latents = schedule.step(velocity, t, latents, return_dict=False)[0]
             if progress is not None:
@@ -66,6 +70,18 @@ def denoise(
     finally:
         model.train(training)
     return latents
+
+
+def _both(
+    model: nn.Module, latents: Tensor, times: Tensor, text: Tensor, negative: Tensor, pair: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """The velocities with the prompt and with the negative one."""
+    if pair is None:
+        return model(latents, times, text).float(), model(latents, times, negative).float()
+    mine = model(latents, times, (text, negative)[pair.rank()]).float().contiguous()
+    both = torch.empty_like(mine), torch.empty_like(mine)
+    dist.all_gather(list(both), mine, group=pair)
+    return both
 
 
 def scheduler(sampler: Sampler, steps: int, flow_shift: float, grid: Grid, device: torch.device | str):

@@ -1,0 +1,80 @@
+"""Which part of the work is this rank's: other prompts, another pass of guidance, other tokens."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from mm_infer.config import Ranks
+from mm_parallel import ParallelConfig
+from mm_parallel.device import device, init_distributed
+from mm_parallel.mesh import size
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Teams x passes x tokens, neighbours in the last."""
+
+    prompts: tuple[int, int] = (0, 1)  # every which prompt is ours: first, step
+    mesh: DeviceMesh | None = None  # of ranks that share the tokens, or None
+    pair: dist.ProcessGroup | None = None  # of two ranks that each make one pass of guidance
+    team: dist.ProcessGroup | None = None  # of all ranks that make the same video
+    leads: bool = True  # the rank of a team that decodes and writes
+
+    def decided(self, decide: Callable[[], T]) -> T:
+        """What the leading rank of a team decides, on all of it; also if it is an error."""
+        if self.team is None:
+            return decide()
+        made: list = [None, None]
+        if self.leads:
+            try:
+                made[0] = decide()
+            except (ValueError, OSError) as error:
+                made[1] = error
+        dist.broadcast_object_list(made, group_src=0, group=self.team)
+        if made[1] is not None:
+            raise made[1]
+        return made[0]
+
+
+@contextmanager
+def distributed() -> Iterator[int]:
+    """Joins torchrun's ranks, yields this one's number, and leaves the process group in the end."""
+    joined = dist.is_initialized()
+    rank, _, _ = init_distributed()
+    try:
+        yield rank
+    finally:
+        if dist.is_initialized() and not joined:
+            dist.destroy_process_group()
+
+
+def place(ranks: Ranks) -> Place:
+    """This rank's place. ValueError for numbers that do not fit the ranks that were started."""
+    kind = device().type
+    mesh = ParallelConfig(cp=ranks.cp, ulysses=ranks.ulysses, ring=ranks.ring).mesh(kind)
+    world = dist.get_world_size() if mesh is not None else 1
+    tokens = size(mesh, "cp")
+    if world % (tokens * ranks.guidance):
+        need = tokens * ranks.guidance
+        raise ValueError(
+            f"parallel.guidance {ranks.guidance} x {tokens} context ranks are {need} ranks per video, and {world} were "
+            f"started: start a multiple of {need} (torchrun --nproc_per_node {need})"
+        )
+    if mesh is None:
+        return Place()
+    teams = world // (tokens * ranks.guidance)
+    grid = init_device_mesh(kind, (teams, ranks.guidance, tokens), mesh_dim_names=("team", "pass", "tokens"))
+    team = grid["pass", "tokens"]._flatten("members")
+    return Place(
+        prompts=(grid.get_local_rank("team"), teams),
+        mesh=mesh if tokens > 1 else None,
+        pair=grid.get_group("pass") if ranks.guidance > 1 else None,
+        team=team.get_group() if team.size() > 1 else None,
+        leads=team.get_local_rank() == 0,
+    )
