@@ -1,0 +1,12 @@
+"""Softmax attention: one op with many backends, and the same over a ring of ranks."""
+
+import torch
+
+from mm_parallel.attention.backends import BACKENDS as BACKENDS
+from mm_parallel.attention.backends import pick as pick
+from mm_parallel.attention.op import attention as attention
+from mm_parallel.attention.op import core as core
+from mm_parallel.attention.ring import ring_attention as ring_attention
+
+KEPT = (torch.ops.mm_parallel.attention.default, torch.ops.mm_parallel.ring_attention.default)
+"""What "everything but core attention" keeps: ops whose results recompute does not compute (or send) again."""

@@ -1,0 +1,84 @@
+"""The three attention kernels that torch has for CUDA, called one level below F.scaled_dot_product_attention.
+
+They want head dims that are multiples of 8; others are padded with zeros, which changes no score and no value.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_aten = torch.ops.aten
+_MULTIPLE = 8  # elements of a head
+_LSE_MULTIPLE = 32  # rows of the memory-efficient kernel's log-sum-exp
+
+
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    dim = q.shape[-1]
+    q, k, v = map(_into, (q, k, v))
+    out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    return _back(out, dim), lse
+
+
+def flash_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dim, seed, lengths = q.shape[-1], _no_dropout(q), (q.shape[1], k.shape[1])
+    dout, q, k, v, out = map(_into, (dout, q, k, v, out))
+    grads = _aten._scaled_dot_product_flash_attention_backward(
+        dout, q, k, v, out, lse, None, None, *lengths, 0.0, causal, seed, seed, scale=scale
+    )
+    dq, dk, dv = (_back(grad, dim) for grad in grads)
+    return dq, dk, dv
+
+
+def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    dim, shape = q.shape[-1], (q.shape[0], q.shape[2], q.shape[1])
+    q, k, v = map(_into, (q, k, v))
+    out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    return _back(out, dim), lse.reshape(shape)  # comes as B H L 1
+
+
+def cudnn_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dim, seed, lengths = q.shape[-1], _no_dropout(q), (q.shape[1], k.shape[1])
+    dout, q, k, v, out = map(_into, (dout, q, k, v, out))
+    grads = _aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, lse[..., None], seed, seed, None, None, None, *lengths, 0.0, causal, scale=scale
+    )
+    dq, dk, dv = (_back(grad, dim) for grad in grads)
+    return dq, dk, dv
+
+
+def efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    dim, length = q.shape[-1], q.shape[1]
+    q, k, v = map(_into, (q, k, v))
+    out, lse, *_ = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+    return _back(out, dim), lse[..., :length]  # comes with rows up to a multiple of 32
+
+
+def efficient_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dim, seed = q.shape[-1], _no_dropout(q)
+    lse = F.pad(lse, (0, -lse.shape[-1] % _LSE_MULTIPLE), value=float("inf"))  # exp(score - inf): rows without weight
+    dout, q, k, v, out = map(_into, (dout, q, k, v, out))
+    grads = _aten._scaled_dot_product_efficient_attention_backward(
+        dout, q, k, v, None, out, lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
+    )
+    dq, dk, dv = (_back(grad, dim) for grad in grads[:3])
+    return dq, dk, dv
+
+
+def _into(x: Tensor) -> Tensor:
+    """B L H h -> B H L h, the head padded."""
+    return F.pad(x, (0, -x.shape[-1] % _MULTIPLE)).transpose(1, 2)
+
+
+def _back(x: Tensor, dim: int) -> Tensor:
+    return x.transpose(1, 2)[..., :dim]
+
+
+def _no_dropout(q: Tensor) -> Tensor:
+    """In place of the random state that a forward with dropout would have returned; never read."""
+    return torch.empty((), dtype=torch.int64, device=q.device)

@@ -1,0 +1,182 @@
+"""Attention over a ring of ranks as one op: every rank holds some tokens, keys and values travel.
+
+Recompute can keep the op's result like that of plain attention, and then nothing travels a second time.
+
+In step s a rank has the keys and values of the rank s places before it, and sends them on while it computes. Partial
+results are merged by their log-sum-exp. In the backward, keys and values go round again, and the gradients of
+each block travel behind it, one hop more, so that they end where the block lives.
+
+Causal: the sequence is 2R chunks, and rank r of R holds chunks r and 2R-1-r. In every step but the first, half of all
+pairs of its queries and the visiting keys are then to do: all queries and the first chunk of an earlier rank, or the
+second chunk's queries and all keys of a later one. All ranks work alike.
+
+Elements that a rank sends per attention (n: of its own q; accumulators are at least fp32):
+    forward    2 n (R-1)                    of q's dtype
+    backward   2 n (R-1) of q's dtype  +  2 n R of the accumulators
+(for uneven blocks: of the blocks that pass by).
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from mm_parallel.attention.op import backend_of, backward, check, forward, like, scale_of
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    group: dist.ProcessGroup,
+    causal: bool = False,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Softmax attention over the tokens of all ranks of `group`, differentiable: B L H h of this rank's tokens.
+
+    lengths: tokens of each rank, in order; if causal, of each of the 2R chunks of the sequence, in order: this rank
+    then holds chunk r and behind it chunk 2R-1-r. Other arguments and errors as in `attention`.
+    """
+    check(q, k, v, causal)
+    scale, backend = scale_of(q) if scale is None else scale, backend_of(q, backend)
+    return _op(q, k, v, scale, causal, backend, list(lengths), group.group_name)[0]
+
+
+class _Passing:
+    """A tensor on its way to the next rank, and the one that comes from the rank before."""
+
+    def __init__(self, sent: Tensor, received: Tensor, ring: "_Ring") -> None:
+        self.sent, self.received = sent, received  # kept alive until both have gone
+        after, before = (ring.rank + 1) % ring.size, (ring.rank - 1) % ring.size
+        moves = [(dist.isend, sent, after), (dist.irecv, received, before)]
+        # a rank without tokens sends nothing; who receives knows it, too
+        ops = [dist.P2POp(f, x, group=ring.group, group_peer=peer) for f, x, peer in moves if x.numel()]
+        self.works = dist.batch_isend_irecv(ops) if ops else []
+
+    def wait(self) -> Tensor:
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+class _Ring:
+    """Who has what, when."""
+
+    def __init__(self, lengths: Sequence[int], causal: bool, group: str) -> None:
+        self.group = _resolve_process_group(group)
+        self.rank, self.size = self.group.rank(), self.group.size()
+        self.causal = causal
+        assert len(lengths) == self.size * (1 + causal), (lengths, self.size, causal)
+        # causal: the first and the second chunk of each rank
+        self.first = list(lengths[: self.size])
+        self.second = list(lengths[self.size :][::-1]) if causal else [0] * self.size
+
+    def steps(self) -> Iterator[tuple[int, bool]]:
+        """In every step, whose keys and values are here, and whether it is the last."""
+        for step in range(self.size):
+            yield (self.rank - step) % self.size, step == self.size - 1
+
+    def work(self, source: int) -> tuple[int, int, bool]:
+        """What to compute with the keys of rank `source`: queries from, keys up to, and whether causally."""
+        everything = self.first[source] + self.second[source]
+        if source == self.rank or not self.causal:
+            return 0, everything, self.causal
+        if source < self.rank:
+            return 0, self.first[source], False
+        return self.first[self.rank], everything, False
+
+    def pass_on(self, x: Tensor, source: int) -> _Passing:
+        """Starts to send x, which belongs to tokens of rank `source` (K B L H h), and to receive what comes."""
+        kinds, samples, _, *heads = x.shape
+        before = (source - 1) % self.size
+        received = x.new_empty((kinds, samples, self.first[before] + self.second[before], *heads))
+        return _Passing(x, received, self)
+
+
+def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Adds to out (B L H h) and lse (B H L), in place, what other keys give."""
+    weight = torch.sigmoid(part_lse - lse).transpose(1, 2)[..., None]
+    out.lerp_(part.to(out.dtype), weight)
+    lse.copy_(torch.logaddexp(lse, part_lse))
+
+
+@torch.library.custom_op("mm_parallel::ring_attention", mutates_args=())
+def _op(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, backend: str, lengths: Sequence[int], group: str
+) -> tuple[Tensor, Tensor]:
+    ring = _Ring(lengths, causal, group)
+    kv = torch.stack((k, v))
+    out, lse = None, None
+    for source, at_end in ring.steps():
+        passing = None if at_end else ring.pass_on(kv, source)
+        first, last, diagonal = ring.work(source)
+        part, part_lse = forward(q[:, first:], kv[0, :, :last], kv[1, :, :last], scale, diagonal, backend)
+        if out is None:  # step 0, our own keys: every query sees some, so lse is finite from here on
+            out, lse = part.to(part_lse.dtype), part_lse
+        elif last:
+            _merge(out[:, first:], lse[:, :, first:], part, part_lse)
+        if passing:
+            kv = passing.wait()
+    return out.to(q.dtype), lse
+
+
+@torch.library.custom_op("mm_parallel::ring_attention_backward", mutates_args=())
+def _op_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    backend: str,
+    lengths: Sequence[int],
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    ring = _Ring(lengths, causal, group)
+    kv, dq = torch.stack((k, v)), torch.zeros_like(q, dtype=lse.dtype)
+    behind = None  # the gradients of kv, so far
+    for source, at_end in ring.steps():
+        passing = None if at_end else ring.pass_on(kv, source)
+        first, last, diagonal = ring.work(source)
+        queries, keys = (q[:, first:], out[:, first:], lse[:, :, first:]), (kv[0, :, :last], kv[1, :, :last])
+        part, *parts = backward(dout[:, first:], queries[0], *keys, *queries[1:], scale, diagonal, backend)
+        dq[:, first:] += part
+        dkv = behind.wait() if behind else torch.zeros_like(kv, dtype=lse.dtype)
+        for whole, own in zip(dkv, parts, strict=True):
+            whole[:, :last] += own
+        behind = ring.pass_on(dkv, source)
+        if passing:
+            kv = passing.wait()
+    dk, dv = behind.wait()
+    return dq.to(q.dtype), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
+
+
+@_op.register_fake
+def _(q, k, v, scale, causal, backend, lengths, group):
+    return like(q)
+
+
+@_op_backward.register_fake
+def _(dout, q, k, v, out, lse, scale, causal, backend, lengths, group):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output):
+    q, k, v, *ctx.rest = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse)
+
+
+def _differentiate(ctx, dout, _):
+    return *_op_backward(dout, *ctx.saved_tensors, *ctx.rest), *(None for _ in ctx.rest)
+
+
+_op.register_autograd(_differentiate, setup_context=_save)
