@@ -60,6 +60,8 @@ class ParallelConfig:
             raise ValueError(
                 f"pp_layers {self.pp_layers}: a stage needs at least one rung; leave the stage out instead"
             )
+        if self.pp_layers and len(rows[0]) == 1:
+            raise ValueError(f"pp_layers {self.pp_layers}: one rank is no pipeline; leave pp_layers out")
         return rows
 
     def resolve(self, world: int) -> "ParallelConfig":

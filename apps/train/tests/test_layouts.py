@@ -1,0 +1,56 @@
+"""One run that is stopped and continued under torchrun in one layout after another: the losses of one device."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mm_train.train import train
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import SMALL, arguments, config, losses, rows, write_features
+
+FOUR = {**SMALL, "num_heads": 4, "num_layers": 4}
+LAYOUTS = [  # ranks, flags
+    (2, ["--parallel.dp_replicate", "2"]),
+    (2, ["--parallel.cp", "2"]),
+    (4, ["--parallel.ring", "2", "--memory.recompute", "full", "--memory.offload", "inputs"]),
+    (2, ["--parallel.tp", "2"]),
+    (2, ["--parallel.pp_layers", "[1,3]"]),
+    (4, ["--parallel.pp_layers", "[[1,1],[1,1]]", "--memory.recompute", "but_attention"]),
+    (4, ["--parallel.ulysses", "2", "--parallel.ring", "2", "--memory.recompute", "1"]),
+    (4, ["--parallel.tp", "2", "--parallel.pp_layers", "[3,1]"]),
+    (4, ["--memory.recompute", "but_attention", "--memory.offload", "attention"]),
+]
+STEPS = 2  # in each
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    return write_features(tmp_path_factory.mktemp("features") / "store")
+
+
+def command(features: Path, output: Path, steps: int, *flags: str) -> list[str]:
+    shared = ["--architecture", json.dumps(FOUR), "--data.global_batch", "8", "--optim.lr", "1e-3"]
+    shared += ["--optim.ema", "0.9", "--data.text_dropout", "0.2", "--checkpoint.every", "1000"]
+    shared += ["--validation.features", str(features), "--validation.every", "4", "--data.micro_batch", "1"]
+    return arguments(features, output, *shared, "--steps", str(steps), *flags)
+
+
+def test_a_run_goes_through_every_layout_with_the_losses_of_one_device(features, tmp_path):
+    total = STEPS * len(LAYOUTS)
+    train(config(features, tmp_path / "one", *command(features, tmp_path / "one", total)[8:]))
+    for turn, (ranks, flags) in enumerate(LAYOUTS, 1):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        argv = command(features, tmp_path / "many", turn * STEPS, *flags)
+        done = subprocess.run([*torchrun, "-m", "mm_train", *argv], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, (flags, done.stderr[-3000:])
+    one, many = rows(tmp_path / "one"), rows(tmp_path / "many")
+    for name in ("loss", "grad_norm", "validation_loss", "samples"):
+        expected = {row["step"]: row[name] for row in one if name in row}
+        seen = {row["step"]: row[name] for row in many if name in row}
+        seen = {step: seen[step] for step in expected}  # every run validates at its end as well
+        assert seen == pytest.approx(expected, rel=1e-4), name
+    assert len(losses(tmp_path / "many")) == total
