@@ -153,11 +153,13 @@ class ParallelConfig:
 class MemoryConfig:
     """What is paid in time for memory.
 
-    recompute: "none", "full", "but_attention" (all but core attention is computed again in the backward), a number
-        (the first k rungs of each pipeline rank in full), or one of the words for every rung of the model.
-    but_attention: so many rungs after those of a number `recompute` recompute all but core attention.
-    offload: "attention" moves what "but_attention" keeps to the host until the backward needs it; "inputs" moves what
-        recomputed rungs keep, their input.
+    recompute: what a rung forgets in the forward and computes again in the backward: "none", "full" (all but its
+        input) or "but_attention" (all but its input and what core attention made). One word for all rungs, or one for
+        each rung of the whole model; or a number: the first k rungs of each pipeline rank (all, if it has fewer) in
+        full, the others not.
+    but_attention: with a number: so many rungs after those recompute all but core attention.
+    offload: "attention" moves what "but_attention" keeps of attention to the host until the backward needs it;
+        "inputs" moves the inputs of recomputed rungs.
     reshard: whether FSDP drops a rung's gathered weights after its forward (and gathers them again for the backward).
     prefetch: how many rungs ahead FSDP gathers weights; 0 leaves it to FSDP (one, and one rung late).
     offload_params: FSDP's shards, their gradients and the optimizer live on the host.

@@ -55,8 +55,9 @@ def cut(
     """All but the pipeline; `model` may be some stages of one, and `plan` what is left of the plan there."""
     if size(mesh, "tp") > 1:
         tensor.cut(model, plan, mesh)
-    if size(mesh, "cp") > 1 or parallel.exact:
+    cuts_tokens = size(mesh, "cp") > 1 or parallel.exact
+    if cuts_tokens:
         context.cut(model, plan, mesh, parallel.exact)
-    recompute(model, plan, memory)
+    recompute(model, plan, memory, core_is_cut=cuts_tokens)
     if mesh is not None and parameter_mesh(mesh).size() > 1:
         shard(model, plan, mesh, dtype, memory)

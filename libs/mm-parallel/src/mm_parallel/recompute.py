@@ -1,27 +1,230 @@
-"""Forgetting a rung's activations in the forward and computing them again in the backward."""
+"""Forgetting a rung's activations in the forward and computing them again in the backward.
 
-from functools import partial
+Three words, rung by rung: "none" keeps everything; "full" keeps the rung's input; "but_attention" keeps the input and
+what attention made (out and logsumexp), so that all is computed again but attention, which is most of the work of a
+long sequence. What is kept may wait on the host, see `mm_parallel.offload`.
+"""
 
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from mm_parallel.attention import KEPT, attention, core
 from mm_parallel.config import MemoryConfig
-from mm_parallel.plan import ParallelPlan
+from mm_parallel.offload import Host, Kept
+from mm_parallel.plan import ParallelPlan, _match_parts
+
+WORDS = ("none", "full", "but_attention")
 
 
-def recompute(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig) -> None:
-    """Recomputes all rungs ("full"), the first n (an int), or none. Gradients stay the same, bit for bit.
+def recompute(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, core_is_cut: bool = False) -> None:
+    """Makes rungs recompute and offload as `memory` says. Gradients stay the same, bit for bit.
 
-    A rung keeps its module and thereby its parameter names: only its `forward` is replaced on the instance. Raises
-    ValueError for another word or for a number of rungs that the model does not have.
+    A rung keeps its module and thereby its parameter names: only its `forward` is replaced on the instance. Its first
+    argument is the stream (a NamedTuple, or the residual stream itself).
+
+    model: whole, or a pipeline rank's part of it, in which the rungs of others are None.
+    core_is_cut: whether context parallelism has put its attention into the model's seam. Without, "but_attention" puts
+        `mm_parallel.attention.core` there, as only an op that has a name can be kept.
+
+    Raises ValueError for words and numbers that the model cannot follow, and for an offload of what nobody keeps.
     """
-    rungs = memory.recompute
-    ladder = list(plan.rungs_of(model).values())
-    if rungs == "none":
-        return
-    if rungs == "full":
-        rungs = len(ladder)
-    if not isinstance(rungs, int) or not 0 <= rungs <= len(ladder):
-        raise ValueError(f'recompute={rungs!r}: give "none", "full", or how many of the {len(ladder)} rungs (0 … n)')
-    for rung in ladder[:rungs]:
-        rung.forward = partial(checkpoint, rung.forward, use_reentrant=False)
+    places = _places(model, plan)
+    words = _words(memory, places, list(plan.rungs_of(model)))
+    _check_offload(memory.offload, _asked(memory))
+    if "but_attention" in words.values() and not core_is_cut:
+        _name_the_core(model, plan)
+    host = Host()
+    for name, word in words.items():
+        if word != "none":
+            rung = model.get_submodule(name)
+            climb = places[name] - list(words).index(name)  # the same for rungs that follow each other without a gap
+            rung.forward = Recomputed(rung.forward, name, word, memory.offload, host, climb)
+
+
+class Recomputed:
+    """Stands for a rung's forward. An object and no closure, so that a deep copy of the model calls its own rung."""
+
+    def __init__(self, forward: Callable, name: str, word: str, offload: str, host: Host, climb: int) -> None:
+        self.forward, self.name, self.word, self.offload, self.host, self.climb = (
+            forward,
+            name,
+            word,
+            offload,
+            host,
+            climb,
+        )
+
+    def __call__(self, stream: Any, *args: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(stream, *args, **named)
+        x, rest = (
+            (stream, None) if isinstance(stream, Tensor) else (stream[0], stream._replace(**{stream._fields[0]: None}))
+        )
+        del stream  # nothing here may hold on to x
+        kept = self._keep("attention") if self.word == "but_attention" else None
+        with _elsewhere(self._keep("inputs")) if self.offload == "inputs" else nullcontext():
+            # checkpoint keeps tensors that are arguments of their own as autograd would, all else as it is
+            result = checkpoint(
+                self._run,
+                x,
+                rest,
+                args,
+                named,
+                use_reentrant=False,
+                context_fn=noop_context_fn if kept is None else lambda: (_Keeping(kept), _Answering(kept)),
+            )
+        if kept is not None and not kept.count:
+            raise ValueError(
+                f"{self.name} cannot recompute all but attention: none of {', '.join(map(str, KEPT))} ran in it; "
+                'let it call the core that it is handed (see Ladder), or recompute it in "full"'
+            )
+        return result
+
+    def _run(self, x: Tensor, rest: Any, args: tuple, named: dict) -> Any:
+        stream = x if rest is None else rest._replace(**{rest._fields[0]: x})
+        return self.forward(stream, *args, **named)
+
+    def _keep(self, what: str) -> Kept:
+        return self.host.sent(self.name, self.climb) if self.offload == what else Kept()
+
+
+class _Keeping(TorchDispatchMode):
+    """In the forward: keeps what attention makes."""
+
+    def __init__(self, kept: Kept) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        if op in KEPT:  # detached, or the result would hold the graph that will hold it
+            self.kept.put(tuple(part.detach() for part in result))
+        return result
+
+
+class _Answering(TorchDispatchMode):
+    """In the backward: answers with what was kept, in the order of the forward."""
+
+    def __init__(self, kept: Kept) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __enter__(self):
+        self.kept.fetch()
+        self.answers = iter(range(self.kept.count))
+        return super().__enter__()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op in KEPT:
+            return tuple(part.detach() for part in self.kept.get(next(self.answers)))
+        return op(*args, **(kwargs or {}))
+
+
+def _elsewhere(kept: Kept) -> saved_tensors_hooks:
+    """Around a checkpoint: it saves nothing but its input, and that goes where `kept` says."""
+
+    def pack(x: Tensor) -> Kept:
+        kept.put((x,))
+        return kept
+
+    def unpack(kept: Kept) -> Tensor:
+        kept.fetch()
+        return kept.get(0)[0]
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+def _places(model: nn.Module, plan: ParallelPlan) -> dict[str, int]:
+    """The number of each rung among those of the whole model, also of those that are None in this part of it."""
+    names = (name for name in _names(model) if any(_match_parts(name, pattern) for pattern in plan.rungs))
+    return {name: place for place, name in enumerate(names)}
+
+
+def _names(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    for name, child in module._modules.items():
+        yield prefix + name
+        if child is not None:
+            yield from _names(child, f"{prefix}{name}.")
+
+
+def _words(memory: MemoryConfig, places: dict[str, int], here: list[str]) -> dict[str, str]:
+    """A word for every rung that is here."""
+    asked, more, total = memory.recompute, memory.but_attention, len(places)
+    if isinstance(asked, str) and asked == "none" and more:
+        asked = 0
+    if more and (isinstance(asked, (str, list, tuple))):
+        raise ValueError(
+            f"but_attention={more} counts the rungs after those recomputed in full, so that recompute must be how many "
+            f"these are (0 … {total}), not recompute={asked!r}: give a number"
+        )
+    if isinstance(asked, int) and not isinstance(asked, bool):
+        if min(asked, more) < 0 or asked + more > total:
+            raise ValueError(
+                f"recompute={asked} and but_attention={more} rungs: the model has {total}, so each must be 0 or more, "
+                f"and together at most {total}"
+            )
+        words = ["full"] * asked + ["but_attention"] * more + ["none"] * total
+        return dict(zip(here, words, strict=False))  # a stage with fewer rungs than were asked for recomputes all
+    if isinstance(asked, (list, tuple)):
+        wrong = [word for word in asked if word not in WORDS]
+        if wrong or len(asked) != total:
+            raise ValueError(
+                f"recompute has {len(asked)} words"
+                + (f", {wrong[0]!r} among them" if wrong else "")
+                + f": give one of {', '.join(WORDS)} for each of the {total} rungs of the model"
+            )
+        return {name: asked[places[name]] for name in here}
+    if asked not in WORDS:
+        raise ValueError(
+            f"recompute={asked!r}: give one of {', '.join(WORDS)}, how many of the {total} rungs (0 … {total}), or a "
+            "word for each"
+        )
+    return dict.fromkeys(here, asked)
+
+
+def _asked(memory: MemoryConfig) -> set[str]:
+    """The words that are asked for, be it for rungs of other pipeline ranks: all ranks must refuse alike."""
+    if isinstance(memory.recompute, str):
+        words = {memory.recompute}
+    elif isinstance(memory.recompute, int):
+        words = {"full"} if memory.recompute else set()
+    else:
+        words = set(memory.recompute)
+    return words - {"none"} | ({"but_attention"} if memory.but_attention else set())
+
+
+def _check_offload(offload: str, words: set[str]) -> None:
+    if offload not in ("none", "attention", "inputs"):
+        raise ValueError(f"offload={offload!r}: there are none, attention and inputs")
+    if offload == "attention" and "but_attention" not in words:
+        raise ValueError(
+            'offload="attention" moves what recompute="but_attention" keeps, but no rung recomputes so '
+            f"({', '.join(sorted(words)) or 'none'}): set recompute or but_attention as well"
+        )
+    if offload == "inputs" and not words:
+        raise ValueError('offload="inputs" moves the inputs of recomputed rungs, but no rung recomputes: set recompute')
+
+
+def _name_the_core(model: nn.Module, plan: ParallelPlan) -> None:
+    """Puts our attention into the seam, as one op for every device."""
+    if not plan.tokens:
+        raise ValueError(
+            'recompute="but_attention" needs a plan that says where attention is: its tokens (and core) are empty; '
+            'recompute in "full", or write them'
+        )
+    owner, _, seam = plan.core.rpartition(".")
+    module = model.get_submodule(owner)
+    if not hasattr(module, seam):
+        raise ValueError(f'recompute="but_attention": the model has no seam {plan.core!r} to keep attention at')
+    setattr(module, seam, _causal_core if plan.causal else core)
+
+
+def _causal_core(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
+    return attention(q, k, v, causal=True)
