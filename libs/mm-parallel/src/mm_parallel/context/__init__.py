@@ -1,10 +1,78 @@
-"""Context parallelism: being written."""
+"""Context parallelism: the ranks of "cp" (ring x ulysses) share the tokens of a sample.
 
-from torch import nn
+`cut` sets the three seams of a ladder. Everything between attentions then runs on a part of the tokens; what the plan
+does not name as tokens (text, modulation) stays whole on every rank. Loss and gradients are those of one device.
+"""
+
+from functools import partial
+
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from mm_parallel.attention import attention, ring_attention
+from mm_parallel.context import shard
+from mm_parallel.context.shard import Deal, even
+from mm_parallel.context.ulysses import HEADS, TOKENS, exchange
+from mm_parallel.mesh import along, place, size
 from mm_parallel.plan import ParallelPlan
 
 
 def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh | None, exact: bool = False) -> None:
-    raise NotImplementedError
+    """Sets the model's split, core and gather for the ring and ulysses dims of the mesh. Raises ValueError where the
+    plan names a seam that the model does not have, or no tokens."""
+    if not plan.tokens:
+        raise ValueError("the plan names no tokens, so nothing can be cut over cp: give ParallelPlan(tokens={…: dim})")
+    sizes = {"ring": size(mesh, "ring"), "ulysses": size(mesh, "ulysses"), "causal": plan.causal}
+    assert mesh is not None
+    split = partial(shard.split, tokens=plan.tokens, rank=place(mesh, "cp"), **sizes)
+    _set(model, plan.split, plan, split)
+    _set(model, plan.core, plan, partial(context_attention, mesh=mesh, causal=plan.causal))
+    _set(model, plan.gather, plan, partial(gather, mesh=mesh, causal=plan.causal))
+
+
+def context_attention(
+    q: Tensor, k: Tensor, v: Tensor, tokens: int, mesh: DeviceMesh, causal: bool = False, backend: str | None = None
+) -> Tensor:
+    """Attention between all `tokens` of the sequence, of which this rank holds those of q, k and v: B L H h -> B L H h.
+
+    Which these are says `mm_parallel.context.shard`. Raises ValueError for another number of tokens.
+    """
+    deal = Deal(tokens, size(mesh, "ring"), size(mesh, "ulysses"), causal)
+    ring, ulysses = place(mesh, "ring"), place(mesh, "ulysses")
+    own, heads = deal.shares(ring), even(q.shape[HEADS], deal.ulysses)
+    if not q.shape[TOKENS] == k.shape[TOKENS] == own[ulysses]:
+        raise ValueError(
+            f"attention of {q.shape[TOKENS]} queries and {k.shape[TOKENS]} keys, but of {tokens} tokens "
+            f"this rank (ring {ring} of {deal.ring}, ulysses {ulysses} of {deal.ulysses}) has {own[ulysses]}"
+        )
+    scale = q.shape[-1] ** -0.5
+    if deal.ulysses > 1:
+        group = mesh.get_group("ulysses")
+        q, k, v = exchange((q, k, v), HEADS, heads, TOKENS, own, group)
+    if deal.ring > 1:
+        out = ring_attention(q, k, v, deal.chunks, mesh.get_group("ring"), causal, scale, backend)
+    else:
+        out = attention(q, k, v, causal, scale, backend)
+    if deal.ulysses > 1:
+        (out,) = exchange((out,), TOKENS, own, HEADS, heads, group)
+    return out
+
+
+def gather(x: Tensor, tokens: int, mesh: DeviceMesh, causal: bool = False) -> Tensor:
+    """B L … of this rank's tokens -> B tokens … of all, in their order, on every rank."""
+    deal = Deal(tokens, size(mesh, "ring"), size(mesh, "ulysses"), causal)
+    return shard.Gather.apply(x, deal, along(mesh, "cp").get_group())
+
+
+def _set(model: nn.Module, path: str, plan: ParallelPlan, seam: object) -> None:
+    parent, _, name = path.rpartition(".")
+    first = path.partition(".")[0]
+    if first in plan.last and not hasattr(model, first):  # a pipeline stage without its head
+        return
+    try:
+        owner = model.get_submodule(parent)
+    except AttributeError:
+        owner = None
+    if not hasattr(owner, name):
+        raise ValueError(f"the plan's seam {path!r} is no attribute of {type(model).__name__}")
+    setattr(owner, name, seam)

@@ -1,0 +1,124 @@
+"""Which rank holds which tokens, and cutting and joining tensors accordingly.
+
+The tokens of a sequence are cut twice, in blocks over the ring and then each block over its Ulysses ranks. Any number
+of tokens goes over any number of ranks: sizes differ by at most one, and may be 0. In a causal ring a block is two
+chunks, one from the front and one from the back, so that all ranks have alike to do (see `mm_parallel.attention.ring`):
+
+    10 tokens, ring 2, ulysses 2        not causal              causal
+    rank 0 = ring 0, ulysses 0          0 1 2                   0 1 2
+    rank 1 = ring 0, ulysses 1          3 4                     8 9
+    rank 2 = ring 1, ulysses 0          5 6 7                   3 4 5
+    rank 3 = ring 1, ulysses 1          8 9                     6 7
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def even(n: int, parts: int) -> list[int]:
+    """Sizes of `parts` parts of n; the first ones are one larger where it does not divide."""
+    return [n // parts + (i < n % parts) for i in range(parts)]
+
+
+def spans(sizes: list[int]) -> list[tuple[int, int]]:
+    """(start, stop) of neighbours of these sizes."""
+    stops = list(accumulate(sizes))
+    return list(zip([0, *stops[:-1]], stops, strict=True))
+
+
+@dataclass(frozen=True)
+class Deal:
+    """How `tokens` are dealt out."""
+
+    tokens: int
+    ring: int
+    ulysses: int
+    causal: bool = False
+
+    @property
+    def chunks(self) -> list[int]:
+        """Sizes of the pieces of the sequence, in its order: one for each ring rank, or two if causal."""
+        return even(self.tokens, self.ring * 2 if self.causal and self.ring > 1 else self.ring)
+
+    def block(self, ring: int) -> list[tuple[int, int]]:
+        """(start, stop) of the pieces that a ring rank and its Ulysses ranks hold together."""
+        pieces = spans(self.chunks)
+        return [pieces[ring], pieces[-1 - ring]] if len(pieces) > self.ring else [pieces[ring]]
+
+    def shares(self, ring: int) -> list[int]:
+        """Tokens of each Ulysses rank of a block."""
+        return even(sum(stop - start for start, stop in self.block(ring)), self.ulysses)
+
+    def held(self, rank: int) -> list[tuple[int, int]]:
+        """(start, stop) of what one of the ring x ulysses ranks holds, in the order in which it holds them."""
+        ring, ulysses = divmod(rank, self.ulysses)
+        first, last = spans(self.shares(ring))[ulysses]
+        own, offset = [], 0
+        for start, stop in self.block(ring):  # the part of the piece that lies in first … last of the block
+            low, high = max(first - offset, 0), min(last - offset, stop - start)
+            if low < high:
+                own.append((start + low, start + high))
+            offset += stop - start
+        return own or [(0, 0)]
+
+
+def take(x: Tensor, dim: int, pieces: list[tuple[int, int]]) -> Tensor:
+    """These pieces of x along dim. A copy, so that the whole x can be freed; its gradient is zero elsewhere."""
+    return torch.cat([x.narrow(dim, start, stop - start) for start, stop in pieces], dim)
+
+
+def split(stream: Any, tokens: Mapping[str, int], ring: int, ulysses: int, rank: int, causal: bool) -> Any:
+    """This rank's part of a stream: of each field of `tokens` (with its dim) that is there.
+
+    The first field counts the tokens. Another of size 1 is the same for all tokens, and stays whole. Raises ValueError
+    for a field of any other size.
+    """
+    first, *_ = tokens
+    count = getattr(stream, first).shape[tokens[first]]
+    pieces = Deal(count, ring, ulysses, causal).held(rank)
+    parts = {}
+    for name, dim in tokens.items():
+        x = getattr(stream, name)
+        if x is None or (x.shape[dim] == 1 and name != first):
+            continue
+        if x.shape[dim] != count:
+            raise ValueError(f"stream.{name} has {x.shape[dim]} tokens in dim {dim}, but stream.{first} has {count}")
+        parts[name] = take(x, dim, pieces)
+    return stream._replace(**parts)
+
+
+class Gather(torch.autograd.Function):
+    """All tokens, in the order of the sequence, on every rank. B L … of this rank -> B tokens …
+
+    The backward keeps the own tokens' gradient, times the number of ranks: see the rule in `mm_parallel.grads`.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, deal: Deal, group: dist.ProcessGroup) -> Tensor:
+        ranks = group.size()
+        ctx.pieces, ctx.ranks = deal.held(group.rank()), ranks
+        held = [deal.held(rank) for rank in range(ranks)]
+        longest = max(sum(stop - start for start, stop in pieces) for pieces in held)
+        shape = (x.shape[0], longest, *x.shape[2:])
+        whole = x.new_empty((x.shape[0], deal.tokens, *x.shape[2:]))
+        if x.is_meta:  # a pipeline asks for shapes
+            return whole
+        sent, received = x.new_zeros(shape), x.new_empty((ranks * shape[0], *shape[1:]))
+        sent[:, : x.shape[1]] = x
+        dist.all_gather_single(received, sent, group=group)
+        for part, pieces in zip(received.chunk(ranks), held, strict=True):
+            offset = 0
+            for start, stop in pieces:
+                whole[:, start:stop] = part[:, offset : offset + stop - start]
+                offset += stop - start
+        return whole
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        return take(grad, 1, ctx.pieces) * ctx.ranks, None, None

@@ -1,0 +1,228 @@
+"""Context parallelism against one device: attention alone for many sizes, then a whole ladder."""
+
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from mm_parallel import ParallelConfig, ParallelPlan, context, finish_gradients, parallelize
+from mm_parallel.context import context_attention, gather
+from mm_parallel.context.shard import Deal, split, take
+from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
+
+HEAD_DIM = 5
+
+
+def layouts(world: int) -> list[DeviceMesh]:
+    return [ParallelConfig(ring=r, ulysses=world // r).mesh("cpu") for r in range(1, world + 1) if world % r == 0]
+
+
+@given(st.integers(0, 200), st.integers(1, 6), st.integers(1, 6), st.booleans())
+def test_every_token_is_held_once_and_evenly(tokens, ring, ulysses, causal):
+    deal = Deal(tokens, ring, ulysses, causal)
+    held = [deal.held(rank) for rank in range(ring * ulysses)]
+    sizes = [sum(stop - start for start, stop in pieces) for pieces in held]
+    assert sorted(t for pieces in held for piece in pieces for t in range(*piece)) == list(range(tokens))
+    assert max(sizes) - min(sizes) <= 1
+    for rank in range(ring):
+        own = sizes[rank * ulysses : (rank + 1) * ulysses]
+        assert own == deal.shares(rank)
+        assert sum(own) == sum(stop - start for start, stop in deal.block(rank))
+
+
+def test_a_causal_ring_deals_front_and_back():
+    assert [Deal(10, 2, 2, True).held(rank) for rank in range(4)] == [[(0, 3)], [(8, 10)], [(3, 6)], [(6, 8)]]
+    assert [Deal(10, 2, 2).held(rank) for rank in range(4)] == [[(0, 3)], [(3, 5)], [(5, 8)], [(8, 10)]]
+
+
+def one_device(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+
+def attend(rank: int, mesh: DeviceMesh, tokens: int, heads: int, samples: int, causal: bool) -> float:
+    """Largest error, relative to the largest value, of the result and of the gradients of q, k and v."""
+    generator = torch.Generator().manual_seed(tokens)
+    make = (torch.randn(samples, tokens, heads, HEAD_DIM, generator=generator, dtype=torch.float64) for _ in range(4))
+    weight, *whole = make
+    whole = [x.requires_grad_() for x in whole]
+    expected = one_device(*whole, causal)
+    wanted = torch.autograd.grad((expected * weight).sum(), whole)
+
+    pieces = Deal(tokens, mesh["ring"].size(), mesh["ulysses"].size(), causal).held(rank)
+    own = context_attention(*(take(x, 1, pieces) for x in whole), tokens, mesh, causal)
+    out = gather(own, tokens, mesh, causal)
+    got = torch.autograd.grad((out * weight).sum(), whole)
+    for grad in got:
+        dist.all_reduce(grad, dist.ReduceOp.AVG)
+    pairs = zip((out, *got), (expected, *wanted), strict=True)
+    return max((a - b).abs().max().item() / b.abs().max().clamp(min=1e-3).item() for a, b in pairs)
+
+
+def attend_all(rank: int, world: int, cases: int) -> tuple[int, float]:
+    draw, done, worst = random.Random(world), 0, 0.0
+    meshes = layouts(world)
+    for case in range(cases):
+        for mesh in meshes:
+            tokens, heads, samples = draw.randint(1, 97), draw.randint(1, 13), draw.choice((1, 1, 2))
+            if case == 0:
+                tokens, heads = 1, 1  # fewer than ranks of either
+            error = attend(rank, mesh, tokens, heads, samples, causal=bool(case % 2))
+            where = f"ring {mesh['ring'].size()}, ulysses {mesh['ulysses'].size()}, causal {bool(case % 2)}"
+            assert error <= 1e-10, f"{tokens} tokens, {heads} heads, {where}: {error}"
+            done, worst = done + 1, max(worst, error)
+    return done, worst
+
+
+@pytest.mark.parametrize(("world", "cases"), [(2, 60), (3, 40), (4, 30), (8, 12)])
+def test_attention_equals_one_device(world, cases):
+    for done, _ in spawn(world, attend_all, cases):
+        assert done >= 48
+
+
+def named_sizes(rank: int, world: int) -> None:
+    mesh = {4: ParallelConfig(cp=4), 8: ParallelConfig(cp=8)}[world].mesh("cpu")
+    tokens, heads = {4: (769, 2), 8: (20, 12)}[world]
+    assert attend(rank, mesh, tokens, heads, 1, False) <= 1e-10
+
+
+def test_769_tokens_on_4_ranks_and_12_heads_on_8():
+    spawn(4, named_sizes)
+    spawn(8, named_sizes)
+
+
+class Counted:
+    """Wraps torch's functions while it is entered, and counts the elements that go to other ranks."""
+
+    def __enter__(self) -> "Counted":
+        self.sent, self.real = 0, (dist.all_to_all_single, dist.batch_isend_irecv)
+        dist.all_to_all_single, dist.batch_isend_irecv = self.exchange, self.pass_on
+        return self
+
+    def __exit__(self, *_) -> None:
+        dist.all_to_all_single, dist.batch_isend_irecv = self.real
+
+    def exchange(self, received, sent, incoming, outgoing, group):
+        self.sent += sent.numel() - outgoing[group.rank()]
+        self.real[0](received, sent, incoming, outgoing, group=group)
+
+    def pass_on(self, ops):
+        self.sent += sum(op.tensor.numel() for op in ops if op.op is dist.isend)
+        return self.real[1](ops)
+
+
+def bytes_sent(rank: int, world: int, tokens: int, heads: int) -> dict[str, tuple[int, int]]:
+    counts = {}
+    for name in ("ring", "ulysses"):
+        mesh = ParallelConfig(**{name: world}).mesh("cpu")
+        deal = Deal(tokens, mesh["ring"].size(), mesh["ulysses"].size())
+        own = sum(stop - start for start, stop in deal.held(rank))
+        q, k, v = (torch.randn(1, own, heads, HEAD_DIM, requires_grad=True) for _ in range(3))
+        with Counted() as forward:
+            out = context_attention(q, k, v, tokens, mesh)
+        with Counted() as backward:
+            out.sum().backward()
+        counts[name] = (forward.sent, backward.sent)
+    return counts
+
+
+@pytest.mark.parametrize(("tokens", "heads"), [(12, 8), (10, 3)])
+def test_what_is_sent_is_what_the_formulas_say(tokens, heads):
+    world = 4
+    for rank, counts in enumerate(spawn(world, bytes_sent, tokens, heads)):
+        n, m = (size // world + (rank < size % world) for size in (tokens, heads))
+        out, back = n * (heads - m) * HEAD_DIM, (tokens - n) * m * HEAD_DIM
+        assert counts["ulysses"] == (3 * out + back, out + 3 * back)
+        if tokens % world == 0 == heads % world:
+            even = 4 * tokens * heads * HEAD_DIM * (world - 1) // world**2
+            assert counts["ulysses"] == (even, even)
+        blocks = [tokens // world + (r < tokens % world) for r in range(world)]
+        passing = [2 * heads * HEAD_DIM * blocks[(rank - step) % world] for step in range(world)]
+        assert counts["ring"] == (sum(passing[:-1]), sum(passing[:-1]) + sum(passing))
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((2, 11, 5), (2, 3), (2, 11, 5))
+    tokens, t, target = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return tokens, t, target
+
+
+def build(causal: bool) -> TinyLadder:
+    torch.manual_seed(0)
+    model = TinyLadder().double()
+    if causal:
+        model.core = lambda q, k, v, _: one_device(q, k, v, True)
+    return model
+
+
+def ladder(rank: int, world: int, rings: tuple[int, ...]) -> int:
+    data, done = batch(), 0
+    for ring in rings:
+        for causal in (False, True):
+            single, parallel = build(causal), ParallelConfig(ring=ring, ulysses=world // ring)
+            plan = ParallelPlan(**{**vars(TinyLadder.plan), "causal": causal})
+            expected = (single(*data[:2]) - data[2]).square().mean()
+            expected.backward()
+            mesh = parallel.mesh("cpu")
+            model = parallelize(build(causal), plan, mesh, parallel)
+            loss = (model(*data[:2]) - data[2]).square().mean()
+            loss.backward()
+            finish_gradients(model, mesh)
+            assert abs(loss / expected - 1) <= 1e-10
+            assert_same_grads(gradients(model), gradients(single), 1e-10)
+            done += 1
+    return done
+
+
+@pytest.mark.parametrize(("world", "rings"), [(2, (1, 2)), (3, (1, 3)), (4, (1, 2, 4)), (8, (2,))])
+def test_a_ladder_equals_one_device(world, rings):
+    assert spawn(world, ladder, rings) == [2 * len(rings)] * world
+
+
+def meta(rank: int, world: int) -> None:
+    for mesh in layouts(world):
+        with torch.device("meta"):
+            model = TinyLadder()
+        parallel = ParallelConfig(ring=mesh["ring"].size(), ulysses=mesh["ulysses"].size())
+        context.cut(model, TinyLadder.plan, parallel.mesh("cpu"))
+        y = model(torch.empty(2, 11, 5, device="meta"), torch.empty(2, 3, device="meta"))
+        assert y.shape == (2, 11, 5)
+        y.sum().backward()
+        assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_shapes_are_known_on_meta():
+    spawn(4, meta)
+
+
+def wrong(rank: int, world: int) -> list[str]:
+    mesh, said = ParallelConfig(cp=world).mesh("cpu"), []
+    q = torch.zeros(1, 3, 2, 4)
+    stream = build(False).stem(*batch()[:2])
+    for attempt in (
+        lambda: context_attention(q, q, q, 9, mesh),
+        lambda: context.cut(TinyLadder(), ParallelPlan(("blocks.*",)), mesh),
+        lambda: context.cut(TinyLadder(), ParallelPlan(("blocks.*",), tokens={"x": 1}, core="kernel"), mesh),
+        lambda: split(stream._replace(place=stream.place[:4]), {"x": 1, "place": 0}, 1, world, rank, False),
+    ):
+        with pytest.raises(ValueError) as error:  # noqa: PT011 (what it says is looked at below)
+            attempt()
+        said.append(str(error.value))
+    return said
+
+
+def test_what_cannot_be_is_refused():
+    said = spawn(2, wrong)[0]
+    assert said == [
+        "attention of 3 queries and 3 keys, but of 9 tokens this rank (ring 0 of 1, ulysses 0 of 2) has 5",
+        "the plan names no tokens, so nothing can be cut over cp: give ParallelPlan(tokens={…: dim})",
+        "the plan's seam 'kernel' is no attribute of TinyLadder",
+        "stream.place has 4 tokens in dim 0, but stream.x has 11",
+    ]
