@@ -22,7 +22,8 @@ def flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -
 def flash_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dim, seed, lengths = q.shape[-1], _no_dropout(q), (q.shape[1], k.shape[1])
+    dim, lengths = q.shape[-1], (q.shape[1], k.shape[1])
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # as for the others, but this kernel's kind
     dout, q, k, v, out = map(_into, (dout, q, k, v, out))
     grads = _aten._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, lse, None, None, *lengths, 0.0, causal, seed, seed, scale=scale
@@ -44,7 +45,7 @@ def cudnn_backward(
     dim, seed, lengths = q.shape[-1], _no_dropout(q), (q.shape[1], k.shape[1])
     dout, q, k, v, out = map(_into, (dout, q, k, v, out))
     grads = _aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, lse[..., None], seed, seed, None, None, None, *lengths, 0.0, causal, scale=scale
+        dout, q, k, v, out, lse.unsqueeze(-1), seed, seed, None, None, None, *lengths, 0.0, causal, scale=scale
     )
     dq, dk, dv = (_back(grad, dim) for grad in grads)
     return dq, dk, dv
@@ -54,7 +55,7 @@ def efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: boo
     dim, length = q.shape[-1], q.shape[1]
     q, k, v = map(_into, (q, k, v))
     out, lse, *_ = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
-    return _back(out, dim), lse[..., :length]  # comes with rows up to a multiple of 32
+    return _back(out, dim), lse.narrow(-1, 0, length)  # comes with rows up to a multiple of 32
 
 
 def efficient_backward(
@@ -76,7 +77,7 @@ def _into(x: Tensor) -> Tensor:
 
 
 def _back(x: Tensor, dim: int) -> Tensor:
-    return x.transpose(1, 2)[..., :dim]
+    return x.transpose(1, 2).narrow(-1, 0, dim)
 
 
 def _no_dropout(q: Tensor) -> Tensor:

@@ -1,0 +1,249 @@
+"""The attention op and its backends."""
+
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+from mm_parallel.attention import BACKENDS, KEPT, attention, core, pick
+
+LENGTHS = [(9, 9), (1, 1), (9, 4), (1, 7), (40, 3), (0, 3), (3, 0), (0, 0)]
+
+
+def make(queries: int, keys: int, head_dim: int = 6, dtype=torch.float64, heads: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(queries)
+    shapes = ((2, length, heads, head_dim) for length in (queries, keys, keys, queries))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+def torchs(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
+
+
+def error(got, want) -> float:
+    return max(((a - b).abs().max().item() for a, b in zip(got, want, strict=True) if a.numel()), default=0.0)
+
+
+def out_and_grads(attend, q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    out = attend(q, k, v)
+    return out, *torch.autograd.grad((out * weight).sum(), (q, k, v))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "math"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_values_and_gradients_are_torchs(backend, causal, scale):
+    for queries, keys in LENGTHS:
+        if causal and queries != keys:
+            continue
+        inputs = make(queries, keys)
+        got = out_and_grads(partial(attention, causal=causal, scale=scale, backend=backend), *inputs)
+        want = out_and_grads(partial(torchs, causal=causal, scale=scale), *inputs)
+        assert error(got, want) <= 1e-13, (queries, keys)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "math"])
+def test_a_few_keys_at_a_time(backend):
+    """The gradient of a part of the keys, given the whole result, is that part of the gradient: a ring relies on it."""
+    forward, backward = BACKENDS[backend]
+    q, k, v, dout = (x.detach() for x in make(9, 10))
+    out, lse = forward(q, k, v, 0.4, False)
+    whole = backward(dout, q, k, v, out, lse, 0.4, False)
+    parts = [backward(dout, q, a, b, out, lse, 0.4, False) for a, b in zip(k.split(4, 1), v.split(4, 1), strict=True)]
+    dq, dk, dv = zip(*parts, strict=True)
+    assert error((sum(dq), torch.cat(dk, 1), torch.cat(dv, 1)), whole) <= 1e-13
+
+
+@pytest.mark.parametrize("backend", ["cpu", "math"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precision(backend, dtype):
+    got = out_and_grads(partial(attention, backend=backend), *make(33, 20, dtype=dtype))
+    want = out_and_grads(torchs, *(x.detach().double().requires_grad_() for x in make(33, 20, dtype=dtype)))
+    assert all(x.dtype == dtype for x in got)
+    assert error(got, want) <= 20 * torch.finfo(dtype).eps
+
+
+def test_transposed_inputs():
+    inputs = [x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in make(9, 9)]
+    assert error(out_and_grads(attention, *inputs), out_and_grads(torchs, *inputs)) <= 1e-13
+
+
+def test_the_seam():
+    q, k, v, _ = make(9, 9)
+    assert torch.equal(core(q, k, v, 9), attention(q, k, v))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_registered_as_torch_wants_it(causal):
+    q, k, v, _ = make(5, 5)
+    torch.library.opcheck(torch.ops.mm_parallel.attention.default, (q, k, v, 0.4, causal, "cpu"))
+
+
+def test_shapes_on_meta_and_fake():
+    shape = (2, 32_760, 40, 128)  # 14B: nothing of this size may be computed
+    x = torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    attention(x, x, x).sum().backward()
+    assert x.grad.shape == shape
+    with FakeTensorMode(), FlopCounterMode(display=False):
+        x = torch.empty(shape, dtype=torch.bfloat16, requires_grad=True)
+        out, lse = torch.ops.mm_parallel.attention.default(x, x, x, 1.0, False, "cpu")
+        assert (lse.shape, lse.dtype, out.dtype) == ((2, 40, 32_760), torch.float32, torch.bfloat16)
+        assert (out.is_contiguous(), lse.requires_grad) == (True, False)
+
+
+KERNELS = [("flash", torch.bfloat16), ("cudnn", torch.bfloat16), ("efficient", torch.float32)]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), KERNELS)
+@pytest.mark.parametrize("head_dim", [64, 12])
+def test_cuda_kernels_are_called_as_they_are_declared(backend, dtype, head_dim):
+    """On fake tensors: names and orders of arguments, shapes and dtypes of results. Not their values."""
+    forward, backward = BACKENDS[backend]
+    with FakeTensorMode():
+        q, dout = (torch.empty(2, 40, 3, head_dim, dtype=dtype, device="cuda") for _ in range(2))
+        k, v = (torch.empty(2, 70, 3, head_dim, dtype=dtype, device="cuda") for _ in range(2))
+        out, lse = forward(q, k, v, 0.1, False)
+        assert (out.shape, out.dtype) == (q.shape, dtype)
+        assert (lse.shape, lse.dtype) == ((2, 3, 40), torch.float32)
+        grads = backward(dout, q, k, v, out, lse, 0.1, False)
+        assert [(x.shape, x.dtype) for x in grads] == [(x.shape, dtype) for x in (q, k, v)]
+
+
+def documented_forward(
+    query,
+    key,
+    value,
+    head_num,
+    input_layout,
+    pse=None,
+    padding_mask=None,
+    atten_mask=None,
+    scale=1.0,
+    keep_prob=1.0,
+    pre_tockens=2147483647,
+    next_tockens=2147483647,
+    inner_precise=0,
+    prefix=None,
+    actual_seq_qlen=None,
+    actual_seq_kvlen=None,
+    sparse_mode=0,
+    gen_mask_parallel=True,
+    sync=False,
+):
+    p, largest = documented_scores(query, key, head_num, input_layout, atten_mask, scale, sparse_mode)
+    total = p.sum(-1, keepdim=True)
+    out = torch.einsum("bnst,btnd->bsnd", p / total, value)
+    return out, largest.expand(*p.shape[:3], 8), total.expand(*p.shape[:3], 8), torch.empty(0), 0, 0, 0
+
+
+def documented_backward(
+    query,
+    key,
+    value,
+    dy,
+    head_num,
+    input_layout,
+    *,
+    pse=None,
+    padding_mask=None,
+    atten_mask=None,
+    softmax_max=None,
+    softmax_sum=None,
+    softmax_in=None,
+    attention_in=None,
+    scale_value=1.0,
+    keep_prob=1.0,
+    pre_tockens=2147483647,
+    next_tockens=2147483647,
+    inner_precise=0,
+    seed=0,
+    offset=0,
+    numels=0,
+    prefix=None,
+    actual_seq_qlen=None,
+    actual_seq_kvlen=None,
+    sparse_mode=0,
+    gen_mask_parallel=True,
+    sync=False,
+):
+    assert softmax_max.shape == softmax_sum.shape == (*query.transpose(1, 2).shape[:3], 8)
+    p, largest = documented_scores(query, key, head_num, input_layout, atten_mask, scale_value, sparse_mode)
+    p = p * (largest - softmax_max[..., :1]).exp() / softmax_sum[..., :1]
+    dp = torch.einsum("bsnd,btnd->bnst", dy, value)
+    ds = p * (dp - (dy * attention_in).sum(-1).transpose(1, 2)[..., None]) * scale_value
+    dq, dk = torch.einsum("bnst,btnd->bsnd", ds, key), torch.einsum("bnst,bsnd->btnd", ds, query)
+    return dq, dk, torch.einsum("bnst,bsnd->btnd", p, dy), None
+
+
+def documented_scores(query, key, head_num, input_layout, atten_mask, scale, sparse_mode):
+    assert (input_layout, head_num) == ("BSND", query.shape[2])
+    assert query.is_contiguous()
+    assert key.is_contiguous()
+    scores = torch.einsum("bsnd,btnd->bnst", query, key) * scale
+    if atten_mask is not None:
+        assert sparse_mode == 2
+        assert (atten_mask.shape, atten_mask.dtype) == ((2048, 2048), torch.bool)
+        scores = scores.masked_fill(atten_mask[: query.shape[1], : key.shape[1]], float("-inf"))
+    largest = scores.amax(-1, keepdim=True)
+    return (scores - largest).exp(), largest
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_npu_is_called_as_documented(causal, monkeypatch):
+    stand_in = SimpleNamespace(npu_fusion_attention=documented_forward, npu_fusion_attention_grad=documented_backward)
+    monkeypatch.setitem(sys.modules, "torch_npu", stand_in)
+    for queries, keys in LENGTHS:
+        if causal and queries != keys:
+            continue
+        inputs = make(queries, keys)
+        got = out_and_grads(partial(attention, causal=causal, backend="npu"), *inputs)
+        assert error(got, out_and_grads(partial(torchs, causal=causal), *inputs)) <= 1e-13
+
+
+def test_pick():
+    assert pick("cpu", torch.bfloat16, 7) == "cpu"
+    assert [pick("cuda", torch.bfloat16, h) for h in (64, 128, 256, 512)] == ["flash", "flash", "flash", "efficient"]
+    assert [pick("cuda", dtype, 64) for dtype in (torch.float32, torch.float64)] == ["efficient", "math"]
+    assert [pick("npu", dtype, 64) for dtype in (torch.bfloat16, torch.float32, torch.float64)] == [
+        "npu",
+        "npu",
+        "math",
+    ]
+    assert pick("xpu", torch.float32, 64) == "math"
+
+
+def test_what_does_not_fit_is_refused():
+    q, k, v, _ = make(9, 4)
+    with pytest.raises(ValueError, match="no attention backend is named 'fast': there are cpu, flash"):
+        attention(q, k, v, backend="fast")
+    with pytest.raises(ValueError, match="where 9 queries begin in 4 keys is open"):
+        attention(q, k, v, causal=True)
+    with pytest.raises(ValueError, match="repeat shared heads"):
+        attention(q, k[:, :, :1], v[:, :, :1])
+    with pytest.raises(ValueError, match="cast them to one dtype"):
+        attention(q, k.float(), v)
+
+
+def test_recompute_keeps_it(monkeypatch):
+    calls = []
+    real = BACKENDS["cpu"]
+    counted = real._replace(forward=lambda *args: calls.append(1) or real.forward(*args))
+    monkeypatch.setitem(BACKENDS, "cpu", counted)
+    q, k, v, weight = make(9, 9)
+    run = partial(
+        checkpoint,
+        lambda *qkv: attention(*(x * 2 for x in qkv)) * 3,
+        use_reentrant=False,
+        context_fn=partial(create_selective_checkpoint_contexts, list(KEPT)),
+    )
+    got = out_and_grads(run, q, k, v, weight)
+    assert len(calls) == 1
+    assert error(got, out_and_grads(lambda *qkv: torchs(*(x * 2 for x in qkv)) * 3, q, k, v, weight)) <= 1e-12
