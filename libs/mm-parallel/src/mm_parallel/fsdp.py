@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from mm_parallel.config import MemoryConfig
 from mm_parallel.mesh import parameter_mesh
@@ -95,7 +96,8 @@ def check_same_values(model: nn.Module, mesh: DeviceMesh) -> None:
     named = [(name, p) for name, p in model.named_parameters() if not p.is_meta]
     if not named:
         return
-    sums = torch.stack([p.detach().contiguous().flatten().view(torch.uint8).sum() for _, p in named])
+    parts = [p.to_local() if isinstance(p, DTensor) else p for _, p in named]  # tensor-parallel ranks have parts
+    sums = torch.stack([part.detach().contiguous().flatten().view(torch.uint8).sum() for part in parts])
     extremes = torch.stack([sums, -sums]).to(_device_of(mesh))
     for dim in range(mesh.ndim):
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=mesh.get_group(dim))

@@ -1,10 +1,173 @@
-"""Tensor parallelism: being written."""
+"""Tensor parallelism: every rank holds some columns of a rung's first linears and the same rows of those after them.
 
-from torch import nn
+    x ─► enter ─► column: x W_r + b_r ─► norm, attention, activation of these heads ─► row: y_r W_r ─► leave ─► + b
+
+`enter` is the identity, and sums gradients over the ranks in the backward; `leave` sums over the ranks, and is the
+identity in the backward. What is outside of the two is computed alike on every rank, gradients included. Between them a
+rank knows only its heads, so a norm over all heads takes its mean of squares over the ranks.
+
+Parameters become DTensors on the mesh's "tp": names and global shapes stay, checkpoints and norms see whole tensors,
+and FSDP shards them once more. The computation is local, by another `forward` on the instance.
+
+Cost per rung and direction: one sum of the activations for each pair, as in Megatron, in the forward. In the backward
+one for each column linear: q, k and v, which share an input, pay three sums where one would do.
+"""
+
+import logging
+from math import gcd
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
+from mm_parallel.fsdp import check_same_values
 from mm_parallel.plan import ParallelPlan
 
 
 def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh) -> None:
-    raise NotImplementedError
+    """Cuts the plan's columns, rows and norms over mesh["tp"], in place; the rest stays whole on every rank.
+
+    Works on a meta model; a real one must have the same values on every rank, of which each keeps its part. A linear
+    with LoRA adapters (as peft makes them) is cut together with them. What is between a column and a row must take the
+    number of heads from what it is given.
+
+    Raises ValueError, before anything is cut, for a plan without columns, sizes that tp does not divide, a module that
+    is no linear or RMSNorm, adapters that drop out, and ranks with different values.
+    """
+    # The norm of what tp and fsdp cut takes two collectives, of which torch warns again and again, on every rank.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    ranks = mesh["tp"]
+    columns, rows, norms = (plan.modules_of(model, kind) for kind in ("columns", "rows", "norms"))
+    if not columns:
+        raise ValueError(f"tp={ranks.size()}: this model's plan declares no tensor parallelism; use tp=1")
+    _check_sizes(plan.heads, columns, rows, norms, ranks.size())
+    check_same_values(model, ranks)
+    for linear in columns.values():
+        base, adapters = _parts(linear)
+        _column(base, ranks)
+        for _, b in adapters:  # A makes the same few numbers on every rank
+            _column(b, ranks)
+    for linear in rows.values():
+        base, adapters = _parts(linear)
+        _row(base, ranks)
+        for a, _ in adapters:  # B takes their sum, the same on every rank
+            _row(a, ranks)
+    for norm in norms.values():
+        _norm(norm, ranks)
+
+
+def _column(linear: nn.Linear, ranks: DeviceMesh) -> None:
+    _keep(linear, "weight", 0, ranks)
+    _keep(linear, "bias", 0, ranks)
+    group = ranks.get_group()
+
+    def forward(x: Tensor) -> Tensor:
+        return F.linear(_Enter.apply(x, group), _local(linear.weight, x), _local(linear.bias, x))
+
+    linear.forward = forward
+
+
+def _row(linear: nn.Linear, ranks: DeviceMesh) -> None:
+    _keep(linear, "weight", 1, ranks)
+    group = ranks.get_group()
+
+    def forward(x: Tensor) -> Tensor:
+        y = _Leave.apply(F.linear(x, _local(linear.weight, x)), group)
+        return y if linear.bias is None else y + _local(linear.bias, x)
+
+    linear.forward = forward
+
+
+def _norm(norm: nn.RMSNorm, ranks: DeviceMesh) -> None:
+    _keep(norm, "weight", 0, ranks)
+    group, width = ranks.get_group(), norm.normalized_shape[0]
+
+    def forward(x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()  # as torch's, and as all of it before the last rounding
+        squares = _Leave.apply(wide.square().sum(-1, keepdim=True), group)
+        squares = _Enter.apply(squares, group)  # each rank's heads use the sum, so each has a part of its gradient
+        eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+        y = wide * torch.rsqrt(squares / width + eps)
+        return (y if norm.weight is None else y * _local(norm.weight, x).to(y.dtype)).to(x.dtype)
+
+    norm.forward = forward
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum(grad, ctx.group), None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return _sum(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)  # others may hold it
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def _local(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    """This rank's part of a parameter, in the dtype of the input. Asked at call time: FSDP exchanges the parameter."""
+    if isinstance(parameter, DTensor):
+        parameter = parameter.to_local()
+    return None if parameter is None else parameter.to(x.dtype)
+
+
+def _keep(module: nn.Module, name: str, dim: int, ranks: DeviceMesh) -> None:
+    """Replaces a parameter by a DTensor whose local part is this rank's chunk of `dim`."""
+    whole = getattr(module, name)
+    if whole is None:
+        return
+    part = whole.detach().chunk(ranks.size(), dim)[ranks.get_local_rank()]
+    part = part.clone(memory_format=torch.contiguous_format)  # so that the whole can be freed
+    cut = DTensor.from_local(part, ranks, [Shard(dim)], run_check=False)
+    setattr(module, name, nn.Parameter(cut, requires_grad=whole.requires_grad))
+
+
+def _parts(linear: nn.Module) -> tuple[nn.Module, list[tuple[nn.Linear, nn.Linear]]]:
+    """A linear and its pairs of adapters A, B; without peft, whose layer is known by its attributes."""
+    if not hasattr(linear, "lora_A"):
+        return linear, []
+    return linear.base_layer, [(linear.lora_A[name], linear.lora_B[name]) for name in linear.lora_A]
+
+
+def _check_sizes(heads: int, columns: dict, rows: dict, norms: dict, tp: int) -> None:
+    sizes = {"heads": heads} if heads else {}
+    for name, module in columns.items():
+        sizes[f"columns of {name}"] = _checked(name, module, nn.Linear).out_features
+    for name, module in rows.items():
+        sizes[f"rows of {name}"] = _checked(name, module, nn.Linear).in_features
+    for name, module in norms.items():
+        sizes[f"weights of {name}"] = _checked(name, module, nn.RMSNorm).normalized_shape[0]
+    largest = gcd(*sizes.values())
+    legal = ", ".join(str(n) for n in range(1, largest + 1) if largest % n == 0)
+    for name, size in sizes.items():
+        if size % tp:
+            raise ValueError(f"{size} {name} cannot be cut over tp={tp}: for this model tp can be {legal}")
+
+
+def _checked(name: str, module: nn.Module, kind: type[nn.Module]) -> Any:
+    base, _ = _parts(module)
+    if not isinstance(base, kind):
+        raise ValueError(f"plan: {name} is of type {type(base).__name__}; tp can only cut {kind.__name__} there")
+    if any(drop.p for drop in getattr(module, "lora_dropout", nn.Module()).modules() if isinstance(drop, nn.Dropout)):
+        raise ValueError(f"the adapter of {name} has dropout, which tp ranks would draw apart: use dropout 0, or tp=1")
+    return base
