@@ -1,0 +1,86 @@
+"""What one stage computes."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from inspect import BoundArguments
+from typing import Any
+
+from torch import Tensor, nn
+
+from mm_parallel.pipeline.outline import Outline, check, fill, tensors_of, track
+
+Inputs = Callable[[int], BoundArguments]
+"""Number of a micro-batch -> what the model is called with."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Which part of the model it is: `rungs` of it, the stem before the first, the head after the last."""
+
+    index: int
+    count: int
+    rungs: range
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.count - 1
+
+
+class Chunk(nn.Module):
+    """One stage for one shape of input. The first is called with the number of a micro-batch, others with tensors.
+
+    The model is called, not a part of it: so FSDP's hooks on the root run, whatever stage it is (see `call`). It is no
+    submodule of the chunk: preparing a schedule, torch drops the gradients of every FSDP module that it finds in a
+    stage, also those of steps before, in another shape.
+    """
+
+    def __init__(self, stage: Stage, model: nn.Module, outline: Outline, tracked: bool) -> None:
+        super().__init__()
+        self.stage, self.outline, self.tracked = stage, outline, tracked
+        self.__dict__["model"] = model
+        self.inputs: Inputs | None = None  # set for every step
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return self.model.parameters()
+
+    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if not self.stage.is_first:
+            return self.model(self, *map(_received, tensors))
+        batch = self.inputs(int(tensors[0]))
+        return self.model(self, *batch.args, **batch.kwargs)
+
+    def climb(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+        """The part of the model's forward that is this stage's."""
+        model, stage = self.model, self.stage
+        stream = model.stem(*args, **kwargs) if stage.is_first else fill(self.outline.entries[stage.index], args)
+        if stage.is_first and self.tracked:
+            stream = track(stream)
+        for i in stage.rungs:
+            stream = model.layer(i, stream)
+        if stage.is_last:
+            return model.head(stream)
+        check(stage.index, stream, self.outline.entries[stage.index + 1])
+        return tuple(map(_sent, tensors_of(stream)))
+
+
+def call(chunk: Chunk, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+    """Takes the place of the model's forward."""
+    return chunk.climb(*args, **kwargs)
+
+
+def _received(tensor: Tensor) -> Tensor:
+    """Its gradient will be sent, and only what is contiguous can be."""
+    if tensor.requires_grad:
+        tensor = tensor.view_as(tensor)  # a hook on the receive buffer itself would stay there
+        tensor.register_hook(Tensor.contiguous)
+    return tensor
+
+
+def _sent(tensor: Tensor) -> Tensor:
+    """Contiguous, and no view: where the backward is split, torch detaches it in place."""
+    tensor = tensor.contiguous()
+    return tensor if tensor._base is None else tensor.clone()

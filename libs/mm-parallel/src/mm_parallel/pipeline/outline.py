@@ -1,0 +1,135 @@
+"""What crosses from stage to stage, known beforehand: shapes, dtypes, what requires a gradient, static facts."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from inspect import BoundArguments
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from mm_parallel import context
+from mm_parallel.config import ParallelConfig
+from mm_parallel.mesh import parameter_mesh, size
+from mm_parallel.plan import Ladder, ParallelPlan
+
+Model = TypeVar("Model", bound=nn.Module)
+Stream = TypeVar("Stream", bound=NamedTuple)
+
+
+@dataclass(frozen=True)
+class Outline(Generic[Stream]):
+    """One shape of input on its way through the pipeline. All tensors are meta.
+
+    entries: the stream that enters each stage; None for the first, which makes its own.
+    output: what the head returns.
+    """
+
+    entries: tuple[Stream | None, ...]
+    output: Tensor
+
+
+def skeleton(
+    model: Model, plan: ParallelPlan, mesh: DeviceMesh, parallel: ParallelConfig, dtype: torch.dtype | None
+) -> Model:
+    """A copy of the whole model on the meta device, to be asked for shapes, dtypes and what requires a gradient.
+
+    It takes no memory. It splits and gathers tokens as the model will, and has its weights in the dtype in which the
+    model will read them; attention stays the model's own, because it has the same shapes and needs no other rank.
+    """
+    twins = {}  # deepcopy takes what is here for copies that it has made
+    for parameter in model.parameters():
+        meta = torch.empty_like(parameter, device="meta")
+        twins[id(parameter)] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        twins[id(buffer)] = torch.empty_like(buffer, device="meta")
+    bones = copy.deepcopy(model, twins)
+    if dtype is not None and parameter_mesh(mesh).size() > 1:
+        islands = set(plan.islands_of(bones).values())
+        for parameter in bones.parameters():
+            if parameter not in islands and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    if size(mesh, "cp") > 1:
+        owner, _, core = plan.core.rpartition(".")
+        attention = getattr(bones.get_submodule(owner), core)
+        context.cut(bones, plan, mesh, parallel.exact)
+        setattr(bones.get_submodule(owner), core, attention)
+    return bones
+
+
+def trace(skeleton: Ladder, starts: Sequence[int], call: BoundArguments, tracked: bool) -> Outline:
+    """Climbs the skeleton once. starts: the first rung of every stage. tracked: see `track`."""
+    args = [_meta(value) for value in call.args]
+    kwargs = {name: _meta(value) for name, value in call.kwargs.items()}
+    with torch.enable_grad():  # so that flags are those of a training step
+        stream = skeleton.stem(*args, **kwargs)
+        if tracked:
+            stream = track(stream)
+        entries = [None]
+        for i in range(len(skeleton.layers)):
+            if i in starts[1:]:
+                stream = type(stream)(*map(_outline, stream))
+                entries.append(stream)
+            stream = skeleton.layer(i, stream)
+        return Outline(tuple(entries), _outline(skeleton.head(stream)))
+
+
+def track(stream: Stream) -> Stream:
+    """A stream of which at least one tensor requires a gradient.
+
+    A schedule that splits the backward finds the weights by their way to the stage's inputs. It would find none of
+    them where the stem is frozen, as below an adapter.
+    """
+    tensors = [value for value in stream if isinstance(value, Tensor)]
+    if any(tensor.requires_grad for tensor in tensors):
+        return stream
+    first = next(tensor for tensor in tensors if tensor.is_floating_point())
+    return type(stream)(*(value.detach().requires_grad_() if value is first else value for value in stream))
+
+
+def tensors_of(stream: Stream) -> tuple[Tensor, ...]:
+    """What travels over the wire."""
+    return tuple(value for value in stream if isinstance(value, Tensor))
+
+
+def fill(outline: Stream, tensors: Sequence[Tensor]) -> Stream:
+    """The stream of these tensors, with the outline's facts."""
+    left = iter(tensors)
+    return type(outline)(*(next(left) if isinstance(value, Tensor) else value for value in outline))
+
+
+def check(stage: int, stream: Stream, outline: Stream) -> None:
+    """Raises ValueError where a stream is not what the next stage has made room for: that would kill the process."""
+    for name, value, expected in zip(stream._fields, stream, outline, strict=True):
+        told, wanted = describe(value, torch.is_grad_enabled()), describe(expected, torch.is_grad_enabled())
+        if told != wanted:
+            raise ValueError(
+                f"pipeline stage {stage}: {name} of the stream is {told}, but was {wanted} on the meta device. Stem "
+                "and layers must do the same there, and what is trained must not change after Pipeline was made"
+            )
+
+
+def describe(value: Any, with_gradient: bool = False) -> str:
+    """A tensor's shape and dtype, and whether it requires a gradient; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    shape = "x".join(map(str, value.shape)) or "scalar"
+    trained = " that requires a gradient" if with_gradient and value.requires_grad else ""
+    return f"{shape} {str(value.dtype).removeprefix('torch.')}{trained}"
+
+
+def describe_call(call: BoundArguments) -> str:
+    """Shapes and dtypes of what a model is called with, by name."""
+    return ", ".join(f"{name} {describe(value)}" for name, value in call.arguments.items())
+
+
+def _meta(value: Any) -> Any:
+    return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+
+
+def _outline(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty(value.shape, dtype=value.dtype, device="meta", requires_grad=value.requires_grad)

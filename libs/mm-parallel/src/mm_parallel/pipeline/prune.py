@@ -1,0 +1,60 @@
+"""What a pipeline rank keeps of a model."""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+
+from torch import Tensor, nn
+
+Owner = int | str
+"""Whose a part is: the number of a rung, "first" or "last" (stage)."""
+
+
+def prune(model: nn.Module, last: Collection[str], mine: Collection[Owner]) -> set[str]:
+    """Drops in place what is not `mine`: modules and parameters become None, so that the names of others stay.
+
+    Rungs belong to themselves; of what is beside them, the names in `last` belong to "last", everything else to
+    "first". What holds no weights is everybody's.
+
+    Returns the names in the state dict that are gone. Raises ValueError for a weight that two stages would share, and
+    for a plan that does not fit.
+    """
+    before = set(model.state_dict())
+    parts = list(_parts(model, last))
+    owners: dict[Tensor, dict[Owner, str]] = defaultdict(dict)
+    for parent, key, name, owner in parts:
+        part = getattr(parent, key)
+        for weight in [part] if isinstance(part, Tensor) else part.parameters():
+            owners[weight][owner] = name
+    for shared in owners.values():
+        if len(shared) > 1:
+            raise ValueError(
+                f"{' and '.join(shared.values())} share a weight, but not a pipeline stage: give each its own"
+            )
+    for parent, key, name, owner in parts:
+        part = getattr(parent, key)
+        holds = name in before if isinstance(part, Tensor) else bool(part.state_dict())
+        if owner not in mine and (holds or isinstance(owner, int)):
+            setattr(parent, key, None)
+    return before - set(model.state_dict())
+
+
+def _parts(model: nn.Module, last: Collection[str]) -> Iterator[tuple[nn.Module, str, str, Owner]]:
+    """(parent, key, name, owner) of every rung, and of the largest modules and the tensors beside them."""
+    rungs = {rung: i for i, rung in enumerate(model.layers)}
+    found = {name for name, module in model.named_modules() if module in rungs}
+    if len(found) != len(model.layers):
+        raise ValueError(f"{len(model.layers)} model.layers, but {len(found)} of them are modules with a name")
+    above = {name.rsplit(".", depth)[0] for name in found for depth in range(1, name.count(".") + 1)}
+    if holds_rungs := above & set(last):
+        raise ValueError(f"plan.last: {min(holds_rungs)} holds rungs, and they belong to stages of their own")
+
+    def walk(parent: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, str, str, Owner]]:
+        for key, part in (parent._modules | parent._parameters | parent._buffers).items():
+            name = prefix + key
+            if name in above:
+                yield from walk(part, f"{name}.")
+            elif part is not None:
+                beside = "last" if name in last else "first"
+                yield parent, key, name, rungs.get(part, beside) if isinstance(part, nn.Module) else beside
+
+    return walk(model, "")
