@@ -103,6 +103,8 @@ class Sent(Kept):
 class Parcel:
     """Tensors that go to the host and come back together."""
 
+    copied = None  # event at the end of the last copy, until the compute stream waits for it
+
     def __init__(self, name: str, tensors: tuple[Tensor, ...], side) -> None:
         self.name, self.side, self.device = name, side, tensors[0].device
         self.module = torch.get_device_module(self.device)
@@ -110,15 +112,19 @@ class Parcel:
         self.compute = self.module.current_stream()
         side.wait_stream(self.compute)  # what is copied has been computed
         with self.module.stream(side):
-            self.host = tuple(_to(t, torch.device("cpu"), t.device.type != "cpu") for t in tensors)
+            self.host = tuple(_to_host(tensor) for tensor in tensors)
             self.copied = side.record_event()
         log.debug("%s leaves", name)
 
     def leave(self) -> None:
         """Gives back the device's memory."""
-        if self.here is not None:
-            self.compute.wait_event(self.copied)  # what is computed into that memory next comes after the copy
-            self.here = None
+        self._settle()  # what is computed into that memory next comes after the copy
+        self.here = None
+
+    def _settle(self) -> None:
+        if self.copied is not None:
+            self.compute.wait_event(self.copied)
+            self.copied = None
 
     def fetch(self) -> None:
         """Starts the way back."""
@@ -138,15 +144,15 @@ class Parcel:
     def get(self) -> tuple[Tensor, ...]:
         self.fetch()
         assert self.here is not None
-        self.compute.wait_event(self.copied)  # the copy that brought it; what never left is not worth a second case
+        self._settle()  # for the copy that brought it; what never left could do without
         log.debug("%s is used", self.name)
         return self.here
 
     def __del__(self) -> None:
-        if hasattr(self, "copied"):
-            self.leave()  # a graph that is thrown away half-way must not free what is being copied
+        self._settle()  # a graph that is thrown away half-way must not free what is being copied
 
 
-def _to(tensor: Tensor, device: torch.device, pinned: bool) -> Tensor:
+def _to_host(tensor: Tensor) -> Tensor:
     # Pinned memory is what a device copies on its own; its allocator knows which copies are pending.
-    return torch.empty_like(tensor, device=device, pin_memory=pinned).copy_(tensor, non_blocking=True)
+    pinned = tensor.device.type != "cpu"
+    return torch.empty_like(tensor, device="cpu", pin_memory=pinned).copy_(tensor, non_blocking=True)
