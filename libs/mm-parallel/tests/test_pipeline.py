@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 

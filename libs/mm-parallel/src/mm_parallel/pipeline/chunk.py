@@ -36,6 +36,9 @@ class Chunk(nn.Module):
     The model is called, not a part of it: so FSDP's hooks on the root run, whatever stage it is (see `call`). It is no
     submodule of the chunk: preparing a schedule, torch drops the gradients of every FSDP module that it finds in a
     stage, also those of steps before, in another shape.
+
+    tracked: whether the first stage hands on what is frozen as though it were not. A schedule that splits the backward
+    finds a stage's weights by their way to its inputs, and so would miss some (the first stage is not split).
     """
 
     def __init__(self, stage: Stage, model: nn.Module, outline: Outline, tracked: bool) -> None:
@@ -57,13 +60,14 @@ class Chunk(nn.Module):
         """The part of the model's forward that is this stage's."""
         model, stage = self.model, self.stage
         stream = model.stem(*args, **kwargs) if stage.is_first else fill(self.outline.entries[stage.index], args)
-        if stage.is_first and self.tracked:
-            stream = track(stream)
         for i in stage.rungs:
             stream = model.layer(i, stream)
         if stage.is_last:
             return model.head(stream)
-        check(stage.index, stream, self.outline.entries[stage.index + 1])
+        following = self.outline.entries[stage.index + 1]
+        if stage.is_first and self.tracked:
+            stream = track(stream, following)
+        check(stage.index, stream, following)
         return tuple(map(_sent, tensors_of(stream)))
 
 

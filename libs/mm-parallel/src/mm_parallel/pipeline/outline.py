@@ -32,17 +32,23 @@ class Outline(Generic[Stream]):
 
 
 def skeleton(
-    model: Model, plan: ParallelPlan, mesh: DeviceMesh, parallel: ParallelConfig, dtype: torch.dtype | None
+    model: Model,
+    plan: ParallelPlan,
+    mesh: DeviceMesh,
+    parallel: ParallelConfig,
+    dtype: torch.dtype | None,
+    trained: bool,
 ) -> Model:
     """A copy of the whole model on the meta device, to be asked for shapes, dtypes and what requires a gradient.
 
     It takes no memory. It splits and gathers tokens as the model will, and has its weights in the dtype in which the
     model will read them; attention stays the model's own, because it has the same shapes and needs no other rank.
+    trained: every weight is trained, whatever is frozen in the model.
     """
     twins = {}  # deepcopy takes what is here for copies that it has made
     for parameter in model.parameters():
         meta = torch.empty_like(parameter, device="meta")
-        twins[id(parameter)] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
+        twins[id(parameter)] = nn.Parameter(meta, requires_grad=trained or parameter.requires_grad)
     for buffer in model.buffers():
         twins[id(buffer)] = torch.empty_like(buffer, device="meta")
     bones = copy.deepcopy(model, twins)
@@ -59,14 +65,12 @@ def skeleton(
     return bones
 
 
-def trace(skeleton: Ladder, starts: Sequence[int], call: BoundArguments, tracked: bool) -> Outline:
-    """Climbs the skeleton once. starts: the first rung of every stage. tracked: see `track`."""
+def trace(skeleton: Ladder, starts: Sequence[int], call: BoundArguments) -> Outline:
+    """Climbs the skeleton once. starts: the first rung of every stage."""
     args = [_meta(value) for value in call.args]
     kwargs = {name: _meta(value) for name, value in call.kwargs.items()}
     with torch.enable_grad():  # so that flags are those of a training step
         stream = skeleton.stem(*args, **kwargs)
-        if tracked:
-            stream = track(stream)
         entries = [None]
         for i in range(len(skeleton.layers)):
             if i in starts[1:]:
@@ -76,17 +80,16 @@ def trace(skeleton: Ladder, starts: Sequence[int], call: BoundArguments, tracked
         return Outline(tuple(entries), _outline(skeleton.head(stream)))
 
 
-def track(stream: Stream) -> Stream:
-    """A stream of which at least one tensor requires a gradient.
-
-    A schedule that splits the backward finds the weights by their way to the stage's inputs. It would find none of
-    them where the stem is frozen, as below an adapter.
-    """
-    tensors = [value for value in stream if isinstance(value, Tensor)]
-    if any(tensor.requires_grad for tensor in tensors):
-        return stream
-    first = next(tensor for tensor in tensors if tensor.is_floating_point())
-    return type(stream)(*(value.detach().requires_grad_() if value is first else value for value in stream))
+def track(stream: Stream, outline: Stream) -> Stream:
+    """The same values, requiring a gradient where the outline does."""
+    return type(stream)(
+        *(
+            value.detach().requires_grad_()
+            if isinstance(value, Tensor) and value.requires_grad < wanted.requires_grad
+            else value
+            for value, wanted in zip(stream, outline, strict=True)
+        )
+    )
 
 
 def tensors_of(stream: Stream) -> tuple[Tensor, ...]:

@@ -69,7 +69,7 @@ class Pipeline:
         self.stages, self.mine = stages, stages[place(mesh, "pp") :: ranks]
         self.ranks, self.group = ranks, mesh.get_group("pp")
         self.device = torch.device(mesh.device_type)
-        self.skeleton = skeleton(model, plan, mesh, parallel, dtype)
+        self.skeleton = skeleton(model, plan, mesh, parallel, dtype, trained=self.zero_bubble)
         kept: set[Owner] = {i for stage in self.mine for i in stage.rungs}
         kept |= {"first"} if self.mine[0].is_first else set()
         kept |= {"last"} if self.mine[-1].is_last else set()
@@ -122,7 +122,7 @@ class Pipeline:
         shape = describe_call(call)
         if shape not in self._outlines:
             starts = [stage.rungs.start for stage in self.stages]
-            self._outlines[shape] = trace(self.skeleton, starts, call, self.zero_bubble)
+            self._outlines[shape] = trace(self.skeleton, starts, call)
         return self._outlines[shape]
 
     @torch.no_grad()
