@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from mm_parallel import context, tensor
 from mm_parallel.config import MemoryConfig, ParallelConfig
 from mm_parallel.fsdp import shard
-from mm_parallel.mesh import parameter_mesh, size
+from mm_parallel.mesh import describe, parameter_mesh, size
 from mm_parallel.plan import ParallelPlan
 from mm_parallel.recompute import recompute
 
@@ -55,9 +55,16 @@ def cut(
     """All but the pipeline; `model` may be some stages of one, and `plan` what is left of the plan there."""
     if size(mesh, "tp") > 1:
         tensor.cut(model, plan, mesh)
+    if parallel.exact:
+        context.check_exact(memory)
     cuts_tokens = size(mesh, "cp") > 1 or parallel.exact
     if cuts_tokens:
         context.cut(model, plan, mesh, parallel.exact)
     recompute(model, plan, memory, core_is_cut=cuts_tokens)
-    if mesh is not None and parameter_mesh(mesh).size() > 1:
+    if mesh is not None and parameter_mesh(mesh).size() > 1 and not parallel.exact:  # it makes its own gradients whole
         shard(model, plan, mesh, dtype, memory)
+    elif memory.offload_params:
+        raise ValueError(
+            f"offload_params moves what FSDP shards, but nothing is sharded here ({describe(mesh)}): leave it out, or "
+            "let dp_shard, dp_replicate or cp be 2 or more"
+        )

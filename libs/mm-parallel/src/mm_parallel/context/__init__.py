@@ -11,23 +11,35 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel.attention import attention, ring_attention
 from mm_parallel.context import shard
+from mm_parallel.context.exact import Exact
+from mm_parallel.context.exact import check as check_exact  # noqa: F401 (parallelize asks it)
 from mm_parallel.context.shard import Deal, even
 from mm_parallel.context.ulysses import HEADS, TOKENS, exchange
+from mm_parallel.fsdp import check_same_values
 from mm_parallel.mesh import along, place, size
 from mm_parallel.plan import ParallelPlan
 
 
 def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh | None, exact: bool = False) -> None:
     """Sets the model's split, core and gather for the ring and ulysses dims of the mesh. Raises ValueError where the
-    plan names a seam that the model does not have, or no tokens."""
+    plan names a seam that the model does not have, or no tokens. exact: see `mm_parallel.context.exact`."""
     if not plan.tokens:
         raise ValueError("the plan names no tokens, so nothing can be cut over cp: give ParallelPlan(tokens={…: dim})")
-    sizes = {"ring": size(mesh, "ring"), "ulysses": size(mesh, "ulysses"), "causal": plan.causal}
-    assert mesh is not None
-    split = partial(shard.split, tokens=plan.tokens, rank=place(mesh, "cp"), **sizes)
-    _set(model, plan.split, plan, split)
-    _set(model, plan.core, plan, partial(context_attention, mesh=mesh, causal=plan.causal))
-    _set(model, plan.gather, plan, partial(gather, mesh=mesh, causal=plan.causal))
+    if exact:
+        group = along(mesh, "cp").get_group() if size(mesh, "cp") > 1 else None
+        if group:
+            check_same_values(model, along(mesh, "cp"))  # FSDP does it where it shards
+        seams = Exact(model, plan, group)
+        split, core, join = seams.split, seams.core, seams.gather
+        seams.replace_climb(model)
+    else:
+        assert mesh is not None
+        sizes = {"ring": size(mesh, "ring"), "ulysses": size(mesh, "ulysses"), "causal": plan.causal}
+        split = partial(shard.split, tokens=plan.tokens, rank=place(mesh, "cp"), **sizes)
+        core = partial(context_attention, mesh=mesh, causal=plan.causal)
+        join = partial(gather, mesh=mesh, causal=plan.causal)
+    for path, seam in ((plan.split, split), (plan.core, core), (plan.gather, join)):
+        _set(model, path, plan, seam)
 
 
 def context_attention(
@@ -67,7 +79,7 @@ def gather(x: Tensor, tokens: int, mesh: DeviceMesh, causal: bool = False) -> Te
 def _set(model: nn.Module, path: str, plan: ParallelPlan, seam: object) -> None:
     parent, _, name = path.rpartition(".")
     first = path.partition(".")[0]
-    if first in plan.last and not hasattr(model, first):  # a pipeline stage without its head
+    if first in plan.last and getattr(model, first, None) is None:  # a pipeline stage without its head
         return
     try:
         owner = model.get_submodule(parent)

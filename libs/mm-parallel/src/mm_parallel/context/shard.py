@@ -73,24 +73,52 @@ def take(x: Tensor, dim: int, pieces: list[tuple[int, int]]) -> Tensor:
     return torch.cat([x.narrow(dim, start, stop - start) for start, stop in pieces], dim)
 
 
-def split(stream: Any, tokens: Mapping[str, int], ring: int, ulysses: int, rank: int, causal: bool) -> Any:
-    """This rank's part of a stream: of each field of `tokens` (with its dim) that is there.
+def count(stream: Any, tokens: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """The number of tokens of a stream, and which of its fields hold them, in which dim (`tokens`: a plan's).
 
-    The first field counts the tokens. Another of size 1 is the same for all tokens, and stays whole. Raises ValueError
-    for a field of any other size.
+    The first field counts the tokens. Another of size 1 is the same for all tokens, and none. Raises ValueError for a
+    field of any other size.
     """
     first, *_ = tokens
-    count = getattr(stream, first).shape[tokens[first]]
-    pieces = Deal(count, ring, ulysses, causal).held(rank)
-    parts = {}
+    number = getattr(stream, first).shape[tokens[first]]
+    dims = {}
     for name, dim in tokens.items():
         x = getattr(stream, name)
         if x is None or (x.shape[dim] == 1 and name != first):
             continue
-        if x.shape[dim] != count:
-            raise ValueError(f"stream.{name} has {x.shape[dim]} tokens in dim {dim}, but stream.{first} has {count}")
-        parts[name] = take(x, dim, pieces)
-    return stream._replace(**parts)
+        if x.shape[dim] != number:
+            raise ValueError(f"stream.{name} has {x.shape[dim]} tokens in dim {dim}, but stream.{first} has {number}")
+        dims[name] = dim
+    return number, dims
+
+
+def split(stream: Any, tokens: Mapping[str, int], ring: int, ulysses: int, rank: int, causal: bool) -> Any:
+    """This rank's part of a stream: of every field that holds tokens (see `count`), the others as they are."""
+    number, dims = count(stream, tokens)
+    pieces = Deal(number, ring, ulysses, causal).held(rank)
+    return stream._replace(**{name: take(getattr(stream, name), dim, pieces) for name, dim in dims.items()})
+
+
+def join(x: Tensor, dim: int, held: list[list[tuple[int, int]]], group: dist.ProcessGroup) -> Tensor:
+    """The whole of what ranks have parts of along dim, in order, on every rank. held: what each rank has. No autograd.
+
+    The parts travel padded to the longest, as all-gather wants it.
+    """
+    sizes = [sum(stop - start for start, stop in pieces) for pieces in held]
+    whole = x.new_empty((*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :]))
+    if x.is_meta:  # a pipeline asks for shapes
+        return whole
+    part, rows = x.movedim(dim, 0), whole.movedim(dim, 0)
+    sent = part.new_zeros((max(sizes), *part.shape[1:]))
+    sent[: len(part)] = part
+    received = sent.new_empty((len(held) * len(sent), *sent.shape[1:]))
+    dist.all_gather_single(received, sent, group=group)
+    for pieces, part in zip(held, received.split(len(sent)), strict=True):
+        offset = 0
+        for start, stop in pieces:
+            rows[start:stop] = part[offset : offset + stop - start]
+            offset += stop - start
+    return whole
 
 
 class Gather(torch.autograd.Function):
@@ -101,23 +129,9 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, deal: Deal, group: dist.ProcessGroup) -> Tensor:
-        ranks = group.size()
-        ctx.pieces, ctx.ranks = deal.held(group.rank()), ranks
-        held = [deal.held(rank) for rank in range(ranks)]
-        longest = max(sum(stop - start for start, stop in pieces) for pieces in held)
-        shape = (x.shape[0], longest, *x.shape[2:])
-        whole = x.new_empty((x.shape[0], deal.tokens, *x.shape[2:]))
-        if x.is_meta:  # a pipeline asks for shapes
-            return whole
-        sent, received = x.new_zeros(shape), x.new_empty((ranks * shape[0], *shape[1:]))
-        sent[:, : x.shape[1]] = x
-        dist.all_gather_single(received, sent, group=group)
-        for part, pieces in zip(received.chunk(ranks), held, strict=True):
-            offset = 0
-            for start, stop in pieces:
-                whole[:, start:stop] = part[:, offset : offset + stop - start]
-                offset += stop - start
-        return whole
+        held = [deal.held(rank) for rank in range(group.size())]
+        ctx.pieces, ctx.ranks = held[group.rank()], len(held)
+        return join(x, 1, held, group)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:

@@ -45,14 +45,14 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cut: int, cut_sizes: list[int], join: int, join_sizes: list[int], group, *tensors: Tensor):
         ctx.back = (join, join_sizes, cut, cut_sizes, group)
-        return _exchange(tensors, cut, cut_sizes, join, join_sizes, group)
+        return move(tensors, cut, cut_sizes, join, join_sizes, group)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        return *(None for _ in ctx.back), *_exchange(grads, *ctx.back)
+        return *(None for _ in ctx.back), *move(grads, *ctx.back)
 
 
-def _exchange(
+def move(
     tensors: Sequence[Tensor],
     cut: int,
     cut_sizes: list[int],
@@ -60,6 +60,8 @@ def _exchange(
     join_sizes: list[int],
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, ...]:
+    """`exchange` without autograd."""
+
     def shape(cut_size: int, join_size: int) -> tuple[int, ...]:
         sizes = {cut: cut_size, join: join_size}
         return len(tensors), *(sizes.get(dim, size) for dim, size in enumerate(tensors[0].shape))
