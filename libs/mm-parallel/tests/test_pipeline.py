@@ -3,12 +3,34 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
-from mm_parallel import MemoryConfig, ParallelConfig, Pipeline, data_rank, finish_gradients
+from mm_parallel import (
+    MemoryConfig,
+    ParallelConfig,
+    Pipeline,
+    clip_grad_norm,
+    data_rank,
+    finish_gradients,
+    forward_backward,
+    full_tensors,
+    load_parameters,
+    parallelize,
+)
+from mm_parallel.grads import by_layout
+from mm_parallel.pipeline.prune import prune
 from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
 
 SHORT, LONG = 6, 9
@@ -98,7 +120,8 @@ def run(case: Case) -> None:
     everyone = [{} for _ in range(mesh["pp"].size())]
     dist.all_gather_object(everyone, set(actual), group=mesh.get_group("pp"))
     assert sum(map(len, everyone)) == len(grads), "a weight is on two stages, or on none"
-    assert_same_grads(actual, {name: grads[name] for name in set.union(*everyone) & set(actual)}, 1e-10)
+    assert set.union(*everyone) == set(grads)
+    assert_same_grads(actual, {name: grads[name] for name in actual}, 1e-10)
 
     batch = micro_batch(0, LONG)
     assert pipeline.training
@@ -164,3 +187,215 @@ FOUR = [
 
 def test_four_ranks_stages_and_shards():
     spawn(4, run_all, FOUR)
+
+
+OPTIONS = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)  # those of mm_train
+
+
+class Trainer:
+    """AdamW on the same eight samples, whatever the layout."""
+
+    def __init__(self, parallel: ParallelConfig, seed: int = 0) -> None:
+        self.mesh = parallel.mesh("cpu")
+        torch.manual_seed(seed)
+        model = TinyLadder(7).double()
+        cut = (TinyLadder.plan, self.mesh, parallel)
+        self.run = Pipeline(model, *cut) if parallel.pp > 1 else parallelize(model, *cut)
+        self.model = model
+        groups = by_layout(model.parameters())
+        self.optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=0.01, eps=1e-4)
+
+    def step(self) -> None:
+        rank, parts = data_rank(self.mesh)
+        batches = [micro_batch(number, SHORT) for number in range(4)][rank * 4 // parts : (rank + 1) * 4 // parts]
+        forward_backward(
+            self.run,
+            len(batches),
+            lambda i: {"tokens": batches[i]["tokens"], "t": batches[i]["t"]},
+            lambda output, i: losses(output, batches[i]["target"]),
+        )
+        finish_gradients(self.model, self.mesh)
+        clip_grad_norm(self.model, 0.1, self.mesh)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state(self) -> dict:
+        optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=OPTIONS)
+        return {"model": get_model_state_dict(self.model, options=OPTIONS), "optimizer": optimizer}
+
+    def load(self, folder: str) -> None:
+        state = self.state()
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=OPTIONS)
+
+    def weights(self) -> dict:
+        return {name: tensor.numpy() for name, tensor in full_tensors(self.model)}
+
+
+def train(rank: int, world: int, layouts: list[ParallelConfig], folder: str) -> list[dict]:
+    """Two steps in the first layout; then from there, one more in each. The weights that this rank holds."""
+    first = Trainer(layouts[0])
+    first.step()
+    first.step()
+    dcp.save(first.state(), checkpoint_id=folder)
+    results = []
+    for layout in layouts:
+        trainer = Trainer(layout, seed=1)
+        trainer.load(folder)
+        trainer.step()
+        results.append(trainer.weights())
+    return results
+
+
+def test_three_steps_and_a_checkpoint_from_any_layout_to_any(tmp_path: Path):
+    alone = Trainer(ParallelConfig())
+    for _ in range(3):
+        alone.step()
+    expected = alone.weights()
+    layouts = [
+        ParallelConfig(pp_layers=(3, 4), dp_shard=2),
+        ParallelConfig(pp_layers=(1, 2, 2, 2)),
+        ParallelConfig(pp_layers=((2, 2), (2, 1)), dp_replicate=2),
+        ParallelConfig(dp_shard=4),
+    ]
+    results = spawn(4, train, layouts, str(tmp_path / "step"))
+    back = Trainer(ParallelConfig(), seed=1)
+    back.load(str(tmp_path / "step"))
+    back.step()
+    for held in [[back.weights()], *zip(*results, strict=True)]:
+        assert set().union(*held) == set(expected)
+        for part in held:
+            for name, values in part.items():
+                assert abs(values - expected[name]).max() <= 1e-11, name
+
+
+def from_meta(rank: int, world: int) -> None:
+    source = build(4).state_dict()
+    parallel = ParallelConfig(pp_layers=(2, 2), dp_shard=1)
+    with torch.device("meta"):
+        model = TinyLadder(4).double()
+    pipeline = Pipeline(model, TinyLadder.plan, parallel.mesh("cpu"), parallel)
+    load_parameters(model, source, torch.device("cpu"), pipeline.elsewhere)
+    batch = micro_batch(0, SHORT)
+    torch.testing.assert_close(
+        pipeline(batch["tokens"], batch["t"]), build(4)(batch["tokens"], batch["t"]), rtol=1e-12, atol=1e-14
+    )
+
+
+def test_a_meta_model_is_filled_stage_by_stage():
+    spawn(2, from_meta)
+
+
+def same_error(call: Callable[[], object], message: str) -> None:
+    """On every rank, and nobody waits."""
+    with pytest.raises(ValueError, match=message):
+        call()
+    dist.barrier()
+
+
+def refusals(rank: int, world: int) -> None:
+    def make(layers: tuple, schedule: str = "1f1b", memory: MemoryConfig = MemoryConfig()) -> Pipeline:  # noqa: B008
+        parallel = ParallelConfig(pp_layers=layers, schedule=schedule)
+        return Pipeline(build(4), TinyLadder.plan, parallel.mesh("cpu"), parallel, memory)
+
+    def step(count: int, length: int, odd: int | None = None) -> None:
+        batches = [micro_batch(i, length + (i == odd)) for i in range(count)]
+        pipeline.step(
+            count,
+            lambda i: {"tokens": batches[i]["tokens"], "t": batches[i]["t"]},
+            lambda output, i: losses(output, batches[i]["target"]),
+        )
+
+    same_error(lambda: make((2, 3)), r"are 5 rungs, but the model has 4: .*\[2, 2\]")
+    for memory in (MemoryConfig("full"), MemoryConfig(1), MemoryConfig(("none", "none", "full", "none"))):
+        same_error(lambda memory=memory: make((2, 2), "zero_bubble", memory), "splits a backward in two")
+    wide = ParallelConfig(pp_layers=(2, 1, 1))
+    mesh = ParallelConfig(pp_layers=(2, 2)).mesh("cpu")
+    same_error(lambda: Pipeline(build(4), TinyLadder.plan, mesh, wide), "stages for 3 ranks, the mesh has 2")
+
+    pipeline = make(((1, 1), (1, 1)))
+    same_error(lambda: step(5, SHORT), r"5 micro-batches cannot go in 2 equal rounds .* use 4 or 6")
+    same_error(lambda: step(0, SHORT), "at least 1")
+    same_error(
+        lambda: step(2, SHORT + rank),
+        r"rank 0: a step of 2 x \(tokens 2x6x5 float64, t 2x3 float64\)\n  rank 1: a step of 2 x \(tokens 2x7x5",
+    )
+    same_error(lambda: step(2 + rank, SHORT), "rank 1: a step of 3 x")
+    batch = micro_batch(0, SHORT + rank)
+    same_error(lambda: pipeline(batch["tokens"], batch["t"]), "rank 0: a forward of tokens 2x6x5")
+    step(2, SHORT)  # and still works
+
+
+def test_what_cannot_be_is_refused_on_every_rank():
+    spawn(2, refusals)
+
+
+def odd_micro_batch(rank: int, world: int) -> None:
+    parallel = ParallelConfig(pp_layers=(2, 2))
+    pipeline = Pipeline(build(4), TinyLadder.plan, parallel.mesh("cpu"), parallel)
+    batches = [micro_batch(i, SHORT + i) for i in range(2)]
+    pipeline.step(2, lambda i: {"tokens": batches[i]["tokens"], "t": batches[i]["t"]}, lambda output, i: output)
+
+
+def test_micro_batches_of_one_step_have_one_shape():
+    with pytest.raises(RuntimeError, match=r"micro-batch 1 is tokens 2x7x5 float64, .* began with tokens 2x6x5"):
+        spawn(2, odd_micro_batch)
+
+
+def freeze_too_late(rank: int, world: int) -> None:
+    parallel = ParallelConfig(pp_layers=(2, 2))
+    pipeline = Pipeline(build(4), TinyLadder.plan, parallel.mesh("cpu"), parallel)
+    pipeline.model.requires_grad_(rank == 1)
+    batch = micro_batch(0, SHORT)
+    pipeline.step(1, lambda i: {"tokens": batch["tokens"], "t": batch["t"]}, lambda output, i: output)
+
+
+def test_what_was_not_announced_is_not_sent():
+    with pytest.raises(RuntimeError, match=r"x of the stream is 2x6x12 float64, but was .* that requires a gradient"):
+        spawn(2, freeze_too_late)
+
+
+def test_pruning_keeps_names():
+    whole, model = build(4), build(4)
+    gone = prune(model, ("out",), {0, 2, "first"})
+    assert gone == {n for n in whole.state_dict() if n.startswith(("blocks.1.", "blocks.3.", "out."))}
+    assert set(model.state_dict()) == set(whole.state_dict()) - gone
+    assert len(model.blocks) == 4
+
+
+def test_a_weight_on_two_stages_is_refused():
+    model = build(4)
+    model.out.weight = model.embed.weight
+    with pytest.raises(ValueError, match="embed and out share a weight, but not a pipeline stage"):
+        prune(model, ("out",), {0})
+    with pytest.raises(ValueError, match=r"plan.last: blocks holds rungs"):
+        prune(build(4), ("out", "blocks"), {0})
+
+
+class Deep(nn.Module):
+    """Rungs inside other modules, beside which there is something; and a table that holds no weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.language = nn.Module()
+        self.language.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+        self.language.embed, self.language.norm = nn.Embedding(3, 2), nn.LayerNorm(2)
+        self.language.scale = nn.Parameter(torch.ones(2))
+        self.register_buffer("table", torch.zeros(3), persistent=False)
+        self.act = nn.GELU()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.language.layers
+
+
+def test_rungs_may_lie_deeper():
+    model = Deep()
+    assert prune(model, ("language.norm", "language.scale"), {1, 2, "last"}) == {
+        "language.embed.weight",
+        "language.layers.0.weight",
+        "language.layers.0.bias",
+    }
+    assert model.language.layers[0] is model.language.embed is None
+    assert model.table is not None
+    assert model.act is not None

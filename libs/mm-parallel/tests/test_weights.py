@@ -106,6 +106,18 @@ def test_shapes_are_strict():
         load_parameters(seeded(), whole, CPU)
 
 
+def test_what_another_stage_holds_must_be_there_and_is_not_read():
+    source, model = Lazy(seeded().state_dict()), seeded(1)
+    model.out = model.blocks[1] = None
+    elsewhere = set(source) - set(model.state_dict())
+    load_parameters(model, source, CPU, elsewhere)
+    assert {name for name, rows in source.rows.items() if not rows} == elsewhere
+    assert torch.equal(model.blocks[2].q.weight, seeded().blocks[2].q.weight)
+    del source.tensors["out.bias"]
+    with pytest.raises(ValueError, match=r"1 missing, 0 unexpected\n  missing: out.bias"):
+        load_parameters(model, source, CPU, elsewhere)
+
+
 class Buffered(nn.Module):
     def __init__(self) -> None:
         super().__init__()

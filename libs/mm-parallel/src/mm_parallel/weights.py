@@ -1,6 +1,6 @@
 """Whole tensors into a model that may be sharded or not, and out of it; one tensor at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -9,18 +9,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def load_parameters(model: nn.Module, source: Mapping[str, Any], device: torch.device) -> None:
+def load_parameters(
+    model: nn.Module, source: Mapping[str, Any], device: torch.device, elsewhere: Collection[str] = ()
+) -> None:
     """Fills every parameter and persistent buffer of `model` from `source`, which has exactly their names and shapes.
 
     source: whole tensors by name, or anything with `.shape` that slices to tensors. It is read one name at a time, and
         of a sharded parameter only this rank's rows: what is mmapped stays on disk, and no rank holds the whole model.
         Any floating dtype for a floating parameter; it is cast to the parameter's.
     device: where a meta model's shards are allocated and where an unsharded model is moved to.
+    elsewhere: names that other pipeline stages hold: `source` must have them, and they are not read.
 
     Call after `parallelize` and before making the optimizer. Raises ValueError with the nearest names for missing and
     unexpected names, and with both shapes or dtypes for a misfit; after an error the model's values are undefined.
     """
-    _check_names(set(model.state_dict()), set(source))
+    _check_names(set(model.state_dict()) | set(elsewhere), set(source))
     _allocate(model, device)
     with torch.no_grad():
         for name, target in model.state_dict().items():

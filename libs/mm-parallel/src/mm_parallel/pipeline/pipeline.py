@@ -93,6 +93,8 @@ class Pipeline:
         Returns the losses, detached, on the rank of the last stage, elsewhere []. Raises ValueError where ranks were
         given different shapes or counts, and for a count that the schedule cannot do.
         """
+        if count < 1:
+            raise ValueError(f"a step of {count} micro-batches: at least 1 is needed")
         first = self._signature.bind(**inputs(0))
         shape = describe_call(first)
         what = f"a step of {count} x ({shape})"

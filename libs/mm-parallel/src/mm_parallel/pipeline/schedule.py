@@ -17,8 +17,6 @@ from mm_parallel.pipeline.outline import Outline, tensors_of
 
 def check_count(count: int, ranks: int, virtual: int, zero_bubble: bool) -> None:
     """Raises ValueError for a number of micro-batches that the schedule cannot do."""
-    if count < 1:
-        raise ValueError(f"{count} micro-batches: at least 1 is needed")
     if virtual == 1 and not zero_bubble:
         return
     if not _fits(count, ranks):
