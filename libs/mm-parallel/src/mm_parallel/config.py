@@ -161,8 +161,9 @@ class MemoryConfig:
     offload: "attention" moves what "but_attention" keeps of attention to the host until the backward needs it;
         "inputs" moves the inputs of recomputed rungs.
     reshard: whether FSDP drops a rung's gathered weights after its forward (and gathers them again for the backward).
-    prefetch: how many rungs ahead FSDP gathers weights; 0 leaves it to FSDP (one, and one rung late).
-    offload_params: FSDP's shards, their gradients and the optimizer live on the host.
+    prefetch: how many rungs ahead FSDP gathers weights. 0 leaves it to FSDP: one in the backward, and in the forward as
+        far as the host is ahead of the device.
+    offload_params: FSDP's shards, their gradients and their optimizer states live on the host.
     """
 
     recompute: Literal["none", "full", "but_attention"] | int | tuple[str, ...] = "none"

@@ -10,6 +10,7 @@ but one fully_shard group is gathered in one dtype, so islands leave their rung'
 """
 
 import warnings
+from itertools import takewhile
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ def shard(
 
     dtype: what parameters other than islands are gathered in; None gathers them as they are. Gradients are reduced in
     fp32 (fp64 for fp64 parameters). Parameters end on the mesh's device; a meta model stays meta until
-    `load_parameters`. Raises ValueError when ranks hold different values.
+    `load_parameters`. Raises ValueError when ranks hold different values, and for a prefetch below 0.
     """
     # A rung hands on the tensors of the stream that it does not change, and FSDP makes these views: torch warns of
     # every ladder that whoever writes into them in place gets wrong gradients. A stream is never written in place.
@@ -61,14 +62,21 @@ def shard(
             ignored_params=replicated,
             reshard_after_forward=memory.reshard,
         )
-    _prefetch(list(rungs.values()), memory.prefetch)
+    _prefetch(rungs, plan.places_of(model), memory.prefetch)
 
 
-def _prefetch(rungs: list[nn.Module], ahead: int) -> None:
-    if ahead:
-        for i, rung in enumerate(rungs):
-            rung.set_modules_to_forward_prefetch(rungs[i + 1 : i + 1 + ahead])
-            rung.set_modules_to_backward_prefetch(rungs[max(0, i - ahead) : i][::-1])
+def _prefetch(rungs: dict[str, nn.Module], places: dict[str, int], ahead: int) -> None:
+    """Lets each rung gather those that come next; not those behind a gap, which another pipeline stage runs."""
+    if ahead < 0:
+        raise ValueError(f"prefetch={ahead}: must be 0 (as FSDP does it) or how many rungs ahead weights are gathered")
+    by_place = {places[name]: rung for name, rung in rungs.items()}
+    for place, rung in by_place.items() if ahead else ():
+        for step, look_ahead in (
+            (1, rung.set_modules_to_forward_prefetch),
+            (-1, rung.set_modules_to_backward_prefetch),
+        ):
+            following = (by_place.get(place + step * n) for n in range(1, ahead + 1))
+            look_ahead(list(takewhile(lambda other: other is not None, following)))
 
 
 def _island_groups(name: str, module: nn.Module, islands: set[nn.Parameter]) -> dict[str, nn.Module]:

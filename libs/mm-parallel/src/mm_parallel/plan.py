@@ -1,6 +1,6 @@
 """What a model family says about itself, as data, so that `parallelize` can cut it without knowing it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -90,6 +90,11 @@ class ParallelPlan:
         """The rungs by name, in the order of `model.named_modules()`. Raises ValueError for a pattern without match."""
         return self.modules_of(model, "rungs")
 
+    def places_of(self, model: nn.Module) -> dict[str, int]:
+        """The number of each rung among those of the whole model, also of those that are None in this part of it."""
+        names = [name for name in _names(model) if any(_match_parts(name, pattern) for pattern in self.rungs)]
+        return {name: place for place, name in enumerate(names)}
+
     def modules_of(self, model: nn.Module, kind: str) -> dict[str, nn.Module]:
         """The modules by name that the patterns of a field mean: `rungs`, `columns`, `rows` or `norms`."""
         modules = dict(model.named_modules())
@@ -101,6 +106,14 @@ class ParallelPlan:
         parameters = dict(model.named_parameters())
         found = _matching(self.fp32, list(parameters), fnmatchcase, "fp32", "parameter")
         return {name: parameters[name] for name in found}
+
+
+def _names(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    """As `named_modules`, which leaves out those that are None."""
+    for name, child in module._modules.items():
+        yield prefix + name
+        if child is not None:
+            yield from _names(child, f"{prefix}{name}.")
 
 
 def _match_parts(name: str, pattern: str) -> bool:

@@ -5,7 +5,7 @@ what attention made (out and logsumexp), so that all is computed again but atten
 long sequence. What is kept may wait on the host, see `mm_parallel.offload`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from mm_parallel.attention import KEPT, attention, core
 from mm_parallel.config import MemoryConfig
 from mm_parallel.offload import Host, Kept
-from mm_parallel.plan import ParallelPlan, _match_parts
+from mm_parallel.plan import ParallelPlan
 
 WORDS = ("none", "full", "but_attention")
 
@@ -35,7 +35,7 @@ def recompute(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, core_i
 
     Raises ValueError for words and numbers that the model cannot follow, and for an offload of what nobody keeps.
     """
-    places = _places(model, plan)
+    places = plan.places_of(model)
     words = _words(memory, places, list(plan.rungs_of(model)))
     _check_offload(memory.offload, _asked(memory))
     if "but_attention" in words.values() and not core_is_cut:
@@ -139,19 +139,6 @@ def _elsewhere(kept: Kept) -> saved_tensors_hooks:
         return kept.get(0)[0]
 
     return saved_tensors_hooks(pack, unpack)
-
-
-def _places(model: nn.Module, plan: ParallelPlan) -> dict[str, int]:
-    """The number of each rung among those of the whole model, also of those that are None in this part of it."""
-    names = (name for name in _names(model) if any(_match_parts(name, pattern) for pattern in plan.rungs))
-    return {name: place for place, name in enumerate(names)}
-
-
-def _names(module: nn.Module, prefix: str = "") -> Iterator[str]:
-    for name, child in module._modules.items():
-        yield prefix + name
-        if child is not None:
-            yield from _names(child, f"{prefix}{name}.")
 
 
 def _words(memory: MemoryConfig, places: dict[str, int], here: list[str]) -> dict[str, str]:
