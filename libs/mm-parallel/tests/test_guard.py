@@ -1,0 +1,301 @@
+"""Every process ends within seconds with a message that names the rank and the cause. Real processes, real deaths."""
+
+import ctypes
+import math
+import multiprocessing
+import os
+import re
+import runpy
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mm_parallel.guard import Watchdog, agree
+from mm_parallel.testing import spawn
+from mm_parallel.testing.ranks import _PRELOAD
+
+FAST = {"deadline": 2, "interval": 0.2, "silence": 1.5}
+
+
+def together() -> None:
+    dist.all_reduce(torch.ones(1))
+
+
+def one_raises(rank: int, watch: Watchdog) -> None:
+    watch.at("step 3: backward")
+    if rank == 2:
+        raise ValueError("the batch has 3 samples, but must have 4")
+    together()
+
+
+def one_blames_the_network(rank: int, watch: Watchdog) -> None:
+    watch.at("step 3")
+    if rank == 1:
+        raise OSError("connection to the feature store lost")
+    together()
+
+
+def the_host_raises(rank: int, watch: Watchdog) -> None:
+    watch.at("step 3")
+    if rank == 0:
+        raise ValueError("no such file: data.txt")
+    together()
+
+
+def one_is_killed(rank: int, watch: Watchdog) -> None:
+    watch.at("step 4")
+    time.sleep(0.5)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    together()
+
+
+def the_host_is_killed(rank: int, watch: Watchdog) -> None:
+    watch.at("step 4")
+    time.sleep(0.5)
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    together()
+
+
+def one_sleeps(rank: int, watch: Watchdog) -> None:
+    watch.at("step 5")
+    if rank == 1:
+        time.sleep(1000)
+    together()
+
+
+def one_is_behind(rank: int, watch: Watchdog) -> None:
+    watch.at("step 5: data")
+    if rank == 1:
+        time.sleep(1000)
+    watch.at("step 5: forward")
+    together()
+
+
+def one_ends_early(rank: int, watch: Watchdog) -> None:
+    watch.at("step 6")
+    together()
+    if rank != 1:
+        watch.at("step 7")
+        together()
+
+
+def one_keeps_the_lock(rank: int, watch: Watchdog) -> None:
+    watch.at("step 8")
+    together()
+    time.sleep(0.5)  # for a heartbeat
+    if rank == 1:
+        ctypes.PyDLL(None).sleep(1000)  # no Python thread of this process runs any more
+    together()
+
+
+def one_will_not_end(rank: int, watch: Watchdog) -> None:
+    watch.at("step 9")
+    try:
+        if rank == 1:
+            raise ValueError("first")
+        together()
+    finally:
+        if rank == 1:
+            sys.exit = lambda code=0: None
+            threading.Thread(target=time.sleep, args=(1000,)).start()  # the interpreter waits for it
+
+
+def all_is_well(rank: int, watch: Watchdog) -> None:
+    watch.at("loading", deadline=math.inf)
+    time.sleep(3 * (rank == 1))  # longer than a phase may take; the others wait at the collective
+    watch.at("step 0")
+    together()
+    watch.at("saving", deadline=60)
+    time.sleep(3 * (rank == 0))
+    watch.at("step 1")
+    together()
+    time.sleep(rank / 2)
+
+
+@dataclass
+class End:
+    code: int
+    said: str
+
+
+def run(scenario, world: int, folder: Path) -> list[End]:
+    """Runs a function of this file on `world` ranks, and kills none: how each ended within 15 s."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = f"tcp://localhost:{free.getsockname()[1]}"
+    ranks = []
+    for rank in range(world):
+        given = {"RANK": rank, "WORLD": world, "WHERE": where, "ERR": f"{folder}/{rank}", "SCENARIO": scenario.__name__}
+        # by path, as pytest imports this file under a name that nobody can import
+        process = context.Process(target=runpy.run_path, args=(__file__, given, "rank"))
+        process.start()
+        ranks.append(process)
+    deadline = time.monotonic() + 15
+    try:
+        for process in ranks:
+            process.join(max(0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    return [End(code, (folder / str(rank)).read_text()) for rank, code in enumerate(codes)]
+
+
+def main(rank: int, world: int, where: str, err: str, scenario: str) -> None:
+    os.dup2(os.open(err, os.O_CREAT | os.O_WRONLY), 2)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    with Watchdog(**FAST) as watch:
+        globals()[scenario](rank, watch)
+    assert threading.active_count() == 1
+
+
+def others(ends: list[End], culprit: int) -> list[End]:
+    return ends[:culprit] + ends[culprit + 1 :]
+
+
+def test_a_rank_that_raises_ends_all_with_its_error(tmp_path):
+    ends = run(one_raises, 3, tmp_path)
+    assert [end.code for end in ends] == [1, 1, 1]
+    for rank in (0, 1):
+        message = (
+            f"[rank {rank}] rank 2 failed: ValueError: the batch has 3 samples, but must have 4; this rank was in "
+        )
+        assert ends[rank].said.count(message + "step 3: backward") == 1
+    assert "Traceback" in ends[2].said
+    assert "ValueError: the batch has 3 samples" in ends[2].said
+
+
+def test_the_host_of_the_store_stays_until_its_error_is_told(tmp_path):
+    ends = run(the_host_raises, 3, tmp_path)
+    assert [end.code for end in ends] == [1, 1, 1]
+    assert "ValueError: no such file: data.txt" in ends[0].said
+    for end in ends[1:]:
+        assert "rank 0 failed: ValueError: no such file: data.txt; this rank was in step 3" in end.said
+
+
+def test_an_error_that_may_have_another_cause_is_told_when_there_is_none(tmp_path):
+    ends = run(one_blames_the_network, 2, tmp_path)
+    assert [end.code for end in ends] == [1, 1]
+    assert "rank 1 failed: OSError: connection to the feature store lost; this rank was in step 3" in ends[0].said
+    assert "OSError: connection to the feature store lost" in ends[1].said
+
+
+def test_a_killed_rank_is_named_with_the_line_where_it_was(tmp_path):
+    ends = run(one_is_killed, 3, tmp_path)
+    assert [end.code for end in ends] == [1, -signal.SIGKILL, 1]
+    for end in others(ends, 1):
+        assert "rank 1 is gone: no heartbeat for 1.5 s; it was in step 4, one_is_killed (test_guard.py:" in end.said
+        assert re.search("this rank was in step 4, where it got .*[Cc]onnection", end.said)
+        assert "most recent call first" in end.said
+
+
+def test_a_killed_host_is_named(tmp_path):
+    ends = run(the_host_is_killed, 3, tmp_path)
+    assert [end.code for end in ends] == [-signal.SIGKILL, 1, 1]
+    for end in ends[1:]:
+        assert (
+            "the process that hosts the store (rank 0, or torchrun on its host) is gone; this rank was in step 4"
+            in end.said
+        )
+
+
+def test_a_sleeping_rank_is_told_from_those_that_wait_for_it(tmp_path):
+    ends = run(one_sleeps, 3, tmp_path)
+    assert [end.code for end in ends] == [1, 1, 1]
+    for end in ends:
+        assert re.search(
+            r"rank 1 hangs: no progress for 2\.\d s, rank 1 in step 5, one_sleeps \(test_guard.py:", end.said
+        )
+        assert re.search(r"; ranks 0, 2 in step 5, all_reduce \(.* called by together \(test_guard.py:", end.said)
+        assert "most recent call first" in end.said
+
+
+def test_a_rank_in_an_earlier_phase_is_the_one_that_hangs(tmp_path):
+    for end in run(one_is_behind, 2, tmp_path):
+        assert end.code == 1
+        assert "rank 1 hangs: no progress" in end.said
+        assert "; rank 0 in step 5: forward" in end.said
+
+
+def test_a_rank_that_ends_before_the_others_is_named(tmp_path):
+    for end in run(one_ends_early, 3, tmp_path):
+        assert end.code == 1
+        assert re.search("rank 1 ended before the others: no progress for .* ranks 0, 2 in step 7", end.said)
+
+
+def test_a_rank_without_pythons_lock_ends_too(tmp_path):
+    ends = run(one_keeps_the_lock, 2, tmp_path)
+    assert [end.code for end in ends] == [1, 1]
+    assert "rank 1 is gone: no heartbeat for 1.5 s; it was in step 8" in ends[0].said
+    assert "one_keeps_the_lock" in ends[1].said  # its stack, written by C
+
+
+def test_a_failed_rank_that_does_not_end_is_ended(tmp_path):
+    ends = run(one_will_not_end, 2, tmp_path)
+    assert [end.code for end in ends] == [1, 1]
+    assert "ValueError: first" in ends[1].said
+    assert "rank 1 failed, but has not ended" in ends[1].said
+
+
+def test_no_alarm_when_ranks_take_their_time_and_end_at_different_times(tmp_path):
+    for end in run(all_is_well, 3, tmp_path):
+        assert (end.code, end.said) == (0, "")
+
+
+def test_alone_it_does_nothing():
+    with Watchdog() as watch:
+        watch.at("step 1")
+        assert [thread.name for thread in threading.enumerate() if thread.name == "watchdog"] == []
+    agree({"tp": 1}, "configuration")
+    with pytest.raises(ValueError, match="deadline=3 and silence=30 seconds must be longer than two heartbeats of 2 s"):
+        Watchdog(deadline=3)
+
+
+def disagree(rank: int, world: int) -> list[str]:
+    said = []
+    agree({"tp": 2, "layers": [4, 4]}, "configuration")
+    agree("a = 1\nb = 2", "the recipe")
+    pair = dist.new_group([1, 2])
+    if rank in (1, 2):
+        agree({"rank is 0": rank == 0}, "group", pair)
+    cases = [
+        ({"tp": 2, "lr": 0.1 + (rank == 2)}, "configuration"),
+        ({"a": 1} | ({"b": (2, 3)} if rank else {}), "batch"),
+        (f"a = 1\nb = {min(rank, 1)}", "the recipe"),
+        ({str(key): rank for key in range(7)}, "many"),
+        (dict(reversed({"a": 1, "b": 2}.items())) if rank else {"a": 1, "b": 2}, "parameters"),
+    ]
+    for what, label in cases:
+        with pytest.raises(ValueError) as error:  # noqa: PT011 (compared below)
+            agree(what, label)
+        said.append(str(error.value))
+    return said
+
+
+def test_what_differs_between_ranks_is_said_on_every_rank():
+    answers = spawn(3, disagree)
+    assert answers[0] == answers[1] == answers[2]
+    configuration, batch, recipe, many, order = answers[0]
+    assert configuration == "configuration differs between ranks: lr is 0.1 on ranks 0, 1, 1.1 on rank 2"
+    assert batch == "batch differs between ranks: b is missing on rank 0, (2, 3) on ranks 1, 2"
+    assert recipe == "the recipe differs between ranks: line 2 is 'b = 0' on rank 0, 'b = 1' on ranks 1, 2"
+    assert many.endswith("4 is 0 on rank 0, 1 on rank 1, 2 on rank 2; and 2 more")
+    assert order == "parameters differs between ranks: in its order"
+
+
+if __name__ == "rank":
+    main(RANK, WORLD, WHERE, ERR, SCENARIO)  # noqa: F821 (given by `run`)
