@@ -1,6 +1,7 @@
 """Context parallelism against one device: attention alone for many sizes, then a whole ladder."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mm_parallel import ParallelConfig, ParallelPlan, context, finish_gradients, parallelize
+from mm_parallel.attention import KEPT
 from mm_parallel.context import context_attention, gather
 from mm_parallel.context.shard import Deal, split, take
 from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
@@ -46,18 +49,20 @@ def one_device(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
 
 
-def attend(rank: int, mesh: DeviceMesh, tokens: int, heads: int, samples: int, causal: bool) -> float:
+def attend(
+    rank: int, mesh: DeviceMesh, tokens: int, heads: int, samples: int, causal: bool, dtype: torch.dtype = torch.float64
+) -> float:
     """Largest error, relative to the largest value, of the result and of the gradients of q, k and v."""
     generator = torch.Generator().manual_seed(tokens)
-    make = (torch.randn(samples, tokens, heads, HEAD_DIM, generator=generator, dtype=torch.float64) for _ in range(4))
-    weight, *whole = make
-    whole = [x.requires_grad_() for x in whole]
+    shape = (samples, tokens, heads, HEAD_DIM)
+    weight, *whole = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4))
+    whole = [x.to(dtype).double().requires_grad_() for x in whole]
     expected = one_device(*whole, causal)
     wanted = torch.autograd.grad((expected * weight).sum(), whole)
 
     pieces = Deal(tokens, mesh["ring"].size(), mesh["ulysses"].size(), causal).held(rank)
-    own = context_attention(*(take(x, 1, pieces) for x in whole), tokens, mesh, causal)
-    out = gather(own, tokens, mesh, causal)
+    own = context_attention(*(take(x, 1, pieces).to(dtype) for x in whole), tokens, mesh, causal)
+    out = gather(own.double(), tokens, mesh, causal)
     got = torch.autograd.grad((out * weight).sum(), whole)
     for grad in got:
         dist.all_reduce(grad, dist.ReduceOp.AVG)
@@ -80,16 +85,28 @@ def attend_all(rank: int, world: int, cases: int) -> tuple[int, float]:
     return done, worst
 
 
-@pytest.mark.parametrize(("world", "cases"), [(2, 60), (3, 40), (4, 30), (8, 12)])
+@pytest.mark.parametrize(("world", "cases"), [(2, 40), (3, 30), (4, 20), (8, 8)])
 def test_attention_equals_one_device(world, cases):
-    for done, _ in spawn(world, attend_all, cases):
-        assert done >= 48
+    for done, worst in spawn(world, attend_all, cases):
+        assert done >= 32
+        assert worst > 0
 
 
 def named_sizes(rank: int, world: int) -> None:
     mesh = {4: ParallelConfig(cp=4), 8: ParallelConfig(cp=8)}[world].mesh("cpu")
     tokens, heads = {4: (769, 2), 8: (20, 12)}[world]
     assert attend(rank, mesh, tokens, heads, 1, False) <= 1e-10
+
+
+def lower_precision(rank: int, world: int) -> None:
+    for mesh in layouts(world):
+        for causal in (False, True):
+            assert attend(rank, mesh, 61, 3, 1, causal, torch.float32) <= 1e-6
+            assert attend(rank, mesh, 61, 3, 1, causal, torch.bfloat16) <= 1.5e-2  # bf16 itself: 0.8 %
+
+
+def test_lower_precision():
+    spawn(4, lower_precision)
 
 
 def test_769_tokens_on_4_ranks_and_12_heads_on_8():
@@ -147,6 +164,39 @@ def test_what_is_sent_is_what_the_formulas_say(tokens, heads):
         assert counts["ring"] == (sum(passing[:-1]), sum(passing[:-1]) + sum(passing))
 
 
+def kept(rank: int, world: int) -> tuple[int, int]:
+    """Elements sent in the backward of a ring, without and with recompute of all but attention."""
+    mesh, sent = ParallelConfig(ring=world).mesh("cpu"), []
+    keep = partial(create_selective_checkpoint_contexts, list(KEPT))
+    q, k, v = (torch.randn(1, 5, 2, HEAD_DIM, requires_grad=True) for _ in range(3))
+    for run in (lambda fn, *args: fn(*args), partial(checkpoint, use_reentrant=False, context_fn=keep)):
+        out = run(lambda *qkv: context_attention(*(x * 2 for x in qkv), 5 * world, mesh), q, k, v)
+        with Counted() as backward:
+            (out * out).sum().backward()
+        sent.append(backward.sent)
+    return tuple(sent)
+
+
+def test_recompute_does_not_send_again():
+    for plain, recomputed in spawn(3, kept):
+        assert plain == recomputed > 0
+
+
+def registered(rank: int, world: int) -> None:
+    group = ParallelConfig(ring=world).mesh("cpu").get_group("ring").group_name
+    q, k, v = (torch.randn(1, 4, 2, HEAD_DIM) for _ in range(3))
+    args = (q, k, v, 0.4, True, "cpu", [2] * 2 * world, group)
+    tests = ("test_schema", "test_faketensor")  # the others call it as often as they like, and a ring must agree
+    torch.library.opcheck(torch.ops.mm_parallel.ring_attention.default, args, test_utils=tests)
+    out, lse = torch.ops.mm_parallel.ring_attention.default(*args)
+    args = (torch.randn_like(q), q, k, v, out, lse, *args[3:])
+    torch.library.opcheck(torch.ops.mm_parallel.ring_attention_backward.default, args, test_utils=tests)
+
+
+def test_the_ring_is_registered_as_torch_wants_it():
+    spawn(2, registered)
+
+
 def batch() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     shapes = ((2, 11, 5), (2, 3), (2, 11, 5))
@@ -156,7 +206,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 def build(causal: bool) -> TinyLadder:
     torch.manual_seed(0)
-    model = TinyLadder().double()
+    model = TinyLadder(layers=2).double()
     if causal:
         model.core = lambda q, k, v, _: one_device(q, k, v, True)
     return model

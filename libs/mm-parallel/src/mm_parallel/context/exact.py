@@ -37,11 +37,11 @@ Span = tuple[int, int]
 
 def check(memory: MemoryConfig) -> None:
     """Raises ValueError for what would run a rung in another way."""
-    if memory.recompute != "none" or memory.but_attention or memory.offload != "none":
-        raise ValueError(
-            f"exact with recompute={memory.recompute!r}, but_attention={memory.but_attention}, "
-            f"offload={memory.offload!r}: exact mode verifies a layout as it is; leave them out"
-        )
+    asked = {name: getattr(memory, name) for name in ("recompute", "but_attention", "offload", "offload_params")}
+    asked = {name: value for name, value in asked.items() if value not in ("none", 0)}
+    if asked:
+        words = ", ".join(f"{name}={value!r}" for name, value in asked.items())
+        raise ValueError(f"exact with {words}: exact mode runs every rung as it is, and shards nothing; leave it out")
 
 
 class Exact:
@@ -53,11 +53,14 @@ class Exact:
     """
 
     def __init__(self, model: nn.Module, plan: ParallelPlan, group: dist.ProcessGroup | None) -> None:
-        self.plan, self.group = plan, group
+        self.model, self.plan, self.group = model, plan, group
         self.rank, self.ranks = (group.rank(), group.size()) if group else (0, 1)
         self.own = CHUNKS // self.ranks  # chunks of a rank
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.turns: Turns | None = None  # of the rung or head that runs
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     def mine(self, of_chunks: Sequence) -> list:
         return list(of_chunks[self.rank * self.own : (self.rank + 1) * self.own])
@@ -157,7 +160,7 @@ class Exact:
         """Some tensors' sums over all chunks of all ranks, given by chunk; None for a tensor that no chunk has."""
         columns = list(zip(*parts, strict=True))
         used = torch.tensor([any(x is not None for x in column) for column in columns], dtype=torch.int32)
-        if self.group:
+        if self.group and columns:
             used = used.to(like[0].device)
             dist.all_reduce(used, dist.ReduceOp.MAX, group=self.group)
         places = [i for i, use in enumerate(used.tolist()) if use]
@@ -218,7 +221,8 @@ class _Climb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, exact: Exact, turns: Turns, function: Callable, streams: list, joins: bool, grad: bool, *tensors):
-        own = _by_chunk(tensors[: len(tensors) - len(exact.parameters)], exact.own)
+        ctx.parameters = exact.parameters
+        own = _by_chunk(tensors[: len(tensors) - len(ctx.parameters)], exact.own)
         leaves = [[x.detach().requires_grad_(grad and x.requires_grad) for x in chunk] for chunk in own]
         inputs = exact._refill(streams, [x for chunk in leaves for x in chunk])
         results = turns.run([partial(function, stream) for stream in inputs], grad)
@@ -247,11 +251,11 @@ class _Climb(torch.autograd.Function):
         if ctx.joins and exact.rank != 0:  # what comes behind the join is everywhere; it counts once
             results[0] = []
         by_chunk = [
-            _grad(result + more, [*leaves, *exact.parameters], keep=False)
+            _grad(result + more, [*leaves, *ctx.parameters], keep=False)
             for result, more, leaves in zip(results, sent, ctx.leaves, strict=True)
         ]
         fields = len(ctx.leaves[0])
-        shared = exact.sums([given[fields:] for given in by_chunk], exact.parameters)
+        shared = exact.sums([given[fields:] for given in by_chunk], ctx.parameters)
         return *(None for _ in range(6)), *(x for given in by_chunk for x in given[:fields]), *shared
 
 
