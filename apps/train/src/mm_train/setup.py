@@ -113,9 +113,10 @@ def build_model(
     pipelined = size(mesh, "pp") > 1
     run = Pipeline(model, *cut) if pipelined else parallelize(model, *cut)
     if source is None:
-        allocate(model, device)
+        allocate(model, device, config.memory.offload_params)
         return model.train(), run
-    load_parameters(model, source, device, elsewhere=run.elsewhere if pipelined else ())
+    elsewhere = run.elsewhere if pipelined else ()
+    load_parameters(model, source, device, elsewhere, config.memory.offload_params)
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if not torch.isfinite(local).all():

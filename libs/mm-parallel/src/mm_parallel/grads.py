@@ -43,13 +43,13 @@ def finish_gradients(model: nn.Module, mesh: DeviceMesh | None) -> None:
         return
     groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
     for parameter in model.parameters():
-        if parameter.requires_grad and not _sharded(parameter):
+        if parameter.requires_grad and not is_sharded(parameter):
             groups[parameter.dtype, parameter.device].append(parameter)
     for parameters in groups.values():
         _average(parameters, [along(mesh, dim) for dim in ("fsdp", "dp_replicate") if size(mesh, dim) > 1])
 
 
-def _sharded(parameter: nn.Parameter) -> bool:
+def is_sharded(parameter: Tensor) -> bool:
     """Whether FSDP has it: a parameter that only tensor parallelism cuts is replicated over all other dims."""
     return isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names != ("tp",)
 

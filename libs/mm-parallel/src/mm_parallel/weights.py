@@ -8,9 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mm_parallel.grads import is_sharded
+
 
 def load_parameters(
-    model: nn.Module, source: Mapping[str, Any], device: torch.device, elsewhere: Collection[str] = ()
+    model: nn.Module,
+    source: Mapping[str, Any],
+    device: torch.device,
+    elsewhere: Collection[str] = (),
+    offload_params: bool = False,
 ) -> None:
     """Fills every parameter and persistent buffer of `model` from `source`, which has exactly their names and shapes.
 
@@ -19,12 +25,13 @@ def load_parameters(
         Any floating dtype for a floating parameter; it is cast to the parameter's.
     device: where a meta model's shards are allocated and where an unsharded model is moved to.
     elsewhere: names that other pipeline stages hold: `source` must have them, and they are not read.
+    offload_params: see `allocate`.
 
     Call after `parallelize` and before making the optimizer. Raises ValueError with the nearest names for missing and
     unexpected names, and with both shapes or dtypes for a misfit; after an error the model's values are undefined.
     """
     _check_names(set(model.state_dict()) | set(elsewhere), set(source))
-    _allocate(model, device)
+    allocate(model, device, offload_params)
     with torch.no_grad():
         for name, target in model.state_dict().items():
             whole = source[name]
@@ -56,7 +63,11 @@ def _same_kind(name: str, values: Tensor, target: Tensor) -> Tensor:
     return values
 
 
-def _allocate(model: nn.Module, device: torch.device) -> None:
+def allocate(model: nn.Module, device: torch.device, offload_params: bool = False) -> None:
+    """Gives a meta model memory without values (its real buffers keep theirs), or moves one that is not sharded.
+
+    offload_params: FSDP's shards lie on the host, as `MemoryConfig.offload_params` says.
+    """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     if not any(t.is_meta for t in tensors.values()):
         if not any(isinstance(t, DTensor) for t in tensors.values()):  # else parallelize has placed it
@@ -66,7 +77,8 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
     if lost:
         raise ValueError(f"{', '.join(lost)}: a buffer that no checkpoint holds cannot be built on the meta device")
     buffers = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
-    model.to_empty(device=device)  # parameters are all filled next; a real buffer keeps its values
+    # as to_empty does it
+    model._apply(lambda t: torch.empty_like(t, device="cpu" if offload_params and is_sharded(t) else device))
     for name, buffer in model.named_buffers():
         if name in buffers:
             buffer.copy_(buffers[name])

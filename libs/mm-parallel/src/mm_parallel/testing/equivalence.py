@@ -1,0 +1,216 @@
+"""Whether a model in some layout trains as on one device: losses, every gradient, and the weights after some steps.
+
+    family = Family(build, TinyLadder.plan, batch)
+    failures = check(rank, world, family, cases)
+
+runs under `spawn`; `every_case` makes the cases: each feature alone, every pair, and a sample of larger sets.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mm_parallel.config import MemoryConfig, ParallelConfig
+from mm_parallel.grads import by_layout, clip_grad_norm, finish_gradients
+from mm_parallel.mesh import data_rank, size, speaks
+from mm_parallel.order import parallelize
+from mm_parallel.pipeline import Pipeline
+from mm_parallel.plan import ParallelPlan
+from mm_parallel.step import forward_backward
+from mm_parallel.testing.compare import assert_same_grads, gradients
+from mm_parallel.weights import load_parameters
+
+SAMPLES = 8
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model to check, with four rungs or more.
+
+    build: () -> the model with its weights, the same on every rank. plan: of that model. batch: () -> named inputs of
+    the model and `target`, all with 8 samples in dim 0.
+    """
+
+    build: Callable[[], nn.Module]
+    plan: Callable[[nn.Module], ParallelPlan]
+    batch: Callable[[], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, by the features it is made of."""
+
+    name: str
+    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(dp_shard=1))
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    micro_batches: int = 1
+    meta: bool = False
+
+    @property
+    def ranks(self) -> int:
+        p = self.parallel
+        return p.dp_replicate * p.dp_shard * (p.ulysses or 1) * (p.ring or 1) * p.tp * p.pp
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "copies": {"parallel": {"dp_replicate": 2}},
+    "shards": {"parallel": {"dp_shard": 2}},
+    "ulysses": {"parallel": {"ulysses": 2}},
+    "ring": {"parallel": {"ring": 2}},
+    "tensor": {"parallel": {"tp": 2}},
+    "pipeline": {"parallel": {"pp_layers": (1, 3)}},
+    "virtual": {"parallel": {"pp_layers": ((1, 1), (1, 1))}, "micro_batches": 2},
+    "zero-bubble": {"parallel": {"pp_layers": (2, 2), "schedule": "zero_bubble"}, "micro_batches": 2},
+    "recompute": {"memory": {"recompute": "full"}},
+    "some-recompute": {"memory": {"recompute": 1, "but_attention": 1}},
+    "but-attention": {"memory": {"recompute": "but_attention"}},
+    "offload-attention": {"memory": {"recompute": "but_attention", "offload": "attention"}},
+    "offload-inputs": {"memory": {"recompute": "full", "offload": "inputs"}},
+    "accumulate": {"micro_batches": 2},
+    "keep-gathered": {"parallel": {"dp_shard": 2}, "memory": {"reshard": False}},
+    "prefetch": {"parallel": {"dp_shard": 2}, "memory": {"prefetch": 2}},
+    "host-params": {"parallel": {"dp_shard": 2}, "memory": {"offload_params": True}},
+    "meta": {"meta": True},
+}
+
+
+def combine(names: Iterable[str]) -> Case | None:
+    """The case with these features; None where two want different things, or where one excludes another."""
+    merged: dict[str, Any] = {"parallel": {"dp_shard": 1}, "memory": {}}
+    for name in names:
+        for part, wanted in FEATURES[name].items():
+            if not isinstance(wanted, dict):
+                merged[part] = max(merged.get(part, wanted), wanted)
+                continue
+            for key, value in wanted.items():
+                if merged[part].get(key, value) != value and (key, merged[part][key]) != ("dp_shard", 1):
+                    return None
+                merged[part][key] = value
+    parallel, memory = ParallelConfig(**merged.pop("parallel")), MemoryConfig(**merged.pop("memory"))
+    if parallel.schedule == "zero_bubble" and memory.recompute != "none":
+        return None
+    case = Case("+".join(names), parallel, memory, **merged)
+    samples = SAMPLES // (parallel.dp_replicate * parallel.dp_shard * case.micro_batches)
+    return case if case.ranks <= 8 and samples else None
+
+
+def every_case(seed: int = 0, larger: int = 12, pairs: bool = True) -> dict[int, list[Case]]:
+    """By number of ranks: each feature, every pair of two, and `larger` sets of three to six."""
+    draw, names = random.Random(seed), list(FEATURES)
+    sets = [(name,) for name in names] + (list(itertools.combinations(names, 2)) if pairs else [])
+    cases = [case for names in sets if (case := combine(names))]
+    many: list[Case] = []
+    while len(many) < larger:
+        case = combine(sorted(draw.sample(names, draw.randint(3, 6))))
+        if case and case.ranks > 2 and case not in many:
+            many.append(case)
+    by_ranks: dict[int, list[Case]] = {}
+    for case in cases + many:
+        by_ranks.setdefault(case.ranks, []).append(case)
+    return by_ranks
+
+
+def check(rank: int, world: int, family: Family, cases: Iterable[Case], rtol: float = 1e-10) -> None:
+    """Trains three steps in each layout and on one device; raises AssertionError naming the case that differs."""
+    reference = None
+    for case in cases:
+        assert case.ranks == world, (case, world)
+        reference = reference or _train_alone(family)
+        try:
+            _compare(family, case, *reference, rtol)
+        except BaseException as error:
+            raise AssertionError(f"{case}\n{traceback.format_exc()}") from error
+
+
+def _train_alone(family: Family) -> tuple[list[float], list[dict[str, Tensor]], list[float], dict[str, Tensor]]:
+    model, batch = family.build(), dict(family.batch())
+    target = batch.pop("target")
+    optimizer = _optimizer(model)
+    losses, grads, norms = [], [], []
+    for _ in range(STEPS):
+        loss = _losses(model(**batch), target).mean()
+        loss.backward()
+        losses.append(loss.item())
+        grads.append({name: grad.clone() for name, grad in gradients(model).items()})
+        norms.append(clip_grad_norm(model, 0.5).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, grads, norms, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def _compare(family: Family, case: Case, losses: list, grads: list, norms: list, weights: dict, rtol: float) -> None:
+    mesh = case.parallel.mesh("cpu")
+    model, batch = family.build(), dict(family.batch())
+    target = batch.pop("target")
+    plan, values = family.plan(model), {name: p.detach().clone() for name, p in model.state_dict().items()}
+    if case.meta:
+        model = model.to("meta")
+    cut = (plan, mesh, case.parallel, case.memory)
+    run = Pipeline(model, *cut) if size(mesh, "pp") > 1 else parallelize(model, *cut)
+    elsewhere = () if run is model else run.elsewhere
+    if case.meta:
+        load_parameters(model, values, torch.device("cpu"), elsewhere=elsewhere)
+    assert _names_of_all(model) == set(weights), "parameters are lost"
+
+    index, parts = data_rank(mesh)
+    share = slice(index * SAMPLES // parts, (index + 1) * SAMPLES // parts)
+    micro = [
+        {name: part.chunk(case.micro_batches)[i] for name, part in _cut(batch | {"target": target}, share).items()}
+        for i in range(case.micro_batches)
+    ]
+    optimizer = _optimizer(model)
+    for step in range(STEPS):
+        own = forward_backward(
+            run,
+            case.micro_batches,
+            lambda i: {name: tensor for name, tensor in micro[i].items() if name != "target"},
+            lambda output, i: _losses(output, micro[i]["target"]),
+        )
+        finish_gradients(model, mesh)
+        loss = torch.cat(own).sum() if own and speaks(mesh) else torch.zeros((), dtype=target.dtype)
+        if dist.is_initialized():
+            dist.all_reduce(loss)
+        loss = loss.item() / SAMPLES
+        assert abs(loss / losses[step] - 1) <= rtol, f"step {step}: loss {loss}, on one device {losses[step]}"
+        actual = gradients(model)
+        assert_same_grads(actual, {name: grads[step][name] for name in actual}, rtol * 10**step)
+        norm = clip_grad_norm(model, 0.5, mesh).item()
+        assert abs(norm / norms[step] - 1) <= rtol * 10**step, f"step {step}: norm {norm}, on one device {norms[step]}"
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in model.named_parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        torch.testing.assert_close(whole.detach(), weights[name], rtol=100 * rtol, atol=100 * rtol)
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    trained = by_layout(p for p in model.parameters() if p.requires_grad)
+    return torch.optim.AdamW([{"params": part} for part in trained], lr=1e-2, eps=1e-4)
+
+
+def _losses(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().flatten(1).mean(1)
+
+
+def _cut(batch: Mapping[str, Tensor], share: slice) -> dict[str, Tensor]:
+    return {name: tensor[share] for name, tensor in batch.items()}
+
+
+def _names_of_all(model: nn.Module) -> set[str]:
+    names = [name for name, _ in model.named_parameters()]
+    if not dist.is_initialized():
+        return set(names)
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, names)
+    return set(itertools.chain(*everyone))

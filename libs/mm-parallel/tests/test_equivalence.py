@@ -1,0 +1,39 @@
+"""Every way to cut, alone and together, on a ladder that is nobody's: the numbers of one device."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mm_parallel.testing import TinyLadder, spawn
+from mm_parallel.testing.equivalence import SAMPLES, Case, Family, check, every_case
+
+CASES = every_case()
+CHUNK = 10
+
+
+def build() -> TinyLadder:
+    torch.manual_seed(0)
+    return TinyLadder(layers=4).double()
+
+
+def batch() -> dict[str, Tensor]:
+    """7 tokens: no number of ranks divides them."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"tokens": (SAMPLES, 7, 5), "t": (SAMPLES, 3), "target": (SAMPLES, 7, 5)}
+    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def ladder(rank: int, world: int, cases: list[Case]) -> None:
+    check(rank, world, Family(build, lambda model: TinyLadder.plan, batch), cases)
+
+
+@pytest.mark.parametrize("case", CASES[1], ids=lambda case: case.name)
+def test_one_rank(case):
+    check(0, 1, Family(build, lambda model: TinyLadder.plan, batch), [case])
+
+
+@pytest.mark.parametrize(
+    ("world", "first"), [(world, first) for world in (2, 4, 8) for first in range(0, len(CASES[world]), CHUNK)]
+)
+def test_several_ranks(world, first):
+    spawn(world, ladder, CASES[world][first : first + CHUNK], timeout=120)

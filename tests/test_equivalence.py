@@ -1,0 +1,83 @@
+"""Every family of mm_models, cut in every way: the numbers of one device. A new family is one more entry."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mm_models import build, plan
+from mm_models.lora import LoRAConfig, add_lora
+from mm_parallel.testing import spawn
+from mm_parallel.testing.equivalence import SAMPLES, Case, Family, check, every_case
+
+WAN = {"dim": 48, "ffn_dim": 80, "num_heads": 4, "num_layers": 4, "text_dim": 16, "text_tokens": 8}
+IMAGE = {"in_channels": 36, "image_dim": 24, "image_tokens": 257}
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """Not the published initialisation, whose zeros would hide gradients."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data = 0.15 * values + name.endswith("norm.weight")
+    return model
+
+
+def wan() -> nn.Module:
+    return filled(build("wan-tiny", dtype=torch.float64, **WAN))
+
+
+def wan_image() -> nn.Module:
+    return filled(build("wan-tiny", dtype=torch.float64, **WAN, **IMAGE))
+
+
+def wan_lora() -> nn.Module:
+    return filled(add_lora(build("wan-tiny", dtype=torch.float64, **WAN), LoRAConfig(rank=3, alpha=6)))
+
+
+def videos(**more: tuple[int, ...]) -> dict[str, Tensor]:
+    """3 x 3 x 1 tokens: no number of ranks divides them."""
+    channels = 36 if "image" in more else 16
+    shapes = {"video": (channels, 3, 6, 2), "text": (5, 16), "target": (16, 3, 6, 2), **more}
+    generator = torch.Generator().manual_seed(1)
+    drawn = {
+        name: torch.randn((SAMPLES, *shape), generator=generator, dtype=torch.float64) for name, shape in shapes.items()
+    }
+    return drawn | {"t": torch.linspace(3, 999, SAMPLES)}
+
+
+def images() -> dict[str, Tensor]:
+    return videos(image=(257, 24))
+
+
+FAMILIES = {
+    "wan": Family(wan, plan, videos),
+    "wan-image": Family(wan_image, plan, images),
+    "wan-lora": Family(wan_lora, plan, videos),
+}
+CASES = {
+    "wan": every_case(),
+    "wan-image": every_case(seed=1, larger=6, pairs=False),
+    "wan-lora": every_case(seed=2, larger=12, pairs=False),
+}
+CHUNK = 10
+
+
+def family(rank: int, world: int, name: str, cases: list[Case]) -> None:
+    check(rank, world, FAMILIES[name], cases)
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "first"),
+    [
+        (name, world, first)
+        for name, by_ranks in CASES.items()
+        for world, cases in sorted(by_ranks.items())
+        for first in range(0, len(cases), CHUNK)
+    ],
+)
+def test_as_on_one_device(name, world, first):
+    cases = CASES[name][world][first : first + CHUNK]
+    if world == 1:
+        check(0, 1, FAMILIES[name], cases)
+    else:
+        spawn(world, family, name, cases, timeout=180)
