@@ -157,7 +157,7 @@ class MemoryConfig:
         input) or "but_attention" (all but its input and what core attention made). One word for all rungs, or one for
         each rung of the whole model; or a number: the first k rungs of each pipeline rank (all, if it has fewer) in
         full, the others not.
-    but_attention: with a number: so many rungs after those recompute all but core attention.
+    but_attention: with a number (or alone): so many rungs after those recompute all but core attention.
     offload: "attention" moves what "but_attention" keeps of attention to the host until the backward needs it;
         "inputs" moves the inputs of recomputed rungs.
     reshard: whether FSDP drops a rung's gathered weights after its forward (and gathers them again for the backward).

@@ -52,21 +52,16 @@ class Recomputed:
     """Stands for a rung's forward. An object and no closure, so that a deep copy of the model calls its own rung."""
 
     def __init__(self, forward: Callable, name: str, word: str, offload: str, host: Host, climb: int) -> None:
-        self.forward, self.name, self.word, self.offload, self.host, self.climb = (
-            forward,
-            name,
-            word,
-            offload,
-            host,
-            climb,
-        )
+        self.forward, self.name, self.word = forward, name, word
+        self.offload, self.host, self.climb = offload, host, climb
 
     def __call__(self, stream: Any, *args: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.forward(stream, *args, **named)
-        x, rest = (
-            (stream, None) if isinstance(stream, Tensor) else (stream[0], stream._replace(**{stream._fields[0]: None}))
-        )
+        if isinstance(stream, Tensor):
+            x, rest = stream, None
+        else:
+            x, rest = stream[0], stream._replace(**{stream._fields[0]: None})
         del stream  # nothing here may hold on to x
         kept = self._keep("attention") if self.word == "but_attention" else None
         with _elsewhere(self._keep("inputs")) if self.offload == "inputs" else nullcontext():
