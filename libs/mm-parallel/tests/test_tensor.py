@@ -131,6 +131,29 @@ def test_each_rank_holds_its_heads_and_whole_parameters_stay_equal():
     spawn(2, parts)
 
 
+def counted(rank: int, world: int) -> list[tuple[int, int]]:
+    """(all-reduces, numbers in them) of a forward and of its backward."""
+    model, (tokens, t, target) = parallelize(build(), PLAN, ParallelConfig(tp=2).mesh("cpu")), batch()
+    sums, reduce = [], dist.all_reduce
+    dist.all_reduce = lambda x, **named: (sums.append(x.numel()), reduce(x, **named))
+    try:
+        loss = (model(tokens, t) - target).square().mean()
+        forward = list(sums)
+        loss.backward()
+    finally:
+        dist.all_reduce = reduce
+    backward = sums[len(forward) :]
+    return [(len(numbers), sum(numbers)) for numbers in (forward, backward)]
+
+
+def test_what_is_sent_is_what_the_docstring_says():
+    blocks, tokens = 2, 8 * 6
+    columns, rows, norms = 4, 2, 2
+    forward = (blocks * (rows + norms), blocks * tokens * (rows * DIM + norms))
+    backward = (blocks * (columns + norms), blocks * tokens * (columns * DIM + norms))
+    assert spawn(2, counted) == [[forward, backward]] * 2
+
+
 def bf16(rank: int, world: int) -> None:
     mesh, data = ParallelConfig(tp=2).mesh("cpu"), batch(torch.float32)
     plan = replace(PLAN, fp32=(*PLAN.fp32, "*.norm_q.weight", "*.down.*"))  # cut islands: FSDP leaves one replicated

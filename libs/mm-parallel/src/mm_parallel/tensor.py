@@ -9,8 +9,8 @@ rank knows only its heads, so a norm over all heads takes its mean of squares ov
 Parameters become DTensors on the mesh's "tp": names and global shapes stay, checkpoints and norms see whole tensors,
 and FSDP shards them once more. The computation is local, by another `forward` on the instance.
 
-Cost per rung and direction: one sum of the activations for each pair, as in Megatron, in the forward. In the backward
-one for each column linear: q, k and v, which share an input, pay three sums where one would do.
+Cost per rung, in sums of activations over the ranks: one for each row in the forward, one for each column in the
+backward (Megatron has one for q, k and v together, which share an input), and for each norm a number per token in both.
 """
 
 import logging
