@@ -288,6 +288,29 @@ def test_a_meta_model_is_filled_stage_by_stage():
     spawn(2, from_meta)
 
 
+def bf16(rank: int, world: int) -> None:
+    """What crosses has the dtypes that the weights are gathered in, islands excepted."""
+    parallel = ParallelConfig(pp_layers=(2, 2), dp_shard=2)
+    torch.manual_seed(0)
+    model = TinyLadder(4, torch.bfloat16)
+    mesh = parallel.mesh("cpu")
+    pipeline = Pipeline(model, TinyLadder.plan, mesh, parallel, dtype=torch.bfloat16)
+    batch = {name: tensor.float() for name, tensor in micro_batch(0, SHORT).items()}
+    pipeline.step(
+        2, lambda i: {"tokens": batch["tokens"], "t": batch["t"]}, lambda output, i: losses(output, batch["target"])
+    )
+    finish_gradients(model, mesh)
+    torch.manual_seed(0)
+    alone = TinyLadder(4, torch.bfloat16)
+    losses(alone(batch["tokens"], batch["t"]), batch["target"]).mean().backward()
+    actual, expected = gradients(model), gradients(alone)
+    assert_same_grads(actual, {name: expected[name] for name in actual}, 1e-2)
+
+
+def test_bf16_with_islands():
+    spawn(4, bf16)
+
+
 def same_error(call: Callable[[], object], message: str) -> None:
     """On every rank, and nobody waits."""
     with pytest.raises(ValueError, match=message):

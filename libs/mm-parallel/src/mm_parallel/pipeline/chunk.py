@@ -37,8 +37,8 @@ class Chunk(nn.Module):
     submodule of the chunk: preparing a schedule, torch drops the gradients of every FSDP module that it finds in a
     stage, also those of steps before, in another shape.
 
-    tracked: whether the first stage hands on what is frozen as though it were not. A schedule that splits the backward
-    finds a stage's weights by their way to its inputs, and so would miss some (the first stage is not split).
+    tracked: for a schedule that splits the backward. It finds a stage's weights by their way to the stage's inputs, so
+    the first stage (which is not split) hands on what is frozen as though it were not.
     """
 
     def __init__(self, stage: Stage, model: nn.Module, outline: Outline, tracked: bool) -> None:
@@ -68,7 +68,7 @@ class Chunk(nn.Module):
         if stage.is_first and self.tracked:
             stream = track(stream, following)
         check(stage.index, stream, following)
-        return tuple(map(_sent, tensors_of(stream)))
+        return tuple(_sent(tensor, self.tracked) for tensor in tensors_of(stream))
 
 
 def call(chunk: Chunk, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
@@ -84,7 +84,7 @@ def _received(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _sent(tensor: Tensor) -> Tensor:
-    """Contiguous, and no view: where the backward is split, torch detaches it in place."""
+def _sent(tensor: Tensor, detached: bool) -> Tensor:
+    """Contiguous, as only that can be sent. detached: torch will detach it in place, which a view does not allow."""
     tensor = tensor.contiguous()
-    return tensor if tensor._base is None else tensor.clone()
+    return tensor.clone() if detached and tensor._base is not None else tensor

@@ -109,8 +109,8 @@ class Pipeline:
         return self._schedule(what, count, first).step(batch, loss)
 
     def _schedule(self, what: str, count: int, first: BoundArguments) -> Schedule:
-        """The one of the step before, or a new one: its receive buffers, one for each micro-batch, are worth more than
-        the milliseconds that it takes to make another."""
+        """The one of the step before, or a new one. Only one is kept, because it holds a receive buffer for each
+        micro-batch; another takes milliseconds to make."""
         if self._newest[0] != what:
             check_count(count, self.ranks, len(self.mine), self.zero_bubble)
             self._newest = ("", None)
