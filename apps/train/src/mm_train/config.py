@@ -130,6 +130,8 @@ class Config:
     seed: int = 42
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the matrix multiplications; master weights, moments, norms and modulation stay float32."""
+    deadline: float = 600
+    """Seconds that a step may take; then the run ends and says which rank hangs, and where."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a non-finite loss or gradient does."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -187,6 +189,7 @@ class Config:
             ("sample.frames", self.sample.frames, 1),
             ("sample.height", self.sample.height, 16),
             ("sample.width", self.sample.width, 16),
+            ("deadline", self.deadline, 10),
         ):
             if not value >= least:
                 raise ValueError(f"--{name} is {value}; it must be at least {least}")
@@ -206,6 +209,11 @@ class Config:
                 raise ValueError(f"--{name} is {value}; it must lie in 0 <= x < 1")
         if self.optim.warmup >= self.steps > 1:
             raise ValueError(f"--optim.warmup {self.optim.warmup} takes the whole run of {self.steps} steps")
+        if self.parallel.pp_layers and self.lora.dropout:
+            raise ValueError(
+                "--lora.dropout cannot be drawn alike in a pipeline, where micro-batches overlap: use 0, or no "
+                "--parallel.pp_layers"
+            )
         if not self.validation.timesteps:
             raise ValueError("--validation.timesteps is empty: give at least one t between 0 and 1000")
         for t in self.validation.timesteps:

@@ -1,18 +1,23 @@
 """From the command line to a Config, by way of the recipe that it selects.
 
+Layouts and memory may be given by the guides' names (`--parallel.pipeline_num_layers`), see `mm_parallel.guides`.
+
 Precedence: defaults of the dataclasses < ``recipes/<recipe>.toml`` < ``--config mine.toml`` < flags.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import tomllib
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from mm_convert.arguments import parse
+from mm_parallel import guides
 from mm_train.config import Config
 
 RECIPES = Path(str(resources.files("mm_train") / "recipes"))
@@ -20,12 +25,32 @@ RECIPES = Path(str(resources.files("mm_train") / "recipes"))
 
 def load_config(argv: list[str] | None = None) -> Config:
     """Config from the command line, its TOML file, and the recipe that either of them selects."""
-    return parse(Config, argv, prog="python -m mm_train", description=Config.__doc__, defaults=_recipe(argv))
+    notes: list[str] = []
+    try:
+        argv, said = guides.arguments(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+    def reword(tables: dict[str, Any]) -> dict[str, Any]:
+        for section in ("parallel", "memory"):
+            if isinstance(tables.get(section), dict):
+                ours, more = guides.from_guides(section, tables[section])
+                tables = tables | {section: ours}
+                notes.extend(more)
+        return tables
+
+    config = parse(
+        Config, argv, prog="python -m mm_train", description=Config.__doc__, defaults=_recipe(argv), reword=reword
+    )
+    if os.environ.get("RANK", "0") == "0":
+        for note in dict.fromkeys(said + notes):
+            print(f"note: {note}", file=sys.stderr)
+    return config
 
 
-def _recipe(argv: list[str] | None) -> list[Path]:
+def _recipe(argv: list[str]) -> list[Path]:
     """The recipe file has to be known before the flags are parsed, as its values lie below theirs."""
-    argv = sys.argv[1:] if argv is None else argv
     chosen: dict[str, str] = {}
     for file in _values(argv, "config"):
         with contextlib.suppress(OSError, ValueError):  # `parse` reads it again, and says what is wrong with it

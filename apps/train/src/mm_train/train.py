@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mm_models.diffusion.flow import FlowMatching
 from mm_parallel import clip_grad_norm, finish_gradients, forward_backward
 from mm_parallel.device import device as accelerator
 from mm_parallel.device import init_distributed, reset_max_memory, synchronize
+from mm_parallel.guard import Watchdog, agree
 from mm_parallel.mesh import data_rank, place, speaks
 from mm_train import setup
 from mm_train.checkpoint import Checkpointer
@@ -38,7 +40,18 @@ def train(config: Config) -> Path:
     Raises ValueError for a configuration that cannot work, FloatingPointError for a non-finite loss or gradient.
     """
     config.check()
-    rank, world, _ = init_distributed()
+    rank, world, _ = init_distributed(timedelta(seconds=2 * config.deadline))
+    with Watchdog(deadline=config.deadline) as guard:
+        checkpoint, interrupted = _train(config, rank, world, guard)
+    if interrupted:
+        raise KeyboardInterrupt(f"{interrupted}; the same command continues from there")
+    return export_final(config, checkpoint, leader=rank == 0)
+
+
+def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path | None, str]:
+    """All but the export; returns the last checkpoint, and where it was interrupted, if it was."""
+    guard.at("preparing", deadline=math.inf)  # weights may take long to read
+    agree(dump(config), "the configuration")
     device = accelerator()
     mesh = config.parallel.mesh(device.type)
     data_index, data_size = data_rank(mesh)
@@ -91,8 +104,10 @@ def train(config: Config) -> Path:
     def look() -> None:
         """Everything that looks at the model from outside, at the steps where it is due."""
         if validation.due(progress["step"]):
+            guard.at(f"validation after step {progress['step']}", deadline=math.inf)
             metrics.event({"step": progress["step"], "validation_loss": validation(run)})
         if samples.due(progress["step"]):
+            guard.at(f"samples after step {progress['step']}", deadline=math.inf)
             metrics.say(f"step {progress['step']} | samples in {samples(run, model, ema, progress['step'])}")
 
     steps = iter(loader)
@@ -100,6 +115,7 @@ def train(config: Config) -> Path:
         if progress["step"] == 0:
             look()
         while progress["step"] < config.steps and not interrupt.asked():
+            guard.at(f"step {progress['step'] + 1}")
             started = time.perf_counter()
             batch = next(steps)
             data_seconds = time.perf_counter() - started
@@ -151,12 +167,11 @@ def train(config: Config) -> Path:
             look()
             reset_max_memory(device)
 
+        guard.at("the last checkpoint", deadline=math.inf)
         save()
         checkpoints.wait()
     metrics.close()
-    if interrupt.signal:
-        raise KeyboardInterrupt(f"stopped after step {progress['step']}; the same command continues from there")
-    return export_final(config, checkpoints.saved(), leader=rank == 0)
+    return checkpoints.saved(), f"stopped after step {progress['step']}" if interrupt.signal else ""
 
 
 class _Interrupt:

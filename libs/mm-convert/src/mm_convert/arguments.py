@@ -39,7 +39,7 @@ import sys
 import textwrap
 import tomllib
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -74,6 +74,7 @@ def parse(
     description: str = "",
     defaults: Sequence[Path] = (),
     environment: str = "",
+    reword: Callable[[dict[str, Any]], dict[str, Any]] = lambda tables: tables,
 ) -> T:
     """Read the command line into an instance of the dataclass `config_class`.
 
@@ -82,6 +83,8 @@ def parse(
         defaults: TOML files (recipes) that stand between the dataclass defaults and `--config`; missing is an error.
         environment: environment variables that begin so are values too: this prefix and the name of the field in upper
             case, with two underscores for each dot.
+
+        reword: gives the tables of a file in our names where they may have others; its ValueErrors are reported, too.
 
     A ValueError of a `__post_init__` is reported like any other wrong value. Errors: SystemExit(2), text on stderr.
     """
@@ -92,10 +95,10 @@ def parse(
 
     values: dict[str, Any] = {}
     for file in defaults:
-        values |= _read_file(parser, Path(file), leaves)
+        values |= _read_file(parser, Path(file), leaves, reword)
     values |= _read_environment(parser, environment, leaves) if environment else {}
     for file in _config_files(parser, argv):
-        values |= _read_file(parser, Path(file), leaves)
+        values |= _read_file(parser, Path(file), leaves, reword)
 
     printing = next((word for word in argv if word.partition("=")[0] == "--print_config"), "")
     parser.add_argument(
@@ -221,7 +224,9 @@ def _for_jsonargparse(argv: list[str], leaves: Mapping[str, _Leaf]) -> list[str]
     return result
 
 
-def _read_file(parser: _Parser, path: Path, leaves: Mapping[str, _Leaf]) -> dict[str, Any]:
+def _read_file(
+    parser: _Parser, path: Path, leaves: Mapping[str, _Leaf], reword: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -232,6 +237,10 @@ def _read_file(parser: _Parser, path: Path, leaves: Mapping[str, _Leaf]) -> dict
         tables = _yaml(text)  # as MindSpeed-MM's users have them
         if tables is None:
             parser.error(f"{path} is not TOML: {error}")
+    try:
+        tables = reword(tables)
+    except ValueError as error:
+        parser.error(f"{path}: {error}")
     groups = {name.rsplit(".", n)[0] for name in leaves for n in range(1, name.count(".") + 1)}
 
     def refuse_unknown_keys(table: Mapping[str, Any], prefix: str = "") -> None:
