@@ -272,6 +272,8 @@ def disagree(rank: int, world: int) -> list[str]:
     pair = dist.new_group([1, 2])
     if rank in (1, 2):
         agree({"rank is 0": rank == 0}, "group", pair)
+        with pytest.raises(ValueError, match="the pair differs between ranks: size is 1 on rank 1, 2 on rank 2"):
+            agree({"size": rank}, "the pair", pair)
     cases = [
         ({"tp": 2, "lr": 0.1 + (rank == 2)}, "configuration"),
         ({"a": 1} | ({"b": (2, 3)} if rank else {}), "batch"),

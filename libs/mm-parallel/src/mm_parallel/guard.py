@@ -37,7 +37,7 @@ def agree(what: Mapping[str, object] | str, label: str, group: dist.ProcessGroup
     if len(set(_gather(hashlib.sha256(json.dumps(mine).encode()).hexdigest(), group))) == 1:
         return
     all_of_them = _gather(mine, group)
-    numbers = dist.get_process_groupranks_of(group) if group is not None else range(dist.get_world_size())
+    numbers = dist.get_process_group_ranks(group) if group is not None else range(dist.get_world_size())
     different = []
     for key in dict.fromkeys(key for one in all_of_them for key in one):
         holders: dict[str, list[int]] = {}
@@ -87,7 +87,7 @@ class Watchdog:
     - makes no progress: `rank 3 hangs`, with phase and line, or who has ended while others still wait for it;
     - hosts the store (rank 0, or torchrun): that it is gone.
 
-    and where they were themselves, in the last three cases with their Python stacks. A rank that raises ends as it
+    and where they were themselves, when one is killed or hangs with their Python stacks. A rank that raises ends as it
     would; but an error that looks like a lost connection has its cause elsewhere, so it is held back until that is
     known.
 
@@ -100,7 +100,7 @@ class Watchdog:
 
     Leaving the block waits for all ranks to leave it. Every rank enters as many of them, in the same order. Without a
     process group, or alone in one, it does nothing. The load on the store is five small messages per rank and interval.
-    Raises ValueError for a deadline that is not longer than two intervals.
+    Raises ValueError for a deadline or a silence that is not longer than two intervals.
     """
 
     def __init__(
