@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from mm_parallel.testing import spawn
+from mm_train.recipe import load_config
 from mm_train.train import train
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import SMALL, arguments, config, losses, rows, write_features
+from runs import SMALL, arguments, as_torchrun, config, losses, rows, state, write_features
 
 FOUR = {**SMALL, "num_heads": 4, "num_layers": 4}
 LAYOUTS = [  # ranks, flags
@@ -54,3 +57,46 @@ def test_a_run_goes_through_every_layout_with_the_losses_of_one_device(features,
         seen = {step: seen[step] for step in expected}  # every run validates at its end as well
         assert seen == pytest.approx(expected, rel=1e-4), name
     assert len(losses(tmp_path / "many")) == total
+
+
+def ranks_train(rank: int, world: int, flags: list[list[str]]) -> None:
+    as_torchrun(rank, world)
+    train(load_config(flags[rank]))
+
+
+def test_ranks_with_different_configurations_are_refused(features, tmp_path):
+    argv = command(features, tmp_path / "run", 2)
+    other = [*argv, "--optim.lr", "2e-3"]
+    with pytest.raises(
+        RuntimeError, match=r"the configuration differs .* 'lr = 0.001' on rank 0, 'lr = 0.002' on rank 1"
+    ):
+        spawn(2, ranks_train, [argv, other])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--parallel.tp", "3"], r"2 ranks cannot be laid out as tp=3"),
+        (["--parallel.pp_layers", "[2,1]"], r"pp_layers.* 3 .*4"),
+        (["--parallel.pp_layers", "[2,2]", "--parallel.schedule", "zero_bubble", "--memory.recompute", "full"], "zero"),
+        (["--memory.recompute", "5"], r"recompute=5 .*the model has 4"),
+        (["--memory.offload", "attention"], r"offload=.attention. moves what"),
+    ],
+)
+def test_impossible_layouts_are_refused_before_anything_is_read(features, tmp_path, flags, message):
+    argv = command(features, tmp_path / "run", 2, *flags)
+    with pytest.raises(RuntimeError, match=message):
+        spawn(2, ranks_train, [argv, argv])
+
+
+def test_exact_runs_have_the_same_bits(features, tmp_path):
+    kept = []
+    for ranks in (1, 2, 4):
+        flags = ["--parallel.exact", "true", "--parallel.cp", str(ranks)]
+        argv = command(features, tmp_path / str(ranks), 3, *flags)
+        spawn(ranks, ranks_train, [argv] * ranks, timeout=120)
+        kept.append((losses(tmp_path / str(ranks)), state(tmp_path / str(ranks) / "checkpoints/step-00000003")))
+    for more_losses, more_state in kept[1:]:
+        assert more_losses == kept[0][0]
+        assert more_state.keys() == kept[0][1].keys()
+        assert all(torch.equal(more_state[name], tensor) for name, tensor in kept[0][1].items())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mm_data import Batch
@@ -30,6 +31,7 @@ class Work:
     """The micro-batches of one step, as `mm_parallel.forward_backward` asks for them.
 
     A pipeline asks for inputs on its first stage and for losses on its last; draws are made where they are needed.
+    Texts are padded to `text_rows`, as the model would: then all micro-batches of a step have one shape.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class Work:
         flow: FlowMatching,
         seed: int,
         device: torch.device,
+        text_rows: int,
         before: Callable[[int], None] = lambda number: None,
     ):
         self.micro, self.flow, self.seed, self.device, self.before = micro, flow, seed, device, before
+        self.text_rows = text_rows
         self.drawn: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _draw(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +60,9 @@ class Work:
         self.before(number)
         clean, index, noise = self._draw(number)
         t = self.flow.timesteps.to(self.device)[index]
-        return {"video": self.flow.noised(clean, noise, index), "t": t, "text": self.micro[number].text.to(self.device)}
+        text = self.micro[number].text.to(self.device)
+        text = F.pad(text, (0, 0, 0, self.text_rows - text.shape[1]))
+        return {"video": self.flow.noised(clean, noise, index), "t": t, "text": text}
 
     def losses(self, prediction: Tensor, number: int) -> Tensor:
         """Weighted flow-matching loss of every sample: B, float32."""

@@ -8,7 +8,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -93,10 +93,17 @@ def check_dataset(progress: dict[str, Any], dataset: FeatureDataset, config: Con
         )
 
 
-def build_model(
-    config: Config, mesh: DeviceMesh | None, device: torch.device, continuing: bool
-) -> tuple[nn.Module, nn.Module | Pipeline]:
-    """(What holds this rank's parameters, what is called): one model, or a part of it and the pipeline.
+class Built(NamedTuple):
+    """A model that is cut over the ranks."""
+
+    model: nn.Module  # holds this rank's parameters
+    run: nn.Module | Pipeline  # is called: the model, or the pipeline that it is a part of
+    parameters: int  # of the whole model
+    trained: int
+
+
+def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, continuing: bool) -> Built:
+    """The model of a run.
 
     It is cut over the mesh and filled tensor by tensor; no rank ever holds all of it. Continuing, it is left empty, for
     the checkpoint to fill; but the base below an adapter is read again.
@@ -107,21 +114,22 @@ def build_model(
     if config.lora.rank:
         cast_weights(model, dtype)  # a frozen base needs no float32 masters
         add_lora(model, LoRAConfig(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets))
-    check_space(model, config)
+    sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (True, False)]
+    check_space(sizes[1], config)
     source = None if continuing and not config.lora.rank else Start(config, model)
     cut = (plan(model), mesh, config.parallel, config.memory, dtype)
     pipelined = size(mesh, "pp") > 1
     run = Pipeline(model, *cut) if pipelined else parallelize(model, *cut)
     if source is None:
         allocate(model, device, config.memory.offload_params)
-        return model.train(), run
+        return Built(model.train(), run, *sizes)
     elsewhere = run.elsewhere if pipelined else ()
     load_parameters(model, source, device, elsewhere, config.memory.offload_params)
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if not torch.isfinite(local).all():
             raise ValueError(f"--weights {config.weights}: {name} holds numbers that are not finite")
-    return model.train(), run
+    return Built(model.train(), run, *sizes)
 
 
 class Start(Mapping[str, Tensor]):
@@ -162,9 +170,8 @@ def _open(path: Path, wanted: WanConfig) -> Checkpoint:
     return file
 
 
-def check_space(model: nn.Module, config: Config) -> None:
+def check_space(trained: int, config: Config) -> None:
     """Raise ValueError if not even one checkpoint fits on the disk of the output directory."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     needed = trained * (16 if config.optim.ema else 12)  # float32: weights, two moments, and the average
     free = shutil.disk_usage(config.output).free
     if needed > free:
@@ -183,7 +190,7 @@ def seed_dropout(*place: int) -> None:
 
 def summary(
     config: Config,
-    model: nn.Module,
+    built: Built,
     dataset: FeatureDataset,
     mesh: DeviceMesh | None,
     data_size: int,
@@ -192,10 +199,9 @@ def summary(
     changed: list[str],
 ) -> str:
     """What is about to happen, in a few lines."""
-    everything = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = [
-        f"model      {config.model}: {everything:,} parameters, {trained:,} trained, matrices in {config.dtype}",
+        f"model      {config.model}: {built.parameters:,} parameters, {built.trained:,} trained, "
+        f"matrices in {config.dtype}",
         f"weights    {f'{found} (continuing)' if found else config.weights}",
         *(f"changed    {change}" for change in changed),
         f"data       {len(dataset):,} samples in {len(set(dataset.shapes))} shapes from {config.data.features}",

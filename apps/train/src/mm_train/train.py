@@ -66,7 +66,8 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
     # Refuses a directory that this run must not continue. One rank looks, so that all go the same way.
     found, changed = made_once(lambda: setup.find_checkpoint(config))
     samples = Samples(config, mesh, device)  # before the model: it needs the text encoder for a moment
-    model, run = setup.build_model(config, mesh, device, continuing=found is not None)
+    built = setup.build_model(config, mesh, device, continuing=found is not None)
+    model, run = built.model, built.run
     optimizer = build_optimizer(model, config.optim)
     ema = EMA(model, config.optim.ema) if config.optim.ema else None
     checkpoints = Checkpointer(config.output / "checkpoints", config.checkpoint.keep)
@@ -88,7 +89,7 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
         text_dropout=config.data.text_dropout,
     )
     metrics = Metrics(config.output, leader=rank == 0, steps=config.steps, start=progress["step"])
-    metrics.say(setup.summary(config, model, dataset, mesh, data_size, micro_batches, found, changed))
+    metrics.say(setup.summary(config, built, dataset, mesh, data_size, micro_batches, found, changed))
     if progress["step"] == config.steps:
         metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
     validation = Validation(config, flow, mesh, device)
@@ -123,7 +124,7 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(progress["step"], config.steps, config.optim)
             seed = partial(setup.seed_dropout, config.seed, batch.index, data_index, place(mesh, "cp"))
-            work = Work(batch.micro, flow, config.seed, device, before=seed)
+            work = Work(batch.micro, flow, config.seed, device, model.config.text_tokens, before=seed)
             own = forward_backward(run, micro_batches, work.inputs, work.losses)
             finish_gradients(model, mesh)
             norm = clip_grad_norm(model, config.optim.clip or math.inf, mesh)

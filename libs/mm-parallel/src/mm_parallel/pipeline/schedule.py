@@ -71,6 +71,10 @@ class Schedule:
             with _gathered(self.chunks[0].model, self.reshard) if self.zero_bubble else nullcontext():
                 self.torch.step(*([numbers] if self.is_first else []), **target, return_outputs=False)
             return self.losses
+        except RuntimeError as error:  # torch's, around whatever went wrong in a stage: that is what matters
+            if error.__cause__ is None:
+                raise
+            raise error.__cause__ from None
         finally:  # what the two hold, say a batch
             self.loss, self.losses = None, []
             for chunk in self.chunks:
