@@ -99,6 +99,7 @@ def _stack_of(rank: int, process: Any, folder: Path) -> str:
 def _run_rank(pipe: Any, folder: str, rank: int, world: int, function: tuple, args: bytes, timeout: float) -> None:
     with open(f"{folder}/stack{rank}", "w") as stack:
         faulthandler.register(signal.SIGUSR1, stack)
+        faulthandler.enable()  # what aborts in C++ shows where Python was
         try:
             torch.set_num_threads(1)
             fn = _find(*function)
