@@ -56,8 +56,8 @@ FAMILIES = {
 }
 CASES = {
     "wan": every_case(),
-    "wan-image": every_case(seed=1, larger=6, pairs=False),
-    "wan-lora": every_case(seed=2, larger=12, pairs=False),
+    "wan-image": every_case(seed=1, larger=4, pairs=False),
+    "wan-lora": every_case(seed=2, larger=8, pairs=False),
 }
 CHUNK = 10
 

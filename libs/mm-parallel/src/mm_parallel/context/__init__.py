@@ -43,7 +43,13 @@ def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh | None, exact: bo
 
 
 def context_attention(
-    q: Tensor, k: Tensor, v: Tensor, tokens: int, mesh: DeviceMesh, causal: bool = False, backend: str | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: int,
+    mesh: DeviceMesh | None,
+    causal: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
     """Attention between all `tokens` of the sequence, of which this rank holds those of q, k and v: B L H h -> B L H h.
 
@@ -70,8 +76,10 @@ def context_attention(
     return out
 
 
-def gather(x: Tensor, tokens: int, mesh: DeviceMesh, causal: bool = False) -> Tensor:
+def gather(x: Tensor, tokens: int, mesh: DeviceMesh | None, causal: bool = False) -> Tensor:
     """B L … of this rank's tokens -> B tokens … of all, in their order, on every rank."""
+    if mesh is None:
+        return x
     deal = Deal(tokens, size(mesh, "ring"), size(mesh, "ulysses"), causal)
     return shard.Gather.apply(x, deal, along(mesh, "cp").get_group())
 
