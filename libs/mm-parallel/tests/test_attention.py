@@ -71,8 +71,9 @@ def test_lower_precision(backend, dtype):
     assert error(got, want) <= 20 * torch.finfo(dtype).eps
 
 
-def test_transposed_inputs():
-    inputs = [x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in make(9, 9)]
+@pytest.mark.parametrize("dim", [0, 2, 3])
+def test_transposed_inputs(dim):
+    inputs = [x.detach().transpose(dim, 1).contiguous().transpose(dim, 1).requires_grad_() for x in make(9, 9)]
     assert error(out_and_grads(attention, *inputs), out_and_grads(torchs, *inputs)) <= 1e-13
 
 
