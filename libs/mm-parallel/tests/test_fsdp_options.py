@@ -10,6 +10,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mm_parallel import MemoryConfig, ParallelConfig, clip_grad_norm, finish_gradients, load_parameters, parallelize
+from mm_parallel.fsdp import drop_gathered
 from mm_parallel.grads import by_layout
 from mm_parallel.mesh import data_rank
 from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
@@ -103,6 +104,24 @@ def test_without_reshard_weights_are_gathered_once():
     for counts in spawn(2, collectives):
         assert counts[True] == {"_allgather_base_": 2 * groups, "_reduce_scatter_base_": groups}
         assert counts[False] == {"_allgather_base_": groups, "_reduce_scatter_base_": groups}
+
+
+def evaluations(rank: int, world: int, reshard: bool) -> tuple[float, float]:
+    """What an evaluation is worth, and one with other weights after it."""
+    mesh = ParallelConfig().mesh("cpu")
+    model = parallelize(build(), TinyLadder.plan, mesh, memory=MemoryConfig(reshard=reshard))
+    with torch.no_grad():
+        before = model(*batch(mesh)).norm().item()
+        drop_gathered(model)
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+        return before, model(*batch(mesh)).norm().item()
+
+
+def test_an_evaluation_sees_what_was_written_after_another():
+    seen, expected = spawn(2, evaluations, False)[0], spawn(2, evaluations, True)[0]
+    assert seen == expected
+    assert seen[0] != seen[1]
 
 
 class Journal(TorchDispatchMode):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from mm_parallel.fsdp import drop_gathered
 from mm_parallel.grads import by_layout
 from mm_train.config import OptimConfig
 
@@ -78,6 +79,7 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self, model: nn.Module) -> None:
+        drop_gathered(model)  # of an evaluation, which may keep them
         live = dict(model.named_parameters())
         for name, average in self.average.items():
             held = live[name].detach().clone()

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from mm_parallel.config import MemoryConfig
@@ -63,6 +63,17 @@ def shard(
             reshard_after_forward=memory.reshard,
         )
     _prefetch(rungs, plan.places_of(model), memory.prefetch)
+
+
+def drop_gathered(model: nn.Module) -> None:
+    """Makes every parameter its shard again, before it is written to between forward and backward.
+
+    Without reshard, an evaluation leaves the weights gathered, and until the next backward they are what the model
+    holds and computes with, whatever its shards say. No collective; does nothing where nothing is gathered.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _prefetch(rungs: dict[str, nn.Module], places: dict[str, int], ahead: int) -> None:
