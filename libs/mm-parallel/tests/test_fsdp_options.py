@@ -110,11 +110,13 @@ def evaluations(rank: int, world: int, reshard: bool) -> tuple[float, float]:
     """What an evaluation is worth, and one with other weights after it."""
     mesh = ParallelConfig().mesh("cpu")
     model = parallelize(build(), TinyLadder.plan, mesh, memory=MemoryConfig(reshard=reshard))
+    shards = list(model.parameters())
     with torch.no_grad():
         before = model(*batch(mesh)).norm().item()
         drop_gathered(model)
-        for parameter in model.parameters():
-            parameter.mul_(0.5)
+        assert all(a is b for a, b in zip(model.parameters(), shards, strict=True))
+        for shard in shards:
+            shard.mul_(0.5)
         return before, model(*batch(mesh)).norm().item()
 
 
