@@ -2,7 +2,7 @@
 
     python docs/measure/parallel.py
 
-1. A step of Wan (100M parameters, 1,536 tokens) by mm-parallel with every size 1, against a bare torch loop.
+1. A step of Wan (50M parameters, 1,536 tokens) by mm-parallel with every size 1, against a bare torch loop.
 2. Attention shared by two ranks, by Ulysses and by a ring, against two ranks that each compute half the heads and
    exchange nothing: the same work, so the ratio is what the exchange costs.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from mm_models import build, plan
 from mm_parallel import ParallelConfig, clip_grad_norm, finish_gradients, forward_backward, parallelize
 from mm_parallel.attention import core
-from mm_parallel.context import context_attention
+from mm_parallel.context import Context
 from mm_parallel.testing import spawn
 
 ROUNDS = 7
@@ -25,7 +25,7 @@ ROUNDS = 7
 
 def machinery(rank: int, world: int) -> tuple[list[float], list[float]]:
     """Seconds of bare and of our steps, in turns."""
-    sizes = {"dim": 768, "ffn_dim": 3072, "num_heads": 12, "num_layers": 8, "text_dim": 64}
+    sizes = {"dim": 768, "ffn_dim": 3072, "num_heads": 12, "num_layers": 4, "text_dim": 64}
     bare, model = build("wan-tiny", **sizes), build("wan-tiny", **sizes)
     mesh = ParallelConfig().mesh("cpu")
     parallelize(model, plan(model), mesh)
@@ -49,7 +49,7 @@ def machinery(rank: int, world: int) -> tuple[list[float], list[float]]:
 def shared(rank: int, world: int, tokens: int) -> list[list[float]]:
     """Seconds of forward and backward: half the heads alone, Ulysses, ring."""
     heads, width = 12, 64
-    ulysses, ring = (ParallelConfig(**{way: 2}).mesh("cpu") for way in ("ulysses", "ring"))
+    ulysses, ring = (Context(ParallelConfig(**{way: 2}).mesh("cpu")) for way in ("ulysses", "ring"))
     part = [torch.randn(1, tokens // 2, heads, width, requires_grad=True) for _ in range(3)]
     half = [torch.randn(1, tokens, heads // 2, width, requires_grad=True) for _ in range(3)]
 
@@ -63,8 +63,8 @@ def shared(rank: int, world: int, tokens: int) -> list[list[float]]:
     return alternating(
         [
             run(lambda *qkv: core(*qkv, tokens), half),
-            run(lambda *qkv: context_attention(*qkv, tokens, ulysses), part),
-            run(lambda *qkv: context_attention(*qkv, tokens, ring), part),
+            run(lambda *qkv: ulysses.attention(*qkv, tokens), part),
+            run(lambda *qkv: ring.attention(*qkv, tokens), part),
         ]
     )
 

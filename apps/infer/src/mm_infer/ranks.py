@@ -47,11 +47,9 @@ def distributed() -> Iterator[int]:
     """Joins torchrun's ranks, yields this one's number, and leaves the process group in the end."""
     joined = dist.is_initialized()
     rank, _, _ = init_distributed()
-    try:
-        yield rank
-    finally:
-        if dist.is_initialized() and not joined:
-            dist.destroy_process_group()
+    yield rank
+    if dist.is_initialized() and not joined:  # after an error it would wait for ranks that are gone
+        dist.destroy_process_group()
 
 
 def place(ranks: Ranks) -> Place:

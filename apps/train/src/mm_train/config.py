@@ -209,10 +209,10 @@ class Config:
                 raise ValueError(f"--{name} is {value}; it must lie in 0 <= x < 1")
         if self.optim.warmup >= self.steps > 1:
             raise ValueError(f"--optim.warmup {self.optim.warmup} takes the whole run of {self.steps} steps")
-        if self.parallel.pp_layers and self.lora.dropout:
+        if self.lora.dropout and (self.parallel.pp_layers or self.parallel.exact):
             raise ValueError(
-                "--lora.dropout cannot be drawn alike in a pipeline, where micro-batches overlap: use 0, or no "
-                "--parallel.pp_layers"
+                "--lora.dropout cannot be drawn alike in a pipeline, where micro-batches overlap, nor in exact mode: "
+                "use 0, or no --parallel.pp_layers and no --parallel.exact"
             )
         if not self.validation.timesteps:
             raise ValueError("--validation.timesteps is empty: give at least one t between 0 and 1000")

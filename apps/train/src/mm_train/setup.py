@@ -24,10 +24,11 @@ from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora
 from mm_models.wan import WanConfig
 from mm_parallel import Pipeline, load_parameters, parallelize
-from mm_parallel.mesh import describe, size
+from mm_parallel.mesh import describe, place, size
 from mm_parallel.weights import allocate
 from mm_train.checkpoint import latest
 from mm_train.config import Config
+from mm_train.ranks import gathered
 
 # Settings that are part of what a checkpoint means: with another value the rest of the run would be another run.
 FIXED = ("model", "architecture", "seed", "data.global_batch", "lora.rank", "lora.alpha", "lora.targets")
@@ -117,9 +118,16 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
     sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (True, False)]
     check_space(sizes[1], config)
     source = None if continuing and not config.lora.rank else Start(config, model)
+    named = {name for name, p in model.named_parameters() if p.requires_grad}
     cut = (plan(model), mesh, config.parallel, config.memory, dtype)
     pipelined = size(mesh, "pp") > 1
     run = Pipeline(model, *cut) if pipelined else parallelize(model, *cut)
+    idle = gathered([] if named & {name for name, _ in model.named_parameters()} else [place(mesh, "pp")])
+    if idle:
+        raise ValueError(
+            f"pipeline stages {sorted(set(idle))} would hold nothing that is trained: "
+            "choose other --parallel.pp_layers, or --lora.targets in every block"
+        )
     if source is None:
         allocate(model, device, config.memory.offload_params)
         return Built(model.train(), run, *sizes)

@@ -28,7 +28,7 @@ from mm_train.metrics import Metrics
 from mm_train.nonfinite import Watch
 from mm_train.objective import Work
 from mm_train.optim import EMA, build_optimizer, learning_rate
-from mm_train.ranks import made_once, total
+from mm_train.ranks import made_once, totals
 from mm_train.samples import Samples
 from mm_train.speed import Speed
 from mm_train.validate import Validation
@@ -40,7 +40,7 @@ def train(config: Config) -> Path:
     Raises ValueError for a configuration that cannot work, FloatingPointError for a non-finite loss or gradient.
     """
     config.check()
-    rank, world, _ = init_distributed(timedelta(seconds=2 * config.deadline))
+    rank, world, _ = init_distributed(timedelta(hours=6))  # the watchdog looks after hangs
     with Watchdog(deadline=config.deadline) as guard:
         checkpoint, interrupted = _train(config, rank, world, guard)
     if interrupted:
@@ -63,6 +63,8 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
     if config.validation.features:
         setup.check_features(FeatureDataset(config.validation.features), config)
     check_shared(config.output)
+    fingerprint = setup.dataset_fingerprint(dataset)
+    agree({"the samples": fingerprint}, f"--data.features {config.data.features}")
     # Refuses a directory that this run must not continue. One rank looks, so that all go the same way.
     found, changed = made_once(lambda: setup.find_checkpoint(config))
     samples = Samples(config, mesh, device)  # before the model: it needs the text encoder for a moment
@@ -71,7 +73,7 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
     optimizer = build_optimizer(model, config.optim)
     ema = EMA(model, config.optim.ema) if config.optim.ema else None
     checkpoints = Checkpointer(config.output / "checkpoints", config.checkpoint.keep)
-    progress = {"step": 0, "cursor": 0, "skipped": 0, "dataset": setup.dataset_fingerprint(dataset)}
+    progress = {"step": 0, "cursor": 0, "skipped": 0, "dataset": fingerprint}
     if found:
         progress = checkpoints.load(found, model, optimizer, ema)
         setup.check_dataset(progress, dataset, config)
@@ -115,7 +117,7 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
     with _Interrupt() as interrupt:
         if progress["step"] == 0:
             look()
-        while progress["step"] < config.steps and not interrupt.asked():
+        while progress["step"] < config.steps and not interrupt.stop:
             guard.at(f"step {progress['step'] + 1}")
             started = time.perf_counter()
             batch = next(steps)
@@ -128,8 +130,10 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
             own = forward_backward(run, micro_batches, work.inputs, work.losses)
             finish_gradients(model, mesh)
             norm = clip_grad_norm(model, config.optim.clip or math.inf, mesh)
-            counted = torch.cat(own).cpu().double().sum() if speaks(mesh) else torch.zeros((), dtype=torch.float64)
-            mean = total(counted).item() / config.data.global_batch
+            counted = torch.cat(own).cpu().double().sum() if speaks(mesh) else 0.0
+            summed, signals = totals(counted, float(interrupt.signal), device=device)
+            interrupt.heard(signals)
+            mean = summed / config.data.global_batch
 
             progress["cursor"] = batch.cursor_after
             if watch.finite(mean, norm, own, batch):
@@ -172,14 +176,14 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
         save()
         checkpoints.wait()
     metrics.close()
-    return checkpoints.saved(), f"stopped after step {progress['step']}" if interrupt.signal else ""
+    return checkpoints.saved(), f"stopped after step {progress['step']}" if interrupt.stop else ""
 
 
 class _Interrupt:
     """Turns the first Ctrl-C or SIGTERM into a clean end after the step; the second acts at once."""
 
     def __enter__(self) -> _Interrupt:
-        self.signal = 0
+        self.signal, self.stop = 0, False
         self.before = {s: signal.signal(s, self._on) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -192,8 +196,6 @@ class _Interrupt:
         for s, handler in self.before.items():
             signal.signal(s, handler)
 
-    def asked(self) -> bool:
-        """Whether any rank was interrupted: all stop after the same step."""
-        anywhere = int(total(torch.tensor(float(self.signal))).item())
-        self.signal = self.signal or anywhere  # one that came meanwhile must not be forgotten
-        return anywhere > 0
+    def heard(self, signals: float) -> None:
+        """What all ranks together have got: if any was interrupted, all stop after the same step."""
+        self.stop = self.stop or signals > 0

@@ -14,7 +14,7 @@ from mm_models.diffusion.flow import FlowMatching
 from mm_parallel import Pipeline
 from mm_parallel.mesh import data_rank, speaks
 from mm_train.config import Config
-from mm_train.ranks import total
+from mm_train.ranks import totals
 
 # Not the training seed: runs with different seeds are measured on the same noise.
 SEED = 0
@@ -55,8 +55,8 @@ class Validation:
             if counts and self.speaks:
                 summed, count = summed + error.cpu().double().sum(), count + len(error)
         model.train()
-        number = total(torch.tensor(float(count), dtype=torch.float64))
-        return (total(summed) / number).item()
+        error, number = totals(summed, float(count), device=self.device)
+        return error / number
 
     def _error(self, model: nn.Module | Pipeline, pairs: list[tuple[int, int]]) -> torch.Tensor:
         items = [self.data[i] for i, _ in pairs]

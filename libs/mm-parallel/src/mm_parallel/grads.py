@@ -39,14 +39,15 @@ def finish_gradients(model: nn.Module, mesh: DeviceMesh | None) -> None:
     One collective per dtype. Does nothing on one device. A parameter without gradient on some ranks counts as zero
     there; without gradient on all, it keeps none.
     """
-    if mesh is None:
+    meshes = [along(mesh, dim) for dim in ("fsdp", "dp_replicate") if size(mesh, dim) > 1]
+    if not meshes:
         return
     groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
     for parameter in model.parameters():
         if parameter.requires_grad and not is_sharded(parameter):
             groups[parameter.dtype, parameter.device].append(parameter)
     for parameters in groups.values():
-        _average(parameters, [along(mesh, dim) for dim in ("fsdp", "dp_replicate") if size(mesh, dim) > 1])
+        _average(parameters, meshes)
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -101,7 +102,8 @@ def clip_grad_norm(model: nn.Module | Iterable[Tensor], max_norm: float, mesh: D
     groups = by_layout(p for p in parameters if p.grad is not None)
     norms = [get_total_norm([p.grad for p in group]) for group in groups]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    device = norms[0].device if norms else mesh.device_type if mesh is not None else "cpu"
+    # the same on all ranks, so that all reduce by the same backend: what comes first may lie on the host on some
+    device = mesh.device_type if mesh is not None else norms[0].device if norms else "cpu"
     norms = [norm.to(device) for norm in norms] or [torch.zeros((), device=device)]
     total = torch.linalg.vector_norm(torch.stack(norms))
     if size(mesh, "pp") > 1:

@@ -4,7 +4,9 @@
 does not name as tokens (text, modulation) stays whole on every rank. Loss and gradients are those of one device.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -33,13 +35,56 @@ def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh | None, exact: bo
         split, core, join = seams.split, seams.core, seams.gather
         seams.replace_climb(model)
     else:
-        assert mesh is not None
-        sizes = {"ring": size(mesh, "ring"), "ulysses": size(mesh, "ulysses"), "causal": plan.causal}
-        split = partial(shard.split, tokens=plan.tokens, rank=place(mesh, "cp"), **sizes)
-        core = partial(context_attention, mesh=mesh, causal=plan.causal)
-        join = partial(gather, mesh=mesh, causal=plan.causal)
+        ranks = Context(mesh, plan.causal)
+        split, core, join = partial(ranks.split, fields=plan.tokens), ranks.attention, ranks.gather
     for path, seam in ((plan.split, split), (plan.core, core), (plan.gather, join)):
         _set(model, path, plan, seam)
+
+
+class Context:
+    """The ranks that share the tokens of a sample: sizes, places and groups, asked of the mesh once.
+
+    mesh: None for one rank alone.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None, causal: bool = False) -> None:
+        self.causal = causal
+        self.sizes = size(mesh, "ring"), size(mesh, "ulysses")
+        self.ring, self.ulysses, self.rank = place(mesh, "ring"), place(mesh, "ulysses"), place(mesh, "cp")
+        self.groups = {} if mesh is None else {dim: along(mesh, dim).get_group() for dim in ("ring", "ulysses", "cp")}
+
+    def deal(self, tokens: int) -> Deal:
+        """Who holds which of so many tokens."""
+        return Deal(tokens, *self.sizes, self.causal)
+
+    def split(self, stream: Any, fields: Mapping[str, int]) -> Any:
+        """This rank's part of a stream; fields: a plan's `tokens`."""
+        ring, ulysses = self.sizes
+        return shard.split(stream, fields, ring, ulysses, self.rank, self.causal)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, tokens: int, backend: str | None = None) -> Tensor:
+        """See `context_attention`."""
+        deal = self.deal(tokens)
+        own, heads = deal.shares(self.ring), even(q.shape[HEADS], deal.ulysses)
+        if not q.shape[TOKENS] == k.shape[TOKENS] == own[self.ulysses]:
+            raise ValueError(
+                f"attention of {q.shape[TOKENS]} queries and {k.shape[TOKENS]} keys, but of {tokens} tokens this rank "
+                f"(ring {self.ring} of {deal.ring}, ulysses {self.ulysses} of {deal.ulysses}) has {own[self.ulysses]}"
+            )
+        scale = q.shape[-1] ** -0.5
+        if deal.ulysses > 1:
+            q, k, v = exchange((q, k, v), HEADS, heads, TOKENS, own, self.groups["ulysses"])
+        if deal.ring > 1:
+            out = ring_attention(q, k, v, deal.chunks, self.groups["ring"], self.causal, scale, backend)
+        else:
+            out = attention(q, k, v, self.causal, scale, backend)
+        if deal.ulysses > 1:
+            (out,) = exchange((out,), TOKENS, own, HEADS, heads, self.groups["ulysses"])
+        return out
+
+    def gather(self, x: Tensor, tokens: int) -> Tensor:
+        """See `gather`."""
+        return shard.Gather.apply(x, self.deal(tokens), self.groups["cp"]) if self.groups else x
 
 
 def context_attention(
@@ -53,35 +98,15 @@ def context_attention(
 ) -> Tensor:
     """Attention between all `tokens` of the sequence, of which this rank holds those of q, k and v: B L H h -> B L H h.
 
-    Which these are says `mm_parallel.context.shard`. Raises ValueError for another number of tokens.
+    Which these are says `mm_parallel.context.shard`. Raises ValueError for another number of tokens. In a loop, ask a
+    `Context` instead: to look into a mesh takes a millisecond.
     """
-    deal = Deal(tokens, size(mesh, "ring"), size(mesh, "ulysses"), causal)
-    ring, ulysses = place(mesh, "ring"), place(mesh, "ulysses")
-    own, heads = deal.shares(ring), even(q.shape[HEADS], deal.ulysses)
-    if not q.shape[TOKENS] == k.shape[TOKENS] == own[ulysses]:
-        raise ValueError(
-            f"attention of {q.shape[TOKENS]} queries and {k.shape[TOKENS]} keys, but of {tokens} tokens "
-            f"this rank (ring {ring} of {deal.ring}, ulysses {ulysses} of {deal.ulysses}) has {own[ulysses]}"
-        )
-    scale = q.shape[-1] ** -0.5
-    if deal.ulysses > 1:
-        group = mesh.get_group("ulysses")
-        q, k, v = exchange((q, k, v), HEADS, heads, TOKENS, own, group)
-    if deal.ring > 1:
-        out = ring_attention(q, k, v, deal.chunks, mesh.get_group("ring"), causal, scale, backend)
-    else:
-        out = attention(q, k, v, causal, scale, backend)
-    if deal.ulysses > 1:
-        (out,) = exchange((out,), TOKENS, own, HEADS, heads, group)
-    return out
+    return Context(mesh, causal).attention(q, k, v, tokens, backend)
 
 
 def gather(x: Tensor, tokens: int, mesh: DeviceMesh | None, causal: bool = False) -> Tensor:
     """B L … of this rank's tokens -> B tokens … of all, in their order, on every rank."""
-    if mesh is None:
-        return x
-    deal = Deal(tokens, size(mesh, "ring"), size(mesh, "ulysses"), causal)
-    return shard.Gather.apply(x, deal, along(mesh, "cp").get_group())
+    return Context(mesh, causal).gather(x, tokens)
 
 
 def _set(model: nn.Module, path: str, plan: ParallelPlan, seam: object) -> None:

@@ -117,8 +117,10 @@ def _gathered(model: nn.Module, reshard: bool) -> Iterator[None]:
     keep(True)
     for part in parts:
         part.unshard()
-    yield
-    keep(False)
+    try:
+        yield
+    finally:
+        keep(False)
     nothing = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
     model(_Nothing(), nothing).backward()  # after any backward through the root, FSDP reduces what is left to reduce
 
