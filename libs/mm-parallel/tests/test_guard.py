@@ -198,7 +198,8 @@ def test_a_killed_rank_is_named_with_the_line_where_it_was(tmp_path):
     ends = run(one_is_killed, 3, tmp_path)
     assert [end.code for end in ends] == [1, -signal.SIGKILL, 1]
     for end in others(ends, 1):
-        assert "rank 1 is gone: no heartbeat for 1.5 s; it was in step 4, one_is_killed (test_guard.py:" in end.said
+        heard = "no heartbeat for 1.5 s; it was last heard in step 4, one_is_killed (test_guard.py:"
+        assert f"rank 1 is gone or stopped: {heard}" in end.said
         assert re.search("this rank was in step 4, where it got .*[Cc]onnection", end.said)
         assert "most recent call first" in end.said
 
@@ -240,7 +241,7 @@ def test_a_rank_that_ends_before_the_others_is_named(tmp_path):
 def test_a_rank_without_pythons_lock_ends_too(tmp_path):
     ends = run(one_keeps_the_lock, 2, tmp_path)
     assert [end.code for end in ends] == [1, 1]
-    assert "rank 1 is gone: no heartbeat for 1.5 s; it was in step 8" in ends[0].said
+    assert "rank 1 is gone or stopped: no heartbeat for 1.5 s; it was last heard in step 8" in ends[0].said
     assert "one_keeps_the_lock" in ends[1].said  # its stack, written by C
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from mm_train.command import run
@@ -14,7 +15,9 @@ def main(argv: list[str] | None = None) -> None:
         config = load_config(argv)
         from mm_train.train import train  # after the flags: torch takes seconds, a typo should not
 
-        print(f"done: {train(config)}", file=sys.stderr)
+        written = train(config)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"done: {written}", file=sys.stderr)
 
     run(work)
 

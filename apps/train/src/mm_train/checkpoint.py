@@ -149,7 +149,10 @@ def latest(directory: Path) -> Path | None:
     path = directory / tracker.read_text().strip()
     if not (path / "progress.json").is_file():
         there = ", ".join(p.name for p in sorted(directory.glob("step-*"))) or "none"
-        raise FileNotFoundError(f"{tracker} names {path.name}, which is not complete; checkpoints there: {there}")
+        raise FileNotFoundError(
+            f"{tracker} names {path.name}, which is not there or not complete; checkpoints there: {there}. To continue "
+            f"from one of them, write its name into {tracker}; to start anew, choose another --output"
+        )
     return path
 
 

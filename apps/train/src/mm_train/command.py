@@ -18,7 +18,7 @@ def run(work: Callable[[], object]) -> None:
     except (OSError, FloatingPointError) as error:
         _leave(f"error: {error}", 1)
     except KeyboardInterrupt as stop:
-        _leave(str(stop) or "stopped", 130)
+        _leave("" if os.environ.get("RANK", "0") != "0" else str(stop) or "stopped", 130)  # all ranks stop alike
 
 
 def prepare_output(path: Path) -> None:
@@ -46,5 +46,6 @@ def check_shared(path: Path) -> None:
 
 def _leave(message: str, code: int) -> None:
     rank = os.environ.get("RANK", "0")
-    sys.stderr.write(f"{f'[rank {rank}] ' if rank != '0' else ''}{message}\n")
+    if message:
+        sys.stderr.write(f"{f'[rank {rank}] ' if rank != '0' else ''}{message}\n")
     sys.exit(code)

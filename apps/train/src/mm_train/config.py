@@ -209,6 +209,13 @@ class Config:
                 raise ValueError(f"--{name} is {value}; it must lie in 0 <= x < 1")
         if self.optim.warmup >= self.steps > 1:
             raise ValueError(f"--optim.warmup {self.optim.warmup} takes the whole run of {self.steps} steps")
+        if self.lora.rank and self.weights == "random":
+            raise ValueError(
+                "--lora.rank with --weights random: a fresh model's last projection is zero and would be frozen, so "
+                "that no adapter could learn. Give --weights, or train without adapters"
+            )
+        if self.lora.dropout and self.parallel.tp > 1:
+            raise ValueError("--lora.dropout would be drawn apart by --parallel.tp ranks: use 0, or no tp")
         if self.lora.dropout and (self.parallel.pp_layers or self.parallel.exact):
             raise ValueError(
                 "--lora.dropout cannot be drawn alike in a pipeline, where micro-batches overlap, nor in exact mode: "

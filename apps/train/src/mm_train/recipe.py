@@ -8,6 +8,7 @@ Precedence: defaults of the dataclasses < ``recipes/<recipe>.toml`` < ``--config
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import tomllib
@@ -24,7 +25,17 @@ RECIPES = Path(str(resources.files("mm_train") / "recipes"))
 
 
 def load_config(argv: list[str] | None = None) -> Config:
-    """Config from the command line, its TOML file, and the recipe that either of them selects."""
+    """Config from the command line, its TOML file, and the recipe that either of them selects.
+
+    What is wrong with it is told by the first rank alone.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        return _load(argv)
+    with contextlib.redirect_stderr(io.StringIO()):
+        return _load(argv)
+
+
+def _load(argv: list[str] | None) -> Config:
     notes: list[str] = []
     try:
         argv, said = guides.arguments(sys.argv[1:] if argv is None else argv)
@@ -43,9 +54,8 @@ def load_config(argv: list[str] | None = None) -> Config:
     config = parse(
         Config, argv, prog="python -m mm_train", description=Config.__doc__, defaults=_recipe(argv), reword=reword
     )
-    if os.environ.get("RANK", "0") == "0":
-        for note in dict.fromkeys(said + notes):
-            print(f"note: {note}", file=sys.stderr)
+    for note in dict.fromkeys(said + notes):
+        print(f"note: {note}", file=sys.stderr)
     return config
 
 

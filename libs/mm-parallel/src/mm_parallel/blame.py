@@ -34,16 +34,22 @@ def _line(frame: FrameType) -> str:
     return f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
 
 
-def who_hangs(beats: Mapping[int, Mapping[str, Any]], world: int, waited: float) -> str:
-    """Of ranks without progress, those that are behind; else those that are not in a collective, as others are."""
+def who_hangs(beats: Mapping[int, Mapping[str, Any]], world: int, waited: float, late: float) -> str:
+    """Of ranks without progress, those without heartbeat for `late` seconds (stopped, say); else those that are behind;
+    else those that are not in a collective, as others are.
+    """
     missing = [rank for rank in range(world) if rank not in beats]
     done = [rank for rank in beats if beats[rank]["done"]]
     running = [rank for rank in beats if not beats[rank]["done"]]
     behind = [rank for rank in running if beats[rank]["number"] == min(beats[r]["number"] for r in running)]
     active = [rank for rank in running if not beats[rank]["waits"]]
+    newest = max((beats[rank]["time"] for rank in running), default=0)
+    silent = [rank for rank in running if newest - beats[rank]["time"] > late]
     culprits, what = running, "hang"
     if missing:
         culprits, what = missing, "never began"
+    elif silent:
+        culprits, what = silent, f"gave no sign of life for {late:.0f} s (stopped?)"
     elif len(behind) < len(running):
         culprits = behind
     elif done and not active:

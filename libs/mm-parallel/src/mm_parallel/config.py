@@ -130,8 +130,9 @@ class ParallelConfig:
     def _check_exact(self, world: int) -> None:
         if world not in (1, 2, 4) or self.ulysses != world:
             raise ValueError(
-                f"exact needs Ulysses over all of 1, 2 or 4 ranks and nothing else, not ulysses={self.ulysses} of "
-                f"{world} ranks: its sums are four chunks of tokens, added in one order"
+                "exact needs Ulysses over all of 1, 2 or 4 ranks and nothing else, as its sums are four chunks of "
+                f"tokens, added in one order: not ulysses={self.ulysses} of {world} ranks; give cp={world}, without tp, "
+                "pp_layers or ring, on 1, 2 or 4 ranks"
             )
 
     def mesh(self, device_type: str) -> "DeviceMesh | None":

@@ -83,7 +83,7 @@ class Watchdog:
     What the others print, of a rank that
 
     - raises: `rank 3 failed: ValueError: …`;
-    - is killed, or whose host is: `rank 3 is gone`, with the phase and the line in which it last was;
+    - is killed, or whose host is: `rank 3 is gone or stopped`, with the phase and the line in which it last was;
     - makes no progress: `rank 3 hangs`, with phase and line, or who has ended while others still wait for it;
     - hosts the store (rank 0, or torchrun): that it is gone.
 
@@ -127,8 +127,9 @@ class Watchdog:
     def at(self, phase: str, deadline: float | None = None) -> None:
         """This rank begins a phase. Costs nothing to speak of."""
         deadline = self._deadline if deadline is None else deadline
+        changes = (deadline > self._deadline) != (self._phase.deadline > self._deadline)
         self._phase = _Phase(self._phase.number + 1, phase, deadline, time.monotonic())
-        if deadline > self._deadline:
+        if changes:  # others must know at once whether they may wait for us
             self._wake.set()
 
     def __enter__(self) -> "Watchdog":
@@ -225,8 +226,8 @@ class Watchdog:
             self._next = (self._next + 1) % self._world
             self._heard_at = now
         elif now - self._heard_at > self._silence:
-            cause = f"rank {self._next} is gone: no heartbeat for {self._silence:g} s; it was in {beat['at']}"
-            self._tell(store, cause, stacks=True)
+            gone = f"rank {self._next} is gone or stopped: no heartbeat for {self._silence:g} s"
+            self._tell(store, f"{gone}; it was last heard in {beat['at']}", stacks=True)
 
     def _check_progress(self, store: dist.Store, phase: _Phase) -> None:
         now = time.monotonic()
@@ -238,7 +239,7 @@ class Watchdog:
         elif store.add("reports", 1) == 1:  # one rank reads all the others' heartbeats, once
             keys = {rank: f"beat/{rank}" for rank in range(self._world)}
             beats = {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}
-            self._tell(store, who_hangs(beats, self._world, waited), stacks=True)
+            self._tell(store, who_hangs(beats, self._world, waited, 5 * self._interval), stacks=True)
 
     def _tell(self, store: dist.Store, cause: str, stacks: bool) -> None:
         store.compare_set("cause", "", json.dumps({"cause": cause, "stacks": stacks}))  # the first one counts

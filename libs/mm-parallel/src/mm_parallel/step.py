@@ -20,6 +20,7 @@ def forward_backward(
     """Adds the gradient of the mean loss over `count` micro-batches to the gradients that are there.
 
     Args:
+        count: the same on all ranks, or they wait for each other for ever.
         inputs: number of a micro-batch -> what the model is called with, by name. Asked for when it is needed.
         loss: (output, number) -> losses, of any shape; their mean is what counts.
 

@@ -22,9 +22,15 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return whole
 
 
-def assert_same_grads(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], rtol: float) -> None:
-    """Compares gradients by name: |actual - expected| <= rtol |expected| in the 2-norm of each tensor."""
+def assert_same_grads(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], rtol: float, floor: float = 0
+) -> None:
+    """Compares gradients by name: |actual - expected| <= rtol max(|expected|, floor) in the 2-norm of each tensor.
+
+    floor: what counts as no gradient at all. That of a key's bias, say, is nothing but rounding.
+    """
     assert set(actual) == set(expected), f"different names: {sorted(set(actual) ^ set(expected))}"
     for name, want in expected.items():
         error, size = torch.linalg.vector_norm(actual[name] - want).item(), torch.linalg.vector_norm(want).item()
+        size = max(size, floor)
         assert error <= rtol * size, f"gradient of {name}: error {error:.2e} is over {rtol:.0e} of {size:.2e}"
