@@ -131,8 +131,8 @@ class ParallelConfig:
         if world not in (1, 2, 4) or self.ulysses != world:
             raise ValueError(
                 "exact needs Ulysses over all of 1, 2 or 4 ranks and nothing else, as its sums are four chunks of "
-                f"tokens, added in one order: not ulysses={self.ulysses} of {world} ranks; give cp={world}, without tp, "
-                "pp_layers or ring, on 1, 2 or 4 ranks"
+                f"tokens, added in one order: not ulysses={self.ulysses} of {world} ranks; give cp={world}, without "
+                "tp, pp_layers or ring, on 1, 2 or 4 ranks"
             )
 
     def mesh(self, device_type: str) -> "DeviceMesh | None":

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from mm_parallel.config import MemoryConfig, ParallelConfig
@@ -119,17 +120,22 @@ def every_case(seed: int = 0, larger: int = 12, pairs: bool = True) -> dict[int,
     by_ranks: dict[int, list[Case]] = {}
     for case in cases + many:
         by_ranks.setdefault(case.ranks, []).append(case)
+    for own in by_ranks.values():
+        own.sort(key=lambda case: str(case.parallel))  # those that share a mesh come together
     return by_ranks
 
 
 def check(rank: int, world: int, family: Family, cases: Iterable[Case], rtol: float = 1e-10) -> None:
     """Trains three steps in each layout and on one device; raises AssertionError naming the case that differs."""
     reference = None
+    meshes: dict[ParallelConfig, DeviceMesh | None] = {}  # every mesh has groups, and every group of gloo threads
     for case in cases:
         assert case.ranks == world, (case, world)
         reference = reference or _train_alone(family)
+        if case.parallel not in meshes:
+            meshes[case.parallel] = case.parallel.mesh("cpu")
         try:
-            _compare(family, case, *reference, rtol)
+            _compare(family, case, meshes[case.parallel], *reference, rtol)
         except BaseException as error:
             raise AssertionError(f"{case}\n{traceback.format_exc()}") from error
 
@@ -150,8 +156,16 @@ def _train_alone(family: Family) -> tuple[list[float], list[dict[str, Tensor]], 
     return losses, grads, norms, {name: p.detach() for name, p in model.named_parameters()}
 
 
-def _compare(family: Family, case: Case, losses: list, grads: list, norms: list, weights: dict, rtol: float) -> None:
-    mesh = case.parallel.mesh("cpu")
+def _compare(
+    family: Family,
+    case: Case,
+    mesh: DeviceMesh | None,
+    losses: list[float],
+    grads: list[dict[str, Tensor]],
+    norms: list[float],
+    weights: dict[str, Tensor],
+    rtol: float,
+) -> None:
     model, batch = family.build(), dict(family.batch())
     target = batch.pop("target")
     plan, values = family.plan(model), {name: p.detach().clone() for name, p in model.state_dict().items()}
