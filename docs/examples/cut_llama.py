@@ -29,7 +29,7 @@ from mm_parallel import (
     forward_backward,
     parallelize,
 )
-from mm_parallel.device import device, init_distributed
+from mm_parallel.device import device, init_distributed, leave
 from mm_parallel.mesh import size, speaks
 
 PLAN = ParallelPlan(
@@ -144,3 +144,4 @@ if __name__ == "__main__":
     losses = train(ParallelConfig(**arguments), MemoryConfig(recompute="full"))
     if rank == 0:
         print(f"{world} ranks: losses {', '.join(f'{loss:.6f}' for loss in losses)}")
+    leave()

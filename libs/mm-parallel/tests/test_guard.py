@@ -241,7 +241,7 @@ def test_a_rank_that_ends_before_the_others_is_named(tmp_path):
 def test_a_rank_without_pythons_lock_ends_too(tmp_path):
     ends = run(one_keeps_the_lock, 2, tmp_path)
     assert [end.code for end in ends] == [1, 1]
-    assert "rank 1 is gone or stopped: no heartbeat for 1.5 s; it was last heard in step 8" in ends[0].said
+    assert re.search(r"rank 1 (is gone or stopped|gave no sign of life).* in step 8", ends[0].said)
     assert "one_keeps_the_lock" in ends[1].said  # its stack, written by C
 
 

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mm_infer.config import Ranks
 from mm_parallel import ParallelConfig
-from mm_parallel.device import device, init_distributed
+from mm_parallel.device import device, init_distributed, leave
 from mm_parallel.mesh import size
 
 T = TypeVar("T")
@@ -48,8 +48,8 @@ def distributed() -> Iterator[int]:
     joined = dist.is_initialized()
     rank, _, _ = init_distributed()
     yield rank
-    if dist.is_initialized() and not joined:  # after an error it would wait for ranks that are gone
-        dist.destroy_process_group()
+    if not joined:  # and not after an error, or it would wait for ranks that are gone
+        leave()
 
 
 def place(ranks: Ranks) -> Place:

@@ -13,11 +13,13 @@ def main(argv: list[str] | None = None) -> None:
         from mm_train.recipe import load_config
 
         config = load_config(argv)
+        from mm_parallel.device import leave
         from mm_train.train import train  # after the flags: torch takes seconds, a typo should not
 
         written = train(config)
         if os.environ.get("RANK", "0") == "0":
             print(f"done: {written}", file=sys.stderr)
+        leave()
 
     run(work)
 

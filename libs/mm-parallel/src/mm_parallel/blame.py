@@ -8,13 +8,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mm_parallel.device import BACKENDS
+
 _TORCH = str(Path(torch.__file__).parent)
 
 
 def comes_from_another(error: BaseException) -> bool:
     """Whether an error looks like the loss of another rank. If it does not mean that, it is told a little later."""
     text = str(error).lower()
-    words = ("connection", "peer", "socket", "broken pipe", "gloo", "nccl", "hccl", "timed out", "timeout")
+    words = ("connection", "peer", "socket", "broken pipe", "timed out", "timeout", *BACKENDS)
     return isinstance(error, dist.DistError) or any(word in text for word in words)
 
 

@@ -11,6 +11,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+BACKENDS = ("gloo", "nccl", "hccl")
+"""What an error of communication may name."""
+
 # Dense peak in FLOP/s by a part of the device's name, first match wins; without sparsity. Sources: NVIDIA data sheets
 # (A100, H100, H200, L40S); Ascend: Huawei's Atlas 800T A2 (376 and 313 TFLOPS FP16) and Atlas 300T A2 (280) sheets, the
 # pairing with chip names is what the community reads from `npu-smi`, so take an MFU on Ascend as approximate.
@@ -80,6 +83,15 @@ def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> tuple[int, i
     if not dist.is_initialized():
         dist.init_process_group(backend(here), timeout=timeout)
     return rank, world, local
+
+
+def leave() -> None:
+    """Leaves the process group, at the end of a program that went well; without one it does nothing.
+
+    A program that just ends may abort in the threads of gloo.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def bf16_ok(device: torch.device) -> bool:

@@ -107,7 +107,7 @@ def combine(names: Iterable[str]) -> Case | None:
     return case if case.ranks <= 8 and samples else None
 
 
-def every_case(seed: int = 0, larger: int = 12, pairs: bool = True) -> dict[int, list[Case]]:
+def every_case(seed: int = 0, larger: int = 8, pairs: bool = True) -> dict[int, list[Case]]:
     """By number of ranks: each feature, every pair of two (for one step), and `larger` sets of three to six."""
     draw, names = random.Random(seed), list(FEATURES)
     sets = [(name,) for name in names] + (list(itertools.combinations(names, 2)) if pairs else [])
