@@ -55,9 +55,9 @@ FAMILIES = {
     "wan-lora": Family(wan_lora, plan, videos),
 }
 CASES = {
-    "wan": every_case(seed=1, larger=6),
-    "wan-image": every_case(seed=2, larger=3, pairs=False),
-    "wan-lora": every_case(seed=3, larger=5, pairs=False),
+    "wan": every_case(seed=1, larger=4),
+    "wan-image": every_case(seed=2, larger=2, pairs=False),
+    "wan-lora": every_case(seed=3, larger=3, pairs=False),
 }
 CHUNK = 10
 

@@ -19,13 +19,13 @@ FOUR = {**SMALL, "num_heads": 4, "num_layers": 4}
 LAYOUTS = [  # ranks, flags
     (2, ["--parallel.dp_replicate", "2"]),
     (2, ["--parallel.cp", "2"]),
-    (4, ["--parallel.ring", "2", "--memory.recompute", "full", "--memory.offload", "inputs"]),
+    (2, ["--parallel.ring", "2", "--memory.recompute", "full", "--memory.offload", "inputs"]),
     (2, ["--parallel.tp", "2"]),
     (2, ["--parallel.pp_layers", "[1,3]"]),
-    (4, ["--parallel.pp_layers", "[[1,1],[1,1]]", "--memory.recompute", "but_attention"]),
+    (2, ["--parallel.pp_layers", "[[1,1],[1,1]]", "--memory.recompute", "but_attention"]),
     (4, ["--parallel.ulysses", "2", "--parallel.ring", "2", "--memory.recompute", "1"]),
     (4, ["--parallel.tp", "2", "--parallel.pp_layers", "[3,1]"]),
-    (4, ["--memory.recompute", "but_attention", "--memory.offload", "attention"]),
+    (2, ["--memory.recompute", "but_attention", "--memory.offload", "attention"]),
 ]
 STEPS = 2  # in each
 
@@ -91,7 +91,7 @@ def test_impossible_layouts_are_refused_before_anything_is_read(features, tmp_pa
 
 def test_exact_runs_have_the_same_bits(features, tmp_path):
     kept = []
-    for ranks in (1, 2, 4):
+    for ranks in (1, 4):
         flags = ["--parallel.exact", "true", "--parallel.cp", str(ranks)]
         argv = command(features, tmp_path / str(ranks), 3, *flags)
         spawn(ranks, ranks_train, [argv] * ranks, timeout=120)

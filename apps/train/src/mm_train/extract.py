@@ -29,7 +29,7 @@ from mm_data import Clip, Failure, FeatureCache, Geometry, Sample, VideoDataset,
 from mm_models import preset, presets
 from mm_models.encoders import TextEncoder, VideoVAE
 from mm_parallel.device import device as accelerator
-from mm_parallel.device import init_distributed
+from mm_parallel.device import init_distributed, leave
 from mm_train.command import prepare_output, run
 from mm_train.ranks import gathered
 
@@ -211,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(ExtractConfig, argv, prog="python -m mm_train.extract", description=ExtractConfig.__doc__)
         try:
             extract(config)
+            leave()
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; what was encoded is kept, the same command continues") from None
 
