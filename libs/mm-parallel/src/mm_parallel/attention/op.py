@@ -4,6 +4,8 @@ An op of our own can be named: recompute keeps its results, a planner asks it fo
 computes it is chosen in one place.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -107,26 +109,24 @@ def _op_backward(
     return backward(dout, q, k, v, out, lse, scale, causal, backend)
 
 
-@_op.register_fake
-def _(q, k, v, scale, causal, backend):
-    return like(q)
+def complete(op: Any, op_backward: Any) -> None:
+    """Gives an attention op its shapes and its gradient. Both ops begin with q, k, v (behind dout), and what follows is
+    the same for both.
+    """
+
+    def save(ctx, inputs, output):
+        q, k, v, *ctx.rest = inputs
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse)
+
+    def differentiate(ctx, dout, _):
+        return *op_backward(dout, *ctx.saved_tensors, *ctx.rest), *(None for _ in ctx.rest)
+
+    op.register_fake(lambda q, *rest: like(q))
+    op_backward.register_fake(lambda dout, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)))
+    op.register_autograd(differentiate, setup_context=save)
 
 
-@_op_backward.register_fake
-def _(dout, q, k, v, out, lse, scale, causal, backend):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
-def _save(ctx, inputs, output):
-    q, k, v, *ctx.rest = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, lse)
-
-
-def _differentiate(ctx, dout, _):
-    return *_op_backward(dout, *ctx.saved_tensors, *ctx.rest), *(None for _ in ctx.rest)
-
-
-_op.register_autograd(_differentiate, setup_context=_save)
+complete(_op, _op_backward)

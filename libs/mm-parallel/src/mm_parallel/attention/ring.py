@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from mm_parallel.attention.op import backend_of, backward, check, forward, like, scale_of
+from mm_parallel.attention.op import backend_of, backward, check, complete, forward, scale_of
 
 
 def ring_attention(
@@ -157,26 +157,4 @@ def _op_backward(
     return dq.to(q.dtype), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
 
 
-@_op.register_fake
-def _(q, k, v, scale, causal, backend, lengths, group):
-    return like(q)
-
-
-@_op_backward.register_fake
-def _(dout, q, k, v, out, lse, scale, causal, backend, lengths, group):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
-def _save(ctx, inputs, output):
-    q, k, v, *ctx.rest = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, lse)
-
-
-def _differentiate(ctx, dout, _):
-    return *_op_backward(dout, *ctx.saved_tensors, *ctx.rest), *(None for _ in ctx.rest)
-
-
-_op.register_autograd(_differentiate, setup_context=_save)
+complete(_op, _op_backward)
