@@ -1,5 +1,6 @@
 """The one file that knows cpu/gloo, cuda/nccl and npu/hccl. Everything else is handed a torch.device."""
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -10,6 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 BACKENDS = ("gloo", "nccl", "hccl")
 """What an error of communication may name."""
@@ -88,10 +90,13 @@ def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> tuple[int, i
 def leave() -> None:
     """Leaves the process group, at the end of a program that went well; without one it does nothing.
 
-    A program that just ends may abort in the threads of gloo.
+    A program that just ends may abort in the threads of gloo: one that lets go of its last tensor while the interpreter
+    shuts down is ended in the middle of C++. Meshes keep their groups, and so those threads, alive; here both go.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+        for mesh in [each for each in gc.get_objects() if type(each) is DeviceMesh]:
+            getattr(mesh, "_pg_registry", {}).clear()
 
 
 def bf16_ok(device: torch.device) -> bool:
