@@ -30,6 +30,18 @@ def wan_image() -> nn.Module:
     return filled(build("wan-tiny", dtype=torch.float64, **WAN, **IMAGE))
 
 
+def vace() -> nn.Module:
+    """Layer 1 and 3 have no control block, so stages with one and without are cut."""
+    return filled(build("wan-tiny-vace", dtype=torch.float64, **WAN))
+
+
+def vace_on_frozen() -> nn.Module:
+    model = vace()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith("vace_")
+    return model
+
+
 def wan_lora() -> nn.Module:
     return filled(add_lora(build("wan-tiny", dtype=torch.float64, **WAN), LoRAConfig(rank=3, alpha=6)))
 
@@ -49,15 +61,33 @@ def images() -> dict[str, Tensor]:
     return videos(image=(257, 24))
 
 
+def controlled() -> dict[str, Tensor]:
+    return videos(control=(96, 3, 6, 2))
+
+
+def from_first_frame() -> dict[str, Tensor]:
+    """A timestep per token: the three of the first latent frame are clean."""
+    batch = videos()
+    t = batch["t"][:, None].repeat(1, 9)
+    t[:, :3] = 0
+    return batch | {"t": t}
+
+
 FAMILIES = {
     "wan": Family(wan, plan, videos),
     "wan-image": Family(wan_image, plan, images),
     "wan-lora": Family(wan_lora, plan, videos),
+    "wan-per-token": Family(wan, plan, from_first_frame),
+    "vace": Family(vace, plan, controlled),
+    "vace-on-frozen": Family(vace_on_frozen, plan, controlled),
 }
 CASES = {
     "wan": every_case(seed=1, larger=4),
     "wan-image": every_case(seed=2, larger=2, pairs=False),
     "wan-lora": every_case(seed=3, larger=3, pairs=False),
+    "wan-per-token": every_case(seed=4, larger=2, pairs=False),
+    "vace": every_case(seed=5, larger=3, pairs=False),
+    "vace-on-frozen": every_case(seed=6, larger=2, pairs=False),
 }
 CHUNK = 10
 

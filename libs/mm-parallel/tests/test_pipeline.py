@@ -382,7 +382,7 @@ def test_what_was_not_announced_is_not_sent():
 
 def test_pruning_keeps_names():
     whole, model = build(4), build(4)
-    gone = prune(model, ("out",), {0, 2, "first"})
+    gone = prune(model, ("out",), {}, {0, 2, "first"})
     assert gone == {n for n in whole.state_dict() if n.startswith(("blocks.1.", "blocks.3.", "out."))}
     assert set(model.state_dict()) == set(whole.state_dict()) - gone
     assert len(model.blocks) == 4
@@ -392,9 +392,9 @@ def test_a_weight_on_two_stages_is_refused():
     model = build(4)
     model.out.weight = model.embed.weight
     with pytest.raises(ValueError, match="embed and out share a weight, but not a pipeline stage"):
-        prune(model, ("out",), {0})
+        prune(model, ("out",), {}, {0})
     with pytest.raises(ValueError, match=r"plan.last: blocks holds rungs"):
-        prune(build(4), ("out", "blocks"), {0})
+        prune(build(4), ("out", "blocks"), {}, {0})
 
 
 class Deep(nn.Module):
@@ -416,7 +416,7 @@ class Deep(nn.Module):
 
 def test_rungs_may_lie_deeper():
     model = Deep()
-    assert prune(model, ("language.norm", "language.scale"), {1, 2, "last"}) == {
+    assert prune(model, ("language.norm", "language.scale"), {}, {1, 2, "last"}) == {
         "language.embed.weight",
         "language.layers.0.weight",
         "language.layers.0.bias",

@@ -6,11 +6,11 @@ from mm_parallel.testing import TinyLadder
 
 
 def test_a_star_in_rungs_does_not_cross_dots():
-    assert list(TinyLadder.plan.rungs_of(TinyLadder())) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert list(TinyLadder.plan.units_of(TinyLadder())) == ["blocks.0", "blocks.1", "blocks.2"]
 
 
 def test_more_than_nine_rungs_keep_the_order_of_the_model():
-    assert list(TinyLadder.plan.rungs_of(TinyLadder(layers=12)))[-2:] == ["blocks.10", "blocks.11"]
+    assert list(TinyLadder.plan.units_of(TinyLadder(layers=12)))[-2:] == ["blocks.10", "blocks.11"]
 
 
 def test_a_star_in_fp32_crosses_dots():
@@ -21,6 +21,6 @@ def test_a_star_in_fp32_crosses_dots():
 
 def test_a_misspelt_pattern_is_an_error_with_what_there_is():
     with pytest.raises(ValueError, match=r"plan.rungs: no module is named like 'block\.\*'.*blocks"):
-        ParallelPlan(("block.*",)).rungs_of(TinyLadder())
+        ParallelPlan(("block.*",)).check(TinyLadder())
     with pytest.raises(ValueError, match=r"plan.fp32: no parameter is named like '\*\.tables'.*table"):
         ParallelPlan(("blocks.*",), ("*.table", "*.tables")).islands_of(TinyLadder())

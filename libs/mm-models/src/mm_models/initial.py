@@ -3,7 +3,7 @@
 A parameter depends on (seed, name) alone, so every rank can draw its own part of a model that fits on none of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from math import sqrt
 
@@ -15,15 +15,17 @@ def initial(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """The starting value of one parameter: float32, on the CPU.
 
     Linears and the patch embedding are Xavier-uniform, text and time embedding N(0, 0.02), modulation tables
-    N(0, 1)/√dim; biases, positions and the last projection are zero, norms one. Adapters start as peft's do: A random,
-    B zero.
+    N(0, 1)/√dim; biases, positions and the last projection are zero, norms one. The projections before and behind
+    VACE's control blocks are zero, so that control changes nothing at first. Adapters start as peft's do: A random, B
+    zero.
     """
     key = blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(key, "big") >> 1)
     weight = torch.empty(tuple(shape), device="cpu")
     if ".lora_A." in name:
         return nn.init.kaiming_uniform_(weight, a=sqrt(5), generator=generator)
-    if name.endswith((".bias", ".emb_pos", "head.head.weight")) or ".lora_B." in name:
+    zero = (".bias", ".emb_pos", "head.head.weight", ".before_proj.weight", ".after_proj.weight")
+    if name.endswith(zero) or ".lora_B." in name:
         return weight.zero_()
     if name.endswith("modulation"):
         return weight.normal_(0, weight.shape[-1] ** -0.5, generator=generator)
@@ -33,3 +35,24 @@ def initial(name: str, shape: Sequence[int], seed: int) -> Tensor:
         return weight.normal_(0, 0.02, generator=generator)
     nn.init.xavier_uniform_(weight.flatten(1), generator=generator)
     return weight
+
+
+def control_from(base: Callable[[str], Tensor], vace_layers: Sequence[int], name: str, shape: Sequence[int]) -> Tensor:
+    """The starting value of a parameter of VACE's control ladder on a Wan without one, whose parameters `base` gives.
+
+    A control block begins as the layer that it feeds; the patch embedding of the control as the video's, for both sets
+    of latents, blind to the mask; the projections at zero. So the model computes exactly what the base does, and what
+    is learned first is how much of the control to let in. (As MindSpeed-MM and Wan-AI begin.)
+    """
+    if name.startswith("vace_patch_embedding."):
+        own = base(name.removeprefix("vace_"))
+        if name.endswith(".bias"):
+            return own
+        weight = own.new_zeros(tuple(shape))
+        channels = own.shape[1]
+        weight[:, :channels] = weight[:, channels : 2 * channels] = own
+        return weight
+    block, _, rest = name.removeprefix("vace_blocks.").partition(".")
+    if rest.startswith(("before_proj.", "after_proj.")):
+        return torch.zeros(tuple(shape), device="cpu")
+    return base(f"blocks.{vace_layers[int(block)]}.{rest}")

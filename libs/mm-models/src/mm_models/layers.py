@@ -42,15 +42,29 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def modulate(norm: LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """norm(x) · (1 + scale) + shift, for a norm without weights, x B L D and shift and scale B 1 D or B L D.
+def modulate(norm: LayerNorm, x: Tensor, shift: Tensor, scale: Tensor, noisy: Tensor | None = None) -> Tensor:
+    """norm(x) · (1 + scale) + shift, for a norm without weights, x B L D.
+
+    shift, scale: B 1 D, the same for all tokens; or B L D; or B 2 D, of which a token takes the second where `noisy`
+    (B L 1, zeros and ones) says so. Then nothing of the size of the tokens is made of the modulation.
 
     For one sample with one timestep they are weight and bias of the norm: one kernel, and two float32 tensors of the
     size of x less to keep for the backward.
     """
+    if noisy is not None:
+        y = norm(x)
+        clean, other = (torch.addcmul(shift[:, i : i + 1], y, 1 + scale[:, i : i + 1]) for i in (0, 1))
+        return torch.where(noisy > 0, other, clean)
     if x.shape[0] == 1 and shift.shape[1] == 1:
         return F.layer_norm(x, norm.normalized_shape, 1 + scale[0, 0], shift[0, 0], norm.eps)
     return torch.addcmul(shift, norm(x), 1 + scale)
+
+
+def gated(x: Tensor, gate: Tensor, y: Tensor, noisy: Tensor | None = None) -> Tensor:
+    """x + gate · y; gate and noisy as in `modulate`."""
+    if noisy is not None:
+        return x + torch.where(noisy > 0, gate[:, 1:] * y, gate[:, :1] * y)
+    return torch.addcmul(x, gate, y)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

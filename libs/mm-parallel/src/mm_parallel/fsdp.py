@@ -27,7 +27,7 @@ from mm_parallel.plan import ParallelPlan
 def shard(
     model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, dtype: torch.dtype | None, memory: MemoryConfig
 ) -> None:
-    """Shards `model` in place over the mesh's data and context dims: rungs and island groups, then the root's own.
+    """Shards `model` in place over the mesh's data and context dims: units, island groups, then the root's own.
 
     dtype: what parameters other than islands are gathered in; None gathers them as they are. Gradients are reduced in
     fp32 (fp64 for fp64 parameters). Parameters end on the mesh's device; a meta model stays meta until
@@ -46,8 +46,7 @@ def shard(
             parameter.data = parameter.data.to(_device_of(data))
     widest = torch.float64 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
     all_islands = {name for name, module in model.named_modules() if islands.issuperset(module.parameters())}
-    rungs = plan.rungs_of(model)
-    targets = {"": model} | rungs | groups
+    targets = {"": model} | plan.units_of(model) | groups
     host = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if memory.offload_params else OffloadPolicy()
     for name in sorted(targets, key=_depth, reverse=True):  # inner groups first: fully_shard takes what is left
         gathered = None if name in all_islands else dtype
@@ -62,7 +61,7 @@ def shard(
             ignored_params=replicated,
             reshard_after_forward=memory.reshard,
         )
-    _prefetch(rungs, plan.places_of(model), memory.prefetch)
+    _prefetch(plan.units_of(model), list(plan.climb(model)), memory.prefetch)
 
 
 def drop_gathered(model: nn.Module) -> None:
@@ -76,15 +75,15 @@ def drop_gathered(model: nn.Module) -> None:
             module.reshard()
 
 
-def _prefetch(rungs: dict[str, nn.Module], places: dict[str, int], ahead: int) -> None:
-    """Lets each rung gather those that come next; not those behind a gap, which another pipeline stage runs."""
+def _prefetch(units: dict[str, nn.Module], order: list[str], ahead: int) -> None:
+    """Lets each unit gather those that come next; not those behind a gap, which another pipeline stage runs."""
     if ahead < 0:
         raise ValueError(f"prefetch={ahead}: must be 0 (as FSDP does it) or how many rungs ahead weights are gathered")
-    by_place = {places[name]: rung for name, rung in rungs.items()}
-    for place, rung in by_place.items() if ahead else ():
+    by_place = {order.index(name): unit for name, unit in units.items()}
+    for place, unit in by_place.items() if ahead else ():
         for step, look_ahead in (
-            (1, rung.set_modules_to_forward_prefetch),
-            (-1, rung.set_modules_to_backward_prefetch),
+            (1, unit.set_modules_to_forward_prefetch),
+            (-1, unit.set_modules_to_backward_prefetch),
         ):
             following = (by_place.get(place + step * n) for n in range(1, ahead + 1))
             look_ahead(list(takewhile(lambda other: other is not None, following)))

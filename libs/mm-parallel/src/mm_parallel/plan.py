@@ -39,6 +39,9 @@ class ParallelPlan:
 
     rungs: patterns of module names, one dot-separated part at a time: `blocks.*` is `blocks.0`, `blocks.1`, … and not
         `blocks.0.norm`. One rung is the unit of sharding, of recompute and of pipeline stages.
+    beside: modules by name that run just before a rung, in the same call of `layer`, with its number (a second ladder
+        that is climbed in step). They are sharded and recomputed like rungs, each by itself, and go with their rung to
+        its pipeline stage.
     fp32: patterns of parameter names that stay in fp32 when the rest computes in a lower dtype (*islands*). Here `*`
         crosses dots: `*.modulation`.
     last: modules and parameters at the root that only `head` uses: a pipeline keeps them on its last stage, the rungs
@@ -57,6 +60,7 @@ class ParallelPlan:
     """
 
     rungs: tuple[str, ...]
+    beside: Mapping[str, int] = field(default_factory=dict)
     fp32: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
     tokens: Mapping[str, int] = field(default_factory=dict)
@@ -85,15 +89,27 @@ class ParallelPlan:
         self.islands_of(model)
         for kind in ("rungs", "columns", "rows", "norms"):
             self.modules_of(model, kind)
+        modules, count = dict(model.named_modules()), len(self.modules_of(model, "rungs"))
+        for name, rung in self.beside.items():
+            if name not in modules or not 0 <= rung < count:
+                raise ValueError(
+                    f"plan.beside: {name!r} with rung {rung}: the model has {count} rungs, and no such module"
+                )
 
-    def rungs_of(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The rungs by name, in the order of `model.named_modules()`. Raises ValueError for a pattern without match."""
-        return self.modules_of(model, "rungs")
+    def climb(self, model: nn.Module) -> dict[str, int]:
+        """The units of sharding and recompute by name, in the order in which they run, with the number of their rung:
+        rungs, and before each what is beside it. Those of the whole model, also if they are None in this part of it.
+        """
+        rungs = [name for name in _names(model) if any(_match_parts(name, pattern) for pattern in self.rungs)]
+        units: dict[str, int] = {}
+        for number, rung in enumerate(rungs):
+            units |= {name: of for name, of in self.beside.items() if of == number} | {rung: number}
+        return units
 
-    def places_of(self, model: nn.Module) -> dict[str, int]:
-        """The number of each rung among those of the whole model, also of those that are None in this part of it."""
-        names = [name for name in _names(model) if any(_match_parts(name, pattern) for pattern in self.rungs)]
-        return {name: place for place, name in enumerate(names)}
+    def units_of(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The units that are here, in the order in which they run."""
+        modules = dict(model.named_modules())
+        return {name: modules[name] for name in self.climb(model) if name in modules}
 
     def modules_of(self, model: nn.Module, kind: str) -> dict[str, nn.Module]:
         """The modules by name that the patterns of a field mean: `rungs`, `columns`, `rows` or `norms`."""

@@ -24,7 +24,7 @@ WORDS = ("none", "full", "but_attention")
 
 
 def recompute(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, core_is_cut: bool = False) -> None:
-    """Makes rungs recompute and offload as `memory` says. Gradients stay the same, bit for bit.
+    """Makes rungs, and what is beside them, recompute and offload as `memory` says. Gradients stay the same.
 
     A rung keeps its module and thereby its parameter names: only its `forward` is replaced on the instance. Its first
     argument is the stream (a NamedTuple, or the residual stream itself).
@@ -35,17 +35,19 @@ def recompute(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, core_i
 
     Raises ValueError for words and numbers that the model cannot follow, and for an offload of what nobody keeps.
     """
-    places = plan.places_of(model)
-    words = _words(memory, places, list(plan.rungs_of(model)))
+    order, units = plan.climb(model), list(plan.units_of(model))
+    here = list(dict.fromkeys(order[name] for name in units))  # numbers of this part's rungs
+    by_rung = _words(memory, len(set(order.values())), here)
+    words = {name: by_rung[order[name]] for name in units}
     _check_offload(memory.offload, _asked(memory))
     if "but_attention" in words.values() and not core_is_cut:
         _name_the_core(model, plan)
     host = Host()
-    for name, word in words.items():
+    for place, (name, word) in enumerate(words.items()):
         if word != "none":
-            rung = model.get_submodule(name)
-            climb = places[name] - list(words).index(name)  # the same for rungs that follow each other without a gap
-            rung.forward = Recomputed(rung.forward, name, word, memory.offload, host, climb)
+            unit = model.get_submodule(name)
+            climb = list(order).index(name) - place  # the same for units that follow each other without a gap
+            unit.forward = Recomputed(unit.forward, name, word, memory.offload, host, climb)
 
 
 class Recomputed:
@@ -136,9 +138,9 @@ def _elsewhere(kept: Kept) -> saved_tensors_hooks:
     return saved_tensors_hooks(pack, unpack)
 
 
-def _words(memory: MemoryConfig, places: dict[str, int], here: list[str]) -> dict[str, str]:
-    """A word for every rung that is here."""
-    asked, more, total = memory.recompute, memory.but_attention, len(places)
+def _words(memory: MemoryConfig, total: int, here: list[int]) -> dict[int, str]:
+    """A word for every rung that is here, by its number."""
+    asked, more = memory.recompute, memory.but_attention
     if isinstance(asked, str) and asked == "none" and more:
         asked = 0
     if more and (isinstance(asked, (str, list, tuple))):
@@ -162,7 +164,7 @@ def _words(memory: MemoryConfig, places: dict[str, int], here: list[str]) -> dic
                 + (f", {wrong[0]!r} among them" if wrong else "")
                 + f": give one of {', '.join(WORDS)} for each of the {total} rungs of the model"
             )
-        return {name: asked[places[name]] for name in here}
+        return {rung: asked[rung] for rung in here}
     if asked not in WORDS:
         raise ValueError(
             f"recompute={asked!r}: give one of {', '.join(WORDS)}, how many of the {total} rungs (0 … {total}), or a "

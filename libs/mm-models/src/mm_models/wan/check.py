@@ -1,11 +1,21 @@
 """Shapes that a Wan model takes."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from mm_models.wan.config import WanConfig
 
 
-def check(config: WanConfig, video: Tensor, t: Tensor, text: Tensor, image: Tensor | None) -> None:
+def check(
+    config: WanConfig,
+    video: Tensor,
+    t: Tensor,
+    text: Tensor,
+    image: Tensor | None,
+    control: Tensor | None = None,
+    control_scale: float | Sequence[float] = 1.0,
+) -> None:
     """Raises ValueError for a batch that does not fit the model, with the numbers and what would fit."""
     c = config
     if video.ndim != 5 or video.shape[1] != c.in_channels:
@@ -24,6 +34,12 @@ def check(config: WanConfig, video: Tensor, t: Tensor, text: Tensor, image: Tens
         raise ValueError(
             f"t has shape {tuple(t.shape)}, but must be ({batch},), or ({batch}, {tokens}) for one per token"
         )
+    if t.ndim == 2 and not t.is_meta and not ((t == t.amin(1, True)) | (t == t.amax(1, True))).all():
+        most = max(len(row.unique()) for row in t)
+        raise ValueError(
+            f"t has {most} different timesteps in one sample; its tokens may have two: that of what is clean (a first "
+            "frame) and that of what is noisy"
+        )
     if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != c.text_dim:
         raise ValueError(f"text has shape {tuple(text.shape)}, but must be {batch} S {c.text_dim}")
     if text.shape[1] > c.text_tokens:
@@ -34,3 +50,18 @@ def check(config: WanConfig, video: Tensor, t: Tensor, text: Tensor, image: Tens
         raise ValueError("image was given, but this model has no CLIP branch (image_dim is None): leave it out")
     if image is not None and image.shape != (batch, c.image_tokens, c.image_dim):
         raise ValueError(f"image has shape {tuple(image.shape)}, but must be {batch} {c.image_tokens} {c.image_dim}")
+    if control is None and c.vace_layers:
+        raise ValueError(
+            f"this model needs control, {batch} {c.control_channels} {' '.join(map(str, size))}: latents of what is "
+            "kept and of what changes, and the mask"
+        )
+    if control is not None and not c.vace_layers:
+        raise ValueError("control was given, but this model has no control ladder (vace_layers is empty): leave it out")
+    if control is not None and control.shape != (batch, c.control_channels, *size):
+        wanted = (batch, c.control_channels, *size)
+        raise ValueError(f"control has shape {tuple(control.shape)}, but must be {wanted}, as large as the video")
+    if not isinstance(control_scale, int | float) and len(control_scale) != len(c.vace_layers):
+        raise ValueError(
+            f"control_scale has {len(control_scale)} numbers: give one, or one for each of the {len(c.vace_layers)} "
+            "control blocks"
+        )

@@ -26,12 +26,18 @@ class WanConfig:
     """Width of the CLIP features; None leaves the CLIP branch out."""
     image_tokens: int = 257
     """CLIP tokens: 257 for one image, 514 for two (first and last frame), which also get a learned position."""
+    vace_layers: tuple[int, ...] = ()
+    """Layers that a block of the control ladder feeds (VACE); the first is 0. Empty: there is no such ladder."""
+    control_channels: int = 96
+    """Channels of the control video: latents of what is kept 16 and of what changes 16, mask 64. Only with VACE."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.patch_size, tuple | list) or len(self.patch_size) != 3:
             raise ValueError(f"patch_size is {self.patch_size}, but must be three numbers: frames, rows, columns")
         object.__setattr__(self, "patch_size", tuple(self.patch_size))  # JSON and TOML have lists only
-        sizes = {name: size for name, size in vars(self).items() if name not in ("patch_size", "eps", "image_dim")}
+        object.__setattr__(self, "vace_layers", tuple(self.vace_layers))
+        others = ("patch_size", "eps", "image_dim", "vace_layers")
+        sizes = {name: size for name, size in vars(self).items() if name not in others}
         sizes |= {f"patch_size[{i}]": size for i, size in enumerate(self.patch_size)}
         sizes |= {} if self.image_dim is None else {"image_dim": self.image_dim}
         for name, size in sizes.items():
@@ -46,6 +52,12 @@ class WanConfig:
             raise ValueError(f"freq_dim is {self.freq_dim}, but must be even: half cosines, half sines")
         if self.image_tokens not in (257, 514):
             raise ValueError(f"image_tokens is {self.image_tokens}, but must be 257 (one image) or 514 (two)")
+        fed = self.vace_layers
+        if fed and (fed[0] != 0 or sorted(set(fed)) != list(fed) or fed[-1] >= self.num_layers):
+            raise ValueError(
+                f"vace_layers are {fed}, but must be numbers of layers (0 … {self.num_layers - 1}), each larger than "
+                "the one before, and the first 0: the control ladder begins with the tokens that enter the first layer"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -65,14 +77,16 @@ def flops(config: WanConfig, tokens: int, text: int | None = None, image: int | 
     return linear + attention
 
 
-def train_flops(config: WanConfig, tokens: int, frozen: bool = False) -> int:
+def train_flops(config: WanConfig, tokens: int, frozen: bool = False, control_frozen: bool | None = None) -> int:
     """FLOPs of forward and backward over one sample.
 
     In a frozen model (under adapters, whose own cost is left out) the backward of a linear costs once, not twice: its
-    weight needs no gradient.
+    weight needs no gradient. `control_frozen` says it of the control ladder, where that differs from the rest.
     """
     linear, attention = _linear_and_attention(config, tokens)
-    return (2 if frozen else 3) * linear + 3 * attention
+    control = _control_linears(config, tokens)
+    control_frozen = frozen if control_frozen is None else control_frozen
+    return (2 if frozen else 3) * (linear - control) + (2 if control_frozen else 3) * control + 3 * attention
 
 
 def _linear_and_attention(
@@ -80,14 +94,31 @@ def _linear_and_attention(
 ) -> tuple[int, int]:
     text = config.text_tokens if text is None else text
     image = (config.image_tokens if config.image_dim else 0) if image is None else image
-    D, L, C = config.dim, tokens, text + image
+    D, L = config.dim, tokens
     patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
-    on_tokens = 6 * D * D + 2 * D * config.ffn_dim  # q k v o of self-attention, q o of cross-attention, feed-forward
-    linears = 2 * L * on_tokens + 2 * C * 2 * D * D  # and k v of cross-attention on the context
-    attention = 4 * L * L * D + 4 * L * C * D
+    attention = 4 * L * L * D + 4 * L * (text + image) * D
     ends = 2 * L * patch * (config.in_channels + config.out_channels) * D
     embed_text = 2 * text * (config.text_dim * D + D * D)
     embed_time = 2 * (config.freq_dim * D + 7 * D * D)
     embed_image = 0 if config.image_dim is None else 2 * image * (config.image_dim**2 + config.image_dim * D)
-    outside = ends + embed_text + embed_time + embed_image
-    return config.num_layers * linears + outside, config.num_layers * attention
+    outside = ends + embed_text + embed_time + embed_image + _control_linears(config, tokens, text, image)
+    blocks = config.num_layers + len(config.vace_layers)
+    return config.num_layers * _block_linears(config, L, text + image) + outside, blocks * attention
+
+
+def _block_linears(config: WanConfig, tokens: int, context: int) -> int:
+    D = config.dim
+    on_tokens = 6 * D * D + 2 * D * config.ffn_dim  # q k v o of self-attention, q o of cross-attention, feed-forward
+    return 2 * tokens * on_tokens + 2 * context * 2 * D * D  # and k v of cross-attention on the context
+
+
+def _control_linears(config: WanConfig, tokens: int, text: int | None = None, image: int | None = None) -> int:
+    """Of the whole control ladder: its patches, its blocks, the projections before the first and behind each."""
+    if not config.vace_layers:
+        return 0
+    text = config.text_tokens if text is None else text
+    image = (config.image_tokens if config.image_dim else 0) if image is None else image
+    D, blocks = config.dim, len(config.vace_layers)
+    patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+    projections = (blocks + 1) * 2 * tokens * D * D + 2 * tokens * patch * config.control_channels * D
+    return blocks * _block_linears(config, tokens, text + image) + projections

@@ -7,8 +7,8 @@ Letters in the comments:
 A model is a ladder: `stem` makes a stream, every `layer` takes it one rung up, `head` turns it into a video.
 Three seams do nothing here and let others cut the tokens over devices:
 
-    model.split        Stream -> Stream, last thing in the stem: keep this rank's part of dim 1 of x, rope (and mod, if
-                       there is one per token)
+    model.split        Stream -> Stream, last thing in the stem: keep this rank's part of dim 1 of x, rope, noisy and
+                       control
     model.core         (q, k, v: B L H h, tokens) -> B L H h, the self-attention between tokens
     model.head.gather  (B L C, tokens) -> (B L C), before tokens become a video again: join what `split` cut
 
@@ -19,7 +19,7 @@ Precision: linears and attention run in `model.compute_dtype` (None: the dtype o
 embedding, modulation, norms, rotary positions, gates and the residual stream are at least float32 at all times.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mm_models.layers import LayerNorm, Linear, RMSNorm, attention, modulate, wide
+from mm_models.layers import LayerNorm, Linear, RMSNorm, attention, gated, modulate, wide
 from mm_models.wan.check import check
 from mm_models.wan.config import WanConfig
 from mm_models.wan.embed import ImageEmbedding, PatchEmbedding
@@ -36,13 +36,18 @@ from mm_models.wan.tables import rope_table, rotate, sinusoid
 
 
 class Stream(NamedTuple):
-    """What travels up the ladder. Dim 1 of x, rope and mod is tokens."""
+    """What travels up the ladder. Dim 1 of x, rope, noisy and control is tokens."""
 
     x: Tensor  # B L D, float32: the residual stream
     rope: Tensor  # 2 L h/2, float32: cosines, sines
-    mod: Tensor  # B 1 7 D, or B L 7 D with a timestep per token, float32: six rows for the layers, one for the head
+    mod: Tensor  # B 1 7 D, or B 2 7 D with a timestep per token, float32: six rows for the layers, one for the head
     text: Tensor  # B S D, in the compute dtype
     grid: tuple[int, int, int]  # tokens per axis of the whole video, needed to put it together again
+    noisy: Tensor | None = (
+        None  # B L 1, with a timestep per token: 1 for tokens of the second row of mod, 0 of the first
+    )
+    control: Tensor | None = None  # B L D: the residual stream of the control ladder
+    control_scale: tuple[float, ...] = ()  # for each of its blocks
 
 
 def identity(x, *_):
@@ -113,16 +118,35 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(Linear(dim, config.ffn_dim), nn.GELU("tanh"), Linear(config.ffn_dim, dim))
 
     def forward(self, stream: Stream, core: Callable) -> Stream:
-        x, rope, mod, text, grid = stream
-        modulation = wide(self.modulation) + mod[:, :, :6]  # B 1|L 6 D
+        x, text, noisy = stream.x, stream.text, stream.noisy
+        modulation = wide(self.modulation) + stream.mod[:, :, :6]  # B 1|2 6 D
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)
 
-        y = modulate(self.norm1, x, shift1, scale1)
-        x = torch.addcmul(x, gate1, self.self_attn(y.to(text.dtype), rope, core, prod(grid)))
+        y = modulate(self.norm1, x, shift1, scale1, noisy)
+        x = gated(x, gate1, self.self_attn(y.to(text.dtype), stream.rope, core, prod(stream.grid)), noisy)
         x = x + self.cross_attn(self.norm3(x).to(text.dtype), text)
-        y = modulate(self.norm2, x, shift2, scale2)
-        x = torch.addcmul(x, gate2, self.ffn(y.to(text.dtype)))
+        y = modulate(self.norm2, x, shift2, scale2, noisy)
+        x = gated(x, gate2, self.ffn(y.to(text.dtype)), noisy)
         return stream._replace(x=x)
+
+
+class ControlBlock(Block):
+    """One rung of VACE's control ladder: a block, and a projection to the hint that it gives to a rung of the other."""
+
+    def __init__(self, config: WanConfig, first: bool) -> None:
+        super().__init__(config)
+        if first:
+            self.before_proj = Linear(config.dim, config.dim)
+        self.after_proj = Linear(config.dim, config.dim)
+        self.first = first
+
+    def forward(self, stream: Stream, core: Callable) -> tuple[Tensor, Tensor]:
+        """(what climbs on, hint), both B L D; `stream.x` is the control, `stream.control` what it is added to first."""
+        dtype = stream.text.dtype
+        if self.first:
+            stream = stream._replace(x=stream.control + self.before_proj(stream.x.to(dtype)))
+        control = super().forward(stream, core).x
+        return control, self.after_proj(control.to(dtype))
 
 
 class Head(nn.Module):
@@ -140,13 +164,16 @@ class Head(nn.Module):
     def forward(self, stream: Stream) -> Tensor:
         (f, h, w), (p, q, r) = stream.grid, self.patch_size
         shift, scale = (wide(self.modulation) + stream.mod[:, :, 6:]).unbind(2)
-        y = modulate(self.norm, stream.x, shift, scale)
+        y = modulate(self.norm, stream.x, shift, scale, stream.noisy)
         tokens = self.gather(self.head(y.to(stream.text.dtype)), f * h * w)
         return rearrange(wide(tokens), "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r)
 
 
 class WanModel(nn.Module):
-    """`model(video, t, text, image) -> video`; see `stem` for shapes and errors, and the top of this file.
+    """`model(video, t, text, image, control, control_scale) -> video`; see `stem` for shapes and errors.
+
+    With `config.vace_layers`, a second ladder is climbed in step: control block n runs just before the layer that it
+    feeds, and its hint is added behind that layer. So no list of hints is held, and a pipeline can cut both.
 
     Weights are made for loading into: `mm_models.build` fills them the way the authors did.
     """
@@ -162,6 +189,9 @@ class WanModel(nn.Module):
         if config.image_dim is not None:
             self.img_emb = ImageEmbedding(config.image_dim, dim, config.image_tokens)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        if config.vace_layers:
+            self.vace_patch_embedding = PatchEmbedding(config.control_channels, dim, config.patch_size)
+            self.vace_blocks = nn.ModuleList(ControlBlock(config, i == 0) for i in range(len(config.vace_layers)))
         self.head = Head(config)
 
         self.compute_dtype: torch.dtype | None = None
@@ -179,42 +209,76 @@ class WanModel(nn.Module):
         image = ("img_emb.proj.0.*", "img_emb.proj.4.*") if self.config.image_dim is not None else ()
         return ("time_*", "*.modulation", "*.norm3.*", *image)
 
-    def forward(self, video: Tensor, t: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
-        stream = self.stem(video, t, text, image)
+    def forward(
+        self,
+        video: Tensor,
+        t: Tensor,
+        text: Tensor,
+        image: Tensor | None = None,
+        control: Tensor | None = None,
+        control_scale: float | Sequence[float] = 1.0,
+    ) -> Tensor:
+        stream = self.stem(video, t, text, image, control, control_scale)
         for i in range(len(self.layers)):
             stream = self.layer(i, stream)
         return self.head(stream)
 
-    def stem(self, video: Tensor, t: Tensor, text: Tensor, image: Tensor | None = None) -> Stream:
+    def stem(
+        self,
+        video: Tensor,
+        t: Tensor,
+        text: Tensor,
+        image: Tensor | None = None,
+        control: Tensor | None = None,
+        control_scale: float | Sequence[float] = 1.0,
+    ) -> Stream:
         """Makes the stream.
 
         Args:
             video: B C F H W, noisy latents, the condition channels behind them where the model has them.
-            t: B, or B L for a timestep per token; 0 (clean) to 1000 (noise).
+            t: B, or B L for a timestep per token, of which each sample has at most two; 0 (clean) to 1000 (noise).
             text: B S text_dim with S <= 512 (`config.text_tokens`), rows beyond the true length of a prompt zero. They
                 are attended to, as in training: 20 rows are the same as 20 rows and 492 zeros.
             image: B image_tokens image_dim, CLIP features, if and only if `config.image_dim` is set.
+            control: B control_channels F H W, if and only if `config.vace_layers` are set.
+            control_scale: strength of the control, one for all or one for each of `config.vace_layers`.
 
         Raises:
             ValueError: a shape that does not fit, with what would.
         """
-        check(self.config, video, t, text, image)
+        check(self.config, video, t, text, image, control, control_scale)
         dtype = self.compute_dtype or self.patch_embedding.weight.dtype
         sizes = zip(video.shape[2:], self.config.patch_size, strict=True)
-        frames, rows, columns = (size // patch for size, patch in sizes)
+        grid = tuple(size // patch for size, patch in sizes)
         x = wide(self.patch_embedding(video.to(dtype)))
 
-        wave = sinusoid(t, self.config.freq_dim)  # B|BL 256
+        noisy = None
+        if t.ndim == 2:  # by the two that there are: modulation for every token would be the largest tensor of all
+            both = torch.stack((t.amin(1), t.amax(1)), dim=1)  # B 2
+            noisy, t = (t == both[:, 1:]).to(x.dtype).unsqueeze(-1), both
+        wave = sinusoid(t, self.config.freq_dim)  # B|B2 256
         time = self.time_embedding(wave.to(torch.promote_types(torch.float32, self.time_embedding[0].weight.dtype)))
         mod = torch.cat((self.time_projection(time).unflatten(-1, (6, -1)), time.unsqueeze(-2)), dim=-2)
+        mod = mod if t.ndim == 2 else mod.unsqueeze(1)  # B 1|2 7 D
 
         context = self.text_embedding(F.pad(text.to(dtype), (0, 0, 0, self.config.text_tokens - text.shape[1])))
         if image is not None:
             context = torch.cat((self.img_emb(image.to(dtype)), context), dim=1)
-
-        grid = (frames, rows, columns)
         rope = rope_table(grid, self.config.head_dim, video.device)
-        return self.split(Stream(x, rope, mod if t.ndim == 2 else mod.unsqueeze(1), context, grid))
+
+        scales: tuple[float, ...] = ()
+        if control is not None:
+            control = wide(self.vace_patch_embedding(control.to(dtype)))
+            count = len(self.config.vace_layers)
+            scales = (float(control_scale),) * count if isinstance(control_scale, int | float) else tuple(control_scale)
+        return self.split(Stream(x, rope, mod, context, grid, noisy, control, scales))
 
     def layer(self, i: int, stream: Stream) -> Stream:
-        return self.blocks[i](stream, self.core)
+        if i not in self.config.vace_layers:
+            return self.blocks[i](stream, self.core)
+        n = self.config.vace_layers.index(i)
+        # The control block's own residual stream stands where recompute and offload look for it: in x.
+        below = stream._replace(x=stream.control, control=stream.x if n == 0 else None)
+        control, hint = self.vace_blocks[n](below, self.core)
+        stream = self.blocks[i](stream._replace(control=control), self.core)
+        return stream._replace(x=torch.add(stream.x, hint, alpha=stream.control_scale[n]))

@@ -5,22 +5,30 @@ from mm_parallel.plan import ParallelPlan
 
 
 def plan(model: WanModel) -> ParallelPlan:
-    image = model.config.image_dim is not None
+    config = model.config
+    image = config.image_dim is not None
+    blocks = ("blocks.*", "vace_blocks.*") if config.vace_layers else ("blocks.*",)
+
+    def each(*names: str) -> tuple[str, ...]:
+        return tuple(f"{block}.{name}" for block in blocks for name in names)
+
+    attentions = ("self_attn", "cross_attn")
     return ParallelPlan(
         rungs=("blocks.*",),
+        beside={f"vace_blocks.{n}": i for n, i in enumerate(config.vace_layers)},
         fp32=model.islands,
         last=("head",),
-        tokens={"x": 1, "rope": 1, "mod": 1},
+        tokens={"x": 1, "rope": 1, "noisy": 1, "control": 1},
         gather="head.gather",
-        heads=model.config.num_heads,
-        columns=(
-            *(f"blocks.*.{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkv"),
-            *((f"blocks.*.cross_attn.{name}_img" for name in "kv") if image else ()),
-            "blocks.*.ffn.0",
+        heads=config.num_heads,
+        columns=each(
+            *(f"{attention}.{name}" for attention in attentions for name in "qkv"),
+            *((f"cross_attn.{name}_img" for name in "kv") if image else ()),
+            "ffn.0",
         ),
-        rows=("blocks.*.self_attn.o", "blocks.*.cross_attn.o", "blocks.*.ffn.2"),
-        norms=(
-            *(f"blocks.*.{attention}.norm_{name}" for attention in ("self_attn", "cross_attn") for name in "qk"),
-            *(("blocks.*.cross_attn.norm_k_img",) if image else ()),
+        rows=each("self_attn.o", "cross_attn.o", "ffn.2"),
+        norms=each(
+            *(f"{attention}.norm_{name}" for attention in attentions for name in "qk"),
+            *(("cross_attn.norm_k_img",) if image else ()),
         ),
     )

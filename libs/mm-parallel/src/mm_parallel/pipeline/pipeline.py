@@ -36,7 +36,8 @@ class Pipeline:
     model: what is left of it on this rank, with the names of the whole: for the optimizer and for checkpoints.
     elsewhere: names in the state dict that other ranks hold.
 
-    A layer may use its rung and the stream, and nothing else that has weights. Freeze what is frozen before.
+    A layer may use its rung, what the plan has beside it, and the stream, and nothing else that has weights. Freeze
+    what is frozen before.
     Raises ValueError for stages that do not fit the model, for a weight that two stages would share, and for what
     `parallelize` does not allow.
     """
@@ -73,7 +74,7 @@ class Pipeline:
         kept: set[Owner] = {i for stage in self.mine for i in stage.rungs}
         kept |= {"first"} if self.mine[0].is_first else set()
         kept |= {"last"} if self.mine[-1].is_last else set()
-        self.elsewhere = prune(model, plan.last, kept)
+        self.elsewhere = prune(model, plan.last, plan.beside, kept)
         cut(model, plan.on(model), mesh, parallel, memory, dtype)
         model.forward = call
         self.model, self.memory = model, memory
