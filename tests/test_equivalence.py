@@ -31,8 +31,8 @@ def wan_image() -> nn.Module:
 
 
 def vace() -> nn.Module:
-    """Layer 1 and 3 have no control block, so stages with one and without are cut."""
-    return filled(build("wan-tiny-vace", dtype=torch.float64, **WAN))
+    """Layer 2 has no control block."""
+    return filled(build("wan-tiny-vace", dtype=torch.float64, **WAN, vace_layers=(0, 1, 3)))
 
 
 def vace_on_frozen() -> nn.Module:
