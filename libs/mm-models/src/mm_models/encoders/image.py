@@ -1,0 +1,52 @@
+"""Images to the tokens of CLIP, which Wan2.1's image-to-video models attend to."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mm_models.encoders.loading import check_loaded, identity, no_bar_in_logs, part_of
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, red green blue in 0..1
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ImageEncoder:
+    """CLIP's vision tower from `image_encoder/` of a diffusers directory."""
+
+    def __init__(
+        self, path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        from transformers import CLIPVisionModel
+
+        folder = part_of(path, "image_encoder")
+        self.identity = identity([folder], {"dtype": str(dtype)})
+        self.device, self.dtype = torch.device(device), dtype
+        with no_bar_in_logs():
+            model, found = CLIPVisionModel.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # or the error would not name them; they are refused below
+                output_loading_info=True,
+            )
+        check_loaded(folder, found)
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        self.size: int = model.config.image_size
+        """Rows and columns of pixels that an image is scaled to."""
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images B 3 H W in [-1, 1] to tokens B S D, for Wan's CLIP B 257 1280: the output of the last block but one.
+
+        An image of any shape is squashed to the square that CLIP sees, not cropped: so Wan was trained.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images have shape {tuple(images.shape)}, but must be B 3 H W")
+        images = images.to(self.device).float()
+        images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
+        mean, std = (torch.tensor(of_clip, device=self.device).view(3, 1, 1) for of_clip in (MEAN, STD))
+        pixels = ((images + 1) / 2 - mean) / std
+        return self.model(pixels.to(self.dtype), output_hidden_states=True).hidden_states[-2]

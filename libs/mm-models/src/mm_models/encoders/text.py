@@ -1,0 +1,66 @@
+"""Prompts to embeddings: UMT5."""
+
+import html
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mm_models.encoders.loading import check_loaded, identity, no_bar_in_logs, part_of
+
+
+class TextEncoder:
+    """UMT5 from `text_encoder/` and `tokenizer/` of a diffusers directory."""
+
+    def __init__(
+        self,
+        path: Path | str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        max_length: int = 512,
+    ) -> None:
+        from transformers import AutoTokenizer, UMT5EncoderModel
+
+        weights, words = part_of(path, "text_encoder"), part_of(path, "tokenizer")
+        self.identity = identity([weights, words], {"dtype": str(dtype), "max_length": max_length})
+        self.device, self.max_length = torch.device(device), max_length
+        self.tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
+        with no_bar_in_logs():
+            model, found = UMT5EncoderModel.from_pretrained(
+                weights,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # or the error would not name them; they are refused below
+                output_loading_info=True,
+            )
+        check_loaded(weights, found)
+        self.model = model.eval().requires_grad_(False).to(self.device)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> list[Tensor]:
+        """One tensor S D per prompt, S its true number of tokens with the end mark.
+
+        Prompts go through one by one, without padding: so an encoding depends on its prompt alone, to the last bit. A
+        prompt of more than `max_length` tokens is cut, with a warning.
+        """
+        encoded = []
+        for prompt in prompts:
+            tokens = self.tokenizer(clean(prompt)).input_ids
+            if len(tokens) > self.max_length:
+                warnings.warn(
+                    f"a prompt of {len(tokens)} tokens was cut to {self.max_length}: {prompt[:60]!r}…", stacklevel=3
+                )
+                tokens = self.tokenizer(clean(prompt), truncation=True, max_length=self.max_length).input_ids
+            encoded.append(self.model(torch.tensor([tokens], device=self.device)).last_hidden_state[0])
+        return encoded
+
+
+def clean(prompt: str) -> str:
+    """A prompt as the Wan pipelines clean it: broken unicode mended, HTML entities read, white space collapsed."""
+    import ftfy
+
+    prompt = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", prompt).strip()
