@@ -10,15 +10,28 @@ from mm_convert.__about__ import __version__
 if TYPE_CHECKING:
     from mm_convert.checkpoint import Checkpoint, open_checkpoint
     from mm_convert.conversion import convert
+    from mm_convert.experts import open_experts, write_experts
     from mm_convert.inspection import diff, inspect
     from mm_convert.save import save_checkpoint
 
-__all__ = ["Checkpoint", "__version__", "convert", "diff", "inspect", "open_checkpoint", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "__version__",
+    "convert",
+    "diff",
+    "inspect",
+    "open_checkpoint",
+    "open_experts",
+    "save_checkpoint",
+    "write_experts",
+]
 
 _HOME = {
     "Checkpoint": "checkpoint",
     "open_checkpoint": "checkpoint",
     "convert": "conversion",
+    "open_experts": "experts",
+    "write_experts": "experts",
     "diff": "inspection",
     "inspect": "inspection",
     "save_checkpoint": "save",
