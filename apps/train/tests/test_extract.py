@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from mm_data import FeatureDataset, read_video, write_video
-from mm_models.encoders import TextEncoder, VideoVAE
+from mm_data import FeatureDataset, VideoDataset, read_manifest, read_video, write_video
+from mm_models import preset
+from mm_models.encoders import ImageEncoder, TextEncoder, VideoVAE
 from mm_models.testing import write_encoders
+from mm_models.wan.conditions import condition_video, fold_mask, stored
 from mm_parallel.testing import spawn
+from mm_train.encode import Encoders
 from mm_train.extract import Data, ExtractConfig, Geometry, extract
 from mm_train.recipe import load_config
 from mm_train.train import train
@@ -29,7 +32,7 @@ def write_clip(path: Path, seed: int, frames: int = 9, size: tuple[int, int] = (
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
-    return write_encoders(tmp_path_factory.mktemp("encoders"), text_dim=64)
+    return write_encoders(tmp_path_factory.mktemp("encoders"), text_dim=64, image_dim=32)
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +88,6 @@ def test_features_are_the_encoders_answers(encoders, manifest, tmp_path, capsys)
     assert torch.equal(data[2]["text"][1], text.encode(["drei"])[0])
     assert torch.equal(data.empty_text, text.encode([""])[0])
 
-    from mm_data import VideoDataset, read_manifest
-
     clip = VideoDataset(read_manifest(manifest)[:1], Geometry(num_frames=9, max_height=32, max_width=48))[0]
     assert torch.equal(data[0]["latents"], VideoVAE(encoders).encode(clip["video"][None])[0])
     assert not torch.equal(data[0]["latents"], data[1]["latents"])  # same file name, other folder
@@ -139,6 +140,81 @@ def test_what_was_extracted_trains_and_is_sampled_while_training(encoders, manif
     assert between_runs < 0.1 * between_prompts, (between_runs, between_prompts)
 
 
+GEOMETRY = Geometry(num_frames=9, max_height=32, max_width=48)
+
+
+def test_images_of_i2v_are_the_clips_own(encoders, manifest, tmp_path):
+    """…its first frame, and for flf2v its last as well, cut like the clip."""
+    extract(config(encoders, manifest, tmp_path / "f", model="wan-tiny-i2v"))
+    data = FeatureDataset(tmp_path / "f")
+    clip = VideoDataset(read_manifest(manifest)[:1], GEOMETRY)[0]["video"][None]
+    vae, clip_encoder = VideoVAE(encoders), ImageEncoder(encoders)
+    first, last = clip[:, :, 0], clip[:, :, -1]
+    assert set(data[0]["extras"]) == {"condition", "image"}
+    assert torch.equal(data[0]["extras"]["condition"], vae.encode(condition_video(9, first))[0])
+    assert torch.equal(data[0]["extras"]["image"], clip_encoder.encode(first)[0])
+
+    both = Encoders(encoders, replace(preset("wan-tiny-i2v"), image_tokens=514), "flf2v")
+    features = both.encode([{"id": "", "video": clip[0], "captions": ("one",), "fps": 8, "meta": {}}])[0]
+    assert torch.equal(features["condition"], vae.encode(condition_video(9, first, last))[0])
+    assert torch.equal(features["image"], torch.cat([clip_encoder.encode(first)[0], clip_encoder.encode(last)[0]]))
+    assert features["image"].shape[0] == stored(both.model, "flf2v")["image"]
+
+
+def test_conditions_of_vace(encoders):
+    """What is kept, what changes and the mask; every reference a latent frame of its own, before all of them."""
+    vace = Encoders(encoders, preset("wan-tiny-vace"), "vace", dtype=torch.float32)
+    random = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.rand(shape, generator=random) * 2 - 1  # noqa: E731
+    video, source, references = draw(3, 9, 32, 48), draw(3, 9, 32, 48), [draw(3, 32, 48), draw(3, 32, 48)]
+    mask = torch.full((1, 9, 32, 48), 0.4)  # less than half: kept, and yet folded as it is
+    mask[..., 24:] = 1
+    told = {"id": "", "video": video, "captions": ("one",), "fps": 8.0, "meta": {}}
+    full, bare = vace.encode([told | {"source": source, "mask": mask, "references": references}, told])
+
+    kept, changed = source.clone(), source.clone()
+    kept[..., 24:], changed[..., :24] = 0, 0
+    one = lambda image: vace.vae.encode(image[None])[0]  # noqa: E731
+    close = lambda found, expected: torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # noqa: E731
+    before = torch.cat([one(image[:, None]) for image in references], dim=1)
+    close(full["latents"], torch.cat([before, one(video)], dim=1))
+    close(full["control"][:, 2:], torch.cat([one(kept), one(changed)]))
+    close(full["control"][:, :2], torch.cat([before, torch.zeros_like(before)]))
+    assert full["control_mask"].dtype == torch.uint8
+    assert not full["control_mask"][:, :2].any()
+    assert torch.equal(full["control_mask"][:, 2:], (fold_mask(mask[None], 3)[0] * 255).round().byte())
+    assert full["control_mask"].unique().tolist() == [0, 102, 255]
+
+    grey = one(torch.zeros_like(video))
+    close(bare["control"], torch.cat([grey, grey]))
+    assert (bare["control_mask"] == 255).all()
+    assert {name: bare[name].shape[0] for name in ("control", "control_mask")} == stored(vace.model, "vace")
+    assert vace.latent_shape(9, 32, 48, references=2) == full["latents"].shape
+
+
+def test_features_are_told_apart_by_task_where_they_differ(encoders):
+    plain, from_image = preset("wan-tiny"), replace(preset("wan-tiny-i2v"), image_dim=None)
+    pairs = [
+        (plain, "t2v"),
+        (plain, "ti2v"),
+        (from_image, "i2v"),
+        (from_image, "flf2v"),
+        (preset("wan-tiny-i2v"), "i2v"),
+    ]
+    t2v, ti2v, *others = (Encoders(encoders, model, task).identity for model, task in pairs)
+    assert t2v == ti2v == f"{VideoVAE(encoders).identity} {TextEncoder(encoders).identity}"
+    assert len({t2v, *others}) == 4
+
+
+def test_sizes_suit_the_vae_of_the_model(tmp_path):
+    """That of Wan2.2 5B packs 16x16 pixels, so a token is 32x32."""
+    model = replace(preset("wan-tiny"), in_channels=48, out_channels=48)
+    encoders = Encoders(write_encoders(tmp_path, text_dim=64, vae="wan2.2"), model, "ti2v")
+    assert encoders.fitted(Geometry(dynamic=True)).stride == 32
+    with pytest.raises(ValueError, match=r"max_height=720 .* use 704 or 736 .*16x16 .* multiples of 32"):
+        encoders.fitted(Geometry(max_height=720, max_width=1280))
+
+
 def test_a_manifest_of_which_nothing_is_left_is_an_error(encoders, tmp_path):
     (tmp_path / "data.json").write_text(json.dumps([{"path": "not/there.mp4", "cap": "a"}]))
     with pytest.raises(ValueError, match=r"not one sample .*failures\.jsonl"):
@@ -151,7 +227,11 @@ def test_a_manifest_of_which_nothing_is_left_is_an_error(encoders, tmp_path):
         ({"model": "wan-small"}, "wan-tiny"),
         ({"encoders": Path("nowhere")}, "nowhere"),
         ({"batch": 0}, "at least 1"),
-        ({"model": "wan2.1-t2v-1.3b"}, "4096"),
+        ({"model": "wan2.1-t2v-1.3b"}, "text width 64 instead of 4096"),
+        ({"model": "wan2.1-i2v-14b-480p"}, "CLIP width 32 instead of 1280"),
+        ({"model": "wan2.2-ti2v-5b"}, "video channels 16 instead of 48"),
+        ({"model": "wan-tiny-vace", "task": "t2v"}, "--task t2v: wan-tiny-vace can be trained for vace"),
+        ({"task": "i2v"}, "wan-tiny can be trained for t2v, ti2v"),
     ],
 )
 def test_what_cannot_work_is_said(encoders, manifest, tmp_path, change, message):

@@ -1,4 +1,4 @@
-"""Encode the videos and captions of a manifest once: ``python -m mm_train.extract``.
+"""Encode the videos, captions and conditions of a manifest once: ``python -m mm_train.extract``.
 
 Decoding runs in worker processes while the device encodes; ranks of torchrun share the samples. What is in the cache
 already (same bytes, same geometry, same encoders) is not encoded again, so a killed extraction continues where it
@@ -27,10 +27,11 @@ from tqdm import tqdm
 from mm_convert.arguments import parse
 from mm_data import Clip, Failure, FeatureCache, Geometry, Sample, VideoDataset, read_manifest, select
 from mm_models import preset, presets
-from mm_models.encoders import TextEncoder, VideoVAE
+from mm_models.wan.conditions import Task, tasks
 from mm_parallel.device import device as accelerator
 from mm_parallel.device import init_distributed, leave
 from mm_train.command import prepare_output, run
+from mm_train.encode import Encoders
 from mm_train.ranks import gathered
 
 
@@ -49,17 +50,19 @@ class ExtractConfig:
     model: str
     """Preset that the features are for."""
     encoders: Path
-    """Diffusers directory with vae/, text_encoder/ and tokenizer/."""
+    """Diffusers directory with vae/, text_encoder/ and tokenizer/, and image_encoder/ for models with CLIP."""
     output: Path
     """Directory of the cache; may hold an earlier, unfinished extraction."""
     data: Data
+    task: Literal["auto", "t2v", "i2v", "flf2v", "ti2v", "vace"] = "auto"
+    """What the features are for; auto: what the model was made for."""
     geometry: Geometry = field(default_factory=Geometry)
     batch: int = 1
     """Clips of one shape that are encoded together."""
     seed: int = 42
     """Of the random frame windows."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the text encoder; the VAE runs in float32."""
+    """Of the text encoder; the VAE and CLIP run in float32."""
     tiling: bool = False
     """Let the VAE work in tiles: less memory, slightly other numbers at the seams."""
 
@@ -72,6 +75,13 @@ class ExtractConfig:
             )
         if self.batch < 1:
             raise ValueError(f"--batch is {self.batch}; it must be at least 1")
+        can = [task for task in tasks(preset(self.model)) if task != "v2v"]  # that is t2v, begun from a video
+        if self.task not in ("auto", *can):
+            raise ValueError(f"--task {self.task}: {self.model} can be trained for {', '.join(can)}")
+
+    @property
+    def chosen_task(self) -> Task:
+        return tasks(preset(self.model))[0] if self.task == "auto" else self.task
 
 
 def extract(config: ExtractConfig) -> int:
@@ -84,29 +94,27 @@ def extract(config: ExtractConfig) -> int:
         # Leave the workers their cores: the threads of one operation spin while one of them waits for a core.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world - config.data.workers))
     samples = read_manifest(config.data.manifest)
-    selection = select(samples, config.geometry)
-    text = TextEncoder(config.encoders, device=device, dtype=getattr(torch, config.dtype))
-    vae = VideoVAE(config.encoders, device=device, tiling=config.tiling)
-    encoder = f"{vae.identity} {text.identity}"
-    _check_fit(config, text, vae)
+    dtype = getattr(torch, config.dtype)
+    encoders = Encoders(config.encoders, preset(config.model), config.chosen_task, device, dtype, config.tiling)
+    geometry = encoders.fitted(config.geometry)
+    selection = select(samples, geometry)
 
     with FeatureCache(config.output) as cache:
-        plan = cache.plan(_identified(selection.kept, cache, rank, world), config.geometry, encoder, config.seed)
+        identified = _identified(selection.kept, cache, rank, world)
+        plan = cache.plan(identified, geometry, encoders.identity, config.seed)
         if rank == 0:
             print(f"{config.data.manifest}: {selection}\n{config.output}: {plan}", file=sys.stderr, flush=True)
             for sample, reason in [*selection.dropped, *plan.failed]:
                 cache.fail(sample.id, str(reason))
-            if not cache.has_empty_text(encoder):
-                cache.put_empty_text(text.encode([""])[0], encoder)
-        dataset = VideoDataset(plan.todo, config.geometry, config.seed, on_error="return")
+            if not cache.has_empty_text(encoders.identity):
+                cache.put_empty_text(encoders.empty_text, encoders.identity)
+        dataset = VideoDataset(plan.todo, geometry, config.seed, on_error="return")
         progress = Progress(len(plan.todo), leader=rank == 0, world=world)
         # Shared out by key, not by place: a rank that sees the store a moment later must not shift everybody's share.
         own = [i for i, sample in enumerate(plan.todo) if int(plan.keys[sample.id][:8], 16) % world == rank]
         for clips in batches(dataset, own, config, lambda failure: _fail(cache, progress, failure)):
-            latents = vae.encode(torch.stack([clip["video"] for clip in clips]))
-            for clip, one in zip(clips, latents, strict=True):
-                encoded = {f"text.{i}": t for i, t in enumerate(text.encode(list(clip["captions"])))}
-                cache.put(plan.keys[clip["id"]], {"latents": one} | encoded, clip["meta"])
+            for clip, features in zip(clips, encoders.encode(clips), strict=True):
+                cache.put(plan.keys[clip["id"]], features, clip["meta"])
             progress.advance(len(clips))
         progress.close()
         cache.flush()
@@ -164,17 +172,6 @@ def _identified(samples: list[Sample], cache: FeatureCache, rank: int, world: in
     everyone = iter(gathered(own))
     shares = [list(islice(everyone, len(samples[r::world]))) for r in range(world)]
     return [shares[i % world][i // world] for i in range(len(samples))]
-
-
-def _check_fit(config: ExtractConfig, text: TextEncoder, vae: VideoVAE) -> None:
-    model = preset(config.model)
-    width, channels = text.model.config.d_model, vae.mean.numel()
-    if (width, channels) != (model.text_dim, model.out_channels):
-        raise ValueError(
-            f"{config.encoders} encodes text in {width} and video in {channels} channels; {config.model} was made "
-            f"for {model.text_dim} and "
-            f"{model.out_channels}: give the directory that this model was published with"
-        )
 
 
 class Progress:
