@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mm_models.encoders import ImageEncoder, VideoVAE
+from mm_models.encoders import ImageEncoder, TextEncoder, VideoVAE
 from mm_models.testing import write_encoders
 
 
@@ -108,3 +108,14 @@ def test_videos_of_wan_2_2(repository, copy):
     assert torch.allclose(vae.encode(video[:, :, :1]), latents[:, :, :1], atol=1e-4), "ti2v's first frame"
     with pytest.raises(ValueError, match=r"72x32 pixels: both must be multiples of 16, e\.g\. 64x32"):
         vae.encode(torch.zeros(1, 3, 5, 72, 32))
+
+
+def test_encoders_move_as_a_whole(repository):
+    """To a device and back, as training does between batches. There is no other than meta here."""
+    for encoder in (TextEncoder(repository), ImageEncoder(repository), VideoVAE(repository)):
+        assert encoder.to("meta") is encoder
+        module = getattr(encoder, "vae", None) or encoder.model
+        held = [value for value in vars(encoder).values() if isinstance(value, torch.Tensor)]
+        assert {tensor.device.type for tensor in [*module.parameters(), *held]} == {"meta"}
+        assert encoder.device.type == "meta"
+    assert encoder.encode(torch.zeros(1, 3, 5, 32, 32)).is_meta

@@ -3,17 +3,20 @@
 high_noise_model/  low_noise_model/                    as Wan-AI and alibaba-pai publish them
 high_noise_model/  low_noise_model/  experts.json      ours: it also says where one takes over from the other
 transformer/  transformer_2/  model_index.json         a diffusers repository: transformer is the one for high noise
+
+In each folder lies a whole model, or an adapter for one.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 FOLDERS = {"high": "high_noise_model", "low": "low_noise_model"}
 DIFFUSERS = {"high": "transformer", "low": "transformer_2"}
-FILE, FORMAT = "experts.json", "mm experts 1"
+FILE, INDEX = "experts.json", "model_index.json"
+FORMAT = "mm experts 1"
 
 
 class Pair(NamedTuple):
@@ -25,25 +28,28 @@ class Pair(NamedTuple):
 
 
 def open_experts(path: str | Path) -> Pair | None:
-    """The two experts in a directory, or None if it is no such directory.
+    """The two experts in a directory, or None if it is no such directory. What lies in their folders is not read.
 
-    Raises ValueError for one of which only one expert is there, and for an experts.json that cannot be read.
+    Raises ValueError for one of which only one expert is there, for one that holds experts of two layouts, and for a
+    boundary that cannot be or is said twice.
     """
     path = Path(path)
-    if (path / FOLDERS["high"]).is_dir() or (path / FOLDERS["low"]).is_dir():
-        folders, boundary = FOLDERS, _boundary(path)
-    elif (path / DIFFUSERS["low"]).is_dir():
-        folders, boundary = DIFFUSERS, _index(path).get("boundary_ratio")
-    else:
-        return None
-    missing = [expert for expert, folder in folders.items() if not (path / folder).is_dir()]
+    ours, theirs = ({e: f for e, f in names.items() if (path / f).is_dir()} for names in (FOLDERS, DIFFUSERS))
+    if not ours and "low" not in theirs:
+        return None  # `transformer` alone is one model
+    if ours and theirs:
+        folders = ", ".join(f"{folder}/" for folder in (*ours.values(), *theirs.values()))
+        raise ValueError(f"{path} holds {folders}: which two are meant is not clear; move the others elsewhere")
+    folders, there = (FOLDERS, ours) if ours else (DIFFUSERS, theirs)
+    missing = [expert for expert in folders if expert not in there]
     if missing:
-        (expert,) = missing
+        (expert,), (other,) = missing, there.values()
         raise ValueError(
-            f"{path} holds one expert of two: {folders[expert]}/, the one for {expert} noise, is missing. Train it into "
-            "the same output (--expert), or copy the published one there"
+            f"{path} holds one expert of two: {folders[expert]}/, the one for {expert} noise, is missing. Train it "
+            f"into the same output (--expert), or copy the published one there; to use the other alone, "
+            f"name {path / other}"
         )
-    return Pair(path / folders["high"], path / folders["low"], boundary)
+    return Pair(path / folders["high"], path / folders["low"], _boundary(path))
 
 
 def write_experts(path: str | Path, boundary: float | None) -> dict[str, Path]:
@@ -57,28 +63,36 @@ def write_experts(path: str | Path, boundary: float | None) -> dict[str, Path]:
     if said is not None and said != boundary:
         raise ValueError(f"{path / FILE} says boundary {said}, but it should be {boundary}: choose another directory")
     if boundary is not None:
-        (path / FILE).write_text(json.dumps({"format": FORMAT, "boundary": boundary}, indent=2) + "\n")
+        (path / FILE).write_text(experts_json(boundary), encoding="utf-8")
     return {expert: path / folder for expert, folder in FOLDERS.items()}
 
 
+def experts_json(boundary: float) -> str:
+    """The content of experts.json."""
+    return json.dumps({"format": FORMAT, "boundary": _checked(boundary, FILE)}, indent=2) + "\n"
+
+
 def _boundary(path: Path) -> float | None:
-    file = path / FILE
-    if not file.is_file():
-        return None
-    read = _json(file)
-    boundary = read.get("boundary")
-    if read.get("format") != FORMAT or not isinstance(boundary, float) or not 0 < boundary < 1:
-        raise ValueError(f"{file}: expected format {FORMAT!r} and a boundary between 0 and 1, found {read}")
+    """As experts.json or model_index.json says it."""
+    ours, theirs = _json(path / FILE), _json(path / INDEX)
+    if ours and ours.get("format") != FORMAT:
+        raise ValueError(f"{path / FILE}: expected format {FORMAT!r} and a boundary between 0 and 1, found {ours}")
+    said = {FILE: ours.get("boundary"), INDEX: theirs.get("boundary_ratio")}
+    said = {file: _checked(value, path / file) for file, value in said.items() if value is not None}
+    if len(set(said.values())) > 1:
+        both = " and ".join(f"{value} ({file})" for file, value in said.items())
+        raise ValueError(f"{path} says two boundaries, {both}: correct the wrong one")
+    return next(iter(said.values()), None)
+
+
+def _checked(boundary: Any, where: str | Path) -> float:
+    if not isinstance(boundary, float) or not 0 < boundary < 1:
+        raise ValueError(f"{where}: the boundary is {boundary!r}, but must be a noise level between 0 and 1, as 0.875")
     return boundary
 
 
-def _index(path: Path) -> dict:
-    file = path / "model_index.json"
-    return _json(file) if file.is_file() else {}
-
-
-def _json(file: Path) -> dict:
+def _json(file: Path) -> dict[str, Any]:
     try:
-        return {**json.loads(file.read_text(encoding="utf-8"))}
+        return {**json.loads(file.read_text(encoding="utf-8"))} if file.is_file() else {}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is not a JSON object: {error}") from error

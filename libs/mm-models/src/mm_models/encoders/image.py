@@ -1,6 +1,7 @@
 """Images to the tokens of CLIP, which Wan2.1's image-to-video models attend to."""
 
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,12 @@ class ImageEncoder:
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.size: int = model.config.image_size
         """Rows and columns of pixels that an image is scaled to."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the weights to a device, and what is encoded from then on is made there. Returns itself."""
+        self.device = torch.device(device)
+        self.model.to(self.device)
+        return self
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import html
 import re
 import warnings
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -38,6 +39,12 @@ class TextEncoder:
             )
         check_loaded(weights, found)
         self.model = model.eval().requires_grad_(False).to(self.device)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the weights to a device, and what is encoded from then on is made there. Returns itself."""
+        self.device = torch.device(device)
+        self.model.to(self.device)
+        return self
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Videos to latents and back: the VAEs of Wan2.1 and Wan2.2."""
 
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -41,6 +42,13 @@ class VideoVAE:
         """Frames, rows and columns of pixels per latent."""
         self.mean = torch.tensor(config.latents_mean, device=self.device).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(config.latents_std, device=self.device).view(1, -1, 1, 1, 1)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the weights to a device, and what is encoded from then on is made there. Returns itself."""
+        self.device = torch.device(device)
+        self.vae.to(self.device)
+        self.mean, self.std = self.mean.to(self.device), self.std.to(self.device)
+        return self
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """C F' h w of a video of this many frames and pixels."""
