@@ -138,6 +138,7 @@ class Sampler:
                 latents.to(self.device),
                 text,
                 away,
+                config=self.transformer.config,
                 steps=options.steps,
                 guidance=options.guidance,
                 flow_shift=options.flow_shift,
