@@ -87,7 +87,7 @@ def samples(tmp_path):
 
 def encode(cache, plan):
     for sample in plan.todo:
-        meta = {"id": sample.id, "source": list(sample.content.stamp), "sha256": sample.content.sha256}
+        meta = {"id": sample.id, "source": list(sample.contents[0].stamp), "sha256": sample.contents[0].sha256}
         cache.put(plan.keys[sample.id], entry(float(len(sample.id))), meta)
     cache.flush()
 

@@ -9,9 +9,11 @@ from mm_data.datasets import Failure as Failure
 from mm_data.datasets import VideoDataset as VideoDataset
 from mm_data.features import FeatureDataset as FeatureDataset
 from mm_data.geometry import Geometry as Geometry
+from mm_data.images import read_image as read_image
 from mm_data.loader import Batch as Batch
 from mm_data.loader import Step as Step
 from mm_data.loader import build_loader as build_loader
+from mm_data.manifest import Control as Control
 from mm_data.manifest import Sample as Sample
 from mm_data.manifest import read_manifest as read_manifest
 from mm_data.selection import Selection as Selection

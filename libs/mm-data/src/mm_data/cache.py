@@ -39,13 +39,20 @@ def content_key(
     captions: Sequence[str] = (),
     cut: tuple[int, int] | None = None,
     seed: int = 0,
+    control: Mapping | None = None,
 ) -> str:
     """The name of an entry: a hash of all that decides its tensors, and of nothing else (so not of the file's name).
 
-    `seed` counts only where the geometry draws a random window.
+    `seed` counts only where the geometry draws a random window. `control` is that of a VACE sample, with hashes in
+    place of its files.
     """
-    drawn = seed if geometry is not None and geometry.window == "random" else None
-    parts = [PIXELS, video_sha256, asdict(geometry) if geometry else None, encoder, list(captions), cut, drawn]
+    shape = asdict(geometry) if geometry else None
+    if shape and shape["rule"] == "window":
+        del shape["rule"], shape["keep_last"]  # entries keep the names that they had when there was one rule
+    drawn = seed if shape and "rule" not in shape and shape["window"] == "random" else None
+    parts = [PIXELS, video_sha256, shape, encoder, list(captions), cut, drawn]
+    if control is not None:
+        parts.append(dict(control))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -193,26 +200,30 @@ class FeatureCache:
         return found
 
     def identify(self, samples: Iterable[Sample], threads: int = 8) -> Iterator[Sample]:
-        """The samples with `content`, the hash of their file: remembered from the store where path, size and time stamp
-        are the same, else computed, several files at a time. One whose file cannot be read comes back without.
+        """The samples with `contents`, the hashes of their files: remembered from the store where path, size and time
+        stamp are the same, else computed, several files at a time. One with a file that cannot be read comes back
+        without.
         """
         self.refresh()
-        known = {
-            tuple(meta["source"]): meta["sha256"]
-            for _, meta in self._entries.values()
-            if {"source", "sha256"} <= meta.keys()
-        }
+        known: dict[tuple[str, int, int], str] = {}
+        for _, meta in self._entries.values():
+            if {"source", "sha256"} <= meta.keys():
+                known[tuple(meta["source"])] = meta["sha256"]
+            known.update({tuple(stamp): sha256 for *stamp, sha256 in meta.get("control", ())})
+
+        def content(file: Path) -> Content:
+            stamp = file_stamp(file)
+            found = Content(stamp, known[stamp]) if stamp in known else fingerprint(file)
+            known[found.stamp] = found.sha256
+            return found
 
         def identified(sample: Sample) -> Sample:
-            if sample.content is not None:
+            if sample.contents is not None:
                 return sample
             try:
-                stamp = file_stamp(sample.path)
-                content = Content(stamp, known[stamp]) if stamp in known else fingerprint(sample.path)
+                return replace(sample, contents=tuple(map(content, sample.files)))
             except OSError:
                 return sample
-            known[stamp] = content.sha256
-            return replace(sample, content=content)
 
         with ThreadPoolExecutor(threads) as pool:
             yield from pool.map(identified, samples)
@@ -222,10 +233,11 @@ class FeatureCache:
         keys: dict[str, str] = {}
         done, todo, repeated, failed, asked = [], [], [], [], set()
         for sample in self.identify(samples):
-            if sample.content is None:
-                failed.append((sample, _unreadable(sample.path)))
+            if sample.contents is None:
+                failed.append((sample, _unreadable(sample.files)))
                 continue
-            key = content_key(sample.content.sha256, geometry, encoder, sample.captions, sample.cut, seed)
+            video, control = sample.contents[0].sha256, _control(sample)
+            key = content_key(video, geometry, encoder, sample.captions, sample.cut, seed, control)
             keys[sample.id] = key
             (done if key in self else repeated if key in asked else todo).append(sample)
             asked.add(key)
@@ -279,12 +291,23 @@ class FeatureCache:
         }
 
 
-def _unreadable(path: Path) -> str:
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        return f"{path}: {error.strerror}"
-    return f"{path}: could not be read to its end"
+def _control(sample: Sample) -> dict | None:
+    """The control of a sample, with hashes in place of its files."""
+    if sample.control is None:
+        return None
+    hashes = [content.sha256 for content in sample.contents[1:]]
+    source = hashes.pop(0) if sample.control.source else None
+    mask = hashes.pop(0) if sample.control.mask else None
+    return {"source": source, "mask": mask, "references": hashes}
+
+
+def _unreadable(files: Sequence[Path]) -> str:
+    for path in files:
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            return f"{path}: {error.strerror}"
+    return f"{', '.join(map(str, files))}: could not be read to the end"
 
 
 def _jsonl(records) -> bytes:

@@ -2,17 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mm_data import random
 from mm_data.files import file_stamp, fingerprint
-from mm_data.geometry import Geometry, choose_frames, clip_rate, crop_box, output_size, resample
-from mm_data.manifest import Sample
-from mm_data.transforms import crop_resize, to_model_range
-from mm_data.video import probe, read_video
+from mm_data.geometry import Geometry, crop_box
+from mm_data.images import pad_to, read_image
+from mm_data.layout import Layout, lay_out
+from mm_data.manifest import Control, Sample
+from mm_data.transforms import crop_resize, to_mask, to_model_range
+from mm_data.video import VideoInfo, read_video
 
 
 class Clip(TypedDict):
@@ -23,6 +27,10 @@ class Clip(TypedDict):
     captions: tuple[str, ...]
     fps: float  # of the clip, after resampling
     meta: dict  # JSON: where the clip comes from; what `FeatureCache.put` wants
+    # of a VACE sample only:
+    source: NotRequired[Tensor]  # 3 F H W in [-1, 1]; 0 where the sample has none
+    mask: NotRequired[Tensor]  # 1 F H W in 0..1, 1 where pixels change; 1 where the sample has none
+    references: NotRequired[list[Tensor]]  # 3 H W in [-1, 1] each, whole and padded with white
 
 
 @dataclass(frozen=True)
@@ -69,33 +77,43 @@ class VideoDataset(Dataset):
             raise ValueError(f"sample {sample.id}: {error}") from error
 
     def _decode(self, sample: Sample) -> Clip:
-        info = probe(sample.path)
-        content = sample.content or fingerprint(sample.path)
-        if content.stamp != file_stamp(sample.path):
-            raise ValueError(f"{sample.path} was changed while it was in use")
-        size = output_size(info.height, info.width, self.geometry, info.pixel_aspect)
-        box = crop_box(info.height, info.width, size, info.pixel_aspect)
-        first, end = sample.cut or (0, info.num_frames)
-        if first >= info.num_frames or end > info.num_frames:
-            raise ValueError(f"{sample.path} has {info.num_frames} frames: it cannot be cut to [{first}, {end})")
-        shown = info.timestamps[first:end] - info.timestamps[first]
-        name = f"{content.sha256}[{first}:{end}]"
-        chosen = choose_frames(
-            first + resample(shown, self.geometry.fps),
-            self.geometry,
-            lambda n: random.integer(n, self.seed, 0, name, "window"),
-        )
-        clip = read_video(info, chosen, backend=self.backend, each=lambda frame: crop_resize(frame, box, size))
-        return Clip(
+        layout = lay_out(sample, self.geometry)
+        contents = sample.contents or tuple(map(fingerprint, sample.files))
+        for content, file in zip(contents, sample.files, strict=True):
+            if content.stamp != file_stamp(file):
+                raise ValueError(f"{file} was changed while it was in use")
+        video, *rest = contents
+        name = f"{video.sha256}[{layout.span[0]}:{layout.span[1]}]"
+        chosen = layout.choose(self.geometry, lambda n: random.integer(n, self.seed, 0, name, "window"))
+        clip = Clip(
             id=sample.id,
-            video=to_model_range(clip.frames),
+            video=to_model_range(self._pixels(layout.video, chosen, layout.size)),
             captions=sample.captions,
-            fps=clip_rate(shown, self.geometry.fps) or info.fps,
+            fps=layout.fps,
             meta={
                 "id": sample.id,
                 "captions": list(sample.captions),
-                "source": list(content.stamp),
-                "sha256": content.sha256,
+                "source": list(video.stamp),
+                "sha256": video.sha256,
                 "frames": chosen.tolist(),
             },
         )
+        if sample.control:
+            self._add_control(clip, sample.control, layout, chosen)
+            clip["meta"]["control"] = [[*content.stamp, content.sha256] for content in rest]
+        return clip
+
+    def _add_control(self, clip: Clip, control: Control, layout: Layout, chosen: np.ndarray) -> None:
+        source, mask = layout.control.get("source"), layout.control.get("mask")
+        pixels = None if source is None else self._pixels(source, chosen, layout.size)
+        clip["source"] = torch.zeros_like(clip["video"]) if pixels is None else to_model_range(pixels)
+        pixels = None if mask is None else self._pixels(mask, chosen, layout.size, channels=1)
+        clip["mask"] = torch.ones_like(clip["video"][:1]) if pixels is None else to_mask(pixels)
+        clip["references"] = [pad_to(read_image(path), layout.size) for path in control.references]
+
+    def _pixels(self, info: VideoInfo, chosen: np.ndarray, size: tuple[int, int], channels: int = 3) -> np.ndarray:
+        """F H W C uint8."""
+        box = crop_box(info.height, info.width, size, info.pixel_aspect)
+        return read_video(
+            info, chosen, backend=self.backend, each=lambda frame: crop_resize(frame[..., :channels], box, size)
+        ).frames

@@ -29,6 +29,10 @@ class Geometry:
     Size: `max_height` x `max_width`; or if `dynamic` the video's own shape, shrunk to at most `max_area` pixels and cut
     to multiples of `stride` (VAE 8 x patch 2). Videos of less than `min_area` pixels, or whose aspect differs from the
     wanted one (if dynamic: from square) by more than a factor of `max_aspect`, do not fit.
+
+    All this is rule "window". Rule "vace" is the one that VACE was trained with, see `mm_data.vace`: clips begin at the
+    start (or with `keep_last` span the whole video), sizes are dynamic, and `num_frames` and the largest area set the
+    number of tokens; no aspect is refused, nor any size unless `min_area` is given.
     """
 
     num_frames: int = 81
@@ -42,6 +46,8 @@ class Geometry:
     min_area: int | None = None  # None: a quarter of the largest area
     max_aspect: float = 2.0
     stride: int = 16
+    rule: Literal["window", "vace"] = "window"
+    keep_last: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "min_frames"):
@@ -56,6 +62,10 @@ class Geometry:
             raise ValueError(f"min_frames={self.min_frames} is more than num_frames={self.num_frames}")
         if self.fps is not None and not self.fps > 0:
             raise ValueError(f"fps={self.fps} must be positive, or None for the video's own")
+        if self.rule not in ("window", "vace"):
+            raise ValueError(f"rule={self.rule!r} must be window or vace")
+        if self.keep_last and self.rule != "vace":
+            raise ValueError("keep_last belongs to rule vace: set rule=vace, or leave it out")
         if self.window not in ("random", "start", "center"):
             raise ValueError(f"window={self.window!r} must be random, start or center")
         if self.stride < 1:
@@ -67,7 +77,7 @@ class Geometry:
                 raise ValueError(
                     f"{name}={n} is not a multiple of stride={self.stride}: use {near} or {near + self.stride}"
                 )
-        if self.max_area is not None and not self.dynamic:
+        if self.max_area is not None and not self.dynamic and self.rule != "vace":
             raise ValueError(
                 f"max_area={self.max_area} is for dynamic sizes: set dynamic, or leave it out, "
                 f"the size is {self.max_height} x {self.max_width}"
@@ -82,7 +92,8 @@ class Geometry:
     def area_range(self) -> tuple[int, int]:
         """Smallest and largest number of pixels of a frame."""
         largest = self.max_area or self.max_height * self.max_width
-        return (largest // 4 if self.min_area is None else self.min_area), largest
+        least = largest // 4 if self.rule == "window" else 0
+        return (least if self.min_area is None else self.min_area), largest
 
 
 def output_size(height: int, width: int, geometry: Geometry, pixel_aspect: Fraction = Fraction(1)) -> tuple[int, int]:

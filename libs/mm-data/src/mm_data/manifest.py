@@ -7,15 +7,32 @@
 
 Only `path` is required here. `cap` may be a list, of which training draws one. Facts that are absent are read from the
 file when it is decoded.
+
+A sample of VACE has `video` in place of `path`, and beside it, each of them absent or null where there is none:
+
+                 {"video": "videos/1.mp4", "cap": "a cat", "src_video": "src_videos/1.mp4",
+                 "src_video_mask": "src_video_mask/1.mp4", "src_ref_images": ["src_ref_images/1.jpg"]}
 """
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mm_data.files import Content
+
+
+@dataclass(frozen=True)
+class Control:
+    """What VACE is told besides the caption: a source video to follow or to edit, a mask video of where it changes
+    (white), and reference pictures. Frame n of source and mask belongs to frame n of the sample's video.
+    """
+
+    source: Path | None = None
+    mask: Path | None = None
+    references: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,7 +49,16 @@ class Sample:
     height: int | None = None
     width: int | None = None
     cut: tuple[int, int] | None = None
-    content: Content | None = None  # known once a plan has read the file
+    control: Control | None = None  # of a VACE sample; without source, mask and references all is to be made up
+    contents: tuple[Content, ...] | None = None  # of `files`, in their order, once a plan has read them
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that the sample is made from: the video, then source, mask and references where it has them."""
+        if self.control is None:
+            return (self.path,)
+        given = (self.control.source, self.control.mask, *self.control.references)
+        return (self.path, *(path for path in given if path is not None))
 
 
 def read_manifest(path: str | Path) -> list[Sample]:
@@ -152,9 +178,16 @@ def _sample(record: Any, folder: Path, where: str, count: Counter[str]) -> Sampl
 
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object with path and cap, found {record!r}")
-    path = get("path", str)
-    if not path:
-        raise ValueError(f"{where}: no path")
+    path, video = get("path", str), get("video", str)
+    if path and video:
+        raise ValueError(f"{where}: both path ({path!r}) and video ({video!r}, of VACE): keep one of them")
+    control = _control(get, folder, where)
+    if path and control != Control():
+        raise ValueError(
+            f"{where}: the src_ keys belong to a sample of VACE: name its video {path!r} `video`, not path"
+        )
+    if not (name := path or video):
+        raise ValueError(f"{where}: no path (of a plain sample) and no video (of VACE)")
     captions = get("cap", (str, list), [])
     captions = [captions] if isinstance(captions, str) else captions
     if not all(isinstance(caption, str) for caption in captions):
@@ -167,15 +200,30 @@ def _sample(record: Any, folder: Path, where: str, count: Counter[str]) -> Sampl
     cut = get("cut", list)
     if cut is not None and (len(cut) != 2 or not all(isinstance(c, int) for c in cut) or not 0 <= cut[0] < cut[1]):
         raise ValueError(f"{where}: cut is {cut!r}; it must be [first, end) in frames with 0 <= first < end")
-    name = path if cut is None else f"{path}[{cut[0]}:{cut[1]}]"
+    file, name = name, name if cut is None else f"{name}[{cut[0]}:{cut[1]}]"
     count[name] += 1
     return Sample(
         id=name if count[name] == 1 else f"{name}#{count[name]}",
-        path=folder / path,
+        path=folder / file,
         captions=tuple(caption for caption in captions if caption.strip()),
         num_frames=frames,
         fps=fps,
         height=get("height", int, of=resolution),
         width=get("width", int, of=resolution),
         cut=tuple(cut) if cut else None,
+        control=control if video else None,
+    )
+
+
+def _control(get: Callable[..., Any], folder: Path, where: str) -> Control:
+    """`get` reads a key of the record."""
+    references = get("src_ref_images", (str, list), [])
+    references = [references] if isinstance(references, str) else references
+    if not all(isinstance(reference, str) and reference for reference in references):
+        raise ValueError(f"{where}: src_ref_images is {references!r}; it must be a list of paths, or null")
+    source, mask = get("src_video", str), get("src_video_mask", str)
+    return Control(
+        source=folder / source if source else None,
+        mask=folder / mask if mask else None,
+        references=tuple(folder / reference for reference in references),
     )

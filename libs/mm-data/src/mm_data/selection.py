@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mm_data.geometry import Geometry, Unfit, clip_length, output_size
+from mm_data.layout import check_control
 from mm_data.manifest import Sample
 
 
@@ -30,6 +31,8 @@ class Selection:
     @property
     def short(self) -> dict[str, int]:
         """Length of the clip, by id, of every kept sample that has fewer frames than the geometry's num_frames."""
+        if self.geometry.rule == "vace":
+            return {}  # there a clip's length also depends on its size, which annotations of VACE do not give
         available = {sample.id: _available(sample, self.geometry) for sample in self.kept}
         lengths = {name: clip_length(n, self.geometry) for name, n in available.items() if n is not None}
         return {name: length for name, length in lengths.items() if length < self.geometry.num_frames}
@@ -52,7 +55,8 @@ class Selection:
 def select(samples: Sequence[Sample], geometry: Geometry) -> Selection:
     """Split samples by whether they suit `geometry`. What an annotation leaves out is not judged here but at decoding.
 
-    Reasons: missing_file, no_caption, no_resolution, resolution_too_small, aspect_mismatch, too_short.
+    Reasons: missing_file, mask_without_source, no_caption, no_resolution, resolution_too_small, aspect_mismatch,
+    too_short. Of the files of a VACE sample all must be there.
     """
     kept, dropped = [], []
     for sample in samples:
@@ -65,10 +69,14 @@ def select(samples: Sequence[Sample], geometry: Geometry) -> Selection:
 
 
 def _check(sample: Sample, geometry: Geometry) -> None:
-    if not sample.path.is_file():
-        raise Unfit("missing_file", f"{sample.path} is {'a folder' if sample.path.is_dir() else 'not there'}")
+    for file in sample.files:
+        if not file.is_file():
+            raise Unfit("missing_file", f"{file} is {'a folder' if file.is_dir() else 'not there'}")
+    check_control(sample)
     if not sample.captions:
         raise Unfit("no_caption", "cap is empty or absent")
+    if geometry.rule == "vace":
+        return
     if sample.height is not None and sample.width is not None:
         output_size(sample.height, sample.width, geometry)
     frames = _available(sample, geometry)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def crop_resize(frame: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
-    """H W 3 uint8 -> h w 3 uint8: cut out `box` (top, left, height, width), scale to `size` (bilinear, antialiased).
+    """H W C uint8 -> h w C uint8: cut out `box` (top, left, height, width), scale to `size` (bilinear, antialiased).
 
     Pixel centres are kept in place (align_corners=False): MindSpeed-MM's align_corners stretches the picture by
     (n-1)/n, differently for every source size. Also unlike there, one crop serves the clip and its condition frames.
@@ -17,7 +17,7 @@ def crop_resize(frame: np.ndarray, box: tuple[int, int, int, int], size: tuple[i
     if (height, width) == size:
         return np.ascontiguousarray(piece)
     # numpy's negative strides (turned frames) have no counterpart in torch
-    planes = torch.from_numpy(np.ascontiguousarray(piece)).permute(2, 0, 1)[None]  # 1 3 H W
+    planes = torch.from_numpy(np.ascontiguousarray(piece)).permute(2, 0, 1)[None]  # 1 C H W
     planes = F.interpolate(planes, size=size, mode="bilinear", antialias=True, align_corners=False)
     return planes[0].permute(1, 2, 0).contiguous().numpy()
 
@@ -31,6 +31,11 @@ def to_model_range(frames: np.ndarray) -> Tensor:
         .div_(127.5)
         .sub_(1.0)
     )
+
+
+def to_mask(frames: np.ndarray) -> Tensor:
+    """F H W 1 uint8 -> 1 F H W float32 in 0..1."""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
 
 
 def to_uint8(video: Tensor) -> np.ndarray:

@@ -1,0 +1,92 @@
+"""What the clip of a sample will be, as the packets of its files tell: nothing is decoded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mm_data.geometry import Geometry, Unfit, choose_frames, clip_length, clip_rate, output_size, resample
+from mm_data.manifest import Sample
+from mm_data.vace import vace_clip
+from mm_data.video import VideoInfo, probe
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The frames and the size of a clip, but for the draw of a random window."""
+
+    video: VideoInfo
+    control: dict[str, VideoInfo]  # "source" and "mask", where the sample has them
+    span: tuple[int, int]  # [first, end): the frames that all of them have
+    available: np.ndarray  # indices of the frames to choose from
+    length: int  # of the clip
+    size: tuple[int, int]
+    fps: float
+
+    def choose(self, geometry: Geometry, draw: Callable[[int], int]) -> np.ndarray:
+        """The indices of the clip's frames; `draw(n)` gives an integer in [0, n)."""
+        return self.available if geometry.rule == "vace" else choose_frames(self.available, geometry, draw)
+
+
+def lay_out(sample: Sample, geometry: Geometry) -> Layout:
+    """Look into the files of a sample. Raises ValueError, as Unfit where the files are sound but do not suit."""
+    check_control(sample)
+    video, control = probe(sample.path), {}
+    if sample.control:
+        given = {"source": sample.control.source, "mask": sample.control.mask}
+        control = {name: probe(path) for name, path in given.items() if path is not None}
+    first, end = _span(sample, video, list(control.values()))
+    for other in control.values():
+        _check_shape(video, other)
+    shown = video.timestamps[first:end] - video.timestamps[first]
+    if geometry.rule == "vace":
+        chosen, size, fps = vace_clip(shown, video.height, video.width * float(video.pixel_aspect), geometry)
+        return Layout(video, control, (first, end), first + chosen, len(chosen), size, fps)
+    size = output_size(video.height, video.width, geometry, video.pixel_aspect)
+    available = first + resample(shown, geometry.fps)
+    length = clip_length(len(available), geometry)
+    fps = clip_rate(shown, geometry.fps) or video.fps
+    return Layout(video, control, (first, end), available, length, size, fps)
+
+
+def check_control(sample: Sample) -> None:
+    """Unfit for a mask without a source. (MindSpeed-MM ignores such a mask, and all is made up.)"""
+    if sample.control and sample.control.mask and not sample.control.source:
+        raise Unfit(
+            "mask_without_source",
+            f"src_video_mask {sample.control.mask} masks no src_video: to learn to fill it in, name the video itself "
+            "as src_video, else leave the mask out",
+        )
+
+
+def _span(sample: Sample, video: VideoInfo, others: list[VideoInfo]) -> tuple[int, int]:
+    """[first, end) of the frames that the video, source and mask all have.
+
+    Files that belong together may differ by the frame or two that encoders add or lose. More means that frame n of one
+    is not frame n of the other.
+    """
+    if sample.cut:
+        first, end = sample.cut
+        for info in (video, *others):
+            if end > info.num_frames:
+                raise ValueError(f"{info.path} has {info.num_frames} frames: it cannot be cut to [{first}, {end})")
+        return first, end
+    for other in others:
+        if abs(other.num_frames - video.num_frames) > max(1, video.num_frames // 10):
+            raise Unfit(
+                "length_mismatch",
+                f"{other.path} has {other.num_frames} frames, {video.path} has {video.num_frames}: source and mask go "
+                "with the video frame by frame, so write them with as many frames",
+            )
+    return 0, min(info.num_frames for info in (video, *others))
+
+
+def _check_shape(video: VideoInfo, other: VideoInfo) -> None:
+    """Unfit if the two show another part of the picture; their resolutions may differ."""
+    (one, another) = (info.width * float(info.pixel_aspect) / info.height for info in (video, other))
+    if abs(another / one - 1) > 0.05:  # 1280 x 720 and 832 x 480, say, differ by 0.026
+        raise Unfit(
+            "shape_mismatch",
+            f"{other.path} is {other.height} x {other.width}, {video.path} is {video.height} x {video.width}: source "
+            "and mask must have the shape of the video",
+        )
