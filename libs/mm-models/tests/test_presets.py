@@ -5,25 +5,28 @@ from hashlib import md5
 import pytest
 import torch
 
-from mm_models import build, plan, preset, presets
+from mm_models import boundary, build, plan, preset, presets
 from mm_models.initial import initial
+
+T2V_14B = (14_288_491_584, 1095, "aafcfd9672c3a2456dc46e1cb6e52c70")
+I2V_14B = (16_394_878_784, 1303, "6bfcfb3b342cb286ce886889d519a77e")
+VACE_14B = (17_337_592_896, 1331, "7a513e1f257a861512b1afd387a8ecd9")
 
 RELEASED = {  # parameters, tensors, fingerprint of names and shapes as known from the released files
     "wan2.1-t2v-1.3b": (1_418_996_800, 825, "9269f8db9040a9d860eaca435be61814"),
+    "wan2.1-t2v-14b": T2V_14B,
     "wan2.1-i2v-1.3b": (1_564_428_608, 983, "6d6ccde6845b95ad9114ab993d917893"),
-    "wan2.1-t2v-14b": (14_288_491_584, 1095, "aafcfd9672c3a2456dc46e1cb6e52c70"),
-    "wan2.1-i2v-14b-480p": (16_394_878_784, 1303, "6bfcfb3b342cb286ce886889d519a77e"),
-    "wan2.1-i2v-14b-720p": (16_394_878_784, 1303, "6bfcfb3b342cb286ce886889d519a77e"),
+    "wan2.1-i2v-14b-480p": I2V_14B,
+    "wan2.1-i2v-14b-720p": I2V_14B,
+    "wan2.1-flf2v-14b": (16_395_536_704, 1304, "3ef3b1f8e1dab83d5b71fd7b617f859f"),
+    "wan2.2-ti2v-5b": (4_999_787_712, 825, "1f5ab7703c6fc803fdded85ff040c316"),
+    "wan2.2-t2v-a14b": T2V_14B,
+    "wan2.2-i2v-a14b": (14_288_901_184, 1095, "5b013604280dd715f8457c6ed6d6a626"),
+    "vace-1.3b": (2_153_972_032, 1264, "a61453409b67cd3246cf0c3bebad47ba"),
+    "vace-14b": VACE_14B,
+    "vace-a14b": VACE_14B,
 }
-RELATIVES = {  # without a preset so far, but the model can be them
-    "wan2.1-flf2v-14b": ("wan2.1-i2v-14b-720p", {"image_tokens": 514}, "3ef3b1f8e1dab83d5b71fd7b617f859f"),
-    "wan2.2-i2v-a14b": ("wan2.1-t2v-14b", {"in_channels": 36}, "5b013604280dd715f8457c6ed6d6a626"),
-    "wan2.2-ti2v-5b": (
-        "wan2.1-t2v-1.3b",
-        {"dim": 3072, "ffn_dim": 14336, "num_heads": 24, "in_channels": 48, "out_channels": 48},
-        "1f5ab7703c6fc803fdded85ff040c316",
-    ),
-}
+TINY = {"wan-tiny", "wan-tiny-i2v", "wan-tiny-a14b", "wan-tiny-vace"}
 
 
 def fingerprint(model) -> str:
@@ -41,15 +44,15 @@ def test_released(name):
     assert set(dict(model.named_parameters())) == set(model.state_dict()), "buffers would need re-making after meta"
 
 
-@pytest.mark.parametrize("name", RELATIVES)
-def test_relatives(name):
-    base, overrides, expected = RELATIVES[name]
-    assert fingerprint(build(base, device="meta", **overrides)) == expected
-
-
 def test_every_preset_is_known_here():
-    assert set(presets()) == {*RELEASED, "wan-tiny"}
-    assert preset("wan-tiny").head_dim == 32
+    assert set(presets()) == {*RELEASED, *TINY}
+    assert {preset(name).head_dim for name in RELEASED} == {128}
+    assert {preset(name).head_dim for name in TINY} == {32}
+
+
+def test_where_experts_change():
+    pairs = {name: boundary(name) for name in presets() if boundary(name) is not None}
+    assert pairs == {"wan2.2-t2v-a14b": 0.875, "wan2.2-i2v-a14b": 0.9, "vace-a14b": 0.875, "wan-tiny-a14b": 0.875}
 
 
 @pytest.mark.parametrize("name", presets())
@@ -62,6 +65,7 @@ def test_plan_matches_the_model(name):
         islands
     )
     assert not any(".q." in name or "ffn" in name for name in islands)
+    assert all(name in islands for name, _ in model.named_parameters() if "modulation" in name or "norm3" in name)
 
 
 def test_mistakes_are_named():
