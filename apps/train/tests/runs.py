@@ -13,7 +13,14 @@ from mm_train.recipe import load_config
 SMALL = {"dim": 48, "num_heads": 2, "num_layers": 2, "ffn_dim": 64, "text_dim": 8}
 
 
-def write_features(path: Path, count: int = 14, poison: str | None = None) -> Path:
+CONDITIONS = {  # by task: channels (or tokens and width) of what a sample holds besides latents and text
+    "t2v": {},
+    "i2v": {"condition": 16, "image": (257, 32)},
+    "vace": {"control": 32, "control_mask": 64},
+}
+
+
+def write_features(path: Path, count: int = 14, poison: str | None = None, task: str = "t2v") -> Path:
     """Two shapes of clips; the latents of the sample named `poison` are not numbers."""
     random = torch.Generator().manual_seed(0)
     with FeatureCache(path) as cache:
@@ -24,7 +31,11 @@ def write_features(path: Path, count: int = 14, poison: str | None = None) -> Pa
             if name == poison:
                 latents[0, 0, 0, 0] = float("nan")
             texts = {f"text.{k}": torch.randn(3 + i % 4, 8, generator=random) for k in range(1 + i % 2)}
-            cache.put(f"{i:064d}", {"latents": latents, **texts}, {"id": name})
+            extras = {
+                key: torch.randn(size if isinstance(size, tuple) else (size, *latents.shape[1:]), generator=random)
+                for key, size in CONDITIONS[task].items()
+            }
+            cache.put(f"{i:064d}", {"latents": latents, **texts, **extras}, {"id": name})
         cache.put_empty_text(torch.randn(1, 8, generator=random))
         cache.finish()
     return path

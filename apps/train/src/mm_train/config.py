@@ -8,17 +8,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from mm_data import Geometry
 from mm_parallel import MemoryConfig, ParallelConfig
 
 
 @dataclass
 class DataConfig:
-    """Which features are trained on, and in what portions."""
+    """What is trained on, in what portions: features, or videos that are encoded as they are needed."""
 
     features: Path | None = None
     """Directory written by mm_train.extract, or a MindSpeed-MM feature folder."""
+    manifest: Path | None = None
+    """In place of features: data.txt, data.json or .jsonl in the format of the guides."""
+    encoders: Path | None = None
+    """For a manifest: diffusers directory with vae/, text_encoder/ and tokenizer/, image_encoder/ for models with CLIP."""
+    geometry: Geometry = field(default_factory=Geometry)
+    encode_every: int = 8
+    """For a manifest: so many steps are encoded at a time; then the encoders go back to the host, until the next. 0
+    leaves them on the device.
+    """
+    share_encoding: bool = True
+    """For a manifest: ranks that work on the same samples encode a part of them each."""
+    tiling: bool = False
+    """For a manifest: let the VAE work in tiles, with less memory and slightly other numbers at the seams."""
     global_batch: int = 8
     """Samples per optimizer step, over all ranks. Part of the sample stream: a resume keeps it."""
     micro_batch: int = 1
@@ -33,10 +47,18 @@ class DataConfig:
 class ObjectiveConfig:
     """Flow matching (numerics of the guides)."""
 
+    task: Literal["auto", "t2v", "i2v", "flf2v", "ti2v", "vace"] = "auto"
+    """What the model learns to do; auto: what it was made for (t2v for wan2.2-ti2v-5b, which also learns ti2v)."""
     shift: float = 5.0
     """Timestep shift of the training schedule; independent of the shift used for sampling."""
-    range: tuple[float, float] = (0.0, 1.0)
-    """Part of the schedule that is trained, as fractions of its 1000 points from noise to data."""
+    range: tuple[float, float] | None = None
+    """Part of the schedule that is trained, as fractions of its 1000 points from noise to data. By default all of it,
+    or the part of the expert that is trained.
+    """
+    boundary: float | None = None
+    """Noise level (sigma) at which the parts of two experts meet; by default that at which their model was published to
+    switch.
+    """
     weighting: Literal["bsmntw", "none"] = "bsmntw"
     """Loss weight per timestep: a bell around t=500 (DiffSynth, MindSpeed-MM), or none."""
 
@@ -86,8 +108,10 @@ class ValidationConfig:
     features: Path | None = None
     """Features of the validation set; none, no validation."""
     every: int = 500
-    timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
-    """t in 0..1000 at which every sample is measured, each with its own fixed noise."""
+    timesteps: tuple[int, ...] = ()
+    """t in 0..1000 at which every sample is measured, each with its own fixed noise; by default the middles of five
+    equal parts of what is trained (100, 300, 500, 700, 900 where that is everything).
+    """
     max_samples: int = 64
 
 
@@ -123,7 +147,11 @@ class Config:
     """Directory for metrics.jsonl, TensorBoard files, checkpoints, samples and the final weights."""
     recipe: str = ""
     """File of defaults to start from; empty takes the one named like the model, if there is one."""
-    architecture: dict[str, int] = field(default_factory=dict)
+    expert: Literal["high", "low"] | None = None
+    """Of a model that is two experts, which one is trained. Both go into the same --output, one after the other."""
+    trained: tuple[str, ...] = ("*",)
+    """Patterns of the names of parameters that are trained; the others stay as they are, e.g. ["vace_*"]."""
+    architecture: dict[str, Any] = field(default_factory=dict)
     """Fields of the preset to replace, e.g. --architecture '{"num_layers": 4}'."""
     steps: int = 5000
     """Optimizer steps of the whole run."""
@@ -144,12 +172,28 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
+    @property
+    def run_dir(self) -> Path:
+        """Where this run keeps what is its own: the output directory, or the expert's folder in it."""
+        return self.output / self.expert if self.expert else self.output
+
     def check(self) -> None:
         """Raise ValueError for what cannot work, before anything is loaded."""
-        from mm_models import presets
+        from mm_models import boundary, presets
 
         if self.model not in presets():
             raise ValueError(f"unknown model '{self.model}': choose one of {', '.join(presets())}")
+        if boundary(self.model) and not self.expert:
+            raise ValueError(
+                f"{self.model} is two models, for high and for low noise: give --expert high or --expert low, and "
+                "train the other into the same --output afterwards"
+            )
+        if self.expert and not boundary(self.model):
+            raise ValueError(f"--expert {self.expert}: {self.model} is one model, not two experts: leave it out")
+        if not self.trained:
+            raise ValueError('--trained is empty: give patterns of names, e.g. ["vace_*"], or leave it out for all')
+        if self.lora.rank and self.trained != ("*",):
+            raise ValueError("--trained chooses weights, --lora.rank trains adapters beside all: give one of the two")
         if not self.weights:
             raise ValueError(
                 "no starting weights: give --weights with a diffusers directory, original Wan-AI files or one of "
@@ -160,10 +204,7 @@ class Config:
             raise ValueError(
                 f"--weights {self.weights} does not exist (a fresh model has to be asked for: --weights random)"
             )
-        if self.data.features is None:
-            raise ValueError(
-                "no training data: give --data.features with a directory written by `python -m mm_train.extract`"
-            )
+        self._check_data()
         for flag, path in (("data.features", self.data.features), ("validation.features", self.validation.features)):
             if path is not None and not path.is_dir():
                 raise ValueError(
@@ -174,6 +215,7 @@ class Config:
             ("data.global_batch", self.data.global_batch, 1),
             ("data.micro_batch", self.data.micro_batch, 1),
             ("data.workers", self.data.workers, 0),
+            ("data.encode_every", self.data.encode_every, 0),
             ("optim.lr", self.optim.lr, 0),
             ("optim.min_lr", self.optim.min_lr, 0),
             ("optim.warmup", self.optim.warmup, 0),
@@ -196,9 +238,14 @@ class Config:
         for name, value in (("lora.alpha", self.lora.alpha), ("optim.eps", self.optim.eps)):
             if not value > 0:
                 raise ValueError(f"--{name} is {value}; it must be positive")
-        low, high = self.objective.range
+        low, high = self.objective.range or (0, 1)
         if not 0 <= low < high <= 1:
             raise ValueError(f"--objective.range is [{low}, {high}]; it must satisfy 0 <= low < high <= 1")
+        if self.objective.boundary is not None and not (self.expert and 0 < self.objective.boundary < 1):
+            raise ValueError(
+                f"--objective.boundary {self.objective.boundary}: it is for --expert high or low, and a noise level "
+                "between 0 and 1"
+            )
         for name, value in (
             ("data.text_dropout", self.data.text_dropout),
             ("lora.dropout", self.lora.dropout),
@@ -221,12 +268,30 @@ class Config:
                 "--lora.dropout cannot be drawn alike in a pipeline, where micro-batches overlap, nor in exact mode: "
                 "use 0, or no --parallel.pp_layers and no --parallel.exact"
             )
-        if not self.validation.timesteps:
-            raise ValueError("--validation.timesteps is empty: give at least one t between 0 and 1000")
         for t in self.validation.timesteps:
             if not 0 < t < 1000:
                 raise ValueError(f"--validation.timesteps contains {t}; timesteps lie between 0 and 1000")
         self._check_samples()
+
+    def _check_data(self) -> None:
+        data = self.data
+        if (data.features is None) == (data.manifest is None):
+            raise ValueError(
+                f"{'no' if data.features is None else 'two kinds of'} training data: give either --data.features, a "
+                "directory written by `python -m mm_train.extract`, or --data.manifest and --data.encoders, to encode "
+                "the videos while training"
+            )
+        if data.features is not None:
+            given = {"encoders": data.encoders is not None, "geometry": data.geometry != Geometry()}
+            for name in (name for name, given in given.items() if given):
+                raise ValueError(f"--data.{name} is for --data.manifest: features were encoded by mm_train.extract")
+        elif not data.manifest.is_file():
+            raise ValueError(f"--data.manifest {data.manifest} is not a file: give a data.txt, data.json or .jsonl")
+        elif data.encoders is None or not data.encoders.is_dir():
+            raise ValueError(
+                "--data.manifest needs --data.encoders, the diffusers directory with vae/, text_encoder/ and "
+                f"tokenizer/ (got {data.encoders})"
+            )
 
     def _check_samples(self) -> None:
         if not self.sample.prompts:

@@ -18,13 +18,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from mm_convert import save_checkpoint
+from mm_convert import save_checkpoint, write_experts
 from mm_convert.arguments import parse
-from mm_models import build
+from mm_models import boundary, build
 from mm_models.lora import LoRAConfig, write_lora
 from mm_train.checkpoint import latest
 from mm_train.command import run
 from mm_train.config import Config
+from mm_train.setup import Start
 
 
 @dataclass
@@ -82,6 +83,25 @@ class Saved(Mapping[str, Tensor]):
         return len(self.entries)
 
 
+class Completed(Mapping[str, Tensor]):
+    """The tensors that were trained, and for all others those that the run started from."""
+
+    def __init__(self, trained: Saved, start: Start):
+        self.trained, self.start = trained, start
+
+    def meta(self, name: str) -> Tensor:
+        return self.trained.meta(name) if name in self.trained.entries else self.start[name].to("meta")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.trained[name] if name in self.trained.entries else self.start[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.start)
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
 def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = False) -> Path:
     """Write the weights of `checkpoint` to the directory `output` and return it."""
     if (checkpoint / "checkpoints").is_dir():
@@ -95,21 +115,30 @@ def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = 
     if lora["rank"]:
         adapter = LoRAConfig(lora["rank"], lora["alpha"], lora["dropout"], tuple(lora["targets"]))
         return write_lora(output, tensors, adapter, base=settings["weights"], overwrite=overwrite)
-    config = build(settings["model"], device="meta", **settings["architecture"]).config
-    save_checkpoint(output, tensors, asdict(config), overwrite=overwrite)
+    model = build(settings["model"], device="meta", **settings["architecture"])
+    whole = tensors
+    if settings["trained"] != ["*"]:
+        whole = Completed(tensors, Start(model, settings["weights"], settings.get("expert"), settings["seed"]))
+    config = asdict(model.config)
+    if not model.config.vace_layers:
+        del config["vace_layers"], config["control_channels"]
+    save_checkpoint(output, whole, config, overwrite=overwrite)
     return output
 
 
 def export_final(config: Config, checkpoint: Path, leader: bool) -> Path:
-    """What a finished run leaves: `weights/` (or `adapter/`), and `-ema` beside it where an average was kept.
+    """What a finished run leaves: `weights/` (or `adapter/`), and `-ema` beside it where an average was kept. Those of
+    two experts lie beside each other in it.
 
     The first rank writes, the others are done: they do not wait, as that could take longer than any timeout.
     """
     output = config.output / ("adapter" if config.lora.rank else "weights")
-    if leader:
-        export(checkpoint, output, overwrite=True)
-        if config.optim.ema:
-            export(checkpoint, output.with_name(f"{output.name}-ema"), ema=True, overwrite=True)
+    averaged = (False, True) if config.optim.ema else (False,)
+    for ema in averaged if leader else ():
+        target = output.with_name(f"{output.name}-ema") if ema else output
+        if config.expert:  # both experts are one artifact
+            target = write_experts(target, boundary(config.model))[config.expert]
+        export(checkpoint, target, ema=ema, overwrite=True)
     return output
 
 

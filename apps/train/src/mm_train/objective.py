@@ -6,7 +6,8 @@ on the same (timestep, noise) whatever the rank, the world size, the micro-batch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,47 @@ from torch import Tensor
 
 from mm_data import Batch
 from mm_data.random import generator
-from mm_models.diffusion.flow import FlowMatching
+from mm_models import boundary
+from mm_models.diffusion.flow import FlowMatching, expert_range
+from mm_models.wan import WanConfig
+from mm_models.wan.conditions import Task, hold, inputs, learned_frames, tasks
+from mm_train.config import Config
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a model is trained to do."""
+
+    model: WanConfig
+    task: Task
+    flow: FlowMatching
+
+    def inputs(
+        self, noisy: Tensor, clean: Tensor, t: Tensor, text: Tensor, extras: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What the model is called with. Texts are padded as the model would: then all have one shape."""
+        text = F.pad(text, (0, 0, 0, self.model.text_tokens - text.shape[1]))
+        conditions = extras if self.task != "ti2v" else {"first": clean[:, :, :1]}
+        noisy = hold(self.task, noisy, conditions)
+        return inputs(self.model, self.task, noisy, t, text, conditions)
+
+    def learned(self, x: Tensor) -> Tensor:
+        """The latent frames of a prediction or a target that count."""
+        return x[:, :, learned_frames(self.task)]
+
+
+def objective(config: Config, model: WanConfig) -> Objective:
+    """The objective of a run. ValueError for a task that the model was not made for."""
+    can = tasks(model)
+    task = can[0] if config.objective.task == "auto" else config.objective.task
+    if task not in can:
+        trainable = [other for other in can if other != "v2v"]  # which only begins otherwise
+        raise ValueError(f"--objective.task {task}: {config.model} can be trained for {', '.join(trainable)}")
+    o = config.objective
+    part = o.range or (0.0, 1.0)
+    if config.expert and o.range is None:
+        part = expert_range(config.expert, o.boundary or boundary(config.model), o.shift)
+    return Objective(model, task, FlowMatching(o.shift, part, o.weighting))
 
 
 def draw(batch: Batch, flow: FlowMatching, seed: int) -> tuple[Tensor, Tensor]:
@@ -31,20 +72,18 @@ class Work:
     """The micro-batches of one step, as `mm_parallel.forward_backward` asks for them.
 
     A pipeline asks for inputs on its first stage and for losses on its last; draws are made where they are needed.
-    Texts are padded to `text_rows`, as the model would: then all micro-batches of a step have one shape.
     """
 
     def __init__(
         self,
         micro: Sequence[Batch],
-        flow: FlowMatching,
+        objective: Objective,
         seed: int,
         device: torch.device,
-        text_rows: int,
         before: Callable[[int], None] = lambda number: None,
     ):
-        self.micro, self.flow, self.seed, self.device, self.before = micro, flow, seed, device, before
-        self.text_rows = text_rows
+        self.micro, self.objective, self.seed, self.device, self.before = micro, objective, seed, device, before
+        self.flow = objective.flow
         self.drawn: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _draw(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,12 +99,14 @@ class Work:
         self.before(number)
         clean, index, noise = self._draw(number)
         t = self.flow.timesteps.to(self.device)[index]
-        text = self.micro[number].text.to(self.device)
-        text = F.pad(text, (0, 0, 0, self.text_rows - text.shape[1]))
-        return {"video": self.flow.noised(clean, noise, index), "t": t, "text": text}
+        batch = self.micro[number]
+        extras = {name: tensor.to(self.device) for name, tensor in batch.extras.items()}
+        noisy = self.flow.noised(clean, noise, index)
+        return self.objective.inputs(noisy, clean, t, batch.text.to(self.device), extras)
 
     def losses(self, prediction: Tensor, number: int) -> Tensor:
         """Weighted flow-matching loss of every sample: B, float32."""
         clean, index, noise = self._draw(number)
         del self.drawn[number]
-        return self.flow.loss(prediction, self.flow.target(clean, noise), index)
+        learned = self.objective.learned
+        return self.flow.loss(learned(prediction), learned(self.flow.target(clean, noise)), index)

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from mm_data import write_video
 from mm_models.diffusion.sampling import denoise, noise
 from mm_models.encoders import TextEncoder, VideoVAE
+from mm_models.wan import WanConfig
 from mm_parallel import Pipeline
 from mm_parallel.mesh import data_rank, speaks
 from mm_train.config import Config
@@ -44,7 +45,7 @@ class Samples:
         """Write this rank's share of the videos; returns their directory. Uses the averaged weights where there are
         some.
         """
-        directory = self.config.output / "samples" / f"step-{step:08d}"
+        directory = self.config.run_dir / "samples" / f"step-{step:08d}"
         directory.mkdir(parents=True, exist_ok=True)
         vae = VideoVAE(self.options.encoders, device=self.device, dtype=torch.float32)
         count = len(self.options.prompts)
@@ -52,7 +53,7 @@ class Samples:
             # A sharded model is run by all ranks together: those without a prompt left repeat one and throw it away.
             for start in range(0, count, self.ranks):
                 number = start + self.rank
-                latents = self._denoise(run, vae, self.texts[min(number, count - 1)])
+                latents = self._denoise(run, model.config, vae, self.texts[min(number, count - 1)])
                 if number < count and self.speaks:
                     made_with = asdict(self.options) | {"prompt": self.options.prompts[number], "step": step}
                     made_with["encoders"] = str(self.options.encoders)
@@ -60,13 +61,16 @@ class Samples:
                     write_video(directory / f"{number:03d}.mp4", frames, self.options.fps, made_with)
         return directory
 
-    def _denoise(self, model: nn.Module | Pipeline, vae: VideoVAE, text: torch.Tensor) -> torch.Tensor:
+    def _denoise(
+        self, model: nn.Module | Pipeline, config: WanConfig, vae: VideoVAE, text: torch.Tensor
+    ) -> torch.Tensor:
         o = self.options
         return denoise(
             model,
             noise(o.seed, vae.latent_shape(o.frames, o.height, o.width), self.device)[None],
             text[None].to(self.device),
             self.texts[-1][None].to(self.device),
+            config=config,
             steps=o.steps,
             guidance=o.guidance,
             flow_shift=o.flow_shift,

@@ -6,7 +6,8 @@ import hashlib
 import json
 import shutil
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,39 +16,53 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from mm_convert import Checkpoint, open_checkpoint
+from mm_convert import Checkpoint, open_checkpoint, open_experts
 from mm_convert.arguments import dump
 from mm_data import FeatureDataset
 from mm_models import build, plan
-from mm_models.initial import initial
+from mm_models.diffusion.flow import POINTS
+from mm_models.initial import control_from, initial
 from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora
 from mm_models.wan import WanConfig
+from mm_models.wan.conditions import stored
 from mm_parallel import Pipeline, load_parameters, parallelize
 from mm_parallel.mesh import describe, place, size
 from mm_parallel.weights import allocate
 from mm_train.checkpoint import latest
 from mm_train.config import Config
+from mm_train.objective import Objective
 from mm_train.ranks import gathered
 
 # Settings that are part of what a checkpoint means: with another value the rest of the run would be another run.
-FIXED = ("model", "architecture", "seed", "data.global_batch", "lora.rank", "lora.alpha", "lora.targets")
+FIXED = (
+    "model",
+    "expert",
+    "architecture",
+    "trained",
+    "seed",
+    "data.global_batch",
+    "objective.task",
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
+)
 
 
 def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     """(The checkpoint that this run continues, what was changed since). ValueError where it would be another run."""
-    found = latest(config.output / "checkpoints")
+    found = latest(config.run_dir / "checkpoints")
     if found is None:
         return None, []
     if config.checkpoint.resume == "never":
         raise ValueError(
-            f"{config.output} holds a run ({found.name}) and --checkpoint.resume is never: choose another "
+            f"{config.run_dir} holds a run ({found.name}) and --checkpoint.resume is never: choose another "
             "--output, or delete it"
         )
     saved, now = _flat(tomllib.loads((found / "config.toml").read_text())), _flat(tomllib.loads(dump(config)))
     changed = {key: (saved.get(key), now.get(key)) for key in saved | now if saved.get(key) != now.get(key)}
-    # An adapter means nothing without the base that it was trained on.
-    fixed = (*FIXED, "weights") if config.lora.rank else FIXED
+    # What is trained means nothing without the rest that it was trained beside.
+    fixed = (*FIXED, "weights") if has_frozen(config) else FIXED
     for key, (old, new) in changed.items():
         average_appears_or_goes = key == "optim.ema" and not (old and new)
         if average_appears_or_goes or any(key == f or key.startswith(f"{f}.") for f in fixed):
@@ -61,19 +76,31 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     return found, [f"{key} {old} -> {new}" for key, (old, new) in changed.items()]
 
 
-def check_features(dataset: FeatureDataset, config: Config) -> None:
-    """Raise ValueError where the features are not those of the model."""
-    item, shape = dataset[0], build(config.model, device="meta", **config.architecture).config
+def has_frozen(config: Config) -> bool:
+    """Whether a run trains only a part of its model, so that its checkpoints hold only that."""
+    return bool(config.lora.rank) or config.trained != ("*",)
+
+
+def check_features(dataset: FeatureDataset, config: Config, goal: Objective) -> None:
+    """Raise ValueError where the features are not those of the model and its task."""
+    item, shape = dataset[0], goal.model
     channels, text = item["latents"].shape[0], item["text"][0].shape[-1]
     if channels != shape.out_channels or text != shape.text_dim:
         raise ValueError(
             f"{dataset.path} holds latents of {channels} channels and text of width {text}; "
             f"{config.model} takes {shape.out_channels} and {shape.text_dim}: extract again with its own encoders"
         )
-    if shape.in_channels != shape.out_channels:
+    needed = stored(shape, goal.task)
+    found = {name: tensor.shape[0] for name, tensor in item["extras"].items()}
+    wrong = [
+        f"{name} {found.get(name, 'missing')} instead of {size}"
+        for name, size in needed.items()
+        if found.get(name) != size
+    ]
+    if wrong:
         raise ValueError(
-            f"{config.model} takes {shape.in_channels} channels, {shape.in_channels - shape.out_channels} of them "
-            "conditions, and these features hold none: only text-to-video models can be trained so far"
+            f"{dataset.path} does not hold what {config.model} is conditioned on for {goal.task} ({', '.join(wrong)}): "
+            f"extract with --model {config.model} --task {goal.task}"
         )
 
 
@@ -89,7 +116,7 @@ def check_dataset(progress: dict[str, Any], dataset: FeatureDataset, config: Con
         raise ValueError(
             f"the samples in {config.data.features} have changed since this run was saved, so its position in "
             "them means nothing. "
-            f"Start a new run from its weights: --output another/ --weights {config.output}/weights "
+            f"Start a new run from its weights: --output another/ --weights {config.run_dir}/weights "
             f"(`python -m mm_train.export` writes them from a checkpoint)"
         )
 
@@ -115,9 +142,11 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
     if config.lora.rank:
         cast_weights(model, dtype)  # a frozen base needs no float32 masters
         add_lora(model, LoRAConfig(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets))
+    elif has_frozen(config):
+        freeze(model, config.trained, dtype)
     sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (True, False)]
     check_space(sizes[1], config)
-    source = None if continuing and not config.lora.rank else Start(config, model)
+    source = None if continuing and not has_frozen(config) else Start(model, config.weights, config.expert, config.seed)
     named = {name for name, p in model.named_parameters() if p.requires_grad}
     cut = (plan(model), mesh, config.parallel, config.memory, dtype)
     pipelined = size(mesh, "pp") > 1
@@ -126,7 +155,7 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
     if idle:
         raise ValueError(
             f"pipeline stages {sorted(set(idle))} would hold nothing that is trained: "
-            "choose other --parallel.pp_layers, or --lora.targets in every block"
+            "choose other --parallel.pp_layers, or train something in every stage (--lora.targets, --trained)"
         )
     if source is None:
         allocate(model, device, config.memory.offload_params)
@@ -140,24 +169,58 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
     return Built(model.train(), run, *sizes)
 
 
+def freeze(model: nn.Module, trained: Sequence[str], dtype: torch.dtype) -> None:
+    """Leaves only the parameters that a pattern names to be trained; the others need no float32 masters.
+
+    ValueError for a pattern that names none.
+    """
+    frozen = dict(model.named_parameters())
+    for pattern in trained:
+        named = [name for name in model.state_dict() if fnmatch(name, pattern)]
+        if not named:
+            raise ValueError(
+                f"--trained {pattern!r} names no parameter; there are {', '.join(list(model.state_dict())[:6])}, …"
+            )
+        for name in named:
+            frozen.pop(name, None)
+    wide = {name: p.dtype for name, p in model.named_parameters()}
+    cast_weights(model, dtype)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name not in frozen
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(wide[name])
+
+
 class Start(Mapping[str, Tensor]):
     """Every parameter by name, read or drawn when it is asked for.
 
-    Adapter matrices are fresh; the layers they wrap keep their published name in the file.
+    Adapter matrices are fresh, the layers they wrap keep their published name in the file. So is a control ladder on
+    the weights of a Wan without one (`mm_models.initial.control_from`).
     """
 
-    def __init__(self, config: Config, model: nn.Module):
-        self.seed = config.seed
+    def __init__(self, model: nn.Module, weights: str, expert: str | None, seed: int):
+        self.seed, self.vace_layers = seed, model.config.vace_layers
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
-        self.file = None if config.weights == "random" else _open(Path(config.weights), model.config)
+        self.file = None if weights == "random" else _open(Path(weights), expert, model.config)
         self.adapters = {name for name in self.shapes if ".lora_" in name}
         self.published = {name.replace(".base_layer.", "."): name for name in self.shapes if name not in self.adapters}
-        self.names = [*self.adapters, *(self.published.get(n, n) for n in (self.file or self.published))]
+        there = list(self.file or self.published)
+        control = {name for name in self.published if name.startswith("vace_")}
+        self.made = control if control and not control & set(there) else set()
+        self.names = [*self.adapters, *(self.published.get(n, n) for n in (*there, *self.made))]
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self.adapters or self.file is None:
+        if name in self.adapters:
             return initial(name, self.shapes[name], self.seed)
-        return self.file[name.replace(".base_layer.", ".")]
+        published = name.replace(".base_layer.", ".")
+        if published in self.made:
+            return control_from(self._base, self.vace_layers, published, self.shapes[name])
+        return self._base(published)
+
+    def _base(self, published: str) -> Tensor:
+        if self.file is None:
+            return initial(published, self.shapes[self.published[published]], self.seed)
+        return self.file[published]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -166,10 +229,12 @@ class Start(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def _open(path: Path, wanted: WanConfig) -> Checkpoint:
+def _open(path: Path, expert: str | None, wanted: WanConfig) -> Checkpoint:
     """The checkpoint, if what its files say of the model is what is wanted; not all of it shows in names and shapes."""
     if (path / "checkpoints").is_dir() and (path / "metrics.jsonl").is_file():
         raise ValueError(f"--weights {path} is a run: its weights are in {path / 'weights'} when it has finished")
+    if expert and (pair := open_experts(path)):
+        path = pair.high if expert == "high" else pair.low
     file = open_checkpoint(path)
     said = {k: tuple(v) if isinstance(v, list) else v for k, v in file.config.items()}
     other = [f"{k} {v} (asked for: {getattr(wanted, k)})" for k, v in said.items() if v != getattr(wanted, k, v)]
@@ -181,7 +246,7 @@ def _open(path: Path, wanted: WanConfig) -> Checkpoint:
 def check_space(trained: int, config: Config) -> None:
     """Raise ValueError if not even one checkpoint fits on the disk of the output directory."""
     needed = trained * (16 if config.optim.ema else 12)  # float32: weights, two moments, and the average
-    free = shutil.disk_usage(config.output).free
+    free = shutil.disk_usage(config.run_dir).free
     if needed > free:
         raise ValueError(
             f"a checkpoint needs {needed / 2**20:,.0f} MiB and {config.output} has {free / 2**20:,.0f} MiB free: "
@@ -198,6 +263,7 @@ def seed_dropout(*place: int) -> None:
 
 def summary(
     config: Config,
+    goal: Objective,
     built: Built,
     dataset: FeatureDataset,
     mesh: DeviceMesh | None,
@@ -210,6 +276,8 @@ def summary(
     lines = [
         f"model      {config.model}: {built.parameters:,} parameters, {built.trained:,} trained, "
         f"matrices in {config.dtype}",
+        f"task       {goal.task}{f', expert {config.expert}' if config.expert else ''}, noise levels "
+        f"{goal.flow.index_range[0]} to {goal.flow.index_range[1] - 1} of {POINTS}",
         f"weights    {f'{found} (continuing)' if found else config.weights}",
         *(f"changed    {change}" for change in changed),
         f"data       {len(dataset):,} samples in {len(set(dataset.shapes))} shapes from {config.data.features}",

@@ -17,7 +17,8 @@ class Speed:
 
     def __init__(self, model: nn.Module, device: torch.device, data_size: int, world: int):
         self.config, self.device, self.data_size, self.world = model.config, device, data_size, world
-        self.frozen = not all(p.requires_grad for p in model.parameters())
+        frozen = {name.startswith("vace_"): True for name, p in model.named_parameters() if not p.requires_grad}
+        self.frozen, self.control_frozen = frozen.get(False, False), frozen.get(True, False)
         self.peak = peak_flops(device, model.compute_dtype or torch.float32)
 
     def __call__(self, micro: Sequence[Batch], seconds: float, data_seconds: float) -> tuple[dict[str, float], str]:
@@ -25,7 +26,7 @@ class Speed:
         _, _, frames, height, width = micro[0].latents.shape
         tokens = frames * height * width // 4
         samples = sum(len(m.ids) for m in micro) * self.data_size
-        operations = train_flops(self.config, tokens, self.frozen) * samples / seconds
+        operations = train_flops(self.config, tokens, self.frozen, self.control_frozen) * samples / seconds
         row = {"tokens_per_second": tokens * samples / seconds, "tflops": operations / 1e12}
         pace = f"{seconds:.3f} s/step (data {data_seconds:.3f}) | {row['tokens_per_second']:,.0f} tok/s"
         text = f"{pace} | {row['tflops']:.3g} TFLOP/s"

@@ -13,7 +13,7 @@ import torch
 
 from mm_convert.arguments import dump
 from mm_data import FeatureDataset, build_loader
-from mm_models.diffusion.flow import FlowMatching
+from mm_models import build
 from mm_parallel import clip_grad_norm, finish_gradients, forward_backward
 from mm_parallel.device import device as accelerator
 from mm_parallel.device import init_distributed, reset_max_memory, synchronize
@@ -26,7 +26,7 @@ from mm_train.config import Config
 from mm_train.export import export_final
 from mm_train.metrics import Metrics
 from mm_train.nonfinite import Watch
-from mm_train.objective import Work
+from mm_train.objective import Work, objective
 from mm_train.optim import EMA, build_optimizer, learning_rate
 from mm_train.ranks import made_once, totals
 from mm_train.samples import Samples
@@ -57,12 +57,13 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
     data_index, data_size = data_rank(mesh)
     micro_batches = config.micro_batches(data_size)
 
-    prepare_output(config.output)
+    prepare_output(config.run_dir)
+    goal = objective(config, build(config.model, device="meta", **config.architecture).config)
     dataset = FeatureDataset(config.data.features)
-    setup.check_features(dataset, config)
+    setup.check_features(dataset, config, goal)
     if config.validation.features:
-        setup.check_features(FeatureDataset(config.validation.features), config)
-    check_shared(config.output)
+        setup.check_features(FeatureDataset(config.validation.features), config, goal)
+    check_shared(config.run_dir)
     fingerprint = setup.dataset_fingerprint(dataset)
     agree({"the samples": fingerprint}, f"--data.features {config.data.features}")
     # Refuses a directory that this run must not continue. One rank looks, so that all go the same way.
@@ -72,13 +73,12 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
     model, run = built.model, built.run
     optimizer = build_optimizer(model, config.optim)
     ema = EMA(model, config.optim.ema) if config.optim.ema else None
-    checkpoints = Checkpointer(config.output / "checkpoints", config.checkpoint.keep)
+    checkpoints = Checkpointer(config.run_dir / "checkpoints", config.checkpoint.keep)
     progress = {"step": 0, "cursor": 0, "skipped": 0, "dataset": fingerprint}
     if found:
         progress = checkpoints.load(found, model, optimizer, ema)
         setup.check_dataset(progress, dataset, config)
 
-    flow = FlowMatching(config.objective.shift, config.objective.range, config.objective.weighting)
     loader = build_loader(
         dataset,
         global_batch=config.data.global_batch,
@@ -90,11 +90,11 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
         num_workers=config.data.workers,
         text_dropout=config.data.text_dropout,
     )
-    metrics = Metrics(config.output, leader=rank == 0, steps=config.steps, start=progress["step"])
-    metrics.say(setup.summary(config, built, dataset, mesh, data_size, micro_batches, found, changed))
+    metrics = Metrics(config.run_dir, leader=rank == 0, steps=config.steps, start=progress["step"])
+    metrics.say(setup.summary(config, goal, built, dataset, mesh, data_size, micro_batches, found, changed))
     if progress["step"] == config.steps:
         metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
-    validation = Validation(config, flow, mesh, device)
+    validation = Validation(config, goal, mesh, device)
     speed = Speed(model, device, data_size, world)
     watch = Watch(config.on_nonfinite)
     resolved = dump(config)
@@ -126,7 +126,7 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(progress["step"], config.steps, config.optim)
             seed = partial(setup.seed_dropout, config.seed, batch.index, data_index, place(mesh, "cp"))
-            work = Work(batch.micro, flow, config.seed, device, model.config.text_tokens, before=seed)
+            work = Work(batch.micro, goal, config.seed, device, before=seed)
             own = forward_backward(run, micro_batches, work.inputs, work.losses)
             finish_gradients(model, mesh)
             norm = clip_grad_norm(model, config.optim.clip or math.inf, mesh)

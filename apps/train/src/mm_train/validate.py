@@ -10,10 +10,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mm_data import FeatureDataset
 from mm_data.random import generator
-from mm_models.diffusion.flow import FlowMatching
+from mm_models.diffusion.flow import POINTS, FlowMatching
 from mm_parallel import Pipeline
 from mm_parallel.mesh import data_rank, speaks
 from mm_train.config import Config
+from mm_train.objective import Objective
 from mm_train.ranks import totals
 
 # Not the training seed: runs with different seeds are measured on the same noise.
@@ -23,11 +24,11 @@ SEED = 0
 class Validation:
     """Mean squared error of the predicted velocity over (sample, timestep) pairs; every pair weighs the same."""
 
-    def __init__(self, config: Config, flow: FlowMatching, mesh: DeviceMesh | None, device: torch.device):
+    def __init__(self, config: Config, goal: Objective, mesh: DeviceMesh | None, device: torch.device):
         self.speaks = speaks(mesh)
         rank, ranks = data_rank(mesh)
         self.every, self.steps = config.validation.every, config.steps
-        self.flow, self.device = flow, device
+        self.goal, self.device = goal, device
         self.batches: list[list[tuple[int, int]]] = []  # this rank's batches of (sample, timestep) pairs
         if config.validation.features is None:
             return
@@ -35,7 +36,7 @@ class Validation:
         chosen = sorted(range(min(len(self.data), config.validation.max_samples)), key=lambda i: self.data.shapes[i])
         batches = []
         for _, same_shape in groupby(chosen, key=lambda i: self.data.shapes[i]):
-            pairs = [(i, t) for i in same_shape for t in config.validation.timesteps]
+            pairs = [(i, t) for i in same_shape for t in config.validation.timesteps or middles(goal.flow)]
             batches += [pairs[k : k + config.data.micro_batch] for k in range(0, len(pairs), config.data.micro_batch)]
         # Sharded models need the same number of forwards on every rank: short ranks repeat a batch that does not count.
         self.rounds = -(-len(batches) // ranks)
@@ -72,6 +73,18 @@ class Validation:
         text = torch.nn.utils.rnn.pad_sequence([item["text"][0] for item in items], batch_first=True)
         t = torch.tensor([float(t) for _, t in pairs], device=self.device)
         clean, noise, text = clean.to(self.device), noise.to(self.device), text.to(self.device)
+        extras = {
+            name: torch.stack([item["extras"][name] for item in items]).to(self.device) for name in items[0]["extras"]
+        }
         sigma = (t / 1000).view(-1, 1, 1, 1, 1)
-        prediction = model((1 - sigma) * clean + sigma * noise, t, text)
-        return (prediction.float() - self.flow.target(clean, noise)).square().flatten(1).mean(1)
+        prediction = model(**self.goal.inputs((1 - sigma) * clean + sigma * noise, clean, t, text, extras))
+        error = self.goal.learned(prediction.float() - self.goal.flow.target(clean, noise))
+        return error.square().flatten(1).mean(1)
+
+
+def middles(flow: FlowMatching, parts: int = 5) -> list[int]:
+    """Timesteps in the middle of equal parts of what is trained."""
+    first, end = flow.index_range
+    high = flow.timesteps[first].item()
+    low = flow.timesteps[end].item() if end < POINTS else 0.0
+    return [round(low + (high - low) * (2 * part + 1) / (2 * parts)) for part in range(parts)]

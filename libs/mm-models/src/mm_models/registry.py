@@ -11,7 +11,7 @@ import torch
 from mm_models.initial import initial
 from mm_models.layers import cast_weights
 from mm_models.wan import WanConfig, WanModel
-from mm_models.wan.presets import PRESETS
+from mm_models.wan.presets import BOUNDARIES, PRESETS
 
 if TYPE_CHECKING:
     from mm_parallel.plan import ParallelPlan
@@ -27,6 +27,12 @@ def preset(name: str) -> WanConfig:
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}{_suggest(name, presets())}; there are {', '.join(presets())}")
     return PRESETS[name]
+
+
+def boundary(name: str) -> float | None:
+    """The noise level (sigma) above which the high-noise expert of a model generates; None if it is one model."""
+    preset(name)
+    return BOUNDARIES.get(name)
 
 
 def build(

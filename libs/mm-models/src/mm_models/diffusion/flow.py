@@ -14,6 +14,16 @@ from torch import Tensor
 POINTS = 1000
 
 
+def expert_range(expert: Literal["high", "low"], boundary: float, shift: float) -> tuple[float, float]:
+    """The part of the table that an expert is trained on: for high all noise levels of at least `boundary`, for low all
+    below. With shift 5: (0, 0.417) and (0.417, 1) for 0.875, as the guides say; (0, 0.358) and (0.358, 1) for 0.9.
+    """
+    if not 0 < boundary < 1:
+        raise ValueError(f"the boundary between two experts is {boundary}, but must be a noise level between 0 and 1")
+    cut = int((FlowMatching(shift).sigmas >= boundary).sum()) / POINTS
+    return (0.0, cut) if expert == "high" else (cut, 1.0)
+
+
 @dataclass(frozen=True)
 class FlowMatching:
     """The schedule that Wan is finetuned with."""
