@@ -21,7 +21,12 @@ def write(path, generation, count=4):
     for i in range(count):
         latents = torch.full((16, 3, 4, 6), float(i)).bfloat16()
         prompt, mask = text(5 + i, (1,) if i % 2 else ())
-        extras = {"i2v_clip_feature": torch.zeros(257, 8), "i2v_vae_feature": torch.zeros(20, 3, 4, 6)}
+        mask_then_latents = torch.cat((torch.ones(4, 3, 4, 6), torch.full((16, 3, 4, 6), float(10 + i))))
+        extras = {
+            "i2v_clip_feature": torch.full((257, 8), float(20 + i)),
+            "i2v_vae_feature": mask_then_latents,
+            "first_frame_latents": torch.zeros(16, 1, 4, 6),
+        }
         name = f"features/video{i}_mp4.pt"
         if generation == 1:
             torch.save({"latents": latents, "prompt": prompt, "prompt_mask": mask, **extras}, path / name)
@@ -39,11 +44,30 @@ def test_both_generations(tmp_path, generation):
     assert dataset.shapes == [(16, 3, 4, 6)] * 4
     assert dataset[2]["latents"].mean() == 2
     assert [dataset[i]["text"][0].shape for i in range(4)] == [(5 + i, 4) for i in range(4)]
-    assert set(dataset[0]["extras"]) == {"i2v_clip_feature", "i2v_vae_feature"}
+    assert set(dataset[0]["extras"]) == {"image", "condition"}
     assert dataset.empty_text is None
     (step,) = itertools.islice(build_loader(dataset, global_batch=4, micro_batch=4), 1)
     assert step.micro[0].text.shape == (4, 8, 4)
-    assert step.micro[0].extras["i2v_vae_feature"].shape == (4, 20, 3, 4, 6)
+    (batch,) = step.micro
+    assert batch.extras["image"].shape == (4, 257, 8)
+    assert batch.extras["condition"].shape == (4, 16, 3, 4, 6)
+    assert torch.equal(batch.extras["condition"][:, 0, 0, 0, 0], 10 + batch.latents[:, 0, 0, 0, 0])
+    assert torch.equal(batch.extras["image"][:, 0, 0], 20 + batch.latents[:, 0, 0, 0, 0])
+
+
+def test_vace_context_is_parted(tmp_path):
+    write(tmp_path, 2, count=1)
+    file = tmp_path / "features" / "video0_mp4.pt"
+    prompt, mask = text(5, ())
+    parts = torch.cat([torch.full((c, 3, 4, 6), float(n)) for n, c in enumerate((16, 16, 64))])
+    found = {"video": torch.zeros(16, 3, 4, 6), "prompt_ids": prompt, "prompt_mask": mask, "vace_context": parts}
+    torch.save(found, file)
+    extras = FeatureDataset(tmp_path)[0]["extras"]
+    assert {name: tensor.shape[0] for name, tensor in extras.items()} == {"control": 32, "control_mask": 64}
+    assert torch.cat((extras["control"], extras["control_mask"])).equal(parts)
+    torch.save(found | {"vace_context": parts[:95]}, file)
+    with pytest.raises(ValueError, match="vace_context has 95 channels, expected 96"):
+        FeatureDataset(tmp_path)
 
 
 def test_accidents_of_the_writer_are_told(tmp_path):

@@ -1,26 +1,73 @@
 """Videos, captions and encoded features: read, cut, cache and load, exactly resumable."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from mm_data.__about__ import __version__ as __version__
-from mm_data.cache import FeatureCache as FeatureCache
-from mm_data.cache import Plan as Plan
-from mm_data.cache import content_key as content_key
-from mm_data.datasets import Clip as Clip
-from mm_data.datasets import Failure as Failure
-from mm_data.datasets import VideoDataset as VideoDataset
-from mm_data.features import FeatureDataset as FeatureDataset
-from mm_data.geometry import Geometry as Geometry
-from mm_data.images import read_image as read_image
-from mm_data.loader import Batch as Batch
-from mm_data.loader import Step as Step
-from mm_data.loader import build_loader as build_loader
-from mm_data.manifest import Control as Control
-from mm_data.manifest import Sample as Sample
-from mm_data.manifest import read_manifest as read_manifest
-from mm_data.selection import Selection as Selection
-from mm_data.selection import select as select
-from mm_data.video import VideoClip as VideoClip
-from mm_data.video import VideoInfo as VideoInfo
-from mm_data.video import probe as probe
-from mm_data.video import read_video as read_video
-from mm_data.video_write import made_with as made_with
-from mm_data.video_write import write_video as write_video
+from mm_data.geometry import Geometry
+
+if TYPE_CHECKING:
+    from mm_data.cache import FeatureCache, Plan, content_key
+    from mm_data.clips import ClipBatch, ClipDataset, ClipShape, survey
+    from mm_data.datasets import Clip, Failure, VideoDataset
+    from mm_data.features import Batch, FeatureDataset
+    from mm_data.images import area_size, crop_to, pad_to, read_image
+    from mm_data.loader import Step, build_loader
+    from mm_data.manifest import Control, Sample, read_manifest
+    from mm_data.selection import Selection, select
+    from mm_data.video import VideoClip, VideoInfo, probe, read_video
+    from mm_data.video_write import made_with, write_video
+
+__all__ = [
+    "Batch",
+    "Clip",
+    "ClipBatch",
+    "ClipDataset",
+    "ClipShape",
+    "Control",
+    "Failure",
+    "FeatureCache",
+    "FeatureDataset",
+    "Geometry",
+    "Plan",
+    "Sample",
+    "Selection",
+    "Step",
+    "VideoClip",
+    "VideoDataset",
+    "VideoInfo",
+    "area_size",
+    "build_loader",
+    "content_key",
+    "crop_to",
+    "made_with",
+    "pad_to",
+    "probe",
+    "read_image",
+    "read_manifest",
+    "read_video",
+    "select",
+    "survey",
+    "write_video",
+]
+
+# What needs torch is imported when it is asked for: a command line that holds a Geometry is read without it.
+_HOMES = {
+    "cache": ("FeatureCache", "Plan", "content_key"),
+    "clips": ("ClipBatch", "ClipDataset", "ClipShape", "survey"),
+    "datasets": ("Clip", "Failure", "VideoDataset"),
+    "features": ("Batch", "FeatureDataset"),
+    "images": ("area_size", "crop_to", "pad_to", "read_image"),
+    "loader": ("Step", "build_loader"),
+    "manifest": ("Control", "Sample", "read_manifest"),
+    "selection": ("Selection", "select"),
+    "video": ("VideoClip", "VideoInfo", "probe", "read_video"),
+    "video_write": ("made_with", "write_video"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"mm_data.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,16 +1,20 @@
 """Encoded features, by index: what training reads."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypedDict
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mm_data import mindspeed
 from mm_data.cache import FORMAT
+from mm_data.order import Pick
 
 
 class Features(TypedDict):
@@ -20,6 +24,17 @@ class Features(TypedDict):
     latents: Tensor  # C F H W
     text: list[Tensor]  # S D, one per caption
     extras: dict[str, Tensor]  # whatever else the model is conditioned on
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro batch. Draws for its samples (timestep, noise) belong to (seed, epochs[i], ids[i])."""
+
+    latents: Tensor  # B C F H W
+    text: Tensor  # B S D, zeros past the end of a caption
+    ids: list[str]
+    epochs: list[int]
+    extras: dict[str, Tensor]  # B ...
 
 
 class Record(Protocol):
@@ -50,6 +65,7 @@ class FeatureDataset:
             self.records, self._empty = _read_index(self.path)
         self.ids = [record.id for record in self.records]
         self.shapes = [record.shapes["latents"] for record in self.records]
+        self.num_captions = [sum(name.startswith("text.") for name in record.shapes) for record in self.records]
         first: dict[tuple[int, ...], Record] = {}
         for record in self.records:
             other = first.setdefault(record.shapes["latents"], record)
@@ -69,8 +85,23 @@ class FeatureDataset:
         return Features(
             id=record.id,
             latents=tensors["latents"],
-            text=[tensors[f"text.{i}"] for i in range(sum(name.startswith("text.") for name in tensors))],
+            text=[tensors[f"text.{i}"] for i in range(self.num_captions[index])],
             extras={name: tensors[name] for name in _extras(record.shapes)},
+        )
+
+    def batch(self, picks: Sequence[Pick]) -> Batch:
+        """Samples of one shape, each with the caption picked for it."""
+        samples = [self[pick.index] for pick in picks]
+        text = [
+            self.empty_text if pick.caption is None else sample["text"][pick.caption]
+            for sample, pick in zip(samples, picks, strict=True)
+        ]
+        return Batch(
+            latents=torch.stack([sample["latents"] for sample in samples]),
+            text=pad_sequence(text, batch_first=True),
+            ids=[sample["id"] for sample in samples],
+            epochs=[pick.epoch for pick in picks],
+            extras={name: torch.stack([sample["extras"][name] for sample in samples]) for name in samples[0]["extras"]},
         )
 
     @cached_property

@@ -1,8 +1,8 @@
 """Steps of training data: the same stream for every number of ranks and workers, from any cursor.
 
-Reading features is copying memory-mapped files, which frees the interpreter, so workers are threads: no pickling, no
-shared memory, no child that can die unseen. An error in a worker is raised where the loader is iterated, at the step
-that it belongs to.
+Reading features is copying memory-mapped files, and raw clips are decoded and scaled in C; both free the interpreter,
+so workers are threads: no pickling, no shared memory, no child that can die unseen. An error in a worker is raised
+where the loader is iterated, at the step that it belongs to.
 """
 
 from collections import deque
@@ -10,26 +10,10 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-
 from mm_data import random
-from mm_data.features import FeatureDataset, Features
-from mm_data.order import Order
-
-Picks = list[tuple[int, int]]  # (sample index, epoch)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro batch. Draws for its samples (timestep, noise) belong to (seed, epochs[i], ids[i])."""
-
-    latents: Tensor  # B C F H W
-    text: Tensor  # B S D, zeros past the end of a caption
-    ids: list[str]
-    epochs: list[int]
-    extras: dict[str, Tensor]  # B ...
+from mm_data.clips import ClipBatch, ClipDataset
+from mm_data.features import Batch, FeatureDataset
+from mm_data.order import Order, Pick
 
 
 @dataclass(frozen=True)
@@ -38,7 +22,7 @@ class Step:
 
     index: int  # counts from 0 over the whole training, also after a resume
     cursor_after: int  # samples that all ranks have seen after this step: what to resume from
-    micro: list[Batch]
+    micro: list[Batch] | list[ClipBatch]  # as the data set makes them
 
 
 class Loader:
@@ -46,7 +30,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: FeatureDataset,
+        dataset: FeatureDataset | ClipDataset,
         order: Order,
         *,
         micro_batch: int,
@@ -69,54 +53,44 @@ class Loader:
         step = self.cursor // self.order.global_batch
         if self.num_workers == 0:
             while True:
-                yield self._step(step, [self._collate(picks) for picks in self._share(step)])
+                yield self._step(step, [self.dataset.batch(picks) for picks in self._share(step)])
                 step += 1
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="mm_data loader")
-        ahead: deque[list[Future[Batch]]] = deque()
+        ahead: deque[list[Future[Batch | ClipBatch]]] = deque()
         try:
             while True:
                 while (
                     len(ahead) < 2 or sum(map(len, ahead)) < 2 * self.num_workers
                 ):  # the step asked for, and work for every thread
-                    ahead.append([pool.submit(self._collate, picks) for picks in self._share(step + len(ahead))])
+                    ahead.append([pool.submit(self.dataset.batch, picks) for picks in self._share(step + len(ahead))])
                 yield self._step(step, [batch.result() for batch in ahead.popleft()])
                 step += 1
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _share(self, step: int) -> list[Picks]:
+    def _share(self, step: int) -> list[list[Pick]]:
         """This rank's micro batches: a contiguous piece of the global batch."""
         picks = self.order.step(step)
         own = len(picks) // self.dp_size
-        mine = picks[self.dp_rank * own : (self.dp_rank + 1) * own]
+        mine = [
+            Pick(index, epoch, self._caption(index, epoch))
+            for index, epoch in picks[self.dp_rank * own : (self.dp_rank + 1) * own]
+        ]
         return [mine[i : i + self.micro_batch] for i in range(0, own, self.micro_batch)]
 
-    def _step(self, step: int, micro: list[Batch]) -> Step:
+    def _step(self, step: int, micro: list[Batch] | list[ClipBatch]) -> Step:
         return Step(step, (step + 1) * self.order.global_batch, micro)
 
-    def _collate(self, picks: Picks) -> Batch:
-        samples = [self.dataset[index] for index, _ in picks]
-        epochs = [epoch for _, epoch in picks]
-        text = [self._text(sample, epoch) for sample, epoch in zip(samples, epochs, strict=True)]
-        return Batch(
-            latents=torch.stack([sample["latents"] for sample in samples]),
-            text=pad_sequence(text, batch_first=True),
-            ids=[sample["id"] for sample in samples],
-            epochs=epochs,
-            extras={name: torch.stack([sample["extras"][name] for sample in samples]) for name in samples[0]["extras"]},
-        )
-
-    def _text(self, sample: Features, epoch: int) -> Tensor:
-        draw = (self.order.seed, epoch, sample["id"])
+    def _caption(self, index: int, epoch: int) -> int | None:
+        """Which of its captions a sample shows in an epoch; None: the empty prompt."""
+        draw = (self.order.seed, epoch, self.dataset.ids[index])
         if random.uniform(*draw, "caption_drop") < self.text_dropout:
-            return self.dataset.empty_text
-        if not sample["text"]:
-            raise ValueError(f"{self.dataset.path}: sample {sample['id']} has no encoded caption")
-        return sample["text"][random.integer(len(sample["text"]), *draw, "caption")]
+            return None
+        return random.integer(self.dataset.num_captions[index], *draw, "caption")
 
 
 def build_loader(
-    dataset: FeatureDataset,
+    dataset: FeatureDataset | ClipDataset,
     *,
     global_batch: int,
     micro_batch: int = 1,
@@ -131,9 +105,10 @@ def build_loader(
 
     global_batch: samples per optimizer step, over all ranks; each rank gets global_batch / dp_size of them in micro
     batches of `micro_batch`. cursor: samples seen so far by all ranks, `Step.cursor_after` of the last finished step.
-    num_workers: reading threads; 0 reads in the caller's. text_dropout: share of samples that are shown with the
-    encoding of the empty prompt. The steps, put together over ranks, depend on the data set, `global_batch`, `seed` and
-    `cursor` only. Raises ValueError for sizes that do not divide.
+    num_workers: threads that read or decode; 0 does it in the caller's. Two micro batches per thread are held in
+    memory, which is much for raw clips. text_dropout: share of samples that are shown with the empty prompt. The steps,
+    put together over ranks, depend on the data set, `global_batch`, `seed` and `cursor` only. Raises ValueError for
+    sizes that do not divide.
     """
     if not 0 <= dp_rank < dp_size:
         raise ValueError(f"dp_rank={dp_rank} must be in 0..{dp_size - 1}, for dp_size={dp_size}")
@@ -160,6 +135,8 @@ def build_loader(
             f"text_dropout={text_dropout} needs the encoding of the empty prompt, which {dataset.path} does not hold: "
             "use text_dropout=0, or extract again"
         )
+    if text_dropout < 1 and 0 in dataset.num_captions:
+        raise ValueError(f"{dataset.path}: sample {dataset.ids[dataset.num_captions.index(0)]} has no caption")
     if num_workers < 0:
         raise ValueError(f"num_workers={num_workers} must not be negative")
     order = Order(dataset.shapes, global_batch, seed)

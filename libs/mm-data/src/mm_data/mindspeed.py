@@ -2,7 +2,13 @@
 
     data.jsonl           one sample per line; its file is named by `file` (2.2 and later) or `path` (before)
     features/<name>.pt   latents of the video under `video` (2.2 and later) or `latents`; embeddings of the caption,
-                         512 D of which only the first rows count, under `prompt_ids` or `prompt`, with `prompt_mask`
+                         512 D of which only the first rows count, under `prompt_ids` or `prompt`, with `prompt_mask`;
+                         i2v: `i2v_clip_feature` 257 D and `i2v_vae_feature` (4 channels of mask, then latents);
+                         VACE: `vace_context` (latents of what is kept and of what changes, then 64 of mask)
+
+They come out under our names: `latents`, `text.0`, and as conditions `image`, `condition`, `control`, `control_mask`.
+The mask of i2v is left out, which the task says again, and so is `first_frame_latents`: the first of the latents. Other
+tensors keep their names.
 
 The two accidents that its writer allows are told, not hidden: samples that share a file name overwrote each other, and
 data.jsonl lists samples whose file was never written.
@@ -82,15 +88,40 @@ def _read(file: Path) -> dict[str, Tensor]:
     text = next((found[name] for name in TEXT if name in found), None)
     if latents is None or text is None:
         raise ValueError(f"{file} holds {sorted(found)}: expected one of {LATENTS} and one of {TEXT}")
-    rest = {name: value for name, value in found.items() if name not in (*LATENTS, *TEXT, "prompt_mask")}
     texts = text if isinstance(text, list | tuple) else [text]
     masks = found.get("prompt_mask")
     masks = masks if isinstance(masks, list | tuple) else [masks] * len(texts)
     return {
         "latents": latents,
         **{f"text.{i}": _trim(t, m) for i, (t, m) in enumerate(zip(texts, masks, strict=True))},
-        **{name: value for name, value in rest.items() if isinstance(value, Tensor)},
+        **_conditions(found, latents.shape[0], file),
     }
+
+
+def _conditions(found: dict, channels: int, file: Path) -> dict[str, Tensor]:
+    """`channels`: of the latents."""
+    conditions = {}
+    for name, value in found.items():
+        if name in (*LATENTS, *TEXT, "prompt_mask", "first_frame_latents") or not isinstance(value, Tensor):
+            continue
+        if name == "i2v_clip_feature":
+            conditions["image"] = value.reshape(value.shape[-2:])
+        elif name == "i2v_vae_feature":
+            conditions["condition"] = _channels(name, value, 4 + channels, file)[4:]
+        elif name == "vace_context":
+            context = _channels(name, value, 2 * channels + 64, file)
+            conditions["control"], conditions["control_mask"] = context[: 2 * channels], context[2 * channels :]
+        else:
+            conditions[name] = value
+    return conditions
+
+
+def _channels(name: str, value: Tensor, expected: int, file: Path) -> Tensor:
+    """C F H W or 1 C F H W -> C F H W, with as many channels as expected."""
+    value = value.reshape(value.shape[-4:])
+    if value.shape[0] != expected:
+        raise ValueError(f"{file}: {name} has {value.shape[0]} channels, expected {expected}: is it of another model?")
+    return value
 
 
 def _trim(text: Tensor, mask: Tensor | None) -> Tensor:

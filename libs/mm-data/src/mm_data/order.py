@@ -9,8 +9,17 @@ restart enters into it.
 
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from mm_data.random import permutation
+
+
+class Pick(NamedTuple):
+    """A sample to show."""
+
+    index: int
+    epoch: int
+    caption: int | None  # which of its captions; None: the empty prompt
 
 
 class Order:
