@@ -58,6 +58,8 @@ def batch() -> Callable[[WanModel], dict[str, Tensor]]:
         }
         if config.image_dim is not None:
             inputs["image"] = torch.randn(2, config.image_tokens, config.image_dim, generator=generator)
+        if config.vace_layers:
+            inputs["control"] = torch.randn(2, config.control_channels, 5, 8, 6, generator=generator)
         return inputs
 
     return make

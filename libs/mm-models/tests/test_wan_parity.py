@@ -1,4 +1,4 @@
-"""The same weights in diffusers' WanTransformer3DModel: the same video, and the same gradient for every parameter."""
+"""The same weights in diffusers' Wan and VACE transformers: the same video, the same gradient for every parameter."""
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ RENAMES = (
     ("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
     ("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
     ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos"),
+    (".proj_in.", ".before_proj."),
+    (".proj_out.", ".after_proj."),
     ("proj_out", "head.head"),
     (".scale_shift_table", ".modulation"),
     ("scale_shift_table", "head.modulation"),
@@ -38,6 +40,7 @@ CASES = {
     "first and last frame": {"in_channels": 36, "image_dim": 20, "image_tokens": 514},
     "i2v A14B: wide input, no CLIP": {"in_channels": 36},
     "ti2v 5B: 48 channels, a timestep per token": {"in_channels": 48, "out_channels": 48},
+    "vace, head_dim 20": {"head_dim": 20, "vace_layers": (0, 2)},
 }
 
 
@@ -49,10 +52,11 @@ def published(name: str) -> str:
 
 def oracle(model):
     """diffusers' model with the weights of ours."""
-    from diffusers import WanTransformer3DModel
+    from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 
     c = model.config
-    other = WanTransformer3DModel(
+    control = {"vace_layers": list(c.vace_layers), "vace_in_channels": c.control_channels} if c.vace_layers else {}
+    other = (WanVACETransformer3DModel if control else WanTransformer3DModel)(
         num_attention_heads=c.num_heads,
         attention_head_dim=c.head_dim,
         in_channels=c.in_channels,
@@ -64,6 +68,7 @@ def oracle(model):
         added_kv_proj_dim=None if c.image_dim is None else c.dim,
         pos_embed_seq_len=514 if c.image_tokens == 514 else None,
         rope_max_seq_len=32,
+        **control,
     )
     ours = model.state_dict()
     other.load_state_dict({name: ours[published(name)] for name in other.state_dict()})
@@ -95,12 +100,15 @@ def test_output_and_every_gradient(tiny, batch, fields):
     image = inputs.get("image")
     if image is not None and model.config.image_tokens == 514:
         image = image.unflatten(1, (2, 257)).flatten(0, 1)  # diffusers takes the two images as samples
-    text = inputs["text"]
+    theirs = {"hidden_states": inputs["video"], "timestep": inputs["t"], "encoder_hidden_states": inputs["text"]}
+    theirs |= {"encoder_hidden_states_image": image, "return_dict": False}
+    if model.config.vace_layers:
+        inputs["control_scale"] = (1.0, 0.5)
+        theirs |= {"control_hidden_states": inputs["control"], "control_hidden_states_scale": torch.tensor([1.0, 0.5])}
     out = model(**inputs)
-    expected = other(inputs["video"], inputs["t"], text, image, return_dict=False)[0]
-    assert relative(out, expected) <= 1e-5
+    assert relative(out, other(**theirs)[0]) <= 1e-5
     other.condition_embedder.timesteps_proj = ExactSinusoid()
-    expected = other(inputs["video"], inputs["t"], text, image, return_dict=False)[0]
+    expected = other(**theirs)[0]
     assert relative(out, expected) <= 1e-6
 
     probe = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from mm_models.wan.config import WanConfig
@@ -135,11 +136,15 @@ def fold_mask(mask: Tensor, frames: int) -> Tensor:
     `frames` is F'. A latent frame takes the pixel frame nearest to its middle, not the group of four that the VAE packs
     into it: so the released weights were trained.
     """
-    b, _, f, h, w = mask.shape
-    side = MASK_SIDE
-    folded = mask.view(b, f, h // side, side, w // side, side).permute(0, 3, 5, 1, 2, 4).flatten(1, 2)
-    chosen = [(2 * k + 1) * f // (2 * frames) for k in range(frames)]
+    folded = rearrange(mask, "b 1 f (h p) (w q) -> b (p q) f h w", p=MASK_SIDE, q=MASK_SIDE)
+    chosen = [(2 * k + 1) * mask.shape[2] // (2 * frames) for k in range(frames)]
     return folded[:, :, chosen]
+
+
+def references_in(control: Tensor) -> int:
+    """How many reference frames stand before a control (… 2C F H W): those in which nothing changes, exactly."""
+    frames = control.narrow(-4, control.shape[-4] // 2, control.shape[-4] // 2).movedim(-3, 0).flatten(1)
+    return int(frames.eq(0).all(1).cumprod(0).sum())
 
 
 def with_references(control: Tensor, control_mask: Tensor, references: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ class WanConfig:
     image_dim: int | None = None
     """Width of the CLIP features; None leaves the CLIP branch out."""
     image_tokens: int = 257
-    """CLIP tokens: 257 for one image, 514 for two (first and last frame), which also get a learned position."""
+    """CLIP tokens: of Wan's CLIP 257 for one image, 514 for two (first and last frame). More than 257 also get a learned
+    position."""
     vace_layers: tuple[int, ...] = ()
     """Layers that a block of the control ladder feeds (VACE); the first is 0. Empty: there is no such ladder."""
     control_channels: int = 96
@@ -50,8 +51,6 @@ class WanConfig:
             )
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim is {self.freq_dim}, but must be even: half cosines, half sines")
-        if self.image_tokens not in (257, 514):
-            raise ValueError(f"image_tokens is {self.image_tokens}, but must be 257 (one image) or 514 (two)")
         fed = self.vace_layers
         if fed and (fed[0] != 0 or sorted(set(fed)) != list(fed) or fed[-1] >= self.num_layers):
             raise ValueError(
@@ -81,12 +80,17 @@ def train_flops(config: WanConfig, tokens: int, frozen: bool = False, control_fr
     """FLOPs of forward and backward over one sample.
 
     In a frozen model (under adapters, whose own cost is left out) the backward of a linear costs once, not twice: its
-    weight needs no gradient. `control_frozen` says it of the control ladder, where that differs from the rest.
+    weight needs no gradient. `control_frozen` says it of the control ladder, where that differs from the rest: then the
+    first layer, into which nothing that is trained flows, has no backward at all.
     """
     linear, attention = _linear_and_attention(config, tokens)
     control = _control_linears(config, tokens)
     control_frozen = frozen if control_frozen is None else control_frozen
-    return (2 if frozen else 3) * (linear - control) + (2 if control_frozen else 3) * control + 3 * attention
+    total = (2 if frozen else 3) * (linear - control) + (2 if control_frozen else 3) * control + 3 * attention
+    if config.vace_layers and frozen and not control_frozen:
+        blocks = config.num_layers + len(config.vace_layers)
+        total -= _block_linears(config, tokens, config.text_tokens) + 2 * attention // blocks
+    return total
 
 
 def _linear_and_attention(
