@@ -25,8 +25,8 @@ class WanConfig:
     image_dim: int | None = None
     """Width of the CLIP features; None leaves the CLIP branch out."""
     image_tokens: int = 257
-    """CLIP tokens: of Wan's CLIP 257 for one image, 514 for two (first and last frame). More than 257 also get a learned
-    position."""
+    """CLIP tokens: of Wan's CLIP 257 for one image, 514 for two (first and last frame). More than 257 also get a
+    learned position."""
     vace_layers: tuple[int, ...] = ()
     """Layers that a block of the control ladder feeds (VACE); the first is 0. Empty: there is no such ladder."""
     control_channels: int = 96
