@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from mm_convert import open_checkpoint, open_experts
-from mm_data import FeatureDataset, build_loader
+from mm_data import FeatureCache, FeatureDataset, build_loader, read_video
 from mm_models import build, preset
 from mm_models.diffusion.flow import expert_range
+from mm_models.testing import write_encoders
 from mm_models.wan import WanConfig
 from mm_parallel.testing import spawn
 from mm_train.objective import Work, objective
@@ -19,8 +20,7 @@ from mm_train.setup import find_checkpoint
 from mm_train.train import train
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import SMALL, arguments, as_torchrun, config, losses, rows, write_features
-
+from runs import CONDITIONS, SMALL, arguments, as_torchrun, config, losses, rows, write_features
 
 VACE = ["--model", "wan-tiny-vace", "--architecture", json.dumps(SMALL | {"vace_layers": [0, 1]})]
 
@@ -116,6 +116,25 @@ def test_control_on_a_plain_wan_begins_as_that_wan(base, features, tmp_path):
     assert all(torch.equal(saved[name], after[name]) for name in after)
     with pytest.raises(ValueError, match="would not be the same run"):
         find_checkpoint(config(features["vace"], tmp_path / "stopped", *control, "--weights", "random"))
+
+
+def test_validation_samples_are_made_again_while_training(features, tmp_path):
+    """With their control, whose reference frame (the first, in which nothing changes) is no part of the video."""
+    encoders = write_encoders(tmp_path / "encoders", text_dim=8)
+    path, random = tmp_path / "referenced", torch.Generator().manual_seed(0)
+    with FeatureCache(path) as cache:
+        for i in range(4):
+            tensors = {name: torch.randn(n, 3, 4, 6, generator=random) for name, n in CONDITIONS["vace"].items()}
+            tensors["control"][16:, 0] = 0
+            tensors |= {"latents": torch.randn(16, 3, 4, 6, generator=random), "text.0": torch.ones(2, 8)}
+            cache.put(f"{i:064d}", tensors, {"id": f"{i}"})
+        cache.finish()
+    asked = ["--validation.features", str(path), "--sample.from_validation", "2", "--sample.encoders", str(encoders)]
+    train(config(path, tmp_path / "run", *VACE, "--steps", "1", *asked, "--sample.steps", "2"))
+    videos = sorted((tmp_path / "run/samples/step-00000001").glob("*.mp4"))
+    assert [read_video(video).frames.shape for video in videos] == [(5, 32, 48, 3)] * 2
+    with pytest.raises(ValueError, match="makes no video of text alone"):
+        train(config(path, tmp_path / "other", *VACE, *asked, "--sample.prompts", '["a cat"]'))
 
 
 def test_a_pattern_that_trains_nothing_is_refused(features, tmp_path):

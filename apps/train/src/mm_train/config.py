@@ -120,6 +120,9 @@ class SampleConfig:
     """Videos drawn during training by the function that mm_infer uses."""
 
     prompts: tuple[str, ...] = ()
+    """Texts to make videos from."""
+    from_validation: int = 0
+    """How many samples of the validation set are made again, from their captions and conditions (images, control)."""
     every: int = 500
     encoders: Path | None = None
     """Diffusers directory with vae/, text_encoder/ and tokenizer/."""
@@ -294,9 +297,18 @@ class Config:
             )
 
     def _check_samples(self) -> None:
-        if not self.sample.prompts:
-            return
         s = self.sample
+        if not s.prompts and not s.from_validation:
+            return
+        if self.expert:
+            raise ValueError(
+                f"--sample.* with --expert {self.expert}: a video takes both experts. Generate with mm_infer, from the "
+                "--output of both"
+            )
+        if s.from_validation < 0 or (s.from_validation and self.validation.features is None):
+            raise ValueError(
+                f"--sample.from_validation {s.from_validation}: give --validation.features, and how many of them"
+            )
         if s.frames % 4 != 1:
             below = (s.frames - 1) // 4 * 4 + 1
             raise ValueError(f"--sample.frames {s.frames} is not 4k+1; the nearest are {below} and {below + 4}")
@@ -308,7 +320,7 @@ class Config:
                 )
         if s.encoders is None or not all((s.encoders / part).is_dir() for part in ("vae", "text_encoder", "tokenizer")):
             raise ValueError(
-                "--sample.prompts needs --sample.encoders, the diffusers directory with vae/, text_encoder/ and "
+                "sample videos need --sample.encoders, the diffusers directory with vae/, text_encoder/ and "
                 f"tokenizer/ (got {s.encoders})"
             )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mm_convert.arguments import dump
-from mm_data import FeatureDataset, build_loader
+from mm_data import FeatureDataset
 from mm_models import build
 from mm_parallel import clip_grad_norm, finish_gradients, forward_backward
 from mm_parallel.device import device as accelerator
@@ -23,6 +23,7 @@ from mm_train import setup
 from mm_train.checkpoint import Checkpointer
 from mm_train.command import check_shared, prepare_output
 from mm_train.config import Config
+from mm_train.data import check_features, training_data
 from mm_train.export import export_final
 from mm_train.metrics import Metrics
 from mm_train.nonfinite import Watch
@@ -59,39 +60,28 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
 
     prepare_output(config.run_dir)
     goal = objective(config, build(config.model, device="meta", **config.architecture).config)
-    dataset = FeatureDataset(config.data.features)
-    setup.check_features(dataset, config, goal)
     if config.validation.features:
-        setup.check_features(FeatureDataset(config.validation.features), config, goal)
+        check_features(FeatureDataset(config.validation.features), config, goal)
     check_shared(config.run_dir)
-    fingerprint = setup.dataset_fingerprint(dataset)
-    agree({"the samples": fingerprint}, f"--data.features {config.data.features}")
+    data = training_data(config, goal, mesh, device)
+    agree({"the samples": data.fingerprint}, data.name)
     # Refuses a directory that this run must not continue. One rank looks, so that all go the same way.
     found, changed = made_once(lambda: setup.find_checkpoint(config))
-    samples = Samples(config, mesh, device)  # before the model: it needs the text encoder for a moment
+    samples = Samples(
+        config, goal, mesh, device, getattr(torch, config.dtype)
+    )  # before the model: it needs the text encoder for a moment
     built = setup.build_model(config, mesh, device, continuing=found is not None)
     model, run = built.model, built.run
     optimizer = build_optimizer(model, config.optim)
     ema = EMA(model, config.optim.ema) if config.optim.ema else None
     checkpoints = Checkpointer(config.run_dir / "checkpoints", config.checkpoint.keep)
-    progress = {"step": 0, "cursor": 0, "skipped": 0, "dataset": fingerprint}
+    progress = {"step": 0, "cursor": 0, "skipped": 0, "dataset": data.fingerprint}
     if found:
         progress = checkpoints.load(found, model, optimizer, ema)
-        setup.check_dataset(progress, dataset, config)
+        data.check_same(progress, config)
 
-    loader = build_loader(
-        dataset,
-        global_batch=config.data.global_batch,
-        micro_batch=config.data.micro_batch,
-        dp_rank=data_index,
-        dp_size=data_size,
-        seed=config.seed,
-        cursor=progress["cursor"],
-        num_workers=config.data.workers,
-        text_dropout=config.data.text_dropout,
-    )
     metrics = Metrics(config.run_dir, leader=rank == 0, steps=config.steps, start=progress["step"])
-    metrics.say(setup.summary(config, goal, built, dataset, mesh, data_size, micro_batches, found, changed))
+    metrics.say(setup.summary(config, goal, built, data, mesh, data_size, micro_batches, found, changed))
     if progress["step"] == config.steps:
         metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
     validation = Validation(config, goal, mesh, device)
@@ -113,14 +103,15 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
             guard.at(f"samples after step {progress['step']}", deadline=math.inf)
             metrics.say(f"step {progress['step']} | samples in {samples(run, model, ema, progress['step'])}")
 
-    steps = iter(loader)
+    steps = data.steps(progress["cursor"])
     with _Interrupt() as interrupt:
         if progress["step"] == 0:
             look()
         while progress["step"] < config.steps and not interrupt.stop:
-            guard.at(f"step {progress['step'] + 1}")
+            guard.at(f"the data of step {progress['step'] + 1}", config.deadline * data.steps_at_once)
             started = time.perf_counter()
             batch = next(steps)
+            guard.at(f"step {progress['step'] + 1}")
             data_seconds = time.perf_counter() - started
 
             for group in optimizer.param_groups:
