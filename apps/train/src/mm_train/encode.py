@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from math import lcm
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mm_data import Clip, Geometry
+from mm_data import Clip, Geometry, Sample
 from mm_models.encoders import ImageEncoder, TextEncoder, VideoVAE
 from mm_models.wan import WanConfig
 from mm_models.wan.conditions import Task, condition_video, fold_mask, parted, stored, with_references
 
 
-class Encoders:
-    """The encoders of a model for one task.
+def told(samples: Sequence[Sample], task: Task) -> list[Sample]:
+    """The samples with what a task makes use of: only VACE reads sources, masks and references."""
+    return [sample if task == "vace" else replace(sample, control=None) for sample in samples]
 
-    `identity` changes with whatever decides the features of a clip. `empty_text` (S D) encodes the empty prompt.
-    """
+
+class Encoders:
+    """The encoders of a model for one task. `identity` changes with whatever decides the features of a clip."""
 
     def __init__(
         self,
@@ -46,7 +49,11 @@ class Encoders:
         # t2v and ti2v are trained on the same features
         self.identity = " ".join([*(part.identity for part in parts), *([task] if self.conditions else [])])
         self._check_fit(path)
-        self.empty_text = self.text.encode([""])[0].cpu()
+
+    @cached_property
+    def empty_text(self) -> Tensor:
+        """The encoding S D of the empty prompt, on the CPU: what text dropout trains on."""
+        return self.text.encode([""])[0].cpu()
 
     def to(self, device: torch.device) -> None:
         """Move all of them, e.g. to the host while the model trains."""
@@ -64,11 +71,6 @@ class Encoders:
                 f"{error} (the VAE packs {self.vae.stride[1]}x{self.vae.stride[2]} pixels, and the model takes "
                 f"{self.model.patch_size[1]}x{self.model.patch_size[2]} of these: sizes are multiples of {rows})"
             ) from None
-
-    def latent_shape(self, frames: int, height: int, width: int, references: int = 0) -> tuple[int, ...]:
-        """C F H W of the latents of a clip; VACE's references stand before its own frames, one each."""
-        channels, latent_frames, rows, columns = self.vae.latent_shape(frames, height, width)
-        return channels, references + latent_frames, rows, columns
 
     @torch.no_grad()
     def encode(self, clips: Sequence[Clip]) -> list[dict[str, Tensor]]:

@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -26,13 +25,14 @@ from tqdm import tqdm
 
 from mm_convert.arguments import parse
 from mm_data import Clip, Failure, FeatureCache, Geometry, Sample, VideoDataset, read_manifest, select
+from mm_data.transforms import to_model_range, to_uint8
 from mm_models import preset, presets
 from mm_models.wan.conditions import Task, tasks
 from mm_parallel.device import device as accelerator
 from mm_parallel.device import init_distributed, leave
 from mm_train.command import prepare_output, run
-from mm_train.encode import Encoders
-from mm_train.ranks import gathered
+from mm_train.encode import Encoders, told
+from mm_train.ranks import divided
 
 
 @dataclass
@@ -93,14 +93,14 @@ def extract(config: ExtractConfig) -> int:
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Leave the workers their cores: the threads of one operation spin while one of them waits for a core.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world - config.data.workers))
-    samples = read_manifest(config.data.manifest)
+    samples = told(read_manifest(config.data.manifest), config.chosen_task)
     dtype = getattr(torch, config.dtype)
     encoders = Encoders(config.encoders, preset(config.model), config.chosen_task, device, dtype, config.tiling)
     geometry = encoders.fitted(config.geometry)
     selection = select(samples, geometry)
 
     with FeatureCache(config.output) as cache:
-        identified = _identified(selection.kept, cache, rank, world)
+        identified = _identified(selection.kept, cache, rank == 0, world)
         plan = cache.plan(identified, geometry, encoders.identity, config.seed)
         if rank == 0:
             print(f"{config.data.manifest}: {selection}\n{config.output}: {plan}", file=sys.stderr, flush=True)
@@ -135,7 +135,7 @@ def batches(dataset: VideoDataset, indices: Sequence[int], config: ExtractConfig
     loader = DataLoader(
         Subset(dataset, indices),
         batch_size=None,
-        collate_fn=_as_it_is,
+        collate_fn=_packed,
         num_workers=min(config.data.workers, len(indices)),
         prefetch_factor=2 if config.data.workers and len(indices) else None,
     )
@@ -144,15 +144,38 @@ def batches(dataset: VideoDataset, indices: Sequence[int], config: ExtractConfig
         if isinstance(item, Failure):
             on_failure(item)
             continue
-        same = waiting[item["video"].shape]
-        same.append(item)
+        clip = _unpacked(item)
+        same = waiting[clip["video"].shape]
+        same.append(clip)
         if len(same) == config.batch:
-            yield waiting.pop(item["video"].shape)
+            yield waiting.pop(clip["video"].shape)
     yield from waiting.values()
 
 
-def _as_it_is(item):
-    return item
+def _packed(item: Clip | Failure) -> Clip | Failure:
+    """A clip as bytes, as its files had it: a quarter of the shared memory between a worker and this process."""
+    if isinstance(item, Failure):
+        return item
+    packed = dict(item)
+    for name in ("video", "source"):
+        if name in item:
+            packed[name] = torch.from_numpy(to_uint8(item[name]))
+    if "source" in item and not item["source"].any():  # there is none, and this grey lies between two bytes
+        del packed["source"]
+    if "mask" in item:
+        packed["mask"] = (item["mask"] * 255).round().byte()
+    return packed
+
+
+def _unpacked(packed: Clip) -> Clip:
+    """The very numbers again."""
+    clip = dict(packed)
+    for name in ("video", "source"):
+        if name in packed:
+            clip[name] = to_model_range(packed[name].numpy())
+    if "mask" in packed:
+        clip["mask"] = packed["mask"].float() / 255
+    return clip
 
 
 def _fail(cache: FeatureCache, progress: Progress, failure: Failure) -> None:
@@ -161,17 +184,16 @@ def _fail(cache: FeatureCache, progress: Progress, failure: Failure) -> None:
     progress.advance(1)
 
 
-def _identified(samples: list[Sample], cache: FeatureCache, rank: int, world: int) -> list[Sample]:
+def _identified(samples: list[Sample], cache: FeatureCache, leader: bool, world: int) -> list[Sample]:
     """The samples with the hashes of their files; every rank reads its share of them."""
-    bar = tqdm(total=len(samples), unit="file", desc="hashing", disable=rank != 0 or not sys.stderr.isatty())
-    own = []
-    for sample in cache.identify(samples[rank::world]):
-        own.append(sample)
-        bar.update(world)
-    bar.close()
-    everyone = iter(gathered(own))
-    shares = [list(islice(everyone, len(samples[r::world]))) for r in range(world)]
-    return [shares[i % world][i // world] for i in range(len(samples))]
+    with tqdm(total=len(samples), unit="file", desc="hashing", disable=not (leader and sys.stderr.isatty())) as bar:
+
+        def identify(own: Sequence[Sample]) -> Iterator[Sample]:
+            for sample in cache.identify(own):
+                bar.update(world)
+                yield sample
+
+        return divided(samples, identify)
 
 
 class Progress:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -28,6 +30,15 @@ def gathered(items: list[T]) -> list[T]:
     everyone: list[list[T]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, items)
     return [item for items in everyone for item in items]
+
+
+def divided(items: Sequence[S], work: Callable[[Sequence[S]], Iterable[T]]) -> list[T]:
+    """What `work` makes of the items, one each and in order; every rank works on a share of them."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    everyone = iter(gathered(list(work(items[rank::world]))))
+    shares = [list(islice(everyone, len(items[other::world]))) for other in range(world)]
+    return [shares[i % world][i // world] for i in range(len(items))]
 
 
 def made_once(make: Callable[[], T]) -> T:

@@ -18,19 +18,18 @@ from torch.distributed.tensor import DTensor
 
 from mm_convert import Checkpoint, open_checkpoint, open_experts
 from mm_convert.arguments import dump
-from mm_data import FeatureDataset
 from mm_models import build, plan
 from mm_models.diffusion.flow import POINTS
 from mm_models.initial import control_from, initial
 from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora
 from mm_models.wan import WanConfig
-from mm_models.wan.conditions import stored
 from mm_parallel import Pipeline, load_parameters, parallelize
 from mm_parallel.mesh import describe, place, size
 from mm_parallel.weights import allocate
 from mm_train.checkpoint import latest
 from mm_train.config import Config
+from mm_train.data import TrainingData
 from mm_train.objective import Objective
 from mm_train.ranks import gathered
 
@@ -79,46 +78,6 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
 def has_frozen(config: Config) -> bool:
     """Whether a run trains only a part of its model, so that its checkpoints hold only that."""
     return bool(config.lora.rank) or config.trained != ("*",)
-
-
-def check_features(dataset: FeatureDataset, config: Config, goal: Objective) -> None:
-    """Raise ValueError where the features are not those of the model and its task."""
-    item, shape = dataset[0], goal.model
-    channels, text = item["latents"].shape[0], item["text"][0].shape[-1]
-    if channels != shape.out_channels or text != shape.text_dim:
-        raise ValueError(
-            f"{dataset.path} holds latents of {channels} channels and text of width {text}; "
-            f"{config.model} takes {shape.out_channels} and {shape.text_dim}: extract again with its own encoders"
-        )
-    needed = stored(shape, goal.task)
-    found = {name: tensor.shape[0] for name, tensor in item["extras"].items()}
-    wrong = [
-        f"{name} {found.get(name, 'missing')} instead of {size}"
-        for name, size in needed.items()
-        if found.get(name) != size
-    ]
-    if wrong:
-        raise ValueError(
-            f"{dataset.path} does not hold what {config.model} is conditioned on for {goal.task} ({', '.join(wrong)}): "
-            f"extract with --model {config.model} --task {goal.task}"
-        )
-
-
-def dataset_fingerprint(dataset: FeatureDataset) -> str:
-    """Changes when samples are added, removed, reordered or reshaped, i.e. when the sample stream changes."""
-    rows = [(dataset.ids[i], list(dataset.shapes[i])) for i in range(len(dataset))]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def check_dataset(progress: dict[str, Any], dataset: FeatureDataset, config: Config) -> None:
-    """Raise ValueError if the samples are no longer those that the checkpoint was trained on."""
-    if progress.get("dataset", (now := dataset_fingerprint(dataset))) != now:
-        raise ValueError(
-            f"the samples in {config.data.features} have changed since this run was saved, so its position in "
-            "them means nothing. "
-            f"Start a new run from its weights: --output another/ --weights {config.run_dir}/weights "
-            f"(`python -m mm_train.export` writes them from a checkpoint)"
-        )
 
 
 class Built(NamedTuple):
@@ -265,7 +224,7 @@ def summary(
     config: Config,
     goal: Objective,
     built: Built,
-    dataset: FeatureDataset,
+    data: TrainingData,
     mesh: DeviceMesh | None,
     data_size: int,
     micro_batches: int,
@@ -280,7 +239,7 @@ def summary(
         f"{goal.flow.index_range[0]} to {goal.flow.index_range[1] - 1} of {POINTS}",
         f"weights    {f'{found} (continuing)' if found else config.weights}",
         *(f"changed    {change}" for change in changed),
-        f"data       {len(dataset):,} samples in {len(set(dataset.shapes))} shapes from {config.data.features}",
+        f"data       {len(data.ids):,} samples in {len(set(data.shapes))} shapes, {data.name}",
         f"ranks      {describe(mesh)}",
         f"step       {config.data.global_batch} samples = {data_size} x {micro_batches} micro-batches of "
         f"{config.data.micro_batch}",

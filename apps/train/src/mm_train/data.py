@@ -1,0 +1,113 @@
+"""What a run is trained on: features from a cache, or made of videos on the way. The numbers are the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from mm_data import ClipDataset, FeatureDataset, Step, build_loader
+from mm_models.wan.conditions import stored
+from mm_parallel.encoders import ranks_of_sample
+from mm_parallel.mesh import data_rank
+from mm_train.config import Config
+from mm_train.encode import Encoders
+from mm_train.objective import Objective
+from mm_train.online import encoded_steps, find_clips
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Samples, and the steps that are made of them."""
+
+    name: str
+    """The flag that chose them, with its value."""
+    ids: list[str]
+    shapes: list[tuple[int, ...]]
+    """C F H W of the latents of every sample."""
+    steps: Callable[[int], Iterator[Step]]
+    """This rank's steps, without end, from a cursor on: `Step.cursor_after` of the last one that was trained on."""
+    steps_at_once: int = 1
+    """So many may be made before one is given out."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when samples are added, removed, reordered or reshaped, i.e. when the sample stream changes."""
+        rows = [(name, list(shape)) for name, shape in zip(self.ids, self.shapes, strict=True)]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def check_same(self, progress: dict[str, Any], config: Config) -> None:
+        """Raise ValueError if the samples are no longer those that the checkpoint was trained on."""
+        if progress.get("dataset", self.fingerprint) != self.fingerprint:
+            raise ValueError(
+                f"the samples of {self.name} have changed since this run was saved, so its position in them means "
+                f"nothing. Start a new run from its weights: --output another/ --weights {config.run_dir}/weights "
+                "(`python -m mm_train.export` writes them from a checkpoint)"
+            )
+
+
+def training_data(config: Config, goal: Objective, mesh: DeviceMesh | None, device: torch.device) -> TrainingData:
+    """The data of a run, from --data.features or --data.manifest. Raises ValueError where they do not suit it."""
+    data = config.data
+    if data.features:
+        features = FeatureDataset(data.features)
+        check_features(features, config, goal)
+        name = f"--data.features {data.features}"
+        return TrainingData(name, features.ids, features.shapes, lambda cursor: _steps(features, config, mesh, cursor))
+
+    dtype = getattr(torch, config.dtype)
+    encoders = Encoders(data.encoders, goal.model, goal.task, "cpu", dtype, data.tiling)
+    clips = find_clips(config, encoders)
+    group = ranks_of_sample(mesh) if data.share_encoding else None
+
+    def steps(cursor: int) -> Iterator[Step]:
+        return encoded_steps(_steps(clips, config, mesh, cursor), encoders, data.encode_every, device, group)
+
+    return TrainingData(
+        f"--data.manifest {data.manifest}", clips.ids, clips.shapes, steps, steps_at_once=max(1, data.encode_every)
+    )
+
+
+def _steps(dataset: FeatureDataset | ClipDataset, config: Config, mesh: DeviceMesh | None, cursor: int) -> Iterator:
+    rank, size = data_rank(mesh)
+    loader = build_loader(
+        dataset,
+        global_batch=config.data.global_batch,
+        micro_batch=config.data.micro_batch,
+        dp_rank=rank,
+        dp_size=size,
+        seed=config.seed,
+        cursor=cursor,
+        num_workers=config.data.workers,
+        text_dropout=config.data.text_dropout,
+    )
+    return iter(loader)
+
+
+def check_features(dataset: FeatureDataset, config: Config, goal: Objective) -> None:
+    """Raise ValueError where the features are not those of the model and its task."""
+    item, shape = dataset[0], goal.model
+    channels, text = item["latents"].shape[0], item["text"][0].shape[-1]
+    if channels != shape.out_channels or text != shape.text_dim:
+        raise ValueError(
+            f"{dataset.path} holds latents of {channels} channels and text of width {text}; "
+            f"{config.model} takes {shape.out_channels} and {shape.text_dim}: extract again with its own encoders"
+        )
+    needed = stored(shape, goal.task)
+    found = {name: tensor.shape[0] for name, tensor in item["extras"].items()}
+    wrong = [
+        f"{name} {found.get(name, 'missing')} instead of {size}"
+        for name, size in needed.items()
+        if found.get(name) != size
+    ]
+    if wrong:
+        raise ValueError(
+            f"{dataset.path} does not hold what {config.model} is conditioned on for {goal.task} ({', '.join(wrong)}): "
+            f"extract with --model {config.model} --task {goal.task}"
+        )

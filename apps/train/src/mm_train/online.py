@@ -1,0 +1,94 @@
+"""Training straight from videos: clips are decoded by the loader and become features as they are needed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import count
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from mm_data import Batch, Clip, ClipBatch, ClipDataset, Step, read_manifest, select, survey
+from mm_parallel.encoders import encode_shared, interleaved
+from mm_train.config import Config
+from mm_train.encode import Encoders, told
+from mm_train.ranks import divided
+
+
+def find_clips(config: Config, encoders: Encoders) -> ClipDataset:
+    """The samples that an extraction would use, as far as that shows without decoding them; the others are reported."""
+    manifest = config.data.manifest
+    samples = told(read_manifest(manifest), encoders.task)
+    geometry = encoders.fitted(config.data.geometry)
+    selection = select(samples, geometry)
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    silent = rank > 0 or not sys.stderr.isatty()
+    with tqdm(total=len(selection.kept), unit="clip", desc="looking into videos", disable=silent) as bar:
+        look = partial(survey, geometry=geometry, progress=lambda done: bar.update(done * world - bar.n))
+        found = divided(selection.kept, look)
+    shape = encoders.vae.latent_shape
+    dataset = ClipDataset(selection.kept, geometry, config.seed, latent_shape=shape, path=manifest, found=found)
+    left_out = [*selection.dropped, *dataset.unusable]
+    if rank == 0:
+        report = config.run_dir / "failures.jsonl"
+        report.write_text("".join(json.dumps({"id": s.id, "reason": str(reason)}) + "\n" for s, reason in left_out))
+        why = f", {len(left_out)} left out: {report} says why" if left_out else ""
+        print(f"{len(dataset)} of {len(samples)} samples of {manifest} can be used{why}", file=sys.stderr, flush=True)
+    return dataset
+
+
+def encoded_steps(
+    decoded: Iterator[Step], encoders: Encoders, every: int, device: torch.device, group: dist.ProcessGroup | None
+) -> Iterator[Step]:
+    """The steps with features in place of clips.
+
+    `every` of them are encoded at a time, between which the encoders are on the host; with 0 they stay on the device.
+    A group of ranks that has the same steps shares the work.
+    """
+
+    def encoded(_: int) -> Step:
+        # Asked for here, not in advance: the clips of one step are in memory, not of all that are encoded at a time.
+        step = _next(decoded)
+        return Step(step.index, step.cursor_after, _encoded(encoders, step.micro, group))
+
+    if every:
+        return interleaved(count(), encoded, every, encoders.to, device)
+    encoders.to(device)
+    return map(encoded, count())
+
+
+def _next(decoded: Iterator[Step]) -> Step:
+    try:
+        return next(decoded)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. No other sample is put in its place: mend the file and give the same command again, which "
+            "continues from the last checkpoint. (`python -m mm_train.extract` decodes everything before training, and "
+            "leaves out what is damaged)"
+        ) from error
+
+
+def _encoded(encoders: Encoders, batches: Sequence[ClipBatch], group: dist.ProcessGroup | None) -> list[Batch]:
+    """Clips go through the encoders one by one, as in extraction, so that features are the same to the last bit."""
+
+    def encode(shown: tuple[Clip, str]) -> dict[str, Tensor]:
+        clip, caption = shown
+        return encoders.encode([clip | {"captions": (caption,) if caption else ()}])[0]
+
+    shown = [pair for batch in batches for pair in zip(batch.clips, batch.captions, strict=True)]
+    features = iter(encode_shared(shown, encode, group))
+    return [_collated(batch, [next(features) for _ in batch.clips], encoders) for batch in batches]
+
+
+def _collated(batch: ClipBatch, features: list[dict[str, Tensor]], encoders: Encoders) -> Batch:
+    """One batch, on the CPU."""
+    texts = [one.pop("text.0").cpu() if "text.0" in one else encoders.empty_text for one in features]
+    stacked = {name: torch.stack([one[name].cpu() for one in features]) for name in features[0]}
+    text = pad_sequence(texts, batch_first=True)
+    return Batch(stacked.pop("latents"), text, batch.ids, batch.epochs, extras=stacked)
