@@ -23,7 +23,8 @@ def read_image(path: str | Path) -> np.ndarray:
         raise ValueError(f"{path} is a folder, not a picture" if path.is_dir() else f"{path} does not exist")
     try:
         with Image.open(path) as picture:
-            if (pictures := getattr(picture, "n_frames", 1)) > 1:
+            pictures = getattr(picture, "n_frames", 1)
+            if pictures > 1 and picture.format != "MPO":  # so phones write a jpg with a thumbnail or a depth map
                 raise ValueError(f"{path} holds {pictures} pictures: save the one that is meant")
             return _rgb(ImageOps.exif_transpose(picture), path)
     except UnidentifiedImageError as error:
