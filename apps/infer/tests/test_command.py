@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 import mm_infer
 from mm_data import made_with
 from mm_infer.__main__ import main
-from mm_infer.config import NEGATIVE_PROMPT, Config
+from mm_infer.config import Config
+from mm_infer.defaults import NEGATIVE_PROMPT
+from mm_infer.lists import asked as requests
 from mm_models import build
 from mm_models.lora import LoRAConfig, add_lora, save_lora
 
@@ -139,7 +141,7 @@ def test_prompt_files_are_cut_at_line_ends_only(asked, tmp_path, capsys):
     file = tmp_path / "prompts.txt"
     file.write_bytes("a\u2028cat\r\na\x85dog\n".encode())
     config = Config(weights=Path("w"), output=Path("o"), prompt_file=file)
-    assert config.prompts() == ["a\u2028cat", "a\x85dog"]
+    assert [one.prompt for one in requests(config)] == ["a\u2028cat", "a\x85dog"]
     file.write_bytes(b"caf\xe9\n")
     refused([*asked, "--output", str(tmp_path / "out")], capsys, "prompts.txt is not UTF-8 text")
 
@@ -172,7 +174,7 @@ def refused(argv: list[str], capsys, *messages: str, code: int = 2) -> None:
         (["--seed", "-1"], ["seed -1"]),
         (["--prompt", "x"], ["either --prompt or --prompt_file"]),
         (["--prompt_file", "nowhere.txt"], ["nowhere.txt"]),
-        (["--prompt_file", "/dev/null"], ["holds no prompts"]),
+        (["--prompt_file", "/dev/null"], ["holds no lines"]),
         (["--weights", "nowhere"], ["nowhere does not exist"]),
         (["--encoders", "nowhere"], ["nowhere does not exist"]),
         (["--text_tokens", "0"], ["text_tokens is 0", "at least 1"]),
@@ -218,15 +220,6 @@ def test_weights_that_do_not_fit_are_refused(asked, pipeline, tmp_path, capsys, 
     save_file(tensors, file)
     named = "blocks.1.ffn.net.3.weight" if fault == "extra" else name
     refused([*asked, "--weights", str(weights), "--output", str(tmp_path / "out")], capsys, named)
-
-
-def test_weights_that_need_an_image_are_refused(asked, pipeline, tmp_path, capsys):
-    weights = copy_of(pipeline, tmp_path / "W")
-    torch.manual_seed(0)
-    config = WanTransformer3DModel.load_config(pipeline / "transformer") | {"in_channels": 36}
-    WanTransformer3DModel.from_config(config).save_pretrained(weights / "transformer")
-    asked += ["--weights", str(weights), "--output", str(tmp_path / "out")]
-    refused(asked, capsys, "from images (36 input channels)")
 
 
 def test_a_lora_of_another_model_is_refused(asked, tmp_path, capsys):

@@ -127,7 +127,7 @@ def test_bfloat16_keeps_the_islands_and_stays_close(pipeline, sampler):
 
 
 def test_lora(pipeline, sampler, tmp_path):
-    model = sampler.transformer.load(torch.device("cpu"), torch.float32)
+    model = sampler.weights.load(sampler.config, torch.device("cpu"), torch.float32)
     add_lora(model, LoRAConfig(rank=2, alpha=8.0, targets=("q", "ffn.2")))
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -138,7 +138,7 @@ def test_lora(pipeline, sampler, tmp_path):
     assert difference(adapted, plain) > 1e-2
 
     merge_lora(model)
-    save_checkpoint(tmp_path / "merged", model.state_dict(), sampler.transformer.config)
+    save_checkpoint(tmp_path / "merged", model.state_dict(), sampler.config)
     merged = mm_infer.load(tmp_path / "merged", encoders=pipeline)(PROMPT, **SMALL).latents
     assert difference(adapted, merged) < 1e-4
 

@@ -4,66 +4,81 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-# The English negative prompt of the Wan2.1 guides; the official Chinese one says the same.
-NEGATIVE_PROMPT = (
-    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, "
-    "overall gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn "
-    "hands, poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, "
-    "three legs, many people in the background, walking backwards"
-)
+Task = Literal["t2v", "i2v", "flf2v", "ti2v", "v2v", "vace"]  # as mm_models.wan has them, whose import needs torch
+Sampling = Literal["unipc", "euler"]
+Grid = Literal["guides", "diffusers"]
 
 
 @dataclass(kw_only=True)
 class Options:
-    """How one video is made from one prompt."""
+    """How one video is made. None takes what is usual for the model and the task, see `mm_infer.defaults`."""
 
-    negative_prompt: str = NEGATIVE_PROMPT
-    "what to stay away from; not used with guidance 1 (default: the list of the Wan2.1 guides)"
-    height: int = 480
-    "pixels, a multiple of 16"
-    width: int = 832
-    "pixels, a multiple of 16"
-    frames: int = 81
-    "4k+1 frames"
-    steps: int = 50
-    "denoising steps; each runs the model twice, or once with guidance 1"
-    guidance: float = 5.0
-    "weight of the prompt against the negative prompt; 1 leaves the negative prompt out"
+    task: Task | None = None
+    "t2v text, i2v image, flf2v first and last image, ti2v a clean first frame, v2v video, vace control to video (default: by the model and by what is given)"  # noqa: E501
+    negative_prompt: str | None = None
+    "what to stay away from; not used with guidance 1 (default: the list of the guides, in Chinese for Wan2.2)"
+    height: int | None = None
+    "pixels, a multiple of 16 (32 for Wan2.2 5B); default 480, 704 for the 5B, 720 for 14B t2v, flf2v, VACE and A14B; with an image or a source video its shape, in about that area"  # noqa: E501
+    width: int | None = None
+    "pixels, likewise; default 832, 1280"
+    frames: int | None = None
+    "4k+1 frames; default 81, 121 for Wan2.2 5B, at most those of a source video"
+    fps: float | None = None
+    "frames per second of the mp4, and of what is taken from a source video; default 16, 24 for Wan2.2 5B"
+    steps: int | None = None
+    "denoising steps; each runs the model twice, or once with guidance 1; default 50, 40 for i2v and A14B"
+    guidance: float | tuple[float, float] | None = None
+    "weight of the prompt against the negative prompt, 1 leaves that out; two experts may have two, [high, low]; default 5, flf2v 5.5, A14B [4, 3], A14B i2v 3.5"  # noqa: E501
     flow_shift: float | None = None
-    "bends the steps towards noise; by default 3.0 for 480p and 5.0 for 720p, whichever height x width is nearer to"
-    sampler: Literal["unipc", "euler"] = "unipc"
+    "bends the steps towards noise; default 3 for 480p and 5 for 720p, whichever the size is nearer to; flf2v and VACE 16, A14B 12, A14B i2v and 5B 5"  # noqa: E501
+    sampler: Sampling = "unipc"
     "solver"
-    grid: Literal["guides", "diffusers"] = "guides"
+    grid: Grid = "guides"
     "noise levels of the steps: as in the guides and diffusers before 0.37, or as in later diffusers"
     seed: int = 0
     "of the initial noise, the same for every prompt"
+    strength: float | None = None
+    "v2v: part of the steps that are made, 1 leaves nothing of the video; default 0.7"
+    control_scale: float | None = None
+    "vace: strength of the control; default 1"
 
     def __post_init__(self) -> None:
-        if self.frames < 1 or self.frames % 4 != 1:
+        if self.frames is not None and (self.frames < 1 or self.frames % 4 != 1):
             raise ValueError(
-                f"frames {self.frames}: the VAE turns 4k+1 frames into k+1, so ask for {_neighbours(self.frames, 1, 4)}"
+                f"frames {self.frames}: the VAE turns 4k+1 frames into k+1, so ask for {neighbours(self.frames, 1, 4)}"
             )
-        for side in ("height", "width"):
-            size = getattr(self, side)
-            if size < 16 or size % 16:
-                raise ValueError(
-                    f"{side} {size}: the VAE divides it by 8 and the model by 2, so it must be a multiple of 16, "
-                    f"as {_neighbours(size, 16, 16)}"
-                )
-        if self.steps < 1:
+        check_size(self, 16)
+        if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps {self.steps}: at least one step is needed")
-        if not self.guidance >= 1:
+        if self.guidance is not None and not min(self.scales) >= 1:
             raise ValueError(f"guidance {self.guidance}: must be 1 (no guidance) or more")
-        if self.flow_shift is None:
-            # Midway between the two areas that the guides name, so that every size has an answer.
-            self.flow_shift = 3.0 if self.height * self.width < (480 * 832 + 720 * 1280) / 2 else 5.0
-        if not self.flow_shift > 0:
+        if self.flow_shift is not None and not self.flow_shift > 0:
             raise ValueError(f"flow_shift {self.flow_shift}: must be more than 0 (1 bends nothing)")
+        if self.fps is not None and not self.fps >= 1:
+            raise ValueError(f"fps {self.fps}: must be 1 or more")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed}: must be from 0 to 2^63-1")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ValueError(f"strength {self.strength}: must be more than 0 and at most 1")
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """Guidance at high and at low noise."""
+        return self.guidance if isinstance(self.guidance, tuple | list) else (self.guidance, self.guidance)
 
 
-def _neighbours(value: int, first: int, step: int) -> str:
+def check_size(options: Options, multiple: int) -> None:
+    """ValueError for sides that the VAE and the model cannot divide."""
+    for side in ("height", "width"):
+        size = getattr(options, side)
+        if size is not None and (size < multiple or size % multiple):
+            raise ValueError(
+                f"{side} {size}: the VAE divides it by {multiple // 2} and the model by 2, so it must be a multiple of "
+                f"{multiple}, as {neighbours(size, multiple, multiple)}"
+            )
+
+
+def neighbours(value: int, first: int, step: int) -> str:
     """The values of first, first + step, ... around `value`."""
     below = first + (value - first) // step * step
     return f"{below} or {below + step}" if below >= first else str(first)
@@ -85,30 +100,51 @@ class Ranks:
 
 @dataclass(kw_only=True)
 class Config(Options):
-    """Generate videos from text. Under torchrun, ranks share the prompts, or the work on each (see parallel)."""
+    """Generate videos from text, images and videos. Under torchrun, ranks share the videos, or the work on each (see
+    parallel)."""
 
     weights: Path
-    "a diffusers directory (transformer, vae, text_encoder, tokenizer), or the transformer alone: converted or original"
+    "a diffusers directory (transformer, vae, text_encoder, tokenizer), or the transformer alone: converted or original; two experts as transformer/ and transformer_2/, or high_noise_model/ and low_noise_model/"  # noqa: E501
     output: Path
     "folder for video_0.mp4, video_1.mp4, ...; made if it is missing"
     model: str | None = None
     "preset, as wan2.1-t2v-1.3b; only needed where the weights do not say what they are"
     encoders: Path | None = None
-    "diffusers directory of the vae, text_encoder and tokenizer, where the weights hold only the transformer"
+    "diffusers directory of the vae, text_encoder, tokenizer (and image_encoder), where the weights hold only the transformer"  # noqa: E501
     prompt: str | None = None
     "what to show"
     prompt_file: Path | None = None
     "text file with one prompt per line; empty lines are left out"
+    image: Path | None = None
+    "i2v, flf2v, ti2v: the first frame, cropped to the shape of the video"
+    image_file: Path | None = None
+    "text file with one image per line, for the prompts in their order; flf2v: first and last, as a.png, b.png"
+    last_image: Path | None = None
+    "flf2v: the last frame"
+    video: Path | None = None
+    "v2v: what to change; vace: what controls (depth, pose, ...), or the video that is edited where the mask says"
+    video_file: Path | None = None
+    "text file with one video per line"
+    mask: Path | None = None
+    "vace: a video, or one image for all frames; white changes, black is kept (default: all changes)"
+    mask_file: Path | None = None
+    "text file with one mask per line"
+    references: list[Path] = field(default_factory=list)
+    'vace: images of what is to appear, as ["a.png", "b.png"]'
+    references_file: Path | None = None
+    "text file with one line of images for each prompt, as a.png, b.png"
     lora: Path | None = None
-    "LoRA to put on the transformer: a file or directory written by mm_train"
+    "LoRA to put on the transformer: a file or directory written by mm_train; of two experts on both, or a directory with a high_noise_model/ and a low_noise_model/"  # noqa: E501
+    boundary: float | None = None
+    "of two experts: noise level from which on the first one works; by default what the directory says, or 0.9 for i2v, 0.875"  # noqa: E501
+    offload: bool | None = None
+    "of two experts, keep the idle one in the host's memory; by default on an accelerator"
     dtype: Literal["bfloat16", "float32"] | None = None
-    "of transformer and text encoder; by default bfloat16 on an accelerator, float32 on a CPU, as the VAE always is"
+    "of transformer and text encoder; by default bfloat16 on an accelerator, float32 on a CPU, as VAE and CLIP always are"  # noqa: E501
     text_tokens: int | None = None
     "rows of text that the model attends to; by default those it was trained with (512, or what the weights say)"
     vae_tiling: bool = False
-    "decode in tiles: less memory, faint seams"
-    fps: int = 16
-    "frames per second of the mp4"
+    "encode and decode in tiles: less memory, faint seams"
     parallel: Ranks = field(default_factory=Ranks)
     overwrite: bool = False
     "replace videos that are already in the output folder; without it, those that the same command made are kept"
@@ -117,24 +153,8 @@ class Config(Options):
         super().__post_init__()
         if (self.prompt is None) == (self.prompt_file is None):
             raise ValueError("give either --prompt or --prompt_file")
-        if self.fps < 1:
-            raise ValueError(f"fps {self.fps}: must be 1 or more")
-        if self.parallel.guidance == 2 and self.guidance == 1:
+        for one in ("image", "video", "mask", "references"):
+            if getattr(self, one) and getattr(self, f"{one}_file"):
+                raise ValueError(f"give either --{one} or --{one}_file")
+        if self.parallel.guidance == 2 and self.guidance is not None and max(self.scales) == 1:
             raise ValueError("parallel.guidance 2 shares two passes, but guidance 1 makes one: leave either out")
-
-    def prompts(self) -> list[str]:
-        """The prompts asked for, in order. OSError for a file that cannot be read, ValueError for one that is
-        empty or no UTF-8 text.
-        """
-        if self.prompt is not None:
-            return [self.prompt]
-        try:
-            text = self.prompt_file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            why = f"{error.reason} at byte {error.start}"
-            raise ValueError(f"{self.prompt_file} is not UTF-8 text ({why}): save it as UTF-8") from error
-        # Not splitlines, which would also cut at U+2028 and U+0085, inside what an editor shows as one line.
-        prompts = [line.strip() for line in text.split("\n") if line.strip()]
-        if not prompts:
-            raise ValueError(f"{self.prompt_file} holds no prompts: it should have one per line")
-        return prompts

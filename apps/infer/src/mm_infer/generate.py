@@ -1,4 +1,4 @@
-"""The job of the command line: all prompts to mp4 files, each rank its share."""
+"""The job of the command line: all videos to mp4 files, each rank its share."""
 
 import dataclasses
 import json
@@ -16,8 +16,21 @@ from tqdm import tqdm
 from mm_data import made_with, write_video
 from mm_infer.__about__ import __version__
 from mm_infer.config import Config, Options
+from mm_infer.inputs import Given
+from mm_infer.lists import Asked, asked
+from mm_infer.plan import start_of
 from mm_infer.ranks import Place
 from mm_infer.sample import Sampler, load
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """One that is made."""
+
+    prompt: str
+    given: Given
+    options: Options  # all of them
+    made_with: dict[str, Any]  # goes into the file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,20 +38,17 @@ class Job:
     """What one rank does."""
 
     sampler: Sampler
-    options: Options
-    prompts: dict[Path, str]  # by the file that is written
-    kept: list[Path]  # there already, made from the same prompt and settings
-    made_with: dict[str, Any]  # goes into every file
-    fps: int
+    videos: dict[Path, Video]  # by the file that is written
+    kept: list[Path]  # there already, made from the same inputs and settings
     rank: int
     leads: bool  # of the ranks that make the same videos, this one decodes and writes
 
 
 def prepare(config: Config, place: Place = Place(), rank: int = 0) -> Job:  # noqa: B008 (frozen)
     """Checks all that can be checked without reading a tensor. ValueError or OSError with the way out."""
-    prompts = config.prompts()
+    wanted = asked(config)
     first, step = place.prompts
-    files = {config.output / f"video_{i}.mp4": prompts[i] for i in range(first, len(prompts), step)}
+    files = {config.output / f"video_{i}.mp4": wanted[i] for i in range(first, len(wanted), step)}
     blocked = next((path for path in (config.output, *config.output.parents) if path.exists()), config.output)
     if blocked.exists() and not blocked.is_dir():
         raise ValueError(f"output {config.output}: {blocked} is a file, not a folder")
@@ -48,16 +58,19 @@ def prepare(config: Config, place: Place = Place(), rank: int = 0) -> Job:  # no
         config.encoders,
         model=config.model,
         lora=config.lora,
+        boundary=config.boundary,
+        offload=config.offload,
         dtype=dtype,
         vae_tiling=config.vae_tiling,
         text_tokens=config.text_tokens,
         mesh=place.mesh,
         pair=place.pair,
     )
-    record = _record(config, sampler)
+    options = Options(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Options)})
+    videos = {file: _video(config, sampler, options, one) for file, one in files.items()}
     there = place.decided(lambda: [] if config.overwrite else [file for file in files if file.exists()])
     written = _last_change(config.weights, config.encoders, config.lora)
-    others = place.decided(lambda: [f for f in there if not _is_made(f, {"prompt": files[f]} | record, written)])
+    others = place.decided(lambda: [f for f in there if not _is_made(f, videos[f].made_with, written)])
     if others:
         more = f", and {len(others) - 1} more" if len(others) > 1 else ""
         raise ValueError(
@@ -67,9 +80,21 @@ def prepare(config: Config, place: Place = Place(), rank: int = 0) -> Job:  # no
     config.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=config.output):  # better now than after the first video
         pass
-    options = Options(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Options)})
-    todo = {file: prompt for file, prompt in files.items() if file not in there}
-    return Job(sampler, options, todo, there, record, config.fps, rank, place.leads)
+    todo = {file: video for file, video in videos.items() if file not in there}
+    return Job(sampler, todo, there, rank, place.leads)
+
+
+def _video(config: Config, sampler: Sampler, options: Options, one: Asked) -> Video:
+    """What is asked for, settled, with its record: what repeats the video, and not where in a list it stood."""
+    given = Given(**one.given)
+    options = sampler.plan(options, given)
+    if config.parallel.guidance == 2 and max(options.scales) == 1:
+        raise ValueError("parallel.guidance 2 shares two passes, but guidance 1 makes one: leave either out")
+    record: dict[str, Any] = {"prompt": one.prompt} | given.record() | dataclasses.asdict(options)
+    record |= {name: getattr(config, name) for name in ("weights", "encoders", "model", "lora", "text_tokens")}
+    record |= {"vae_tiling": config.vae_tiling, "boundary": sampler.weights.boundary}
+    record |= {"dtype": str(sampler.dtype).removeprefix("torch."), "mm_infer": __version__, "torch": torch.__version__}
+    return Video(one.prompt, given, options, {k: str(v) if isinstance(v, Path) else v for k, v in record.items()})
 
 
 def _is_made(file: Path, record: dict[str, Any], since: float) -> bool:
@@ -86,14 +111,6 @@ def _last_change(*weights: Path | None) -> float:
     return max((file.stat().st_mtime for file in files), default=0.0)
 
 
-def _record(config: Config, sampler: Sampler) -> dict[str, Any]:
-    """The configuration as it goes into each file: what repeats the video, and not where in a list it stood."""
-    left_out = ("output", "overwrite", "prompt", "prompt_file", "parallel")
-    record = {k: v for k, v in dataclasses.asdict(config).items() if k not in left_out}
-    record |= {"dtype": str(sampler.dtype).removeprefix("torch."), "mm_infer": __version__, "torch": torch.__version__}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in record.items()}
-
-
 def run(job: Job) -> None:
     """Makes the videos, and says so: bars on a terminal, plain lines elsewhere.
 
@@ -101,30 +118,35 @@ def run(job: Job) -> None:
     """
     say = _say if job.rank == 0 else lambda text: None
     say_own = _say if job.leads else lambda text: None
-    total: dict[str, float] = {"text": 0.0, "load": 0.0, "denoise": 0.0, "decode": 0.0, "write": 0.0}
+    total = dict.fromkeys(("text", "inputs", "load", "denoise", "decode", "write"), 0.0)
     for file in job.kept:
         say_own(f"{file}: kept, made by the same command (--overwrite true makes it again)")
-    if not job.prompts:
-        return None if job.kept else say_own(f"rank {job.rank} has nothing to do: there are fewer prompts than ranks")
+    if not job.videos:
+        return None if job.kept else say_own(f"rank {job.rank} has nothing to do: there are fewer videos than ranks")
 
+    videos = list(job.videos.values())
     start = time.perf_counter()
-    negative = [job.options.negative_prompt] if job.options.guidance > 1 else []
-    say(f"text: encoding {len(set(job.prompts.values()))} prompt(s)")
-    job.sampler.encode([*job.prompts.values(), *negative])
+    say(f"text: encoding {len({video.prompt for video in videos})} prompt(s)")
+    negative = [video.options.negative_prompt for video in videos if max(video.options.scales) > 1]
+    job.sampler.encode([*(video.prompt for video in videos), *negative])
     total["text"] = time.perf_counter() - start
+    start = time.perf_counter()
+    job.sampler.encoders.see_all([(video.given, video.options) for video in videos])
+    total["inputs"] = time.perf_counter() - start
 
-    for number, (file, prompt) in enumerate(job.prompts.items(), 1):
-        with _enough_memory(job.options), _progress(job, f"{file.name} ({number}/{len(job.prompts)})") as progress:
-            result = job.sampler.run(prompt, job.options, progress=progress, decode=job.leads)
+    for number, (file, video) in enumerate(job.videos.items(), 1):
+        name = f"{file.name} ({number}/{len(videos)})"
+        with _enough_memory(video.options), _progress(job, video.options, name) as progress:
+            result = job.sampler.run(video.prompt, video.options, video.given, progress=progress, decode=job.leads)
         if not job.leads:
             continue
         start = time.perf_counter()
-        write_video(file, result.frames.numpy(), job.fps, {"prompt": prompt} | job.made_with)
+        write_video(file, result.frames.numpy(), video.options.fps, video.made_with)
         seconds = result.seconds | {"write": time.perf_counter() - start}
         total = {stage: spent + seconds[stage] for stage, spent in total.items()}
-        _say(f"{file}: {sum(seconds.values()):.1f} s, {prompt!r}")
+        _say(f"{file}: {sum(seconds.values()):.1f} s, {video.prompt!r}")
     stages = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in total.items())
-    say_own(f"{len(job.prompts)} video(s) in {sum(total.values()):.1f} s: {stages}")
+    say_own(f"{len(videos)} video(s) in {sum(total.values()):.1f} s: {stages}")
 
 
 @contextmanager
@@ -149,9 +171,9 @@ def _say(text: str) -> None:
 
 
 @contextmanager
-def _progress(job: Job, name: str) -> Iterator[Any]:
+def _progress(job: Job, options: Options, name: str) -> Iterator[Any]:
     """A bar on a terminal, of rank 0; elsewhere a line every tenth of the way."""
-    steps = job.options.steps
+    steps = options.steps - start_of(options)
     if job.rank == 0 and sys.stderr.isatty():
         with tqdm(total=steps, desc=name, unit="step", leave=False) as bar:
             yield lambda done, latents: bar.update()

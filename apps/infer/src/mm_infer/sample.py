@@ -1,6 +1,5 @@
-"""From a prompt to a video: encode the text, denoise, decode. One part of the pipeline is loaded after the other."""
+"""From a prompt to a video: encode what is given, denoise, decode. One part is loaded after the other."""
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,11 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from mm_infer import parts
 from mm_infer.config import Options
-from mm_infer.weights import Transformer, find_encoders, must_exist
-from mm_models import plan
-from mm_models.diffusion.sampling import denoise, noise
-from mm_models.encoders import TextEncoder, VideoVAE
+from mm_infer.encode import Encoders
+from mm_infer.inputs import Given
+from mm_infer.plan import plan, start_of
+from mm_infer.weights import Weights
+from mm_models import plan as parallel_plan
+from mm_models.diffusion.sampling import Experts, denoise, noise, partly_noised
+from mm_models.wan import WanModel
 from mm_parallel import context
 from mm_parallel.device import bf16_ok, synchronize
 from mm_parallel.device import device as accelerator
@@ -29,7 +32,8 @@ class Result:
 
     latents: Tensor  # B C F H W with B = 1, float32 on the CPU, normalised as the model sees them
     frames: Tensor  # F H W 3, uint8 on the CPU
-    seconds: dict[str, float]  # by stage: text, load, denoise, decode
+    seconds: dict[str, float]  # by stage: text, inputs, load, denoise, decode
+    options: Options  # all of them, with what was left to the defaults
 
 
 def load(
@@ -38,6 +42,8 @@ def load(
     *,
     model: str | None = None,
     lora: Path | str | None = None,
+    boundary: float | None = None,
+    offload: bool | None = None,
     dtype: torch.dtype | None = None,
     vae_tiling: bool = False,
     text_tokens: int | None = None,
@@ -53,38 +59,40 @@ def load(
     mesh: of `mm_parallel.ParallelConfig`, with cp > 1 to share the tokens among its context ranks. pair: a group of two
     ranks that share the passes of guidance. All ranks of both then make the same calls, and get the same latents.
     """
-    path = must_exist(Path(path), "weights")
-    encoders = find_encoders(path, None if encoders is None else must_exist(Path(encoders), "encoders"))
-    lora = None if lora is None else must_exist(Path(lora), "lora")
-    transformer = Transformer(path, model, lora, text_tokens)
+    path = parts.must_exist(Path(path), "weights")
+    encoders = None if encoders is None else parts.must_exist(Path(encoders), "encoders")
+    lora = None if lora is None else parts.must_exist(Path(lora), "lora")
+    weights = Weights(path, model, lora, text_tokens, boundary)
+    encoders = parts.find_encoders(path, encoders, image=weights.config.image_dim is not None)
+    config = parts.fitted(weights.config, encoders)
     device = accelerator() if device is None else torch.device(device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type != "cpu" and bf16_ok(device) else torch.float32
-    return Sampler(transformer, encoders, device, dtype, vae_tiling, mesh, pair)
+    offload = device.type != "cpu" if offload is None else offload
+    return Sampler(weights, Encoders(encoders, config, device, dtype, vae_tiling), offload, model, mesh, pair)
 
 
 class Sampler:
     """`sampler(prompt, ...) -> Result`. Made by `load`.
 
     The text encoder, the largest part of a small Wan, is in memory only while it encodes: `encode` all prompts first,
-    if there are several, so that it is loaded once. The transformer and the VAE stay once they have been needed.
+    if there are several, so that it is loaded once; likewise CLIP, with `encoders.see_all`. The transformer and the
+    VAE stay once they have been needed.
     """
 
     def __init__(
         self,
-        transformer: Transformer,
-        encoders: Path,
-        device: torch.device,
-        dtype: torch.dtype,
-        vae_tiling: bool,
+        weights: Weights,
+        encoders: Encoders,
+        offload: bool = False,
+        preset: str | None = None,
         mesh: DeviceMesh | None = None,
         pair: dist.ProcessGroup | None = None,
     ) -> None:
-        self.mesh, self.pair = mesh, pair
-        self.transformer, self.encoders = transformer, encoders
-        self.device, self.dtype, self.vae_tiling = device, dtype, vae_tiling
-        self._texts: dict[str, Tensor] = {}  # S D on the CPU
-        self._model = self._vae = None
+        self.weights, self.encoders, self.preset = weights, encoders, preset
+        self.config, self.device, self.dtype = encoders.config, encoders.device, encoders.dtype
+        self.offload, self.mesh, self.pair = offload, mesh, pair
+        self._model: WanModel | Experts | None = None
 
     def __call__(
         self,
@@ -97,97 +105,119 @@ class Sampler:
         """Makes one video; the same prompt and options always make the same one, whatever was made before.
 
         Args:
-            latents: initial noise, B C F H W with B = 1; by default drawn from `seed`.
+            latents: initial noise, B C F H W with B = 1, for VACE with a frame in front for each reference; by default
+                drawn from `seed`.
             progress: called after each step with the number of steps done and the latents.
-            options: fields of `mm_infer.config.Options`: negative_prompt, height, width, frames, steps, guidance,
-                flow_shift, sampler, grid, seed.
+            options: fields of `mm_infer.inputs.Given` (image, last_image, video, mask, references: paths, or uint8
+                H W 3 and F H W 3) and of `mm_infer.config.Options` (task, negative_prompt, height, width, frames, fps,
+                steps, guidance, flow_shift, sampler, grid, seed, strength, control_scale).
 
         Raises:
-            ValueError: an option that is unknown or out of range.
+            ValueError: an option that is unknown or out of range, a task that the model cannot do, a broken file.
             FloatingPointError: the latents are not finite, so there is no video to see.
         """
-        return self.run(prompt, _options(options), latents, progress)
+        known = [field.name for field in (*fields(Given), *fields(Options))]
+        for name in options:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                raise ValueError(f"there is no option {name}" + (f", did you mean {near[0]}?" if near else ""))
+        given = Given(**{field.name: options.pop(field.name) for field in fields(Given) if field.name in options})
+        return self.run(prompt, self.plan(Options(**options), given), given, latents, progress)
+
+    def plan(self, options: Options, given: Given) -> Options:
+        """The options with nothing left open; see `mm_infer.plan`."""
+        return plan(
+            options,
+            given,
+            self.config,
+            experts=len(self.weights.experts) > 1,
+            model=self.preset,
+            ti2v=parts.keeps_first_frame(self.encoders.path, self.config),
+            multiple=parts.pixels_per_latent(self.encoders.path) * self.config.patch_size[1],
+        )
 
     def run(
         self,
         prompt: str,
         options: Options,
+        given: Given,
         latents: Tensor | None = None,
         progress: Callable[[int, Tensor], None] | None = None,
         decode: bool = True,
     ) -> Result:
-        """The same with the options in one piece; without `decode`, with no frames."""
+        """The same with all options, as `plan` gives them; without `decode`, with no frames."""
         seconds: dict[str, float] = {}
-        negative = options.negative_prompt if options.guidance > 1 else None
+        negative = [options.negative_prompt] if max(options.scales) > 1 else []
         with self._timed(seconds, "text"):
-            texts = self.encode([prompt] if negative is None else [prompt, negative])
-            text, away = ([t[None].to(self.device) for t in texts] + [None])[:2]
+            text, *away = [t[None].to(self.device) for t in self.encode([prompt, *negative])]
+        with self._timed(seconds, "inputs"):
+            made_from = self.encoders.conditions(given, options)
         with self._timed(seconds, "load"):
-            model, vae = self._load()
-        shape = self._latent_shape(options)
-        if latents is None:
-            latents = noise(options.seed, shape[1:])[None]
-        elif tuple(latents.shape) != shape:
-            raise ValueError(
-                f"latents have shape {tuple(latents.shape)}, but {options.frames} frames of "
-                f"{options.height}x{options.width} need {shape}"
-            )
+            if self._model is None:
+                self._model = self.weights.load(self.config, self.device, self.dtype, self.offload, self._cut)
+        references, start = len(given.references), start_of(options)
+        latents = self._noise(options, references, latents).to(self.device)
+        schedule = {name: getattr(options, name) for name in ("steps", "flow_shift", "sampler", "grid")}
+        if options.task == "v2v":
+            latents = partly_noised(made_from["video"], latents, start, **schedule)
         with self._timed(seconds, "denoise"):
             latents = denoise(
-                model,
-                latents.to(self.device),
+                self._model,
+                latents,
                 text,
-                away,
-                config=self.transformer.config,
-                steps=options.steps,
-                guidance=options.guidance,
-                flow_shift=options.flow_shift,
-                sampler=options.sampler,
-                grid=options.grid,
+                *away,
+                config=self.config,
+                task=options.task,
+                conditions=made_from,
+                control_scale=options.control_scale,
+                guidance=options.scales,
+                start=start,
                 progress=progress,
                 pair=self.pair,
-            )
+                **schedule,
+            )[:, :, references:]
         if not latents.isfinite().all():
             raise FloatingPointError(
-                f"the latents for {prompt!r} came out as NaN or infinite, so there is no video: {self._blame(text)}"
+                f"the latents for {prompt!r} came out as NaN or infinite, so there is no video: "
+                f"{self._blame({'text': text} | made_from)}"
             )
         with self._timed(seconds, "decode"):
-            frames = vae.frames(latents) if decode else torch.empty(0, options.height, options.width, 3).byte()
-        return Result(latents.cpu(), frames, seconds)
+            nothing = torch.empty(0, options.height, options.width, 3).byte()
+            frames = self.encoders.vae.frames(latents) if decode else nothing
+        return Result(latents.cpu(), frames, seconds, options)
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """The encodings of prompts, S D each on the CPU, remembered; the text encoder is gone again afterwards."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
-        if new:
-            encoder = TextEncoder(self.encoders, self.device, self.dtype, self.transformer.config.text_tokens)
-            texts = encoder.encode(new)  # one by one, so that an encoding depends on its prompt alone
-            self._texts |= {prompt: text.cpu() for prompt, text in zip(new, texts, strict=True)}
-            del encoder
-            gc.collect()
-            if self.device.type != "cpu":
-                torch.accelerator.empty_cache()
-        return [self._texts[prompt] for prompt in prompts]
+        return self.encoders.texts(prompts)
 
-    def _load(self):
-        if self._model is None:
-            self._model = self.transformer.load(self.device, self.dtype)
-            if self.mesh is not None:
-                context.cut(self._model, plan(self._model), self.mesh)
-        if self._vae is None:
-            self._vae = VideoVAE(self.encoders, self.device, torch.float32, tiling=self.vae_tiling)
-        return self._model, self._vae
+    def _cut(self, model: WanModel) -> None:
+        if self.mesh is not None:
+            context.cut(model, parallel_plan(model), self.mesh)
 
-    def _blame(self, text: Tensor) -> str:
+    def _noise(self, options: Options, references: int, given: Tensor | None) -> Tensor:
+        """B C F H W: drawn from the seed, or what was given if it is as large."""
+        channels, frames, *size = self.encoders.vae.latent_shape(options.frames, options.height, options.width)
+        shape = (channels, references + frames, *size)
+        if given is None:
+            return noise(options.seed, shape)[None]
+        if tuple(given.shape) != (1, *shape):
+            more = f" and {references} references" if references else ""
+            raise ValueError(
+                f"latents have shape {tuple(given.shape)}, but {options.frames} frames of "
+                f"{options.height}x{options.width}{more} need {(1, *shape)}"
+            )
+        return given
+
+    def _blame(self, made_from: dict[str, Tensor]) -> str:
         """The likely cause of latents that are not finite."""
-        if not text.isfinite().all():
-            return f"the text encoder's output is not finite already: look at the weights in {self.encoders}"
+        for name, tensor in made_from.items():
+            if not tensor.isfinite().all():
+                maker = {"text": "the text encoder", "image": "CLIP"}.get(name, "the VAE")
+                return f"{maker}'s output is not finite already: look at the weights in {self.encoders.path}"
         broken = [name for name, p in self._model.named_parameters() if not p.isfinite().all()]
         if broken:
             return f"{len(broken)} tensors of the weights hold such values, first {broken[0]}: take other weights"
         return f"the weights are finite, but the model overflows in {self.dtype} with this prompt and these options"
-
-    def _latent_shape(self, options: Options) -> tuple[int, ...]:
-        return (1, *self._vae.latent_shape(options.frames, options.height, options.width))
 
     @contextmanager
     def _timed(self, seconds: dict[str, float], stage: str) -> Iterator[None]:
@@ -195,12 +225,3 @@ class Sampler:
         yield
         synchronize(self.device)
         seconds[stage] = time.perf_counter() - start
-
-
-def _options(given: dict) -> Options:
-    known = [field.name for field in fields(Options)]
-    for name in given:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            raise ValueError(f"there is no option {name}" + (f", did you mean {near[0]}?" if near else ""))
-    return Options(**given)

@@ -1,69 +1,100 @@
-"""Where the parts of a pipeline lie, which model they are, and how the transformer is filled."""
+"""Which model lies at a path, one or two experts, with or without LoRA, and how it is filled."""
 
+from collections.abc import Callable
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 
-from mm_convert import open_checkpoint
+import mm_models
+from mm_convert import open_checkpoint, open_experts
 from mm_models import preset
+from mm_models.diffusion.sampling import Experts
 from mm_models.layers import cast_weights
 from mm_models.lora import load_lora
 from mm_models.wan import WanConfig, WanModel
 from mm_parallel import load_parameters
 
-ENCODERS = ("vae", "text_encoder", "tokenizer")
 
+class Weights:
+    """A model, or two experts of one architecture. Names and shapes are compared; no tensor is read yet."""
 
-def find_encoders(weights: Path, encoders: Path | None) -> Path:
-    """The diffusers directory with the folders of `ENCODERS`. ValueError that says what is missing where."""
-    place = weights if encoders is None else encoders
-    missing = [f"{name}/" for name in ENCODERS if not (place / name).is_dir()]
-    if not missing:
-        return place
-    if encoders is None and len(missing) == len(ENCODERS):
-        raise ValueError(f"{weights} is a transformer alone: name the diffusers directory of the encoders as well")
-    raise ValueError(f"{place} has no {', '.join(missing)}: the encoders are folders of a diffusers directory")
+    def __init__(
+        self,
+        path: Path,
+        model: str | None = None,
+        lora: Path | None = None,
+        text_tokens: int | None = None,
+        boundary: float | None = None,
+    ) -> None:
+        """ValueError unless the files hold exactly the tensors of a model, or of two that are alike."""
+        pair = open_experts(path)
+        loras = None if lora is None else open_experts(lora)
+        if loras is not None and pair is None:
+            raise ValueError(f"lora {lora} is for two experts, but {path} holds one model: name one of its folders")
+        if boundary is not None and pair is None:
+            raise ValueError(f"boundary {boundary} is for two experts, but {path} holds one model: leave it out")
+        if pair is None:
+            self.experts = (Transformer(path, model, lora, text_tokens),)
+        else:
+            adapters = (loras.high, loras.low) if loras else (lora, lora)
+            self.experts = tuple(
+                Transformer(folder, model, adapter, text_tokens)
+                for folder, adapter in zip((pair.high, pair.low), adapters, strict=True)
+            )
+            if self.experts[0].config != self.experts[1].config:
+                raise ValueError(f"{path}: the two experts differ: {self.experts[0].config}, {self.experts[1].config}")
+        self.config = self.experts[0].config
+        self.boundary = None if pair is None else boundary or pair.boundary or self._usual_boundary(model)
 
+    def _usual_boundary(self, model: str | None) -> float:
+        """Of the preset, or where nobody says it, of the published models."""
+        named = None if model is None else mm_models.boundary(model)
+        return named or (0.875 if self.config.in_channels == self.config.out_channels else 0.9)
 
-def must_exist(path: Path, what: str) -> Path:
-    """The path itself, or a ValueError with its nearest neighbour."""
-    if path.exists():
-        return path
-    neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = get_close_matches(path.name, neighbours, n=1)
-    raise ValueError(f"{what}: {path} does not exist" + (f", did you mean {path.parent / near[0]}?" if near else ""))
+    def load(
+        self,
+        config: WanConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        offload: bool = False,
+        each: Callable[[WanModel], None] = lambda model: None,
+    ) -> WanModel | Experts:
+        """On the device (of two experts with `offload`, the second on the host); `each` is called for every one.
+
+        config: that of the weights, or with another number of tokens for text or image.
+        """
+        models: list[WanModel] = []
+        for number, expert in enumerate(self.experts):
+            host = torch.device("cpu") if number and offload else device
+            models.append(expert.load(config, host, dtype))
+            each(models[-1])
+        return models[0] if len(models) == 1 else Experts(*models, self.boundary, offload)
 
 
 class Transformer:
     """A checkpoint whose names and shapes are known to be those of a model, and whose tensors are not read yet."""
 
     def __init__(self, path: Path, model: str | None, lora: Path | None, text_tokens: int | None = None) -> None:
-        """ValueError unless the files hold exactly the tensors of a model that makes videos from text alone."""
+        """ValueError unless the files hold exactly the tensors of a model."""
         self.checkpoint, self.lora = open_checkpoint(path), lora
         self.config = _config(path, self.checkpoint.config, model)
         if text_tokens is not None:
             self.config = replace(self.config, text_tokens=text_tokens)
-        if self.config.in_channels != self.config.out_channels or self.config.image_dim is not None:
-            raise ValueError(
-                f"{path} makes videos from images ({self.config.in_channels} input channels), "
-                "but mm_infer makes them from text only so far: take text-to-video weights"
-            )
         if lora is not None:
-            load_lora(self._empty(torch.float32), lora)  # on the meta device: only a comparison
+            load_lora(self._empty(torch.float32, self.config), lora)  # on the meta device: only a comparison
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> WanModel:
+    def load(self, config: WanConfig, device: torch.device, dtype: torch.dtype) -> WanModel:
         """The model on the device, in `dtype` except its islands, read tensor by tensor."""
-        model = self._empty(dtype)
+        model = self._empty(dtype, config)
         load_parameters(model, self.checkpoint, device)
         if self.lora is not None:
             load_lora(model, self.lora)
         return model.eval().requires_grad_(False)
 
-    def _empty(self, dtype: torch.dtype) -> WanModel:
+    def _empty(self, dtype: torch.dtype, config: WanConfig) -> WanModel:
         with torch.device("meta"):
-            return cast_weights(WanModel(self.config), dtype)
+            return cast_weights(WanModel(config), dtype)
 
 
 def _config(path: Path, read: dict, model: str | None) -> WanConfig:

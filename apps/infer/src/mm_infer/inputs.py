@@ -1,0 +1,134 @@
+"""Images and videos that a video is made from: as they were given, and as the pixels of a size."""
+
+from dataclasses import dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mm_data import VideoInfo, probe, read_image, read_video
+from mm_data.geometry import clip_rate, crop_box, resample
+from mm_data.images import crop_to
+from mm_data.transforms import crop_resize, to_model_range
+
+Picture = Path | str | np.ndarray | Tensor  # a file, or H W 3 uint8
+Video = Path | str | np.ndarray | Tensor  # a file, or F H W 3 uint8
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a video is made from, besides its prompt. A mask may also be one picture for all frames."""
+
+    image: Picture | None = None
+    last_image: Picture | None = None
+    video: Video | None = None
+    mask: Video | Picture | None = None
+    references: tuple[Picture, ...] = ()
+
+    def there(self) -> dict[str, Any]:
+        """What is not left out, by name."""
+        all_ = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in all_.items() if value is not None and value != ()}
+
+    def record(self) -> dict[str, Any]:
+        """As it goes into the file that is made: paths, and hashes of what lies there."""
+        return {
+            name: [_named(one) for one in value] if name == "references" else _named(value)
+            for name, value in self.there().items()
+        }
+
+
+def _named(value: Picture | Video) -> dict[str, str]:
+    if isinstance(value, str | Path):
+        with open(value, "rb") as file:
+            digest = sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return {"path": str(value), "sha256": digest.hexdigest()}
+    return {"sha256": sha256(_array(value).tobytes()).hexdigest()}
+
+
+def picture(image: Picture) -> np.ndarray:
+    """H W 3 uint8. ValueError, naming what is wrong, for what is no picture."""
+    if isinstance(image, str | Path):
+        return read_image(image)
+    return _of_uint8(image, 3, "an image", "H W 3")
+
+
+@dataclass(frozen=True)
+class Footage:
+    """Frames of a video, chosen by time but not yet read."""
+
+    source: VideoInfo | np.ndarray
+    indices: np.ndarray
+    fps: float  # at which they follow each other
+    pixel_aspect: Any = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width as it is shown."""
+        if isinstance(self.source, VideoInfo):
+            return self.source.height, round(self.source.width * self.pixel_aspect)
+        return self.source.shape[1:3]
+
+    def cut(self, frames: int) -> "Footage":
+        """The first of them. ValueError if there are fewer."""
+        if len(self.indices) < frames:
+            raise ValueError(
+                f"{self}: {len(self.indices)} frames at {self.fps:g} per second, but {frames} are needed: ask for fewer"
+                " frames, or give a longer video"
+            )
+        return Footage(self.source, self.indices[:frames], self.fps, self.pixel_aspect)
+
+    def pixels(self, size: tuple[int, int]) -> Tensor:
+        """3 F H W in [-1, 1]: the largest centred piece of that shape, scaled, as in training."""
+
+        def fit(frame: np.ndarray) -> np.ndarray:
+            return crop_resize(frame, crop_box(*frame.shape[:2], size, self.pixel_aspect), size)
+
+        if isinstance(self.source, VideoInfo):
+            return to_model_range(read_video(self.source, self.indices, each=fit).frames)
+        return to_model_range(np.stack([fit(self.source[i]) for i in self.indices]))
+
+    def __str__(self) -> str:
+        return str(self.source.path) if isinstance(self.source, VideoInfo) else "the video given"
+
+
+def footage(video: Video, fps: float) -> Footage:
+    """From its start, the frames on screen at 0, 1/fps, 2/fps, … of a file, or all of a slower one; all of an array."""
+    if isinstance(video, str | Path):
+        info = probe(video)
+        chosen = resample(info.timestamps, fps)
+        return Footage(info, chosen, clip_rate(info.timestamps, fps) or fps, info.pixel_aspect)
+    frames = _of_uint8(video, 4, "a video", "F H W 3")
+    return Footage(frames, np.arange(len(frames)), fps)
+
+
+def mask_pixels(mask: Video | Picture, fps: float, frames: int, size: tuple[int, int]) -> Tensor:
+    """1 F H W in 0..1, 1 where pixels change."""
+    if is_still(mask):
+        pixels = crop_to(picture(mask), size)[:, None].expand(-1, frames, -1, -1)
+    else:
+        pixels = footage(mask, fps).cut(frames).pixels(size)
+    return (pixels[:1] + 1) / 2  # red, as in training; a mask is grey
+
+
+def is_still(mask: Video | Picture) -> bool:
+    """Whether it is one picture: a file by its name, an array by its dimensions."""
+    if isinstance(mask, str | Path):
+        return Path(mask).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+    return mask.ndim < 4
+
+
+def _of_uint8(value: np.ndarray | Tensor, dims: int, what: str, shape: str) -> np.ndarray:
+    array = _array(value)
+    if array.ndim != dims or array.shape[-1] != 3 or array.dtype != np.uint8 or 0 in array.shape:
+        raise ValueError(f"{what} must be {shape} uint8, or the path of a file, not {array.shape} {array.dtype}")
+    return array
+
+
+def _array(value: np.ndarray | Tensor) -> np.ndarray:
+    return value.cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
