@@ -1,5 +1,6 @@
 """Which frames and which pixels."""
 
+import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -111,6 +112,11 @@ def test_sizes_by_example():
 def test_impossible_geometries_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Geometry(**options)
+
+
+def test_a_geometry_is_described_without_torch():
+    code = "import sys; from mm_data import Geometry; Geometry(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_pixels():

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mm_data import random
-from mm_data.files import file_stamp, fingerprint
+from mm_data.files import Content, file_stamp, fingerprint
 from mm_data.geometry import Geometry, crop_box
 from mm_data.images import pad_to, read_image
 from mm_data.layout import Layout, lay_out
@@ -42,7 +43,7 @@ class Failure:
 
 
 class VideoDataset(Dataset):
-    """Clips, decoded when asked for: `dataset[i]` is a Clip.
+    """Clips, decoded when asked for: `dataset[i]` is a Clip; of a VACE sample with source, mask and references.
 
     Which frames a random window takes is drawn from `seed` and the content of the file, so equal files give equal clips
     under whatever name. With on_error="return" a sample that cannot be used is returned as a Failure; with "raise" it
@@ -63,6 +64,7 @@ class VideoDataset(Dataset):
         self.seed = seed
         self.on_error = on_error
         self.backend = backend
+        self._hashed: dict[tuple[str, int, int], Content] = {}  # by stamp: a file of many cuts is hashed once
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -78,7 +80,7 @@ class VideoDataset(Dataset):
 
     def _decode(self, sample: Sample) -> Clip:
         layout = lay_out(sample, self.geometry)
-        contents = sample.contents or tuple(map(fingerprint, sample.files))
+        contents = sample.contents or tuple(map(self._content, sample.files))
         for content, file in zip(contents, sample.files, strict=True):
             if content.stamp != file_stamp(file):
                 raise ValueError(f"{file} was changed while it was in use")
@@ -103,12 +105,20 @@ class VideoDataset(Dataset):
             clip["meta"]["control"] = [[*content.stamp, content.sha256] for content in rest]
         return clip
 
+    def _content(self, file: Path) -> Content:
+        stamp = file_stamp(file)
+        if stamp not in self._hashed:
+            self._hashed[stamp] = fingerprint(file)
+        return self._hashed[stamp]
+
     def _add_control(self, clip: Clip, control: Control, layout: Layout, chosen: np.ndarray) -> None:
         source, mask = layout.control.get("source"), layout.control.get("mask")
-        pixels = None if source is None else self._pixels(source, chosen, layout.size)
-        clip["source"] = torch.zeros_like(clip["video"]) if pixels is None else to_model_range(pixels)
-        pixels = None if mask is None else self._pixels(mask, chosen, layout.size, channels=1)
-        clip["mask"] = torch.ones_like(clip["video"][:1]) if pixels is None else to_mask(pixels)
+        clip["source"] = (
+            to_model_range(self._pixels(source, chosen, layout.size)) if source else torch.zeros_like(clip["video"])
+        )
+        clip["mask"] = (
+            to_mask(self._pixels(mask, chosen, layout.size, channels=1)) if mask else torch.ones_like(clip["video"][:1])
+        )
         clip["references"] = [pad_to(read_image(path), layout.size) for path in control.references]
 
     def _pixels(self, info: VideoInfo, chosen: np.ndarray, size: tuple[int, int], channels: int = 3) -> np.ndarray:

@@ -19,7 +19,7 @@ from mm_data.geometry import Geometry, Unfit
 class VaceClip(NamedTuple):
     """Which frames of a video, at which size and rate."""
 
-    frames: np.ndarray  # indices, increasing; a slow video's may repeat
+    frames: np.ndarray  # indices, in order; one that stays on screen for long may repeat
     size: tuple[int, int]
     fps: float
 
@@ -42,7 +42,7 @@ def vace_clip(timestamps: np.ndarray, height: int, width: float, geometry: Geome
     lasts = duration if geometry.keep_last else frames / fps
     ticks = np.linspace(0, lasts, frames) + 1e-6  # against rounding only
     chosen = np.minimum(np.searchsorted(timestamps, ticks, side="right") - 1, available - 1)
-    return VaceClip(chosen, size, (frames - 1) / lasts if geometry.keep_last and frames > 1 else fps)
+    return VaceClip(chosen, size, float((frames - 1) / lasts if geometry.keep_last and frames > 1 else fps))
 
 
 def fit(groups: int, height: int, width: float, geometry: Geometry) -> tuple[int, tuple[int, int]]:
