@@ -9,7 +9,7 @@ import pytest
 from mm_convert.content import understand
 from mm_convert.families import VACE, WAN
 from mm_convert.inspection import preset
-from mm_models import build, presets
+from mm_models import boundary, build, presets
 
 OURS_ALONE = {name for name in presets() if name.startswith("wan-tiny")}  # released by nobody
 
@@ -28,3 +28,5 @@ def test_the_model_of_a_preset_is_understood(name):
 
 def test_both_know_the_same_presets():
     assert set(presets()) - OURS_ALONE == {*WAN.presets, *VACE.presets}
+    experts = {name: boundary(name) for name in set(presets()) - OURS_ALONE if boundary(name) is not None}
+    assert experts == {**WAN.boundaries, **VACE.boundaries}

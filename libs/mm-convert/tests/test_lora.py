@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm_convert.families import VACE, WAN
@@ -259,6 +259,7 @@ def adapters(draw: st.DrawFn) -> Adapter:
     return Adapter(WAN, "peft", "original", modules, base=draw(st.sampled_from(["", "Wan-AI/Wan2.1"])))
 
 
+@settings(deadline=None)
 @given(adapters(), st.permutations(FORMATS))
 def test_factors_and_alpha_survive_every_format(tmp_path_factory, adapter: Adapter, formats: list[str]) -> None:
     path = tmp_path_factory.mktemp("lora") / "adapter.safetensors"

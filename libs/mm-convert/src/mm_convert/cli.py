@@ -12,7 +12,7 @@ Checkpoints of video models, from any form into any other, streamed.
 
   inspect PATH                  what is this: family, preset, names, files, split, sizes; reads headers only
   convert SOURCE TARGET --to T  rewrite it as mm (ours), mindspeed (its tree), dcp (torch DCP), or under the names
-                                original, diffusers, transformers; LoRA adapters too
+                                original, diffusers, transformers; LoRA adapters and pairs of experts too
   diff A B                      how two checkpoints differ, in whatever form each is
 
 The commands of MindSpeed-MM's guides (… METHOD --help has the options):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from mm_convert.adapters import inspect_adapter, open_adapter, plan_adapter
-from mm_convert.checkpoint import open_checkpoint
+from mm_convert.checkpoint import Checkpoint, open_checkpoint
 from mm_convert.conversion import plan_conversion
+from mm_convert.experts import open_experts
 from mm_convert.inspection import diff, inspect
+from mm_convert.lora import Adapter
+from mm_convert.outputs import Plan
+from mm_convert.pairs import inspect_pair, plan_pair
 from mm_convert.writing import Writing, carry_out
 
 POSITIONAL = {"positional": True}
@@ -22,7 +27,7 @@ class Inspect:
     """Say what a checkpoint is, from its headers alone."""
 
     path: Path = field(metadata=POSITIONAL)
-    "a folder of the hub, our folder, a MindSpeed-MM tree, torch DCP, one .safetensors or .pt file; or a LoRA adapter"
+    "a folder of the hub, ours, a MindSpeed-MM tree, torch DCP, one .safetensors or .pt file; LoRA; a pair of experts"
 
 
 @dataclass
@@ -55,6 +60,8 @@ class Convert(Writing):
     "tensor-parallel ranks"
     lora_alpha: float | None = None
     "of a LoRA adapter whose file does not say it"
+    boundary: float | None = None
+    "of two experts whose files do not say it: the noise level from which on the high-noise one generates"
 
     def __post_init__(self) -> None:
         if self.shard_gb is not None and self.shard_gb <= 0:
@@ -62,7 +69,7 @@ class Convert(Writing):
 
 
 def run_inspect(options: Inspect) -> None:
-    print(inspect_adapter(options.path) or inspect(options.path))
+    print(inspect_pair(options.path) or inspect_adapter(options.path) or inspect(options.path))
 
 
 def run_diff(options: Diff) -> None:
@@ -78,7 +85,19 @@ def run_diff(options: Diff) -> None:
 
 
 def run_convert(options: Convert) -> None:
-    adapter = open_adapter(options.source, alpha=options.lora_alpha)
+    if pair := open_experts(options.source):
+        both = plan_pair(pair, options.target, options.to, options.boundary, partial(_plan, options))
+        carry_out(both, (), options)
+        return
+    if options.boundary is not None:
+        raise ValueError(f"{options.source} is not two experts, so it has no boundary")
+    opened, plan = _plan(options, options.source, options.target)
+    carry_out(plan, opened.notes, options)
+
+
+def _plan(options: Convert, source: Path, target: Path) -> tuple[Checkpoint | Adapter, Plan]:
+    """What lies in one folder, and what writing it would write."""
+    adapter = open_adapter(source, alpha=options.lora_alpha)
     if adapter:
         inapplicable = {
             "shard_gb": options.shard_gb,
@@ -87,22 +106,19 @@ def run_convert(options: Convert) -> None:
         }
         for name, value in {**inapplicable, "tp_size": options.tp_size > 1}.items():
             if value:
-                raise ValueError(f"{options.source} is a LoRA adapter, which has no use for --{name}")
-        carry_out(
-            plan_adapter(adapter, options.source, options.target, options.to, options.dtype), adapter.notes, options
-        )
-        return
+                raise ValueError(f"{source} is a LoRA adapter, which has no use for --{name}")
+        return adapter, plan_adapter(adapter, source, target, options.to, options.dtype)
     if options.lora_alpha is not None:
-        raise ValueError(f"{options.source} is no LoRA adapter, so it has no lora_alpha")
-    checkpoint = open_checkpoint(options.source)
+        raise ValueError(f"{source} is no LoRA adapter, so it has no lora_alpha")
+    checkpoint = open_checkpoint(source)
     layers = options.pp_layers
     plan = plan_conversion(
         checkpoint,
-        options.target,
+        target,
         options.to,
         pp_layers={"llm": layers, "vit": options.vit_pp_layers} if options.vit_pp_layers else layers,
         tp_size=options.tp_size,
         shard_bytes=None if options.shard_gb is None else int(options.shard_gb * 1e9),
         dtype=options.dtype,
     )
-    carry_out(plan, checkpoint.notes, options)
+    return checkpoint, plan

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_convert.content import known_names, recognise
+from mm_convert.experts import DIFFUSERS, FOLDERS
 from mm_convert.store import mindspeed
 from mm_convert.store.dcp import read_dcp
 from mm_convert.store.safetensors import read_files, read_folder
@@ -18,7 +19,6 @@ from mm_convert.tensors import LazyTensor
 
 MM_FOLDER = "mm"  # our files, in a folder that holds published ones too
 _PREFIXES = ("module.", "model.", "predictor.", "diffusion_model.", "model.diffusion_model.", "pipe.dit.")
-_EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
 
 
 @dataclass
@@ -51,10 +51,13 @@ def find(path: Path, published: bool = False, part: str = "model", prefix: str =
     if path.is_file():
         return _stripped(_file(path, part), prefixes)
     made = None if published else _made(path, part)
-    for experts in () if made else _EXPERTS:
+    for experts in () if made else (DIFFUSERS.values(), FOLDERS.values()):
         present = [path / name for name in experts if (path / name).is_dir()]
         if len(present) == 2:
-            raise ValueError(f"{path} holds two models; name one of {present[0]} (high noise) and {present[1]} (low)")
+            raise ValueError(
+                f"{path} holds two models; name one of {present[0]} (high noise) and {present[1]} (low); "
+                "`mm-convert inspect` and `mm-convert convert` take both"
+            )
         if present:
             return find(present[0], published, part, prefix)
     has_safetensors = any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.safetensors.index.json"))

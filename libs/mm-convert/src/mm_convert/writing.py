@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mm_convert.checkpoint import Checkpoint
 from mm_convert.outputs import Plan
+
+if TYPE_CHECKING:
+    from mm_convert.pairs import PairPlan
 
 
 @dataclass(kw_only=True)
@@ -25,7 +28,7 @@ class Writing:
     "note the sum of every written tensor in mm_convert.json"
 
 
-def carry_out(plan: Plan, notes: Sequence[str], options: Writing) -> None:
+def carry_out(plan: Plan | PairPlan, notes: Sequence[str], options: Writing) -> None:
     """Write the plan, or only print it; notes go to stderr."""
     for note in (*notes, *plan.notes):
         sys.stderr.write(f"note: {note}\n")

@@ -55,6 +55,7 @@ class Family:
     `write_config[dialect](config)` gives the published config.json for our fields.
     `complete(config)` adds what follows from the other fields and takes out what cannot be; with notes on both.
     `presets` are the configurations of published weights, only the fields that set them apart.
+    `boundaries`: of presets that are two experts, the noise level from which on the high-noise one generates.
     `fusions[dialect]`: the names of that dialect which hold several tensors of ours.
     `heads(shapes, config)`: the counts that cutting them needs, from the shapes in that dialect and what is known of
     the configuration.
@@ -67,6 +68,7 @@ class Family:
     write_config: Mapping[str, Callable[[Config], Config]]
     complete: Callable[[Config], tuple[Config, list[str]]]
     presets: Mapping[str, Config] = field(default_factory=dict)
+    boundaries: Mapping[str, float] = field(default_factory=dict)
     fusions: Mapping[str, tuple[Fusion, ...]] = field(default_factory=dict)
     heads: Callable[[Mapping[str, tuple[int, ...]], Config], Config] | None = None
     cuts: Cuts | None = None

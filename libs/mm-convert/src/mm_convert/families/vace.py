@@ -120,5 +120,6 @@ VACE = Family(
     write_config={"original": _write_original, "diffusers": _write_diffusers},
     complete=complete,
     presets={"vace-1.3b": _SMALL, "vace-14b": _LARGE, "vace-a14b": _LARGE},  # a14b: each of its two experts
+    boundaries={"vace-a14b": 0.875},
     cuts=CUTS,
 )

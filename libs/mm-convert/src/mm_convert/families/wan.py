@@ -61,13 +61,13 @@ TABLE = Table(
         *_attention("self_attn", "attn1"),
         *affine("blocks.{i}.norm3", "blocks.{i}.norm2", "dim"),  # before cross-attention; 1 and 2 have no tensors
         *_attention("cross_attn", "attn2"),
-        *affine("blocks.{i}.cross_attn.k_img", "blocks.{i}.attn2.add_k_proj", "dim dim", "image"),
-        *affine("blocks.{i}.cross_attn.v_img", "blocks.{i}.attn2.add_v_proj", "dim dim", "image"),
+        *affine("blocks.{i}.cross_attn.k_img", "blocks.{i}.attn2.add_k_proj", "dim dim", "image kv"),
+        *affine("blocks.{i}.cross_attn.v_img", "blocks.{i}.attn2.add_v_proj", "dim dim", "image kv"),
         _row(
             "blocks.{i}.cross_attn.norm_k_img.weight",
             "blocks.{i}.attn2.norm_added_k.weight",
             "dim",
-            "image",
+            "image kv",
             mindspeed="blocks.{i}.cross_attn.k_norm_img.weight",
         ),
         *affine("blocks.{i}.ffn.0", "blocks.{i}.ffn.net.0.proj", "ffn_dim dim"),
@@ -90,6 +90,10 @@ def from_sizes(sizes: Mapping[str, int], groups: set[str], layers: Mapping[str, 
     config["num_layers"] = layers["i"]
     config["patch_size"] = [sizes["patch_t"], sizes["patch_h"], sizes["patch_w"]]
     config["image_dim"] = sizes["image_dim"] if "image" in groups else None
+    if "image kv" in groups and "image" not in groups:
+        raise ValueError("the layers read an image (cross_attn.k_img), but img_emb, which makes it, is missing")
+    if "image" in groups and "image kv" not in groups:
+        config["image_kv"] = False  # as nobody has published it, but diffusers can make it
     config["image_tokens"] = sizes["image_tokens"] if "image positions" in groups else IMAGE_TOKENS
     return config
 
@@ -155,7 +159,7 @@ def write_diffusers(config: Config) -> Config:
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
         "image_dim": config["image_dim"],
-        "added_kv_proj_dim": config["dim"] if image else None,
+        "added_kv_proj_dim": config["dim"] if image and config.get("image_kv", True) else None,
         "pos_embed_seq_len": config["image_tokens"] if image and positions else None,
         "rope_max_seq_len": 1024,
     }
@@ -212,6 +216,7 @@ WAN = Family(
     write_config={"original": write_original, "diffusers": write_diffusers},
     complete=complete,
     presets=PRESETS,
+    boundaries={"wan2.2-t2v-a14b": 0.875, "wan2.2-i2v-a14b": 0.9},
     cuts=Cuts(
         ladders=(Ladder("layers", layer="blocks.", first=("",), last=("head.",)),),
         rows=TP_ROWS,

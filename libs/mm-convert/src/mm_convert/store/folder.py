@@ -16,6 +16,7 @@ from mm_convert.progress import readable_bytes
 _OURS = ("*.safetensors", "*.safetensors.index.json", "config.json", "mm_convert.json", "adapter_config.json")
 _OURS += ("mp_rank_*", "release", "model_optim_rng.pt", "latest_checkpointed_iteration.txt", ".metadata", "*.distcp")
 _OURS += ("mm", ".*.partial-*")
+_OURS += ("high_noise_model", "low_noise_model", "transformer", "transformer_2", "experts.json")  # pairs of experts
 
 
 @contextmanager
