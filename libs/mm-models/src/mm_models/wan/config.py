@@ -27,6 +27,10 @@ class WanConfig:
     image_tokens: int = 257
     """CLIP tokens: of Wan's CLIP 257 for one image, 514 for two (first and last frame). More than 257 also get a
     learned position."""
+    image_kv: bool = True
+    """Whether the image has keys and values of its own in every layer, as in everything released. Otherwise image and
+    text are attended to together.
+    """
     vace_layers: tuple[int, ...] = ()
     """Layers that a block of the control ladder feeds (VACE); the first is 0. Empty: there is no such ladder."""
     control_channels: int = 96
@@ -37,7 +41,7 @@ class WanConfig:
             raise ValueError(f"patch_size is {self.patch_size}, but must be three numbers: frames, rows, columns")
         object.__setattr__(self, "patch_size", tuple(self.patch_size))  # JSON and TOML have lists only
         object.__setattr__(self, "vace_layers", tuple(self.vace_layers))
-        others = ("patch_size", "eps", "image_dim", "vace_layers")
+        others = ("patch_size", "eps", "image_dim", "image_kv", "vace_layers")
         sizes = {name: size for name, size in vars(self).items() if name not in others}
         sizes |= {f"patch_size[{i}]": size for i, size in enumerate(self.patch_size)}
         sizes |= {} if self.image_dim is None else {"image_dim": self.image_dim}

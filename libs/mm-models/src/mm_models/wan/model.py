@@ -87,14 +87,15 @@ class CrossAttention(SelfAttention):
         dim, eps = config.dim, config.eps
         super().__init__(dim, config.num_heads, eps)
         self.text_tokens = config.text_tokens
-        self.image = config.image_dim is not None
+        self.image = config.image_dim is not None and config.image_kv
         if self.image:
             self.k_img = Linear(dim, dim)
             self.v_img = Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        image, text = context[:, : -self.text_tokens], context[:, -self.text_tokens :]
+        rows = self.text_tokens if self.image else context.shape[1]
+        image, text = context[:, :-rows], context[:, -rows:]
         q = self.heads(self.norm_q(self.q(x)))
         out = attention(q, self.heads(self.norm_k(self.k(text))), self.heads(self.v(text)))
         if self.image:

@@ -6,7 +6,7 @@ from mm_parallel.plan import ParallelPlan
 
 def plan(model: WanModel) -> ParallelPlan:
     config = model.config
-    image = config.image_dim is not None
+    image = config.image_dim is not None and config.image_kv
     blocks = ("blocks.*", "vace_blocks.*") if config.vace_layers else ("blocks.*",)
 
     def each(*names: str) -> tuple[str, ...]:
