@@ -9,7 +9,6 @@ from pathlib import Path
 import av
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 import mm_infer

@@ -30,8 +30,8 @@ class Given:
 
     def there(self) -> dict[str, Any]:
         """What is not left out, by name."""
-        all_ = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in all_.items() if value is not None and value != ()}
+        there = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in there.items() if value is not None and not _is_empty(value)}
 
     def record(self) -> dict[str, Any]:
         """As it goes into the file that is made: paths, and hashes of what lies there."""
@@ -39,6 +39,10 @@ class Given:
             name: [_named(one) for one in value] if name == "references" else _named(value)
             for name, value in self.there().items()
         }
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, tuple | list) and not value
 
 
 def _named(value: Picture | Video) -> dict[str, str]:
