@@ -1,0 +1,227 @@
+"""What videos are made from: which task is meant, the usual numbers, sizes and rates, files and their errors."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+import mm_infer
+from mm_data import made_with, write_video
+from mm_infer.__main__ import main
+from mm_infer.config import Config, Options
+from mm_infer.defaults import CHINESE_NEGATIVE_PROMPT, NEGATIVE_PROMPT
+from mm_infer.inputs import Given
+from mm_infer.lists import asked
+from mm_infer.plan import plan
+from mm_infer.tasks import choose_task
+from mm_models import boundary, preset
+from mm_models.wan.conditions import TASKS
+
+IMAGE = np.zeros((300, 200, 3), np.uint8)
+CLIP = np.zeros((30, 100, 200, 3), np.uint8)
+
+
+def planned(model: str, options: Options | None = None, **given) -> Options:
+    high = preset(model).out_channels == 48
+    return plan(
+        options or Options(),
+        Given(**given),
+        preset(model),
+        experts=boundary(model) is not None,
+        model=model,
+        ti2v=high,
+        multiple=32 if high else 16,
+    )
+
+
+def test_the_tasks_are_those_of_the_models():
+    assert Options.__annotations__["task"].__args__[0].__args__ == TASKS
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "expected"),
+    [  # the table of numerics: task, height, width, frames, fps, steps, guidance, shift
+        ("wan2.1-t2v-1.3b", {}, ("t2v", 480, 832, 81, 16, 50, 5.0, 3.0)),
+        ("wan2.1-t2v-14b", {}, ("t2v", 720, 1280, 81, 16, 50, 5.0, 5.0)),
+        ("wan2.1-t2v-1.3b", {"video": CLIP}, ("v2v", 432, 880, 29, 16, 50, 5.0, 3.0)),
+        ("wan2.1-i2v-14b-480p", {"image": IMAGE}, ("i2v", 768, 512, 81, 16, 40, 5.0, 3.0)),
+        ("wan2.1-i2v-14b-720p", {"image": IMAGE}, ("i2v", 1168, 768, 81, 16, 40, 5.0, 5.0)),
+        ("wan2.1-flf2v-14b", {"image": IMAGE, "last_image": IMAGE}, ("flf2v", 1168, 768, 81, 16, 50, 5.5, 16)),
+        ("wan2.2-ti2v-5b", {}, ("t2v", 704, 1280, 121, 24, 50, 5.0, 5)),
+        ("wan2.2-ti2v-5b", {"image": IMAGE}, ("ti2v", 1152, 768, 121, 24, 50, 5.0, 5)),
+        ("wan2.2-t2v-a14b", {}, ("t2v", 720, 1280, 81, 16, 40, (4.0, 3.0), 12)),
+        ("wan2.2-i2v-a14b", {"image": IMAGE}, ("i2v", 1168, 768, 81, 16, 40, 3.5, 5)),
+        ("vace-1.3b", {"references": (IMAGE,)}, ("vace", 480, 832, 81, 16, 50, 5.0, 16)),
+        ("vace-a14b", {"video": CLIP, "mask": CLIP}, ("vace", 672, 1344, 29, 16, 50, 5.0, 12)),
+    ],
+)
+def test_usual_numbers(model, given, expected):
+    o = planned(model, **given)
+    assert (o.task, o.height, o.width, o.frames, o.fps, o.steps, o.guidance, o.flow_shift) == expected
+    assert o.negative_prompt == (
+        CHINESE_NEGATIVE_PROMPT if model.startswith("wan2.2") or "a14b" in model else NEGATIVE_PROMPT
+    )
+    assert o.strength == (0.7 if o.task == "v2v" else None)
+    assert o.control_scale == (1.0 if o.task == "vace" else None)
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "given", "message"),
+    [
+        (
+            "wan2.1-t2v-1.3b",
+            None,
+            {"image"},
+            r"cannot make a video from image, but do t2v .*v2v \(video\); .*task ti2v",
+        ),
+        ("wan2.1-t2v-1.3b", "vace", set(), r"task vace: these weights can do t2v"),
+        ("wan2.1-t2v-1.3b", "v2v", set(), r"task v2v cannot make a video from a prompt alone, but do v2v \(video\)"),
+        ("wan2.1-i2v-14b-480p", None, set(), r"from a prompt alone, but do i2v \(image\)"),
+        ("wan2.1-i2v-14b-480p", None, {"image", "last_image"}, r"from image, last_image, but do i2v"),
+        ("vace-1.3b", None, {"image"}, r"vace \(with or without video or mask or references\)"),
+        ("vace-1.3b", None, {"mask"}, r"give video as well"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused(model, task, given, message):
+    with pytest.raises(ValueError, match=message):
+        choose_task(preset(model), task, given, ti2v=False)
+
+
+def test_a_model_trained_for_a_clean_first_frame_is_asked_by_name():
+    assert choose_task(preset("wan2.1-t2v-1.3b"), "ti2v", {"image"}, ti2v=False) == "ti2v"
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "given", "message"),
+    [
+        ("wan2.1-t2v-1.3b", {"strength": 0.5}, {}, "strength 0.5 is for task v2v, but this is t2v"),
+        ("wan2.1-t2v-1.3b", {"control_scale": 0.0}, {}, "control_scale 0.0 is for task vace"),
+        ("wan2.1-t2v-1.3b", {"guidance": (4.0, 3.0)}, {}, "two numbers are for two experts"),
+        ("wan2.1-t2v-1.3b", {"frames": 33}, {"video": CLIP}, "30 frames at 16 per second, but 33 are needed"),
+        ("wan2.1-t2v-1.3b", {"steps": 2, "strength": 0.4}, {"video": CLIP}, "less than one step"),
+        ("wan2.1-i2v-14b-480p", {"height": 480}, {"image": IMAGE}, "give both, or neither"),
+        ("wan2.1-flf2v-14b", {"frames": 1}, {"image": IMAGE, "last_image": IMAGE}, "at least 5 are needed"),
+        ("wan2.2-ti2v-5b", {"height": 720, "width": 1280}, {}, "height 720: .* multiple of 32, as 704 or 736"),
+        ("vace-1.3b", {"frames": 29}, {"video": CLIP, "mask": CLIP[:5]}, "the video given: 5 frames"),
+        ("wan2.1-i2v-14b-480p", {}, {"image": IMAGE / 255}, r"H W 3 uint8, .* not \(300, 200, 3\) float64"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(model, options, given, message):
+    with pytest.raises(ValueError, match=message):
+        planned(model, Options(**options), **given)
+
+
+def test_a_video_is_read_at_the_rate_that_is_written(tmp_path):
+    frames = np.arange(60, dtype=np.uint8)[:, None, None, None].repeat(32, 1).repeat(32, 2).repeat(3, 3) * 4
+    write_video(tmp_path / "fast.mp4", frames, fps=32)
+    write_video(tmp_path / "slow.mp4", frames, fps=8)
+    fast = planned("wan2.1-t2v-1.3b", video=tmp_path / "fast.mp4")
+    assert (fast.frames, fast.fps) == (29, 16)  # 30 of them
+    slow = planned("wan2.1-t2v-1.3b", video=tmp_path / "slow.mp4")
+    assert (slow.frames, slow.fps) == (57, 8)
+    from mm_infer.inputs import footage
+
+    read = footage(tmp_path / "fast.mp4", 16).cut(29).pixels((32, 32))
+    shown = ((read.mean((0, 2, 3)) + 1) * 127.5 / 4).round()
+    assert abs(shown.numpy() - np.arange(0, 58, 2)).max() <= 1
+
+
+def config(tmp_path, **fields) -> Config:
+    return Config(weights=Path("w"), output=Path("o"), **fields)
+
+
+def test_lists_go_line_by_line(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
+    (tmp_path / "images.txt").write_text("cat.png\ndog 1.png\n")
+    (tmp_path / "both.txt").write_text("a.png, b.png\nc.png,d.png\n")
+    prompts = tmp_path / "prompts.txt"
+    first, second = asked(config(tmp_path, prompt_file=prompts, image_file=tmp_path / "images.txt"))
+    assert (first.prompt, first.given) == ("a cat", {"image": Path("cat.png")})
+    assert (second.prompt, second.given) == ("a dog", {"image": Path("dog 1.png")})
+    _, second = asked(config(tmp_path, prompt="a cat", image_file=tmp_path / "both.txt"))
+    assert (second.prompt, second.given) == ("a cat", {"image": Path("c.png"), "last_image": Path("d.png")})
+    one, other = asked(config(tmp_path, prompt_file=prompts, references=[Path("a.png"), Path("b.png")]))
+    assert one.given == other.given == {"references": (Path("a.png"), Path("b.png"))}
+    (tmp_path / "images.txt").write_text("cat.png\n")
+    with pytest.raises(ValueError, match=r"all as many: .*prompts.txt has 2, .*images.txt has 1"):
+        asked(config(tmp_path, prompt_file=prompts, image_file=tmp_path / "images.txt"))
+    with pytest.raises(ValueError, match="either --image or --image_file"):
+        config(tmp_path, prompt="a cat", image=Path("a.png"), image_file=tmp_path / "images.txt")
+    (tmp_path / "both.txt").write_text("a.png, b.png, c.png\n")
+    with pytest.raises(ValueError, match="one image, or the first and the last"):
+        asked(config(tmp_path, prompt="a cat", image_file=tmp_path / "both.txt"))
+
+
+def test_images_from_the_command_line(tiny, tmp_path, capsys):
+    """A file that changes is not the same command any more, one that moves is not either."""
+    for name, value in (("a", 60), ("b", 200)):
+        Image.fromarray(np.full((90, 60, 3), value, np.uint8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "images.txt").write_text(f"{tmp_path}/a.png\n{tmp_path}/b.png\n")
+    command = ["--weights", str(tiny("i2v")), "--prompt", "a cat", "--image_file", str(tmp_path / "images.txt")]
+    command += ["--frames", "5", "--steps", "1", "--height", "48", "--width", "32", "--output", str(tmp_path / "out")]
+    main(command)
+    record = made_with(tmp_path / "out" / "video_1.mp4")
+    assert record["image"]["path"] == f"{tmp_path}/b.png"
+    assert (record["task"], record["steps"], record["guidance"]) == ("i2v", 1, 5.0)
+    with av.open(str(tmp_path / "out" / "video_1.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.height, stream.width, stream.average_rate, stream.frames) == (48, 32, Fraction(16), 5)
+    capsys.readouterr()
+    main(command)
+    assert capsys.readouterr().out.count("kept, made by the same command") == 2
+    Image.fromarray(np.full((90, 60, 3), 61, np.uint8)).save(tmp_path / "a.png")
+    refused(command, capsys, "video_0.mp4 is already there, made otherwise")
+
+
+def test_control_from_the_command_line(tiny, tmp_path, capsys):
+    frames = np.random.default_rng(0).integers(0, 256, (9, 4, 6, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    write_video(tmp_path / "depth.mp4", frames, fps=16)
+    Image.fromarray(frames[0]).save(tmp_path / "mask.png")
+    Image.fromarray(frames[1]).save(tmp_path / "cat.jpg")
+    command = ["--weights", str(tiny("vace")), "--prompt", "a cat", "--video", str(tmp_path / "depth.mp4")]
+    command += ["--mask", str(tmp_path / "mask.png"), "--references", f'["{tmp_path}/cat.jpg"]', "--steps", "1"]
+    command += ["--height", "32", "--width", "48", "--output", str(tmp_path / "out")]
+    main(command)
+    record = made_with(tmp_path / "out" / "video_0.mp4")
+    assert record["frames"] == 9
+    assert {"video", "mask", "references"} <= record.keys()
+    assert [one["path"] for one in record["references"]] == [f"{tmp_path}/cat.jpg"]
+
+
+def refused(command: list[str], capsys, *messages: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    for message in messages:
+        assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "message"),
+    [
+        ("i2v", ["--image", "nowhere.png"], "nowhere.png does not exist"),
+        ("i2v", ["--image", "/dev/null"], "/dev/null"),
+        ("t2v", ["--video", "nowhere.mp4"], "nowhere.mp4"),
+        ("vace", ["--references", '["nowhere.png"]'], "nowhere.png does not exist"),
+        ("t2v", ["--image", "nowhere.png"], "cannot make a video from image"),
+        ("t2v", ["--boundary", "0.8"], "boundary 0.8 is for two experts"),
+        ("a14b", ["--guidance", "[1, 2, 3]"], "guidance"),
+        ("t2v", ["--guidance", "1", "--parallel.guidance", "2"], "leave either out"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_at_once(tiny, tmp_path, capsys, kind, flags, message):
+    command = ["--weights", str(tiny(kind)), "--prompt", "a cat", "--output", str(tmp_path / "out"), *flags]
+    refused(command, capsys, message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_encoders_of_another_model_are_refused(tiny):
+    with pytest.raises(ValueError, match=r"vae has z_dim 16, but the model takes 48"):
+        mm_infer.load(tiny("5b") / "transformer", encoders=tiny("t2v"))
+    with pytest.raises(ValueError, match=r"has no image_encoder/"):
+        mm_infer.load(tiny("i2v") / "transformer", encoders=tiny("t2v"))
