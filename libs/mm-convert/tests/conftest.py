@@ -25,7 +25,8 @@ CONTROL = T2V | dict(control_channels=12, control_blocks=2)
 def wan_shapes(dialect: str, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a Wan of these sizes, by the table; of a VACE if it has control blocks."""
     sizes = {"patch_t": 1, "patch_h": 2, "patch_w": 2, **sizes}
-    groups = {g for g, size in (("image", "image_dim"), ("image positions", "image_tokens")) if size in sizes}
+    named = {"image": "image_dim", "image kv": "image_dim", "image positions": "image_tokens"}
+    groups = {group for group, size in named.items() if size in sizes}
     family = VACE if "control_blocks" in sizes else WAN
     return family.table.shapes(dialect, sizes, {"i": sizes["layers"], "j": sizes.get("control_blocks", 0)}, groups)
 
@@ -45,7 +46,8 @@ def published_shapes(family: Family, preset: str, dialect: str = "") -> dict[str
     fields = family.presets[preset]
     sizes = {"q_dim": fields.get("dim"), **PUBLISHED.get(family.name, {}), **fields}
     layers = {"i": fields.get("num_layers"), "j": fields.get("vision_layers") or len(fields.get("vace_layers", ()))}
-    said = {"image": fields.get("image_dim"), "image positions": fields.get("image_tokens", 0) > 257}
+    image = fields.get("image_dim")
+    said = {"image": image, "image kv": image, "image positions": fields.get("image_tokens", 0) > 257}
     said["untied"] = not fields.get("tied")
     groups = {group for group, present in said.items() if present}
     return family.table.shapes(dialect or family.table.dialects[0], sizes, layers, groups)

@@ -62,7 +62,7 @@ def assert_same(a, b):
 
 
 def test_the_tree_of_one_rank(source, tmp_path):
-    convert(source("wan", {"i": 2}, ["image"], num_heads=2), tmp_path / "t", "mindspeed")
+    convert(source("wan", {"i": 2}, ["image", "image kv"], num_heads=2), tmp_path / "t", "mindspeed")
     files = sorted(str(path.relative_to(tmp_path / "t")) for path in (tmp_path / "t").rglob("*") if path.is_file())
     expected = ["latest_checkpointed_iteration.txt", "mm_convert.json", "release/mp_rank_00/model_optim_rng.pt"]
     assert files == expected
@@ -113,7 +113,9 @@ def there_and_back(folder, tmp_path, **split):
 @SETTINGS
 @given(layers=SPLITS, image=st.booleans())
 def test_any_split_of_wan_comes_back(layers, image, source, tmp_path):
-    folder = source("wan", {"i": sum(map(sum, layers))}, ["image", "image positions"] if image else [], num_heads=2)
+    folder = source(
+        "wan", {"i": sum(map(sum, layers))}, ["image", "image kv", "image positions"] if image else [], num_heads=2
+    )
     there_and_back(folder, tmp_path, pp_layers=layers, tp_size=2)
 
 

@@ -75,3 +75,15 @@ def test_config_json_there_and_back(kind, dialect, toys):
     said = WAN.read_config(WAN.write_config[dialect](config))
     assert said.items() <= config.items()
     assert WAN.complete(said | content.config)[0] == config
+
+
+def test_an_image_among_the_text(toys):
+    """diffusers can make a model whose layers have no keys and values for the image."""
+    shapes = toys.shapes("original", toys.kinds["i2v"])
+    layers = {name for name in shapes if "k_img" in name or "v_img" in name}
+    content = understand({name: shape for name, shape in shapes.items() if name not in layers}, "x")
+    assert (content.config["image_dim"], content.config["image_kv"]) == (20, False)
+    assert WAN.write_config["diffusers"](WAN.complete(content.config)[0])["added_kv_proj_dim"] is None
+    assert "image_kv" not in understand(shapes, "x").config
+    with pytest.raises(ValueError, match="img_emb, which makes it, is missing"):
+        understand({name: shape for name, shape in shapes.items() if not name.startswith("img_emb")}, "x")
