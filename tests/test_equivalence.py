@@ -83,11 +83,11 @@ FAMILIES = {
 }
 CASES = {
     "wan": every_case(seed=1, larger=4),
-    "wan-image": every_case(seed=2, larger=2, pairs=False),
-    "wan-lora": every_case(seed=3, larger=3, pairs=False),
-    "wan-per-token": every_case(seed=4, larger=2, pairs=False),
-    "vace": every_case(seed=5, larger=3, pairs=False),
-    "vace-on-frozen": every_case(seed=6, larger=2, pairs=False),
+    "wan-image": every_case(seed=2, larger=4, all_of=0),
+    "wan-lora": every_case(seed=3, larger=3, all_of=1),
+    "wan-per-token": every_case(seed=4, larger=4, all_of=0),
+    "vace": every_case(seed=5, larger=4, all_of=1),
+    "vace-on-frozen": every_case(seed=6, larger=4, all_of=0),
 }
 CHUNK = 10
 

@@ -107,10 +107,12 @@ def combine(names: Iterable[str]) -> Case | None:
     return case if case.ranks <= 8 and samples else None
 
 
-def every_case(seed: int = 0, larger: int = 8, pairs: bool = True) -> dict[int, list[Case]]:
-    """By number of ranks: each feature, every pair of two (for one step), and `larger` sets of three to six."""
+def every_case(seed: int = 0, larger: int = 8, all_of: int = 2) -> dict[int, list[Case]]:
+    """By number of ranks: all sets of up to `all_of` features (2: each alone, and every pair for one step; 0: none), and
+    `larger` sets of three to six drawn by `seed`.
+    """
     draw, names = random.Random(seed), list(FEATURES)
-    sets = [(name,) for name in names] + (list(itertools.combinations(names, 2)) if pairs else [])
+    sets = [names_of for count in range(1, all_of + 1) for names_of in itertools.combinations(names, count)]
     cases = [replace(case, steps=1 if len(names) == 2 else STEPS) for names in sets if (case := combine(names))]
     many: list[Case] = []
     while len(many) < larger:
