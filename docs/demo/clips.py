@@ -9,6 +9,7 @@ of colour, shape and direction that no training clip shows. Every file is a func
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -26,6 +27,7 @@ COLOURS = {
     "blue": (50, 80, 235),
     "magenta": (220, 50, 215),
 }
+FACTS = {"num_frames": FRAMES, "fps": FPS, "resolution": {"height": SIZE, "width": SIZE}}  # of an entry of data.json
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y down
 
@@ -39,6 +41,9 @@ class Combination:
     @property
     def caption(self) -> str:
         return f"a {self.colour} {self.shape} moving {self.direction}"
+
+
+Record = Callable[[str, Combination, np.random.Generator], dict]
 
 
 def all_combinations() -> list[Combination]:
@@ -102,27 +107,50 @@ def write_clip(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
         file.mux(stream.encode())
 
 
-def write_set(folder: Path, name: str, combinations: list[Combination], rng: np.random.Generator) -> None:
-    """One clip per entry of `combinations`, and the two files that list them: `name`.json and `name`.txt."""
+def write_set(folder: Path, name: str, combinations: list[Combination], record: Record, seed: list[int]) -> None:
+    """One sample per entry of `combinations`, and the two files that list them: `name`.json and `name`.txt."""
+    rng = np.random.default_rng(seed)
     (folder / "videos").mkdir(parents=True, exist_ok=True)
-    entries = []
-    for number, combination in enumerate(combinations):
-        path = f"videos/{name}_{number:04d}.mp4"
-        write_clip(folder / path, draw(combination, rng))
-        resolution = {"height": SIZE, "width": SIZE}
-        entry = {"path": path, "cap": combination.caption, "num_frames": FRAMES, "fps": FPS, "resolution": resolution}
-        entries.append(entry)
+    entries = [record(f"videos/{name}_{number:04d}.mp4", each, rng) for number, each in enumerate(combinations)]
     (folder / f"{name}.json").write_text(json.dumps(entries, indent=1) + "\n")
     (folder / f"{name}.txt").write_text(f"{folder.resolve()},{(folder / f'{name}.json').resolve()}\n")
 
 
-def write(folder: Path, repeats: int = 4, validation: int = 24, seed: int = 0) -> None:
-    """The data set: every training combination `repeats` times, and `validation` further clips of some of them."""
+def write_sets(folder: Path, record: Record, repeats: int = 4, validation: int = 24, seed: int = 0) -> None:
+    """Every training combination `repeats` times, and `validation` further samples of some of them.
+
+    `record(path, combination, rng)` writes the clip of a sample at `path` below the folder, and returns its entry.
+    """
     training = training_combinations()
-    write_set(folder, "data", training * repeats, np.random.default_rng([seed, 0]))
+    write_set(folder, "data", training * repeats, record, [seed, 0])
     every = np.linspace(0, len(training) - 1, validation).round().astype(int)
-    write_set(folder, "validation", [training[i] for i in every], np.random.default_rng([seed, 1]))
+    write_set(folder, "validation", [training[i] for i in every], record, [seed, 1])
+
+
+def write(folder: Path, repeats: int = 4, validation: int = 24, seed: int = 0) -> None:
+    """The data set for text-to-video."""
+
+    def record(path: str, combination: Combination, rng: np.random.Generator) -> dict:
+        write_clip(folder / path, draw(combination, rng))
+        return {"path": path, "cap": combination.caption} | FACTS
+
+    write_sets(folder, record, repeats, validation, seed)
     (folder / "held_out.txt").write_text("".join(f"{c.caption}\n" for c in held_out_combinations()))
+
+
+def write_asked(folder: Path, name: str, asked: list[dict]) -> None:
+    """What is to be generated: `name`.json for measure.py, and a list for each flag of mm_infer, one line per video.
+
+    Entries have `prompt`; `shows`, the caption of the combination that the video should show; and what it is made from
+    (image, video, mask: paths; references: a list of them), relative to the folder. The lists are `name`.txt, of the
+    prompts, and `name`_image.txt, `name`_video.txt, ...
+    """
+    (folder / f"{name}.json").write_text(json.dumps(asked, indent=1) + "\n")
+    (folder / f"{name}.txt").write_text("".join(f"{entry['prompt']}\n" for entry in asked))
+    for flag in [key for key in asked[0] if key not in ("prompt", "shows")]:
+        rows = [entry[flag] if isinstance(entry[flag], list) else [entry[flag]] for entry in asked]
+        lines = (", ".join(str((folder / path).resolve()) for path in row) for row in rows)
+        (folder / f"{name}_{flag}.txt").write_text("".join(f"{line}\n" for line in lines))
 
 
 def main() -> None:

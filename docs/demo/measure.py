@@ -1,27 +1,33 @@
 """What does a generated clip show? Decides colour, shape and motion from the pixels, and counts what is right.
 
-    python docs/demo/measure.py FOLDER PROMPTS --json scores.json   # the folder's mp4 files by name, one prompt a line
+    python docs/demo/measure.py FOLDER ASKED --json scores.json     # the folder's mp4 files by name, and what was asked
     python docs/demo/measure.py data.json                           # or clips that a data.json lists: how far to trust
 
+ASKED is a file of prompts, one a line, or for videos that are made from more than a prompt a json list: images.py and
+edits.py say what is in it.
+
 Nothing here is learned and nothing knows the model: the colour is the nearest hue of the foreground, the shape the
-best of three drawn templates, the motion the direction in which the foreground's centroid travels.
+best of three drawn templates, the motion the direction in which the foreground's centroid travels. What a video was
+given to keep, its first frame or what the mask leaves alone, is compared with what was given.
 """
 
 import argparse
 import colorsys
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import av
 import clips
 import numpy as np
+from PIL import Image
 
 SMALLEST_AREA = 40  # pixels of foreground (the demo's shapes have 290 to 330); below it there is nothing to see
 SMALLEST_STEP = 0.75  # pixels per frame (the demo's shapes move at 4); below it nothing moves
 SMALLEST_CONTRAST = 40  # between foreground and background, Euclidean, of 0..255 per channel
 SMALLEST_SATURATION = 0.35
 SMALLEST_OVERLAP = 0.75  # with a drawn shape; that of a noisy picture with a square is 0.7
+SMALLEST_PSNR = 24  # dB, of what is to be kept; a shape that is a pixel off has about this
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,16 @@ def read_clip(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A video, and what was asked for. `given` is what it was made from, by mm_infer's names, besides the prompt."""
+
+    file: Path
+    prompt: str
+    wanted: clips.Combination
+    given: dict[str, list[Path]] = field(default_factory=dict)
+
+
 def wanted_by(caption: str) -> clips.Combination:
     for combination in clips.all_combinations():
         if combination.caption == caption.strip():
@@ -125,43 +141,91 @@ def wanted_by(caption: str) -> clips.Combination:
     raise ValueError(f"{caption!r} is no caption of the demo; one is {clips.all_combinations()[0].caption!r}")
 
 
-def measure(clips_wanted: list[tuple[Path, clips.Combination]]) -> dict:
-    """{"clips": [{file, prompt, seen, right}], "totals": share of clips right in colour, shape, direction, all}."""
+def kept(frames: np.ndarray, given: dict[str, list[Path]]) -> float | None:
+    """How well that which was given to be kept is kept: dB of PSNR. None where nothing was."""
+    if "image" in given:
+        return psnr(frames[:1], np.asarray(Image.open(given["image"][0]).convert("RGB"))[None])
+    if "mask" in given:
+        stays = read_clip(given["mask"][0])[..., 0] < 128
+        return psnr(frames[stays], read_clip(given["video"][0])[stays])
+    return None
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """dB, of uint8."""
+    return float(10 * np.log10(255**2 / max(np.mean((one.astype(float) - other) ** 2), 1e-9)))
+
+
+def made_up(frames: np.ndarray, given: dict[str, list[Path]]) -> np.ndarray:
+    """The frames, with their background wherever they were to be kept: what is left to look at was generated."""
+    if "mask" not in given:
+        return frames
+    changes = read_clip(given["mask"][0])[..., :1] >= 128
+    return np.where(changes, frames, np.median(frames[changes[..., 0]], axis=0)).astype(np.uint8)
+
+
+def measure(asked: list[Asked]) -> dict:
+    """{"clips": [{file, prompt, shows, given, seen, kept, right}], "totals": share of clips right in colour, shape,
+    direction, kept (where something was to be kept), and all, "kept": mean dB}.
+    """
     rows = []
-    for path, wanted in clips_wanted:
-        seen = look(read_clip(path))
-        rows.append({"file": str(path), "prompt": wanted.caption, "seen": asdict(seen), "right": seen.matches(wanted)})
+    for one in asked:
+        frames = read_clip(one.file)
+        seen, fidelity = look(made_up(frames, one.given)), kept(frames, one.given)
+        right = seen.matches(one.wanted) | ({} if fidelity is None else {"kept": fidelity > SMALLEST_PSNR})
+        row = {"file": str(one.file), "prompt": one.prompt, "shows": one.wanted.caption, "seen": asdict(seen)}
+        row |= {"given": {name: [str(path) for path in paths] for name, paths in one.given.items()}}
+        rows.append(row | {"kept": fidelity, "right": right})
     rights = [row["right"] for row in rows]
-    totals = {name: float(np.mean([right[name] for right in rights])) for name in ("colour", "shape", "direction")}
+    totals = {name: float(np.mean([right[name] for right in rights])) for name in rights[0]}
     totals["all"] = float(np.mean([all(right.values()) for right in rights]))
-    return {"clips": rows, "totals": totals}
+    fidelities = [row["kept"] for row in rows if row["kept"] is not None]
+    return {"clips": rows, "totals": totals, "kept": float(np.mean(fidelities)) if fidelities else None}
 
 
 def table(result: dict) -> str:
-    lines = [f"{'prompt':36} {'colour':12} {'shape':12} {'direction':12} overlap"]
+    lines = [f"{'asked for':36} {'colour':12} {'shape':12} {'direction':12} overlap  kept"]
     for row in result["clips"]:
-        cells = [f"{row['seen'][name] or '?'}{'' if ok else ' ✗'}" for name, ok in row["right"].items()]
-        lines.append(f"{row['prompt']:36} {cells[0]:12} {cells[1]:12} {cells[2]:12} {row['seen']['overlap']:.2f}")
+        cells = [f"{seen or '?'}{'' if row['right'][name] else ' ✗'}" for name, seen in list(row["seen"].items())[:3]]
+        fidelity = "" if row["kept"] is None else f"{row['kept']:8.1f} dB{'' if row['right']['kept'] else ' ✗'}"
+        lines.append(
+            f"{row['shows']:36} {cells[0]:12} {cells[1]:12} {cells[2]:12} {row['seen']['overlap']:.2f}{fidelity}"
+        )
     totals = "  ".join(f"{name} {100 * share:.0f} %" for name, share in result["totals"].items())
-    return "\n".join([*lines, f"right, of {len(result['clips'])} clips:  {totals}"])
+    fidelity = "" if result["kept"] is None else f"; kept with {result['kept']:.1f} dB"
+    return "\n".join([*lines, f"right, of {len(result['clips'])} clips:  {totals}{fidelity}"])
 
 
-def asked(source: Path, prompts: Path | None) -> list[tuple[Path, clips.Combination]]:
+def asked(source: Path, prompts: Path | None) -> list[Asked]:
     """The clips to look at, and what was asked for."""
     if source.is_file():
-        return [(source.parent / e["path"], wanted_by(e["cap"])) for e in json.loads(source.read_text())]
+        entries = json.loads(source.read_text())
+        return [Asked(source.parent / e["path"], e["cap"], wanted_by(e["cap"])) for e in entries]
     if prompts is None:
         raise ValueError(f"{source} is a folder of clips: name the file of their prompts, too, one per line")
-    files, lines = sorted(source.glob("*.mp4"), key=lambda p: (len(p.name), p.name)), prompts.read_text().splitlines()
-    if not files or len(files) != len(lines):
-        raise ValueError(f"{source} holds {len(files)} mp4 files, but {prompts} has {len(lines)} prompts")
-    return [(path, wanted_by(line)) for path, line in zip(files, lines, strict=True)]
+    if prompts.suffix == ".json":
+        entries = json.loads(prompts.read_text())
+    else:
+        entries = [{"prompt": line, "shows": line} for line in prompts.read_text().splitlines()]
+    files = sorted(source.glob("*.mp4"), key=lambda p: (len(p.name), p.name))
+    if not files or len(files) != len(entries):
+        raise ValueError(f"{source} holds {len(files)} mp4 files, but {prompts} has {len(entries)} prompts")
+    return [_asked(file, entry, prompts.parent) for file, entry in zip(files, entries, strict=True)]
+
+
+def _asked(file: Path, entry: dict, folder: Path) -> Asked:
+    given = {name: value for name, value in entry.items() if name not in ("prompt", "shows")}
+    paths = {
+        name: [folder / path for path in (value if isinstance(value, list) else [value])]
+        for name, value in given.items()
+    }
+    return Asked(file, entry["prompt"], wanted_by(entry["shows"]), paths)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clips", type=Path, help="a folder of mp4 files, or a json list of {path, cap}")
-    parser.add_argument("prompts", type=Path, nargs="?", help="what the folder's clips should show, one per line")
+    parser.add_argument("prompts", type=Path, nargs="?", help="what was asked of the folder's clips: .txt or .json")
     parser.add_argument("--json", type=Path, help="write the result here, too")
     options = parser.parse_args()
     result = measure(asked(options.clips, options.prompts))

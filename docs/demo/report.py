@@ -12,15 +12,15 @@ from pathlib import Path
 
 Points = Sequence[tuple[float, float]]
 
-TITLE = "A small Wan2.1, trained on this machine"
-HELD_OUT = "No training clip shows any of these combinations of colour, shape and direction: they were held out."
+COLUMNS = {"image": "image", "video": "source", "mask": "mask", "references": "reference"}  # by mm_infer's names
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 h1, h2 { font-weight: 600 } pre { background: #f4f4f4; padding: .7rem; white-space: pre-wrap; font-size: 13px }
 table { border-collapse: collapse }
-td { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid #ddd }
+th, td { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid #ddd }
 .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem }
-figure { margin: 0 } figcaption { font-size: 13px } video { width: 100%; image-rendering: pixelated; background: #000 }
+figure { margin: 0 } figcaption { font-size: 13px }
+video, img { width: 100%; image-rendering: pixelated; background: #000 } .given video, .given img { width: 8rem }
 .yes { color: #17803d } .no { color: #c0262d } svg text { font-size: 11px; fill: #666 }
 """
 
@@ -64,18 +64,49 @@ def smooth(points: Points, weight: float = 0.95) -> list[tuple[float, float]]:
     return result
 
 
-def video(path: Path) -> str:
+def picture(path: Path) -> str:
+    """A video or an image, with its bytes."""
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<video autoplay loop muted playsinline src="data:video/mp4;base64,{data}"></video>'
+    if path.suffix == ".mp4":
+        return f'<video autoplay loop muted playsinline src="data:video/mp4;base64,{data}"></video>'
+    return f'<img src="data:image/png;base64,{data}">'
 
 
-def figure(path: Path, caption: str, verdicts: dict[str, bool] | None = None) -> str:
-    """A clip with its prompt, and where it was measured, which attributes are as asked."""
-    marks = " ".join(
-        f'<span class="{"yes" if good else "no"}">{"✓" if good else "✗"} {name}</span>'
-        for name, good in (verdicts or {}).items()
+def marks(right: dict[str, bool]) -> str:
+    return " ".join(
+        f'<span class="{"yes" if good else "no"}">{"✓" if good else "✗"} {name}</span>' for name, good in right.items()
     )
-    return f"<figure>{video(path)}<figcaption>{html.escape(caption)}<br>{marks}</figcaption></figure>"
+
+
+def figure(path: Path, caption: str, right: dict[str, bool] | None = None) -> str:
+    """A clip with its prompt, and where it was measured, which attributes are as asked."""
+    return f"<figure>{picture(path)}<figcaption>{html.escape(caption)}<br>{marks(right or {})}</figcaption></figure>"
+
+
+def generated(scores: dict) -> str:
+    """What measure.py looked at: clips with their prompts; or where they were made from more, all that side by side."""
+    rows = scores["clips"]
+    if not any(row["given"] for row in rows):
+        figures = "".join(figure(Path(row["file"]), row["prompt"], row["right"]) for row in rows)
+        return f'<div class="clips">{figures}</div>'
+    columns = [name for name in COLUMNS if name in rows[0]["given"]]
+    heads = "".join(f"<th>{head}</th>" for head in ["prompt", *(COLUMNS[name] for name in columns), "result", ""])
+    lines = []
+    for row in rows:
+        cells = ["".join(picture(Path(path)) for path in row["given"][name]) for name in columns]
+        cells = [html.escape(row["prompt"]), *cells, picture(Path(row["file"])), verdict(row)]
+        lines.append("".join(f"<td>{cell}</td>" for cell in cells))
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<table class="given"><tr>{heads}</tr>{body}</table>'
+
+
+def verdict(row: dict) -> str:
+    return f"{html.escape(row['shows'])}<br>{marks(row['right'])}<br>kept: {row['kept']:.1f} dB"
+
+
+def percentages(scores: dict) -> str:
+    rows = "".join(f"<tr><td>{name}</td><td>{100 * share:.0f} %</td></tr>" for name, share in scores["totals"].items())
+    return f"<table>{rows}</table>"
 
 
 def curves(metrics: Path) -> str:
@@ -90,25 +121,29 @@ def curves(metrics: Path) -> str:
 def write_report(
     path: Path,
     *,
-    metrics: Path,
-    generated: Sequence[tuple[Path, str, dict[str, bool]]],
+    title: str,
+    told: str,
+    metrics: Sequence[Path],
+    scores: Sequence[dict],
     progress: Sequence[tuple[str, Path]],
-    scores: dict[str, float],
     stages: Sequence[tuple[str, float, str]],
 ) -> None:
-    """`stages` are (name, seconds, command); `progress` is one prompt at growing steps; `scores` are fractions 0..1."""
+    """`told` stands above the clips; `metrics` of one training or of several; `scores` by measure.py; `progress` is one
+    prompt at growing steps; `stages` are (name, seconds, command).
+    """
     table = "".join(f"<tr><td>{html.escape(n)}</td><td>{s:.1f} s</td></tr>" for n, s, _ in stages)
     commands = "\n\n".join(f"# {name}\n{command}" for name, _, command in stages)
-    figures = "".join(figure(*clip) for clip in generated)
+    learned = "".join(curves(file) for file in metrics)
     grown = "".join(figure(file, name) for name, file in progress)
-    marks = "".join(f"<tr><td>{html.escape(k)}</td><td>{100 * v:.0f} %</td></tr>" for k, v in scores.items())
+    if grown:
+        learned += f'<h3>one prompt, as training went on</h3><div class="clips">{grown}</div>'
     sections = {
-        "What was asked, what was drawn": f'<p>{HELD_OUT}</p><div class="clips">{figures}</div>',
-        "How often it is right": f"<table>{marks}</table>",
-        "How it learned": f'{curves(metrics)}<h3>one prompt, as training went on</h3><div class="clips">{grown}</div>',
+        "What was asked, what was drawn": f"<p>{html.escape(told)}</p>{''.join(map(generated, scores))}",
+        "How often it is right": "".join(map(percentages, scores)),
+        "How it learned": learned,
         "Time": f"<table>{table}</table>",
         "The commands": f"<pre>{html.escape(commands)}</pre>",
     }
     body = "".join(f"<h2>{heading}</h2>{content}" for heading, content in sections.items())
-    head = f'<meta charset="utf-8"><title>{TITLE}</title><style>{STYLE}</style>'
-    path.write_text(f'<!doctype html><html lang="en">{head}<h1>{TITLE}</h1>{body}</html>\n')
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    path.write_text(f'<!doctype html><html lang="en">{head}<h1>{title}</h1>{body}</html>\n')

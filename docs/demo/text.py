@@ -1,11 +1,13 @@
 """The demo's text encoder and tokenizer: tiny but real, in the files and folders of a diffusers repository.
 
-    python docs/demo/text.py DIR
+    python docs/demo/text.py DIR [--image_encoder]
 
 writes DIR/tokenizer (one token per word, T5's special tokens), DIR/text_encoder (a `UMT5EncoderModel` of random, seeded
 weights), DIR/vae (a copy of docs/demo/codec), DIR/scheduler and DIR/model_index.json: a Wan2.1 repository without its
-transformer.
+transformer. With --image_encoder also DIR/image_encoder, a `CLIPVisionModel` of random weights, for models that see an
+image through CLIP.
 Random weights will do: a sentence of nine words needs to be told from another, not to be understood.
+So does a picture.
 """
 
 import argparse
@@ -17,10 +19,11 @@ import clips
 import torch
 from diffusers import UniPCMultistepScheduler
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 CODEC = Path(__file__).parent / "codec"
 DIM = 64  # of an embedding; the `text_dim` of the model that is trained on them
+IMAGE_DIM = 32  # of an image token; the `image_dim` of the model
 FLOW_SHIFT = 3.0  # of the sampler, when the repository is opened with diffusers
 
 
@@ -43,11 +46,31 @@ def text_encoder(vocabulary: int, seed: int = 0) -> UMT5EncoderModel:
     return UMT5EncoderModel(config).eval()
 
 
-def write(folder: Path, codec: Path = CODEC) -> None:
+def image_encoder(seed: int = 0) -> CLIPVisionModel:
+    """Random, of 257 tokens, as Wan's: 16 x 16 patches of 2 pixels, and one for the whole image.
+
+    Wan takes what enters the last layer, so here one layer looks at the image.
+    """
+    config = CLIPVisionConfig(
+        hidden_size=IMAGE_DIM,
+        intermediate_size=2 * IMAGE_DIM,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=2,
+        hidden_act="gelu",
+    )
+    torch.manual_seed(seed)
+    return CLIPVisionModel(config).eval()
+
+
+def write(folder: Path, codec: Path = CODEC, with_image_encoder: bool = False) -> None:
     """Everything of the repository but the transformer, which is what the demo trains."""
     words = tokenizer()
     words.save_pretrained(folder / "tokenizer")
     text_encoder(len(words)).save_pretrained(folder / "text_encoder")
+    if with_image_encoder:
+        image_encoder().save_pretrained(folder / "image_encoder")
     shutil.copytree(codec, folder / "vae", dirs_exist_ok=True)
     sampler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT)
     sampler.save_pretrained(folder / "scheduler")
@@ -64,7 +87,9 @@ def write(folder: Path, codec: Path = CODEC) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    write(parser.parse_args().folder)
+    parser.add_argument("--image_encoder", action="store_true", help="write image_encoder/, too")
+    options = parser.parse_args()
+    write(options.folder, with_image_encoder=options.image_encoder)
 
 
 if __name__ == "__main__":

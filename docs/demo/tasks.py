@@ -1,0 +1,150 @@
+"""What the demo runs for each task, in order: commands as a user types them.
+
+{here} stands for this folder, {out} for the demo's, {repeats} for the clips of each combination.
+"""
+
+from dataclasses import dataclass
+
+HELD_OUT = "No training clip shows any of these combinations of colour, shape and direction: they were held out."
+STEPS = {"i2v": 600, "ti2v": 600, "vace base": 500, "vace": 600, "high": 500, "low": 500}  # else those of train.toml
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One task. `runs` and `scores` name folders and files of its output."""
+
+    title: str
+    told: str  # above the generated clips in the report
+    commands: dict[str, str]
+    runs: tuple[str, ...] = ("run",)
+    scores: tuple[str, ...] = ("scores",)
+
+
+def extract(model: str, source: str, features: str, task: str = "") -> str:
+    return (
+        f"python -m mm_train.extract --model {model}{f' --task {task}' if task else ''} --encoders {{out}}/encoders"
+        f" --config {{here}}/extract.toml --data.manifest {{out}}/clips/{source}.txt --output {{out}}/{features}"
+    )
+
+
+def train(
+    model: str, flags: str = "", weights: str = "random", features: str = "", run: str = "run", samples: str = ""
+) -> str:
+    """`samples`: flags that say which sample videos are drawn meanwhile, where it is not the prompt of train.toml."""
+    return (
+        f"python -m mm_train --model {model} --weights {weights} --config {{here}}/train.toml{flags}"
+        f" --data.features {{out}}/{features}features --validation.features {{out}}/{features}validation"
+        f"{samples} --sample.encoders {{out}}/encoders --output {{out}}/{run}"
+    )
+
+
+def generate(asked: str, weights: str, output: str, flags: str = "", lists: tuple[str, ...] = ()) -> str:
+    """`lists`: the flags of mm_infer whose files stand beside the prompts."""
+    files = "".join(f" --{name}_file {{out}}/clips/{asked}_{name}.txt" for name in lists)
+    return (
+        f"python -m mm_infer --weights {{out}}/{weights} --encoders {{out}}/encoders --config {{here}}/generate.toml"
+        f"{flags} --prompt_file {{out}}/clips/{asked}.txt{files} --output {{out}}/{output}"
+    )
+
+
+def measure(asked: str, output: str, scores: str = "scores") -> str:
+    return f"python {{here}}/measure.py {{out}}/{output} {{out}}/clips/{asked} --json {{out}}/{scores}.json"
+
+
+CLIPS = "python {here}/clips.py {out}/clips --repeats {repeats}"
+ENCODERS = "python {here}/text.py {out}/encoders"
+CONVERT = "mm-convert WanConverter mm_to_hf --cfg.source_path {out}/run/weights-ema --cfg.target_path {out}/transformer"
+FROM_VALIDATION = " --sample.prompts '[]' --sample.from_validation 1"
+
+T2V = {
+    "Write clips": CLIPS,
+    "Assemble VAE and text encoder": ENCODERS,
+    "Encode clips and captions": extract("wan-tiny", "data", "features"),
+    "Encode the validation set": extract("wan-tiny", "validation", "validation"),
+    "Train": train("wan-tiny"),
+    "Convert to diffusers' format": CONVERT,
+    "Generate what was held out": generate("held_out", "transformer", "generated"),
+    "Measure": measure("held_out.txt", "generated"),
+}
+
+
+def from_images(model: str, task: str) -> dict[str, str]:
+    """i2v has the image in channels and through CLIP; ti2v as a clean first latent frame."""
+    chosen = f" --objective.task {task} --steps {STEPS[task]}"
+    return {
+        "Write clips and first frames": "python {here}/images.py {out}/clips --repeats {repeats}",
+        "Assemble VAE and encoders": ENCODERS + (" --image_encoder" if task == "i2v" else ""),
+        "Encode clips, captions and first frames": extract(model, "data", "features", task),
+        "Encode the validation set": extract(model, "validation", "validation", task),
+        "Train": train(model, chosen, samples=FROM_VALIDATION),
+        "Convert to diffusers' format": CONVERT,
+        "Generate what was held out": generate("held_out", "transformer", "generated", f" --task {task}", ("image",)),
+        "Measure": measure("held_out.json", "generated"),
+    }
+
+
+VACE = {
+    "Write clips, sources, masks and references": "python {here}/edits.py {out}/clips --repeats {repeats}",
+    "Assemble VAE and text encoder": ENCODERS,
+    "Encode clips and captions for the base": extract("wan-tiny", "data", "base/features"),
+    "Encode its validation set": extract("wan-tiny", "validation", "base/validation"),
+    "Train the base, text to video": train(
+        "wan-tiny", f" --steps {STEPS['vace base']}", features="base/", run="base/run", samples=" --sample.prompts '[]'"
+    ),
+    "Encode clips, captions and control": extract("wan-tiny-vace", "data", "features"),
+    "Encode the validation set": extract("wan-tiny-vace", "validation", "validation"),
+    "Train the control ladder": train(
+        "wan-tiny-vace",
+        f" --trained '[\"vace_*\"]' --steps {STEPS['vace']}",
+        weights="{out}/base/run/weights-ema",
+        samples=FROM_VALIDATION,
+    ),
+    "Fill the masked half, as words say": generate("words", "run/weights-ema", "words", lists=("video", "mask")),
+    "Fill it with what a reference shows": generate(
+        "references", "run/weights-ema", "references", lists=("video", "mask", "references")
+    ),
+    "Measure what words gave": measure("words.json", "words", "words"),
+    "Measure what references gave": measure("references.json", "references", "references"),
+}
+
+
+def expert(name: str) -> str:
+    return train("wan-tiny-a14b", f" --expert {name} --steps {STEPS[name]}", samples=" --sample.prompts '[]'")
+
+
+EXPERTS = {
+    name: command for name, command in T2V.items() if not name.startswith(("Train", "Convert", "Gen", "Mea"))
+} | {
+    "Train the expert for high noise": expert("high"),
+    "Train the expert for low noise": expert("low"),
+    "Generate what was held out, with both": generate("held_out", "run/weights-ema", "generated"),
+    "Measure": measure("held_out.txt", "generated"),
+}
+
+DEMOS = {
+    "t2v": Demo("A small Wan2.1, trained on this machine", HELD_OUT, T2V),
+    "i2v": Demo(
+        "Image to video: a small Wan2.1, trained on this machine",
+        f"Each clip is made from an image and a prompt that says only the motion. {HELD_OUT}",
+        from_images("wan-tiny-i2v", "i2v"),
+    ),
+    "ti2v": Demo(
+        "Image to video with a clean first frame, as Wan2.2-5B does it: a small model, trained on this machine",
+        f"Each clip is made from an image and a prompt that says only the motion. {HELD_OUT}",
+        from_images("wan-tiny", "ti2v"),
+    ),
+    "vace": Demo(
+        "VACE: a small control ladder, trained on this machine",
+        "The source's grey half is to be filled, its other half to be kept. What belongs in the mask is said by the "
+        f"prompt, or shown by a reference beside a prompt that says only the motion. {HELD_OUT}",
+        VACE,
+        runs=("base/run", "run"),
+        scores=("words", "references"),
+    ),
+    "experts": Demo(
+        "Two experts, for high and for low noise, trained on this machine",
+        HELD_OUT,
+        EXPERTS,
+        runs=("run/high", "run/low"),
+    ),
+}
