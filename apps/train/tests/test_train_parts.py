@@ -13,6 +13,7 @@ from mm_data import FeatureDataset, build_loader
 from mm_models import build, presets
 from mm_models.diffusion.flow import FlowMatching
 from mm_train import checkpoint as checkpoints
+from mm_train.check import check
 from mm_train.checkpoint import Checkpointer
 from mm_train.config import OptimConfig
 from mm_train.metrics import Metrics
@@ -97,7 +98,7 @@ def test_a_typo_is_refused_with_the_nearest_name(capsys):
 )
 def test_what_cannot_work_is_said_before_anything_is_loaded(features, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message.replace(".", r"\.").replace("[", r"\[")):
-        config(features, tmp_path / "run", *flags).check()
+        check(config(features, tmp_path / "run", *flags))
 
 
 def test_global_batch_has_to_divide(features, tmp_path):

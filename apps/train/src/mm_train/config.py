@@ -1,8 +1,4 @@
-"""What a training run is told: dataclasses and their checks.
-
-Every relation between fields that can be checked without loading anything is checked in `Config.check`, so a mistake
-costs a second and not a quarter of an hour.
-"""
+"""What a training run is told; `mm_train.check` says what of it cannot work."""
 
 from __future__ import annotations
 
@@ -23,7 +19,7 @@ class DataConfig:
     manifest: Path | None = None
     """In place of features: data.txt, data.json or .jsonl in the format of the guides."""
     encoders: Path | None = None
-    """For a manifest: diffusers directory with vae/, text_encoder/ and tokenizer/, image_encoder/ for models with CLIP."""
+    """For a manifest: diffusers directory with vae/, text_encoder/, tokenizer/ (and image_encoder/ with CLIP)."""
     geometry: Geometry = field(default_factory=Geometry)
     encode_every: int = 8
     """For a manifest: so many steps are encoded at a time; then the encoders go back to the host, until the next. 0
@@ -179,150 +175,6 @@ class Config:
     def run_dir(self) -> Path:
         """Where this run keeps what is its own: the output directory, or the expert's folder in it."""
         return self.output / self.expert if self.expert else self.output
-
-    def check(self) -> None:
-        """Raise ValueError for what cannot work, before anything is loaded."""
-        from mm_models import boundary, presets
-
-        if self.model not in presets():
-            raise ValueError(f"unknown model '{self.model}': choose one of {', '.join(presets())}")
-        if boundary(self.model) and not self.expert:
-            raise ValueError(
-                f"{self.model} is two models, for high and for low noise: give --expert high or --expert low, and "
-                "train the other into the same --output afterwards"
-            )
-        if self.expert and not boundary(self.model):
-            raise ValueError(f"--expert {self.expert}: {self.model} is one model, not two experts: leave it out")
-        if not self.trained:
-            raise ValueError('--trained is empty: give patterns of names, e.g. ["vace_*"], or leave it out for all')
-        if self.lora.rank and self.trained != ("*",):
-            raise ValueError("--trained chooses weights, --lora.rank trains adapters beside all: give one of the two")
-        if not self.weights:
-            raise ValueError(
-                "no starting weights: give --weights with a diffusers directory, original Wan-AI files or one of "
-                "our checkpoints, "
-                "or ask for a fresh model with --weights random"
-            )
-        if self.weights != "random" and not Path(self.weights).exists():
-            raise ValueError(
-                f"--weights {self.weights} does not exist (a fresh model has to be asked for: --weights random)"
-            )
-        self._check_data()
-        for flag, path in (("data.features", self.data.features), ("validation.features", self.validation.features)):
-            if path is not None and not path.is_dir():
-                raise ValueError(
-                    f"--{flag} {path} is not a directory; `python -m mm_train.extract --output {path} …` writes one"
-                )
-        for name, value, least in (
-            ("steps", self.steps, 1),
-            ("data.global_batch", self.data.global_batch, 1),
-            ("data.micro_batch", self.data.micro_batch, 1),
-            ("data.workers", self.data.workers, 0),
-            ("data.encode_every", self.data.encode_every, 0),
-            ("optim.lr", self.optim.lr, 0),
-            ("optim.min_lr", self.optim.min_lr, 0),
-            ("optim.warmup", self.optim.warmup, 0),
-            ("optim.weight_decay", self.optim.weight_decay, 0),
-            ("optim.clip", self.optim.clip, 0),
-            ("lora.rank", self.lora.rank, 0),
-            ("checkpoint.every", self.checkpoint.every, 1),
-            ("checkpoint.keep", self.checkpoint.keep, 0),
-            ("validation.every", self.validation.every, 1),
-            ("validation.max_samples", self.validation.max_samples, 1),
-            ("sample.every", self.sample.every, 1),
-            ("sample.steps", self.sample.steps, 1),
-            ("sample.frames", self.sample.frames, 1),
-            ("sample.height", self.sample.height, 16),
-            ("sample.width", self.sample.width, 16),
-            ("deadline", self.deadline, 10),
-        ):
-            if not value >= least:
-                raise ValueError(f"--{name} is {value}; it must be at least {least}")
-        for name, value in (("lora.alpha", self.lora.alpha), ("optim.eps", self.optim.eps)):
-            if not value > 0:
-                raise ValueError(f"--{name} is {value}; it must be positive")
-        low, high = self.objective.range or (0, 1)
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"--objective.range is [{low}, {high}]; it must satisfy 0 <= low < high <= 1")
-        if self.objective.boundary is not None and not (self.expert and 0 < self.objective.boundary < 1):
-            raise ValueError(
-                f"--objective.boundary {self.objective.boundary}: it is for --expert high or low, and a noise level "
-                "between 0 and 1"
-            )
-        for name, value in (
-            ("data.text_dropout", self.data.text_dropout),
-            ("lora.dropout", self.lora.dropout),
-            ("optim.ema", self.optim.ema),
-            *(("optim.betas", beta) for beta in self.optim.betas),
-        ):
-            if not 0 <= value < 1:
-                raise ValueError(f"--{name} is {value}; it must lie in 0 <= x < 1")
-        if self.optim.warmup >= self.steps > 1:
-            raise ValueError(f"--optim.warmup {self.optim.warmup} takes the whole run of {self.steps} steps")
-        if self.lora.rank and self.weights == "random":
-            raise ValueError(
-                "--lora.rank with --weights random: a fresh model's last projection is zero and would be frozen, so "
-                "that no adapter could learn. Give --weights, or train without adapters"
-            )
-        if self.lora.dropout and self.parallel.tp > 1:
-            raise ValueError("--lora.dropout would be drawn apart by --parallel.tp ranks: use 0, or no tp")
-        if self.lora.dropout and (self.parallel.pp_layers or self.parallel.exact):
-            raise ValueError(
-                "--lora.dropout cannot be drawn alike in a pipeline, where micro-batches overlap, nor in exact mode: "
-                "use 0, or no --parallel.pp_layers and no --parallel.exact"
-            )
-        for t in self.validation.timesteps:
-            if not 0 < t < 1000:
-                raise ValueError(f"--validation.timesteps contains {t}; timesteps lie between 0 and 1000")
-        self._check_samples()
-
-    def _check_data(self) -> None:
-        data = self.data
-        if (data.features is None) == (data.manifest is None):
-            raise ValueError(
-                f"{'no' if data.features is None else 'two kinds of'} training data: give either --data.features, a "
-                "directory written by `python -m mm_train.extract`, or --data.manifest and --data.encoders, to encode "
-                "the videos while training"
-            )
-        if data.features is not None:
-            given = {"encoders": data.encoders is not None, "geometry": data.geometry != Geometry()}
-            for name in (name for name, given in given.items() if given):
-                raise ValueError(f"--data.{name} is for --data.manifest: features were encoded by mm_train.extract")
-        elif not data.manifest.is_file():
-            raise ValueError(f"--data.manifest {data.manifest} is not a file: give a data.txt, data.json or .jsonl")
-        elif data.encoders is None or not data.encoders.is_dir():
-            raise ValueError(
-                "--data.manifest needs --data.encoders, the diffusers directory with vae/, text_encoder/ and "
-                f"tokenizer/ (got {data.encoders})"
-            )
-
-    def _check_samples(self) -> None:
-        s = self.sample
-        if not s.prompts and not s.from_validation:
-            return
-        if self.expert:
-            raise ValueError(
-                f"--sample.* with --expert {self.expert}: a video takes both experts. Generate with mm_infer, from the "
-                "--output of both"
-            )
-        if s.from_validation < 0 or (s.from_validation and self.validation.features is None):
-            raise ValueError(
-                f"--sample.from_validation {s.from_validation}: give --validation.features, and how many of them"
-            )
-        if s.frames % 4 != 1:
-            below = (s.frames - 1) // 4 * 4 + 1
-            raise ValueError(f"--sample.frames {s.frames} is not 4k+1; the nearest are {below} and {below + 4}")
-        for name, value in (("height", s.height), ("width", s.width)):
-            if value % 16:
-                raise ValueError(
-                    f"--sample.{name} {value} is not a multiple of 16 (VAE 8 x patch 2); the nearest are "
-                    f"{value // 16 * 16} and {value // 16 * 16 + 16}"
-                )
-        if s.encoders is None or not all((s.encoders / part).is_dir() for part in ("vae", "text_encoder", "tokenizer")):
-            raise ValueError(
-                "sample videos need --sample.encoders, the diffusers directory with vae/, text_encoder/ and "
-                f"tokenizer/ (got {s.encoders})"
-            )
 
     def micro_batches(self, data_ranks: int) -> int:
         """Forwards per optimizer step on each of `data_ranks` ranks."""

@@ -20,6 +20,7 @@ from mm_parallel.device import init_distributed, reset_max_memory, synchronize
 from mm_parallel.guard import Watchdog, agree
 from mm_parallel.mesh import data_rank, place, speaks
 from mm_train import setup
+from mm_train.check import check
 from mm_train.checkpoint import Checkpointer
 from mm_train.command import check_shared, prepare_output
 from mm_train.config import Config
@@ -40,7 +41,7 @@ def train(config: Config) -> Path:
 
     Raises ValueError for a configuration that cannot work, FloatingPointError for a non-finite loss or gradient.
     """
-    config.check()
+    check(config)
     rank, world, _ = init_distributed(timedelta(hours=6))  # the watchdog looks after hangs
     with Watchdog(deadline=config.deadline) as guard:
         checkpoint, interrupted = _train(config, rank, world, guard)
