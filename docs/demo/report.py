@@ -7,7 +7,7 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 Points = Sequence[tuple[float, float]]
@@ -118,18 +118,23 @@ def curves(metrics: Path) -> str:
     )
 
 
+def _each(scores: dict[str, dict], show: Callable[[dict], str]) -> str:
+    named = len(scores) > 1
+    return "".join((f"<h3>{name}</h3>" if named else "") + show(measured) for name, measured in scores.items())
+
+
 def write_report(
     path: Path,
     *,
     title: str,
     told: str,
     metrics: Sequence[Path],
-    scores: Sequence[dict],
+    scores: dict[str, dict],
     progress: Sequence[tuple[str, Path]],
     stages: Sequence[tuple[str, float, str]],
 ) -> None:
-    """`told` stands above the clips; `metrics` of one training or of several; `scores` by measure.py; `progress` is one
-    prompt at growing steps; `stages` are (name, seconds, command).
+    """`told` stands above the clips; `metrics` of one training or of several; `scores` by measure.py, with a name
+    for each where there are several; `progress` is one prompt at growing steps; `stages` are (name, seconds, command).
     """
     table = "".join(f"<tr><td>{html.escape(n)}</td><td>{s:.1f} s</td></tr>" for n, s, _ in stages)
     commands = "\n\n".join(f"# {name}\n{command}" for name, _, command in stages)
@@ -138,8 +143,8 @@ def write_report(
     if grown:
         learned += f'<h3>one prompt, as training went on</h3><div class="clips">{grown}</div>'
     sections = {
-        "What was asked, what was drawn": f"<p>{html.escape(told)}</p>{''.join(map(generated, scores))}",
-        "How often it is right": "".join(map(percentages, scores)),
+        "What was asked, what was drawn": f"<p>{html.escape(told)}</p>{_each(scores, generated)}",
+        "How often it is right": _each(scores, percentages),
         "How it learned": learned,
         "Time": f"<table>{table}</table>",
         "The commands": f"<pre>{html.escape(commands)}</pre>",

@@ -22,7 +22,7 @@ HERE = Path(os.path.relpath(Path(__file__).parent))
 sys.path.insert(0, str(HERE))
 
 from report import write_report  # noqa: E402
-from tasks import DEMOS  # noqa: E402
+from tasks import DEMOS, Demo  # noqa: E402
 
 from mm_data import made_with  # noqa: E402
 
@@ -40,6 +40,20 @@ def run(name: str, command: str) -> float:
     if code:
         sys.exit(f"error: '{name}' ended with code {code}; its command is shown above")
     return time.perf_counter() - started
+
+
+def show(out: Path, demo: Demo, stages: list[tuple[str, float, str]]) -> None:
+    """Write the report of what lies in `out`; stages are (name, seconds, command)."""
+    samples = sorted((out / demo.runs[-1]).glob("samples/step-*/000.mp4"))
+    write_report(
+        out / "report.html",
+        title=demo.title,
+        told=demo.told,
+        metrics=[out / folder / "metrics.jsonl" for folder in demo.runs],
+        scores={name: json.loads((out / f"{name}.json").read_text()) for name in demo.scores},
+        progress=[(f"{made_with(path)['prompt']}, step {made_with(path)['step']}", path) for path in samples],
+        stages=stages,
+    )
 
 
 def main() -> None:
@@ -62,16 +76,7 @@ def main() -> None:
             command += f" --steps {options.steps} --optim.warmup 0"
         stages.append((name, run(name, command), command))
 
-    samples = sorted((out / demo.runs[-1]).glob("samples/step-*/000.mp4"))
-    write_report(
-        out / "report.html",
-        title=demo.title,
-        told=demo.told,
-        metrics=[out / folder / "metrics.jsonl" for folder in demo.runs],
-        scores=[json.loads((out / f"{name}.json").read_text()) for name in demo.scores],
-        progress=[(f"{made_with(path)['prompt']}, step {made_with(path)['step']}", path) for path in samples],
-        stages=stages,
-    )
+    show(out, demo, stages)
     minutes = sum(seconds for _, seconds, _ in stages) / 60
     print(f"\nDone in {minutes:.1f} minutes. Open {(out / 'report.html').resolve()}")
 
