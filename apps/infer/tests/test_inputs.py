@@ -99,6 +99,7 @@ def test_a_model_trained_for_a_clean_first_frame_is_asked_by_name():
     [
         ("wan2.1-t2v-1.3b", {"strength": 0.5}, {}, "strength 0.5 is for task v2v, but this is t2v"),
         ("wan2.1-t2v-1.3b", {"control_scale": 0.0}, {}, "control_scale 0.0 is for task vace"),
+        ("wan2.2-i2v-a14b", {"clip_crop": True}, {"image": IMAGE}, "clip_crop is for models with CLIP"),
         ("wan2.1-t2v-1.3b", {"guidance": (4.0, 3.0)}, {}, "two numbers are for two experts"),
         ("wan2.1-t2v-1.3b", {"frames": 33}, {"video": CLIP}, "30 frames at 16 per second, but 33 are needed"),
         ("wan2.1-t2v-1.3b", {"steps": 2, "strength": 0.4}, {"video": CLIP}, "less than one step"),

@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 import mm_infer
 from mm_data import made_with, read_video
 from mm_infer.config import Ranks
-from mm_infer.ranks import place
+from mm_infer.ranks import Place, place
 from mm_parallel.testing import spawn
 
 SMALL = {"height": 48, "width": 48, "frames": 9, "steps": 3, "seed": 3}  # 27 tokens, 2 heads
@@ -43,6 +44,35 @@ def test_latents_are_those_of_one_device(pipeline, world):
             torch.testing.assert_close(torch.from_numpy(latents), alone, rtol=1e-4, atol=1e-5)
             assert leads == (rank == 0)
             assert prompts == (0, 1)
+
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+TASKS = {
+    "i2v": {"image": IMAGE[:48, :48]},
+    "5b": {"image": IMAGE, "height": 96, "width": 96},
+    "vace": {"references": (IMAGE,)},
+    "a14b": {"guidance": (4.0, 3.0)},
+}
+
+
+def every_task(rank: int, world: int, paths: dict[str, str]) -> list[dict[str, np.ndarray]]:
+    places = [place(Ranks(cp=2)), place(Ranks(guidance=2))] if world > 1 else [Place()]
+    made = []
+    for here in places:
+        samplers = {
+            kind: mm_infer.load(path, device="cpu", mesh=here.mesh, pair=here.pair) for kind, path in paths.items()
+        }
+        made.append({kind: one("a cat", **SMALL | TASKS[kind]).latents.numpy() for kind, one in samplers.items()})
+    return made
+
+
+def test_ranks_share_every_task(tiny):
+    paths = {kind: str(tiny(kind)) for kind in TASKS}
+    (alone,) = every_task(0, 1, paths)
+    for made in spawn(2, every_task, paths, timeout=120):
+        for latents in made:
+            for kind in TASKS:
+                np.testing.assert_allclose(latents[kind], alone[kind], rtol=1e-4, atol=1e-4, err_msg=kind)
 
 
 def teams(rank: int, world: int) -> tuple:

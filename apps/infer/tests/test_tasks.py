@@ -93,6 +93,11 @@ def test_first_frame_clip(tiny, sampler, pixels):
     made = ours(sampler("i2v"), image=image)
     assert difference(made.latents, expected) <= 1e-4
     assert made.options.task == "i2v"
+    middle = theirs(
+        WanImageToVideoPipeline, tiny("i2v"), image=Image.fromarray(image), embeds=seen(tiny("i2v"), image[:, 8:40])
+    )
+    assert difference(ours(sampler("i2v"), image=image, clip_crop=True).latents, middle) <= 1e-4
+    assert difference(middle, expected) > 1e-3
     assert difference(ours(sampler("i2v"), image=image // 2).latents, made.latents) > 1e-3
 
 

@@ -37,6 +37,8 @@ class Options:
     "noise levels of the steps: as in the guides and diffusers before 0.37, or as in later diffusers"
     seed: int = 0
     "of the initial noise, the same for every prompt"
+    clip_crop: bool = False
+    "i2v, flf2v with CLIP: it sees the middle square of an image, as in diffusers; by default all of it, squashed, as in the guides and in training"  # noqa: E501
     strength: float | None = None
     "v2v: part of the steps that are made, 1 leaves nothing of the video; default 0.7"
     control_scale: float | None = None

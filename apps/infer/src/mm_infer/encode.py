@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mm_infer.conditions import conditions, images
+from mm_infer.conditions import conditions, views
 from mm_infer.config import Options
 from mm_infer.inputs import Given
 from mm_models.encoders import ImageEncoder, TextEncoder, VideoVAE
@@ -43,7 +43,7 @@ class Encoders:
 
     def see(self, pictures: Sequence[Tensor]) -> list[Tensor]:
         """1 S D of CLIP for each 1 3 H W in [-1, 1]; CLIP is gone again afterwards."""
-        keys = [sha256(one.numpy().tobytes()).digest() for one in pictures]
+        keys = [sha256(one.numpy().tobytes() + str(one.shape).encode()).digest() for one in pictures]
         new = {key: one for key, one in zip(keys, pictures, strict=True) if key not in self._seen}
         if new:
             encoder = ImageEncoder(self.path, self.device)
@@ -55,7 +55,7 @@ class Encoders:
     def see_all(self, videos: Sequence[tuple[Given, Options]]) -> None:
         """`see` for several videos, so that CLIP is loaded once."""
         if self.config.image_dim is not None:
-            self.see([one for given, options in videos for one in images(given, options)])
+            self.see([one for given, options in videos for one in views(given, options)])
 
     def conditions(self, given: Given, options: Options) -> dict[str, Tensor]:
         """On the device; see `mm_infer.conditions`."""

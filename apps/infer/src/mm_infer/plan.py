@@ -18,7 +18,7 @@ def plan(
     Raises ValueError for a task that the model cannot do, a size or length that cannot be, and a file that is broken.
     """
     task = choose_task(config, options.task, given.there(), ti2v)
-    check_used(options, task, experts)
+    check_used(options, task, config, experts)
     common = usual(config, task, experts, model)
     shape, frames, fps = _looked_at(options, given, common)
     if task == "flf2v" and frames < 5:

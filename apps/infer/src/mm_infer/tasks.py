@@ -40,8 +40,10 @@ def choose_task(config: WanConfig, asked: Task | None, given: Collection[str], t
     raise ValueError(f"{what} cannot make a video from {had}, but do {_described(wanted)}{hint if not asked else ''}")
 
 
-def check_used(options: Options, task: Task, experts: bool) -> None:
+def check_used(options: Options, task: Task, config: WanConfig, experts: bool) -> None:
     """ValueError for an option that this task or model would ignore."""
+    if options.clip_crop and config.image_dim is None:
+        raise ValueError("clip_crop is for models with CLIP, and this has none: leave it out")
     for name, only in (("strength", "v2v"), ("control_scale", "vace")):
         if getattr(options, name) is not None and task != only:
             raise ValueError(f"{name} {getattr(options, name)} is for task {only}, but this is {task}: leave it out")
