@@ -10,6 +10,7 @@ from mm_models.layers import RMSNorm, cast_weights
 
 ISLANDS = ("time_embedding", "time_projection", "modulation", "norm3", "img_emb.proj.0", "img_emb.proj.4")
 I2V = {"in_channels": 36, "image_dim": 20, "text_tokens": 40}
+VACE = {"vace_layers": (0, 2), "text_tokens": 40}
 
 
 def close(a, b):
@@ -26,10 +27,14 @@ def test_cast_weights_spares_the_islands(tiny):
     assert build("wan-tiny", dtype=torch.bfloat16).blocks[0].ffn[0].weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("fields", [I2V, VACE], ids=["i2v", "vace, a timestep per token"])
 @pytest.mark.parametrize("masters", [False, True], ids=["bf16 weights", "fp32 masters"])
-def test_bfloat16_is_close_to_float32(tiny, batch, masters):
-    model = tiny(**I2V)
+def test_bfloat16_is_close_to_float32(tiny, batch, masters, fields):
+    model = tiny(**fields)
     inputs = batch(model)
+    if fields == VACE:
+        inputs["t"] = inputs["t"][:, None].repeat(1, 60)
+        inputs["t"][:, :12] = 0
     exact = model(**inputs)
     exact.square().mean().backward()
     other = copy.deepcopy(model)
@@ -78,13 +83,17 @@ def test_matrices_in_bfloat16_and_stream_in_float32(tiny, batch):
         assert dtypes == ((torch.float32,) * 2 if wide else (torch.bfloat16,) * 2), name
 
 
-def test_float64_is_float64_all_the_way(tiny, batch):
+@pytest.mark.parametrize(
+    ("fields", "more"),
+    [(I2V, "img_emb.proj.0.bias"), (VACE, "vace_patch_embedding.bias"), (VACE, "vace_blocks.1.modulation")],
+)
+def test_float64_is_float64_all_the_way(tiny, batch, fields, more):
     """So that tests of parallelism can compare in float64: a change of 1e-12 in a weight must be seen."""
-    model = cast_weights(tiny(**I2V), torch.float64)
+    model = cast_weights(tiny(**fields), torch.float64)
     inputs = {name: value.double() for name, value in batch(model).items()}
     out = model(**inputs)
     assert out.dtype == torch.float64
-    for name in ("time_embedding.0.bias", "blocks.0.norm3.weight", "blocks.0.modulation", "img_emb.proj.0.bias"):
+    for name in ("time_embedding.0.bias", "blocks.0.norm3.weight", "blocks.0.modulation", more):
         with torch.no_grad():
             weight = model.get_parameter(name)
             weight.add_(1e-12)

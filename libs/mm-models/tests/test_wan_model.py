@@ -176,6 +176,13 @@ def test_wrong_shapes_are_explained(tiny, batch, name, shape, message):
         model(**inputs)
 
 
+def test_channels_that_are_no_condition(tiny, batch):
+    """Of 48 channels, as the 5B has them, none is a condition: so the message does not speak of one."""
+    model = tiny(in_channels=48, out_channels=48)
+    with pytest.raises(ValueError, match=r"this model takes B 48 F H W$"):
+        model(**batch(model) | {"video": torch.zeros(2, 16, 5, 8, 6)})
+
+
 def test_an_image_for_a_model_without_clip(tiny, batch):
     model = tiny()
     with pytest.raises(ValueError, match="no CLIP branch"):

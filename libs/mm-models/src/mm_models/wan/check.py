@@ -21,13 +21,17 @@ def check(
     if video.ndim != 5 or video.shape[1] != c.in_channels:
         raise ValueError(
             f"video has shape {tuple(video.shape)}, but this model takes B {c.in_channels} F H W"
-            + (": noisy latents with the channels of the condition behind them" if c.in_channels > 16 else "")
+            + (
+                ": noisy latents with the channels of the condition behind them"
+                if c.in_channels != c.out_channels
+                else ""
+            )
         )
     batch, _, *size = video.shape
     if any(s % p or s == 0 for s, p in zip(size, c.patch_size, strict=True)):
         raise ValueError(
             f"latents of {size[0]} frames, {size[1]} rows and {size[2]} columns cannot be cut into patches of "
-            f"{c.patch_size}: each must be a multiple (with the Wan2.1 VAE: height and width of 16 pixels)"
+            f"{c.patch_size}: each must be a multiple (height and width of 16 pixels, with the Wan2.2 VAE of 32)"
         )
     tokens = size[0] * size[1] * size[2] // (c.patch_size[0] * c.patch_size[1] * c.patch_size[2])
     if t.shape not in ((batch,), (batch, tokens)):
