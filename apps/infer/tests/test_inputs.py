@@ -130,6 +130,11 @@ def test_a_video_is_read_at_the_rate_that_is_written(tmp_path):
     assert abs(shown.numpy() - np.arange(0, 58, 2)).max() <= 1
 
 
+def test_one_reference_needs_no_list():
+    assert Given(references="a.png") == Given(references=["a.png"]) == Given(references=("a.png",))
+    assert len(Given(references=IMAGE).references) == 1
+
+
 def config(tmp_path, **fields) -> Config:
     return Config(weights=Path("w"), output=Path("o"), **fields)
 
@@ -146,6 +151,8 @@ def test_lists_go_line_by_line(tmp_path):
     assert (second.prompt, second.given) == ("a cat", {"image": Path("c.png"), "last_image": Path("d.png")})
     one, other = asked(config(tmp_path, prompt_file=prompts, references=[Path("a.png"), Path("b.png")]))
     assert one.given == other.given == {"references": (Path("a.png"), Path("b.png"))}
+    (several,) = asked(config(tmp_path, prompt="a cat", references=Path("a.png, b.png")))
+    assert several.given == one.given
     (tmp_path / "images.txt").write_text("cat.png\n")
     with pytest.raises(ValueError, match=r"all as many: .*prompts.txt has 2, .*images.txt has 1"):
         asked(config(tmp_path, prompt_file=prompts, image_file=tmp_path / "images.txt"))
@@ -183,7 +190,7 @@ def test_control_from_the_command_line(tiny, tmp_path, capsys):
     Image.fromarray(frames[0]).save(tmp_path / "mask.png")
     Image.fromarray(frames[1]).save(tmp_path / "cat.jpg")
     command = ["--weights", str(tiny("vace")), "--prompt", "a cat", "--video", str(tmp_path / "depth.mp4")]
-    command += ["--mask", str(tmp_path / "mask.png"), "--references", f'["{tmp_path}/cat.jpg"]', "--steps", "1"]
+    command += ["--mask", str(tmp_path / "mask.png"), "--references", f"{tmp_path}/cat.jpg", "--steps", "1"]
     command += ["--height", "32", "--width", "48", "--output", str(tmp_path / "out")]
     main(command)
     record = made_with(tmp_path / "out" / "video_0.mp4")

@@ -25,54 +25,41 @@ LAYOUTS = [
 ]
 
 
-def together(rank: int, world: int, path: str, layouts: list[Ranks]) -> list[tuple[torch.Tensor, bool, tuple]]:
-    made = []
-    for ranks in layouts:
-        here = place(ranks)
-        sampler = mm_infer.load(path, dtype=torch.float32, device="cpu", mesh=here.mesh, pair=here.pair)
-        made.append((sampler("a cat", **SMALL).latents.numpy(), here.leads, here.prompts))
-    return made
-
-
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_latents_are_those_of_one_device(pipeline, world):
-    alone = mm_infer.load(pipeline, dtype=torch.float32, device="cpu")("a cat", **SMALL).latents
-    layouts = [r for r in LAYOUTS if (r.cp or (r.ulysses or 1) * (r.ring or 1)) * r.guidance == world]
-    assert layouts
-    for rank, made in enumerate(spawn(world, together, str(pipeline), layouts, timeout=120)):
-        for latents, leads, prompts in made:
-            torch.testing.assert_close(torch.from_numpy(latents), alone, rtol=1e-4, atol=1e-5)
-            assert leads == (rank == 0)
-            assert prompts == (0, 1)
-
-
 IMAGE = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
 TASKS = {
-    "i2v": {"image": IMAGE[:48, :48]},
+    "t2v": {},
+    "i2v": {"image": IMAGE},
     "5b": {"image": IMAGE, "height": 96, "width": 96},
     "vace": {"references": (IMAGE,)},
     "a14b": {"guidance": (4.0, 3.0)},
 }
 
 
-def every_task(rank: int, world: int, paths: dict[str, str]) -> list[dict[str, np.ndarray]]:
-    places = [place(Ranks(cp=2)), place(Ranks(guidance=2))] if world > 1 else [Place()]
-    made = []
-    for here in places:
-        samplers = {
-            kind: mm_infer.load(path, device="cpu", mesh=here.mesh, pair=here.pair) for kind, path in paths.items()
-        }
-        made.append({kind: one("a cat", **SMALL | TASKS[kind]).latents.numpy() for kind, one in samplers.items()})
+def latents(paths: dict[str, str], here: Place) -> dict[str, np.ndarray]:
+    made = {}
+    for kind, path in paths.items():
+        sampler = mm_infer.load(path, dtype=torch.float32, device="cpu", mesh=here.mesh, pair=here.pair)
+        made[kind] = sampler("a cat", **SMALL | TASKS[kind]).latents.numpy()
     return made
 
 
-def test_ranks_share_every_task(tiny):
-    paths = {kind: str(tiny(kind)) for kind in TASKS}
-    (alone,) = every_task(0, 1, paths)
-    for made in spawn(2, every_task, paths, timeout=120):
-        for latents in made:
-            for kind in TASKS:
-                np.testing.assert_allclose(latents[kind], alone[kind], rtol=1e-4, atol=1e-4, err_msg=kind)
+def together(rank: int, world: int, paths: dict[str, str], layouts: list[Ranks]) -> list[tuple[dict, bool, tuple]]:
+    places = [place(ranks) for ranks in layouts]
+    return [(latents(paths, here), here.leads, here.prompts) for here in places]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_latents_are_those_of_one_device(tiny, world):
+    paths = {kind: str(tiny(kind)) for kind in (TASKS if world == 2 else ["t2v"])}
+    alone = latents(paths, Place())
+    layouts = [r for r in LAYOUTS if (r.cp or (r.ulysses or 1) * (r.ring or 1)) * r.guidance == world]
+    assert layouts
+    for rank, made in enumerate(spawn(world, together, paths, layouts, timeout=120)):
+        for shared, leads, prompts in made:
+            for kind in paths:
+                np.testing.assert_allclose(shared[kind], alone[kind], rtol=1e-4, atol=1e-4, err_msg=kind)
+            assert leads == (rank == 0)
+            assert prompts == (0, 1)
 
 
 def teams(rank: int, world: int) -> tuple:

@@ -4,10 +4,16 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from mm_convert import convert
+import mm_infer
+from mm_convert import convert, write_experts
+from mm_data import write_video
 from mm_infer.__main__ import main
+from mm_models.lora import LoRAConfig, add_lora, save_lora
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -22,7 +28,7 @@ def home(pipeline, tmp_path, monkeypatch) -> Path:
 
 
 def test_commands(home):
-    (commands,) = re.findall(r"```\n(.*?)```", README, re.DOTALL)
+    commands = re.findall(r"```\n(.*?)```", README, re.DOTALL)[0]
     small = ["--height", "32", "--width", "48", "--frames", "5", "--steps", "1"]
     for command in commands.splitlines():
         _, _, flags = command.partition("-m mm_infer ")
@@ -32,9 +38,58 @@ def test_commands(home):
     assert videos == {"out/video_0.mp4", "trained/video_0.mp4"} | pairs
 
 
+PUBLISHED = {
+    "Wan2.1-I2V-14B-480P": "i2v",
+    "Wan2.1-I2V-14B-720P": "i2v",
+    "Wan2.1-FLF2V-14B-720P": "flf2v",
+    "Wan2.1-T2V-14B": "t2v",
+    "Wan2.2-T2V-A14B": "a14b",
+    "Wan2.2-I2V-A14B": "a14b-i2v",
+    "Wan2.2-TI2V-5B": "5b",
+}
+
+
+@pytest.fixture
+def files(home, tiny) -> Path:
+    """What the commands of the second block name."""
+    for name, kind in PUBLISHED.items():
+        (home / f"{name}-Diffusers").symlink_to(tiny(kind))
+    (home / "Wan2.1-VACE-1.3B-diffusers").symlink_to(tiny("vace"))
+    folders = write_experts(home / "pair", 0.875)
+    for expert, folder in (("high", "transformer"), ("low", "transformer_2")):
+        convert(tiny("a14b") / folder, folders[expert], to="mm")
+        convert(tiny("a14b-vace") / folder, home / "Wan2.2-VACE-Fun-A14B" / f"{expert}_noise_model", to="original")
+    pair = mm_infer.load(tiny("a14b"))
+    model = add_lora(pair.weights.experts[0].load(pair.config, torch.device("cpu"), torch.float32), LoRAConfig(rank=2))
+    for folder in ("high_noise_model", "low_noise_model"):
+        save_lora(model, home / "adapters" / folder)
+    frames = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    for name in ("clip", "depth", "mask"):
+        write_video(home / f"{name}.mp4", frames, fps=16)
+    for name in ("cat", "dog"):
+        Image.fromarray(frames[0]).save(home / f"{name}.png")
+    (home / "samples_i2v_prompts.txt").write_text("the cat runs\nthe dog runs\n")
+    (home / "samples_i2v_images.txt").write_text("cat.png\ndog.png\n")
+    return home
+
+
+def test_commands_for_every_task(files):
+    (commands,) = re.findall(r"```shell\n(.*?)```", README, re.DOTALL)
+    lines = [line for line in commands.splitlines() if not line.startswith("#") and "--parallel" not in line]
+    for line in lines:
+        _, _, flags = line.partition("-m mm_infer ")
+        flags = re.sub(r"--model \S+", "", flags)  # ours are no presets
+        main([*shlex.split(flags), "--height", "32", "--width", "32", "--frames", "5", "--steps", "2"])
+    outputs = [re.search(r"--output (\S+)", line)[1] for line in lines]
+    assert len(outputs) == 13
+    for output in outputs:
+        assert (files / output / "video_0.mp4").exists(), output
+
+
 def test_python(home):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code, count = re.subn("height=480, width=832, frames=81, steps=50", "height=32, width=48, frames=5, steps=1", code)
-    assert count == 1
+    code, more = re.subn("steps=50", "steps=2", code)
+    assert count == more == 1
     exec(code, {})
     assert (home / "cat.mp4").exists()

@@ -131,8 +131,8 @@ class Config(Options):
     "vace: a video, or one image for all frames; white changes, black is kept (default: all changes)"
     mask_file: Path | None = None
     "text file with one mask per line"
-    references: list[Path] = field(default_factory=list)
-    'vace: images of what is to appear, as ["a.png", "b.png"]'
+    references: Path | list[Path] | None = None
+    'vace: an image of what is to appear, or several: ["a.png", "b.png"]'
     references_file: Path | None = None
     "text file with one line of images for each prompt, as a.png, b.png"
     lora: Path | None = None

@@ -20,13 +20,17 @@ Video = Path | str | np.ndarray | Tensor  # a file, or F H W 3 uint8
 
 @dataclass(frozen=True)
 class Given:
-    """What a video is made from, besides its prompt. A mask may also be one picture for all frames."""
+    """What a video is made from, besides its prompt. A mask may be one picture for all frames, references one alone."""
 
     image: Picture | None = None
     last_image: Picture | None = None
     video: Video | None = None
     mask: Video | Picture | None = None
     references: tuple[Picture, ...] = ()
+
+    def __post_init__(self) -> None:
+        one = isinstance(self.references, str | Path) or getattr(self.references, "ndim", 4) == 3
+        object.__setattr__(self, "references", (self.references,) if one else tuple(self.references))
 
     def there(self) -> dict[str, Any]:
         """What is not left out, by name."""

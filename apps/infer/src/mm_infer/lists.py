@@ -41,7 +41,8 @@ def _given(config: Config, row: dict[str, str]) -> dict[str, Any]:
         if len(images) > 2 or (len(images) == 2 and config.last_image is not None):
             raise ValueError(f"{config.image_file}: {row['image']!r}: one image, or the first and the last")
         given["image"], given["last_image"] = (*images, config.last_image)[:2]
-    given["references"] = tuple(_several(row["references"]) if "references" in row else config.references)
+    references = row.get("references", config.references) or []
+    given["references"] = tuple(references if isinstance(references, list) else _several(str(references)))
     return {name: value for name, value in given.items() if value}
 
 

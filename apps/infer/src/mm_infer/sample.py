@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from mm_infer import parts
+from mm_infer.checks import blame, first_latents
 from mm_infer.config import Options
 from mm_infer.encode import Encoders
 from mm_infer.inputs import Given
 from mm_infer.plan import plan, start_of
 from mm_infer.weights import Weights
 from mm_models import plan as parallel_plan
-from mm_models.diffusion.sampling import Experts, denoise, noise, partly_noised
+from mm_models.diffusion.sampling import Experts, denoise, partly_noised
 from mm_models.wan import WanModel
 from mm_parallel import context
 from mm_parallel.device import bf16_ok, synchronize
@@ -156,7 +157,7 @@ class Sampler:
             if self._model is None:
                 self._model = self.weights.load(self.config, self.device, self.dtype, self.offload, self._cut)
         references, start = len(given.references), start_of(options)
-        latents = self._noise(options, references, latents).to(self.device)
+        latents = first_latents(latents, options, self.encoders.vae, references).to(self.device)
         schedule = {name: getattr(options, name) for name in ("steps", "flow_shift", "sampler", "grid")}
         if options.task == "v2v":
             latents = partly_noised(made_from["video"], latents, start, **schedule)
@@ -177,9 +178,9 @@ class Sampler:
                 **schedule,
             )[:, :, references:]
         if not latents.isfinite().all():
+            cause = blame({"text": text} | made_from, self._model, self.encoders)
             raise FloatingPointError(
-                f"the latents for {prompt!r} came out as NaN or infinite, so there is no video: "
-                f"{self._blame({'text': text} | made_from)}"
+                f"the latents for {prompt!r} came out as NaN or infinite, so there is no video: {cause}"
             )
         with self._timed(seconds, "decode"):
             nothing = torch.empty(0, options.height, options.width, 3).byte()
@@ -193,31 +194,6 @@ class Sampler:
     def _cut(self, model: WanModel) -> None:
         if self.mesh is not None:
             context.cut(model, parallel_plan(model), self.mesh)
-
-    def _noise(self, options: Options, references: int, given: Tensor | None) -> Tensor:
-        """B C F H W: drawn from the seed, or what was given if it is as large."""
-        channels, frames, *size = self.encoders.vae.latent_shape(options.frames, options.height, options.width)
-        shape = (channels, references + frames, *size)
-        if given is None:
-            return noise(options.seed, shape)[None]
-        if tuple(given.shape) != (1, *shape):
-            more = f" and {references} references" if references else ""
-            raise ValueError(
-                f"latents have shape {tuple(given.shape)}, but {options.frames} frames of "
-                f"{options.height}x{options.width}{more} need {(1, *shape)}"
-            )
-        return given
-
-    def _blame(self, made_from: dict[str, Tensor]) -> str:
-        """The likely cause of latents that are not finite."""
-        for name, tensor in made_from.items():
-            if not tensor.isfinite().all():
-                maker = {"text": "the text encoder", "image": "CLIP"}.get(name, "the VAE")
-                return f"{maker}'s output is not finite already: look at the weights in {self.encoders.path}"
-        broken = [name for name, p in self._model.named_parameters() if not p.isfinite().all()]
-        if broken:
-            return f"{len(broken)} tensors of the weights hold such values, first {broken[0]}: take other weights"
-        return f"the weights are finite, but the model overflows in {self.dtype} with this prompt and these options"
 
     @contextmanager
     def _timed(self, seconds: dict[str, float], stage: str) -> Iterator[None]:
