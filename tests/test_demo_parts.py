@@ -13,6 +13,8 @@ sys.path.insert(0, str(DEMO))
 
 import clips  # noqa: E402
 import codec  # noqa: E402
+import edits  # noqa: E402
+import images  # noqa: E402
 import measure  # noqa: E402
 import text  # noqa: E402
 
@@ -93,6 +95,72 @@ def test_the_eye_sees_nothing_where_there_is_nothing() -> None:
 def test_generated_clips_must_be_as_many_as_the_prompts(data: Path) -> None:
     with pytest.raises(ValueError, match=r"66 mp4 files, but .* has 12 prompts"):
         measure.asked(data / "videos", data / "held_out.txt")
+
+
+def test_only_the_image_says_what_moves_and_only_the_prompt_where_to(tmp_path: Path) -> None:
+    images.write(tmp_path, repeats=1, validation=2)
+    entries = json.loads((tmp_path / "data.json").read_text())
+    assert {entry["cap"] for entry in entries} == {f"moving {direction}" for direction in clips.DIRECTIONS}
+    asked = json.loads((tmp_path / "held_out.json").read_text())
+    assert [entry["shows"] for entry in asked] == [c.caption for c in clips.held_out_combinations()]
+    assert all(entry["shows"].endswith(entry["prompt"]) for entry in asked)
+    assert (tmp_path / "held_out.txt").read_text().splitlines() == [entry["prompt"] for entry in asked]
+    listed = (tmp_path / "held_out_image.txt").read_text().splitlines()
+    assert [Path(line) for line in listed] == [tmp_path / entry["image"] for entry in asked]
+
+    drawn = {c: images.draw(c, np.random.default_rng(1)) for c in clips.all_combinations()}
+    for combination, frames in drawn.items():
+        assert all(measure.look(frames).matches(combination).values())
+        others = [f for c, f in drawn.items() if (c.colour, c.shape) == (combination.colour, combination.shape)]
+        assert all(np.array_equal(frames[0], other[0]) for other in others)
+
+
+def test_the_eye_judges_edits_by_what_changed_and_by_what_was_kept(tmp_path: Path) -> None:
+    files, rng = edits.Files(tmp_path), np.random.default_rng(0)
+    asked = []
+    for number, combination in enumerate(clips.held_out_combinations()[::2]):
+        frames, mask = edits.draw(combination, rng)
+        assert mask.mean() == 0.5
+        source, masked = (tmp_path / path for path in files.control(str(number), frames, mask))
+        assert np.array_equal(measure.read_clip(masked)[..., 0] >= 128, np.broadcast_to(mask, frames.shape[:3]))
+        assert abs(measure.read_clip(source)[:, mask].astype(int) - edits.GREY).max() < 8
+        clips.write_clip(tmp_path / f"{number}.mp4", frames)
+        given = {"video": [source], "mask": [masked]}
+        asked.append(measure.Asked(tmp_path / f"{number}.mp4", "", combination, given))
+    assert measure.measure(asked)["totals"] == {"colour": 1, "shape": 1, "direction": 1, "kept": 1, "all": 1}
+
+    other = measure.Asked(asked[1].file, "", asked[0].wanted, asked[0].given)  # of which nothing is right
+    (row,) = measure.measure([other])["clips"]
+    assert not row["right"]["kept"]
+    assert not all(row["right"].values())
+
+
+def test_edits_are_in_the_format_of_the_guides(tmp_path: Path) -> None:
+    from mm_data import read_manifest
+
+    edits.write(tmp_path, repeats=1, validation=2)
+    samples = read_manifest(tmp_path / "data.txt")
+    assert len(samples) == 60
+    referred = [sample for sample in samples if sample.control.references]
+    assert 20 < len(referred) < 40
+    assert all(path.is_file() for sample in samples for path in sample.files)
+    for sample in samples:  # where a reference shows it, no word says what it is
+        assert sample.captions[0].startswith("moving") == (sample in referred)
+    words, references = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("words", "references"))
+    assert [entry["prompt"] for entry in words] == [c.caption for c in clips.held_out_combinations()]
+    assert [entry["prompt"] for entry in references] == [f"moving {c.direction}" for c in clips.held_out_combinations()]
+    assert len((tmp_path / "references_references.txt").read_text().splitlines()) == 12
+
+
+def test_random_clip_tells_images_apart(tmp_path: Path) -> None:
+    from mm_models.encoders import ImageEncoder
+
+    text.write(tmp_path, with_image_encoder=True)
+    pictures = [edits.reference(c) for c in clips.all_combinations()[::4]]  # each colour and shape once
+    tokens = ImageEncoder(tmp_path).encode(torch.from_numpy(np.stack(pictures)).movedim(-1, 1) / 127.5 - 1)
+    assert tokens.shape == (18, 257, text.IMAGE_DIM)
+    apart = torch.cdist(tokens.flatten(1), tokens.flatten(1)) / tokens.flatten(1).norm(dim=1).mean()
+    assert (apart + torch.eye(18)).min() > 0.05
 
 
 def test_every_caption_has_its_own_encoding(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import clips
 import numpy as np
 from PIL import Image
 
-SPEED, JITTER = 2.0, 4.0  # pixels per frame; ± of the place in the first frame, pixels: so nothing leaves the picture
+SPEED, JITTER = 2.0, 1.5  # pixels per frame; ± of the place in the first frame, pixels: so nothing leaves the picture
 
 
 def draw(combination: clips.Combination, rng: np.random.Generator) -> np.ndarray:
