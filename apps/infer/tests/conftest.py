@@ -63,7 +63,7 @@ def tiny(tmp_path_factory) -> Callable[[str], Path]:
         }
         scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
         whole: DiffusionPipeline = cls(scheduler=scheduler, **parts, **arguments)
-        made[kind] = tmp_path_factory.mktemp("pipelines") / kind
+        made[kind] = tmp_path_factory.mktemp("pipelines") / f"tiny-{kind}"
         whole.save_pretrained(made[kind])
         return made[kind]
 

@@ -193,7 +193,7 @@ def copy_of(pipeline: Path, target: Path) -> Path:
 
 
 def test_a_near_miss_in_a_path_is_recognised(asked, pipeline, tmp_path, capsys):
-    asked[1] = str(pipeline.with_name("tinny"))
+    asked[1] = str(pipeline.with_name("tinny-t2v"))
     refused([*asked, "--output", str(tmp_path / "out")], capsys, f"did you mean {pipeline}?")
 
 
