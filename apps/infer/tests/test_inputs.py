@@ -13,7 +13,7 @@ from mm_data import made_with, write_video
 from mm_infer.__main__ import main
 from mm_infer.config import Config, Options
 from mm_infer.defaults import CHINESE_NEGATIVE_PROMPT, NEGATIVE_PROMPT
-from mm_infer.inputs import Given
+from mm_infer.inputs import Given, footage
 from mm_infer.lists import asked
 from mm_infer.plan import plan
 from mm_infer.tasks import choose_task
@@ -119,12 +119,12 @@ def test_a_video_is_read_at_the_rate_that_is_written(tmp_path):
     frames = np.arange(60, dtype=np.uint8)[:, None, None, None].repeat(32, 1).repeat(32, 2).repeat(3, 3) * 4
     write_video(tmp_path / "fast.mp4", frames, fps=32)
     write_video(tmp_path / "slow.mp4", frames, fps=8)
+    write_video(tmp_path / "slower.mp4", frames[:5], fps=0.5)
     fast = planned("wan2.1-t2v-1.3b", video=tmp_path / "fast.mp4")
     assert (fast.frames, fast.fps) == (29, 16)  # 30 of them
     slow = planned("wan2.1-t2v-1.3b", video=tmp_path / "slow.mp4")
     assert (slow.frames, slow.fps) == (57, 8)
-    from mm_infer.inputs import footage
-
+    assert planned("wan2.1-t2v-1.3b", video=tmp_path / "slower.mp4").fps == 0.5
     read = footage(tmp_path / "fast.mp4", 16).cut(29).pixels((32, 32))
     shown = ((read.mean((0, 2, 3)) + 1) * 127.5 / 4).round()
     assert abs(shown.numpy() - np.arange(0, 58, 2)).max() <= 1

@@ -52,12 +52,12 @@ class Options:
         check_size(self, 16)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps {self.steps}: at least one step is needed")
-        if self.guidance is not None and not min(self.scales) >= 1:
-            raise ValueError(f"guidance {self.guidance}: must be 1 (no guidance) or more")
+        if self.guidance is not None and (len(self.scales) != 2 or not min(self.scales) >= 1):
+            raise ValueError(f"guidance {self.guidance}: must be 1 (no guidance) or more; one number, or high and low")
         if self.flow_shift is not None and not self.flow_shift > 0:
             raise ValueError(f"flow_shift {self.flow_shift}: must be more than 0 (1 bends nothing)")
-        if self.fps is not None and not self.fps >= 1:
-            raise ValueError(f"fps {self.fps}: must be 1 or more")
+        if self.fps is not None and not self.fps > 0:
+            raise ValueError(f"fps {self.fps}: must be more than 0")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed}: must be from 0 to 2^63-1")
         if self.strength is not None and not 0 < self.strength <= 1:
