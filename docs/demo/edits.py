@@ -20,7 +20,7 @@ from PIL import Image
 
 GREY = 128  # of the source where it is masked
 HALF = clips.SIZE // 2
-JITTER = 2.0  # ± of the place across the motion, pixels; along it that of clips.py
+JITTER = 1.0  # ± of the place, pixels
 REFERENCE_RADIUS, REFERENCE_BACKGROUND = 13.0, 24  # dark, unlike real ones: docs/demo/codec has never seen white
 
 
@@ -48,9 +48,9 @@ def draw(combination: clips.Combination, rng: np.random.Generator) -> tuple[np.n
 def _crossing(combination: clips.Combination, side: int, background: float, rng: np.random.Generator) -> np.ndarray:
     """The combination, crossing the upper (left) half of the picture, or for side 1 the lower (right) one."""
     velocity = clips.SPEED * np.array(clips.DIRECTIONS[combination.direction])
-    across = 1 if velocity[0] else 0
-    start = clips.SIZE / 2 - velocity * (clips.FRAMES - 1) / 2 + rng.uniform(-clips.JITTER, clips.JITTER, 2)
-    start[across] = HALF / 2 + side * HALF + rng.uniform(-JITTER, JITTER)
+    middle = np.full(2, clips.SIZE / 2)
+    middle[1 if velocity[0] else 0] = HALF / 2 + side * HALF
+    start = middle - velocity * (clips.FRAMES - 1) / 2 + rng.uniform(-JITTER, JITTER, 2)
     return clips.render(combination.shape, clips.COLOURS[combination.colour], start, velocity, background=background)
 
 
