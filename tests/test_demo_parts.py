@@ -142,13 +142,15 @@ def test_edits_are_in_the_format_of_the_guides(tmp_path: Path) -> None:
     samples = read_manifest(tmp_path / "data.txt")
     assert len(samples) == 60
     referred = [sample for sample in samples if sample.control.references]
-    assert 20 < len(referred) < 40
+    assert 20 < len(referred) < 50
     assert all(path.is_file() for sample in samples for path in sample.files)
-    for sample in samples:  # where a reference shows it, no word says what it is
-        assert sample.captions[0].startswith("moving") == (sample in referred)
+    for sample in samples:  # where a reference shows the colour, no word says it
+        assert len(sample.captions[0].split()) == (4 if sample in referred else 5)
     words, references = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("words", "references"))
     assert [entry["prompt"] for entry in words] == [c.caption for c in clips.held_out_combinations()]
-    assert [entry["prompt"] for entry in references] == [f"moving {c.direction}" for c in clips.held_out_combinations()]
+    assert [entry["prompt"] for entry in references] == [
+        f"a {c.shape} moving {c.direction}" for c in clips.held_out_combinations()
+    ]
     assert len((tmp_path / "references_references.txt").read_text().splitlines()) == 12
 
 

@@ -3,7 +3,7 @@
     python docs/demo/edits.py DIR
 
 Half of each picture is masked: in the source video it is grey. What belongs there is told by the caption ("a red circle
-moving left"), or by a reference picture of the shape, standing still, beside a caption that says the motion alone. The
+moving left"), or the caption leaves the colour out, and a reference picture shows it: the shape, large and still. The
 other half shows another shape, of which nothing is said: it is to be kept.
 
 DIR/videos, sources, masks and references are listed by data.json and .txt (for training, in the format of the guides)
@@ -21,7 +21,7 @@ from PIL import Image
 GREY = 128  # of the source where it is masked
 HALF = clips.SIZE // 2
 JITTER = 1.0  # ± of the place, pixels
-REFERENCE_RADIUS, REFERENCE_BACKGROUND = 13.0, 24  # dark, unlike real ones: docs/demo/codec has never seen white
+REFERENCE_RADIUS, REFERENCE_BACKGROUND = 23.0, 24  # dark, unlike real ones: docs/demo/codec has never seen white
 
 
 def draw(combination: clips.Combination, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +84,7 @@ class Files:
 
 
 def prompt(combination: clips.Combination, referred: bool) -> str:
-    return f"moving {combination.direction}" if referred else combination.caption
+    return f"a {combination.shape} moving {combination.direction}" if referred else combination.caption
 
 
 def write(folder: Path, repeats: int = 4, validation: int = 24, seed: int = 0) -> None:
@@ -94,7 +94,7 @@ def write(folder: Path, repeats: int = 4, validation: int = 24, seed: int = 0) -
         frames, mask = draw(combination, rng)
         clips.write_clip(folder / path, frames)
         source, masked = files.control(Path(path).stem, frames, mask)
-        referred = rng.random() < 0.5
+        referred = rng.random() < 0.6
         return {
             "video": path,
             "cap": prompt(combination, referred),

@@ -6,6 +6,7 @@
 from dataclasses import dataclass
 
 HELD_OUT = "No training clip shows any of these combinations of colour, shape and direction: they were held out."
+DATA = " --data.features {out}/features --validation.features {out}/validation"
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,12 @@ def extract(model: str, source: str, features: str, task: str = "") -> str:
     )
 
 
-def train(model: str, flags: str = "", weights: str = "random", run: str = "run", samples: str = "") -> str:
+def train(
+    model: str, flags: str = "", weights: str = "random", run: str = "run", data: str = DATA, samples: str = ""
+) -> str:
     """`samples`: flags that say which sample videos are drawn meanwhile, where it is not the prompt of train.toml."""
     return (
-        f"python -m mm_train --model {model} --weights {weights} --config {{here}}/train.toml{flags}"
-        f" --data.features {{out}}/features --validation.features {{out}}/validation"
+        f"python -m mm_train --model {model} --weights {weights} --config {{here}}/train.toml{flags}{data}"
         f"{samples} --sample.encoders {{out}}/encoders --output {{out}}/{run}"
     )
 
@@ -52,6 +54,7 @@ def measure(asked: str, output: str, scores: str = "scores") -> str:
 CLIPS = "python {here}/clips.py {out}/clips --repeats {repeats}"
 ENCODERS = "python {here}/text.py {out}/encoders"
 CONVERT = "mm-convert WanConverter mm_to_hf --cfg.source_path {out}/run/weights-ema --cfg.target_path {out}/transformer"
+NO_SAMPLES = " --sample.prompts '[]'"
 FROM_VALIDATION = " --sample.prompts '[]' --sample.from_validation 1"
 
 T2V = {
@@ -84,15 +87,16 @@ def from_images(model: str, task: str) -> dict[str, str]:
 VACE = {
     "Write clips, sources, masks and references": "python {here}/edits.py {out}/clips --repeats {repeats}",
     "Assemble VAE and text encoder": ENCODERS,
+    "Encode clips and captions for the base": extract("wan-tiny", "data", "base/features"),
+    "Train the base, text to video": train(
+        "wan-tiny", " --steps 400", run="base/run", data=" --data.features {out}/base/features", samples=NO_SAMPLES
+    ),
     "Encode clips, captions and control": extract("wan-tiny-vace", "data", "features"),
     "Encode the validation set": extract("wan-tiny-vace", "validation", "validation"),
-    # Of the same features it reads latents and captions alone. References stand before the clip, so it learns to draw
-    # them, and that a clip shows what they show.
-    "Train the base, text to video": train("wan-tiny", " --steps 400", run="base", samples=" --sample.prompts '[]'"),
     "Train the control ladder": train(
         "wan-tiny-vace",
-        " --trained '[\"vace_*\"]' --steps 600",
-        weights="{out}/base/weights-ema",
+        " --trained '[\"vace_*\"]' --steps 700",
+        weights="{out}/base/run/weights-ema",
         samples=FROM_VALIDATION,
     ),
     "Fill the masked half, as words say": generate("words", "run/weights-ema", "words", lists=("video", "mask")),
@@ -105,7 +109,7 @@ VACE = {
 
 
 def expert(name: str) -> str:
-    return train("wan-tiny-a14b", f" --expert {name} --steps 500", samples=" --sample.prompts '[]'")
+    return train("wan-tiny-a14b", f" --expert {name} --steps 500", samples=NO_SAMPLES)
 
 
 EXPERTS = {
@@ -131,10 +135,10 @@ DEMOS = {
     ),
     "vace": Demo(
         "VACE: a small control ladder, trained on this machine",
-        "The source's grey half is to be filled, its other half to be kept. What belongs in the mask is said by the "
-        f"prompt, or shown by a reference beside a prompt that says only the motion. {HELD_OUT}",
+        "The source's grey half is to be filled, its other half to be kept. What belongs there is said by the prompt, "
+        f"or shown by a reference beside a prompt that leaves the colour out. {HELD_OUT}",
         VACE,
-        runs=("base", "run"),
+        runs=("base/run", "run"),
         scores=("words", "references"),
         repeats=3,
     ),
