@@ -60,11 +60,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=DEMOS, default="t2v", help="what the model is to learn")
     parser.add_argument("--output", type=Path, default=Path("demo-out"))
-    parser.add_argument("--repeats", type=int, help="clips of each combination that is trained on (4; vace 3)")
+    parser.add_argument("--repeats", type=int, default=4, help="clips of each combination that is trained on")
     parser.add_argument("--steps", type=int, help="training steps of each run, instead of what it has")
     options = parser.parse_args()
     out, demo = options.output, DEMOS[options.task]
-    repeats = options.repeats or demo.repeats
     if out.exists() and any(out.iterdir()) and not (out / "clips").exists():
         sys.exit(f"error: {out} is not an earlier demo, so it is not replaced: choose another --output")
     shutil.rmtree(out, ignore_errors=True)
@@ -72,7 +71,7 @@ def main() -> None:
 
     stages = []
     for name, command in demo.commands.items():
-        command = command.format(here=shlex.quote(str(HERE)), out=shlex.quote(str(out)), repeats=repeats)
+        command = command.format(here=shlex.quote(str(HERE)), out=shlex.quote(str(out)), repeats=options.repeats)
         if "-m mm_train " in command and options.steps:
             command += f" --steps {options.steps} --optim.warmup 0"
         stages.append((name, run(name, command), command))

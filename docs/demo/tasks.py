@@ -18,7 +18,6 @@ class Demo:
     commands: dict[str, str]
     runs: tuple[str, ...] = ("run",)
     scores: tuple[str, ...] = ("scores",)
-    repeats: int = 4
 
 
 def extract(model: str, source: str, features: str, task: str = "") -> str:
@@ -140,7 +139,6 @@ DEMOS = {
         VACE,
         runs=("base/run", "run"),
         scores=("words", "references"),
-        repeats=3,
     ),
     "experts": Demo(
         "Two experts, for high and for low noise, trained on this machine",
