@@ -56,6 +56,7 @@ def test_the_demo_runs_to_its_report(tmp_path):
         ("vace", "<th>source</th><th>mask</th><th>reference</th><th>result</th>", 2 * 2 * 3 + 2, 2),
         ("experts", "", 2, 0),
     ],
+    ids=["i2v", "ti2v", "vace", "experts"],
 )
 def test_the_commands_of_a_task(task, heads, videos, images, tmp_path, monkeypatch):
     demo, stages = tasks.DEMOS[task], []
