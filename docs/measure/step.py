@@ -1,6 +1,7 @@
 """Our training step against diffusers' `WanTransformer3DModel` in the same loop: seconds and peak memory.
 
-    python docs/measure/step.py            # tiny and 100M; a few minutes on two cores, which should be idle
+    python docs/measure/step.py            # all cases; a few minutes on two cores, which should be idle
+    python docs/measure/step.py VACE       # those whose name has the word
 
 Each measurement is a process of its own, so that its peak memory is its own; the two models take turns, and the best of
 their turns count, so that a disturbance hits neither alone.
@@ -24,6 +25,23 @@ CASES = {  # fields of WanConfig, latents B C F H W, steps per turn
         (1, 16, 10, 16, 16),
         5,
     ),
+    "VACE, control trained on a frozen 100M, 1 x 640 tokens": (
+        {
+            "dim": 768,
+            "ffn_dim": 3072,
+            "num_heads": 12,
+            "num_layers": 10,
+            "text_dim": 512,
+            "vace_layers": (0, 2, 4, 6, 8),
+        },
+        (1, 16, 10, 16, 16),
+        5,
+    ),
+    "first frame clean (a timestep per token), 1 x 2560 tokens": (
+        {"dim": 384, "ffn_dim": 1536, "num_heads": 6, "num_layers": 10, "text_dim": 512},
+        (1, 16, 10, 32, 32),
+        5,
+    ),
 }
 
 
@@ -38,9 +56,11 @@ def measure(case: str, ours: bool) -> dict[str, float]:
         model = WanModel(WanConfig(**fields))
         predict = model
     else:
-        from diffusers import WanTransformer3DModel
+        from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 
-        model = WanTransformer3DModel(
+        control = {"vace_layers": list(fields["vace_layers"])} if "vace_layers" in fields else {}
+        model = (WanVACETransformer3DModel if control else WanTransformer3DModel)(
+            **control,
             num_attention_heads=fields["num_heads"],
             attention_head_dim=fields["dim"] // fields["num_heads"],
             ffn_dim=fields["ffn_dim"],
@@ -48,18 +68,27 @@ def measure(case: str, ours: bool) -> dict[str, float]:
             text_dim=fields["text_dim"],
         )
 
-        def predict(video, t, text):
-            return model(video, t, text, return_dict=False)[0]
+        def predict(video, t, text, **control):
+            return model(video, t, text, **{f"{k}_hidden_states": v for k, v in control.items()}, return_dict=False)[0]
 
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    control = {}
+    if "vace_layers" in fields:
+        model.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = name.startswith("vace_")
+        control["control"] = torch.randn(shape[0], 96, *shape[2:])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     video, text = torch.randn(shape), torch.randn(shape[0], 512, fields["text_dim"])
     t, target = torch.rand(shape[0]) * 1000, torch.randn(shape)
+    if case.startswith("first frame"):
+        t = t[:, None].repeat(1, shape[2] * shape[3] * shape[4] // 4)
+        t[:, : shape[3] * shape[4] // 4] = 0
     seconds = []
     for _ in range(steps):
         started = time.perf_counter()
         optimizer.zero_grad()
-        (predict(video, t, text) - target).square().mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        (predict(video, t, text, **control) - target).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         seconds.append(time.perf_counter() - started)
     return {
@@ -69,8 +98,8 @@ def measure(case: str, ours: bool) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    for case in CASES:
+def main(word: str = "") -> None:
+    for case in (case for case in CASES if word in case):
         turns: dict[str, list[dict[str, float]]] = {"ours": [], "diffusers": []}
         for _ in range(3):
             for name, results in turns.items():
@@ -87,7 +116,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if len(sys.argv) > 2:
         print(json.dumps(measure(sys.argv[1], sys.argv[2] == "ours")))
     else:
-        main()
+        main(*sys.argv[1:])

@@ -22,27 +22,36 @@ def copy(repository, tmp_path):
 
 
 def test_images_as_transformers_sees_them(repository):
-    """A file's pixels, squashed and normalised by the processor, through all blocks but the last."""
+    """A file's pixels, their middle cut out and normalised as published repositories say, through all blocks but one."""
     from PIL import Image
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
     encoder = ImageEncoder(repository)
     frames = torch.randint(256, (2, 3, 4, 6), generator=torch.Generator().manual_seed(0)).byte()
-    frames = frames.repeat_interleave(16, 2).repeat_interleave(16, 3)  # 64 x 96: squashed, and made smaller
-    processor = CLIPImageProcessor.from_pretrained(repository / "image_processor")
+    frames = frames.repeat_interleave(16, 2).repeat_interleave(16, 3)  # 64 x 96: cut, and made smaller
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     pixels = processor([Image.fromarray(f.permute(1, 2, 0).numpy()) for f in frames], return_tensors="pt").pixel_values
     model = CLIPVisionModel.from_pretrained(repository / "image_encoder")
     with torch.no_grad():
         hidden = model(pixels, output_hidden_states=True).hidden_states
     assert len(hidden) == 3 + 1
 
-    encoded = encoder.encode(frames / 127.5 - 1)
+    encoded = encoder.encode(frames / 127.5 - 1, crop=True)
     assert encoded.shape == (2, 257, 24)
     # The processor rounds the scaled image to 256 steps and cuts what overshoots; we do neither.
     assert (encoded - hidden[-2]).norm() / (hidden[-2] - hidden[-2].mean(0)).norm() < 0.05
     assert (encoded - hidden[-1]).norm() > 10 * (encoded - hidden[-2]).norm()
-    assert torch.allclose(encoder.encode(frames[:1] / 127.5 - 1), encoded[:1], atol=1e-5)
+    assert torch.allclose(encoder.encode(frames[:1] / 127.5 - 1, crop=True), encoded[:1], atol=1e-5)
     assert (encoded[0] - encoded[1]).norm() > 0.2 * encoded[0].norm()
+
+
+def test_an_image_is_squashed_as_wan_was_trained(repository):
+    """Every point of the picture in its place, by plain bicubic interpolation."""
+    encoder = ImageEncoder(repository)
+    image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    squashed = torch.nn.functional.interpolate(image, (32, 32), mode="bicubic", align_corners=False)
+    assert torch.allclose(encoder.encode(image), encoder.encode(squashed), atol=1e-5)
+    assert not torch.allclose(encoder.encode(image), encoder.encode(image, crop=True), atol=1e-2)
 
 
 def test_images_of_clips_own_size_exactly(repository):

@@ -20,27 +20,17 @@ def images(given: Given, options: Options) -> list[Tensor]:
     return [crop_to(picture(one), size)[None] for one in wanted]
 
 
-def views(given: Given, options: Options) -> list[Tensor]:
-    """What CLIP sees of them."""
-    return [_middle(one) if options.clip_crop else one for one in images(given, options)]
-
-
-def _middle(image: Tensor) -> Tensor:
-    side = min(image.shape[-2:])
-    top, left = ((size - side) // 2 for size in image.shape[-2:])
-    return image[..., top : top + side, left : left + side]
-
-
 def conditions(
-    config: WanConfig, given: Given, options: Options, vae: VideoVAE, see: Callable[[list[Tensor]], list[Tensor]]
+    config: WanConfig, given: Given, options: Options, vae: VideoVAE, see: Callable[[list[Tensor], bool], list[Tensor]]
 ) -> dict[str, Tensor]:
     """See `mm_models.wan.conditions`; for one video, with a dimension of 1 in front.
 
-    see: images 1 3 H W to their CLIP tokens 1 S D.
+    see: images 1 3 H W, and whether CLIP sees their middle only, to their CLIP tokens 1 S D.
     """
     if options.task in ("i2v", "flf2v"):
-        made = {"condition": vae.encode(condition_video(options.frames, *images(given, options)))}
-        return made | ({"image": torch.cat(see(views(given, options)), dim=1)} if config.image_dim else {})
+        frames = images(given, options)
+        made = {"condition": vae.encode(condition_video(options.frames, *frames))}
+        return made | ({"image": torch.cat(see(frames, options.clip_crop), dim=1)} if config.image_dim else {})
     if options.task == "ti2v":
         (first,) = images(given, options)
         return {"first": vae.encode(first[:, :, None])}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mm_infer.conditions import conditions, views
+from mm_infer.conditions import conditions, images
 from mm_infer.config import Options
 from mm_infer.inputs import Given
 from mm_models.encoders import ImageEncoder, TextEncoder, VideoVAE
@@ -41,13 +41,13 @@ class Encoders:
             self._free()
         return [self._texts[prompt] for prompt in prompts]
 
-    def see(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+    def see(self, pictures: Sequence[Tensor], crop: bool = False) -> list[Tensor]:
         """1 S D of CLIP for each 1 3 H W in [-1, 1]; CLIP is gone again afterwards."""
-        keys = [sha256(one.numpy().tobytes() + str(one.shape).encode()).digest() for one in pictures]
+        keys = [sha256(one.numpy().tobytes() + str((one.shape, crop)).encode()).digest() for one in pictures]
         new = {key: one for key, one in zip(keys, pictures, strict=True) if key not in self._seen}
         if new:
             encoder = ImageEncoder(self.path, self.device)
-            self._seen |= {key: encoder.encode(one).cpu() for key, one in new.items()}
+            self._seen |= {key: encoder.encode(one, crop).cpu() for key, one in new.items()}
             del encoder
             self._free()
         return [self._seen[key] for key in keys]
@@ -55,7 +55,8 @@ class Encoders:
     def see_all(self, videos: Sequence[tuple[Given, Options]]) -> None:
         """`see` for several videos, so that CLIP is loaded once."""
         if self.config.image_dim is not None:
-            self.see([one for given, options in videos for one in views(given, options)])
+            for crop in {options.clip_crop for _, options in videos}:  # one command has one
+                self.see([one for given, options in videos for one in images(given, options)], crop)
 
     def conditions(self, given: Given, options: Options) -> dict[str, Tensor]:
         """On the device; see `mm_infer.conditions`."""

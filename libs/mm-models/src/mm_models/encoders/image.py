@@ -45,15 +45,20 @@ class ImageEncoder:
         return self
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, crop: bool = False) -> Tensor:
         """Images B 3 H W in [-1, 1] to tokens B S D, for Wan's CLIP B 257 1280: the output of the last block but one.
 
-        An image of any shape is squashed to the square that CLIP sees, not cropped: so Wan was trained.
+        An image of any shape is squashed to the square that CLIP sees, by plain bicubic interpolation: so Wan was
+        trained. crop: the middle square instead, antialiased, as diffusers' pipelines prepare it.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images have shape {tuple(images.shape)}, but must be B 3 H W")
         images = images.to(self.device).float()
-        images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
+        if crop:
+            side = min(images.shape[-2:])
+            top, left = ((size - side) // 2 for size in images.shape[-2:])
+            images = images[..., top : top + side, left : left + side]
+        images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=crop)
         mean, std = (torch.tensor(of_clip, device=self.device).view(3, 1, 1) for of_clip in (MEAN, STD))
         pixels = ((images + 1) / 2 - mean) / std
         return self.model(pixels.to(self.dtype), output_hidden_states=True).hidden_states[-2]

@@ -108,8 +108,8 @@ def combine(names: Iterable[str]) -> Case | None:
 
 
 def every_case(seed: int = 0, larger: int = 8, all_of: int = 2) -> dict[int, list[Case]]:
-    """By number of ranks: all sets of up to `all_of` features (2: each alone, and every pair for one step; 0: none), and
-    `larger` sets of three to six drawn by `seed`.
+    """By number of ranks: all sets of up to `all_of` features (2: each alone, and every pair for one step; 0: none),
+    and `larger` sets of three to six drawn by `seed`.
     """
     draw, names = random.Random(seed), list(FEATURES)
     sets = [names_of for count in range(1, all_of + 1) for names_of in itertools.combinations(names, count)]
