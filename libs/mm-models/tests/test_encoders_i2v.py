@@ -40,7 +40,7 @@ def test_images_as_transformers_sees_them(repository):
     assert encoded.shape == (2, 257, 24)
     # The processor rounds the scaled image to 256 steps and cuts what overshoots; we do neither.
     assert (encoded - hidden[-2]).norm() / (hidden[-2] - hidden[-2].mean(0)).norm() < 0.08
-    assert (encoded - hidden[-1]).norm() > 10 * (encoded - hidden[-2]).norm()
+    assert (encoded - hidden[-1]).norm() > 5 * (encoded - hidden[-2]).norm()
     assert torch.allclose(encoder.encode(frames[:1] / 127.5 - 1, crop=True), encoded[:1], atol=1e-5)
     assert (encoded[0] - encoded[1]).norm() > 0.2 * encoded[0].norm()
 
