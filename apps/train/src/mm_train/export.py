@@ -25,7 +25,7 @@ from mm_models.lora import LoRAConfig, write_lora
 from mm_train.checkpoint import latest
 from mm_train.command import run
 from mm_train.config import Config
-from mm_train.setup import Start
+from mm_train.start import Start
 
 
 @dataclass

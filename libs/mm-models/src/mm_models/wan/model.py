@@ -20,34 +20,18 @@ embedding, modulation, norms, rotary positions, gates and the residual stream ar
 """
 
 from collections.abc import Callable, Sequence
-from math import prod
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mm_models.layers import LayerNorm, Linear, RMSNorm, attention, gated, modulate, wide
+from mm_models.layers import LayerNorm, Linear, attention, modulate, wide
+from mm_models.wan.blocks import Block, ControlBlock, Stream
 from mm_models.wan.check import check
 from mm_models.wan.config import WanConfig
 from mm_models.wan.embed import ImageEmbedding, PatchEmbedding
-from mm_models.wan.tables import rope_table, rotate, sinusoid
-
-
-class Stream(NamedTuple):
-    """What travels up the ladder. Dim 1 of x, rope, noisy and control is tokens."""
-
-    x: Tensor  # B L D, float32: the residual stream
-    rope: Tensor  # 2 L h/2, float32: cosines, sines
-    mod: Tensor  # B 1 7 D, or B 2 7 D with a timestep per token, float32: six rows for the layers, one for the head
-    text: Tensor  # B S D, in the compute dtype
-    grid: tuple[int, int, int]  # tokens per axis of the whole video, needed to put it together again
-    noisy: Tensor | None = (
-        None  # B L 1, with a timestep per token: 1 for tokens of the second row of mod, 0 of the first
-    )
-    control: Tensor | None = None  # B L D: the residual stream of the control ladder
-    control_scale: tuple[float, ...] = ()  # for each of its blocks
+from mm_models.wan.tables import rope_table, sinusoid
 
 
 def identity(x, *_):
@@ -58,96 +42,6 @@ def identity(x, *_):
 def plain(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
     """Attention on one device, where all tokens are."""
     return attention(q, k, v)
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
-        super().__init__()
-        self.head_dim = dim // num_heads
-        self.q = Linear(dim, dim)
-        self.k = Linear(dim, dim)
-        self.v = Linear(dim, dim)
-        self.o = Linear(dim, dim)
-        self.norm_q = RMSNorm(dim, eps)  # over all heads together
-        self.norm_k = RMSNorm(dim, eps)
-
-    def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))  # B L D -> B L H h
-
-    def forward(self, x: Tensor, rope: Tensor, core: Callable, tokens: int) -> Tensor:
-        q = rotate(self.heads(self.norm_q(self.q(x))), rope)
-        k = rotate(self.heads(self.norm_k(self.k(x))), rope)
-        return self.o(core(q, k, self.heads(self.v(x)), tokens).flatten(2))
-
-
-class CrossAttention(SelfAttention):
-    """Attention to the context: to the text, and separately to the image if there is one; the results are added."""
-
-    def __init__(self, config: WanConfig) -> None:
-        dim, eps = config.dim, config.eps
-        super().__init__(dim, config.num_heads, eps)
-        self.text_tokens = config.text_tokens
-        self.image = config.image_dim is not None and config.image_kv
-        if self.image:
-            self.k_img = Linear(dim, dim)
-            self.v_img = Linear(dim, dim)
-            self.norm_k_img = RMSNorm(dim, eps)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        rows = self.text_tokens if self.image else context.shape[1]
-        image, text = context[:, :-rows], context[:, -rows:]
-        q = self.heads(self.norm_q(self.q(x)))
-        out = attention(q, self.heads(self.norm_k(self.k(text))), self.heads(self.v(text)))
-        if self.image:
-            k, v = self.norm_k_img(self.k_img(image)), self.v_img(image)
-            out = out + attention(q, self.heads(k), self.heads(v))
-        return self.o(out.flatten(2))
-
-
-class Block(nn.Module):
-    """One rung: self-attention, cross-attention, feed-forward; the first and last modulated and gated by the time."""
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        dim, heads, eps = config.dim, config.num_heads, config.eps
-        self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
-        self.norm1 = LayerNorm(dim, eps, elementwise_affine=False)
-        self.self_attn = SelfAttention(dim, heads, eps)
-        self.norm3 = LayerNorm(dim, eps)
-        self.cross_attn = CrossAttention(config)
-        self.norm2 = LayerNorm(dim, eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(Linear(dim, config.ffn_dim), nn.GELU("tanh"), Linear(config.ffn_dim, dim))
-
-    def forward(self, stream: Stream, core: Callable) -> Stream:
-        x, text, noisy = stream.x, stream.text, stream.noisy
-        modulation = wide(self.modulation) + stream.mod[:, :, :6]  # B 1|2 6 D
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)
-
-        y = modulate(self.norm1, x, shift1, scale1, noisy)
-        x = gated(x, gate1, self.self_attn(y.to(text.dtype), stream.rope, core, prod(stream.grid)), noisy)
-        x = x + self.cross_attn(self.norm3(x).to(text.dtype), text)
-        y = modulate(self.norm2, x, shift2, scale2, noisy)
-        x = gated(x, gate2, self.ffn(y.to(text.dtype)), noisy)
-        return stream._replace(x=x)
-
-
-class ControlBlock(Block):
-    """One rung of VACE's control ladder: a block, and a projection to the hint that it gives to a rung of the other."""
-
-    def __init__(self, config: WanConfig, first: bool) -> None:
-        super().__init__(config)
-        if first:
-            self.before_proj = Linear(config.dim, config.dim)
-        self.after_proj = Linear(config.dim, config.dim)
-        self.first = first
-
-    def forward(self, stream: Stream, core: Callable) -> tuple[Tensor, Tensor]:
-        """(what climbs on, hint), both B L D; `stream.x` is the control, `stream.control` what it is added to first."""
-        dtype = stream.text.dtype
-        if self.first:
-            stream = stream._replace(x=stream.control + self.before_proj(stream.x.to(dtype)))
-        control = super().forward(stream, core).x
-        return control, self.after_proj(control.to(dtype))
 
 
 class Head(nn.Module):
