@@ -106,7 +106,7 @@ def test_a_model_trained_for_a_clean_first_frame_is_asked_by_name():
         ("wan2.1-i2v-14b-480p", {"height": 480}, {"image": IMAGE}, "give both, or neither"),
         ("wan2.1-flf2v-14b", {"frames": 1}, {"image": IMAGE, "last_image": IMAGE}, "at least 5 are needed"),
         ("wan2.2-ti2v-5b", {"height": 720, "width": 1280}, {}, "height 720: .* multiple of 32, as 704 or 736"),
-        ("vace-1.3b", {"frames": 29}, {"video": CLIP, "mask": CLIP[:5]}, "the video given: 5 frames"),
+        ("vace-1.3b", {"frames": 29}, {"video": CLIP, "mask": CLIP[:5]}, "the mask .the video given. has 5 frames"),
         ("wan2.1-i2v-14b-480p", {}, {"image": IMAGE / 255}, r"H W 3 uint8, .* not \(300, 200, 3\) float64"),
     ],
 )

@@ -156,7 +156,7 @@ def test_images_of_i2v_are_the_clips_own(encoders, manifest, tmp_path):
 
     both = Encoders(encoders, replace(preset("wan-tiny-i2v"), image_tokens=514), "flf2v")
     features = both.encode([{"id": "", "video": clip[0], "captions": ("one",), "fps": 8, "meta": {}}])[0]
-    assert torch.equal(features["condition"], vae.encode(condition_video(9, first, last))[0])
+    assert torch.equal(features["condition_both"], vae.encode(condition_video(9, first, last))[0])
     assert torch.equal(features["image"], torch.cat([clip_encoder.encode(first)[0], clip_encoder.encode(last)[0]]))
     assert features["image"].shape[0] == stored(both.model, "flf2v")["image"]
 

@@ -100,7 +100,14 @@ def test_control_on_a_plain_wan_begins_as_that_wan(base, features, tmp_path):
     that has learned; and a run that was stopped goes on as one that was not.
     """
     control = [*VACE, "--weights", str(base), "--trained", '["vace_*"]']
-    train(config(features["vace"], tmp_path / "plain", "--weights", str(base), "--optim.lr", "0"))
+    with FeatureCache(tmp_path / "uncontrolled") as cache:
+        for i, sample in enumerate(FeatureDataset(features["vace"])):
+            texts = {f"text.{n}": text for n, text in enumerate(sample["text"])}
+            cache.put(f"{i:064d}", {"latents": sample["latents"]} | texts, {"id": sample["id"]})
+        cache.finish()
+    with pytest.raises(ValueError, match="reference images stand before the latents"):
+        train(config(features["vace"], tmp_path / "refused", "--weights", str(base)))
+    train(config(tmp_path / "uncontrolled", tmp_path / "plain", "--weights", str(base), "--optim.lr", "0"))
     weights = train(config(features["vace"], tmp_path / "control", *control))
     assert losses(tmp_path / "control")[0] == losses(tmp_path / "plain")[0]
     assert losses(tmp_path / "control")[2] != losses(tmp_path / "plain")[2]
@@ -142,6 +149,17 @@ def test_a_pattern_that_trains_nothing_is_refused(features, tmp_path):
         train(config(features["t2v"], tmp_path / "run", "--trained", '["vace_*"]'))
 
 
+def test_what_could_learn_nothing_is_refused(base, features, tmp_path):
+    """A projection that begins at zero and is frozen lets nothing through."""
+    lora = [*VACE, "--weights", str(base), "--lora.rank", "2"]
+    with pytest.raises(
+        ValueError, match=r"after_proj\.weight of a control ladder on the weights of a plain Wan begins"
+    ):
+        train(config(features["vace"], tmp_path / "run", *lora))
+    with pytest.raises(ValueError, match=r"head\.head\.weight of a fresh model begins at zero"):
+        train(config(features["vace"], tmp_path / "run", *VACE, "--trained", '["vace_*"]'))
+
+
 def on_ranks(rank: int, world: int, argv: list[str]) -> None:
     as_torchrun(rank, world)
     train(load_config(argv))
@@ -181,6 +199,8 @@ def test_two_experts_become_one_artifact(base, features, tmp_path):
     high, low = open_checkpoint(pair.high), open_checkpoint(pair.low)
     assert any(not torch.equal(high[name], low[name]) for name in high)
     assert losses(tmp_path / "run/high") != losses(tmp_path / "run/low")
+    with pytest.raises(ValueError, match=r"part at noise level 0\.875; this run would part at 0\.9"):
+        train(config(features["t2v"], tmp_path / "run", *both, "--expert", "high", "--objective.boundary", "0.9"))
     # an expert starts from its own part of a pair
     more = [*both, "--weights", str(tmp_path / "run/weights"), "--expert", "low", "--optim.lr", "0", "--steps", "1"]
     again = open_checkpoint(train(config(features["t2v"], tmp_path / "again", *more)) / "low_noise_model")

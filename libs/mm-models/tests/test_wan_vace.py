@@ -129,6 +129,6 @@ def test_flops_are_those_that_torch_counts():
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
     counted = forward + counter.get_total_flops()
-    frozen = train_flops(model.config, 768, frozen=True, control_frozen=False)
+    frozen = train_flops(model.config, 768, trained=0, control_trained=1)
     assert 0.97 < counted / frozen <= 1
     assert frozen < train_flops(model.config, 768) == 3 * forward

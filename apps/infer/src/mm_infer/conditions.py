@@ -10,7 +10,7 @@ from mm_infer.config import Options
 from mm_infer.inputs import Given, footage, mask_pixels, picture
 from mm_models.encoders import VideoVAE
 from mm_models.wan import WanConfig
-from mm_models.wan.conditions import condition_video, fold_mask, parted, with_references
+from mm_models.wan.conditions import CONDITION, condition_video, fold_mask, parted, with_references
 
 
 def images(given: Given, options: Options) -> list[Tensor]:
@@ -29,7 +29,7 @@ def conditions(
     """
     if options.task in ("i2v", "flf2v"):
         frames = images(given, options)
-        made = {"condition": vae.encode(condition_video(options.frames, *frames))}
+        made = {CONDITION[options.task]: vae.encode(condition_video(options.frames, *frames))}
         return made | ({"image": torch.cat(see(frames, options.clip_crop), dim=1)} if config.image_dim else {})
     if options.task == "ti2v":
         (first,) = images(given, options)
@@ -50,7 +50,7 @@ def _control(given: Given, options: Options, vae: VideoVAE) -> dict[str, Tensor]
     video = torch.zeros(3, options.frames, *size) if given.video is None else _source(given, options)
     mask = torch.ones(1, options.frames, *size)
     if given.mask is not None:
-        mask = mask_pixels(given.mask, options.fps, options.frames, size)
+        mask = mask_pixels(given, options.fps, options.frames, size)
     control = torch.cat([vae.encode(part) for part in parted(video[None], mask[None])], dim=1)
     folded = fold_mask(mask[None], control.shape[2]).to(control)
     # One by one: in one video, the VAE would pack four of them into a latent frame.

@@ -42,6 +42,7 @@ class Job:
     kept: list[Path]  # there already, made from the same inputs and settings
     rank: int
     leads: bool  # of the ranks that make the same videos, this one decodes and writes
+    alone: Path | None = None  # the folder of an expert without the other
 
 
 def prepare(config: Config, place: Place = Place(), rank: int = 0) -> Job:  # noqa: B008 (frozen)
@@ -81,7 +82,8 @@ def prepare(config: Config, place: Place = Place(), rank: int = 0) -> Job:  # no
     with tempfile.TemporaryFile(dir=config.output):  # better now than after the first video
         pass
     todo = {file: video for file, video in videos.items() if file not in there}
-    return Job(sampler, todo, there, rank, place.leads)
+    alone = config.weights if config.weights.name in ("high_noise_model", "low_noise_model", "transformer_2") else None
+    return Job(sampler, todo, there, rank, place.leads, alone)
 
 
 def _video(config: Config, sampler: Sampler, options: Options, one: Asked) -> Video:
@@ -125,6 +127,8 @@ def run(job: Job) -> None:
         return None if job.kept else say_own(f"rank {job.rank} has nothing to do: there are fewer videos than ranks")
 
     videos = list(job.videos.values())
+    if job.alone:
+        say(f"note: {job.alone} is one of two experts, and makes all steps alone; name the folder above it for both")
     start = time.perf_counter()
     say(f"text: encoding {len({video.prompt for video in videos})} prompt(s)")
     negative = [video.options.negative_prompt for video in videos if max(video.options.scales) > 1]

@@ -91,6 +91,23 @@ class Footage:
             )
         return Footage(self.source, self.indices[:frames], self.fps, self.pixel_aspect)
 
+    @property
+    def total(self) -> int:
+        """Frames of the whole video."""
+        return self.source.num_frames if isinstance(self.source, VideoInfo) else len(self.source)
+
+    def beside(self, video: "Footage") -> "Footage":
+        """The frames with the numbers of another video's: what a mask says of it. As in training.
+
+        ValueError if the two are no pair: lengths more than a frame and a tenth apart, shapes a twentieth.
+        """
+        if abs(self.total - video.total) > max(1, 0.1 * video.total):
+            raise ValueError(f"the mask ({self}) has {self.total} frames, but what it masks ({video}) {video.total}")
+        (height, width), (high, wide) = self.shape, video.shape
+        if not 0.95 < (height / width) / (high / wide) < 1.05:
+            raise ValueError(f"the mask ({self}) is {height}x{width}, but what it masks ({video}) {high}x{wide}")
+        return Footage(self.source, np.minimum(video.indices, self.total - 1), video.fps, self.pixel_aspect)
+
     def pixels(self, size: tuple[int, int]) -> Tensor:
         """3 F H W in [-1, 1]: the largest centred piece of that shape, scaled, as in training."""
 
@@ -115,12 +132,17 @@ def footage(video: Video, fps: float) -> Footage:
     return Footage(frames, np.arange(len(frames)), fps)
 
 
-def mask_pixels(mask: Video | Picture, fps: float, frames: int, size: tuple[int, int]) -> Tensor:
+def masking(mask: Video, video: Video | None, fps: float) -> Footage:
+    """The frames of a mask: those that stand beside the frames taken of the video, if there is one."""
+    return footage(mask, fps) if video is None else footage(mask, fps).beside(footage(video, fps))
+
+
+def mask_pixels(given: Given, fps: float, frames: int, size: tuple[int, int]) -> Tensor:
     """1 F H W in 0..1, 1 where pixels change."""
-    if is_still(mask):
-        pixels = crop_to(picture(mask), size)[:, None].expand(-1, frames, -1, -1)
+    if is_still(given.mask):
+        pixels = crop_to(picture(given.mask), size)[:, None].expand(-1, frames, -1, -1)
     else:
-        pixels = footage(mask, fps).cut(frames).pixels(size)
+        pixels = masking(given.mask, given.video, fps).cut(frames).pixels(size)
     return (pixels[:1] + 1) / 2  # red, as in training; a mask is grey
 
 

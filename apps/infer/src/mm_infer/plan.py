@@ -2,7 +2,7 @@
 
 from mm_infer.config import Options
 from mm_infer.defaults import Usual, completed, size_of, usual
-from mm_infer.inputs import Given, footage, is_still, picture
+from mm_infer.inputs import Given, footage, is_still, masking, picture
 from mm_infer.tasks import check_used, choose_task
 from mm_models.diffusion.sampling import first_step
 from mm_models.wan import WanConfig
@@ -45,7 +45,7 @@ def _looked_at(options: Options, given: Given, common: Usual) -> tuple[tuple[int
         source.cut(frames)
         shape, fps = source.shape, source.fps
     if given.mask is not None:
-        picture(given.mask) if is_still(given.mask) else footage(given.mask, fps).cut(frames)
+        picture(given.mask) if is_still(given.mask) else masking(given.mask, given.video, fps).cut(frames)
     for image in (given.last_image, *given.references):
         if image is not None:
             picture(image)

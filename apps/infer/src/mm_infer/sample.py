@@ -69,6 +69,8 @@ def load(
     device = accelerator() if device is None else torch.device(device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type != "cpu" and bf16_ok(device) else torch.float32
+    if offload is not None and len(weights.experts) == 1:
+        raise ValueError(f"offload is for two experts, of which one rests, but {path} holds one model: leave it out")
     offload = device.type != "cpu" if offload is None else offload
     return Sampler(weights, Encoders(encoders, config, device, dtype, vae_tiling), offload, model, mesh, pair)
 

@@ -34,6 +34,8 @@ class Weights:
             raise ValueError(f"lora {lora} is for two experts, but {path} holds one model: name one of its folders")
         if boundary is not None and pair is None:
             raise ValueError(f"boundary {boundary} is for two experts, but {path} holds one model: leave it out")
+        if boundary is not None and not 0 < boundary < 1:
+            raise ValueError(f"boundary {boundary}: must be a noise level between 0 and 1, as 0.875")
         if pair is None:
             self.experts = (Transformer(path, model, lora, text_tokens),)
         else:

@@ -120,7 +120,10 @@ def _check_trained(config: Config) -> None:
     if not config.trained:
         raise ValueError('--trained is empty: give patterns of names, e.g. ["vace_*"], or leave it out for all')
     if config.lora.rank and config.trained != ("*",):
-        raise ValueError("--trained chooses weights, --lora.rank trains adapters beside all: give one of the two")
+        raise ValueError(
+            "--trained (perhaps of the model's recipe) chooses weights, --lora.rank trains adapters beside all: "
+            "give --recipe with the name of the model and -lora, or --trained '[\"*\"]'"
+        )
     if config.lora.rank and config.weights == "random":
         raise ValueError(
             "--lora.rank with --weights random: a fresh model's last projection is zero and would be frozen, so "

@@ -176,6 +176,12 @@ class Config:
         """Where this run keeps what is its own: the output directory, or the expert's folder in it."""
         return self.output / self.expert if self.expert else self.output
 
+    @property
+    def weights_dir(self) -> Path:
+        """Where the final weights, or the adapter, are written; two experts lie beside each other."""
+        made = self.output / ("adapter" if self.lora.rank else "weights")
+        return made / f"{self.expert}_noise_model" if self.expert else made
+
     def micro_batches(self, data_ranks: int) -> int:
         """Forwards per optimizer step on each of `data_ranks` ranks."""
         share = data_ranks * self.data.micro_batch

@@ -47,7 +47,7 @@ class TrainingData:
         if progress.get("dataset", self.fingerprint) != self.fingerprint:
             raise ValueError(
                 f"the samples of {self.name} have changed since this run was saved, so its position in them means "
-                f"nothing. Start a new run from its weights: --output another/ --weights {config.run_dir}/weights "
+                f"nothing. Start a new run from its weights: --output another/ --weights {config.weights_dir} "
                 "(`python -m mm_train.export` writes them from a checkpoint)"
             )
 
@@ -98,6 +98,11 @@ def check_features(dataset: FeatureDataset, config: Config, goal: Objective) -> 
         raise ValueError(
             f"{dataset.path} holds latents of {channels} channels and text of width {text}; "
             f"{config.model} takes {shape.out_channels} and {shape.text_dim}: extract again with its own encoders"
+        )
+    if "control" in item["extras"] and goal.task != "vace":
+        raise ValueError(
+            f"{dataset.path} was extracted for vace, where reference images stand before the latents: extract again "
+            f"with --task {goal.task}"
         )
     needed = stored(shape, goal.task)
     found = {name: tensor.shape[0] for name, tensor in item["extras"].items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 from mm_data import Clip, Geometry, Sample
 from mm_models.encoders import ImageEncoder, TextEncoder, VideoVAE
 from mm_models.wan import WanConfig
-from mm_models.wan.conditions import Task, condition_video, fold_mask, parted, stored, with_references
+from mm_models.wan.conditions import CONDITION, Task, condition_video, fold_mask, parted, stored, with_references
 
 
 def told(samples: Sequence[Sample], task: Task) -> list[Sample]:
@@ -77,7 +77,7 @@ class Encoders:
         """Features of clips of one shape, by the names of the cache: latents, a text for each caption, conditions."""
         video = self._stacked([clip["video"] for clip in clips])
         features = [{"latents": latents} for latents in self.vae.encode(video)]
-        if "condition" in self.conditions:
+        if self.task in CONDITION:
             self._add_images(features, video)
         if "control" in self.conditions:
             self._add_control(features, clips)
@@ -90,7 +90,7 @@ class Encoders:
         given = [video[:, :, 0], video[:, :, -1]] if self.task == "flf2v" else [video[:, :, 0]]
         conditions = self.vae.encode(condition_video(video.shape[2], *given))
         for one, condition in zip(features, conditions, strict=True):
-            one["condition"] = condition
+            one[CONDITION[self.task]] = condition
         if self.image is not None:
             tokens = torch.cat([self.image.encode(images) for images in given], dim=1)
             for one, image in zip(features, tokens, strict=True):

@@ -20,11 +20,12 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from mm_convert import save_checkpoint, write_experts
 from mm_convert.arguments import parse
-from mm_models import boundary, build
+from mm_models import build
 from mm_models.lora import LoRAConfig, write_lora
 from mm_train.checkpoint import latest
 from mm_train.command import run
 from mm_train.config import Config
+from mm_train.objective import expert_boundary
 from mm_train.start import Start
 
 
@@ -104,6 +105,12 @@ class Completed(Mapping[str, Tensor]):
 
 def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = False) -> Path:
     """Write the weights of `checkpoint` to the directory `output` and return it."""
+    if not checkpoint.is_dir():
+        raise ValueError(f"{checkpoint} does not exist")
+    if experts := [name for name in ("high", "low") if (checkpoint / name / "checkpoints").is_dir()]:
+        raise ValueError(
+            f"{checkpoint} holds runs of experts: name {' or '.join(str(checkpoint / n) for n in experts)}"
+        )
     if (checkpoint / "checkpoints").is_dir():
         checkpoint = checkpoint / "checkpoints"
     checkpoint = latest(checkpoint) or checkpoint
@@ -132,12 +139,12 @@ def export_final(config: Config, checkpoint: Path, leader: bool) -> Path:
 
     The first rank writes, the others are done: they do not wait, as that could take longer than any timeout.
     """
-    output = config.output / ("adapter" if config.lora.rank else "weights")
+    output = config.weights_dir.parent if config.expert else config.weights_dir
     averaged = (False, True) if config.optim.ema else (False,)
     for ema in averaged if leader else ():
         target = output.with_name(f"{output.name}-ema") if ema else output
         if config.expert:  # both experts are one artifact
-            target = write_experts(target, boundary(config.model))[config.expert]
+            target = write_experts(target, expert_boundary(config))[config.expert]
         export(checkpoint, target, ema=ema, overwrite=True)
     return output
 

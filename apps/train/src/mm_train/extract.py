@@ -93,7 +93,14 @@ def extract(config: ExtractConfig) -> int:
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Leave the workers their cores: the threads of one operation spin while one of them waits for a core.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world - config.data.workers))
-    samples = told(read_manifest(config.data.manifest), config.chosen_task)
+    listed = read_manifest(config.data.manifest)
+    samples = told(listed, config.chosen_task)
+    untold = sum(a != b for a, b in zip(listed, samples, strict=True))
+    if rank == 0 and untold:
+        print(
+            f"note: {config.chosen_task} uses no sources, masks or references: {untold} samples have them",
+            file=sys.stderr,
+        )
     dtype = getattr(torch, config.dtype)
     encoders = Encoders(config.encoders, preset(config.model), config.chosen_task, device, dtype, config.tiling)
     geometry = encoders.fitted(config.geometry)

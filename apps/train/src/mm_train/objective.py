@@ -44,6 +44,11 @@ class Objective:
         return x[:, :, learned_frames(self.task)]
 
 
+def expert_boundary(config: Config) -> float:
+    """The noise level at which the parts of two experts meet, in training and then when they generate."""
+    return config.objective.boundary or boundary(config.model)
+
+
 def objective(config: Config, model: WanConfig) -> Objective:
     """The objective of a run. ValueError for a task that the model was not made for."""
     can = tasks(model)
@@ -54,7 +59,7 @@ def objective(config: Config, model: WanConfig) -> Objective:
     o = config.objective
     part = o.range or (0.0, 1.0)
     if config.expert and o.range is None:
-        part = expert_range(config.expert, o.boundary or boundary(config.model), o.shift)
+        part = expert_range(config.expert, expert_boundary(config), o.shift)
     return Objective(model, task, FlowMatching(o.shift, part, o.weighting))
 
 

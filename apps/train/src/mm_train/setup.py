@@ -25,7 +25,7 @@ from mm_parallel.weights import allocate
 from mm_train.checkpoint import latest
 from mm_train.config import Config
 from mm_train.data import TrainingData
-from mm_train.objective import Objective
+from mm_train.objective import Objective, expert_boundary
 from mm_train.ranks import gathered
 from mm_train.start import Start, freeze
 
@@ -71,6 +71,28 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     return found, [f"{key} {old} -> {new}" for key, (old, new) in changed.items()]
 
 
+def check_output(config: Config) -> None:
+    """Raise ValueError where the output holds what this run would overwrite or mix with: one model where there are two
+    experts, experts beside one model, or an expert that was trained up to another boundary.
+    """
+    made = config.weights_dir.parent if config.expert else config.weights_dir
+    pair = [p for p in (made / "experts.json", config.output / "high", config.output / "low") if p.exists()]
+    one = [
+        p for p in (config.output / "metrics.jsonl", made / "config.json", made / "adapter_config.json") if p.exists()
+    ]
+    if other := one if config.expert else pair:
+        kinds = ("one model", "an expert of two") if config.expert else ("two experts", "one model")
+        raise ValueError(f"{other[0]} belongs to {kinds[0]}, and this run trains {kinds[1]}: choose another --output")
+    if not config.expert or not (made / "experts.json").exists():
+        return
+    said, wanted = json.loads((made / "experts.json").read_text()).get("boundary"), expert_boundary(config)
+    if said != wanted:
+        raise ValueError(
+            f"{made} holds experts that part at noise level {said}; this run would part at {wanted}. Give "
+            f"--objective.boundary {said}, or another --output"
+        )
+
+
 def has_frozen(config: Config) -> bool:
     """Whether a run trains only a part of its model, so that its checkpoints hold only that."""
     return bool(config.lora.rank) or config.trained != ("*",)
@@ -83,6 +105,7 @@ class Built(NamedTuple):
     run: nn.Module | Pipeline  # is called: the model, or the pipeline that it is a part of
     parameters: int  # of the whole model
     trained: int
+    begins: str = ""  # what a person should know of the values it begins with
 
 
 def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, continuing: bool) -> Built:
@@ -102,6 +125,8 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
     sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (True, False)]
     check_space(sizes[1], config)
     source = None if continuing and not has_frozen(config) else Start(model, config.weights, config.expert, config.seed)
+    if source is not None:
+        source.check_open(model)
     named = {name for name, p in model.named_parameters() if p.requires_grad}
     cut = (plan(model), mesh, config.parallel, config.memory, dtype)
     pipelined = size(mesh, "pp") > 1
@@ -121,7 +146,17 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if not torch.isfinite(local).all():
             raise ValueError(f"--weights {config.weights}: {name} holds numbers that are not finite")
-    return Built(model.train(), run, *sizes)
+    ladder = " (a plain Wan: its control ladder begins as a copy that changes nothing)" if source.made else ""
+    return Built(model.train(), run, *sizes, ladder)
+
+
+def _levels(goal: Objective) -> str:
+    """Which noise is trained on, in words."""
+    first, end = goal.flow.index_range
+    low = goal.flow.sigmas[end].item() if end < POINTS else 0.0
+    return (
+        f"noise from {goal.flow.sigmas[first].item():.3f} down to {low:.3f} (points {first} to {end - 1} of {POINTS})"
+    )
 
 
 def check_space(trained: int, config: Config) -> None:
@@ -157,9 +192,8 @@ def summary(
     lines = [
         f"model      {config.model}: {built.parameters:,} parameters, {built.trained:,} trained, "
         f"matrices in {config.dtype}",
-        f"task       {goal.task}{f', expert {config.expert}' if config.expert else ''}, noise levels "
-        f"{goal.flow.index_range[0]} to {goal.flow.index_range[1] - 1} of {POINTS}",
-        f"weights    {f'{found} (continuing)' if found else config.weights}",
+        f"task       {goal.task}{f', expert {config.expert}' if config.expert else ''}, {_levels(goal)}",
+        f"weights    {f'{found} (continuing)' if found else config.weights}{built.begins}",
         *(f"changed    {change}" for change in changed),
         f"data       {len(data.ids):,} samples in {len(set(data.shapes))} shapes, {data.name}",
         f"ranks      {describe(mesh)}",

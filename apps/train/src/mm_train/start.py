@@ -24,9 +24,8 @@ def freeze(model: nn.Module, trained: Sequence[str], dtype: torch.dtype) -> None
     for pattern in trained:
         named = [name for name in model.state_dict() if fnmatch(name, pattern)]
         if not named:
-            raise ValueError(
-                f"--trained {pattern!r} names no parameter; there are {', '.join(list(model.state_dict())[:6])}, …"
-            )
+            firsts = dict.fromkeys(name.partition(".")[0] + ".*" for name in model.state_dict())
+            raise ValueError(f"--trained {pattern!r} names no parameter; there are {', '.join(firsts)}")
         for name in named:
             frozen.pop(name, None)
     wide = {name: p.dtype for name, p in model.named_parameters()}
@@ -55,6 +54,20 @@ class Start(Mapping[str, Tensor]):
         self.made = control if control and not control & set(there) else set()
         self.names = [*self.adapters, *(self.published.get(n, n) for n in (*there, *self.made))]
 
+    def check_open(self, model: nn.Module) -> None:
+        """Raise ValueError if a projection that begins at zero stays frozen: nothing could learn through it."""
+        zero = {name for name in self.made if name.endswith("after_proj.weight")}
+        if self.file is None:
+            zero |= {n for n in self.published if n.endswith(("after_proj.weight", "head.head.weight"))}
+        frozen = {name.replace(".base_layer.", ".") for name, p in model.named_parameters() if not p.requires_grad}
+        if shut := sorted(zero & frozen):
+            control = shut[0].startswith("vace_")
+            why = "a control ladder on the weights of a plain Wan" if control and self.file else "a fresh model"
+            raise ValueError(
+                f"{shut[0]} of {why} begins at zero and would stay so, as it is not trained: nothing could be learned "
+                "through it. Train it first (--trained), or give --weights in which it has learned"
+            )
+
     def __getitem__(self, name: str) -> Tensor:
         if name in self.adapters:
             return initial(name, self.shapes[name], self.seed)
@@ -79,6 +92,11 @@ def _open(path: Path, expert: str | None, wanted: WanConfig) -> Checkpoint:
     """The checkpoint, if what its files say of the model is what is wanted; not all of it shows in names and shapes."""
     if (path / "checkpoints").is_dir() and (path / "metrics.jsonl").is_file():
         raise ValueError(f"--weights {path} is a run: its weights are in {path / 'weights'} when it has finished")
+    of_folder = {"high_noise_model": "high", "low_noise_model": "low", "transformer_2": "low"}.get(path.name, expert)
+    if expert and of_folder != expert:
+        raise ValueError(
+            f"--weights {path} is the expert for {of_folder} noise, and --expert is {expert}: give the other"
+        )
     if expert and (pair := open_experts(path)):
         path = pair.high if expert == "high" else pair.low
     file = open_checkpoint(path)

@@ -60,6 +60,7 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
     micro_batches = config.micro_batches(data_size)
 
     prepare_output(config.run_dir)
+    setup.check_output(config)
     goal = objective(config, build(config.model, device="meta", **config.architecture).config)
     if config.validation.features:
         check_features(FeatureDataset(config.validation.features), config, goal)

@@ -18,6 +18,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,9 @@ class Sample:
             return (self.path,)
         given = (self.control.source, self.control.mask, *self.control.references)
         return (self.path, *(path for path in given if path is not None))
+
+
+CONTROL_KEYS = ("src_video", "src_video_mask", "src_ref_images")
 
 
 def read_manifest(path: str | Path) -> list[Sample]:
@@ -178,6 +182,10 @@ def _sample(record: Any, folder: Path, where: str, count: Counter[str]) -> Sampl
 
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object with path and cap, found {record!r}")
+    for key in record:
+        if key.startswith("src") and key not in CONTROL_KEYS:
+            near = get_close_matches(key, CONTROL_KEYS, n=1)
+            raise ValueError(f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
     path, video = get("path", str), get("video", str)
     if path and video:
         raise ValueError(f"{where}: both path ({path!r}) and video ({video!r}, of VACE): keep one of them")

@@ -39,9 +39,6 @@ class ParallelPlan:
 
     rungs: patterns of module names, one dot-separated part at a time: `blocks.*` is `blocks.0`, `blocks.1`, … and not
         `blocks.0.norm`. One rung is the unit of sharding, of recompute and of pipeline stages.
-    beside: modules by name that run just before a rung, in the same call of `layer`, with its number (a second ladder
-        that is climbed in step). They are sharded and recomputed like rungs, each by itself, and go with their rung to
-        its pipeline stage.
     fp32: patterns of parameter names that stay in fp32 when the rest computes in a lower dtype (*islands*). Here `*`
         crosses dots: `*.modulation`.
     last: modules and parameters at the root that only `head` uses: a pipeline keeps them on its last stage, the rungs
@@ -55,12 +52,14 @@ class ParallelPlan:
         what they compute is local until a linear of `rows`, whose outputs are summed.
     rows: patterns of linears that take what `columns` make.
     norms: patterns of RMSNorms over all heads between the two, whose mean of squares is taken over the ranks.
+    beside: modules by name that run just before a rung, in the same call of `layer`, with its number (a second ladder
+        that is climbed in step). They are sharded and recomputed like rungs, each by itself, and go with their rung to
+        its pipeline stage.
 
     A pattern that matches nothing is an error, because a misspelt island would silently be rounded.
     """
 
     rungs: tuple[str, ...]
-    beside: Mapping[str, int] = field(default_factory=dict)
     fp32: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
     tokens: Mapping[str, int] = field(default_factory=dict)
@@ -72,6 +71,7 @@ class ParallelPlan:
     columns: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
+    beside: Mapping[str, int] = field(default_factory=dict)
 
     def on(self, model: nn.Module) -> "ParallelPlan":
         """The plan of a part of its model: without the patterns that mean nothing that is there."""

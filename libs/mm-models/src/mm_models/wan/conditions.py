@@ -2,7 +2,7 @@
 
     t2v     nothing
     i2v     condition: latents of [image, grey …]; with a CLIP branch also image, its CLIP tokens
-    flf2v   condition: latents of [first, grey …, last]; with a CLIP branch also image, the CLIP tokens of both
+    flf2v   condition_both: latents of [first, grey …, last]; with a CLIP branch also image, the CLIP tokens of both
     ti2v    first: latents of the image; they stand in the first latent frame, clean, at timestep 0
     v2v     nothing: sampling begins with latents of the video, see `mm_models.diffusion.sampling`
     vace    control: latents of what is kept and of what changes; control_mask: which is which
@@ -22,6 +22,7 @@ from mm_models.wan.config import WanConfig
 
 Task = Literal["t2v", "i2v", "flf2v", "ti2v", "v2v", "vace"]
 TASKS: tuple[Task, ...] = get_args(Task)
+CONDITION = {"i2v": "condition", "flf2v": "condition_both"}  # two names: features of one are none of the other
 MASK_SIDE = 8  # pixels per latent, along which VACE's mask is folded into channels
 
 
@@ -44,7 +45,8 @@ def stored(config: WanConfig, task: Task) -> dict[str, int]:
     if task == "vace":
         return {"control": 2 * config.out_channels, "control_mask": MASK_SIDE**2}
     if task in ("i2v", "flf2v"):
-        return {"condition": config.out_channels} | ({"image": config.image_tokens} if config.image_dim else {})
+        image = {"image": config.image_tokens} if config.image_dim else {}
+        return {CONDITION[task]: config.out_channels} | image
     return {}
 
 
@@ -56,13 +58,13 @@ def inputs(
     Args:
         latents: B C F H W, noisy. For ti2v with a clean first frame, see `hold`.
         t: B, in 0..1000.
-        conditions: batched: condition B C F H W, image B S D, control B 2C F H W, control_mask B 64 F H W (numbers in
-            0..1, or bytes in 0..255), first B C 1 H W.
+        conditions: batched: condition or condition_both B C F H W, image B S D, control B 2C F H W, control_mask
+            B 64 F H W (numbers in 0..1, or bytes in 0..255), first B C 1 H W.
     """
     given = {"video": latents, "t": t, "text": text}
     if task in ("i2v", "flf2v"):
         mask = keep_mask(latents, last=task == "flf2v")
-        given["video"] = torch.cat((latents, mask, conditions["condition"].to(latents)), dim=1)
+        given["video"] = torch.cat((latents, mask, conditions[CONDITION[task]].to(latents)), dim=1)
         if config.image_dim is not None:
             given["image"] = conditions["image"]
     elif task == "ti2v":

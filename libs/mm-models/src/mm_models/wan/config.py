@@ -80,21 +80,21 @@ def flops(config: WanConfig, tokens: int, text: int | None = None, image: int | 
     return linear + attention
 
 
-def train_flops(config: WanConfig, tokens: int, frozen: bool = False, control_frozen: bool | None = None) -> int:
+def train_flops(config: WanConfig, tokens: int, trained: float = 1.0, control_trained: float | None = None) -> int:
     """FLOPs of forward and backward over one sample.
 
-    In a frozen model (under adapters, whose own cost is left out) the backward of a linear costs once, not twice: its
-    weight needs no gradient. `control_frozen` says it of the control ladder, where that differs from the rest: then the
-    first layer, into which nothing that is trained flows, has no backward at all.
+    trained: part of the weights that are trained. The backward of a frozen linear costs once, not twice: its weight
+    needs no gradient. (Under adapters 0; their own cost is left out.) `control_trained` says it of the control ladder.
+    Where that alone is trained, the first layer, into which nothing trained flows, has no backward at all.
     """
     linear, attention = _linear_and_attention(config, tokens)
     control = _control_linears(config, tokens)
-    control_frozen = frozen if control_frozen is None else control_frozen
-    total = (2 if frozen else 3) * (linear - control) + (2 if control_frozen else 3) * control + 3 * attention
-    if config.vace_layers and frozen and not control_frozen:
+    control_trained = trained if control_trained is None else control_trained
+    total = (2 + trained) * (linear - control) + (2 + control_trained) * control + 3 * attention
+    if control and not trained and control_trained:
         blocks = config.num_layers + len(config.vace_layers)
         total -= _block_linears(config, tokens, config.text_tokens) + 2 * attention // blocks
-    return total
+    return round(total)
 
 
 def _linear_and_attention(
