@@ -82,7 +82,7 @@ FAMILIES = {
     "vace-on-frozen": Family(vace_on_frozen, plan, controlled),
 }
 CASES = {
-    "wan": every_case(seed=1, larger=4),
+    "wan": every_case(seed=1, larger=12, all_of=1),  # every pair is tried on the toy ladder
     "wan-image": every_case(seed=2, larger=4, all_of=0),
     "wan-lora": every_case(seed=3, larger=3, all_of=1),
     "wan-per-token": every_case(seed=4, larger=4, all_of=0),
