@@ -78,10 +78,10 @@ def test_usual_numbers(model, given, expected):
             r"cannot make a video from image, but do t2v .*v2v \(video\); .*task ti2v",
         ),
         ("wan2.1-t2v-1.3b", "vace", set(), r"task vace: these weights can do t2v"),
-        ("wan2.1-t2v-1.3b", "v2v", set(), r"task v2v cannot make a video from a prompt alone, but do v2v \(video\)"),
+        ("wan2.1-t2v-1.3b", "v2v", set(), r"task v2v makes a video from video, not from a prompt alone"),
         ("wan2.1-i2v-14b-480p", None, set(), r"from a prompt alone, but do i2v \(image\)"),
         ("wan2.1-i2v-14b-480p", None, {"image", "last_image"}, r"from image, last_image, but do i2v"),
-        ("vace-1.3b", None, {"image"}, r"vace \(with or without video or mask or references\)"),
+        ("vace-1.3b", None, {"image"}, r"vace \(any of video, mask, references, or none\)"),
         ("vace-1.3b", None, {"mask"}, r"give video as well"),
     ],
 )

@@ -29,15 +29,16 @@ def choose_task(config: WanConfig, asked: Task | None, given: Collection[str], t
     if asked is not None and asked not in able:
         raise ValueError(f"task {asked}: these weights can do {_described(able)}")
     wanted = [asked] if asked else [task for task in able if task != "ti2v" or ti2v]
-    if "mask" in given and "video" not in given:
+    if "mask" in given and "video" not in given and "vace" in able:
         raise ValueError("mask says which pixels of video change: give video as well")
     for task in wanted:
         if set(NEEDS[task]) <= set(given) <= {*NEEDS[task], *TAKES.get(task, ())}:
             return task
     had = ", ".join(sorted(given)) or "a prompt alone"
-    hint = "; weights that were trained with a clean first frame: task ti2v" if {*able} - {*wanted, asked} else ""
-    what = f"task {asked}" if asked else "these weights"
-    raise ValueError(f"{what} cannot make a video from {had}, but do {_described(wanted)}{hint if not asked else ''}")
+    if asked:
+        raise ValueError(f"task {asked} makes a video from {_sources(asked)}, not from {had}")
+    hint = "; weights that were trained with a clean first frame: task ti2v" if {*able} - {*wanted} else ""
+    raise ValueError(f"these weights cannot make a video from {had}, but do {_described(wanted)}{hint}")
 
 
 def check_used(options: Options, task: Task, config: WanConfig, experts: bool) -> None:
@@ -52,9 +53,10 @@ def check_used(options: Options, task: Task, config: WanConfig, experts: bool) -
 
 
 def _described(able: Collection[Task]) -> str:
-    """`t2v (from a prompt alone), v2v (video)`"""
-    words = []
-    for task in able:
-        needs, may = " and ".join(NEEDS[task]), " or ".join(TAKES.get(task, ()))
-        words.append(f"{task} ({needs or (f'with or without {may}' if may else 'from a prompt alone')})")
-    return ", ".join(words)
+    """`t2v (a prompt alone), v2v (video)`"""
+    return ", ".join(f"{task} ({_sources(task)})" for task in able)
+
+
+def _sources(task: Task) -> str:
+    may = ", ".join(TAKES.get(task, ()))
+    return " and ".join(NEEDS[task]) or (f"any of {may}, or none" if may else "a prompt alone")
