@@ -201,6 +201,14 @@ def test_two_experts_become_one_artifact(base, features, tmp_path):
     assert losses(tmp_path / "run/high") != losses(tmp_path / "run/low")
     with pytest.raises(ValueError, match=r"part at noise level 0\.875; this run would part at 0\.9"):
         train(config(features["t2v"], tmp_path / "run", *both, "--expert", "high", "--objective.boundary", "0.9"))
+    # neither is overwritten by a run of another kind, nor mixed with it
+    with pytest.raises(ValueError, match="belongs to two experts, and this run trains one model"):
+        train(config(features["t2v"], tmp_path / "run", "--weights", str(base)))
+    with pytest.raises(ValueError, match="belongs to one model, and this run trains an expert of two"):
+        train(config(features["t2v"], base.parent, *both, "--expert", "high"))
+    assert not (base.parent / "high").exists()
+    with pytest.raises(ValueError, match="is the expert for low noise, and --expert is high"):
+        train(config(features["t2v"], tmp_path / "other", *both, "--weights", str(pair.low), "--expert", "high"))
     # an expert starts from its own part of a pair
     more = [*both, "--weights", str(tmp_path / "run/weights"), "--expert", "low", "--optim.lr", "0", "--steps", "1"]
     again = open_checkpoint(train(config(features["t2v"], tmp_path / "again", *more)) / "low_noise_model")

@@ -59,8 +59,8 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
     data_index, data_size = data_rank(mesh)
     micro_batches = config.micro_batches(data_size)
 
-    prepare_output(config.run_dir)
     setup.check_output(config)
+    prepare_output(config.run_dir)
     goal = objective(config, build(config.model, device="meta", **config.architecture).config)
     if config.validation.features:
         check_features(FeatureDataset(config.validation.features), config, goal)
@@ -69,9 +69,8 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
     agree({"the samples": data.fingerprint}, data.name)
     # Refuses a directory that this run must not continue. One rank looks, so that all go the same way.
     found, changed = made_once(lambda: setup.find_checkpoint(config))
-    samples = Samples(
-        config, goal, mesh, device, getattr(torch, config.dtype)
-    )  # before the model: it needs the text encoder for a moment
+    # Before the model: it needs the text encoder for a moment.
+    samples = Samples(config, goal, mesh, device, getattr(torch, config.dtype))
     built = setup.build_model(config, mesh, device, continuing=found is not None)
     model, run = built.model, built.run
     optimizer = build_optimizer(model, config.optim)
