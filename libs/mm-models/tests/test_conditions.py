@@ -22,7 +22,7 @@ def test_what_each_model_can_be_asked_for():
     }
     assert {name: tasks(preset(name)) for name in usual} == usual
     assert stored(preset("wan2.1-i2v-1.3b"), "i2v") == {"condition": 16, "image": 257}
-    assert stored(preset("wan2.1-flf2v-14b"), "flf2v") == {"condition": 16, "image": 514}
+    assert stored(preset("wan2.1-flf2v-14b"), "flf2v") == {"condition_both": 16, "image": 514}
     assert stored(preset("wan2.2-i2v-a14b"), "i2v") == {"condition": 16}
     assert stored(preset("vace-14b"), "vace") == {"control": 32, "control_mask": 64}
     assert not any(stored(preset("wan2.2-ti2v-5b"), task) for task in ("t2v", "ti2v", "v2v"))
@@ -126,7 +126,9 @@ def test_every_condition_matters(tiny, task):
 
     channels = config.out_channels
     latents, text, t = rand(channels, 3, 4, 6), rand(20, 16), torch.tensor([900.0, 300.0])
-    shapes = {"condition": (channels, 3, 4, 6), "control": (2 * channels, 3, 4, 6), "image": (config.image_tokens, 20)}
+    latent = (channels, 3, 4, 6)
+    shapes = {name: latent for name in c.CONDITION.values()}
+    shapes |= {"control": (2 * channels, 3, 4, 6), "image": (config.image_tokens, 20)}
     given = {name: rand(*shapes[name]) for name in stored(config, task) if name in shapes}
     if task == "ti2v":
         given["first"] = rand(channels, 1, 4, 6)
