@@ -10,7 +10,7 @@ from mm_infer.config import Options
 from mm_infer.inputs import Given, footage, mask_pixels, picture
 from mm_models.encoders import VideoVAE
 from mm_models.wan import WanConfig
-from mm_models.wan.conditions import CONDITION, condition_video, fold_mask, parted, with_references
+from mm_models.wan.conditions import CONDITION, condition_video, encoded_control, with_references
 
 
 def images(given: Given, options: Options) -> list[Tensor]:
@@ -51,8 +51,7 @@ def _control(given: Given, options: Options, vae: VideoVAE) -> dict[str, Tensor]
     mask = torch.ones(1, options.frames, *size)
     if given.mask is not None:
         mask = mask_pixels(given, options.fps, options.frames, size)
-    control = torch.cat([vae.encode(part) for part in parted(video[None], mask[None])], dim=1)
-    folded = fold_mask(mask[None], control.shape[2]).to(control)
+    control, folded = encoded_control(vae.encode, video[None], mask[None])
     # One by one: in one video, the VAE would pack four of them into a latent frame.
     references = [vae.encode(pad_to(picture(one), size)[None, :, None]) for one in given.references]
     control, folded = with_references(control, folded, references)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mm_convert import expert_of
 from mm_data import made_with, write_video
 from mm_infer.__about__ import __version__
 from mm_infer.config import Config, Options
@@ -82,7 +83,7 @@ def prepare(config: Config, place: Place = Place(), rank: int = 0) -> Job:  # no
     with tempfile.TemporaryFile(dir=config.output):  # better now than after the first video
         pass
     todo = {file: video for file, video in videos.items() if file not in there}
-    alone = config.weights if config.weights.name in ("high_noise_model", "low_noise_model", "transformer_2") else None
+    alone = config.weights if expert_of(config.weights) else None
     return Job(sampler, todo, there, rank, place.leads, alone)
 
 

@@ -177,10 +177,9 @@ class Config:
         return self.output / self.expert if self.expert else self.output
 
     @property
-    def weights_dir(self) -> Path:
-        """Where the final weights, or the adapter, are written; two experts lie beside each other."""
-        made = self.output / ("adapter" if self.lora.rank else "weights")
-        return made / f"{self.expert}_noise_model" if self.expert else made
+    def artifact(self) -> Path:
+        """What comes out in the end: weights or an adapter, of one model or of two experts."""
+        return self.output / ("adapter" if self.lora.rank else "weights")
 
     def micro_batches(self, data_ranks: int) -> int:
         """Forwards per optimizer step on each of `data_ranks` ranks."""

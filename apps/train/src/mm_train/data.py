@@ -47,7 +47,7 @@ class TrainingData:
         if progress.get("dataset", self.fingerprint) != self.fingerprint:
             raise ValueError(
                 f"the samples of {self.name} have changed since this run was saved, so its position in them means "
-                f"nothing. Start a new run from its weights: --output another/ --weights {config.weights_dir} "
+                f"nothing. Start a new run from its weights: --output another/ --weights {config.artifact} "
                 "(`python -m mm_train.export` writes them from a checkpoint)"
             )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from mm_data import Clip, Geometry, Sample
 from mm_models.encoders import ImageEncoder, TextEncoder, VideoVAE
 from mm_models.wan import WanConfig
-from mm_models.wan.conditions import CONDITION, Task, condition_video, fold_mask, parted, stored, with_references
+from mm_models.wan.conditions import CONDITION, Task, condition_video, encoded_control, stored, with_references
 
 
 def told(samples: Sequence[Sample], task: Task) -> list[Sample]:
@@ -101,9 +101,7 @@ class Encoders:
         # without a source video all is grey and all of it changes
         source = self._stacked([clip.get("source", torch.zeros_like(clip["video"])) for clip in clips])
         mask = self._stacked([clip.get("mask", torch.ones_like(clip["video"][:1])) for clip in clips])
-        control = torch.cat([self.vae.encode(part) for part in parted(source, mask)], dim=1)
-        # folded as it was read, not halved at 0.5 like the videos: so VACE was trained
-        folded = fold_mask(mask, control.shape[2])
+        control, folded = encoded_control(self.vae.encode, source, mask)
         for number, (one, clip) in enumerate(zip(features, clips, strict=True)):
             # one by one: in one video, the VAE would pack four of them into a latent frame
             references = [self.vae.encode(self._stacked([image])[:, :, None]) for image in clip.get("references", ())]

@@ -139,7 +139,7 @@ def export_final(config: Config, checkpoint: Path, leader: bool) -> Path:
 
     The first rank writes, the others are done: they do not wait, as that could take longer than any timeout.
     """
-    output = config.weights_dir.parent if config.expert else config.weights_dir
+    output = config.artifact
     averaged = (False, True) if config.optim.ema else (False,)
     for ema in averaged if leader else ():
         target = output.with_name(f"{output.name}-ema") if ema else output

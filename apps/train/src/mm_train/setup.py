@@ -75,7 +75,7 @@ def check_output(config: Config) -> None:
     """Raise ValueError where the output holds what this run would overwrite or mix with: one model where there are two
     experts, experts beside one model, or an expert that was trained up to another boundary.
     """
-    made = config.weights_dir.parent if config.expert else config.weights_dir
+    made = config.artifact
     pair = [p for p in (made / "experts.json", config.output / "high", config.output / "low") if p.exists()]
     one = [
         p for p in (config.output / "metrics.jsonl", made / "config.json", made / "adapter_config.json") if p.exists()

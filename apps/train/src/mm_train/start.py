@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mm_convert import Checkpoint, open_checkpoint, open_experts
+from mm_convert import Checkpoint, expert_of, open_checkpoint, open_experts
 from mm_models.initial import control_from, initial
 from mm_models.layers import cast_weights
 from mm_models.wan import WanConfig
@@ -92,8 +92,8 @@ def _open(path: Path, expert: str | None, wanted: WanConfig) -> Checkpoint:
     """The checkpoint, if what its files say of the model is what is wanted; not all of it shows in names and shapes."""
     if (path / "checkpoints").is_dir() and (path / "metrics.jsonl").is_file():
         raise ValueError(f"--weights {path} is a run: its weights are in {path / 'weights'} when it has finished")
-    of_folder = {"high_noise_model": "high", "low_noise_model": "low", "transformer_2": "low"}.get(path.name, expert)
-    if expert and of_folder != expert:
+    of_folder = expert_of(path)
+    if expert and of_folder and of_folder != expert:
         raise ValueError(
             f"--weights {path} is the expert for {of_folder} noise, and --expert is {expert}: give the other"
         )

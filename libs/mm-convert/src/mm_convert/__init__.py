@@ -10,7 +10,7 @@ from mm_convert.__about__ import __version__
 if TYPE_CHECKING:
     from mm_convert.checkpoint import Checkpoint, open_checkpoint
     from mm_convert.conversion import convert
-    from mm_convert.experts import open_experts, write_experts
+    from mm_convert.experts import expert_of, open_experts, write_experts
     from mm_convert.inspection import diff, inspect
     from mm_convert.save import save_checkpoint
 
@@ -19,6 +19,7 @@ __all__ = [
     "__version__",
     "convert",
     "diff",
+    "expert_of",
     "inspect",
     "open_checkpoint",
     "open_experts",
@@ -30,6 +31,7 @@ _HOME = {
     "Checkpoint": "checkpoint",
     "open_checkpoint": "checkpoint",
     "convert": "conversion",
+    "expert_of": "experts",
     "open_experts": "experts",
     "write_experts": "experts",
     "diff": "inspection",

@@ -52,6 +52,14 @@ def open_experts(path: str | Path) -> Pair | None:
     return Pair(path / folders["high"], path / folders["low"], _boundary(path))
 
 
+def expert_of(folder: str | Path) -> str | None:
+    """ "high" or "low" by the name of an expert's folder; None for a name that does not tell (transformer/ may be one
+    model).
+    """
+    names = {name: expert for expert, name in FOLDERS.items()} | {DIFFUSERS["low"]: "low"}
+    return names.get(Path(folder).name)
+
+
 def write_experts(path: str | Path, boundary: float | None) -> dict[str, Path]:
     """Makes `path` a directory for two experts, and gives the folder of each ("high", "low") to write into.
 

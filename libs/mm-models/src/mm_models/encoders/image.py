@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm_models.encoders.loading import check_loaded, identity, no_bar_in_logs, part_of
+from mm_models.encoders.loading import identity, load_strictly, part_of
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, red green blue in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -24,18 +24,8 @@ class ImageEncoder:
         folder = part_of(path, "image_encoder")
         self.identity = identity([folder], {"dtype": str(dtype)})
         self.device, self.dtype = torch.device(device), dtype
-        with no_bar_in_logs():
-            model, found = CLIPVisionModel.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # or the error would not name them; they are refused below
-                output_loading_info=True,
-            )
-        check_loaded(folder, found)
-        self.model = model.eval().requires_grad_(False).to(self.device)
-        self.size: int = model.config.image_size
+        self.model = load_strictly(CLIPVisionModel, folder, dtype).to(self.device)
+        self.size: int = self.model.config.image_size
         """Rows and columns of pixels that an image is scaled to."""
 
     def to(self, device: torch.device | str) -> Self:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
+import torch
+
 PARTS = ("text_encoder", "tokenizer", "vae")  # of every repository; image_encoder only of those with a CLIP branch
 
 
@@ -36,6 +38,21 @@ def no_bar_in_logs() -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
+
+
+def load_strictly(kind: type, folder: Path, dtype: torch.dtype):
+    """A model of a class of transformers, frozen. Raises ValueError unless the folder's tensors are exactly its own."""
+    with no_bar_in_logs():
+        model, found = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # or the error would not name them; they are refused below
+            output_loading_info=True,
+        )
+    check_loaded(folder, found)
+    return model.eval().requires_grad_(False)
 
 
 def check_loaded(folder: Path, found: dict) -> None:

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from mm_models.encoders.loading import check_loaded, identity, no_bar_in_logs, part_of
+from mm_models.encoders.loading import identity, load_strictly, part_of
 
 
 class TextEncoder:
@@ -28,17 +28,7 @@ class TextEncoder:
         self.identity = identity([weights, words], {"dtype": str(dtype), "max_length": max_length})
         self.device, self.max_length = torch.device(device), max_length
         self.tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
-        with no_bar_in_logs():
-            model, found = UMT5EncoderModel.from_pretrained(
-                weights,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # or the error would not name them; they are refused below
-                output_loading_info=True,
-            )
-        check_loaded(weights, found)
-        self.model = model.eval().requires_grad_(False).to(self.device)
+        self.model = load_strictly(UMT5EncoderModel, weights, dtype).to(self.device)
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the weights to a device, and what is encoded from then on is made there. Returns itself."""

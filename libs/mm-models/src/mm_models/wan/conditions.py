@@ -11,7 +11,7 @@ These named tensors are a sample's *conditions*; a feature cache keeps them as t
 arguments of the model of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -141,6 +141,16 @@ def fold_mask(mask: Tensor, frames: int) -> Tensor:
     folded = rearrange(mask, "b 1 f (h p) (w q) -> b (p q) f h w", p=MASK_SIDE, q=MASK_SIDE)
     chosen = [(2 * k + 1) * mask.shape[2] // (2 * frames) for k in range(frames)]
     return folded[:, :, chosen]
+
+
+def encoded_control(encode: Callable[[Tensor], Tensor], source: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """VACE's (control B 2C F' h w, control_mask B 64 F' h w) of a source B 3 F H W and a mask B 1 F H W in 0..1.
+
+    encode: pixels to latents, as `VideoVAE.encode`. The mask halves the videos at 0.5, but is folded as it is: so VACE
+    was trained.
+    """
+    control = torch.cat([encode(part) for part in parted(source, mask)], dim=1)
+    return control, fold_mask(mask, control.shape[2]).to(control)
 
 
 def references_in(control: Tensor) -> int:
