@@ -1,14 +1,19 @@
-"""The weights a model starts from when it is not given any: one rule per parameter name, as its authors published.
+"""What a Wan begins with: one rule for each parameter name, as its authors published, and what it may grow from.
 
 A parameter depends on (seed, name) alone, so every rank can draw its own part of a model that fits on none of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from hashlib import blake2b
 from math import sqrt
 
 import torch
 from torch import Tensor, nn
+
+from mm_models.wan.config import WanConfig
+
+ZERO = ("head.head.weight", "*.after_proj.weight")
+"""Patterns of the projections that begin at zero: while they are frozen, nothing is learned through them."""
 
 
 def initial(name: str, shape: Sequence[int], seed: int) -> Tensor:
@@ -37,7 +42,13 @@ def initial(name: str, shape: Sequence[int], seed: int) -> Tensor:
     return weight
 
 
-def control_from(base: Callable[[str], Tensor], vace_layers: Sequence[int], name: str, shape: Sequence[int]) -> Tensor:
+def missing(names: Collection[str], there: Collection[str]) -> set[str]:
+    """Of a model's parameters, those that can grow from the ones that are there: a control ladder on a plain Wan."""
+    control = {name for name in names if name.startswith("vace_")}
+    return set() if control & set(there) else control
+
+
+def grow(config: WanConfig, base: Callable[[str], Tensor], name: str, shape: Sequence[int]) -> Tensor:
     """The starting value of a parameter of VACE's control ladder on a Wan without one, whose parameters `base` gives.
 
     A control block begins as the layer that it feeds; the patch embedding of the control as the video's, for both sets
@@ -55,4 +66,8 @@ def control_from(base: Callable[[str], Tensor], vace_layers: Sequence[int], name
     block, _, rest = name.removeprefix("vace_blocks.").partition(".")
     if rest.startswith(("before_proj.", "after_proj.")):
         return torch.zeros(tuple(shape), device="cpu")
-    return base(f"blocks.{vace_layers[int(block)]}.{rest}")
+    return base(f"blocks.{config.vace_layers[int(block)]}.{rest}")
+
+
+GROWN = "a plain Wan: its control ladder begins as a copy that changes nothing"
+"""What a person should know of weights from which the rest has grown."""
