@@ -36,7 +36,7 @@ def make_inputs(root: Path) -> None:
     import torch
 
     from mm_data import FeatureCache, write_video
-    from mm_models.testing import write_encoders
+    from mm_models.wan.testing import write_encoders
 
     for task, (_, conditions) in TASKS.items():
         random = torch.Generator().manual_seed(0)
@@ -175,7 +175,7 @@ def measure(root: Path, only: str = "") -> dict[str, dict]:
 
 def encoders_for(root: Path, model: str) -> Path:
     """The presets' text is 64 wide."""
-    from mm_models.testing import write_encoders
+    from mm_models.wan.testing import write_encoders
 
     path = root / "encoders64"
     return path if path.exists() else write_encoders(path, text_dim=64, image_dim=32)

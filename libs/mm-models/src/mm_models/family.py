@@ -47,7 +47,7 @@ class Preset:
 
 @dataclass(frozen=True)
 class Task:
-    """What a model can be asked to make. The names of inputs are those of `Pixels`, which are also flags of mm_infer."""
+    """What a model can be asked to make. Inputs are named as in `Pixels` and in the flags of mm_infer."""
 
     name: str
     needs: tuple[str, ...] = ()
@@ -99,6 +99,8 @@ class Family:
     """(config, repository of the encoders) -> of these, those that may be meant when none is named."""
     encoders: Callable[[Any], tuple[str, ...]]
     """Folders of a diffusers directory that it needs, besides its own."""
+    multiples: Callable[[Any, Path], tuple[int, int, int]]
+    """(config, repository) -> frames per latent frame, rows and columns of pixels per token."""
     fit: Callable[[Any, Path], Any]
     """(config, repository) -> the configuration for these encoders. ValueError unless they are as wide as it takes."""
     describe: Callable[[Any], dict[str, Any]]

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Generators = Callable[[int, str], "torch.Generator"]
-"""(number of a sample in its batch, purpose) -> a fresh CPU generator that depends on the sample, never on its place."""
+"""(number of a sample in its batch, purpose) -> a fresh CPU generator; it depends on the sample, not on its place."""
 
 
 class Objective(Protocol):

@@ -17,8 +17,9 @@ POINTS = 1000
 
 
 def expert_range(expert: Literal["high", "low"], boundary: float, shift: float) -> tuple[float, float]:
-    """The part of the table that an expert is trained on: for high all noise levels of at least `boundary`, for low all
-    below. With shift 5: (0, 0.417) and (0.417, 1) for 0.875, as MindSpeed-MM's guides say; (0, 0.358) and (0.358, 1) for 0.9.
+    """The part of the table that an expert is trained on: for high all levels from `boundary` on, for low the rest.
+
+    With shift 5 and 0.875 they are (0, 0.417) and (0.417, 1), with 0.9 (0, 0.358) and (0.358, 1), as in MindSpeed-MM.
     """
     if not 0 < boundary < 1:
         raise ValueError(f"the boundary between two experts is {boundary}, but must be a noise level between 0 and 1")
@@ -31,7 +32,7 @@ class FlowMatching:
     """The schedule that Wan is finetuned with."""
 
     shift: float = 5.0
-    """Above 1 gives more of the table to high noise. MindSpeed-MM's guides train every size with 5, whatever they sample with."""
+    """Above 1 gives more of the table to high noise. MindSpeed-MM trains with 5, whatever it samples with."""
     range: tuple[float, float] = (0.0, 1.0)
     """Part of the table to train on, as fractions: (0, 0.417) are the noisiest levels, e.g. for a high-noise expert."""
     weighting: Literal["bsmntw", "none"] = "bsmntw"

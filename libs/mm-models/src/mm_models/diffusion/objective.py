@@ -93,9 +93,7 @@ class Conditioning(Protocol):
     def hold(self, latents: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """The latents with what is given in its place."""
 
-    def inputs(
-        self, latents: Tensor, t: Tensor, text: Tensor, conditions: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def inputs(self, latents: Tensor, t: Tensor, text: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's arguments: latents B C F H W with what is held, t B, text B S D, conditions B …"""
 
     def learned(self, x: Tensor) -> Tensor:

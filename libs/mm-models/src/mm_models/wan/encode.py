@@ -1,11 +1,11 @@
 """What a Wan model is told besides noise and text, task by task: for training, validation and sampling alike.
 
-    t2v     nothing
-    i2v     condition: latents of [image, grey …]; with a CLIP branch also image, its CLIP tokens
-    flf2v   condition_both: latents of [first, grey …, last]; with a CLIP branch also image, the CLIP tokens of both
-    ti2v    first: latents of the image; they stand in the first latent frame, clean, at timestep 0
-    v2v     clean: latents of the video from which sampling begins; the model is told nothing
-    vace    control: latents of what is kept and of what changes; control_mask: which is which
+t2v     nothing
+i2v     condition: latents of [image, grey …]; with a CLIP branch also image, its CLIP tokens
+flf2v   condition_both: latents of [first, grey …, last]; with a CLIP branch also image, the CLIP tokens of both
+ti2v    first: latents of the image; they stand in the first latent frame, clean, at timestep 0
+v2v     clean: latents of the video from which sampling begins; the model is told nothing
+vace    control: latents of what is kept and of what changes; control_mask: which is which
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -196,7 +196,7 @@ def fold_mask(mask: Tensor, frames: int) -> Tensor:
 def encode_control(encode: Callable[[Tensor], Tensor], source: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """VACE's (control B 2C F' h w, control_mask B 64 F' h w) of a source B 3 F H W and a mask B 1 F H W in 0..1.
 
-    encode: pixels to latents, as `VideoVAE.encode`. The mask halves the videos at 0.5, but is folded as it is: so VACE
+    encode: pixels to latents, as `Codec.encode`. The mask halves the videos at 0.5, but is folded as it is: so VACE
     was trained.
     """
     control = torch.cat([encode(part) for part in split_by_mask(source, mask)], dim=1)

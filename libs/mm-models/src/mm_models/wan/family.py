@@ -21,6 +21,7 @@ WAN = Family(
     tasks=tasks.tasks,
     tasks_unasked=tasks.tasks_unasked,
     encoders=tasks.encoders,
+    multiples=tasks.multiples,
     fit=tasks.fit,
     describe=tasks.describe,
     build=later("mm_models.wan.model", "WanModel"),

@@ -1,11 +1,11 @@
 """What a Wan model can be asked for, and what its encoders must be; facts, known without torch.
 
-    t2v     a prompt alone
-    i2v     an image, the first frame
-    flf2v   the first and the last frame
-    ti2v    a first frame that is kept clean, at timestep 0
-    v2v     a video, from which sampling begins; trained as t2v
-    vace    any of a source video, a mask of what changes in it, and reference images
+t2v     a prompt alone
+i2v     an image, the first frame
+flf2v   the first and the last frame
+ti2v    a first frame that is kept clean, at timestep 0
+v2v     a video, from which sampling begins; trained as t2v
+vace    any of a source video, a mask of what changes in it, and reference images
 """
 
 import json
@@ -64,6 +64,14 @@ def stored(config: WanConfig, task: str) -> dict[str, int]:
 def encoders(config: WanConfig) -> tuple[str, ...]:
     """Folders of the diffusers directory."""
     return ("vae", "text_encoder", "tokenizer", *(("image_encoder",) if config.image_dim is not None else ()))
+
+
+def multiples(config: WanConfig, repository: Path) -> tuple[int, int, int]:
+    """Frames per latent frame, and rows and columns of pixels per token: what the sizes of a video must divide by."""
+    said = _read_json(repository / "vae" / "config.json")
+    side = 2 ** (len(said.get("dim_mult", (1, 2, 4, 4))) - 1) * (said.get("patch_size") or 1)
+    time = 2 ** sum(said.get("temperal_downsample", (False, True, True)))
+    return time * config.patch_size[0], side * config.patch_size[1], side * config.patch_size[2]
 
 
 def fit(config: WanConfig, repository: Path) -> WanConfig:

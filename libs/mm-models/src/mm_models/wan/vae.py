@@ -1,4 +1,4 @@
-"""Videos to latents and back: the VAEs of Wan2.1 and Wan2.2."""
+"""Wan's codec: the VAEs of Wan2.1 and Wan2.2, of diffusers."""
 
 from pathlib import Path
 from typing import Self
@@ -9,8 +9,11 @@ from torch import Tensor
 from mm_models.encoders.loading import check_loaded, identity, part_of
 
 
-class VideoVAE:
-    """The VAE of Wan2.1 (4x8x8, 16 channels) or Wan2.2 (4x16x16, 48) from `vae/` of a diffusers directory."""
+class WanVAE:
+    """An `mm_models.encoders.Codec`, from `vae/` of a diffusers directory.
+
+    The VAE of Wan2.1 has 4x8x8 pixels per latent and 16 channels, that of Wan2.2 4x16x16 and 48.
+    """
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class VideoVAE:
         side = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
         self.stride = (2 ** sum(config.temperal_downsample), side, side)
         """Frames, rows and columns of pixels per latent."""
+        self.channels: int = config.z_dim
         self.mean = torch.tensor(config.latents_mean, device=self.device).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(config.latents_std, device=self.device).view(1, -1, 1, 1, 1)
 
@@ -53,7 +57,7 @@ class VideoVAE:
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """C F' h w of a video of this many frames and pixels."""
         time, rows, columns = self.stride
-        return self.mean.numel(), (frames - 1) // time + 1, height // rows, width // columns
+        return self.channels, (frames - 1) // time + 1, height // rows, width // columns
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -79,8 +83,3 @@ class VideoVAE:
         """Normalised latents B C F' h w to video B 3 F H W in [-1, 1], float32."""
         latents = latents.to(self.device).float() * self.std + self.mean
         return self.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
-
-    def frames(self, latents: Tensor) -> Tensor:
-        """Normalised latents of one video, 1 C F' h w, to what is written to a file: F H W 3, uint8 on the CPU."""
-        video = self.decode(latents)[0].clamp(-1, 1)
-        return ((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0).contiguous().cpu()
