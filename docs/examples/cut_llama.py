@@ -117,21 +117,24 @@ def train(parallel: ParallelConfig, memory: MemoryConfig, steps: int = 3) -> lis
         groups.setdefault((type(parameter), getattr(parameter, "placements", None)), []).append(parameter)
     optimizer = torch.optim.AdamW([{"params": group} for group in groups.values()], lr=1e-2)
 
-    def loss(output: Tensor, number: int) -> Tensor:
-        return F.cross_entropy(output[:, :-1].transpose(1, 2), mine[number][:, 1:])
+    total = texts[:, 1:].numel()  # every token but the first of each text is a label
 
-    losses = []
+    def losses(output: Tensor, number: int) -> Tensor:
+        """Of every label token: B L-1."""
+        return F.cross_entropy(output[:, :-1].transpose(1, 2), mine[number][:, 1:], reduction="none")
+
+    means = []
     for _ in range(steps):
-        own = forward_backward(run, len(mine), lambda number: {"input_ids": mine[number]}, loss)
+        own = forward_backward(run, len(mine), lambda number: {"input_ids": mine[number]}, losses, total, mesh)
         finish_gradients(model, mesh)
         clip_grad_norm(model, 1.0, mesh)
         optimizer.step()
         optimizer.zero_grad()
-        mean = torch.stack(own).mean() / parts if own and reports_loss(mesh) else torch.zeros((), dtype=torch.float64)
+        summed = torch.cat(own).sum() if own and reports_loss(mesh) else torch.zeros((), dtype=torch.float64)
         if mesh is not None:
-            dist.all_reduce(mean)
-        losses.append(mean.item())
-    return losses
+            dist.all_reduce(summed)
+        means.append(summed.item() / total)
+    return means
 
 
 if __name__ == "__main__":

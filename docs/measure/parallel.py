@@ -38,7 +38,7 @@ def machinery(rank: int, world: int) -> tuple[list[float], list[float]]:
         bare.zero_grad()
 
     def ours() -> None:
-        forward_backward(model, 1, lambda i: batch, lambda out, i: (out - target).square().flatten(1).mean(1))
+        forward_backward(model, 1, lambda i: batch, lambda out, i: (out - target).square().flatten(1).mean(1), total=1)
         finish_gradients(model, mesh)
         clip_grad_norm(model, 1.0, mesh)
         model.zero_grad()

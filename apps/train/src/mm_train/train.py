@@ -119,7 +119,7 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
                 group["lr"] = learning_rate(progress["step"], config.steps, config.optim)
             seed = partial(setup.seed_dropout, config.seed, batch.index, data_index, rank_in(mesh, "cp"))
             work = Work(batch.micro, goal, config.seed, device, before=seed)
-            own = forward_backward(run, micro_batches, work.inputs, work.losses)
+            own = forward_backward(run, micro_batches, work.inputs, work.losses, config.data.global_batch, mesh)
             finish_gradients(model, mesh)
             norm = clip_grad_norm(model, config.optim.clip or math.inf, mesh)
             counted = torch.cat(own).cpu().double().sum() if reports_loss(mesh) else 0.0
