@@ -104,7 +104,7 @@ def test_a_second_run_encodes_nothing_and_another_geometry_everything(encoders, 
     other = Geometry(num_frames=5, max_height=32, max_width=48)
     extract(config(encoders, manifest, tmp_path / "f", geometry=other))
     assert "stale" in capsys.readouterr().err
-    assert {tuple(s) for s in FeatureDataset(tmp_path / "f").shapes} == {(16, 2, 4, 6)}
+    assert {tuple(s) for s in FeatureDataset(tmp_path / "f").buckets} == {(16, 2, 4, 6)}
 
 
 def test_ranks_and_batches_give_the_same_store(encoders, manifest, tmp_path):
@@ -151,9 +151,9 @@ def test_images_of_i2v_are_the_clips_own(encoders, manifest, tmp_path):
     clip = VideoDataset(read_manifest(manifest)[:1], GEOMETRY)[0]["video"][None]
     vae, clip_encoder = WanVAE(encoders), ImageEncoder(encoders)
     first, last = clip[:, :, 0], clip[:, :, -1]
-    assert set(data[0]["extras"]) == {"condition", "image"}
-    assert torch.equal(data[0]["extras"]["condition"], vae.encode(condition_video(9, first))[0])
-    assert torch.equal(data[0]["extras"]["image"], clip_encoder.encode(first)[0])
+    assert set(data[0]["conditions"]) == {"condition", "image"}
+    assert torch.equal(data[0]["conditions"]["condition"], vae.encode(condition_video(9, first))[0])
+    assert torch.equal(data[0]["conditions"]["image"], clip_encoder.encode(first)[0])
 
     both = Encoders(encoders, replace(preset("wan-tiny-i2v"), image_tokens=514), "flf2v")
     features = both.encode([{"id": "", "video": clip[0], "captions": ("one",), "fps": 8, "meta": {}}])[0]
