@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from mm_convert.arguments import dump
+from mm_convert.cli.arguments import dump
 from mm_models import build, plan
 from mm_models.diffusion.flow import POINTS
 from mm_models.layers import cast_weights

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from mm_convert.__about__ import __version__
-from mm_convert.progress import Progress, readable_bytes
 from mm_convert.store.dcp import read_dcp
-from mm_convert.store.folder import files_into, free_space, new_file, new_folder, refuse_target
 from mm_convert.store.safetensors import read_file, write_file
 from mm_convert.store.torch_file import SUFFIXES as TORCH_SUFFIXES
 from mm_convert.store.torch_file import read_torch_file, write_torch_file
-from mm_convert.tensors import LazyTensor, chunks, pieces
+from mm_convert.tensors.views import LazyTensor, chunks, pieces
+from mm_convert.write.folder import files_into, free_space, new_file, new_folder, refuse_target
+from mm_convert.write.progress import Progress, readable_bytes
 
 MANIFEST = "mm_convert.json"
 

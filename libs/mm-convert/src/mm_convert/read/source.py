@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm_convert.content import known_names, recognise
-from mm_convert.experts import DIFFUSERS, FOLDERS
+from mm_convert.read.content import known_names, recognise
+from mm_convert.read.experts import DIFFUSERS, FOLDERS
 from mm_convert.store import mindspeed
 from mm_convert.store.dcp import read_dcp
 from mm_convert.store.safetensors import read_files, read_folder
 from mm_convert.store.torch_file import SUFFIXES as TORCH_SUFFIXES
 from mm_convert.store.torch_file import read_torch_file
-from mm_convert.tensors import LazyTensor
+from mm_convert.tensors.views import LazyTensor
 
 MM_FOLDER = "mm"  # our files, in a folder that holds published ones too
 _PREFIXES = ("module.", "model.", "predictor.", "diffusion_model.", "model.diffusion_model.", "pipe.dit.")

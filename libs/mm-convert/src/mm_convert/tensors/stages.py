@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Any
 
 from mm_convert.families.family import Config, Cuts, Ladder
-from mm_convert.tensors import LazyTensor, below, beside, columns, rows
+from mm_convert.tensors.views import LazyTensor, below, beside, columns, rows
 
 Layers = Sequence[int] | Sequence[Sequence[int]]
 

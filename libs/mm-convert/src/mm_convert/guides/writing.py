@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from mm_convert.checkpoint import Checkpoint
-from mm_convert.outputs import Plan
+from mm_convert.read.checkpoint import Checkpoint
+from mm_convert.write.outputs import Plan
 
 if TYPE_CHECKING:
-    from mm_convert.pairs import PairPlan
+    from mm_convert.write.pairs import PairPlan
 
 
 @dataclass(kw_only=True)

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mm_convert.adapters import open_adapter, plan_adapter, plan_merge
-from mm_convert.checkpoint import open_checkpoint
-from mm_convert.converters import Layout, Parallel
+from mm_convert.guides.converters import Layout, Parallel
+from mm_convert.guides.writing import Writing, carry_out, made_layout, of_family
 from mm_convert.lora import Adapter
-from mm_convert.writing import Writing, carry_out, made_layout, of_family
+from mm_convert.lora.files import open_adapter, plan_adapter, plan_merge
+from mm_convert.read.checkpoint import open_checkpoint
 
 
 @dataclass

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_convert.content import Content, cut_fused, recognise, understand
 from mm_convert.families import Family
 from mm_convert.families.family import Config
 from mm_convert.lora.names import is_lora
-from mm_convert.outputs import MANIFEST
-from mm_convert.source import Source, find
+from mm_convert.read.content import Content, cut_fused, recognise, understand
+from mm_convert.read.source import Source, find
 from mm_convert.store import mindspeed
-from mm_convert.tensors import LazyTensor, Stored
+from mm_convert.tensors.views import LazyTensor, Stored
+from mm_convert.write.outputs import MANIFEST
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The tensor, mapped from the file where it lies in one piece: it takes memory only where it is read."""
-        from mm_convert.torch_tensors import Maps
+        from mm_convert.tensors.torch import Maps
 
         self._maps = self._maps or Maps()
         return self._maps.tensor(self.tensors[name])

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mm_convert.checkpoint import Checkpoint, open_checkpoint
-from mm_convert.conversion import plan_conversion, plan_like
-from mm_convert.outputs import Plan
+from mm_convert.guides.writing import Writing, carry_out, made_layout, of_family
+from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
 from mm_convert.store.torch_file import SUFFIXES
-from mm_convert.writing import Writing, carry_out, made_layout, of_family
+from mm_convert.write.conversion import plan_conversion, plan_like
+from mm_convert.write.outputs import Plan
 
 Layout = Literal["mm", "mindspeed"]
 Layers = list[int] | list[list[int]]

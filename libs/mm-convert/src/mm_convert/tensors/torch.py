@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mm_convert.tensors import Computed, LazyTensor, Stored
+from mm_convert.tensors.views import Computed, LazyTensor, Stored
 
 try:
     import torch

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_convert.content import understand
-from mm_convert.targets import Target, split_of, target_plan
-from mm_convert.tensors import LazyTensor
+from mm_convert.read.content import understand
+from mm_convert.tensors.views import LazyTensor
+from mm_convert.write.targets import Target, split_of, target_plan
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ def save_checkpoint(
 
 
 def _lazy(tensors: Mapping[str, torch.Tensor], name: str) -> LazyTensor:
-    from mm_convert.torch_tensors import lazy
+    from mm_convert.tensors.torch import lazy
 
     meta = tensors.meta(name) if hasattr(tensors, "meta") else tensors[name]
     return lazy(meta, lambda: tensors[name], name)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mm_convert.progress import readable_bytes
+from mm_convert.write.progress import readable_bytes
 
 # What --overwrite may replace without being told: whole checkpoints that can be made again, never a training run.
 _OURS = ("*.safetensors", "*.safetensors.index.json", "config.json", "mm_convert.json", "adapter_config.json")

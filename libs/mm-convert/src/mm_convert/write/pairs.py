@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mm_convert.adapters import inspect_adapter
-from mm_convert.checkpoint import Checkpoint, open_checkpoint, read_json
-from mm_convert.experts import DIFFUSERS, FILE, FOLDERS, INDEX, Pair, experts_json, open_experts
 from mm_convert.families.family import Config, Family
-from mm_convert.inspection import inspect, preset
 from mm_convert.lora import Adapter
-from mm_convert.outputs import Plan, as_json
-from mm_convert.store.folder import new_folder, refuse_target
+from mm_convert.lora.files import inspect_adapter
+from mm_convert.read.checkpoint import Checkpoint, open_checkpoint, read_json
+from mm_convert.read.experts import DIFFUSERS, FILE, FOLDERS, INDEX, Pair, experts_json, open_experts
+from mm_convert.read.inspection import inspect, preset
+from mm_convert.write.folder import new_folder, refuse_target
+from mm_convert.write.outputs import Plan, as_json
 
 PlanOne = Callable[[Path, Path], tuple[Checkpoint | Adapter, Plan]]
 

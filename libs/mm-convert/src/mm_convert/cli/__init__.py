@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"mm-convert {__version__}")
         return
 
-    from mm_convert.commands import run
+    from mm_convert.cli.commands import run
 
     guarded("mm-convert", lambda: run(argv))
 
@@ -56,7 +56,3 @@ def guarded(program: str, action: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.stderr.write(f"\n{program}: interrupted; what was not finished is not there\n")
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

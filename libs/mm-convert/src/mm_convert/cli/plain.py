@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from mm_convert.adapters import inspect_adapter, open_adapter, plan_adapter
-from mm_convert.checkpoint import Checkpoint, open_checkpoint
-from mm_convert.conversion import plan_conversion
-from mm_convert.experts import open_experts
-from mm_convert.inspection import diff, inspect
+from mm_convert.guides.writing import Writing, carry_out
 from mm_convert.lora import Adapter
-from mm_convert.outputs import Plan
-from mm_convert.pairs import inspect_pair, plan_pair
-from mm_convert.writing import Writing, carry_out
+from mm_convert.lora.files import inspect_adapter, open_adapter, plan_adapter
+from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
+from mm_convert.read.experts import open_experts
+from mm_convert.read.inspection import diff, inspect
+from mm_convert.write.conversion import plan_conversion
+from mm_convert.write.outputs import Plan
+from mm_convert.write.pairs import inspect_pair, plan_pair
 
 POSITIONAL = {"positional": True}
 Form = Literal["mm", "mindspeed", "dcp", "original", "diffusers", "transformers", "transformers-v5", "peft", "comfyui"]

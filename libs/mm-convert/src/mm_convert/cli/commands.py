@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from mm_convert import converters as general
-from mm_convert import converters_lora as adapters
-from mm_convert import converters_qwen as qwen
-from mm_convert import plain
-from mm_convert.arguments import nearest, parse
+from mm_convert.cli import plain
+from mm_convert.cli.arguments import nearest, parse
+from mm_convert.guides import converters as general
+from mm_convert.guides import converters_lora as adapters
+from mm_convert.guides import converters_qwen as qwen
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mm_convert.checkpoint import Checkpoint, open_checkpoint
-from mm_convert.conversion import plan_conversion, plan_like
-from mm_convert.converters import Layers, Layout
-from mm_convert.stages import Split
-from mm_convert.writing import Writing, carry_out, made_layout, of_family
+from mm_convert.guides.converters import Layers, Layout
+from mm_convert.guides.writing import Writing, carry_out, made_layout, of_family
+from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
+from mm_convert.tensors.stages import Split
+from mm_convert.write.conversion import plan_conversion, plan_like
 
 FAMILY = "qwen2.5-vl"
 

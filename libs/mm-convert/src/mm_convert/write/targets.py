@@ -7,10 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm_convert.checkpoint import FORMAT, VERSION
-from mm_convert.content import Content, join_fused
 from mm_convert.families.family import Config, Family
-from mm_convert.outputs import (
+from mm_convert.read.checkpoint import FORMAT, VERSION
+from mm_convert.read.content import Content, join_fused
+from mm_convert.read.source import MM_FOLDER, TORCH_SUFFIXES
+from mm_convert.store.dcp import write_dcp
+from mm_convert.store.mindspeed import TRACKER, tree_files
+from mm_convert.tensors.stages import Places, Split, check
+from mm_convert.tensors.views import LazyTensor
+from mm_convert.write.outputs import (
     Output,
     Plan,
     as_json,
@@ -21,11 +26,6 @@ from mm_convert.outputs import (
     text_file,
     torch_file,
 )
-from mm_convert.source import MM_FOLDER, TORCH_SUFFIXES
-from mm_convert.stages import Places, Split, check
-from mm_convert.store.dcp import write_dcp
-from mm_convert.store.mindspeed import TRACKER, tree_files
-from mm_convert.tensors import LazyTensor
 
 SHARD_BYTES = 5_000_000_000  # of a file, where nothing else says how large
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from math import prod
 from pathlib import Path
 
-from mm_convert.checkpoint import Checkpoint, read_json
-from mm_convert.conversion import cast_all, plan_conversion
 from mm_convert.lora import FILES, Adapter, is_lora, lora_tensors, merge, read_lora
-from mm_convert.outputs import MANIFEST, Output, Plan, as_json, describe, safetensors_file, text_file
-from mm_convert.source import Source, find
-from mm_convert.stages import Layers, Split
+from mm_convert.read.checkpoint import Checkpoint, read_json
+from mm_convert.read.source import Source, find
 from mm_convert.store.mindspeed import TRACKER, rank_files
 from mm_convert.store.torch_file import SUFFIXES
+from mm_convert.tensors.stages import Layers, Split
+from mm_convert.write.conversion import cast_all, plan_conversion
+from mm_convert.write.outputs import MANIFEST, Output, Plan, as_json, describe, safetensors_file, text_file
 
 
 def open_adapter(path: str | Path, *, alpha: float | None = None, rank: int | None = None) -> Adapter | None:
@@ -78,7 +78,7 @@ def plan_merge(
     dtype: str | None = None,
 ) -> Plan:
     """What a base with the adapter at `where` in it would be, in the form `to`. Needs torch to be carried out."""
-    import mm_convert.torch_tensors  # noqa: F401  # so that a missing torch is said before anything is planned
+    import mm_convert.tensors.torch  # noqa: F401  # so that a missing torch is said before anything is planned
 
     base.tensors = merge(base.tensors, adapter)
     plan = plan_conversion(base, target, to, pp_layers=pp_layers, dtype=dtype)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mm_convert.tensors import LazyTensor, Rows, below, rows
+from mm_convert.tensors.views import LazyTensor, Rows, below, rows
 
 Counts = Mapping[str, int]
 

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mm_convert.checkpoint import Checkpoint, open_checkpoint, read_json
-from mm_convert.outputs import MANIFEST, Output, Plan, as_json, copied_file, index_file, safetensors_file, text_file
-from mm_convert.source import MM_FOLDER, TORCH_SUFFIXES
-from mm_convert.stages import Layers
+from mm_convert.read.checkpoint import Checkpoint, open_checkpoint, read_json
+from mm_convert.read.source import MM_FOLDER, TORCH_SUFFIXES
 from mm_convert.store.mindspeed import TRACKER
 from mm_convert.store.safetensors import refuse_link_out
-from mm_convert.targets import Target, split_of, target_plan
-from mm_convert.tensors import LazyTensor
+from mm_convert.tensors.stages import Layers
+from mm_convert.tensors.views import LazyTensor
+from mm_convert.write.outputs import (
+    MANIFEST,
+    Output,
+    Plan,
+    as_json,
+    copied_file,
+    index_file,
+    safetensors_file,
+    text_file,
+)
+from mm_convert.write.targets import Target, split_of, target_plan
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what --dtype may say
 
@@ -189,7 +198,7 @@ def _is_beside(target: Path, checkpoint: Checkpoint, to: str) -> bool:
 
 def cast_all(tensors: Mapping[str, LazyTensor], dtype: str) -> dict[str, LazyTensor]:
     """The tensors with all of floating point in this dtype: one of `FLOATS`."""
-    from mm_convert.torch_tensors import cast
+    from mm_convert.tensors.torch import cast
 
     if dtype not in FLOATS:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")

@@ -9,10 +9,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from mm_convert.checkpoint import Checkpoint, open_checkpoint
-from mm_convert.content import fingerprint
 from mm_convert.families.family import Config, Family
-from mm_convert.tensors import LazyTensor
+from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
+from mm_convert.read.content import fingerprint
+from mm_convert.tensors.views import LazyTensor
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _largest(a: LazyTensor, b: LazyTensor) -> float | None:
         if a.dtype == b.dtype and a.read(*rows) == b.read(*rows):
             continue
         try:
-            from mm_convert.torch_tensors import rows_of
+            from mm_convert.tensors.torch import rows_of
         except ImportError:
             return None  # it differs; how much, only torch could say
         x, y = rows_of(a, *rows).double(), rows_of(b, *rows).double()

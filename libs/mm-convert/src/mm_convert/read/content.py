@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from mm_convert.families import FAMILIES, Family
 from mm_convert.families.family import Config
-from mm_convert.rules import Patterns, Row, Sizes
-from mm_convert.tensors import LazyTensor
+from mm_convert.tensors.rules import Patterns, Row, Sizes
+from mm_convert.tensors.views import LazyTensor
 
 _SHOWN = 5  # problems of a kind that an error names; the rest is counted
 
