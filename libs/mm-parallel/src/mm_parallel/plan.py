@@ -1,33 +1,50 @@
 """What a model family says about itself, as data, so that `parallelize` can cut it without knowing it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
+
+
+class Sequence(NamedTuple):
+    """What attention must know of a sequence of which a rank may hold a part; the same on every rank.
+
+    A model may bring its own class: three fields of these names are enough.
+
+    tokens: of the whole sequence.
+    causal: token i attends to tokens 0 … i.
+    segments: where packed samples part, from 0 to `tokens`: (0, 3, 9) are one of 3 tokens and one of 6. Tokens attend
+        within their sample. None: one sample.
+    """
+
+    tokens: int
+    causal: bool = False
+    segments: tuple[int, ...] | None = None
 
 
 class Ladder(Protocol):
     """A network that runs from stem to head: `head(layer(n-1, … layer(0, stem(…))))`.
 
     The stream is a NamedTuple of what travels up: tensors, and facts that are the same for every rank (numbers, tuples
-    of numbers). A layer returns a stream of the same shapes, and writes into none. Stem and head are methods, not
-    submodules, so that parameter names stay the published ones; `layers` are modules, in the order in which they
-    run.
+    of them, a `Sequence`). A layer returns a stream of the same shapes, and writes into none. Stem and head are
+    methods, not submodules, so that parameter names stay the published ones; `layers` are modules, in the order in
+    which they run.
 
     To have its tokens cut over ranks, a ladder calls three seams, attributes named in its plan:
 
         split(stream) -> stream                 last in the stem; by default it returns the stream
-        core(q, k, v, tokens) -> out            every attention between tokens; q, k, v, out are B L H h
-        gather(x, tokens) -> x                  in the head: B L … of this rank's tokens -> B L … of all
+        core(q, k, v, sequence) -> out          every attention between tokens; q, k, v, out are B L H h
+        gather(x, sequence) -> x                in the head: B L … of this rank's tokens -> B L … of all
 
-    where `tokens` is the number of tokens of the whole sequence.
+    where `sequence` is a `Sequence`, which the stream carries under this name, so that `split` knows it too.
     """
 
     @property
-    def layers(self) -> Sequence[nn.Module]: ...
+    def layers(self) -> abc.Sequence[nn.Module]: ...
     def stem(self, *batch: Any, **named: Any) -> Any: ...
     def layer(self, i: int, stream: Any) -> Any: ...
     def head(self, stream: Any) -> Tensor: ...
@@ -43,9 +60,8 @@ class ParallelPlan:
         dots: `*.modulation`.
     last: modules and parameters at the root that only `head` uses: a pipeline keeps them on its last stage, the layers
         where they belong, and everything else on the first.
-    tokens: fields of the stream that hold tokens, with the dim in which; the first counts them. A field of size 1
-        there is the same for all tokens, and stays whole.
-    causal: whether tokens attend to earlier ones only (a ring then lays them out so that all ranks work alike).
+    tokens: fields of the stream that hold tokens, with the dim in which. A field of size 1 there is the same for all
+        tokens, and stays whole; not so the first.
     split, core, gather: where the three seams are (see `Ladder`).
     heads: attention heads; the ranks of tensor parallelism must divide them.
     columns: patterns of linears whose rows of the weight (columns of the output) are cut over tensor-parallel ranks;
@@ -63,7 +79,6 @@ class ParallelPlan:
     keep_fp32: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
     tokens: Mapping[str, int] = field(default_factory=dict)
-    causal: bool = False
     split: str = "split"
     core: str = "core"
     gather: str = "gather"
@@ -137,7 +152,7 @@ def _match_parts(name: str, pattern: str) -> bool:
     return len(names) == len(patterns) and all(map(fnmatchcase, names, patterns))
 
 
-def _matching(patterns: Sequence[str], names: list[str], match: Any, field: str, kind: str) -> list[str]:
+def _matching(patterns: abc.Sequence[str], names: list[str], match: Any, field: str, kind: str) -> list[str]:
     for pattern in patterns:
         if not any(match(name, pattern) for name in names):
             near = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]

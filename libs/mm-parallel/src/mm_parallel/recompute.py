@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from mm_parallel.attention import KEPT, attention, core
+from mm_parallel.attention import KEPT, core
 from mm_parallel.config import MemoryConfig
 from mm_parallel.offload import Host, Kept
 from mm_parallel.plan import ParallelPlan
@@ -209,8 +209,4 @@ def _name_the_core(model: nn.Module, plan: ParallelPlan) -> None:
     module = model.get_submodule(owner)
     if not hasattr(module, seam):
         raise ValueError(f'recompute="but_attention": the model has no seam {plan.core!r} to keep attention at')
-    setattr(module, seam, _causal_core if plan.causal else core)
-
-
-def _causal_core(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
-    return attention(q, k, v, causal=True)
+    setattr(module, seam, core)
