@@ -65,7 +65,7 @@ class Samples:
         wishes = []
         for i in range(min(self.options.from_validation, len(data))):
             sample = data[i]
-            conditions = dict(sample["extras"])
+            conditions = dict(sample["conditions"])
             if self.goal.task == "ti2v":
                 conditions["first"] = sample["latents"][:, :1]
             wishes.append(

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from mm_convert.arguments import dump
+from mm_convert.cli.arguments import dump
 from mm_models import build, plan
 from mm_models.diffusion.flow import POINTS
 from mm_models.layers import cast_weights
@@ -37,6 +37,7 @@ FIXED = (
     "trained",
     "seed",
     "data.global_batch",
+    "data.small_buckets",
     "objective.task",
     "lora.rank",
     "lora.alpha",
@@ -195,7 +196,8 @@ def summary(
         f"task       {goal.task}{f', expert {config.expert}' if config.expert else ''}, {_levels(goal)}",
         f"weights    {f'{found} (continuing)' if found else config.weights}{built.begins}",
         *(f"changed    {change}" for change in changed),
-        f"data       {len(data.ids):,} samples in {len(set(data.shapes))} shapes, {data.name}",
+        f"data       {len(data.ids):,} samples in {len(set(data.buckets))} shapes, {data.name}",
+        *(f"           {note}" for note in data.notes),
         f"ranks      {describe(mesh)}",
         f"step       {config.data.global_batch} samples = {data_size} x {micro_batches} micro-batches of "
         f"{config.data.micro_batch}",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mm_convert.arguments import dump
+from mm_convert.cli.arguments import dump
 from mm_data import FeatureDataset
 from mm_models import build
 from mm_parallel import clip_grad_norm, finish_gradients, forward_backward, make_mesh
