@@ -27,13 +27,14 @@ from mm_parallel import (
     data_rank,
     finish_gradients,
     forward_backward,
+    make_mesh,
     parallelize,
 )
 from mm_parallel.device import device, init_distributed, leave
-from mm_parallel.mesh import size, speaks
+from mm_parallel.mesh import reports_loss, size
 
 PLAN = ParallelPlan(
-    rungs=("model.layers.*",),
+    layers=("model.layers.*",),
     last=("model.norm", "lm_head"),
     tokens={"x": 1, "cos": 1, "sin": 1},
     causal=True,
@@ -100,7 +101,7 @@ class Llama(LlamaForCausalLM):
 
 def train(parallel: ParallelConfig, memory: MemoryConfig, steps: int = 3) -> list[float]:
     """Losses of a few steps on random text: a global batch of 8 texts of 13 tokens, in micro-batches of 2."""
-    mesh = parallel.mesh(device().type)
+    mesh = make_mesh(parallel, device().type)
     torch.manual_seed(0)
     sizes = {"vocab_size": 32, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4}
     model = Llama(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).double()
@@ -116,21 +117,24 @@ def train(parallel: ParallelConfig, memory: MemoryConfig, steps: int = 3) -> lis
         groups.setdefault((type(parameter), getattr(parameter, "placements", None)), []).append(parameter)
     optimizer = torch.optim.AdamW([{"params": group} for group in groups.values()], lr=1e-2)
 
-    def loss(output: Tensor, number: int) -> Tensor:
-        return F.cross_entropy(output[:, :-1].transpose(1, 2), mine[number][:, 1:])
+    total = texts[:, 1:].numel()  # every token but the first of each text is a label
 
-    losses = []
+    def losses(output: Tensor, number: int) -> Tensor:
+        """Of every label token: B L-1."""
+        return F.cross_entropy(output[:, :-1].transpose(1, 2), mine[number][:, 1:], reduction="none")
+
+    means = []
     for _ in range(steps):
-        own = forward_backward(run, len(mine), lambda number: {"input_ids": mine[number]}, loss)
+        own = forward_backward(run, len(mine), lambda number: {"input_ids": mine[number]}, losses, total, mesh)
         finish_gradients(model, mesh)
         clip_grad_norm(model, 1.0, mesh)
         optimizer.step()
         optimizer.zero_grad()
-        mean = torch.stack(own).mean() / parts if own and speaks(mesh) else torch.zeros((), dtype=torch.float64)
+        summed = torch.cat(own).sum() if own and reports_loss(mesh) else torch.zeros((), dtype=torch.float64)
         if mesh is not None:
-            dist.all_reduce(mean)
-        losses.append(mean.item())
-    return losses
+            dist.all_reduce(summed)
+        means.append(summed.item() / total)
+    return means
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from mm_convert import open_checkpoint, open_experts
 from mm_data import FeatureCache, FeatureDataset, build_loader, read_video
 from mm_models import build, preset
 from mm_models.diffusion.flow import expert_range
-from mm_models.testing import write_encoders
+from mm_models.wan.testing import write_encoders
 from mm_models.wan import WanConfig
 from mm_parallel.testing import spawn
 from mm_train.objective import Work, objective

@@ -82,7 +82,7 @@ class WanModel(nn.Module):
         self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         if config.image_dim is not None:
-            self.img_emb = ImageEmbedding(config.image_dim, dim, config.image_tokens)
+            self.img_emb = ImageEmbedding(config.image_dim, dim, config.image_tokens, config.two_images)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         if config.vace_layers:
             self.vace_patch_embedding = PatchEmbedding(config.control_channels, dim, config.patch_size)
@@ -99,7 +99,7 @@ class WanModel(nn.Module):
         return self.blocks
 
     @property
-    def islands(self) -> tuple[str, ...]:
+    def keep_fp32(self) -> tuple[str, ...]:
         """Patterns of the names of parameters that stay at least float32, see `mm_models.layers.cast_weights`."""
         image = ("img_emb.proj.0.*", "img_emb.proj.4.*") if self.config.image_dim is not None else ()
         return ("time_*", "*.modulation", "*.norm3.*", *image)
