@@ -24,14 +24,14 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from mm_convert.cli.arguments import parse
-from mm_data import Clip, Failure, FeatureCache, Geometry, Sample, VideoDataset, read_manifest, select
+from mm_data import Clip, Failure, FeatureCache, Geometry, Sample, VideoDataset, for_task, read_manifest, select
 from mm_data.transforms import to_model_range, to_uint8
 from mm_models import preset, presets
 from mm_models.wan.conditions import Task, tasks
 from mm_parallel.device import device as accelerator
 from mm_parallel.device import init_distributed, leave
 from mm_train.command import prepare_output, run
-from mm_train.encode import Encoders, told
+from mm_train.encode import Encoders
 from mm_train.ranks import divided
 
 
@@ -94,7 +94,7 @@ def extract(config: ExtractConfig) -> int:
         # Leave the workers their cores: the threads of one operation spin while one of them waits for a core.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world - config.data.workers))
     listed = read_manifest(config.data.manifest)
-    samples = told(listed, config.chosen_task)
+    samples = for_task(listed, controls=config.chosen_task == "vace")
     untold = sum(a != b for a, b in zip(listed, samples, strict=True))
     if rank == 0 and untold:
         print(
@@ -108,27 +108,27 @@ def extract(config: ExtractConfig) -> int:
 
     with FeatureCache(config.output) as cache:
         identified = _identified(selection.kept, cache, rank == 0, world)
-        plan = cache.plan(identified, geometry, encoders.identity, config.seed)
+        todo = cache.plan(identified, geometry, encoders.identity, config.seed)
         if rank == 0:
-            print(f"{config.data.manifest}: {selection}\n{config.output}: {plan}", file=sys.stderr, flush=True)
-            for sample, reason in [*selection.dropped, *plan.failed]:
+            print(f"{config.data.manifest}: {selection}\n{config.output}: {todo}", file=sys.stderr, flush=True)
+            for sample, reason in [*selection.dropped, *todo.failed]:
                 cache.fail(sample.id, str(reason))
             if not cache.has_empty_text(encoders.identity):
                 cache.put_empty_text(encoders.empty_text, encoders.identity)
-        dataset = VideoDataset(plan.todo, geometry, config.seed, on_error="return")
-        progress = Progress(len(plan.todo), leader=rank == 0, world=world)
+        dataset = VideoDataset(todo.to_encode, geometry, config.seed, on_error="return")
+        progress = Progress(len(todo.to_encode), leader=rank == 0, world=world)
         # Shared out by key, not by place: a rank that sees the store a moment later must not shift everybody's share.
-        own = [i for i, sample in enumerate(plan.todo) if int(plan.keys[sample.id][:8], 16) % world == rank]
+        own = [i for i, sample in enumerate(todo.to_encode) if int(todo.keys[sample.id][:8], 16) % world == rank]
         for clips in batches(dataset, own, config, lambda failure: _fail(cache, progress, failure)):
             for clip, features in zip(clips, encoders.encode(clips), strict=True):
-                cache.put(plan.keys[clip["id"]], features, clip["meta"])
+                cache.put(todo.keys[clip["id"]], features, clip["meta"])
             progress.advance(len(clips))
         progress.close()
         cache.flush()
         if world > 1:
             dist.barrier()
         if rank == 0:
-            found = cache.finish(plan)
+            found = cache.finish(todo)
             missing = len(samples) - found
             why = f", {missing} left out: {config.output / 'failures.jsonl'} says why" if missing else ""
             print(f"{found} of {len(samples)} samples in {config.output}{why}", file=sys.stderr)
