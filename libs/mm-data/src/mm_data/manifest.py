@@ -27,7 +27,7 @@ from mm_data.files import Content
 
 @dataclass(frozen=True)
 class Control:
-    """What VACE is told besides the caption: a source video to follow or to edit, a mask video of where it changes
+    """What VACE reads besides the caption: a source video to follow or to edit, a mask video of where it changes
     (white), and reference pictures. Frame n of source and mask belongs to frame n of the sample's video.
     """
 
