@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mm_models.wan.conditions import condition_video, fold_mask, stored
 
 from mm_data import FeatureDataset, VideoDataset, read_manifest, read_video, write_video
 from mm_models import preset
 from mm_models.encoders import ImageEncoder, TextEncoder
-from mm_models.wan.vae import WanVAE
 from mm_models.wan.testing import write_encoders
-from mm_models.wan.conditions import condition_video, fold_mask, stored
+from mm_models.wan.vae import WanVAE
 from mm_parallel.testing import spawn
 from mm_train.encode import Encoders
 from mm_train.extract import Data, ExtractConfig, Geometry, extract

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from mm_train.setup import find_checkpoint
 
 from mm_convert import open_checkpoint, open_experts
 from mm_data import FeatureCache, FeatureDataset, build_loader, read_video
 from mm_models import build, preset
 from mm_models.diffusion.flow import expert_range
-from mm_models.wan.testing import write_encoders
 from mm_models.wan import WanConfig
+from mm_models.wan.testing import write_encoders
 from mm_parallel.testing import spawn
 from mm_train.objective import Work, objective
 from mm_train.recipe import load_config
-from mm_train.setup import find_checkpoint
 from mm_train.train import train
 
 sys.path.insert(0, str(Path(__file__).parent))
