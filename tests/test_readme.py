@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mm_convert import cli
-from mm_convert.arguments import parse
+from mm_convert.cli.arguments import parse
 from mm_infer.config import Config as InferConfig
 from mm_models import presets
 from mm_train.export import ExportConfig

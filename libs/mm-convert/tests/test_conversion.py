@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from mm_convert import convert, inspect, open_checkpoint
-from mm_convert.conversion import plan_like
+from mm_convert.write.conversion import plan_like
 
 
 def contents(folder):
@@ -174,9 +174,9 @@ def test_a_failed_write_leaves_nothing(toys, tmp_path):
 
 KILLED = """
 import os, pathlib, sys
-from mm_convert import tensors
-from mm_convert.checkpoint import open_checkpoint
-from mm_convert.conversion import plan_conversion
+from mm_convert.tensors import views as tensors
+from mm_convert.read.checkpoint import open_checkpoint
+from mm_convert.write.conversion import plan_conversion
 left = int(sys.argv[4])
 def counted(function):
     def call(*arguments, **named):

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mm_convert import convert, inspect, open_checkpoint
-from mm_convert.content import understand
-from mm_convert.conversion import plan_conversion
 from mm_convert.families import FAMILIES
+from mm_convert.read.content import understand
 from mm_convert.store.mindspeed import read_ranks
+from mm_convert.write.conversion import plan_conversion
 
 FAMILY = {family.name: family for family in FAMILIES}
 WAN = dict(

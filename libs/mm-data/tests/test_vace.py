@@ -219,10 +219,10 @@ def test_every_file_and_its_role_decides_the_entry(folder, tmp_path):
     keys = []
 
     def key(one):
-        plan = store.plan([one], VACE, "encoder")
-        assert not plan.failed
-        keys.append(plan.keys[one.id])
-        return plan
+        todo = store.plan([one], VACE, "encoder")
+        assert not todo.failed
+        keys.append(todo.keys[one.id])
+        return todo
 
     key(replace(sample(tmp_path), control=None))
     key(replace(sample(tmp_path), control=Control()))
@@ -232,14 +232,14 @@ def test_every_file_and_its_role_decides_the_entry(folder, tmp_path):
     for changed in ("source.mp4", "mask.mp4", "wide.png"):
         key(sample(tmp_path))
         (tmp_path / changed).write_bytes((tmp_path / changed).read_bytes() + b"\0")
-    plan = key(sample(tmp_path))
+    todo = key(sample(tmp_path))
     assert len(set(keys)) == len(keys) == 9
 
     with store:  # a store remembers all files of an entry
-        clip = VideoDataset(plan.todo, VACE)[0]
-        store.put(plan.keys["s"], {"latents": torch.zeros(1), "text.0": torch.zeros(1, 1)}, clip["meta"])
+        clip = VideoDataset(todo.to_encode, VACE)[0]
+        store.put(todo.keys["s"], {"latents": torch.zeros(1), "text.0": torch.zeros(1, 1)}, clip["meta"])
     (known,) = FeatureCache(tmp_path / "store").plan([sample(tmp_path)], VACE, "encoder").done
-    assert known.contents == plan.todo[0].contents
+    assert known.contents == todo.to_encode[0].contents
     (tmp_path / "mask.mp4").write_bytes((folder / "mask.mp4").read_bytes())
     with pytest.raises(ValueError, match=r"mask\.mp4 was changed"):
         VideoDataset([known], VACE)[0]

@@ -33,6 +33,10 @@ class DataConfig:
     """Samples per optimizer step, over all ranks. Part of the sample stream: a resume keeps it."""
     micro_batch: int = 1
     """Samples per forward on one rank; the rest of the global batch is accumulated."""
+    small_buckets: Literal["repeat", "drop"] = "repeat"
+    """Shapes with fewer samples than a global batch: repeat their samples within a step, or leave these shapes out.
+    Part of the sample stream: a resume keeps it.
+    """
     text_dropout: float = 0.0
     """Probability of training a sample on the empty prompt (needed for guidance; 0.1 is usual)."""
     workers: int = 2

@@ -11,15 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mm_data import Clip, Geometry, Sample
+from mm_data import Clip, Geometry
 from mm_models.encoders import ImageEncoder, TextEncoder, VideoVAE
 from mm_models.wan import WanConfig
 from mm_models.wan.conditions import CONDITION, Task, condition_video, encoded_control, stored, with_references
-
-
-def told(samples: Sequence[Sample], task: Task) -> list[Sample]:
-    """The samples with what a task makes use of: only VACE reads sources, masks and references."""
-    return [sample if task == "vace" else replace(sample, control=None) for sample in samples]
 
 
 class Encoders:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from mm_convert import save_checkpoint, write_experts
-from mm_convert.arguments import parse
+from mm_convert.cli.arguments import parse
 from mm_models import build
 from mm_models.lora import LoRAConfig, write_lora
 from mm_train.checkpoint import latest

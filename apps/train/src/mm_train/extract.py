@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from mm_convert.arguments import parse
+from mm_convert.cli.arguments import parse
 from mm_data import Clip, Failure, FeatureCache, Geometry, Sample, VideoDataset, read_manifest, select
 from mm_data.transforms import to_model_range, to_uint8
 from mm_models import preset, presets

@@ -31,11 +31,12 @@ class Objective:
     flow: FlowMatching
 
     def inputs(
-        self, noisy: Tensor, clean: Tensor, t: Tensor, text: Tensor, extras: Mapping[str, Tensor]
+        self, noisy: Tensor, clean: Tensor, t: Tensor, text: Tensor, conditions: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """What the model is called with. Texts are padded as the model would: then all have one shape."""
         text = F.pad(text, (0, 0, 0, self.model.text_tokens - text.shape[1]))
-        conditions = extras if self.task != "ti2v" else {"first": clean[:, :, :1]}
+        if self.task == "ti2v":
+            conditions = {"first": clean[:, :, :1]}
         noisy = hold(self.task, noisy, conditions)
         return inputs(self.model, self.task, noisy, t, text, conditions)
 
@@ -67,7 +68,7 @@ def draw(batch: Batch, flow: FlowMatching, seed: int) -> tuple[Tensor, Tensor]:
     """(index B in the schedule, noise B C F H W), one independent draw per sample."""
     low, high = flow.index_range
     indices, noise = [], []
-    for latents, sample, epoch in zip(batch.latents, batch.ids, batch.epochs, strict=True):
+    for latents, sample, epoch in zip(batch.tensors["latents"], batch.ids, batch.epochs, strict=True):
         indices.append(torch.randint(low, high, (), generator=generator(seed, epoch, sample, "timestep")))
         noise.append(torch.randn(latents.shape, generator=generator(seed, epoch, sample, "noise")))
     return torch.stack(indices), torch.stack(noise)
@@ -96,7 +97,7 @@ class Work:
         if number not in self.drawn:
             self.drawn[number] = draw(self.micro[number], self.flow, self.seed)
         index, noise = self.drawn[number]
-        clean = self.micro[number].latents.to(self.device).float()
+        clean = self.micro[number].tensors["latents"].to(self.device).float()
         return clean, index.to(self.device), noise.to(self.device)
 
     def inputs(self, number: int) -> dict[str, Tensor]:
@@ -104,10 +105,11 @@ class Work:
         self.before(number)
         clean, index, noise = self._draw(number)
         t = self.flow.timesteps.to(self.device)[index]
-        batch = self.micro[number]
-        extras = {name: tensor.to(self.device) for name, tensor in batch.extras.items()}
+        given = {name: tensor.to(self.device) for name, tensor in self.micro[number].tensors.items()}
+        text = given.pop("text")
+        del given["latents"]  # what is left are the conditions
         noisy = self.flow.noised(clean, noise, index)
-        return self.objective.inputs(noisy, clean, t, batch.text.to(self.device), extras)
+        return self.objective.inputs(noisy, clean, t, text, given)
 
     def losses(self, prediction: Tensor, number: int) -> Tensor:
         """Weighted flow-matching loss of every sample: B, float32."""

@@ -14,13 +14,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from mm_convert.arguments import dump
+from mm_convert.cli.arguments import dump
 from mm_models import build, plan
 from mm_models.diffusion.flow import POINTS
 from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora
 from mm_parallel import Pipeline, load_parameters, parallelize
-from mm_parallel.mesh import describe, place, size
+from mm_parallel.mesh import describe, rank_in, size
 from mm_parallel.weights import allocate
 from mm_train.checkpoint import latest
 from mm_train.config import Config
@@ -37,6 +37,7 @@ FIXED = (
     "trained",
     "seed",
     "data.global_batch",
+    "data.small_buckets",
     "objective.task",
     "lora.rank",
     "lora.alpha",
@@ -131,7 +132,7 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
     cut = (plan(model), mesh, config.parallel, config.memory, dtype)
     pipelined = size(mesh, "pp") > 1
     run = Pipeline(model, *cut) if pipelined else parallelize(model, *cut)
-    idle = gathered([] if named & {name for name, _ in model.named_parameters()} else [place(mesh, "pp")])
+    idle = gathered([] if named & {name for name, _ in model.named_parameters()} else [rank_in(mesh, "pp")])
     if idle:
         raise ValueError(
             f"pipeline stages {sorted(set(idle))} would hold nothing that is trained: "
@@ -195,7 +196,8 @@ def summary(
         f"task       {goal.task}{f', expert {config.expert}' if config.expert else ''}, {_levels(goal)}",
         f"weights    {f'{found} (continuing)' if found else config.weights}{built.begins}",
         *(f"changed    {change}" for change in changed),
-        f"data       {len(data.ids):,} samples in {len(set(data.shapes))} shapes, {data.name}",
+        f"data       {len(data.ids):,} samples in {len(set(data.buckets))} shapes, {data.name}",
+        *(f"           {note}" for note in data.notes),
         f"ranks      {describe(mesh)}",
         f"step       {config.data.global_batch} samples = {data_size} x {micro_batches} micro-batches of "
         f"{config.data.micro_batch}",

@@ -22,7 +22,7 @@ class Speed:
 
     def __call__(self, micro: Sequence[Batch], seconds: float, data_seconds: float) -> tuple[dict[str, float], str]:
         """(numbers to keep, text for the line); global numbers: this rank's samples times the data-parallel ranks."""
-        _, _, frames, height, width = micro[0].latents.shape
+        _, _, frames, height, width = micro[0].tensors["latents"].shape
         tokens = frames * height * width // 4
         samples = sum(len(m.ids) for m in micro) * self.data_size
         operations = train_flops(self.config, tokens, self.trained[False], self.trained[True]) * samples / seconds

@@ -12,7 +12,7 @@ from mm_data import FeatureDataset
 from mm_data.random import generator
 from mm_models.diffusion.flow import POINTS, FlowMatching
 from mm_parallel import Pipeline
-from mm_parallel.mesh import data_rank, speaks
+from mm_parallel.mesh import data_rank, reports_loss
 from mm_train.config import Config
 from mm_train.objective import Objective
 from mm_train.ranks import totals
@@ -25,7 +25,7 @@ class Validation:
     """Mean squared error of the predicted velocity over (sample, timestep) pairs; every pair weighs the same."""
 
     def __init__(self, config: Config, goal: Objective, mesh: DeviceMesh | None, device: torch.device):
-        self.speaks = speaks(mesh)
+        self.speaks = reports_loss(mesh)
         rank, ranks = data_rank(mesh)
         self.every, self.steps = config.validation.every, config.steps
         self.goal, self.device = goal, device
@@ -33,9 +33,9 @@ class Validation:
         if config.validation.features is None:
             return
         self.data = FeatureDataset(config.validation.features)
-        chosen = sorted(range(min(len(self.data), config.validation.max_samples)), key=lambda i: self.data.shapes[i])
+        chosen = sorted(range(min(len(self.data), config.validation.max_samples)), key=lambda i: self.data.buckets[i])
         batches = []
-        for _, same_shape in groupby(chosen, key=lambda i: self.data.shapes[i]):
+        for _, same_shape in groupby(chosen, key=lambda i: self.data.buckets[i]):
             pairs = [(i, t) for i in same_shape for t in config.validation.timesteps or middles(goal.flow)]
             batches += [pairs[k : k + config.data.micro_batch] for k in range(0, len(pairs), config.data.micro_batch)]
         # Sharded models need the same number of forwards on every rank: short ranks repeat a batch that does not count.
@@ -73,11 +73,12 @@ class Validation:
         text = torch.nn.utils.rnn.pad_sequence([item["text"][0] for item in items], batch_first=True)
         t = torch.tensor([float(t) for _, t in pairs], device=self.device)
         clean, noise, text = clean.to(self.device), noise.to(self.device), text.to(self.device)
-        extras = {
-            name: torch.stack([item["extras"][name] for item in items]).to(self.device) for name in items[0]["extras"]
+        conditions = {
+            name: torch.stack([item["conditions"][name] for item in items]).to(self.device)
+            for name in items[0]["conditions"]
         }
         sigma = (t / 1000).view(-1, 1, 1, 1, 1)
-        prediction = model(**self.goal.inputs((1 - sigma) * clean + sigma * noise, clean, t, text, extras))
+        prediction = model(**self.goal.inputs((1 - sigma) * clean + sigma * noise, clean, t, text, conditions))
         error = self.goal.learned(prediction.float() - self.goal.flow.target(clean, noise))
         return error.square().flatten(1).mean(1)
 

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from mm_convert import converters
-from mm_convert.arguments import parse
 from mm_convert.cli import guarded
-from mm_convert.converters import Layers, Layout
-from mm_convert.writing import Writing
+from mm_convert.cli.arguments import parse
+from mm_convert.guides import converters
+from mm_convert.guides.converters import Layers, Layout
+from mm_convert.guides.writing import Writing
 
 
 @dataclass(kw_only=True)

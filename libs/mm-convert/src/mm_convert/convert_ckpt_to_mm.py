@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from mm_convert.arguments import parse
-from mm_convert.checkpoint import open_checkpoint
 from mm_convert.cli import guarded
-from mm_convert.conversion import plan_conversion
-from mm_convert.converters import Layout, plan_vae
-from mm_convert.writing import Writing, carry_out, of_family
+from mm_convert.cli.arguments import parse
+from mm_convert.guides.converters import Layout, plan_vae
+from mm_convert.guides.writing import Writing, carry_out, of_family
+from mm_convert.read.checkpoint import open_checkpoint
+from mm_convert.write.conversion import plan_conversion
 
 PROGRAM = "convert_ckpt_to_mm.py"
 

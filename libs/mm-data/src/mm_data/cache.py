@@ -57,7 +57,7 @@ def content_key(
 
 
 @dataclass(frozen=True)
-class Plan:
+class ToDo:
     """What an extraction has to do. `keys` maps every readable sample's id to its entry; the lists keep the order of
     the samples.
     """
@@ -65,8 +65,8 @@ class Plan:
     encoder: str
     keys: dict[str, str]
     done: list[Sample]
-    todo: list[Sample]  # one sample per missing entry: the same video with the same captions is encoded once
-    repeated: list[Sample]  # share the entry of a sample in `todo`
+    to_encode: list[Sample]  # one sample per missing entry: the same video with the same captions is encoded once
+    repeated: list[Sample]  # share the entry of a sample in `to_encode`
     failed: list[tuple[Sample, str]]  # cannot be opened, with the reason
     stale: int  # entries in the store that no sample asks for: another encoder, geometry, caption or file
 
@@ -76,7 +76,7 @@ class Plan:
     def __str__(self) -> str:
         total = len(self.keys) + len(self.failed)
         return (
-            f"{total} sample{'s' * (total != 1)}: {len(self.done)} in the store, {len(self.todo)} to encode, "
+            f"{total} sample{'s' * (total != 1)}: {len(self.done)} in the store, {len(self.to_encode)} to encode, "
             f"{len(self.repeated)} repeated, {len(self.failed)} unreadable; "
             f"{self.stale} stale {'entry' if self.stale == 1 else 'entries'}"
         )
@@ -132,7 +132,7 @@ class FeatureCache:
 
     def put(self, key: str, tensors: Mapping[str, Tensor], meta: Mapping) -> None:
         """Add an entry (any device; copied to the CPU). `meta` is JSON: `id`, the sample's, is required; `captions`
-        and `source` are kept for people and plans.
+        and `source` are kept for people and `plan`.
         """
         if "id" not in meta:
             raise ValueError(f"entry {key}: meta must hold the sample's id, it has {sorted(meta)}")
@@ -228,10 +228,10 @@ class FeatureCache:
         with ThreadPoolExecutor(threads) as pool:
             yield from pool.map(identified, samples)
 
-    def plan(self, samples: Iterable[Sample], geometry: Geometry, encoder: str, seed: int = 0) -> Plan:
+    def plan(self, samples: Iterable[Sample], geometry: Geometry, encoder: str, seed: int = 0) -> ToDo:
         """Compare what `samples` ask for with what is in the store; hashes the files of those not yet identified."""
         keys: dict[str, str] = {}
-        done, todo, repeated, failed, asked = [], [], [], [], set()
+        done, to_encode, repeated, failed, asked = [], [], [], [], set()
         for sample in self.identify(samples):
             if sample.contents is None:
                 failed.append((sample, _unreadable(sample.files)))
@@ -239,28 +239,28 @@ class FeatureCache:
             video, control = sample.contents[0].sha256, _control(sample)
             key = content_key(video, geometry, encoder, sample.captions, sample.cut, seed, control)
             keys[sample.id] = key
-            (done if key in self else repeated if key in asked else todo).append(sample)
+            (done if key in self else repeated if key in asked else to_encode).append(sample)
             asked.add(key)
         stale = len(self._entries.keys() - asked - {content_key("", None, encoder)})
-        return Plan(encoder, keys, done, todo, repeated, failed, stale)
+        return ToDo(encoder, keys, done, to_encode, repeated, failed, stale)
 
-    def finish(self, plan: Plan | None = None) -> int:
-        """Publish `dataset.jsonl`: the samples of `plan` that are in the store; without a plan, all entries, by id.
+    def finish(self, todo: ToDo | None = None) -> int:
+        """Publish `dataset.jsonl`: the samples of `todo` that are in the store; without it, all entries, by id.
 
         Returns how many. Call it once, when no other process is writing any more: it also removes what killed writers
         left behind.
         """
         self.flush()
         self.refresh()
-        empty = content_key("", None, plan.encoder if plan else "")
-        chosen = plan.keys if plan else self._by_id(empty)
+        empty = content_key("", None, todo.encoder if todo else "")
+        chosen = todo.keys if todo else self._by_id(empty)
         lines = [{"format": FORMAT, "empty_text": self._place(empty) if empty in self._entries else None}]
-        for sample_id in chosen if plan else sorted(chosen):
+        for sample_id in chosen if todo else sorted(chosen):
             if chosen[sample_id] in self._entries:
                 lines.append({"id": sample_id, **self._place(chosen[sample_id])})
         there = {line.get("id") for line in lines}
-        failures = self.failures() | ({sample.id: reason for sample, reason in plan.failed} if plan else {})
-        missing = {k: v for k, v in failures.items() if k not in there and (plan is None or k in plan)}
+        failures = self.failures() | ({sample.id: reason for sample, reason in todo.failed} if todo else {})
+        missing = {k: v for k, v in failures.items() if k not in there and (todo is None or k in todo)}
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / "failures.jsonl", _jsonl({"id": k, "reason": v} for k, v in sorted(missing.items())))
         write_atomic(self.path / "dataset.jsonl", _jsonl(lines))
@@ -277,7 +277,7 @@ class FeatureCache:
             if meta["id"] in chosen:
                 raise ValueError(
                     f"{self.path} holds sample {meta['id']} in two versions (another geometry, encoder or caption): "
-                    "give finish() the plan that says which"
+                    "give finish() what plan() returned, which says which"
                 )
             chosen[meta["id"]] = key
         return chosen

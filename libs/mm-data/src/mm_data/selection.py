@@ -8,7 +8,7 @@ dropped by rule, not by chance.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mm_data.geometry import Geometry, Unfit, clip_length, output_size
 from mm_data.layout import check_control
@@ -66,6 +66,11 @@ def select(samples: Sequence[Sample], geometry: Geometry) -> Selection:
         except Unfit as reason:
             dropped.append((sample, reason))
     return Selection(kept, dropped, geometry)
+
+
+def for_task(samples: Sequence[Sample], controls: bool) -> list[Sample]:
+    """The samples with what a task reads: without sources, masks and references where it reads no `controls`."""
+    return list(samples) if controls else [replace(sample, control=None) for sample in samples]
 
 
 def _check(sample: Sample, geometry: Geometry) -> None:

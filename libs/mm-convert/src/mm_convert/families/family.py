@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mm_convert.fusion import Fusion
-from mm_convert.rules import Table
+from mm_convert.tensors.fusion import Fusion
+from mm_convert.tensors.rules import Table
 
 Config = dict[str, Any]
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from mm_convert.families.family import Config, Cuts
-from mm_convert.stages import Places, Split, join, join_stages, slice_for
 from mm_convert.store.safetensors import refuse_link_out
 from mm_convert.store.torch_file import read_torch_file, write_torch_file
-from mm_convert.tensors import LazyTensor
+from mm_convert.tensors.stages import Places, Split, join, join_stages, slice_for
+from mm_convert.tensors.views import LazyTensor
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"

@@ -1,13 +1,12 @@
 """What travels up a Wan, and the rungs it climbs. The letters are those of `mm_models.wan.model`."""
 
 from collections.abc import Callable
-from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mm_models.layers import LayerNorm, Linear, RMSNorm, attention, gated, modulate, wide
+from mm_models.layers import LayerNorm, Linear, RMSNorm, Sequence, attention, gated, modulate, wide
 from mm_models.wan.config import WanConfig
 from mm_models.wan.tables import rotate
 
@@ -20,6 +19,7 @@ class Stream(NamedTuple):
     mod: Tensor  # B 1 7 D, or B 2 7 D with a timestep per token, float32: six rows for the layers, one for the head
     text: Tensor  # B S D, in the compute dtype
     grid: tuple[int, int, int]  # tokens per axis of the whole video, needed to put it together again
+    sequence: Sequence  # the tokens of the whole video
     noisy: Tensor | None = (
         None  # B L 1, with a timestep per token: 1 for tokens of the second row of mod, 0 of the first
     )
@@ -41,10 +41,10 @@ class SelfAttention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))  # B L D -> B L H h
 
-    def forward(self, x: Tensor, rope: Tensor, core: Callable, tokens: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, core: Callable, sequence: Sequence) -> Tensor:
         q = rotate(self.heads(self.norm_q(self.q(x))), rope)
         k = rotate(self.heads(self.norm_k(self.k(x))), rope)
-        return self.o(core(q, k, self.heads(self.v(x)), tokens).flatten(2))
+        return self.o(core(q, k, self.heads(self.v(x)), sequence).flatten(2))
 
 
 class CrossAttention(SelfAttention):
@@ -91,7 +91,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)
 
         y = modulate(self.norm1, x, shift1, scale1, noisy)
-        x = gated(x, gate1, self.self_attn(y.to(text.dtype), stream.rope, core, prod(stream.grid)), noisy)
+        x = gated(x, gate1, self.self_attn(y.to(text.dtype), stream.rope, core, stream.sequence), noisy)
         x = x + self.cross_attn(self.norm3(x).to(text.dtype), text)
         y = modulate(self.norm2, x, shift2, scale2, noisy)
         x = gated(x, gate2, self.ffn(y.to(text.dtype)), noisy)
