@@ -9,7 +9,15 @@ from mm_models import build, plan
 from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora
 from mm_models.wan import WanModel
-from mm_parallel import MemoryConfig, ParallelConfig, clip_grad_norm, finish_gradients, load_parameters, parallelize
+from mm_parallel import (
+    MemoryConfig,
+    ParallelConfig,
+    clip_grad_norm,
+    finish_gradients,
+    load_parameters,
+    make_mesh,
+    parallelize,
+)
 from mm_parallel.testing import assert_same_grads, gradients, spawn
 
 TEXT_TO_VIDEO = {}
@@ -60,7 +68,7 @@ def compare(rank: int, world: int, replicate: int, recompute: str | int, variant
     data = batch(single, dtype)
     expected = step(single, data, dtype)
 
-    mesh = ParallelConfig(replicate).mesh("cpu")
+    mesh = make_mesh(ParallelConfig(replicate), "cpu")
     with torch.device("meta"):
         model = WanModel(single.config)
     cast_weights(model, dtype)
@@ -94,7 +102,7 @@ def adapters(rank: int, world: int) -> None:
         model = WanModel(single.config)
     add_lora(cast_weights(model, torch.bfloat16), lora)
     model.compute_dtype = torch.bfloat16
-    mesh = ParallelConfig().mesh("cpu")
+    mesh = make_mesh(ParallelConfig(), "cpu")
     parallelize(model, plan(model), mesh, memory=MemoryConfig("full"), dtype=torch.bfloat16)
     for target in (single, model):
         load_parameters(target, weights(single), torch.device("cpu"))

@@ -27,13 +27,14 @@ from mm_parallel import (
     data_rank,
     finish_gradients,
     forward_backward,
+    make_mesh,
     parallelize,
 )
 from mm_parallel.device import device, init_distributed, leave
-from mm_parallel.mesh import size, speaks
+from mm_parallel.mesh import reports_loss, size
 
 PLAN = ParallelPlan(
-    rungs=("model.layers.*",),
+    layers=("model.layers.*",),
     last=("model.norm", "lm_head"),
     tokens={"x": 1, "cos": 1, "sin": 1},
     causal=True,
@@ -100,7 +101,7 @@ class Llama(LlamaForCausalLM):
 
 def train(parallel: ParallelConfig, memory: MemoryConfig, steps: int = 3) -> list[float]:
     """Losses of a few steps on random text: a global batch of 8 texts of 13 tokens, in micro-batches of 2."""
-    mesh = parallel.mesh(device().type)
+    mesh = make_mesh(parallel, device().type)
     torch.manual_seed(0)
     sizes = {"vocab_size": 32, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4}
     model = Llama(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).double()
@@ -126,7 +127,7 @@ def train(parallel: ParallelConfig, memory: MemoryConfig, steps: int = 3) -> lis
         clip_grad_norm(model, 1.0, mesh)
         optimizer.step()
         optimizer.zero_grad()
-        mean = torch.stack(own).mean() / parts if own and speaks(mesh) else torch.zeros((), dtype=torch.float64)
+        mean = torch.stack(own).mean() / parts if own and reports_loss(mesh) else torch.zeros((), dtype=torch.float64)
         if mesh is not None:
             dist.all_reduce(mean)
         losses.append(mean.item())

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mm_models import build, plan
-from mm_parallel import ParallelConfig, clip_grad_norm, finish_gradients, forward_backward, parallelize
+from mm_parallel import ParallelConfig, clip_grad_norm, finish_gradients, forward_backward, make_mesh, parallelize
 from mm_parallel.attention import core
 from mm_parallel.context import Context
 from mm_parallel.testing import spawn
@@ -27,7 +27,7 @@ def machinery(rank: int, world: int) -> tuple[list[float], list[float]]:
     """Seconds of bare and of our steps, in turns."""
     sizes = {"dim": 768, "ffn_dim": 3072, "num_heads": 12, "num_layers": 4, "text_dim": 64}
     bare, model = build("wan-tiny", **sizes), build("wan-tiny", **sizes)
-    mesh = ParallelConfig().mesh("cpu")
+    mesh = make_mesh(ParallelConfig(), "cpu")
     parallelize(model, plan(model), mesh)
     batch = {"video": torch.randn(1, 16, 6, 32, 32), "t": torch.tensor([500.0]), "text": torch.randn(1, 20, 64)}
     target = torch.randn(1, 16, 6, 32, 32)
@@ -49,7 +49,7 @@ def machinery(rank: int, world: int) -> tuple[list[float], list[float]]:
 def shared(rank: int, world: int, tokens: int) -> list[list[float]]:
     """Seconds of forward and backward: half the heads alone, Ulysses, ring."""
     heads, width = 12, 64
-    ulysses, ring = (Context(ParallelConfig(**{way: 2}).mesh("cpu")) for way in ("ulysses", "ring"))
+    ulysses, ring = (Context(make_mesh(ParallelConfig(**{way: 2}), "cpu")) for way in ("ulysses", "ring"))
     part = [torch.randn(1, tokens // 2, heads, width, requires_grad=True) for _ in range(3)]
     half = [torch.randn(1, tokens, heads // 2, width, requires_grad=True) for _ in range(3)]
 

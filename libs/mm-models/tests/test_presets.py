@@ -59,8 +59,8 @@ def test_where_experts_change():
 def test_plan_matches_the_model(name):
     model = build(name, device="meta")
     cut = plan(model)
-    assert list(cut.modules_of(model, "rungs")) == [f"blocks.{i}" for i in range(model.config.num_layers)]
-    islands = cut.islands_of(model)
+    assert list(cut.modules_of(model, "layers")) == [f"blocks.{i}" for i in range(model.config.num_layers)]
+    islands = cut.fp32_parameters(model)
     assert {"time_embedding.0.weight", "time_projection.1.bias", "blocks.0.modulation", "head.modulation"} <= set(
         islands
     )

@@ -13,35 +13,35 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from mm_parallel import ParallelConfig, ParallelPlan, context, finish_gradients, parallelize
+from mm_parallel import ParallelConfig, ParallelPlan, context, finish_gradients, make_mesh, parallelize
 from mm_parallel.attention import KEPT
 from mm_parallel.context import context_attention, gather
-from mm_parallel.context.shard import Deal, split, take
+from mm_parallel.context.shard import TokenLayout, split, take
 from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
 
 HEAD_DIM = 5
 
 
 def layouts(world: int) -> list[DeviceMesh]:
-    return [ParallelConfig(ring=r, ulysses=world // r).mesh("cpu") for r in range(1, world + 1) if world % r == 0]
+    return [make_mesh(ParallelConfig(ring=r, ulysses=world // r), "cpu") for r in range(1, world + 1) if world % r == 0]
 
 
 @given(st.integers(0, 200), st.integers(1, 6), st.integers(1, 6), st.booleans())
 def test_every_token_is_held_once_and_evenly(tokens, ring, ulysses, causal):
-    deal = Deal(tokens, ring, ulysses, causal)
-    held = [deal.held(rank) for rank in range(ring * ulysses)]
+    layout = TokenLayout(tokens, ring, ulysses, causal)
+    held = [layout.pieces(rank) for rank in range(ring * ulysses)]
     sizes = [sum(stop - start for start, stop in pieces) for pieces in held]
     assert sorted(t for pieces in held for piece in pieces for t in range(*piece)) == list(range(tokens))
     assert max(sizes) - min(sizes) <= 1
     for rank in range(ring):
         own = sizes[rank * ulysses : (rank + 1) * ulysses]
-        assert own == deal.shares(rank)
-        assert sum(own) == sum(stop - start for start, stop in deal.block(rank))
+        assert own == layout.shares(rank)
+        assert sum(own) == sum(stop - start for start, stop in layout.block(rank))
 
 
 def test_a_causal_ring_deals_front_and_back():
-    assert [Deal(10, 2, 2, True).held(rank) for rank in range(4)] == [[(0, 3)], [(8, 10)], [(3, 6)], [(6, 8)]]
-    assert [Deal(10, 2, 2).held(rank) for rank in range(4)] == [[(0, 3)], [(3, 5)], [(5, 8)], [(8, 10)]]
+    assert [TokenLayout(10, 2, 2, True).pieces(rank) for rank in range(4)] == [[(0, 3)], [(8, 10)], [(3, 6)], [(6, 8)]]
+    assert [TokenLayout(10, 2, 2).pieces(rank) for rank in range(4)] == [[(0, 3)], [(3, 5)], [(5, 8)], [(8, 10)]]
 
 
 def one_device(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -60,7 +60,7 @@ def attend(
     expected = one_device(*whole, causal)
     wanted = torch.autograd.grad((expected * weight).sum(), whole)
 
-    pieces = Deal(tokens, mesh["ring"].size(), mesh["ulysses"].size(), causal).held(rank)
+    pieces = TokenLayout(tokens, mesh["ring"].size(), mesh["ulysses"].size(), causal).pieces(rank)
     own = context_attention(*(take(x, 1, pieces).to(dtype) for x in whole), tokens, mesh, causal)
     out = gather(own.double(), tokens, mesh, causal)
     got = torch.autograd.grad((out * weight).sum(), whole)
@@ -93,7 +93,7 @@ def test_attention_equals_one_device(world, cases):
 
 
 def named_sizes(rank: int, world: int) -> None:
-    mesh = {4: ParallelConfig(cp=4), 8: ParallelConfig(cp=8)}[world].mesh("cpu")
+    mesh = make_mesh(ParallelConfig(cp=world), "cpu")
     tokens, heads = {4: (769, 2), 8: (20, 12)}[world]
     assert attend(rank, mesh, tokens, heads, 1, False) <= 1e-10
 
@@ -137,9 +137,9 @@ class Counted:
 def bytes_sent(rank: int, world: int, tokens: int, heads: int) -> dict[str, tuple[int, int]]:
     counts = {}
     for name in ("ring", "ulysses"):
-        mesh = ParallelConfig(**{name: world}).mesh("cpu")
-        deal = Deal(tokens, mesh["ring"].size(), mesh["ulysses"].size())
-        own = sum(stop - start for start, stop in deal.held(rank))
+        mesh = make_mesh(ParallelConfig(**{name: world}), "cpu")
+        layout = TokenLayout(tokens, mesh["ring"].size(), mesh["ulysses"].size())
+        own = sum(stop - start for start, stop in layout.pieces(rank))
         q, k, v = (torch.randn(1, own, heads, HEAD_DIM, requires_grad=True) for _ in range(3))
         with Counted() as forward:
             out = context_attention(q, k, v, tokens, mesh)
@@ -166,7 +166,7 @@ def test_what_is_sent_is_what_the_formulas_say(tokens, heads):
 
 def kept(rank: int, world: int) -> tuple[int, int]:
     """Elements sent in the backward of a ring, without and with recompute of all but attention."""
-    mesh, sent = ParallelConfig(ring=world).mesh("cpu"), []
+    mesh, sent = make_mesh(ParallelConfig(ring=world), "cpu"), []
     keep = partial(create_selective_checkpoint_contexts, list(KEPT))
     q, k, v = (torch.randn(1, 5, 2, HEAD_DIM, requires_grad=True) for _ in range(3))
     for run in (lambda fn, *args: fn(*args), partial(checkpoint, use_reentrant=False, context_fn=keep)):
@@ -183,7 +183,7 @@ def test_recompute_does_not_send_again():
 
 
 def registered(rank: int, world: int) -> None:
-    group = ParallelConfig(ring=world).mesh("cpu").get_group("ring").group_name
+    group = make_mesh(ParallelConfig(ring=world), "cpu").get_group("ring").group_name
     q, k, v = (torch.randn(1, 4, 2, HEAD_DIM) for _ in range(3))
     args = (q, k, v, 0.4, True, "cpu", [2] * 2 * world, group)
     tests = ("test_schema", "test_faketensor")  # the others call it as often as they like, and a ring must agree
@@ -220,7 +220,7 @@ def ladder(rank: int, world: int, rings: tuple[int, ...]) -> int:
             plan = ParallelPlan(**{**vars(TinyLadder.plan), "causal": causal})
             expected = (single(*data[:2]) - data[2]).square().mean()
             expected.backward()
-            mesh = parallel.mesh("cpu")
+            mesh = make_mesh(parallel, "cpu")
             model = parallelize(build(causal), plan, mesh, parallel)
             loss = (model(*data[:2]) - data[2]).square().mean()
             loss.backward()
@@ -241,7 +241,7 @@ def meta(rank: int, world: int) -> None:
         with torch.device("meta"):
             model = TinyLadder()
         parallel = ParallelConfig(ring=mesh["ring"].size(), ulysses=mesh["ulysses"].size())
-        context.cut(model, TinyLadder.plan, parallel.mesh("cpu"))
+        context.cut(model, TinyLadder.plan, make_mesh(parallel, "cpu"))
         y = model(torch.empty(2, 11, 5, device="meta"), torch.empty(2, 3, device="meta"))
         assert y.shape == (2, 11, 5)
         y.sum().backward()
@@ -253,7 +253,7 @@ def test_shapes_are_known_on_meta():
 
 
 def wrong(rank: int, world: int) -> list[str]:
-    mesh, said = ParallelConfig(cp=world).mesh("cpu"), []
+    mesh, said = make_mesh(ParallelConfig(cp=world), "cpu"), []
     q = torch.zeros(1, 3, 2, 4)
     stream = build(False).stem(*batch()[:2])
     for attempt in (

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mm_parallel import MemoryConfig, ParallelConfig, ParallelPlan, finish_gradients, parallelize
+from mm_parallel import MemoryConfig, ParallelConfig, ParallelPlan, finish_gradients, make_mesh, parallelize
 from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
 
 
@@ -24,7 +24,7 @@ def batch(samples: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
 def train(world: int, samples: int, tokens: int, exact: bool = True) -> list[list]:
     """Losses, outputs and weights of three steps, as bits."""
     parallel = ParallelConfig(cp=world, exact=exact)
-    mesh = parallel.mesh("cpu")
+    mesh = make_mesh(parallel, "cpu")
     model = parallelize(build(torch.float32), TinyLadder.plan, mesh, parallel)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     x, t, target = batch(samples, tokens, torch.float32)
@@ -68,7 +68,7 @@ def test_the_numbers_of_the_plain_model(tokens):
     """Here, in one process without process group."""
     x, t, target = batch(2, tokens, torch.float64)
     plain, parallel = build(torch.float64), ParallelConfig(exact=True)
-    exact = parallelize(build(torch.float64), TinyLadder.plan, parallel.mesh("cpu"), parallel)
+    exact = parallelize(build(torch.float64), TinyLadder.plan, make_mesh(parallel, "cpu"), parallel)
     losses = [(model(x, t) - target).square().mean() for model in (plain, exact)]
     for loss in losses:
         loss.backward()
@@ -92,7 +92,7 @@ def behind(rank: int, world: int) -> None:
     models = []
     plan = ParallelPlan(**{**vars(TinyLadder.plan), "last": ("out", "last")})
     parallel = ParallelConfig(cp=world, exact=True)
-    mesh = parallel.mesh("cpu")
+    mesh = make_mesh(parallel, "cpu")
     x, t, target = batch(2, 11, torch.float64)
     for exact in (False, True):
         torch.manual_seed(0)
@@ -129,15 +129,15 @@ class Broken(TinyLadder):
     def layer(self, i, stream):
         stream = super().layer(i, stream)
         if i == 1:
-            raise RuntimeError("no such rung")
+            raise RuntimeError("no such layer")
         return stream
 
 
-def test_an_error_in_a_rung_comes_out():
+def test_an_error_in_a_layer_comes_out():
     torch.manual_seed(0)
     parallel = ParallelConfig(exact=True)
     model = parallelize(Broken(), TinyLadder.plan, None, parallel)
-    with pytest.raises(RuntimeError, match="no such rung"):
+    with pytest.raises(RuntimeError, match="no such layer"):
         model(*batch(1, 7, torch.float32)[:2])
 
 
@@ -149,7 +149,7 @@ def test_memory_options_are_refused():
 
 def different(rank: int, world: int) -> None:
     parallel = ParallelConfig(cp=2, exact=True)
-    parallelize(build(torch.float32, seed=rank), TinyLadder.plan, parallel.mesh("cpu"), parallel)
+    parallelize(build(torch.float32, seed=rank), TinyLadder.plan, make_mesh(parallel, "cpu"), parallel)
 
 
 def test_ranks_with_different_weights_are_refused():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mm_parallel import ParallelConfig, clip_grad_norm, parallelize
+from mm_parallel import ParallelConfig, clip_grad_norm, make_mesh, parallelize
 from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
 
 
@@ -23,7 +23,7 @@ def double() -> TinyLadder:
 def clip_everywhere(rank: int, world: int, replicate: int, max_norm: float) -> None:
     single = filled(double())
     expected = nn.utils.clip_grad_norm_(single.parameters(), max_norm)
-    model = filled(parallelize(double(), TinyLadder.plan, ParallelConfig(replicate).mesh("cpu")))
+    model = filled(parallelize(double(), TinyLadder.plan, make_mesh(ParallelConfig(replicate), "cpu")))
     norm = clip_grad_norm(model, max_norm)
     assert type(norm) is torch.Tensor
     assert norm.item() == pytest.approx(expected.item(), rel=1e-14)

@@ -59,7 +59,7 @@ def test_a_layout_is_resolved_or_refused_and_then_its_ranks_are_all_there(world)
         ({"cp": 3, "tp": 2}, 8, r"8 ranks .* ulysses=3 x tp=2 = 6 ranks .* ulysses must divide 4 \(1, 2, 4\)"),
         ({"cp": 3, "tp": 3}, 8, r"their product must divide 8 \(1, 2, 4, 8\), or start 9 ranks"),
         ({"pp_layers": (1, 2, 3)}, 8, r"8 ranks .* 3 stages .* use 1, 2, 4, 8 stages, or start 9 ranks"),
-        ({"pp_layers": (1, 0)}, 2, r"pp_layers \(1, 0\): a stage needs at least one rung"),
+        ({"pp_layers": (1, 0)}, 2, r"pp_layers \(1, 0\): a stage needs at least one layer"),
         ({"pp_layers": ((1, 2), (3,))}, 2, r"every virtual stage must name the same number of ranks"),
         ({"pp_layers": ((1, 2), 3)}, 2, r"give one list, or a list of lists"),
         ({"pp_layers": (4,)}, 2, r"pp_layers \(4,\): one rank is no pipeline; leave pp_layers out"),

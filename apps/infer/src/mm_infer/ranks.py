@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mm_infer.config import Ranks
-from mm_parallel import ParallelConfig
+from mm_parallel import ParallelConfig, make_mesh
 from mm_parallel.device import device, init_distributed, leave
 from mm_parallel.mesh import size
 
@@ -55,7 +55,7 @@ def distributed() -> Iterator[int]:
 def place(ranks: Ranks) -> Place:
     """This rank's place. ValueError for numbers that do not fit the ranks that were started."""
     kind = device().type
-    mesh = ParallelConfig(cp=ranks.cp, ulysses=ranks.ulysses, ring=ranks.ring).mesh(kind)
+    mesh = make_mesh(ParallelConfig(cp=ranks.cp, ulysses=ranks.ulysses, ring=ranks.ring), kind)
     world = dist.get_world_size() if mesh is not None else 1
     tokens = size(mesh, "cp")
     if world % (tokens * ranks.guidance):

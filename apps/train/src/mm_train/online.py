@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from mm_data import Batch, Clip, ClipBatch, ClipDataset, Step, read_manifest, select, survey
-from mm_parallel.encoders import encode_shared, interleaved
+from mm_parallel.encoders import interleave, share_encoding
 from mm_train.config import Config
 from mm_train.encode import Encoders, told
 from mm_train.ranks import divided
@@ -58,7 +58,7 @@ def encoded_steps(
         return Step(step.index, step.cursor_after, _encoded(encoders, step.micro, group))
 
     if every:
-        return interleaved(count(), encoded, every, encoders.to, device)
+        return interleave(count(), encoded, every, encoders.to, device)
     encoders.to(device)
     return map(encoded, count())
 
@@ -82,7 +82,7 @@ def _encoded(encoders: Encoders, batches: Sequence[ClipBatch], group: dist.Proce
         return encoders.encode([clip | {"captions": (caption,) if caption else ()}])[0]
 
     shown = [pair for batch in batches for pair in zip(batch.clips, batch.captions, strict=True)]
-    features = iter(encode_shared(shown, encode, group))
+    features = iter(share_encoding(shown, encode, group))
     return [_collated(batch, [next(features) for _ in batch.clips], encoders) for batch in batches]
 
 

@@ -16,7 +16,7 @@ from mm_models.diffusion.sampling import denoise, noise
 from mm_models.encoders import TextEncoder, VideoVAE
 from mm_models.wan.conditions import Task, references_in, stored
 from mm_parallel import Pipeline
-from mm_parallel.mesh import data_rank, speaks
+from mm_parallel.mesh import data_rank, reports_loss
 from mm_train.config import Config
 from mm_train.objective import Objective
 from mm_train.optim import EMA
@@ -41,7 +41,7 @@ class Samples:
     ):
         self.config, self.goal, self.options = config, goal, config.sample
         self.rank, self.ranks = data_rank(mesh)
-        self.speaks, self.device, self.dtype = speaks(mesh), device, dtype
+        self.speaks, self.device, self.dtype = reports_loss(mesh), device, dtype
         self.wishes: list[Wish] = []
         if self.options.prompts and stored(goal.model, goal.task):
             raise ValueError(

@@ -20,7 +20,7 @@ from mm_models.diffusion.flow import POINTS
 from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora
 from mm_parallel import Pipeline, load_parameters, parallelize
-from mm_parallel.mesh import describe, place, size
+from mm_parallel.mesh import describe, rank_in, size
 from mm_parallel.weights import allocate
 from mm_train.checkpoint import latest
 from mm_train.config import Config
@@ -131,7 +131,7 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
     cut = (plan(model), mesh, config.parallel, config.memory, dtype)
     pipelined = size(mesh, "pp") > 1
     run = Pipeline(model, *cut) if pipelined else parallelize(model, *cut)
-    idle = gathered([] if named & {name for name, _ in model.named_parameters()} else [place(mesh, "pp")])
+    idle = gathered([] if named & {name for name, _ in model.named_parameters()} else [rank_in(mesh, "pp")])
     if idle:
         raise ValueError(
             f"pipeline stages {sorted(set(idle))} would hold nothing that is trained: "

@@ -14,11 +14,11 @@ import torch
 from mm_convert.arguments import dump
 from mm_data import FeatureDataset
 from mm_models import build
-from mm_parallel import clip_grad_norm, finish_gradients, forward_backward
+from mm_parallel import clip_grad_norm, finish_gradients, forward_backward, make_mesh
 from mm_parallel.device import device as accelerator
 from mm_parallel.device import init_distributed, reset_max_memory, synchronize
 from mm_parallel.guard import Watchdog, agree
-from mm_parallel.mesh import data_rank, place, speaks
+from mm_parallel.mesh import data_rank, rank_in, reports_loss
 from mm_train import setup
 from mm_train.check import check
 from mm_train.checkpoint import Checkpointer
@@ -55,7 +55,7 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
     guard.at("preparing", deadline=math.inf)  # weights may take long to read
     agree(dump(config), "the configuration")
     device = accelerator()
-    mesh = config.parallel.mesh(device.type)
+    mesh = make_mesh(config.parallel, device.type)
     data_index, data_size = data_rank(mesh)
     micro_batches = config.micro_batches(data_size)
 
@@ -117,12 +117,12 @@ def _train(config: Config, rank: int, world: int, guard: Watchdog) -> tuple[Path
 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(progress["step"], config.steps, config.optim)
-            seed = partial(setup.seed_dropout, config.seed, batch.index, data_index, place(mesh, "cp"))
+            seed = partial(setup.seed_dropout, config.seed, batch.index, data_index, rank_in(mesh, "cp"))
             work = Work(batch.micro, goal, config.seed, device, before=seed)
             own = forward_backward(run, micro_batches, work.inputs, work.losses)
             finish_gradients(model, mesh)
             norm = clip_grad_norm(model, config.optim.clip or math.inf, mesh)
-            counted = torch.cat(own).cpu().double().sum() if speaks(mesh) else 0.0
+            counted = torch.cat(own).cpu().double().sum() if reports_loss(mesh) else 0.0
             summed, signals = totals(counted, float(interrupt.signal), device=device)
             interrupt.heard(signals)
             mean = summed / config.data.global_batch

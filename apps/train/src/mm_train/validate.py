@@ -12,7 +12,7 @@ from mm_data import FeatureDataset
 from mm_data.random import generator
 from mm_models.diffusion.flow import POINTS, FlowMatching
 from mm_parallel import Pipeline
-from mm_parallel.mesh import data_rank, speaks
+from mm_parallel.mesh import data_rank, reports_loss
 from mm_train.config import Config
 from mm_train.objective import Objective
 from mm_train.ranks import totals
@@ -25,7 +25,7 @@ class Validation:
     """Mean squared error of the predicted velocity over (sample, timestep) pairs; every pair weighs the same."""
 
     def __init__(self, config: Config, goal: Objective, mesh: DeviceMesh | None, device: torch.device):
-        self.speaks = speaks(mesh)
+        self.speaks = reports_loss(mesh)
         rank, ranks = data_rank(mesh)
         self.every, self.steps = config.validation.every, config.steps
         self.goal, self.device = goal, device

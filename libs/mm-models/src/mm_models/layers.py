@@ -74,13 +74,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Casts the parameters of `model` in place to `dtype`, except its islands, which get at least float32.
+    """Casts the parameters of `model` in place to `dtype`, except what it keeps in float32.
 
-    `model.islands` are `fnmatch` patterns of parameter names. Use this instead of `model.to(bfloat16)`, which would
-    round the islands too (time embedding, modulation tables, norms). Returns the model.
+    `model.keep_fp32` are `fnmatch` patterns of parameter names. Use this instead of `model.to(bfloat16)`, which
+    would round these too (time embedding, modulation tables, norms). Returns the model.
     """
     for name, parameter in model.named_parameters():
-        island = any(fnmatch(name, pattern) for pattern in model.islands)
-        target = torch.promote_types(dtype, torch.float32) if island else dtype
+        keep = any(fnmatch(name, pattern) for pattern in model.keep_fp32)
+        target = torch.promote_types(dtype, torch.float32) if keep else dtype
         parameter.data = parameter.data.to(target)
     return model

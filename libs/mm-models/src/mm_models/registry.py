@@ -43,7 +43,7 @@ def build(
     The weights follow `torch.manual_seed`.
 
     Args:
-        dtype: of the weights, except the islands (`model.islands`), which stay at least float32.
+        dtype: of the weights, except of what it keeps in float32 (`model.keep_fp32`).
         overrides: fields of the config to change, e.g. `num_layers=4`.
     """
     config = preset(name)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 Raw = TypeVar("Raw")
 
 
-def interleaved(
+def interleave(
     batches: Iterable[Raw],
     encode: Callable[[Raw], Any],
     every: int,
@@ -75,7 +75,7 @@ class _Outline(NamedTuple):
 
 
 @torch.no_grad()
-def encode_shared(samples: Sequence[Raw], encode: Callable[[Raw], Any], group: dist.ProcessGroup | None) -> list[Any]:
+def share_encoding(samples: Sequence[Raw], encode: Callable[[Raw], Any], group: dist.ProcessGroup | None) -> list[Any]:
     """[encode(sample) for sample in samples], the work shared: every rank of the group encodes some and has all.
 
     samples: the same on all ranks of the group; all call it. Rank r encodes samples r, r + size, …

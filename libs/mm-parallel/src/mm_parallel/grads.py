@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from mm_parallel.mesh import along, size
+from mm_parallel.mesh import size, submesh
 
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
@@ -39,7 +39,7 @@ def finish_gradients(model: nn.Module, mesh: DeviceMesh | None) -> None:
     One collective per dtype. Does nothing on one device. A parameter without gradient on some ranks counts as zero
     there; without gradient on all, it keeps none.
     """
-    meshes = [along(mesh, dim) for dim in ("fsdp", "dp_replicate") if size(mesh, dim) > 1]
+    meshes = [submesh(mesh, axis) for axis in ("fsdp", "dp_replicate") if size(mesh, axis) > 1]
     if not meshes:
         return
     groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
@@ -51,7 +51,7 @@ def finish_gradients(model: nn.Module, mesh: DeviceMesh | None) -> None:
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether FSDP has it: a parameter that only tensor parallelism cuts is replicated over all other dims."""
+    """Whether FSDP has it: a parameter that only tensor parallelism cuts is replicated over all other axes."""
     return isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names != ("tp",)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mm_parallel.blame import comes_from_another, position, ranks_of, who_hangs
+from mm_parallel.diagnosis import comes_from_another, position, ranks_of, who_hangs
 
 
 def agree(what: Mapping[str, object] | str, label: str, group: dist.ProcessGroup | None = None) -> None:

@@ -27,12 +27,12 @@ def parallelize(
     memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
     dtype: torch.dtype | None = None,
 ) -> Model:
-    """Cuts `model` in place as `plan` allows and `mesh = parallel.mesh(…)` says; returns it.
+    """Cuts `model` in place as `plan` allows and `mesh = make_mesh(parallel, …)` says; returns it.
 
     Parameter names do not change, and neither do loss and gradients, up to rounding. With one rank (mesh None or of
     size 1) nothing is sharded and no process group is needed. Parameters are the optimizer's masters, usually fp32;
-    `dtype` is what they are gathered in for the forward, islands of the plan excepted. The model itself must cast its
-    weights to the dtype it computes in, so that it does the same unsharded. Call before making the optimizer.
+    `dtype` is what they are gathered in for the forward, but for what the plan keeps in fp32. The model itself must
+    cast its weights to the dtype it computes in, so that it does the same unsharded. Call before making the optimizer.
 
     Raises ValueError for what the plan or the sizes of the model do not allow, and for a layout with a pipeline: that
     is made by `Pipeline`.

@@ -1,4 +1,4 @@
-"""Tensor parallelism: every rank holds some columns of a rung's first linears and the same rows of those after them.
+"""Tensor parallelism: every rank holds some columns of a layer's first linears and the same rows of those after them.
 
     x ─► enter ─► column: x W_r + b_r ─► norm, attention, activation of these heads ─► row: y_r W_r ─► leave ─► + b
 
@@ -9,7 +9,7 @@ rank knows only its heads, so a norm over all heads takes its mean of squares ov
 Parameters become DTensors on the mesh's "tp": names and global shapes stay, checkpoints and norms see whole tensors,
 and FSDP shards them once more. The computation is local, by another `forward` on the instance.
 
-Cost per rung, in sums of activations over the ranks: one for each row in the forward, one for each column in the
+Cost per layer, in sums of activations over the ranks: one for each row in the forward, one for each column in the
 backward (Megatron has one for q, k and v together, which share an input), and for each norm a number per token in both.
 """
 
@@ -152,11 +152,11 @@ def _parts(linear: nn.Module) -> tuple[nn.Module, list[tuple[nn.Linear, nn.Linea
 def _check_sizes(heads: int, columns: dict, rows: dict, norms: dict, tp: int) -> None:
     sizes = {"heads": heads} if heads else {}
     for name, module in columns.items():
-        sizes[f"columns of {name}"] = _checked(name, module, nn.Linear).out_features
+        sizes[f"columns of {name}"] = _require(name, module, nn.Linear).out_features
     for name, module in rows.items():
-        sizes[f"rows of {name}"] = _checked(name, module, nn.Linear).in_features
+        sizes[f"rows of {name}"] = _require(name, module, nn.Linear).in_features
     for name, module in norms.items():
-        sizes[f"weights of {name}"] = _checked(name, module, nn.RMSNorm).normalized_shape[0]
+        sizes[f"weights of {name}"] = _require(name, module, nn.RMSNorm).normalized_shape[0]
     largest = gcd(*sizes.values())
     legal = ", ".join(str(n) for n in range(1, largest + 1) if largest % n == 0)
     for name, size in sizes.items():
@@ -164,7 +164,7 @@ def _check_sizes(heads: int, columns: dict, rows: dict, norms: dict, tp: int) ->
             raise ValueError(f"{size} {name} cannot be cut over tp={tp}: for this model tp can be {legal}")
 
 
-def _checked(name: str, module: nn.Module, kind: type[nn.Module]) -> Any:
+def _require(name: str, module: nn.Module, kind: type[nn.Module]) -> Any:
     base, _ = _parts(module)
     if not isinstance(base, kind):
         raise ValueError(f"plan: {name} is of type {type(base).__name__}; tp can only cut {kind.__name__} there")

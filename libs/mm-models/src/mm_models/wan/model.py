@@ -99,7 +99,7 @@ class WanModel(nn.Module):
         return self.blocks
 
     @property
-    def islands(self) -> tuple[str, ...]:
+    def keep_fp32(self) -> tuple[str, ...]:
         """Patterns of the names of parameters that stay at least float32, see `mm_models.layers.cast_weights`."""
         image = ("img_emb.proj.0.*", "img_emb.proj.4.*") if self.config.image_dim is not None else ()
         return ("time_*", "*.modulation", "*.norm3.*", *image)

@@ -15,25 +15,25 @@ from mm_parallel.attention import attention, ring_attention
 from mm_parallel.context import shard
 from mm_parallel.context.exact import Exact
 from mm_parallel.context.exact import check as check_exact  # noqa: F401 (parallelize asks it)
-from mm_parallel.context.shard import Deal, even
+from mm_parallel.context.shard import TokenLayout, even
 from mm_parallel.context.ulysses import HEADS, TOKENS, exchange
 from mm_parallel.fsdp import check_same_values
-from mm_parallel.mesh import along, place, size
+from mm_parallel.mesh import rank_in, size, submesh
 from mm_parallel.plan import ParallelPlan
 
 
 def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh | None, exact: bool = False) -> None:
-    """Sets the model's split, core and gather for the ring and ulysses dims of the mesh. Raises ValueError where the
+    """Sets the model's split, core and gather for the ring and ulysses axes of the mesh. Raises ValueError where the
     plan names a seam that the model does not have, or no tokens. exact: see `mm_parallel.context.exact`."""
     if not plan.tokens:
         raise ValueError("the plan names no tokens, so nothing can be cut over cp: give ParallelPlan(tokens={…: dim})")
     if exact:
-        group = along(mesh, "cp").get_group() if size(mesh, "cp") > 1 else None
+        group = submesh(mesh, "cp").get_group() if size(mesh, "cp") > 1 else None
         if group:
-            check_same_values(model, along(mesh, "cp"))  # FSDP does it where it shards
+            check_same_values(model, submesh(mesh, "cp"))  # FSDP does it where it shards
         seams = Exact(model, plan, group)
         split, core, join = seams.split, seams.core, seams.gather
-        seams.replace_climb(model)
+        seams.replace_layers_and_head(model)
     else:
         ranks = Context(mesh, plan.causal)
         split, core, join = partial(ranks.split, fields=plan.tokens), ranks.attention, ranks.gather
@@ -50,12 +50,14 @@ class Context:
     def __init__(self, mesh: DeviceMesh | None, causal: bool = False) -> None:
         self.causal = causal
         self.sizes = size(mesh, "ring"), size(mesh, "ulysses")
-        self.ring, self.ulysses, self.rank = place(mesh, "ring"), place(mesh, "ulysses"), place(mesh, "cp")
-        self.groups = {} if mesh is None else {dim: along(mesh, dim).get_group() for dim in ("ring", "ulysses", "cp")}
+        self.ring, self.ulysses, self.rank = rank_in(mesh, "ring"), rank_in(mesh, "ulysses"), rank_in(mesh, "cp")
+        self.groups = (
+            {} if mesh is None else {axis: submesh(mesh, axis).get_group() for axis in ("ring", "ulysses", "cp")}
+        )
 
-    def deal(self, tokens: int) -> Deal:
+    def layout(self, tokens: int) -> TokenLayout:
         """Who holds which of so many tokens."""
-        return Deal(tokens, *self.sizes, self.causal)
+        return TokenLayout(tokens, *self.sizes, self.causal)
 
     def split(self, stream: Any, fields: Mapping[str, int]) -> Any:
         """This rank's part of a stream; fields: a plan's `tokens`."""
@@ -64,27 +66,28 @@ class Context:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, tokens: int, backend: str | None = None) -> Tensor:
         """See `context_attention`."""
-        deal = self.deal(tokens)
-        own, heads = deal.shares(self.ring), even(q.shape[HEADS], deal.ulysses)
+        layout = self.layout(tokens)
+        own, heads = layout.shares(self.ring), even(q.shape[HEADS], layout.ulysses)
         if not q.shape[TOKENS] == k.shape[TOKENS] == own[self.ulysses]:
             raise ValueError(
                 f"attention of {q.shape[TOKENS]} queries and {k.shape[TOKENS]} keys, but of {tokens} tokens this rank "
-                f"(ring {self.ring} of {deal.ring}, ulysses {self.ulysses} of {deal.ulysses}) has {own[self.ulysses]}"
+                f"(ring {self.ring} of {layout.ring}, ulysses {self.ulysses} of {layout.ulysses}) has "
+                f"{own[self.ulysses]}"
             )
         scale = q.shape[-1] ** -0.5
-        if deal.ulysses > 1:
+        if layout.ulysses > 1:
             q, k, v = exchange((q, k, v), HEADS, heads, TOKENS, own, self.groups["ulysses"])
-        if deal.ring > 1:
-            out = ring_attention(q, k, v, deal.chunks, self.groups["ring"], self.causal, scale, backend)
+        if layout.ring > 1:
+            out = ring_attention(q, k, v, layout.chunks, self.groups["ring"], self.causal, scale, backend)
         else:
             out = attention(q, k, v, self.causal, scale, backend)
-        if deal.ulysses > 1:
+        if layout.ulysses > 1:
             (out,) = exchange((out,), TOKENS, own, HEADS, heads, self.groups["ulysses"])
         return out
 
     def gather(self, x: Tensor, tokens: int) -> Tensor:
         """See `gather`."""
-        return shard.Gather.apply(x, self.deal(tokens), self.groups["cp"]) if self.groups else x
+        return shard.Gather.apply(x, self.layout(tokens), self.groups["cp"]) if self.groups else x
 
 
 def context_attention(

@@ -2,15 +2,15 @@
 
 A floating-point sum depends on its order, and a matrix product on the shapes of its matrices. So both are fixed:
 
-- The tokens are always `CHUNKS` = 4 chunks; a rank holds 4, 2 or 1 of them. A rung, and the head, run once per chunk,
+- The tokens are always `CHUNKS` = 4 chunks; a rank holds 4, 2 or 1 of them. A layer, and the head, run once per chunk,
   never on two together. A chunk's graph is then the same on any number of ranks.
 - At a seam, `core` or `gather`, the chunks of all ranks meet. Attention is computed head by head on whole sequences.
 - What all chunks share (parameters, tensors of the stream without tokens) gets a gradient from each chunk. They are
   added as (0 + 1) + (2 + 3), on every rank. So every rank has whole gradients, and nothing is left to average.
 
-To meet in the middle of a rung, a rank's chunks run in threads that take turns. The backward needs no threads: each
-chunk's graph is cut at the meetings, and `torch.autograd.grad` walks its pieces in one order (what is behind a meeting
-twice).
+To meet in the middle of a layer, a rank's chunks run in threads that take turns. The backward needs no threads: each
+chunk's graph is cut at the exchanges, and `torch.autograd.grad` walks its pieces in one order (what is behind an
+exchange twice).
 
 The same bits also need the same machine, kernels and number of threads. Stem and loss run on all tokens on every rank.
 """
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from mm_parallel.attention import op
 from mm_parallel.config import MemoryConfig
 from mm_parallel.context import shard
+from mm_parallel.context.rendezvous import Rendezvous
 from mm_parallel.context.shard import even, spans, take
-from mm_parallel.context.turns import Turns
 from mm_parallel.context.ulysses import HEADS, TOKENS, move
 from mm_parallel.plan import ParallelPlan
 
@@ -36,12 +36,12 @@ Span = tuple[int, int]
 
 
 def check(memory: MemoryConfig) -> None:
-    """Raises ValueError for what would run a rung in another way."""
+    """Raises ValueError for what would run a layer in another way."""
     asked = {name: getattr(memory, name) for name in ("recompute", "but_attention", "offload", "offload_params")}
     asked = {name: value for name, value in asked.items() if value not in ("none", 0)}
     if asked:
         words = ", ".join(f"{name}={value!r}" for name, value in asked.items())
-        raise ValueError(f"exact with {words}: exact mode runs every rung as it is, and shards nothing; leave it out")
+        raise ValueError(f"exact with {words}: exact mode runs every layer as it is, and shards nothing; leave it out")
 
 
 class Exact:
@@ -56,7 +56,7 @@ class Exact:
         self.model, self.plan, self.group = model, plan, group
         self.rank, self.ranks = (group.rank(), group.size()) if group else (0, 1)
         self.own = CHUNKS // self.ranks  # chunks of a rank
-        self.turns: Turns | None = None  # of the rung or head that runs
+        self.rendezvous: Rendezvous | None = None  # of the layer or head that runs
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -65,7 +65,7 @@ class Exact:
     def mine(self, of_chunks: Sequence) -> list:
         return list(of_chunks[self.rank * self.own : (self.rank + 1) * self.own])
 
-    def replace_climb(self, model: nn.Module) -> None:
+    def replace_layers_and_head(self, model: nn.Module) -> None:
         """Makes the model run its layers and head by ours. A head that is a module stays one: parameters keep names."""
         model.layer = partial(self.layer, model.layer)
         if isinstance(model.head, nn.Module):
@@ -80,29 +80,29 @@ class Exact:
         return self._refill([stream] * self.own, flat)
 
     def layer(self, layer: Callable, i: int, streams: list[Any]) -> list[Any]:
-        outputs, flat = self._climb(partial(layer, i), streams, False)
+        outputs, flat = self._run(partial(layer, i), streams, False)
         return self._refill(outputs, flat)
 
     def head(self, head: Callable, streams: list[Any]) -> Tensor:
-        return self._climb(head, streams, True)[1][0]
+        return self._run(head, streams, True)[1][0]
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
-        return self.turns.meet((q, k, v), partial(self._attend, tokens))
+        return self.rendezvous.meet((q, k, v), partial(self._attend, tokens))
 
     def gather(self, x: Tensor, tokens: int) -> Tensor:
-        return self.turns.meet((x,), partial(self._gather, tokens))
+        return self.rendezvous.meet((x,), partial(self._gather, tokens))
 
-    def _climb(self, function: Callable, streams: list[Any], joins: bool) -> tuple[list[Any], tuple[Tensor, ...]]:
+    def _run(self, function: Callable, streams: list[Any], joins: bool) -> tuple[list[Any], tuple[Tensor, ...]]:
         """The function of each stream, as it gave them (streams to fill) and as tensors that autograd knows."""
-        self.turns = turns = Turns(self.own)
+        self.rendezvous = rendezvous = Rendezvous(self.own)
         inputs = [x for stream in streams for x in _tensors(stream).values()]
         try:
-            flat = _Climb.apply(
-                self, turns, function, streams, joins, torch.is_grad_enabled(), *inputs, *self.parameters
+            flat = _Run.apply(
+                self, rendezvous, function, streams, joins, torch.is_grad_enabled(), *inputs, *self.parameters
             )
         finally:
-            self.turns = None
-        return turns.results, flat
+            self.rendezvous = None
+        return rendezvous.results, flat
 
     def _refill(self, streams: list[Any], flat: Sequence[Tensor]) -> list[Any]:
         parts = _by_chunk(flat, len(streams))
@@ -146,7 +146,7 @@ class Exact:
         whole = self.join([x for (x,) in sent], 1, pieces)
 
         def back(grads: list[Tensor]) -> list[tuple[Tensor]]:
-            return [(take(grads[0], 1, [piece]),) for piece in self.mine(pieces)]  # of the first: see _Climb.backward
+            return [(take(grads[0], 1, [piece]),) for piece in self.mine(pieces)]  # of the first: see _Run.backward
 
         return [whole.clone() for _ in sent], back
 
@@ -213,22 +213,24 @@ class _Split(torch.autograd.Function):
         return None, None, None, *wholes
 
 
-class _Climb(torch.autograd.Function):
+class _Run(torch.autograd.Function):
     """A function of each chunk's stream: tensors of the streams, and parameters -> tensors of its results.
 
     joins: the function's result is whole, the same from every chunk, and given once.
     """
 
     @staticmethod
-    def forward(ctx, exact: Exact, turns: Turns, function: Callable, streams: list, joins: bool, grad: bool, *tensors):
+    def forward(
+        ctx, exact: Exact, rendezvous: Rendezvous, function: Callable, streams: list, joins: bool, grad: bool, *tensors
+    ):
         ctx.parameters = exact.parameters
         own = _by_chunk(tensors[: len(tensors) - len(ctx.parameters)], exact.own)
         leaves = [[x.detach().requires_grad_(grad and x.requires_grad) for x in chunk] for chunk in own]
         inputs = exact._refill(streams, [x for chunk in leaves for x in chunk])
-        results = turns.run([partial(function, stream) for stream in inputs], grad)
+        results = rendezvous.run([partial(function, stream) for stream in inputs], grad)
         outputs = [[results[0]]] + [[]] * (exact.own - 1) if joins else [list(_tensors(s).values()) for s in results]
         ctx.set_materialize_grads(False)
-        ctx.exact, ctx.turns, ctx.joins, ctx.leaves, ctx.outputs = exact, turns, joins, leaves, outputs
+        ctx.exact, ctx.rendezvous, ctx.joins, ctx.leaves, ctx.outputs = exact, rendezvous, joins, leaves, outputs
         flat = {x: x.detach().clone() for chunk in outputs for x in chunk}
         ctx.mark_non_differentiable(*(new for x, new in flat.items() if not x.requires_grad))
         return tuple(flat[x] for chunk in outputs for x in chunk)
@@ -238,15 +240,15 @@ class _Climb(torch.autograd.Function):
         exact, grad_of = ctx.exact, iter(grads)
         results = [[(x, next(grad_of)) for x in chunk] for chunk in ctx.outputs]
         sent: list[list] = [[] for _ in results]
-        for meeting in reversed(ctx.turns.meetings):
+        for exchange in reversed(ctx.rendezvous.exchanges):
             received = [
                 _grad(result + more, [x], keep=True)[0]
-                for result, more, x in zip(results, sent, meeting.received, strict=True)
+                for result, more, x in zip(results, sent, exchange.received, strict=True)
             ]
-            filled = [torch.zeros_like(x) if g is None else g for x, g in zip(meeting.received, received, strict=True)]
+            filled = [torch.zeros_like(x) if g is None else g for x, g in zip(exchange.received, received, strict=True)]
             with torch.no_grad():
-                back = meeting.back(filled)
-            for more, tensors, given in zip(sent, meeting.sent, back, strict=True):
+                back = exchange.back(filled)
+            for more, tensors, given in zip(sent, exchange.sent, back, strict=True):
                 more += zip(tensors, given, strict=True)
         if ctx.joins and exact.rank != 0:  # what comes behind the join is everywhere; it counts once
             results[0] = []

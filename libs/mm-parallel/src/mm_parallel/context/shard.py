@@ -33,8 +33,8 @@ def spans(sizes: list[int]) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class Deal:
-    """How `tokens` are dealt out."""
+class TokenLayout:
+    """Which ranks hold which of `tokens`."""
 
     tokens: int
     ring: int
@@ -55,7 +55,7 @@ class Deal:
         """Tokens of each Ulysses rank of a block."""
         return even(sum(stop - start for start, stop in self.block(ring)), self.ulysses)
 
-    def held(self, rank: int) -> list[tuple[int, int]]:
+    def pieces(self, rank: int) -> list[tuple[int, int]]:
         """(start, stop) of what one of the ring x ulysses ranks holds, in the order in which it holds them."""
         ring, ulysses = divmod(rank, self.ulysses)
         first, last = spans(self.shares(ring))[ulysses]
@@ -95,7 +95,7 @@ def count(stream: Any, tokens: Mapping[str, int]) -> tuple[int, dict[str, int]]:
 def split(stream: Any, tokens: Mapping[str, int], ring: int, ulysses: int, rank: int, causal: bool) -> Any:
     """This rank's part of a stream: of every field that holds tokens (see `count`), the others as they are."""
     number, dims = count(stream, tokens)
-    pieces = Deal(number, ring, ulysses, causal).held(rank)
+    pieces = TokenLayout(number, ring, ulysses, causal).pieces(rank)
     return stream._replace(**{name: take(getattr(stream, name), dim, pieces) for name, dim in dims.items()})
 
 
@@ -128,8 +128,8 @@ class Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, deal: Deal, group: dist.ProcessGroup) -> Tensor:
-        held = [deal.held(rank) for rank in range(group.size())]
+    def forward(ctx, x: Tensor, layout: TokenLayout, group: dist.ProcessGroup) -> Tensor:
+        held = [layout.pieces(rank) for rank in range(group.size())]
         ctx.pieces, ctx.ranks = held[group.rank()], len(held)
         return join(x, 1, held, group)
 

@@ -53,9 +53,9 @@ def skeleton(
         twins[id(buffer)] = torch.empty_like(buffer, device="meta")
     bones = copy.deepcopy(model, twins)
     if dtype is not None and parameter_mesh(mesh).size() > 1:
-        islands = set(plan.islands_of(bones).values())
+        in_fp32 = set(plan.fp32_parameters(bones).values())
         for parameter in bones.parameters():
-            if parameter not in islands and parameter.is_floating_point():
+            if parameter not in in_fp32 and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
     if size(mesh, "cp") > 1:
         owner, _, core = plan.core.rpartition(".")
@@ -66,7 +66,7 @@ def skeleton(
 
 
 def trace(skeleton: Ladder, starts: Sequence[int], call: BoundArguments) -> Outline:
-    """Climbs the skeleton once. starts: the first rung of every stage."""
+    """Runs the skeleton once. starts: the first layer of every stage."""
     args = [_meta(value) for value in call.args]
     kwargs = {name: _meta(value) for name, value in call.kwargs.items()}
     with torch.enable_grad():  # so that flags are those of a training step

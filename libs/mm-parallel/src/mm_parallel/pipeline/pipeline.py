@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel.config import MemoryConfig, ParallelConfig
-from mm_parallel.mesh import place, size
+from mm_parallel.mesh import rank_in, size
 from mm_parallel.order import cut
 from mm_parallel.pipeline.agree import agree
 from mm_parallel.pipeline.chunk import Chunk, Stage, call
@@ -36,7 +36,7 @@ class Pipeline:
     model: what is left of it on this rank, with the names of the whole: for the optimizer and for checkpoints.
     elsewhere: names in the state dict that other ranks hold.
 
-    A layer may use its rung, what the plan has beside it, and the stream, and nothing else that has weights. Freeze
+    `layer(i, stream)` may use its module, its companions and the stream, and nothing else that has weights. Freeze
     what is frozen before.
     Raises ValueError for stages that do not fit the model, for a weight that two stages would share, and for what
     `parallelize` does not allow.
@@ -55,7 +55,7 @@ class Pipeline:
         if ranks == 1 or size(mesh, "pp") != ranks:
             raise ValueError(
                 f"pp_layers {parallel.pp_layers} are stages for {ranks} ranks, the mesh has {size(mesh, 'pp')}: "
-                "a Pipeline needs at least two, and the mesh of its own layout (parallel.mesh)"
+                "a Pipeline needs at least two, and the mesh of its own layout (make_mesh)"
             )
         self.zero_bubble = parallel.schedule == "zero_bubble"
         if self.zero_bubble and _recomputes(memory):
@@ -67,14 +67,14 @@ class Pipeline:
         plan.check(model)
         parts = ranges(parallel.stages, len(model.layers))
         stages = [Stage(i, len(parts), part) for i, part in enumerate(parts)]
-        self.stages, self.mine = stages, stages[place(mesh, "pp") :: ranks]
+        self.stages, self.mine = stages, stages[rank_in(mesh, "pp") :: ranks]
         self.ranks, self.group = ranks, mesh.get_group("pp")
         self.device = torch.device(mesh.device_type)
         self.skeleton = skeleton(model, plan, mesh, parallel, dtype, trained=self.zero_bubble)
-        kept: set[Owner] = {i for stage in self.mine for i in stage.rungs}
+        kept: set[Owner] = {i for stage in self.mine for i in stage.layers}
         kept |= {"first"} if self.mine[0].is_first else set()
         kept |= {"last"} if self.mine[-1].is_last else set()
-        self.elsewhere = prune(model, plan.last, plan.beside, kept)
+        self.elsewhere = prune(model, plan.last, plan.companions, kept)
         cut(model, plan.on(model), mesh, parallel, memory, dtype)
         model.forward = call
         self.model, self.memory = model, memory
@@ -124,7 +124,7 @@ class Pipeline:
     def _outline(self, call: BoundArguments) -> Outline:
         shape = describe_call(call)
         if shape not in self._outlines:
-            starts = [stage.rungs.start for stage in self.stages]
+            starts = [stage.layers.start for stage in self.stages]
             self._outlines[shape] = trace(self.skeleton, starts, call)
         return self._outlines[shape]
 

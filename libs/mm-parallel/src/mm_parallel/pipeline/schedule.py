@@ -68,7 +68,7 @@ class Schedule:
         numbers = torch.arange(self.count)
         target: dict[str, Any] = {"target": numbers} if self.is_last else {}
         try:
-            with _gathered(self.chunks[0].model, self.reshard) if self.zero_bubble else nullcontext():
+            with _keep_gathered(self.chunks[0].model, self.reshard) if self.zero_bubble else nullcontext():
                 self.torch.step(*([numbers] if self.is_first else []), **target, return_outputs=False)
             return self.losses
         except RuntimeError as error:  # torch's, around whatever went wrong in a stage: that is what matters
@@ -96,7 +96,7 @@ def _make(stages: list[PipelineStage], count: int, zero_bubble: bool, loss: Call
 
 
 @contextmanager
-def _gathered(model: nn.Module, reshard: bool) -> Iterator[None]:
+def _keep_gathered(model: nn.Module, reshard: bool) -> Iterator[None]:
     """With the weights of FSDP whole, and gradients reduced once at the end.
 
     The half of a backward that makes the weights' gradients runs no hooks of FSDP, and must find whole weights.
@@ -128,5 +128,5 @@ def _gathered(model: nn.Module, reshard: bool) -> Iterator[None]:
 class _Nothing:
     """In place of a chunk."""
 
-    def climb(self, *tensors: Tensor) -> Tensor | None:
+    def run(self, *tensors: Tensor) -> Tensor | None:
         return tensors[0] * 1 if tensors else None

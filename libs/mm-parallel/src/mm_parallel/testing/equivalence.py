@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from mm_parallel.config import MemoryConfig, ParallelConfig
 from mm_parallel.grads import by_layout, clip_grad_norm, finish_gradients
-from mm_parallel.mesh import data_rank, size, speaks
+from mm_parallel.mesh import data_rank, make_mesh, reports_loss, size
 from mm_parallel.order import parallelize
 from mm_parallel.pipeline import Pipeline
 from mm_parallel.plan import ParallelPlan
@@ -37,7 +37,7 @@ STEPS = 3  # of the optimizer
 
 @dataclass(frozen=True)
 class Family:
-    """A model to check, with four rungs or more.
+    """A model to check, with four layers or more.
 
     build: () -> the model with its weights, the same on every rank. plan: of that model. batch: () -> named inputs of
     the model and `target`, all with 8 samples in dim 0.
@@ -135,7 +135,7 @@ def check(rank: int, world: int, family: Family, cases: Iterable[Case], rtol: fl
         assert case.ranks == world, (case, world)
         reference = reference or _train_alone(family)
         if case.parallel not in meshes:
-            meshes[case.parallel] = case.parallel.mesh("cpu")
+            meshes[case.parallel] = make_mesh(case.parallel, "cpu")
         try:
             _compare(family, case, meshes[case.parallel], *reference, rtol)
         except BaseException as error:
@@ -195,7 +195,7 @@ def _compare(
             lambda output, i: _losses(output, micro[i]["target"]),
         )
         finish_gradients(model, mesh)
-        loss = torch.cat(own).sum() if own and speaks(mesh) else torch.zeros((), dtype=target.dtype)
+        loss = torch.cat(own).sum() if own and reports_loss(mesh) else torch.zeros((), dtype=target.dtype)
         if dist.is_initialized():
             dist.all_reduce(loss)
         loss = loss.item() / SAMPLES

@@ -49,15 +49,15 @@ class RMSNorm(nn.RMSNorm):
 
 
 class TinyLadder(nn.Module):
-    """Islands of each kind, sizes that no world size divides, 4 heads with norms over all of them, a compute dtype.
+    """Parameters of each kind that stay in fp32, sizes that no world size divides, norms over all heads, a dtype.
 
     Called as `model(tokens, t) -> y` with tokens B L 5, t B 3 and y B L 5. A block's `read` are the dtypes of its
     parameters as its last forward found them.
     """
 
     plan = ParallelPlan(
-        rungs=("blocks.*",),
-        fp32=("time.*", "*.norm.weight", "*.table"),
+        layers=("blocks.*",),
+        keep_fp32=("time.*", "*.norm.weight", "*.table"),
         last=("out",),
         tokens={"x": 1, "place": 0},
         heads=HEADS,
@@ -84,7 +84,7 @@ class TinyLadder(nn.Module):
 
     def stem(self, tokens: Tensor, t: Tensor) -> Stream:
         dtype = self.compute_dtype or tokens.dtype
-        x = self.embed(tokens.to(dtype)).to(t.dtype)  # the residual stream is an island as well
+        x = self.embed(tokens.to(dtype)).to(t.dtype)  # the residual stream stays in fp32 as well
         length = tokens.shape[1]
         place = torch.arange(length, device=t.device, dtype=t.dtype)[:, None] * torch.ones(DIM, device=t.device)
         text = self.read(t.to(dtype)).unflatten(1, (2, DIM))
@@ -107,7 +107,7 @@ class TinyLadder(nn.Module):
 class TinyBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.randn(1, 2, DIM) / DIM**0.5)  # an island beside matrices: replicated
+        self.table = nn.Parameter(torch.randn(1, 2, DIM) / DIM**0.5)  # fp32, in a module with matrices: replicated
         self.norm = nn.LayerNorm(DIM, bias=False)
         self.q, self.k, self.v, self.o = (Linear(DIM, DIM) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(DIM, eps=1e-6), RMSNorm(DIM, eps=1e-6)  # over all heads together

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Meeting(NamedTuple):
+class Exchange(NamedTuple):
     """What every function gave and got, and how gradients go back: of what each got -> of what each gave."""
 
     sent: list[tuple[Tensor, ...]]
@@ -16,15 +16,15 @@ class Meeting(NamedTuple):
     back: Callable[[list[Tensor]], list[tuple[Tensor, ...]]]
 
 
-class Turns:
+class Rendezvous:
     """n functions in n threads, of which one runs at a time: in their order, each until it meets the others.
 
-    A meeting cuts autograd's graph: what a function receives is a leaf. `meetings` says how the pieces go together.
+    An exchange cuts autograd's graph: what a function receives is a leaf. `exchanges` says how the pieces go together.
     """
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self.meetings: list[Meeting] = []
+        self.exchanges: list[Exchange] = []
         self.results: list[Any] = [None] * n
         self._turn = [threading.Semaphore(0) for _ in range(n)]
         self._here = threading.local()
@@ -43,23 +43,23 @@ class Turns:
             raise self._error
         return self.results
 
-    def meet(self, sent: tuple[Tensor, ...], exchange: Callable) -> Tensor:
-        """Called by a function that runs: gives something, and gets what `exchange` makes of what all gave.
+    def meet(self, sent: tuple[Tensor, ...], combine: Callable) -> Tensor:
+        """Called by a function that runs: gives something, and gets what `combine` makes of what all gave.
 
-        exchange(what each gave) returns (what each gets, the way back of `Meeting`); it runs once, without autograd.
+        combine(what each gave) returns (what each gets, the way back of `Exchange`); it runs once, without autograd.
         """
         self._sent.append(sent)
         if len(self._sent) == self.n:
             everyones, self._sent = self._sent, []
             with torch.no_grad():
-                received, back = exchange([tuple(x.detach() for x in own) for own in everyones])
+                received, back = combine([tuple(x.detach() for x in own) for own in everyones])
             differentiable = any(x.requires_grad for own in everyones for x in own)
             received = [x.requires_grad_(differentiable) for x in received]
-            self.meetings.append(Meeting(everyones, received, back))
+            self.exchanges.append(Exchange(everyones, received, back))
         me = self._here.index
         self._pass(me)
         self._wait(me)
-        return self.meetings[-1].received[me]
+        return self.exchanges[-1].received[me]
 
     def _run(self, index: int, function: Callable[[], Any], grad: bool) -> None:
         self._here.index = index
