@@ -6,6 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from mm_models.wan.conditions import TASKS
 from PIL import Image
 
 import mm_infer
@@ -18,7 +19,6 @@ from mm_infer.lists import asked
 from mm_infer.plan import plan
 from mm_infer.tasks import choose_task
 from mm_models import boundary, preset
-from mm_models.wan.conditions import TASKS
 
 IMAGE = np.zeros((300, 200, 3), np.uint8)
 CLIP = np.zeros((30, 100, 200, 3), np.uint8)

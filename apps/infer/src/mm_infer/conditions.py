@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from mm_models.wan.conditions import CONDITION, condition_video, encoded_control, with_references
 from torch import Tensor
 
 from mm_data.images import crop_to, pad_to
@@ -10,7 +11,6 @@ from mm_infer.config import Options
 from mm_infer.inputs import Given, footage, mask_pixels, picture
 from mm_models.encoders import VideoVAE
 from mm_models.wan import WanConfig
-from mm_models.wan.conditions import CONDITION, condition_video, encoded_control, with_references
 
 
 def images(given: Given, options: Options) -> list[Tensor]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Collection
 
+from mm_models.wan.conditions import tasks
+
 from mm_infer.config import Options, Task
 from mm_models.wan import WanConfig
-from mm_models.wan.conditions import tasks
 
 NEEDS: dict[Task, tuple[str, ...]] = {
     "t2v": (),

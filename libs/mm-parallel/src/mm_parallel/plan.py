@@ -72,6 +72,14 @@ class ParallelPlan:
         ladder that runs in step). They are sharded and recomputed like layers, each by itself, and go with their layer
         to its pipeline stage.
 
+    residual: the field of the stream that layers add to. Of its input, a layer that recomputes keeps this as autograd
+        would; the rest of the stream is the same for all layers, and referred to. A layer may also be called with this
+        tensor itself, and the rest behind it.
+    inner: plans of ladders that run in this one's stem (a vision tower), by the module's name; their names are relative
+        to it. Their layers are units like ours, and nothing of ours is said of what they hold. They are called as
+        modules, by all ranks alike, and live on the first pipeline stage. Context parallelism cuts the tokens of those
+        that name some.
+
     A pattern that matches nothing is an error, because a misspelt name would silently be rounded.
     """
 
@@ -87,24 +95,38 @@ class ParallelPlan:
     rows: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
     companions: Mapping[str, int] = field(default_factory=dict)
+    residual: str = "x"
+    inner: Mapping[str, "ParallelPlan"] = field(default_factory=dict)
+
+    def ladders(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, "ParallelPlan"]]:
+        """(prefix of its names, module, plan) of every ladder in the model: the inner ones first, as they run first."""
+        for name, plan in self.inner.items():
+            for prefix, ladder, own in plan.ladders(model.get_submodule(name)):
+                yield f"{name}.{prefix}", ladder, own
+        yield "", model, self
 
     def on(self, model: nn.Module) -> "ParallelPlan":
         """The plan of a part of its model: without the patterns that mean nothing that is there."""
-        modules, parameters = (
-            [name for name, _ in model.named_modules()],
-            [name for name, _ in model.named_parameters()],
-        )
-        kept = {"keep_fp32": tuple(p for p in self.keep_fp32 if any(fnmatchcase(name, p) for name in parameters))}
+        modules, parameters = self._modules(model), self._parameters(model)
+        kept: dict[str, Any] = {
+            "keep_fp32": tuple(p for p in self.keep_fp32 if any(fnmatchcase(name, p) for name in parameters)),
+            "inner": {name: plan for name, plan in self.inner.items() if name in dict(model.named_modules())},
+        }
         for kind in ("layers", "columns", "rows", "norms"):
             kept[kind] = tuple(p for p in getattr(self, kind) if any(_match_parts(name, p) for name in modules))
         return replace(self, **kept)
 
     def check(self, model: nn.Module) -> None:
-        """Raises ValueError for a pattern that means nothing in the whole model."""
+        """Raises ValueError for a pattern or a name that means nothing in the whole model."""
         self.fp32_parameters(model)
         for kind in ("layers", "columns", "rows", "norms"):
             self.modules_of(model, kind)
-        modules, count = dict(model.named_modules()), len(self.modules_of(model, "layers"))
+        everything = dict(model.named_modules())
+        for name, plan in self.inner.items():
+            if name not in everything:
+                raise ValueError(f"plan.inner: the model has no module {name!r}")
+            plan.check(everything[name])
+        modules, count = self._modules(model), len(self.modules_of(model, "layers"))
         for name, layer in self.companions.items():
             if name not in modules or not 0 <= layer < count:
                 raise ValueError(
@@ -113,7 +135,7 @@ class ParallelPlan:
 
     def units_in_order(self, model: nn.Module) -> dict[str, int]:
         """The units of sharding and recompute by name, in the order in which they run, with the number of their layer:
-        layers, and before each its companions. Those of the whole model, also if they are None in this part of it.
+        layers, and before each its companions. Of this ladder only; of the whole model, also what is None in this part.
         """
         layers = [name for name in _names(model) if any(_match_parts(name, pattern) for pattern in self.layers)]
         units: dict[str, int] = {}
@@ -122,21 +144,30 @@ class ParallelPlan:
         return units
 
     def units_of(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The units that are here, in the order in which they run."""
+        """Those units that are here, in the order in which they run."""
         modules = dict(model.named_modules())
         return {name: modules[name] for name in self.units_in_order(model) if name in modules}
 
     def modules_of(self, model: nn.Module, kind: str) -> dict[str, nn.Module]:
         """The modules by name that the patterns of a field mean: `layers`, `columns`, `rows` or `norms`."""
-        modules = dict(model.named_modules())
+        modules = self._modules(model)
         found = _matching(getattr(self, kind), list(modules), _match_parts, kind, "module")
         return {name: modules[name] for name in found}
 
     def fp32_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters that stay in fp32, by name. Raises ValueError for a pattern without match."""
-        parameters = dict(model.named_parameters())
+        """The parameters of this ladder that stay in fp32, by name. Raises ValueError for a pattern without match."""
+        parameters = self._parameters(model)
         found = _matching(self.keep_fp32, list(parameters), fnmatchcase, "keep_fp32", "parameter")
         return {name: parameters[name] for name in found}
+
+    def _modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        return {name: module for name, module in model.named_modules() if not self._is_inner(name)}
+
+    def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in model.named_parameters() if not self._is_inner(name)}
+
+    def _is_inner(self, name: str) -> bool:
+        return any(name == inner or name.startswith(f"{inner}.") for inner in self.inner)
 
 
 def _names(module: nn.Module, prefix: str = "") -> Iterator[str]:

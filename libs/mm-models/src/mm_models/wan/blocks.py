@@ -99,7 +99,7 @@ class Block(nn.Module):
 
 
 class ControlBlock(Block):
-    """One rung of VACE's control ladder: a block, and a projection to the hint that it gives to a rung of the other."""
+    """One layer of VACE's control ladder: a block, and a projection to the hint that it gives to one of the other's."""
 
     def __init__(self, config: WanConfig, first: bool) -> None:
         super().__init__(config)
@@ -108,10 +108,12 @@ class ControlBlock(Block):
         self.after_proj = Linear(config.dim, config.dim)
         self.first = first
 
-    def forward(self, stream: Stream, core: Callable) -> tuple[Tensor, Tensor]:
-        """(what climbs on, hint), both B L D; `stream.x` is the control, `stream.control` what it is added to first."""
+    def forward(
+        self, control: Tensor, stream: Stream, core: Callable, x: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(control, hint), both B L D. The first block adds the control to the video's own residual stream x."""
         dtype = stream.text.dtype
         if self.first:
-            stream = stream._replace(x=stream.control + self.before_proj(stream.x.to(dtype)))
-        control = super().forward(stream, core).x
+            control = x + self.before_proj(control.to(dtype))
+        control = super().forward(stream._replace(x=control), core).x
         return control, self.after_proj(control.to(dtype))

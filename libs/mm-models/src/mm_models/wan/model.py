@@ -160,12 +160,11 @@ class WanModel(nn.Module):
         return self.split(Stream(x, rope, mod, context, grid, Sequence(prod(grid)), noisy, control, scales))
 
     def layer(self, i: int, stream: Stream) -> Stream:
-        # A rung that recomputes keeps what it is called with: not the control, which passes by.
-        x, control = stream.x, stream.control
+        # A block that recomputes keeps what it is called with: so it is called with no residual stream but its own.
+        x, control, stream = stream.x, stream.control, stream._replace(control=None)
         if i not in self.config.vace_layers:
-            return self.blocks[i](stream._replace(control=None), self.core)._replace(control=control)
+            return self.blocks[i](stream, self.core)._replace(control=control)
         n = self.config.vace_layers.index(i)
-        # The control block's own residual stream stands where recompute and offload look for it: in x.
-        control, hint = self.vace_blocks[n](stream._replace(x=control, control=x if n == 0 else None), self.core)
-        stream = self.blocks[i](stream._replace(control=None), self.core)
+        control, hint = self.vace_blocks[n](control, stream._replace(x=None), self.core, x if n == 0 else None)
+        stream = self.blocks[i](stream, self.core)
         return stream._replace(x=torch.add(stream.x, hint, alpha=stream.control_scale[n]), control=control)

@@ -27,18 +27,18 @@ def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh | None, exact: bo
     plan names a seam that the model does not have, or no tokens. exact: see `mm_parallel.context.exact`."""
     if not plan.tokens:
         raise ValueError("the plan names no tokens, so nothing can be cut over cp: give ParallelPlan(tokens={…: dim})")
-    if exact:
+    if exact:  # which runs the stem whole on every rank, and inner ladders with it
         group = submesh(mesh, "cp").get_group() if size(mesh, "cp") > 1 else None
         if group:
             check_same_values(model, submesh(mesh, "cp"))  # FSDP does it where it shards
         seams = Exact(model, plan, group)
-        split, core, join = seams.split, seams.core, seams.gather
         seams.replace_layers_and_head(model)
-    else:
-        ranks = Context(mesh)
-        split, core, join = partial(ranks.split, fields=plan.tokens), ranks.attention, ranks.gather
-    for path, seam in ((plan.split, split), (plan.core, core), (plan.gather, join)):
-        _set(model, path, plan, seam)
+        _set_seams(model, plan, seams.split, seams.core, seams.gather)
+        return
+    for prefix, ladder, own in plan.ladders(model):
+        if own.tokens:
+            ranks = InnerContext(mesh) if prefix else Context(mesh)
+            _set_seams(ladder, own, partial(ranks.split, fields=own.tokens), ranks.attention, ranks.gather)
 
 
 class Context:
@@ -93,6 +93,24 @@ class Context:
         return shard.Gather.apply(x, self.layout(sequence), self.groups["cp"]) if self.groups else x
 
 
+class InnerContext(Context):
+    """The same for a ladder in another's stem.
+
+    Only Ulysses ranks share its tokens, as they may be packed samples (images), which a ring does not take. Ranks of a
+    ring do the same.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None) -> None:
+        super().__init__(mesh)
+        self.sizes, self.ring, self.rank = (1, self.sizes[1]), 0, self.ulysses
+
+    def gather(self, x: Tensor, sequence: Sequence) -> Tensor:
+        """All tokens on every rank, for an outer ladder that cuts its own."""
+        if not self.groups:
+            return x
+        return shard.InnerGather.apply(x, self.layout(sequence), self.groups["ulysses"], self.groups["cp"])
+
+
 def context_attention(
     q: Tensor,
     k: Tensor,
@@ -112,6 +130,11 @@ def context_attention(
 def gather(x: Tensor, sequence: Sequence, mesh: DeviceMesh | None) -> Tensor:
     """B L … of this rank's tokens -> B tokens … of all, in their order, on every rank."""
     return Context(mesh).gather(x, sequence)
+
+
+def _set_seams(model: nn.Module, plan: ParallelPlan, split: object, core: object, join: object) -> None:
+    for path, seam in ((plan.split, split), (plan.core, core), (plan.gather, join)):
+        _set(model, path, plan, seam)
 
 
 def _set(model: nn.Module, path: str, plan: ParallelPlan, seam: object) -> None:

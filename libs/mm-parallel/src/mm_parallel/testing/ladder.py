@@ -1,6 +1,7 @@
 """A toy that has what real ladders have."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -134,3 +135,29 @@ class TinyBlock(nn.Module):
         y = self.o(core(q, k, v, stream.sequence).flatten(2))
         y = self.down(F.gelu(self.up(y)))
         return stream._replace(x=stream.x + gate[:, None] * y.to(stream.x.dtype))
+
+
+class TwoLadders(TinyLadder):
+    """A ladder in whose stem another runs, as a vision tower in a language model's.
+
+    Called as `model(tokens, t, image, owner)`: image N P 5, owner N the sample that each image belongs to (without, one
+    for each sample), and what is seen on it is added to all tokens of its owner.
+    """
+
+    plan = replace(TinyLadder.plan, inner={"tower": TinyLadder.plan})
+
+    def __init__(self, layers: int = 3, compute_dtype: torch.dtype | None = None, inner_layers: int = 2) -> None:
+        super().__init__(layers, compute_dtype)
+        self.tower = TinyLadder(inner_layers, compute_dtype)
+
+    def stem(self, tokens: Tensor, t: Tensor, image: Tensor, owner: Tensor | None = None) -> Stream:
+        seen = self.tower(image, t if owner is None else t[owner]).mean(1)  # N 5
+        if owner is not None:
+            seen = torch.zeros_like(tokens[:, 0]).index_add(0, owner, seen)
+        return super().stem(tokens + seen[:, None], t)
+
+    def forward(self, tokens: Tensor, t: Tensor, image: Tensor, owner: Tensor | None = None) -> Tensor:
+        stream = self.stem(tokens, t, image, owner)
+        for i in range(len(self.blocks)):
+            stream = self.layer(i, stream)
+        return self.head(stream)
