@@ -10,7 +10,7 @@ from mm_convert import cli, open_checkpoint, open_experts
 from mm_data import FeatureCache, write_video
 from mm_infer import load
 from mm_models import preset
-from mm_models.testing import write_encoders
+from mm_models.wan.testing import write_encoders
 from mm_models.wan import WanConfig
 from mm_models.wan.conditions import stored, tasks
 from mm_train.recipe import load_config

@@ -6,9 +6,9 @@ from dataclasses import asdict
 
 import pytest
 
-from mm_convert.content import understand
 from mm_convert.families import VACE, WAN
-from mm_convert.inspection import preset
+from mm_convert.read.content import understand
+from mm_convert.read.inspection import preset
 from mm_models import boundary, build, presets
 
 OURS_ALONE = {name for name in presets() if name.startswith("wan-tiny")}  # released by nobody

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mm_models.wan.conditions import condition_video, fold_mask, stored
 
 from mm_data import FeatureDataset, VideoDataset, read_manifest, read_video, write_video
 from mm_models import preset
-from mm_models.encoders import ImageEncoder, TextEncoder, VideoVAE
-from mm_models.testing import write_encoders
-from mm_models.wan.conditions import condition_video, fold_mask, stored
+from mm_models.encoders import ImageEncoder, TextEncoder
+from mm_models.wan.testing import write_encoders
+from mm_models.wan.vae import WanVAE
 from mm_parallel.testing import spawn
 from mm_train.encode import Encoders
 from mm_train.extract import Data, ExtractConfig, Geometry, extract
@@ -89,7 +90,7 @@ def test_features_are_the_encoders_answers(encoders, manifest, tmp_path, capsys)
     assert torch.equal(data.empty_text, text.encode([""])[0])
 
     clip = VideoDataset(read_manifest(manifest)[:1], Geometry(num_frames=9, max_height=32, max_width=48))[0]
-    assert torch.equal(data[0]["latents"], VideoVAE(encoders).encode(clip["video"][None])[0])
+    assert torch.equal(data[0]["latents"], WanVAE(encoders).encode(clip["video"][None])[0])
     assert not torch.equal(data[0]["latents"], data[1]["latents"])  # same file name, other folder
 
 
@@ -103,7 +104,7 @@ def test_a_second_run_encodes_nothing_and_another_geometry_everything(encoders, 
     other = Geometry(num_frames=5, max_height=32, max_width=48)
     extract(config(encoders, manifest, tmp_path / "f", geometry=other))
     assert "stale" in capsys.readouterr().err
-    assert {tuple(s) for s in FeatureDataset(tmp_path / "f").shapes} == {(16, 2, 4, 6)}
+    assert {tuple(s) for s in FeatureDataset(tmp_path / "f").buckets} == {(16, 2, 4, 6)}
 
 
 def test_ranks_and_batches_give_the_same_store(encoders, manifest, tmp_path):
@@ -148,11 +149,11 @@ def test_images_of_i2v_are_the_clips_own(encoders, manifest, tmp_path):
     extract(config(encoders, manifest, tmp_path / "f", model="wan-tiny-i2v"))
     data = FeatureDataset(tmp_path / "f")
     clip = VideoDataset(read_manifest(manifest)[:1], GEOMETRY)[0]["video"][None]
-    vae, clip_encoder = VideoVAE(encoders), ImageEncoder(encoders)
+    vae, clip_encoder = WanVAE(encoders), ImageEncoder(encoders)
     first, last = clip[:, :, 0], clip[:, :, -1]
-    assert set(data[0]["extras"]) == {"condition", "image"}
-    assert torch.equal(data[0]["extras"]["condition"], vae.encode(condition_video(9, first))[0])
-    assert torch.equal(data[0]["extras"]["image"], clip_encoder.encode(first)[0])
+    assert set(data[0]["conditions"]) == {"condition", "image"}
+    assert torch.equal(data[0]["conditions"]["condition"], vae.encode(condition_video(9, first))[0])
+    assert torch.equal(data[0]["conditions"]["image"], clip_encoder.encode(first)[0])
 
     both = Encoders(encoders, replace(preset("wan-tiny-i2v"), image_tokens=514), "flf2v")
     features = both.encode([{"id": "", "video": clip[0], "captions": ("one",), "fps": 8, "meta": {}}])[0]
@@ -201,7 +202,7 @@ def test_features_are_told_apart_by_task_where_they_differ(encoders):
         (preset("wan-tiny-i2v"), "i2v"),
     ]
     t2v, ti2v, *others = (Encoders(encoders, model, task).identity for model, task in pairs)
-    assert t2v == ti2v == f"{VideoVAE(encoders).identity} {TextEncoder(encoders).identity}"
+    assert t2v == ti2v == f"{WanVAE(encoders).identity} {TextEncoder(encoders).identity}"
     assert len({t2v, *others}) == 4
 
 

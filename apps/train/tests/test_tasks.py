@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from mm_train.setup import find_checkpoint
 
 from mm_convert import open_checkpoint, open_experts
 from mm_data import FeatureCache, FeatureDataset, build_loader, read_video
 from mm_models import build, preset
 from mm_models.diffusion.flow import expert_range
-from mm_models.testing import write_encoders
 from mm_models.wan import WanConfig
+from mm_models.wan.testing import write_encoders
 from mm_parallel.testing import spawn
 from mm_train.objective import Work, objective
 from mm_train.recipe import load_config
-from mm_train.setup import find_checkpoint
 from mm_train.train import train
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -52,15 +52,15 @@ def test_image_to_video_is_told_mask_condition_and_image(features):
         iter(build_loader(FeatureDataset(features["i2v"]), global_batch=4, micro_batch=4, num_workers=0))
     ).micro[0]
     assert given["video"].shape[1] == 36
-    assert torch.equal(given["video"][:, 20:], batch.extras["condition"])
+    assert torch.equal(given["video"][:, 20:], batch.tensors["condition"])
     assert given["video"][:, 16:20, 0].eq(1).all()
     assert given["video"][:, 16:20, 1:].eq(0).all()
-    assert torch.equal(given["image"], batch.extras["image"])
+    assert torch.equal(given["image"], batch.tensors["image"])
 
 
 def test_a_first_frame_is_clean_at_time_zero_and_not_learned(features):
     job = work(features["t2v"], "--objective.task", "ti2v")
-    given, clean = job.inputs(0), job.micro[0].latents
+    given, clean = job.inputs(0), job.micro[0].tensors["latents"]
     tokens = clean.shape[3] * clean.shape[4] // 4
     assert torch.equal(given["video"][:, :, 0], clean[:, :, 0])
     assert not torch.equal(given["video"][:, :, 1], clean[:, :, 1])

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from mm_train.check import check
 
 from mm_data import FeatureDataset, build_loader
 from mm_models import build, presets
 from mm_models.diffusion.flow import FlowMatching
 from mm_train import checkpoint as checkpoints
-from mm_train.check import check
 from mm_train.checkpoint import Checkpointer
 from mm_train.config import OptimConfig
 from mm_train.metrics import Metrics

@@ -36,7 +36,7 @@ def run(*words: str | Path) -> tuple[float, float]:
 def compare(title: str, source: Path, target: Path, *options: str, repeats: int = 3) -> None:
     """A conversion beside a copy of its source, turn by turn; the target of the last stays."""
     nbytes = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
-    convert = [sys.executable, "-m", "mm_convert.cli", "convert", str(source), str(target), *options]
+    convert = [sys.executable, "-m", "mm_convert", "convert", str(source), str(target), *options]
     copies, conversions = [], []
     for _ in range(repeats):
         for command, measured in ((["cp", "-r", str(source), str(target)], copies), (convert, conversions)):
@@ -68,7 +68,7 @@ def main(gigabytes: float, work: Path) -> None:
     compare("mindspeed, tp 4 -> mm", work / "tree", work / "a")
     compare("mindspeed, tp 4 -> tp 2", work / "tree", work / "a", "--to", "mindspeed", "--tp_size", "2")
     for words in (["--help"], ["convert", "--help"], ["inspect", str(work / "tree")]):
-        command = [sys.executable, "-m", "mm_convert.cli", *words]
+        command = [sys.executable, "-m", "mm_convert", *words]
         print(f"mm-convert {' '.join(words)[:20]:20} {min(run(*command)[0] for _ in range(7)):.3f} s")
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_convert.arguments import dump, parse
+from mm_convert.cli.arguments import dump, parse
 
 
 @dataclass

@@ -108,7 +108,7 @@ LOADED = "import sys; {}; heavy = {{'torch', 'numpy', 'diffusers'}} & set(sys.mo
 
 
 @pytest.mark.parametrize(
-    "code", ["import mm_convert", "from mm_convert import convert, open_checkpoint", "import mm_convert.commands"]
+    "code", ["import mm_convert", "from mm_convert import convert, open_checkpoint", "import mm_convert.cli.commands"]
 )
 def test_importing_loads_no_torch(code):
     subprocess.run([sys.executable, "-c", LOADED.format(code)], check=True)

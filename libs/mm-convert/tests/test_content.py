@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mm_convert.content import understand
-from mm_convert.rules import Patterns, Row, Sizes
+from mm_convert.read.content import understand
+from mm_convert.tensors.rules import Patterns, Row, Sizes
 
 
 @pytest.fixture

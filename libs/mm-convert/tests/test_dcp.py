@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mm_convert.store import dcp
 from mm_convert.store.dcp import read_dcp, read_dcp_value, write_dcp
 from mm_convert.store.torch_file import read_torch_file, write_archive
-from mm_convert.tensors import Computed, LazyTensor
+from mm_convert.tensors.views import Computed, LazyTensor
 
 # --- folders by hand
 
@@ -274,13 +274,13 @@ def test_any_change_of_the_index_is_read_or_refused(edits, tmp_path):
 
 
 def lazy(tensor):
-    from mm_convert.torch_tensors import lazy
+    from mm_convert.tensors.torch import lazy
 
     return lazy(tensor, lambda: tensor, "a tensor")
 
 
 def eager(tensor):
-    from mm_convert.torch_tensors import rows_of
+    from mm_convert.tensors.torch import rows_of
 
     assert isinstance(tensor, LazyTensor)
     return rows_of(tensor, 0, tensor.height).view(tensor.shape)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mm_convert import convert
-from mm_convert.content import understand
 from mm_convert.families import UMT5, WAN_2_2_VAE, WAN_VAE
+from mm_convert.read.content import understand
 
 TEXT = dict(vocab_size=72, dim=24, ffn_dim=40, num_heads=3, head_dim=8, buckets=6)
 VAE = dict(base_dim=8, z_dim=16, in_channels=3, out_channels=3)

@@ -11,10 +11,10 @@ import pytest
 
 from mm_convert import convert, convert_ckpt, convert_ckpt_to_mm, inspect, open_checkpoint
 from mm_convert.cli import main
-from mm_convert.content import understand
 from mm_convert.families import FAMILIES
+from mm_convert.read.content import understand
 from mm_convert.store.torch_file import write_torch_file
-from mm_convert.tensors import Stored
+from mm_convert.tensors.views import Stored
 
 FAMILY = {family.name: family for family in FAMILIES}
 HEADS = dict(num_heads=4, num_kv_heads=2, vision_heads=4)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mm_convert.families import VACE, WAN
 from mm_convert.lora import FILES, Adapter, LowRank, is_lora, lora_tensors, merge, read_lora
 from mm_convert.store.safetensors import read_file, write_file
-from mm_convert.tensors import Computed, LazyTensor
+from mm_convert.tensors.views import Computed, LazyTensor
 
 DIM, FFN, RANK = 24, 40, 4
 SHAPES = {"blocks.0.self_attn.q": (DIM, DIM), "blocks.1.cross_attn.o": (DIM, DIM), "blocks.1.ffn.0": (FFN, DIM)}
@@ -328,7 +328,7 @@ def output(model) -> Any:
 
 def stored_model(model, folder: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """Our name -> tensor of a diffusers model, and our name -> its own."""
-    from mm_convert.content import understand
+    from mm_convert.read.content import understand
 
     model.save_pretrained(folder)
     found, _ = read_file(folder / "diffusion_pytorch_model.safetensors")
@@ -337,7 +337,7 @@ def stored_model(model, folder: Path) -> tuple[dict[str, LazyTensor], dict[str, 
 
 
 def loaded(merged: Mapping[str, LazyTensor], names: Mapping[str, str]) -> dict[str, Any]:
-    from mm_convert.torch_tensors import Maps
+    from mm_convert.tensors.torch import Maps
 
     return {names[ours]: Maps().tensor(tensor) for ours, tensor in merged.items()}
 
@@ -498,7 +498,7 @@ def test_what_diffusers_converts_is_what_is_read(format: str) -> None:
     pytest.importorskip("diffusers")
     from diffusers.loaders import WanLoraLoaderMixin
 
-    from mm_convert.torch_tensors import Maps
+    from mm_convert.tensors.torch import Maps
 
     def full(separator: str, prefix: str) -> dict[str, LazyTensor]:
         attentions = [f"{kind}.{part}" for kind in ("self_attn", "cross_attn") for part in "qkvo"]

@@ -6,8 +6,8 @@ from fnmatch import fnmatchcase
 
 import pytest
 
-from mm_convert.content import understand
 from mm_convert.families import OPENSORAPLAN, OPENSORAPLAN_VAE
+from mm_convert.read.content import understand
 
 TOY = dict(dim=48, ffn_dim=192, freq_dim=256, text_dim=32, in_channels=4, out_channels=6, patch=2)
 LAYERS = {"i": 3}

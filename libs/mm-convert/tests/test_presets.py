@@ -6,8 +6,8 @@ from math import prod
 
 import pytest
 
-from mm_convert.content import fingerprint, understand
 from mm_convert.families import FAMILIES, VACE, WAN
+from mm_convert.read.content import fingerprint, understand
 
 T2V_14B = (14_288_491_584, 1095, "aafcfd9672c3a2456dc46e1cb6e52c70")
 I2V_14B = (16_394_878_784, 1303, "6bfcfb3b342cb286ce886889d519a77e")

@@ -6,12 +6,12 @@ from math import prod
 
 import pytest
 
-from mm_convert.content import cut_fused, join_fused, understand
 from mm_convert.families import QWEN2_5_VL
 from mm_convert.families.qwen2_5_vl import TABLE
-from mm_convert.fusion import Fusion
-from mm_convert.inspection import preset
-from mm_convert.tensors import Computed
+from mm_convert.read.content import cut_fused, join_fused, understand
+from mm_convert.read.inspection import preset
+from mm_convert.tensors.fusion import Fusion
+from mm_convert.tensors.views import Computed
 
 PUBLISHED = {  # parameters, tensors (numerics of the published sizes)
     "qwen2.5-vl-3b": (3_754_622_976, 824),

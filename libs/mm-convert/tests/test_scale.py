@@ -55,7 +55,7 @@ def test_memory_stays_flat(tmp_path):
         command = [sys.executable, "-c", PEAK, "convert", str(tmp_path / source), str(tmp_path / target), *options]
         peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
         assert int(peak) < 100, (source, target, peak)
-    command = [sys.executable, "-m", "mm_convert.cli", "diff", str(tmp_path / "source"), str(tmp_path / "ours")]
+    command = [sys.executable, "-m", "mm_convert", "diff", str(tmp_path / "source"), str(tmp_path / "ours")]
     assert "all equal" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mm_convert.families import FAMILIES
-from mm_convert.stages import Places, Split, check
+from mm_convert.tensors.stages import Places, Split, check
 
 CUTS = {family.name: family.cuts for family in FAMILIES}
 WAN, QWEN, VACE = CUTS["wan"], CUTS["qwen2.5-vl"], CUTS["vace"]

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from mm_convert.store.records import RecordWriter
 from mm_convert.store.torch_file import read_torch_file, write_archive, write_torch_file
 from mm_convert.store.unpickle import Opaque
-from mm_convert.tensors import BITS, Computed, LazyTensor, Rows, Stored, rows
+from mm_convert.tensors.views import BITS, Computed, LazyTensor, Rows, Stored, rows
 
 
 def lazy(shape, dtype="F32", seed=0):
@@ -132,7 +132,7 @@ MEMORY = """
 import re, sys
 from pathlib import Path
 from mm_convert.store.torch_file import read_torch_file, write_archive, write_torch_file
-from mm_convert.tensors import Stored
+from mm_convert.tensors.views import Stored
 source, target = map(Path, sys.argv[1:])
 tensor = Stored(source, 0, "BF16", (2**17, 2**10))
 write_torch_file(target, {"model": {"w": tensor}}, lambda done: None)
@@ -499,7 +499,7 @@ def same_as_torch(read, theirs, path=""):
     """Every tensor that torch has is here, with the same bytes."""
     import torch
 
-    from mm_convert.torch_tensors import SPELLING
+    from mm_convert.tensors.torch import SPELLING
 
     if isinstance(theirs, torch.Tensor):
         assert isinstance(read, LazyTensor), path
@@ -522,7 +522,7 @@ def same_as_torch(read, theirs, path=""):
 
 def test_what_torch_saved_is_read(tmp_path):
     torch = pytest.importorskip("torch")
-    from mm_convert.torch_tensors import DTYPES
+    from mm_convert.tensors.torch import DTYPES
 
     torch.manual_seed(0)
     big, marked = torch.randn(10, 8), torch.nn.Parameter(torch.randn(3, 2))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mm_convert.content import understand
 from mm_convert.families import VACE
+from mm_convert.read.content import understand
 
 
 def test_the_names_of_mindspeed(toys):

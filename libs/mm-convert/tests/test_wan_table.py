@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mm_convert.content import understand
 from mm_convert.families import WAN
+from mm_convert.read.content import understand
 
 _KINDS = ("weight", "bias")
 

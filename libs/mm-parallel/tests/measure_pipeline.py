@@ -70,7 +70,7 @@ def measure(rank: int, world: int, layers: tuple, count: int) -> float:
     for _ in range(4):
         torch.distributed.barrier()
         start = time.perf_counter()
-        pipeline.step(count, lambda i: {"x": torch.ones(1)}, lambda output, i: output)
+        pipeline.step(count, lambda i: {"x": torch.ones(1)}, lambda output, i: output, count)
         torch.distributed.barrier()
         best = min(best, time.perf_counter() - start)
     return best

@@ -119,6 +119,7 @@ def run(case: Case) -> None:
             case.count,
             lambda i, batches=batches: {"tokens": batches[i]["tokens"], "t": batches[i]["t"]},
             lambda output, i, batches=batches: losses(output, batches[i]["target"]),
+            share=2 * case.count,
         )
         if mesh.get_local_rank("pp") == mesh["pp"].size() - 1:
             torch.testing.assert_close(torch.cat(own), expected.chunk(parts)[rank], rtol=1e-12, atol=0)
@@ -216,6 +217,8 @@ class Trainer:
             len(batches),
             lambda i: {"tokens": batches[i]["tokens"], "t": batches[i]["t"]},
             lambda output, i: losses(output, batches[i]["target"]),
+            2 * 4,
+            self.mesh,
         )
         finish_gradients(self.model, self.mesh)
         clip_grad_norm(self.model, 0.1, self.mesh)
@@ -298,7 +301,10 @@ def bf16(rank: int, world: int) -> None:
     pipeline = Pipeline(model, TinyLadder.plan, mesh, parallel, dtype=torch.bfloat16)
     batch = {name: tensor.float() for name, tensor in micro_batch(0, SHORT).items()}
     pipeline.step(
-        2, lambda i: {"tokens": batch["tokens"], "t": batch["t"]}, lambda output, i: losses(output, batch["target"])
+        2,
+        lambda i: {"tokens": batch["tokens"], "t": batch["t"]},
+        lambda output, i: losses(output, batch["target"]),
+        share=2 * 2,
     )
     finish_gradients(model, mesh)
     torch.manual_seed(0)
@@ -330,6 +336,7 @@ def refusals(rank: int, world: int) -> None:
             count,
             lambda i: {"tokens": batches[i]["tokens"], "t": batches[i]["t"]},
             lambda output, i: losses(output, batches[i]["target"]),
+            share=2 * count,
         )
 
     same_error(lambda: make((2, 3)), r"are 5 layers, but the model has 4: .*\[2, 2\]")
@@ -360,7 +367,7 @@ def odd_micro_batch(rank: int, world: int) -> None:
     parallel = ParallelConfig(pp_layers=(2, 2))
     pipeline = Pipeline(build(4), TinyLadder.plan, make_mesh(parallel, "cpu"), parallel)
     batches = [micro_batch(i, SHORT + i) for i in range(2)]
-    pipeline.step(2, lambda i: {"tokens": batches[i]["tokens"], "t": batches[i]["t"]}, lambda output, i: output)
+    pipeline.step(2, lambda i: {"tokens": batches[i]["tokens"], "t": batches[i]["t"]}, lambda output, i: output, 1)
 
 
 def test_micro_batches_of_one_step_have_one_shape():
@@ -373,7 +380,7 @@ def freeze_too_late(rank: int, world: int) -> None:
     pipeline = Pipeline(build(4), TinyLadder.plan, make_mesh(parallel, "cpu"), parallel)
     pipeline.model.requires_grad_(rank == 1)
     batch = micro_batch(0, SHORT)
-    pipeline.step(1, lambda i: {"tokens": batch["tokens"], "t": batch["t"]}, lambda output, i: output)
+    pipeline.step(1, lambda i: {"tokens": batch["tokens"], "t": batch["t"]}, lambda output, i: output, 1)
 
 
 def test_what_was_not_announced_is_not_sent():

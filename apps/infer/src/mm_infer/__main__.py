@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from mm_convert.arguments import parse
+from mm_convert.cli.arguments import parse
 from mm_infer.config import Config
 
 

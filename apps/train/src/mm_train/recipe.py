@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mm_convert.arguments import parse
+from mm_convert.cli.arguments import parse
 from mm_parallel import guides
 from mm_train.config import Config
 

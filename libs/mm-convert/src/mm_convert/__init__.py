@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from mm_convert.__about__ import __version__
 
 if TYPE_CHECKING:
-    from mm_convert.checkpoint import Checkpoint, open_checkpoint
-    from mm_convert.conversion import convert
-    from mm_convert.experts import expert_of, open_experts, write_experts
-    from mm_convert.inspection import diff, inspect
-    from mm_convert.save import save_checkpoint
+    from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
+    from mm_convert.read.experts import expert_of, open_experts, write_experts
+    from mm_convert.read.inspection import diff, inspect
+    from mm_convert.write.conversion import convert
+    from mm_convert.write.save import save_checkpoint
 
 __all__ = [
     "Checkpoint",
@@ -28,15 +28,15 @@ __all__ = [
 ]
 
 _HOME = {
-    "Checkpoint": "checkpoint",
-    "open_checkpoint": "checkpoint",
-    "convert": "conversion",
-    "expert_of": "experts",
-    "open_experts": "experts",
-    "write_experts": "experts",
-    "diff": "inspection",
-    "inspect": "inspection",
-    "save_checkpoint": "save",
+    "Checkpoint": "read.checkpoint",
+    "open_checkpoint": "read.checkpoint",
+    "convert": "write.conversion",
+    "expert_of": "read.experts",
+    "open_experts": "read.experts",
+    "write_experts": "read.experts",
+    "diff": "read.inspection",
+    "inspect": "read.inspection",
+    "save_checkpoint": "write.save",
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mm_convert.families.family import Config, Cuts, Family, Ladder
 from mm_convert.families.fields import is_count, is_small, settle, settle_heads
-from mm_convert.rules import Row, Table
+from mm_convert.tensors.rules import Row, Table
 
 
 def _row(original: str, shape: str, mindspeed: str = "") -> Row:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mm_convert.families.family import Config, Family
-from mm_convert.rules import Row, Table
+from mm_convert.tensors.rules import Row, Table
 
 WIDTHS = (1, 2, 4, 4)  # of the levels, times base_dim
 
@@ -138,4 +138,5 @@ OPENSORAPLAN_VAE = Family(
     write_config={"original": _write_original},
     complete=lambda config: (config, []),
     presets={"opensoraplan-1.2-vae": {"base_dim": 128, "channels": 3, "z_channels": 4, "embed_dim": 4}},
+    mindspeed_file="casualvae_mm.pt",
 )

@@ -11,8 +11,8 @@ from typing import Any
 
 from mm_convert.families.family import Config, Cuts, Family, Ladder
 from mm_convert.families.fields import is_count
-from mm_convert.fusion import Fusion
-from mm_convert.rules import Row, Table
+from mm_convert.tensors.fusion import Fusion
+from mm_convert.tensors.rules import Row, Table
 
 _VISION, _TEXT = "image_encoder.encoder.", "text_decoder."
 _VISION_LAYER, _TEXT_LAYER = _VISION + "blocks.layers.{j}.", _TEXT + "decoder.layers.{i}."

@@ -10,7 +10,7 @@ from typing import Any
 
 from mm_convert.families.family import Config, Family
 from mm_convert.families.fields import is_count, is_small, settle
-from mm_convert.rules import Row, Table
+from mm_convert.tensors.rules import Row, Table
 
 
 def _row(transformers: str, original: str, shape: str) -> Row:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mm_convert.families import wan
 from mm_convert.families.family import Config, Cuts, Family, Ladder
-from mm_convert.rules import Row, Table
+from mm_convert.tensors.rules import Row, Table
 
 
 def _in_wan_dit(row: Row) -> Row:

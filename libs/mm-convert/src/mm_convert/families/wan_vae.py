@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from mm_convert.families.family import Config, Family
-from mm_convert.rules import Row, Table
+from mm_convert.tensors.rules import Row, Table
 
 WIDTHS = (1, 2, 4, 4)  # of the levels, times base_dim
 

@@ -9,8 +9,8 @@ from typing import Any
 from mm_convert.families import Family
 from mm_convert.lora.names import Names, listed, read_names
 from mm_convert.lora.strength import find_alphas
-from mm_convert.rules import Row, Sizes
-from mm_convert.tensors import LazyTensor
+from mm_convert.tensors.rules import Row, Sizes
+from mm_convert.tensors.views import LazyTensor
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from mm_convert.lora.adapter import Adapter, LowRank
 from mm_convert.lora.names import listed
-from mm_convert.tensors import Computed, LazyTensor
+from mm_convert.tensors.views import Computed, LazyTensor
 
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
@@ -33,7 +33,7 @@ def merge(tensors: Mapping[str, LazyTensor], adapter: Adapter) -> dict[str, Lazy
 
 
 def _merged(weight: LazyTensor, module: LowRank) -> LazyTensor:
-    from mm_convert.torch_tensors import DTYPES, bytes_of, rows_of, torch
+    from mm_convert.tensors.torch import DTYPES, bytes_of, rows_of, torch
 
     dtype = torch.float64 if weight.dtype == "F64" else torch.float32
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mm_convert.families import FAMILIES, Family
-from mm_convert.rules import LETTERS, Patterns, Row
+from mm_convert.tensors.rules import LETTERS, Patterns, Row
 
 PREFIXES = {
     "base_model.model.": "peft",

@@ -10,7 +10,7 @@ from math import isclose, isfinite, sqrt
 from typing import Any
 
 from mm_convert.lora.names import Names
-from mm_convert.tensors import LazyTensor
+from mm_convert.tensors.views import LazyTensor
 
 Said = dict[str, tuple[float | None, float | None]]  # module as found -> rank and alpha, where they are said
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from mm_convert.lora.adapter import Adapter, LowRank
 from mm_convert.lora.names import rename
-from mm_convert.tensors import Computed, LazyTensor
+from mm_convert.tensors.views import Computed, LazyTensor
 
 FILES = {  # the names that loaders look for; of MindSpeed-MM it is a tree
     "mm": "adapter_model.safetensors",  # with adapter_config.json beside it

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
-from mm_convert.tensors import LazyTensor, Reshaped, below, beside, rows
+from mm_convert.tensors.views import LazyTensor, Reshaped, below, beside, rows
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from mm_convert.store.chunks import join_chunks
 from mm_convert.store.storages import DTYPES, TORCH_NAMES
 from mm_convert.store.torch_file import read_torch_file, write_archive
 from mm_convert.store.unpickle import Opaque, unpickle
-from mm_convert.tensors import Computed, LazyTensor, rows
+from mm_convert.tensors.views import Computed, LazyTensor, rows
 
 INDEX = ".metadata"
 _MAX_INDEX = 200 * 2**20

@@ -11,8 +11,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from mm_convert import tensors
-from mm_convert.tensors import BITS, LazyTensor, Stored
+from mm_convert.tensors import views
+from mm_convert.tensors.views import BITS, LazyTensor, Stored
 
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 
@@ -178,4 +178,4 @@ def write_file(
     raw += b" " * (-len(raw) % 8)
     with path.open("xb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        tensors.write(tensors.pieces(contents.values()), file, progress)
+        views.write(views.pieces(contents.values()), file, progress)

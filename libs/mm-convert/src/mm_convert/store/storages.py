@@ -12,7 +12,7 @@ from typing import Any
 
 from mm_convert.store.records import Record
 from mm_convert.store.unpickle import Opaque
-from mm_convert.tensors import BITS, Computed, LazyTensor, Stored
+from mm_convert.tensors.views import BITS, Computed, LazyTensor, Stored
 
 # torch's name -> the spelling of safetensors
 DTYPES = {"bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "uint16": "U16"}

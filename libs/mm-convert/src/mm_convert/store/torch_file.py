@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from mm_convert.store.records import RecordWriter, read_record, read_records
 from mm_convert.store.storages import CLASSES, TORCH_NAMES, TensorBuilder, contiguous
 from mm_convert.store.unpickle import unpickle
-from mm_convert.tensors import LazyTensor, chunks, pieces
+from mm_convert.tensors.views import LazyTensor, chunks, pieces
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 _MAX_PICKLE = 200 * 2**20

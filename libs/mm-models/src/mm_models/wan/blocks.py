@@ -1,13 +1,12 @@
 """What travels up a Wan, and the rungs it climbs. The letters are those of `mm_models.wan.model`."""
 
 from collections.abc import Callable
-from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mm_models.layers import LayerNorm, Linear, RMSNorm, attention, gated, modulate, wide
+from mm_models.layers import LayerNorm, Linear, RMSNorm, Sequence, attention, gated, modulate, wide
 from mm_models.wan.config import WanConfig
 from mm_models.wan.tables import rotate
 
@@ -20,6 +19,7 @@ class Stream(NamedTuple):
     mod: Tensor  # B 1 7 D, or B 2 7 D with a timestep per token, float32: six rows for the layers, one for the head
     text: Tensor  # B S D, in the compute dtype
     grid: tuple[int, int, int]  # tokens per axis of the whole video, needed to put it together again
+    sequence: Sequence  # the tokens of the whole video
     noisy: Tensor | None = (
         None  # B L 1, with a timestep per token: 1 for tokens of the second row of mod, 0 of the first
     )
@@ -41,10 +41,10 @@ class SelfAttention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))  # B L D -> B L H h
 
-    def forward(self, x: Tensor, rope: Tensor, core: Callable, tokens: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, core: Callable, sequence: Sequence) -> Tensor:
         q = rotate(self.heads(self.norm_q(self.q(x))), rope)
         k = rotate(self.heads(self.norm_k(self.k(x))), rope)
-        return self.o(core(q, k, self.heads(self.v(x)), tokens).flatten(2))
+        return self.o(core(q, k, self.heads(self.v(x)), sequence).flatten(2))
 
 
 class CrossAttention(SelfAttention):
@@ -91,7 +91,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)
 
         y = modulate(self.norm1, x, shift1, scale1, noisy)
-        x = gated(x, gate1, self.self_attn(y.to(text.dtype), stream.rope, core, prod(stream.grid)), noisy)
+        x = gated(x, gate1, self.self_attn(y.to(text.dtype), stream.rope, core, stream.sequence), noisy)
         x = x + self.cross_attn(self.norm3(x).to(text.dtype), text)
         y = modulate(self.norm2, x, shift2, scale2, noisy)
         x = gated(x, gate2, self.ffn(y.to(text.dtype)), noisy)
@@ -99,7 +99,7 @@ class Block(nn.Module):
 
 
 class ControlBlock(Block):
-    """One rung of VACE's control ladder: a block, and a projection to the hint that it gives to a rung of the other."""
+    """One layer of VACE's control ladder: a block, and a projection to the hint that it gives to one of the other's."""
 
     def __init__(self, config: WanConfig, first: bool) -> None:
         super().__init__(config)
@@ -108,10 +108,12 @@ class ControlBlock(Block):
         self.after_proj = Linear(config.dim, config.dim)
         self.first = first
 
-    def forward(self, stream: Stream, core: Callable) -> tuple[Tensor, Tensor]:
-        """(what climbs on, hint), both B L D; `stream.x` is the control, `stream.control` what it is added to first."""
+    def forward(
+        self, control: Tensor, stream: Stream, core: Callable, x: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(control, hint), both B L D. The first block adds the control to the video's own residual stream x."""
         dtype = stream.text.dtype
         if self.first:
-            stream = stream._replace(x=stream.control + self.before_proj(stream.x.to(dtype)))
-        control = super().forward(stream, core).x
+            control = x + self.before_proj(control.to(dtype))
+        control = super().forward(stream._replace(x=control), core).x
         return control, self.after_proj(control.to(dtype))

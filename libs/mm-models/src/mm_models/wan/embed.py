@@ -23,12 +23,12 @@ class PatchEmbedding(nn.Conv3d):
 class ImageEmbedding(nn.Module):
     """CLIP tokens of one or two images to the width of the model. B S' C -> B S' D"""
 
-    def __init__(self, image_dim: int, dim: int, tokens: int) -> None:
+    def __init__(self, image_dim: int, dim: int, tokens: int, positions: bool) -> None:
         super().__init__()
         self.proj = nn.Sequential(
             LayerNorm(image_dim), Linear(image_dim, image_dim), nn.GELU(), Linear(image_dim, dim), LayerNorm(dim)
         )
-        if tokens > 257:  # two images: say which token is whose
+        if positions:  # two images: say which token is whose
             self.emb_pos = nn.Parameter(torch.zeros(1, tokens, image_dim))
 
     def forward(self, image: Tensor) -> Tensor:

@@ -9,39 +9,30 @@ Three seams do nothing here and let others cut the tokens over devices:
 
     model.split        Stream -> Stream, last thing in the stem: keep this rank's part of dim 1 of x, rope, noisy and
                        control
-    model.core         (q, k, v: B L H h, tokens) -> B L H h, the self-attention between tokens
-    model.head.gather  (B L C, tokens) -> (B L C), before tokens become a video again: join what `split` cut
+    model.core         (q, k, v: B L H h, sequence) -> B L H h, the self-attention between tokens
+    model.head.gather  (B L C, sequence) -> (B L C), before tokens become a video again: join what `split` cut
 
-`tokens` is the length of the whole sequence. Linears of q, k, v and the first of the feed-forward may give a part of
-their columns (some heads), if those after them take it: no number of heads is written into the code.
+`sequence` says how many tokens there are before the cut. Linears of q, k, v and the first of the feed-forward may give
+a part of their columns (some heads), if those after them take it: no number of heads is written into the code.
 
 Precision: linears and attention run in `model.compute_dtype` (None: the dtype of the patch embedding's weight). Time
 embedding, modulation, norms, rotary positions, gates and the residual stream are at least float32 at all times.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mm_models.layers import LayerNorm, Linear, attention, modulate, wide
+from mm_models.layers import LayerNorm, Linear, Sequence, core, identity, modulate, wide
 from mm_models.wan.blocks import Block, ControlBlock, Stream
 from mm_models.wan.check import check
 from mm_models.wan.config import WanConfig
 from mm_models.wan.embed import ImageEmbedding, PatchEmbedding
 from mm_models.wan.tables import rope_table, sinusoid
-
-
-def identity(x, *_):
-    """A seam that nobody uses."""
-    return x
-
-
-def plain(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
-    """Attention on one device, where all tokens are."""
-    return attention(q, k, v)
 
 
 class Head(nn.Module):
@@ -54,13 +45,13 @@ class Head(nn.Module):
         self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.head = Linear(config.dim, patch * config.out_channels)
         self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
-        self.gather: Callable[[Tensor, int], Tensor] = identity
+        self.gather: Callable[[Tensor, Sequence], Tensor] = identity
 
     def forward(self, stream: Stream) -> Tensor:
         (f, h, w), (p, q, r) = stream.grid, self.patch_size
         shift, scale = (wide(self.modulation) + stream.mod[:, :, 6:]).unbind(2)
         y = modulate(self.norm, stream.x, shift, scale, stream.noisy)
-        tokens = self.gather(self.head(y.to(stream.text.dtype)), f * h * w)
+        tokens = self.gather(self.head(y.to(stream.text.dtype)), stream.sequence)
         return rearrange(wide(tokens), "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r)
 
 
@@ -82,7 +73,7 @@ class WanModel(nn.Module):
         self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         if config.image_dim is not None:
-            self.img_emb = ImageEmbedding(config.image_dim, dim, config.image_tokens)
+            self.img_emb = ImageEmbedding(config.image_dim, dim, config.image_tokens, config.two_images)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         if config.vace_layers:
             self.vace_patch_embedding = PatchEmbedding(config.control_channels, dim, config.patch_size)
@@ -91,7 +82,7 @@ class WanModel(nn.Module):
 
         self.compute_dtype: torch.dtype | None = None
         self.split: Callable[[Stream], Stream] = identity
-        self.core: Callable[[Tensor, Tensor, Tensor, int], Tensor] = plain
+        self.core: Callable[[Tensor, Tensor, Tensor, Sequence], Tensor] = core
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -111,7 +102,7 @@ class WanModel(nn.Module):
         text: Tensor,
         image: Tensor | None = None,
         control: Tensor | None = None,
-        control_scale: float | Sequence[float] = 1.0,
+        control_scale: float | Iterable[float] = 1.0,
     ) -> Tensor:
         stream = self.stem(video, t, text, image, control, control_scale)
         for i in range(len(self.layers)):
@@ -125,7 +116,7 @@ class WanModel(nn.Module):
         text: Tensor,
         image: Tensor | None = None,
         control: Tensor | None = None,
-        control_scale: float | Sequence[float] = 1.0,
+        control_scale: float | Iterable[float] = 1.0,
     ) -> Stream:
         """Makes the stream.
 
@@ -166,15 +157,14 @@ class WanModel(nn.Module):
             control = wide(self.vace_patch_embedding(control.to(dtype)))
             count = len(self.config.vace_layers)
             scales = (float(control_scale),) * count if isinstance(control_scale, int | float) else tuple(control_scale)
-        return self.split(Stream(x, rope, mod, context, grid, noisy, control, scales))
+        return self.split(Stream(x, rope, mod, context, grid, Sequence(prod(grid)), noisy, control, scales))
 
     def layer(self, i: int, stream: Stream) -> Stream:
-        # A rung that recomputes keeps what it is called with: not the control, which passes by.
-        x, control = stream.x, stream.control
+        # A block that recomputes keeps what it is called with: so it is called with no residual stream but its own.
+        x, control, stream = stream.x, stream.control, stream._replace(control=None)
         if i not in self.config.vace_layers:
-            return self.blocks[i](stream._replace(control=None), self.core)._replace(control=control)
+            return self.blocks[i](stream, self.core)._replace(control=control)
         n = self.config.vace_layers.index(i)
-        # The control block's own residual stream stands where recompute and offload look for it: in x.
-        control, hint = self.vace_blocks[n](stream._replace(x=control, control=x if n == 0 else None), self.core)
-        stream = self.blocks[i](stream._replace(control=None), self.core)
+        control, hint = self.vace_blocks[n](control, stream._replace(x=None), self.core, x if n == 0 else None)
+        stream = self.blocks[i](stream, self.core)
         return stream._replace(x=torch.add(stream.x, hint, alpha=stream.control_scale[n]), control=control)

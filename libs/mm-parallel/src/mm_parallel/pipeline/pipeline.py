@@ -83,13 +83,18 @@ class Pipeline:
         self._newest: tuple[str, Schedule | None] = ("", None)
 
     def step(
-        self, count: int, inputs: Callable[[int], Mapping[str, Any]], loss: Callable[[Tensor, int], Tensor]
+        self,
+        count: int,
+        inputs: Callable[[int], Mapping[str, Any]],
+        losses: Callable[[Tensor, int], Tensor],
+        share: float,
     ) -> list[Tensor]:
-        """Adds the gradient of the mean loss over `count` micro-batches to the gradients that are there.
+        """Adds the gradient of the losses of `count` micro-batches, over `share`, to the gradients that are there.
 
         inputs: number of a micro-batch -> arguments of the model by name. All of a step have the same shapes; those of
             steps may differ. Every rank is asked for number 0, to compare shapes; the first stage for all.
-        loss: (output, number) -> losses, of any shape; their mean is what counts. The last stage is asked.
+        losses: (output, number) -> losses, of any shape; their sum is what counts. The last stage is asked.
+        share: this rank's part of the weight of the whole step, see `mm_parallel.forward_backward`.
 
         Returns the losses, detached, on the rank of the last stage, elsewhere []. Raises ValueError where ranks were
         given different shapes or counts, and for a count that the schedule cannot do.
@@ -107,7 +112,7 @@ class Pipeline:
                 raise ValueError(f"micro-batch {number} is {other}, but the step began with {shape}")
             return bound
 
-        return self._schedule(what, count, first).step(batch, loss)
+        return self._schedule(what, count, first).step(batch, losses, share)
 
     def _schedule(self, what: str, count: int, first: BoundArguments) -> Schedule:
         """The one of the step before, or a new one. Only one is kept, because it holds a receive buffer for each

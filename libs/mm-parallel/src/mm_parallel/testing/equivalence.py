@@ -32,6 +32,16 @@ from mm_parallel.weights import load_parameters
 
 SAMPLES = 8
 STEPS = 3  # of the optimizer
+WEIGHTS = (
+    1.0,
+    0.0,
+    5.0,
+    2.0,
+    0.5,
+    3.0,
+    7.0,
+    1.5,
+)  # of the samples' losses; ranks and micro-batches differ in their sums
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,7 @@ def _train_alone(family: Family) -> tuple[list[float], list[dict[str, Tensor]], 
     optimizer = _optimizer(model)
     losses, grads, norms = [], [], []
     for _ in range(STEPS):
-        loss = _losses(model(**batch), target).mean()
+        loss = _losses(model(**batch), target, _weights(target)).sum() / sum(WEIGHTS)
         loss.backward()
         losses.append(loss.item())
         grads.append({name: grad.clone() for name, grad in gradients(model).items()})
@@ -181,8 +191,9 @@ def _compare(
 
     index, parts = data_rank(mesh)
     share = slice(index * SAMPLES // parts, (index + 1) * SAMPLES // parts)
+    whole = batch | {"target": target, "weight": _weights(target)}
     micro = [
-        {name: part.chunk(case.micro_batches)[i] for name, part in _cut(batch | {"target": target}, share).items()}
+        {name: part.chunk(case.micro_batches)[i] for name, part in _cut(whole, share).items()}
         for i in range(case.micro_batches)
     ]
     optimizer = _optimizer(model)
@@ -190,14 +201,16 @@ def _compare(
         own = forward_backward(
             run,
             case.micro_batches,
-            lambda i: {name: tensor for name, tensor in micro[i].items() if name != "target"},
-            lambda output, i: _losses(output, micro[i]["target"]),
+            lambda i: {name: micro[i][name] for name in batch},
+            lambda output, i: _losses(output, micro[i]["target"], micro[i]["weight"]),
+            sum(WEIGHTS),
+            mesh,
         )
         finish_gradients(model, mesh)
         loss = torch.cat(own).sum() if own and reports_loss(mesh) else torch.zeros((), dtype=target.dtype)
         if dist.is_initialized():
             dist.all_reduce(loss)
-        loss = loss.item() / SAMPLES
+        loss = loss.item() / sum(WEIGHTS)
         assert abs(loss / losses[step] - 1) <= rtol, f"step {step}: loss {loss}, on one device {losses[step]}"
         actual = gradients(model)
         expected = {name: grads[step][name] for name in actual}
@@ -218,8 +231,13 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([{"params": part} for part in trained], lr=1e-2, eps=1e-4, fused=True)
 
 
-def _losses(output: Tensor, target: Tensor) -> Tensor:
-    return (output - target).square().flatten(1).mean(1)
+def _weights(target: Tensor) -> Tensor:
+    return torch.tensor(WEIGHTS, dtype=target.dtype, device=target.device)
+
+
+def _losses(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Of every sample, times its weight: B."""
+    return weight * (output - target).square().flatten(1).mean(1)
 
 
 def _cut(batch: Mapping[str, Tensor], share: slice) -> dict[str, Tensor]:

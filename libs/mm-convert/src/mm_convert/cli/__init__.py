@@ -1,0 +1,58 @@
+"""The command `mm-convert`: which commands there are. What they do is in `commands`, loaded when one is called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+USAGE = """\
+usage: mm-convert COMMAND [options]        (mm-convert COMMAND --help says more)
+
+Checkpoints of video models, from any form into any other, streamed.
+
+  inspect PATH                  what is this: family, preset, names, files, split, sizes; reads headers only
+  convert SOURCE TARGET --to T  rewrite it as mm (ours), mindspeed (its tree), dcp (torch DCP), or under the names
+                                original, diffusers, transformers; LoRA adapters and pairs of experts too
+  diff A B                      how two checkpoints differ, in whatever form each is
+
+The commands of MindSpeed-MM's guides (… METHOD --help has the options):
+
+  WanConverter           hf_to_mm  mm_to_hf  resplit  mm_to_dcp  dcp_to_mm  layerzero_to_mm
+                         merge_lora_to_base  lora_hf_to_mm  lora_mm_to_hf
+  VACEConverter          hf_to_mm  mm_to_hf  resplit  mm_to_dcp  dcp_to_mm  layerzero_to_mm
+                         hf_diffusers_to_mm  mm_to_hf_diffusers
+  OpenSoraPlanConverter  hf_to_mm  mm_to_hf  resplit  vae_convert
+  Qwen2_5_VLConverter    hf_to_mm  mm_to_hf  resplit
+
+Every command that writes takes --dry_run, --overwrite, --dtype and --sha256.
+
+options: -h, --help, --version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command. Exit code 0: done; 1: it could not be done; 2: it was not said rightly."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        sys.exit(0 if argv else 2)
+    if argv == ["--version"]:
+        from mm_convert.__about__ import __version__
+
+        print(f"mm-convert {__version__}")
+        return
+
+    from mm_convert.cli.commands import run
+
+    guarded("mm-convert", lambda: run(argv))
+
+
+def guarded(program: str, action: Callable[[], None]) -> None:
+    """Do it; what goes wrong ends with exit code 1 and one line on stderr."""
+    try:
+        action()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"{program}: error: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{program}: interrupted; what was not finished is not there\n")
+        sys.exit(130)

@@ -1,0 +1,92 @@
+"""The commands of `mm-convert`: which there are, and how their words are read."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from mm_convert.cli.arguments import nearest, parse
+from mm_convert.cli.convert import convert
+from mm_convert.cli.options import Convert, Form, read
+from mm_convert.cli.plain import Diff, Inspect, run_diff, run_inspect
+from mm_convert.guides.table import CONVERTERS, Command, Flag
+
+CONVERT = Command(
+    "Rewrite a checkpoint, or a LoRA adapter, under other names and in other files; tensors keep their bytes.",
+    (
+        *(Flag("source"), Flag("target"), Flag("to", hint=Form), Flag("shard_gb")),
+        *(Flag("pp_layers"), Flag("vit_pp_layers"), Flag("tp_size"), Flag("lora_alpha"), Flag("boundary")),
+    ),
+)
+READING = {"inspect": (Inspect, run_inspect), "diff": (Diff, run_diff)}
+
+
+def run(argv: list[str]) -> None:
+    """Run the command at the head of `argv`; SystemExit(2) for one that does not exist."""
+    name, rest = argv[0], argv[1:]
+    if name in READING:
+        options, action = READING[name]
+        action(parse(options, rest, prog=f"mm-convert {name}", environment=_environment([name])))
+    elif name == "convert":
+        _convert(CONVERT, [name], rest)
+    elif name in CONVERTERS:
+        _run_converter(name, rest)
+    else:
+        _refuse_unknown(name, [*READING, "convert", *CONVERTERS])
+
+
+def _run_converter(name: str, argv: list[str]) -> None:
+    """One of MindSpeed-MM's: its method, and that one's options."""
+    methods = CONVERTERS[name]
+    argv = _drop_version(argv) if name == "OpenSoraPlanConverter" else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: mm-convert {name} METHOD [options]        (… METHOD --help says more)\n")
+        for method, command in methods.items():
+            print(f"  {method:<20} {command.help}")
+        sys.exit(0 if argv else 2)
+    if argv[0] not in methods:
+        _refuse_unknown(f"{name} {argv[0]}", [f"{name} {method}" for method in methods])
+    _convert(methods[argv[0]], [name, argv[0]], argv[1:])
+
+
+def _convert(command: Command, words: Sequence[str], argv: Sequence[str]) -> None:
+    argv = replace_aliases(argv, command.aliases)
+    convert(read(command, argv, Convert, prog=" ".join(["mm-convert", *words]), environment=_environment(words)))
+
+
+def _environment(words: Sequence[str]) -> str:
+    """What environment variables with options begin with, if they are asked for as of MindSpeed-MM's tools."""
+    asked_for = os.environ.get("JSONARGPARSE_DEFAULT_ENV", "").lower() == "true"
+    return f"MM_CONVERT_{'__'.join(word.upper() for word in words)}__" if asked_for else ""
+
+
+def replace_aliases(argv: Sequence[str], aliases: Mapping[str, str]) -> list[str]:
+    """The arguments with every other spelling of an option replaced by its name."""
+    result = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        name = aliases.get(flag.removeprefix("--")) if flag.startswith("--") else None
+        result.append(f"--{name}{equals}{value}" if name else word)
+    for name in set(aliases.values()):
+        if sum(word.partition("=")[0] == f"--{name}" for word in result) > 1:
+            sys.stderr.write(f"mm-convert: error: --{name} is given twice, under two spellings or one\n")
+            sys.exit(2)
+    return result
+
+
+def _drop_version(argv: list[str]) -> list[str]:
+    """MindSpeed-MM's converter has a --version before its command; of it, this one knows v1.2."""
+    if not argv or argv[0].partition("=")[0] != "--version":
+        return argv
+    version, rest = (argv[0].partition("=")[2], argv[1:]) if "=" in argv[0] else ("".join(argv[1:2]), argv[2:])
+    if version != "v1.2":
+        sys.stderr.write(f"mm-convert: error: --version {version}: only v1.2 of Open-Sora-Plan is known\n")
+        sys.exit(2)
+    return rest
+
+
+def _refuse_unknown(said: str, known: Sequence[str]) -> None:
+    sys.stderr.write(f"mm-convert: error: unknown command {said}{nearest(said, known)}\n")
+    sys.stderr.write(f"(there are: {', '.join(known)})\n")
+    sys.exit(2)

@@ -1,0 +1,1 @@
+"""The commands of MindSpeed-MM's guides."""

@@ -1,0 +1,182 @@
+"""Opening a checkpoint, whatever its files and names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_convert.families import Family
+from mm_convert.families.family import Config
+from mm_convert.lora.names import is_lora
+from mm_convert.read.content import Content, cut_fused, recognise, understand
+from mm_convert.read.source import Source, find
+from mm_convert.store import mindspeed
+from mm_convert.store.mm import FORMAT, MANIFEST, VERSION, read_json
+from mm_convert.tensors.views import LazyTensor, Stored
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Checkpoint(Mapping[str, "torch.Tensor"]):
+    """A checkpoint on disk as a mapping of *our* names to tensors; only headers are read until a tensor is asked for.
+
+    Attributes:
+        path: the folder or file it was opened as.
+        layout: "mm" (ours), "safetensors", "torch" (.pt, .pth), "mindspeed" (a tree of ranks) or "dcp".
+        dialect: the names on disk, for example "original", "diffusers" or "mindspeed".
+        family: for example "wan".
+        config: the fields of the model's configuration, for example of `WanConfig`. A number of heads is absent where
+            neither a config.json nor the published sizes say it.
+        notes: what a person should know: tensors that were dropped, a config.json that contradicts the tensors.
+        tensors: our name -> where its bytes are, in the order of the files.
+        metadata: the free text of the safetensors headers.
+        split: of a MindSpeed-MM tree, its ranks and layers per stage.
+        shards: our names by the file that holds them, where every tensor lies whole in one.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        source: Source,
+        layout: str,
+        content: Content,
+        tensors: dict[str, LazyTensor],
+        config: Config,
+        notes: list[str],
+    ) -> None:
+        self.path, self.layout, self.content, self.tensors = path, layout, content, tensors
+        self.files, self.folder, self.metadata, self.split = source.files, source.folder, source.metadata, source.split
+        self.config, self.notes = config, notes
+        self.dialect, self.family = content.dialect, content.family.name
+        self.shards = _by_file(tensors)
+        self._maps: Any = None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __contains__(self, name: object) -> bool:  # a Mapping would read the tensor to find out
+        return name in self.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
+    def dtype(self, name: str) -> str:
+        """As safetensors spells it: "F32", "BF16", …"""
+        return self.tensors[name].dtype
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The tensor, mapped from the file where it lies in one piece: it takes memory only where it is read."""
+        from mm_convert.tensors.torch import Maps
+
+        self._maps = self._maps or Maps()
+        return self._maps.tensor(self.tensors[name])
+
+
+def _by_file(tensors: Mapping[str, LazyTensor]) -> dict[Path, list[str]]:
+    shards: dict[Path, list[str]] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Stored):
+            return {}
+        shards.setdefault(tensor.file, []).append(name)
+    return shards
+
+
+def open_checkpoint(
+    path: str | Path,
+    *,
+    config: Config | None = None,
+    published: bool = False,
+    part: str = "model",
+    prefix: str = "",
+) -> Checkpoint:
+    """Open a checkpoint of any layout and dialect that is known.
+
+    Args:
+        path: a diffusers or transformers repository, its transformer folder, a Wan-AI folder, our own folder, one
+            .safetensors or torch file, a MindSpeed-MM tree, a torch DCP folder or a run of mm_train.
+        config: what is known of the configuration, for files that do not say it themselves.
+        published: in a folder that was converted in place, open the published files, not what was made of them.
+        part: "model"; or "ema" of a training checkpoint.
+        prefix: what the names of the model begin with, where they begin with something unusual.
+
+    Raises ValueError when it is none of these, when a file is broken, or when a tensor is unknown, missing or
+    misshapen.
+    """
+    path = Path(path)
+    source = find(path, published, part, prefix)
+    if is_lora(source.tensors):
+        raise ValueError(f"{path} holds a LoRA adapter, not a whole model; `mm-convert inspect` and `convert` read it")
+    family, dialect = recognise(source.tensors, str(path))
+    said, is_ours, where = read_config(source, family)
+    said = {**(config or {}), **said}
+    tensors = _without_tied_copy(source, family, said)
+    tensors = cut_fused(tensors, family, dialect, said, str(path))
+    content = understand({name: tensor.shape for name, tensor in tensors.items()}, str(path))
+    ours = {content.names[name]: tensor for name, tensor in tensors.items() if name in content.names}
+    notes = list(source.notes)
+    wrong = {f: v for f, v in content.config.items() if f in said and said[f] != v}
+    if wrong:
+        differences = ", ".join(f"{field} {said[field]} instead of {value}" for field, value in wrong.items())
+        notes.append(f"{where} says {differences}: the tensors are believed")
+    # The shapes say most fields and are always right; config.json adds what they cannot say (num_heads, eps).
+    complete, doubts = family.complete({**said, **content.config})
+    for reason in sorted(set(content.ignored.values())):
+        names = [name for name, why in content.ignored.items() if why == reason]
+        notes.append(f"{len(names)} tensors are left out ({reason}): {names[0]}" + (", …" if len(names) > 1 else ""))
+    layout = "mm" if is_ours and source.layout == "safetensors" else source.layout
+    return Checkpoint(path, source, layout, content, ours, complete, notes + doubts)
+
+
+def read_config(source: Source, family: Family) -> tuple[Config, bool, Path]:
+    """What the files beside the tensors say of the configuration; whether they are ours; and where it stands."""
+    candidates = [source.folder / "config.json", source.folder / MANIFEST]
+    if source.layout == "mindspeed" and (source.folder.parent / mindspeed.TRACKER).exists():
+        # Ours beside the tracker; converted in place, the published config.json beside the tree.
+        candidates += [source.folder.parent / MANIFEST, source.folder.parent / "config.json"]
+    if len(source.files) == 1:
+        candidates.insert(0, source.files[0].with_name(f"{source.files[0].name}.{MANIFEST}"))
+    for path in (path for path in candidates if path.exists()):
+        json_ = read_json(path)
+        if path.name.endswith(MANIFEST):
+            if json_.get("family") == family.name and isinstance(json_.get("config"), dict):
+                return json_["config"], False, path
+        elif json_.get("format") == FORMAT:
+            if json_.get("version") != VERSION:
+                raise ValueError(f"{path} has version {json_.get('version')!r}; this mm_convert reads {VERSION}")
+            if not isinstance(json_.get("config"), dict):
+                raise ValueError(f"{path} has no table config")
+            return json_["config"], True, path
+        else:
+            try:
+                return family.read_config(json_), False, path
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+    return {}, False, source.folder
+
+
+def _without_tied_copy(source: Source, family: Family, said: Config) -> dict[str, LazyTensor]:
+    """MindSpeed-MM repeats tied embeddings on the last stage; what is repeated is no tensor of the model."""
+    tensors = source.tensors
+    tied = family.cuts.tied if family.cuts and source.split.get("pp", 1) > 1 else None
+    if not tied or not set(tied) <= set(tensors) or said.get("tied") is False:
+        return tensors
+    same = _equal(tensors[tied[0]], tensors[tied[1]])
+    if said.get("tied") and not same:
+        raise ValueError(
+            f"{source.folder}: {tied[1]} differs from {tied[0]}, though the configuration says that they are tied: "
+            "which is right cannot be known"
+        )
+    return {name: tensor for name, tensor in tensors.items() if not same or name != tied[1]}
+
+
+def _equal(a: LazyTensor, b: LazyTensor) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    step = max(1, 2**23 // max(1, a.row_bytes))  # rows in 8 MiB
+    ends = ((top, min(top + step, a.height)) for top in range(0, a.height, step))
+    return all(a.read(*rows) == b.read(*rows) for rows in ends)

@@ -1,0 +1,1 @@
+"""Writing: which files a target will hold, and how it appears whole."""
