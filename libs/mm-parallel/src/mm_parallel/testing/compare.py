@@ -17,10 +17,10 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, grad in grads.items():
         assert grad is not None, f"{name} has no gradient"
-    return whole(grads)
+    return gather_whole(grads)
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gather_whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each tensor's full values by name, as from `DTensor.full_tensor` (all ranks of its mesh call it).
 
     A test gathers hundreds of small ones: those cut alike are gathered together.

@@ -27,7 +27,7 @@ from mm_parallel.order import parallelize
 from mm_parallel.pipeline import Pipeline
 from mm_parallel.plan import ParallelPlan
 from mm_parallel.step import forward_backward
-from mm_parallel.testing.compare import assert_same_grads, gradients, whole
+from mm_parallel.testing.compare import assert_same_grads, gather_whole, gradients
 from mm_parallel.weights import load_parameters
 
 SAMPLES = 8
@@ -221,7 +221,7 @@ def _compare(
         if goes_on:
             optimizer.step()
             optimizer.zero_grad()
-    trained = whole({name: p.detach() for name, p in model.named_parameters()}) if case.steps == STEPS else {}
+    trained = gather_whole({name: p.detach() for name, p in model.named_parameters()}) if case.steps == STEPS else {}
     for name, parameter in trained.items():
         torch.testing.assert_close(parameter, weights[name], rtol=100 * rtol, atol=100 * rtol)
 
