@@ -14,7 +14,7 @@ PROMPT = "A red fox jumps over nine lazy dogs &amp;  sleeps."
 
 
 class GuidesGrid(UniPCMultistepScheduler):
-    """diffusers as the guides pin it, by explicit sigmas."""
+    """diffusers as MindSpeed-MM pins it, by explicit sigmas."""
 
     def set_timesteps(self, num_inference_steps, device=None):
         super().set_timesteps(sigmas=np.linspace(0.999, 0, num_inference_steps + 1)[:-1], device=device)
@@ -117,7 +117,7 @@ def test_every_layout_of_the_weights(pipeline, sampler, layout, tmp_path):
     assert torch.equal(ours.latents, sampler(PROMPT, **SMALL).latents)
 
 
-def test_bfloat16_keeps_the_islands_and_stays_close(pipeline, sampler):
+def test_bfloat16_keeps_what_is_kept_in_fp32_and_stays_close(pipeline, sampler):
     half = mm_infer.load(pipeline, dtype=torch.bfloat16)
     latents, exact = half(PROMPT, **SMALL).latents, sampler(PROMPT, **SMALL).latents
     dtypes = {name: parameter.dtype for name, parameter in half._model.named_parameters()}
@@ -127,7 +127,7 @@ def test_bfloat16_keeps_the_islands_and_stays_close(pipeline, sampler):
 
 
 def test_lora(pipeline, sampler, tmp_path):
-    model = sampler.weights.load(sampler.config, torch.device("cpu"), torch.float32)
+    model = sampler.weights.load(torch.device("cpu"), torch.float32)
     add_lora(model, LoRAConfig(rank=2, alpha=8.0, targets=("q", "ffn.2")))
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
