@@ -7,8 +7,8 @@ from dataclasses import asdict
 import pytest
 
 from mm_convert.families import VACE, WAN
+from mm_convert.families.presets import name_preset
 from mm_convert.read.content import understand
-from mm_convert.read.inspection import preset
 from mm_models import boundary, build, presets
 
 OURS_ALONE = {name for name in presets() if name.startswith("wan-tiny")}  # released by nobody
@@ -23,7 +23,7 @@ def test_the_model_of_a_preset_is_understood(name):
     stated = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(model.config).items()}
     assert {key: stated[key] for key in config} == config
     if name not in OURS_ALONE:
-        assert name in preset(content.family, config).split(", ")
+        assert name in name_preset(content.family, config).split(", ")
 
 
 def test_both_know_the_same_presets():

@@ -1,5 +1,6 @@
 """Which model lies at a path, one or two experts, with or without LoRA, and how it is filled."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 
 import mm_models
-from mm_convert import open_checkpoint, open_experts
+from mm_convert import open_checkpoint, open_experts, open_lora
 from mm_models import preset
 from mm_models.diffusion.sampling import Experts
 from mm_models.layers import cast_weights
@@ -79,20 +80,27 @@ class Transformer:
 
     def __init__(self, path: Path, model: str | None, lora: Path | None, text_tokens: int | None = None) -> None:
         """ValueError unless the files hold exactly the tensors of a model."""
-        self.checkpoint, self.lora = open_checkpoint(path), lora
+        self.checkpoint, self.lora = open_checkpoint(path), None if lora is None else open_lora(lora)
         self.config = _config(path, self.checkpoint.config, model)
         if text_tokens is not None:
             self.config = replace(self.config, text_tokens=text_tokens)
-        if lora is not None:
-            load_lora(self._empty(torch.float32, self.config), lora)  # on the meta device: only a comparison
+        for note in self.lora.notes if self.lora else ():
+            print(f"{lora}: {note}", file=sys.stderr)
+        try:
+            self._adapt(self._empty(torch.float32, self.config))  # on the meta device: only a comparison
+        except ValueError as error:
+            raise ValueError(f"lora {lora}: {error}") from error
 
     def load(self, config: WanConfig, device: torch.device, dtype: torch.dtype) -> WanModel:
         """The model on the device, in `dtype` except its islands, read tensor by tensor."""
         model = self._empty(dtype, config)
         load_parameters(model, self.checkpoint, device)
-        if self.lora is not None:
-            load_lora(model, self.lora)
+        self._adapt(model)
         return model.eval().requires_grad_(False)
+
+    def _adapt(self, model: WanModel) -> None:
+        if self.lora is not None:
+            load_lora(model, self.lora, self.lora.alphas)
 
     def _empty(self, dtype: torch.dtype, config: WanConfig) -> WanModel:
         with torch.device("meta"):
