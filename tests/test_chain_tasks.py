@@ -10,9 +10,9 @@ from mm_convert import cli, open_checkpoint, open_experts
 from mm_data import FeatureCache, write_video
 from mm_infer import load
 from mm_models import preset
-from mm_models.wan.testing import write_encoders
 from mm_models.wan import WanConfig
 from mm_models.wan.tasks import stored, tasks
+from mm_models.wan.testing import write_encoders
 from mm_train.recipe import load_config
 from mm_train.train import train
 
