@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from mm_parallel import MemoryConfig, ParallelConfig, guides
+from mm_parallel import MemoryConfig, ParallelConfig
 from mm_parallel.testing import spawn
+from mm_train import guides
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
-def test_the_table_of_the_guides_names_is_the_one_that_is_used():
-    assert guides.table().strip() in (DOCS / "parallel.md").read_text(encoding="utf-8")
+def test_the_table_of_mindspeed_mms_names_is_the_one_that_is_used():
+    assert guides.table().strip() in (DOCS / "guides.md").read_text(encoding="utf-8")
 
 
 def llama(parallel: ParallelConfig, memory: MemoryConfig) -> list[float]:

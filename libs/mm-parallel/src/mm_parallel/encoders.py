@@ -57,8 +57,7 @@ def _encode_on(device: torch.device, raw: list, encode: Callable, place: Callabl
 def ranks_of_sample(mesh: DeviceMesh | None) -> dist.ProcessGroup | None:
     """The ranks that work on the same samples as this one (pp, ring, ulysses and tp); None if it is alone.
 
-    MindSpeed-MM refuses to share encoders where there is a pipeline. Here its ranks help as well: those of its middle
-    throw away what they get, which costs them a copy.
+    The ranks of a pipeline help as well. Those of its middle throw away what they get, which costs them a copy.
     """
     if mesh is None:
         return None

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel import context
-from mm_parallel.config import ParallelConfig
 from mm_parallel.mesh import parameter_mesh, size
 from mm_parallel.plan import Ladder, ParallelPlan
 
@@ -35,7 +34,6 @@ def skeleton(
     model: Model,
     plan: ParallelPlan,
     mesh: DeviceMesh,
-    parallel: ParallelConfig,
     dtype: torch.dtype | None,
     trained: bool,
 ) -> Model:
@@ -62,7 +60,7 @@ def skeleton(
         for _, ladder, own in plan.ladders(bones):
             owner, _, core = own.core.rpartition(".")
             seams.append((ladder.get_submodule(owner), core, getattr(ladder.get_submodule(owner), core)))
-        context.cut(bones, plan, mesh, parallel.exact)
+        context.cut(bones, plan, mesh)
         for owner, core, attention in seams:
             setattr(owner, core, attention)
     return bones

@@ -72,12 +72,12 @@ class Pipeline:
         self.stages, self.mine = stages, stages[rank_in(mesh, "pp") :: ranks]
         self.ranks, self.group = ranks, mesh.get_group("pp")
         self.device = torch.device(mesh.device_type)
-        self.skeleton = skeleton(model, plan, mesh, parallel, dtype, trained=self.zero_bubble)
+        self.skeleton = skeleton(model, plan, mesh, dtype, trained=self.zero_bubble)
         kept: set[Owner] = {i for stage in self.mine for i in stage.layers}
         kept |= {"first"} if self.mine[0].is_first else set()
         kept |= {"last"} if self.mine[-1].is_last else set()
         self.elsewhere = prune(model, plan.last, plan.companions, kept)
-        cut(model, plan.on(model), mesh, parallel, memory, dtype)
+        cut(model, plan.on(model), mesh, memory, dtype)
         model.forward = call
         self.model, self.memory = model, memory
         self._signature = inspect.signature(self.skeleton.stem)
