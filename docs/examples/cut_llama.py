@@ -32,12 +32,12 @@ from mm_parallel import (
 )
 from mm_parallel.device import device, init_distributed, leave
 from mm_parallel.mesh import reports_loss, size
+from mm_parallel.plan import Sequence
 
 PLAN = ParallelPlan(
     layers=("model.layers.*",),
     last=("model.norm", "lm_head"),
     tokens={"x": 1, "cos": 1, "sin": 1},
-    causal=True,
     heads=4,
     columns=tuple(
         f"model.layers.*.{name}_proj" for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")
@@ -50,18 +50,18 @@ class Stream(NamedTuple):
     x: Tensor  # B L D
     cos: Tensor  # 1 L h
     sin: Tensor
-    tokens: int  # L of the whole text
+    sequence: Sequence
 
 
-def seam(module, q: Tensor, k: Tensor, v: Tensor, mask, core, tokens: int, **_) -> tuple[Tensor, None]:
+def seam(module, q: Tensor, k: Tensor, v: Tensor, mask, core, sequence: Sequence, **_) -> tuple[Tensor, None]:
     """transformers calls this with B H L h; whoever cuts the tokens takes B L H h."""
     k, v = (repeat_kv(x, module.num_key_value_groups) for x in (k, v))
-    return core(*(x.transpose(1, 2) for x in (q, k, v)), tokens), None
+    return core(*(x.transpose(1, 2) for x in (q, k, v)), sequence), None
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=sequence.causal).transpose(1, 2)
 
 
 class Llama(LlamaForCausalLM):
@@ -72,7 +72,7 @@ class Llama(LlamaForCausalLM):
         config._attn_implementation = "seam"
         super().__init__(config)
         self.split = self.gather = lambda x, *_: x
-        self.core = causal
+        self.core = attention
 
     @property
     def layers(self):
@@ -81,16 +81,16 @@ class Llama(LlamaForCausalLM):
     def stem(self, input_ids: Tensor) -> Stream:
         x = self.model.embed_tokens(input_ids)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        return self.split(Stream(x, *self.model.rotary_emb(x, positions), input_ids.shape[1]))
+        return self.split(Stream(x, *self.model.rotary_emb(x, positions), Sequence(input_ids.shape[1], causal=True)))
 
     def layer(self, i: int, stream: Stream) -> Stream:
         turns = (stream.cos, stream.sin)
         return stream._replace(
-            x=self.layers[i](stream.x, position_embeddings=turns, core=self.core, tokens=stream.tokens)
+            x=self.layers[i](stream.x, position_embeddings=turns, core=self.core, sequence=stream.sequence)
         )
 
     def head(self, stream: Stream) -> Tensor:
-        return self.gather(self.lm_head(self.model.norm(stream.x)), stream.tokens)
+        return self.gather(self.lm_head(self.model.norm(stream.x)), stream.sequence)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         stream = self.stem(input_ids)

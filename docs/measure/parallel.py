@@ -18,6 +18,7 @@ from mm_models import build, plan
 from mm_parallel import ParallelConfig, clip_grad_norm, finish_gradients, forward_backward, make_mesh, parallelize
 from mm_parallel.attention import core
 from mm_parallel.context import Context
+from mm_parallel.plan import Sequence
 from mm_parallel.testing import spawn
 
 ROUNDS = 7
@@ -48,7 +49,7 @@ def machinery(rank: int, world: int) -> tuple[list[float], list[float]]:
 
 def shared(rank: int, world: int, tokens: int) -> list[list[float]]:
     """Seconds of forward and backward: half the heads alone, Ulysses, ring."""
-    heads, width = 12, 64
+    heads, width, sequence = 12, 64, Sequence(tokens)
     ulysses, ring = (Context(make_mesh(ParallelConfig(**{way: 2}), "cpu")) for way in ("ulysses", "ring"))
     part = [torch.randn(1, tokens // 2, heads, width, requires_grad=True) for _ in range(3)]
     half = [torch.randn(1, tokens, heads // 2, width, requires_grad=True) for _ in range(3)]
@@ -62,9 +63,9 @@ def shared(rank: int, world: int, tokens: int) -> list[list[float]]:
 
     return alternating(
         [
-            run(lambda *qkv: core(*qkv, tokens), half),
-            run(lambda *qkv: ulysses.attention(*qkv, tokens), part),
-            run(lambda *qkv: ring.attention(*qkv, tokens), part),
+            run(lambda *qkv: core(*qkv, sequence), half),
+            run(lambda *qkv: ulysses.attention(*qkv, sequence), part),
+            run(lambda *qkv: ring.attention(*qkv, sequence), part),
         ]
     )
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from mm_convert import convert, inspect, open_checkpoint
-from mm_convert.write.conversion import plan_like
+from mm_convert.write.conversion import prepare_like
 
 
 def contents(folder):
@@ -89,14 +89,14 @@ def test_diffusers_loads_what_we_write(toys, tmp_path):
 def test_like_another_model(toys, tmp_path):
     published = toys.diffusers(tmp_path / "published", "i2v", files=3)
     convert(published, tmp_path / "mm", shard_bytes=9_000)
-    plan_like(open_checkpoint(tmp_path / "mm"), tmp_path / "out", open_checkpoint(published)).execute()
+    prepare_like(open_checkpoint(tmp_path / "mm"), tmp_path / "out", open_checkpoint(published)).write()
     ours, theirs = contents(tmp_path / "out"), contents(published)
     index = "diffusion_pytorch_model.safetensors.index.json"
     assert json.loads(ours.pop(index))["weight_map"] == json.loads(theirs.pop(index))["weight_map"]
     assert ours == theirs
     other = toys.diffusers(tmp_path / "other", "t2v")
     with pytest.raises(ValueError, match="is another model"):
-        plan_like(open_checkpoint(tmp_path / "mm"), tmp_path / "out2", open_checkpoint(other))
+        prepare_like(open_checkpoint(tmp_path / "mm"), tmp_path / "out2", open_checkpoint(other))
 
 
 def test_dropped_tensors_are_said_and_gone(toys, tmp_path):
@@ -176,7 +176,7 @@ KILLED = """
 import os, pathlib, sys
 from mm_convert.tensors import views as tensors
 from mm_convert.read.checkpoint import open_checkpoint
-from mm_convert.write.conversion import plan_conversion
+from mm_convert.write.conversion import prepare_conversion
 left = int(sys.argv[4])
 def counted(function):
     def call(*arguments, **named):
@@ -190,7 +190,7 @@ tensors._copy = counted(tensors._copy)
 tensors.chunks = counted(tensors.chunks)
 for name in ("rename", "replace", "write_bytes", "write_text"):
     setattr(pathlib.Path, name, counted(getattr(pathlib.Path, name)))
-plan_conversion(open_checkpoint(sys.argv[1], published=True), sys.argv[2], sys.argv[3]).execute(overwrite=False)
+prepare_conversion(open_checkpoint(sys.argv[1], published=True), sys.argv[2], sys.argv[3]).write(overwrite=False)
 """
 
 

@@ -14,7 +14,7 @@ from mm_convert import convert, inspect, open_checkpoint
 from mm_convert.families import FAMILIES
 from mm_convert.read.content import understand
 from mm_convert.store.mindspeed import read_ranks
-from mm_convert.write.conversion import plan_conversion
+from mm_convert.write.conversion import prepare_conversion
 
 FAMILY = {family.name: family for family in FAMILIES}
 WAN = dict(
@@ -222,7 +222,7 @@ def test_converting_in_place_leaves_the_published_files(source, tmp_path):
     assert "also holds published files" in open_checkpoint(folder).notes[0]
     assert open_checkpoint(folder, published=True).layout == "safetensors"
     with pytest.raises(ValueError, match="release exists"):
-        plan_conversion(open_checkpoint(folder, published=True), folder, "mindspeed").execute()
+        prepare_conversion(open_checkpoint(folder, published=True), folder, "mindspeed").write()
     convert(folder, tmp_path / "back", "original")  # from the tree, which says how many heads there are
     assert contents(tmp_path / "back").keys() == {"diffusion_pytorch_model.safetensors"}
     assert_same(folder, tmp_path / "back")

@@ -9,7 +9,7 @@ import pytest
 from mm_convert import convert, open_checkpoint
 from mm_convert.cli import main
 from mm_convert.store.torch_file import read_torch_file, write_torch_file
-from mm_convert.write.conversion import plan_conversion, plan_like
+from mm_convert.write.conversion import prepare_conversion, prepare_like
 
 
 def files(folder):
@@ -33,7 +33,7 @@ def test_published_files_survive_converting_in_place_again_and_again(to, toys, t
     other = "mindspeed" if to == "mm" else "mm"
     for again in (open_checkpoint(folder), open_checkpoint(folder, published=True)):
         with pytest.raises(ValueError, match="it would not be clear which is meant"):
-            plan_conversion(again, folder, other)
+            prepare_conversion(again, folder, other)
     (folder / "mm").mkdir(exist_ok=True)  # by hand, both are there
     (folder / "mm/config.json").write_text("{}")
     (folder / "latest_checkpointed_iteration.txt").write_text("release")
@@ -160,7 +160,7 @@ def test_config_says_the_dtype_that_is_written(toys, tmp_path):
     source = toys.diffusers(tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
-    plan_like(open_checkpoint(source), tmp_path / "out", open_checkpoint(source), dtype="bfloat16").execute()
+    prepare_like(open_checkpoint(source), tmp_path / "out", open_checkpoint(source), dtype="bfloat16").write()
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
@@ -169,14 +169,14 @@ def test_links_out_of_a_tree_or_beside_weights_are_refused(toys, tmp_path):
     (tmp_path / "secret.txt").write_text("not yours")
     (source / "notes.txt").symlink_to(tmp_path / "secret.txt")
     with pytest.raises(ValueError, match="outside its folder"):
-        plan_like(open_checkpoint(source), tmp_path / "out", open_checkpoint(source))
+        prepare_like(open_checkpoint(source), tmp_path / "out", open_checkpoint(source))
     (source / "notes.txt").unlink()
     convert(source, tmp_path / "tree", "mindspeed")
     rank = tmp_path / "tree/release/mp_rank_00"
     rank.rename(tmp_path / "elsewhere")
     rank.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="outside its folder"):
-        plan_conversion(open_checkpoint(tmp_path / "tree"), tmp_path / "out")
+        prepare_conversion(open_checkpoint(tmp_path / "tree"), tmp_path / "out")
 
 
 def test_what_a_conversion_did_not_make_is_not_overwritten(toys, tmp_path):

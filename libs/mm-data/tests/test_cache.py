@@ -145,6 +145,14 @@ def test_the_seed_counts_only_where_it_is_used():
     assert content_key("f", fixed, "e", seed=1) == content_key("f", fixed, "e", seed=2)
 
 
+def test_entries_keep_their_keys():
+    """Written down before `time_stride`: a store of then is still one of now."""
+    control = {"source": "s", "mask": None, "references": []}
+    vace = content_key("f", Geometry(rule="vace", num_frames=17), "e", ["a"], None, 3, control)
+    assert vace.startswith("24b3165ec103b64ca28c21ee95967126")
+    assert content_key("f", Geometry(time_stride=8), "e") != content_key("f", Geometry(), "e")
+
+
 def test_moved_files_keep_their_entries(tmp_path, samples):
     with FeatureCache(tmp_path / "out") as cache:
         encode(cache, cache.plan(samples[:1], Geometry(), "e"))

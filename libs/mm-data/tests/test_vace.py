@@ -19,6 +19,7 @@ from mm_data import (
     Sample,
     VideoDataset,
     content_key,
+    for_task,
     read_manifest,
     select,
     write_video,
@@ -203,6 +204,16 @@ def test_what_does_not_belong_together_is_refused(folder, change, message):
 def test_cuts_are_those_of_all_files(folder):
     clip = VideoDataset([sample(folder, cut=(8, 17))], WINDOW)[0]
     assert numbers(clip["video"]) == numbers(clip["source"]) == list(range(8, 17))
+
+
+def test_a_task_without_control_reads_the_video_alone(folder):
+    one = sample(folder)
+    assert for_task([one], controls=True) == [one]
+    (plain,) = for_task([one], controls=False)
+    assert plain == replace(one, control=None)
+    assert plain.files == (folder / "video.mp4",)
+    (clip,) = VideoDataset([plain], WINDOW)
+    assert not {"source", "mask", "references"} & clip.keys()
 
 
 def test_plain_entries_keep_the_names_they_had_before_there_was_vace():

@@ -68,7 +68,7 @@ def test_matrices_in_bfloat16_and_stream_in_float32(tiny, batch):
             )
     cores = []
 
-    def core(q, k, v, tokens):
+    def core(q, k, v, sequence):
         cores.append({q.dtype, k.dtype, v.dtype})
         return v
 

@@ -1,5 +1,6 @@
 """Context parallelism against one device: attention alone for many sizes, then a whole ladder."""
 
+import itertools
 import random
 from functools import partial
 
@@ -17,6 +18,7 @@ from mm_parallel import ParallelConfig, ParallelPlan, context, finish_gradients,
 from mm_parallel.attention import KEPT
 from mm_parallel.context import context_attention, gather
 from mm_parallel.context.shard import TokenLayout, split, take
+from mm_parallel.plan import Sequence
 from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
 
 HEAD_DIM = 5
@@ -39,7 +41,7 @@ def test_every_token_is_held_once_and_evenly(tokens, ring, ulysses, causal):
         assert sum(own) == sum(stop - start for start, stop in layout.block(rank))
 
 
-def test_a_causal_ring_deals_front_and_back():
+def test_a_causal_ring_holds_front_and_back():
     assert [TokenLayout(10, 2, 2, True).pieces(rank) for rank in range(4)] == [[(0, 3)], [(8, 10)], [(3, 6)], [(6, 8)]]
     assert [TokenLayout(10, 2, 2).pieces(rank) for rank in range(4)] == [[(0, 3)], [(3, 5)], [(5, 8)], [(8, 10)]]
 
@@ -61,13 +63,36 @@ def attend(
     wanted = torch.autograd.grad((expected * weight).sum(), whole)
 
     pieces = TokenLayout(tokens, mesh["ring"].size(), mesh["ulysses"].size(), causal).pieces(rank)
-    own = context_attention(*(take(x, 1, pieces).to(dtype) for x in whole), tokens, mesh, causal)
-    out = gather(own.double(), tokens, mesh, causal)
+    own = context_attention(*(take(x, 1, pieces).to(dtype) for x in whole), Sequence(tokens, causal), mesh)
+    out = gather(own.double(), Sequence(tokens, causal), mesh)
     got = torch.autograd.grad((out * weight).sum(), whole)
     for grad in got:
         dist.all_reduce(grad, dist.ReduceOp.AVG)
     pairs = zip((out, *got), (expected, *wanted), strict=True)
     return max((a - b).abs().max().item() / b.abs().max().clamp(min=1e-3).item() for a, b in pairs)
+
+
+def packed(rank: int, world: int) -> None:
+    """Samples that end inside a rank's part, and a rank without heads: values and gradients of samples apart."""
+    mesh = make_mesh(ParallelConfig(ulysses=world), "cpu")
+    for causal, segments, heads in itertools.product((False, True), ((0, 11), (0, 1, 5, 11), (0, 6, 10, 11)), (2, 5)):
+        generator = torch.Generator().manual_seed(heads)
+        shape = (2, 11, heads, HEAD_DIM)
+        weight, *whole = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4))
+        whole = [x.requires_grad_() for x in whole]
+        apart = [one_device(*(x[:, a:b] for x in whole), causal) for a, b in itertools.pairwise(segments)]
+        wanted = torch.autograd.grad((torch.cat(apart, 1) * weight).sum(), whole)
+        sequence, pieces = Sequence(11, causal, segments), TokenLayout(11, 1, world).pieces(rank)
+        out = gather(context_attention(*(take(x, 1, pieces) for x in whole), sequence, mesh), sequence, mesh)
+        got = torch.autograd.grad((out * weight).sum(), whole)
+        for grad in got:
+            dist.all_reduce(grad, dist.ReduceOp.AVG)
+        for a, b in zip((out, *got), (torch.cat(apart, 1), *wanted), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_ulysses_takes_packed_samples():
+    spawn(3, packed)
 
 
 def attend_all(rank: int, world: int, cases: int) -> tuple[int, float]:
@@ -142,7 +167,7 @@ def bytes_sent(rank: int, world: int, tokens: int, heads: int) -> dict[str, tupl
         own = sum(stop - start for start, stop in layout.pieces(rank))
         q, k, v = (torch.randn(1, own, heads, HEAD_DIM, requires_grad=True) for _ in range(3))
         with Counted() as forward:
-            out = context_attention(q, k, v, tokens, mesh)
+            out = context_attention(q, k, v, Sequence(tokens), mesh)
         with Counted() as backward:
             out.sum().backward()
         counts[name] = (forward.sent, backward.sent)
@@ -170,7 +195,7 @@ def kept(rank: int, world: int) -> tuple[int, int]:
     keep = partial(create_selective_checkpoint_contexts, list(KEPT))
     q, k, v = (torch.randn(1, 5, 2, HEAD_DIM, requires_grad=True) for _ in range(3))
     for run in (lambda fn, *args: fn(*args), partial(checkpoint, use_reentrant=False, context_fn=keep)):
-        out = run(lambda *qkv: context_attention(*(x * 2 for x in qkv), 5 * world, mesh), q, k, v)
+        out = run(lambda *qkv: context_attention(*(x * 2 for x in qkv), Sequence(5 * world), mesh), q, k, v)
         with Counted() as backward:
             (out * out).sum().backward()
         sent.append(backward.sent)
@@ -204,24 +229,20 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return tokens, t, target
 
 
-def build(causal: bool) -> TinyLadder:
+def build(causal: bool, segments: tuple[int, ...] | None = None) -> TinyLadder:
     torch.manual_seed(0)
-    model = TinyLadder(layers=2).double()
-    if causal:
-        model.core = lambda q, k, v, _: one_device(q, k, v, True)
-    return model
+    return TinyLadder(2, causal=causal, segments=segments).double()
 
 
 def ladder(rank: int, world: int, rings: tuple[int, ...]) -> int:
     data, done = batch(), 0
     for ring in rings:
-        for causal in (False, True):
-            single, parallel = build(causal), ParallelConfig(ring=ring, ulysses=world // ring)
-            plan = ParallelPlan(**{**vars(TinyLadder.plan), "causal": causal})
+        for causal, segments in ((False, None), (True, None), *(((True, (0, 3, 4, 11)),) if ring == 1 else ())):
+            single, parallel = build(causal, segments), ParallelConfig(ring=ring, ulysses=world // ring)
             expected = (single(*data[:2]) - data[2]).square().mean()
             expected.backward()
             mesh = make_mesh(parallel, "cpu")
-            model = parallelize(build(causal), plan, mesh, parallel)
+            model = parallelize(build(causal, segments), TinyLadder.plan, mesh, parallel)
             loss = (model(*data[:2]) - data[2]).square().mean()
             loss.backward()
             finish_gradients(model, mesh)
@@ -233,7 +254,7 @@ def ladder(rank: int, world: int, rings: tuple[int, ...]) -> int:
 
 @pytest.mark.parametrize(("world", "rings"), [(2, (1, 2)), (3, (1, 3)), (4, (1, 2, 4)), (8, (2,))])
 def test_a_ladder_equals_one_device(world, rings):
-    assert spawn(world, ladder, rings) == [2 * len(rings)] * world
+    assert spawn(world, ladder, rings) == [2 * len(rings) + (1 in rings)] * world
 
 
 def meta(rank: int, world: int) -> None:
@@ -257,10 +278,13 @@ def wrong(rank: int, world: int) -> list[str]:
     q = torch.zeros(1, 3, 2, 4)
     stream = build(False).stem(*batch()[:2])
     for attempt in (
-        lambda: context_attention(q, q, q, 9, mesh),
+        lambda: context_attention(q, q, q, Sequence(9), mesh),
+        lambda: context_attention(
+            q, q, q, Sequence(6, segments=(0, 2, 6)), make_mesh(ParallelConfig(ring=world), "cpu")
+        ),
         lambda: context.cut(TinyLadder(), ParallelPlan(("blocks.*",)), mesh),
         lambda: context.cut(TinyLadder(), ParallelPlan(("blocks.*",), tokens={"x": 1}, core="kernel"), mesh),
-        lambda: split(stream._replace(place=stream.place[:4]), {"x": 1, "place": 0}, 1, world, rank, False),
+        lambda: split(stream._replace(place=stream.place[:4]), {"x": 1, "place": 0}, TokenLayout(11, 1, world), rank),
     ):
         with pytest.raises(ValueError) as error:  # noqa: PT011 (what it says is looked at below)
             attempt()
@@ -272,7 +296,8 @@ def test_what_cannot_be_is_refused():
     said = spawn(2, wrong)[0]
     assert said == [
         "attention of 3 queries and 3 keys, but of 9 tokens this rank (ring 0 of 1, ulysses 0 of 2) has 5",
+        "2 packed samples over ring=2: a ring takes one sample; use ulysses for all of cp, or do not pack",
         "the plan names no tokens, so nothing can be cut over cp: give ParallelPlan(tokens={…: dim})",
         "the plan's seam 'kernel' is no attribute of TinyLadder",
-        "stream.place has 4 tokens in dim 0, but stream.x has 11",
+        "stream.place has 4 tokens in dim 0, but the sequence has 11",
     ]

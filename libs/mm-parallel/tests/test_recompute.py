@@ -109,12 +109,8 @@ def test_our_attention_takes_the_seam_only_where_it_must():
     torch.testing.assert_close(kept(*batch()), model(*batch()), rtol=1e-12, atol=1e-12)
 
 
-class CausalLadder(TinyLadder):
-    plan = ParallelPlan(layers=("blocks.*",), tokens={"x": 1}, causal=True)
-
-
 def test_a_causal_ladder_stays_causal():
-    model = parallelize(CausalLadder().double(), CausalLadder.plan, memory=MemoryConfig("but_attention"))
+    model = parallelize(TinyLadder(causal=True).double(), TinyLadder.plan, memory=MemoryConfig("but_attention"))
     tokens, t = batch()
     before = model(tokens, t)
     after = model(torch.cat((tokens[:, :-1], tokens[:, -1:] + 1), 1), t)
@@ -176,7 +172,7 @@ def test_a_model_whose_attention_cannot_be_named_is_refused():
 
 def test_a_layer_that_goes_past_the_seam_is_never_recomputed_in_full_silently():
     model = parallelize(TinyLadder(), TinyLadder.plan, memory=MemoryConfig("but_attention"))
-    model.core = lambda q, k, v, tokens: v
+    model.core = lambda q, k, v, sequence: v
     with pytest.raises(
         ValueError, match=r"blocks\.0 cannot recompute all but attention: none of mm_parallel\.attention"
     ):

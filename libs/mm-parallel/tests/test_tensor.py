@@ -125,7 +125,7 @@ def parts(rank: int, world: int) -> None:
     assert held == 2 * 8 * (4 * DIM * DIM // 2 + 3 * DIM // 2 + 2 * DIM // 2 + DIM * 20 + 20 // 2)  # not the wholes
 
     heads = []
-    model.core = lambda q, k, v, tokens: heads.append(q.shape[2]) or TinyLadder().core(q, k, v, tokens)
+    model.core = lambda q, k, v, sequence: heads.append(q.shape[2]) or TinyLadder().core(q, k, v, sequence)
     step(model, batch())
     assert heads == [2, 2]
     for name, p in model.named_parameters():  # what is whole gets the same whole gradient, bit for bit

@@ -7,18 +7,19 @@ import json
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from mm_data import BatchDataset, Captions, FeatureDataset, Order, Step, build_loader
-from mm_models.wan.conditions import stored
+from mm_models.objective import Objective
 from mm_parallel.encoders import ranks_of_sample
 from mm_parallel.mesh import data_rank
 from mm_train.config import Config
 from mm_train.encode import Encoders
-from mm_train.objective import Objective
+from mm_train.objective import architecture, build_objective
 from mm_train.online import encoded_steps, find_clips
 
 
@@ -54,12 +55,11 @@ class TrainingData:
             )
 
 
-def training_data(config: Config, goal: Objective, mesh: DeviceMesh | None, device: torch.device) -> TrainingData:
-    """The data of a run, from --data.features or --data.manifest. Raises ValueError where they do not suit it."""
+def training_data(config: Config, objective: Objective, mesh: DeviceMesh | None, device: torch.device) -> TrainingData:
+    """The data of a run, from --data.features or --data.manifest. Raises ValueError for samples that cannot be used."""
     data = config.data
     if data.features:
         features = FeatureDataset(data.features, Captions(config.seed, data.text_dropout))
-        check_features(features, config, goal)
         name = f"--data.features {data.features}"
         notes = _notes(features, config)
         return TrainingData(
@@ -67,7 +67,8 @@ def training_data(config: Config, goal: Objective, mesh: DeviceMesh | None, devi
         )
 
     dtype = getattr(torch, config.dtype)
-    encoders = Encoders(data.encoders, goal.model, goal.task, "cpu", dtype, data.tiling)
+    _, shape = architecture(config)
+    encoders = Encoders(data.encoders, shape, objective.task, "cpu", dtype, data.tiling)
     clips = find_clips(config, encoders)
     group = ranks_of_sample(mesh) if data.share_encoding else None
 
@@ -106,29 +107,26 @@ def _steps(dataset: BatchDataset, config: Config, mesh: DeviceMesh | None, curso
     return iter(loader)
 
 
-def check_features(dataset: FeatureDataset, config: Config, goal: Objective) -> None:
+def check_features(path: Path, config: Config) -> None:
     """Raise ValueError where the features are not those of the model and its task."""
-    item, shape = dataset[0], goal.model
+    dataset, objective = FeatureDataset(path), build_objective(config)
+    item, (family, shape) = dataset[0], architecture(config)
     channels, text = item["latents"].shape[0], item["text"][0].shape[-1]
     if channels != shape.out_channels or text != shape.text_dim:
         raise ValueError(
-            f"{dataset.path} holds latents of {channels} channels and text of width {text}; "
+            f"{path} holds latents of {channels} channels and text of width {text}; "
             f"{config.model} takes {shape.out_channels} and {shape.text_dim}: extract again with its own encoders"
         )
-    if "control" in item["conditions"] and goal.task != "vace":
-        raise ValueError(
-            f"{dataset.path} was extracted for vace, where reference images stand before the latents: extract again "
-            f"with --task {goal.task}"
-        )
-    needed = stored(shape, goal.task)
+    if misfit := family.conditioning(shape, objective.task).find_misfit(item["conditions"]):
+        raise ValueError(f"{path} {misfit}: extract again with --task {objective.task}")
     found = {name: tensor.shape[0] for name, tensor in item["conditions"].items()}
     wrong = [
         f"{name} {found.get(name, 'missing')} instead of {size}"
-        for name, size in needed.items()
+        for name, size in objective.stored.items()
         if found.get(name) != size
     ]
     if wrong:
         raise ValueError(
-            f"{dataset.path} does not hold what {config.model} is conditioned on for {goal.task} ({', '.join(wrong)}): "
-            f"extract with --model {config.model} --task {goal.task}"
+            f"{path} does not hold what {config.model} is conditioned on for {objective.task} ({', '.join(wrong)}): "
+            f"extract with --model {config.model} --task {objective.task}"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from mm_convert import save_checkpoint, write_experts
 from mm_convert.cli.arguments import parse
 from mm_models import build
+from mm_models.families import family_of
 from mm_models.lora import LoRAConfig, write_lora
 from mm_train.checkpoint import latest
 from mm_train.command import run
@@ -126,10 +127,7 @@ def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = 
     whole = tensors
     if settings["trained"] != ["*"]:
         whole = Completed(tensors, Start(model, settings["weights"], settings.get("expert"), settings["seed"]))
-    config = asdict(model.config)
-    if not model.config.vace_layers:
-        del config["vace_layers"], config["control_channels"]
-    save_checkpoint(output, whole, config, overwrite=overwrite)
+    save_checkpoint(output, whole, family_of(model.config).describe(model.config), overwrite=overwrite)
     return output
 
 

@@ -18,21 +18,21 @@ from mm_data import Batch, Captions, Clip, ClipBatch, ClipDataset, Step, for_tas
 from mm_parallel.encoders import interleave, share_encoding
 from mm_train.config import Config
 from mm_train.encode import Encoders
-from mm_train.ranks import divided
+from mm_train.ranks import map_over_ranks
 
 
 def find_clips(config: Config, encoders: Encoders) -> ClipDataset:
     """The samples that an extraction would use, as far as that shows without decoding them; the others are reported."""
     manifest = config.data.manifest
-    samples = for_task(read_manifest(manifest), controls=encoders.task == "vace")
-    geometry = encoders.fitted(config.data.geometry)
+    samples = for_task(read_manifest(manifest), controls=encoders.task.reads_control)
+    geometry = encoders.fit_geometry(config.data.geometry)
     selection = select(samples, geometry)
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     silent = rank > 0 or not sys.stderr.isatty()
     with tqdm(total=len(selection.kept), unit="clip", desc="looking into videos", disable=silent) as bar:
         look = partial(survey, geometry=geometry, progress=lambda done: bar.update(done * world - bar.n))
-        found = divided(selection.kept, look)
-    shape = encoders.vae.latent_shape
+        found = map_over_ranks(selection.kept, look)
+    shape = encoders.codec.latent_shape
     captions = Captions(config.seed, config.data.text_dropout)
     dataset = ClipDataset(
         selection.kept, geometry, config.seed, latent_shape=shape, path=manifest, captions=captions, found=found

@@ -8,12 +8,13 @@ from mm_data.geometry import Geometry
 
 if TYPE_CHECKING:
     from mm_data.batch import Batch, BatchDataset, Pick
-    from mm_data.cache import FeatureCache, ToDo, content_key
+    from mm_data.cache import FeatureCache, ToDo
     from mm_data.captions import Captions
     from mm_data.clips import ClipBatch, ClipDataset, ClipShape, survey
     from mm_data.datasets import Clip, Failure, VideoDataset
     from mm_data.features import FeatureDataset
     from mm_data.images import area_size, crop_to, pad_to, read_image
+    from mm_data.keys import content_key
     from mm_data.loader import Loader, Step, build_loader
     from mm_data.manifest import Control, Sample, read_manifest
     from mm_data.order import Order
@@ -63,12 +64,13 @@ __all__ = [
 # What needs torch is imported when it is asked for: a command line that holds a Geometry is read without it.
 _HOMES = {
     "batch": ("Batch", "BatchDataset", "Pick"),
-    "cache": ("FeatureCache", "ToDo", "content_key"),
+    "cache": ("FeatureCache", "ToDo"),
     "captions": ("Captions",),
     "clips": ("ClipBatch", "ClipDataset", "ClipShape", "survey"),
     "datasets": ("Clip", "Failure", "VideoDataset"),
     "features": ("FeatureDataset",),
     "images": ("area_size", "crop_to", "pad_to", "read_image"),
+    "keys": ("content_key",),
     "loader": ("Loader", "Step", "build_loader"),
     "manifest": ("Control", "Sample", "read_manifest"),
     "order": ("Order",),

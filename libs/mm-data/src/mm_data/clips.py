@@ -44,9 +44,10 @@ def survey(
     threads: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> list[ClipShape | str]:
-    """The shape of every sample's clip, or the reason why it has none: what an extraction would find, but for damage in
-    the middle of a video, as videos are not decoded here. Several files at a time; `progress` is told how many are
-    done. What the annotations say is not relied on.
+    """The shape of every sample's clip, or the reason why it has none.
+
+    An extraction would find the same, but for damage in the middle of a video: videos are not decoded here. The files
+    are asked, not the annotations, `threads` at a time. `progress` is called with the number of samples done.
     """
 
     def look(sample: Sample) -> ClipShape | str:
@@ -71,13 +72,13 @@ def survey(
 class ClipDataset:
     """Stands in for a `FeatureDataset`: `build_loader` gives the same stream of samples, as `ClipBatch`es.
 
-    `latent_shape(frames, height, width)` is the shape C F H W that the encoder makes of a clip; a reference picture
-    adds one latent frame. `ids`, and `buckets` (the shapes of the latents), list the usable samples in the order
-    given; `unusable` the others, each with its reason. `path` names the list in messages. `found` is what `survey` gave
-    for these samples and this geometry, where several processes have shared that work.
+    `ids`, and `buckets` (the shapes of the latents), list the usable samples in the order given; `unusable` has the
+    others, each with its reason. `latent_shape(frames, height, width)` is the shape C F H W that the encoder makes of a
+    clip; a reference picture adds one latent frame. `captions` says which caption a batch shows. `path` names the list
+    in messages. `found` is what `survey` gave for these samples and this geometry, where processes shared that work.
 
-    A video that turns out to be damaged raises ValueError, naming the sample, when the stream comes to it. (An
-    extraction would have left it out.)
+    Raises ValueError where no sample can be used, or one has no caption to show; and, naming the sample, when the
+    stream comes to a video that is damaged. (An extraction would have left it out.)
     """
 
     def __init__(

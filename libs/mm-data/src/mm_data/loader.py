@@ -1,7 +1,7 @@
 """Steps of training data: the same stream for every number of ranks and workers, from any cursor.
 
-Reading features is copying memory-mapped files, and raw clips are decoded and scaled in C; both free the interpreter,
-so workers are threads: no pickling, no shared memory, no child that can die unseen. An error in a worker is raised
+Workers are threads. Reading features copies memory-mapped files, and raw clips are decoded and scaled in C: both free
+the interpreter. So nothing is pickled, no memory is shared, and no child can die unseen. An error in a worker is raised
 where the loader is iterated, at the step that it belongs to.
 """
 
@@ -59,9 +59,8 @@ class Loader(Generic[Made]):
         ahead: deque[list[Future[Made]]] = deque()
         try:
             while True:
-                while (
-                    len(ahead) < 2 or sum(map(len, ahead)) < 2 * self.num_workers
-                ):  # the step asked for, and work for every thread
+                # the step asked for, and work for every thread
+                while len(ahead) < 2 or sum(map(len, ahead)) < 2 * self.num_workers:
                     ahead.append([pool.submit(self.dataset.batch, picks) for picks in self._share(step + len(ahead))])
                 yield self._step(step, [batch.result() for batch in ahead.popleft()])
                 step += 1

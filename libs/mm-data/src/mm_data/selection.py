@@ -1,9 +1,10 @@
 """Which samples of a manifest suit a geometry, judged by what the annotation says; and the report of those that do not.
 
-Nothing is left out in silence: every dropped sample has a reason, and the report counts them. Differences to
-MindSpeed-MM: missing files are found here, not in the middle of a run; shapes with few samples are kept (there, all
-with fewer than four global batches are dropped, so that a set of ten clips ends in an obscure error); short clips are
-dropped by rule, not by chance.
+Nothing is left out in silence: every dropped sample has a reason, and the report counts them.
+
+Differences to MindSpeed-MM: missing files are found here, not in the middle of a run. Short clips are dropped by rule,
+not by chance. Shapes with few samples are kept, see `mm_data.order`; there all with fewer than four global batches are
+dropped, so that a set of ten clips ends in an obscure error.
 """
 
 from collections import Counter

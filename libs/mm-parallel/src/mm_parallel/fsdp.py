@@ -27,7 +27,8 @@ from mm_parallel.plan import ParallelPlan
 def shard(
     model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, dtype: torch.dtype | None, memory: MemoryConfig
 ) -> None:
-    """Shards `model` in place over the mesh's data and context axes: units, groups in fp32, then the root's own.
+    """Shards `model` in place over the mesh's data and context axes: units, groups in fp32, then each
+    ladder's own.
 
     dtype: what parameters are gathered in, but for those kept in fp32; None gathers them as they are. Gradients are
     reduced in fp32 (fp64 for fp64 parameters). Parameters end on the mesh's device; a meta model stays meta until
@@ -38,7 +39,8 @@ def shard(
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     data = parameter_mesh(mesh)
     check_same_values(model, data)
-    in_fp32 = set(plan.fp32_parameters(model).values())
+    ladders = list(plan.ladders(model))
+    in_fp32 = {p for _, ladder, own in ladders for p in own.fp32_parameters(ladder).values()}
     groups = _fp32_groups("", model, in_fp32)
     replicated = in_fp32 - {parameter for group in groups.values() for parameter in group.parameters()}
     for parameter in replicated:
@@ -46,7 +48,9 @@ def shard(
             parameter.data = parameter.data.to(_device_of(data))
     widest = torch.float64 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
     all_in_fp32 = {name for name, module in model.named_modules() if in_fp32.issuperset(module.parameters())}
-    targets = {"": model} | plan.units_of(model) | groups
+    targets = {prefix.removesuffix("."): ladder for prefix, ladder, _ in ladders} | groups
+    for prefix, ladder, own in ladders:
+        targets |= {prefix + name: unit for name, unit in own.units_of(ladder).items()}
     host = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if memory.offload_params else OffloadPolicy()
     for name in sorted(targets, key=_depth, reverse=True):  # inner groups first: fully_shard takes what is left
         gathered = None if name in all_in_fp32 else dtype
@@ -61,7 +65,8 @@ def shard(
             ignored_params=replicated,
             reshard_after_forward=memory.reshard,
         )
-    _prefetch(plan.units_of(model), list(plan.units_in_order(model)), memory.prefetch)
+    for _, ladder, own in ladders:
+        _prefetch(own.units_of(ladder), list(own.units_in_order(ladder)), memory.prefetch)
 
 
 def drop_gathered(model: nn.Module) -> None:

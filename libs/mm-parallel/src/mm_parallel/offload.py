@@ -22,6 +22,9 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+Run = tuple[str, int]
+"""Layers that follow each other in one forward: the ladder's prefix, and a number."""
+
 
 class Kept:
     """What one call of a layer keeps: tuples of tensors, in the order in which they were made. Here: as they are."""
@@ -49,12 +52,12 @@ class Host:
     def __init__(self) -> None:
         self.side = None  # made when the first tensor says what the device is
         self._leaving: weakref.ref[Parcel] | None = None
-        self._runs: dict[int, dict[str, weakref.ref[Sent]]] = {}
+        self._runs: dict[Run, dict[str, weakref.ref[Sent]]] = {}
 
     def __deepcopy__(self, memo: dict) -> "Host":
         return Host()  # a copy of the model has its own traffic, and streams cannot be copied
 
-    def begin_call(self, name: str, run: int) -> "Sent":
+    def begin_call(self, name: str, run: Run) -> "Sent":
         """For one call of the layer `name`; layers of one run follow each other in one forward."""
         calls = self._runs.setdefault(run, {})
         if name in calls:  # the next micro-batch

@@ -15,9 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from mm_parallel.attention import KEPT, attention, core
+from mm_parallel.attention import KEPT, core
 from mm_parallel.config import MemoryConfig
-from mm_parallel.offload import Host, Kept
+from mm_parallel.offload import Host, Kept, Run
 from mm_parallel.plan import ParallelPlan
 
 WORDS = ("none", "full", "but_attention")
@@ -27,7 +27,8 @@ def recompute(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, core_i
     """Makes layers and their companions recompute and offload as `memory` says. Gradients stay the same.
 
     A layer keeps its module and thereby its parameter names: only its `forward` is replaced on the instance. Its first
-    argument is the stream (a NamedTuple, or the residual stream itself).
+    argument is the stream, or the residual stream itself (see `ParallelPlan.residual`). In an inner ladder a word for
+    all counts as well, a number counts its own layers (all, if it has fewer), and words for each are not for it.
 
     model: whole, or a pipeline rank's part of it, in which the layers of others are None.
     core_is_cut: whether context parallelism has put its attention into the model's seam. Without, "but_attention" puts
@@ -35,26 +36,32 @@ def recompute(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, core_i
 
     Raises ValueError for words and numbers that the model cannot follow, and for an offload of what nobody keeps.
     """
-    order, units = plan.units_in_order(model), list(plan.units_of(model))
-    here = list(dict.fromkeys(order[name] for name in units))  # numbers of this part's layers
-    by_layer = _words(memory, len(set(order.values())), here)
-    words = {name: by_layer[order[name]] for name in units}
+    host, words_of = Host(), {}
+    for prefix, ladder, own in plan.ladders(model):
+        order, units = own.units_in_order(ladder), list(own.units_of(ladder))
+        here = list(dict.fromkeys(order[name] for name in units))  # numbers of this part's layers
+        by_layer = _inner_words(memory, here) if prefix else _words(memory, len(set(order.values())), here)
+        words_of[prefix] = {name: by_layer[order[name]] for name in units}
     _check_offload(memory.offload, _all_words(memory))
-    if "but_attention" in words.values() and not core_is_cut:
-        _name_the_core(model, plan)
-    host = Host()
-    for position, (name, word) in enumerate(words.items()):
-        if word != "none":
-            unit = model.get_submodule(name)
-            run = list(order).index(name) - position  # the same for units that follow each other without a gap
-            unit.forward = Recomputed(unit.forward, name, word, memory.offload, host, run)
+    for prefix, ladder, own in plan.ladders(model):
+        words, order = words_of[prefix], list(own.units_in_order(ladder))
+        if "but_attention" in words.values() and not (core_is_cut and own.tokens):
+            _name_the_core(ladder, own)
+        for position, (name, word) in enumerate(words.items()):
+            if word != "none":
+                unit = ladder.get_submodule(name)
+                # the same number for units that follow each other without a gap
+                run = prefix, order.index(name) - position
+                unit.forward = Recomputed(unit.forward, prefix + name, word, own.residual, memory.offload, host, run)
 
 
 class Recomputed:
     """Stands for a layer's forward. An object and no closure, so that a deep copy of the model calls its own layer."""
 
-    def __init__(self, forward: Callable, name: str, word: str, offload: str, host: Host, run: int) -> None:
-        self.forward, self.name, self.word = forward, name, word
+    def __init__(
+        self, forward: Callable, name: str, word: str, residual: str, offload: str, host: Host, run: Run
+    ) -> None:
+        self.forward, self.name, self.word, self.residual = forward, name, word, residual
         self.offload, self.host, self.run = offload, host, run
 
     def __call__(self, stream: Any, *args: Any, **named: Any) -> Any:
@@ -63,7 +70,7 @@ class Recomputed:
         if isinstance(stream, Tensor):
             x, rest = stream, None
         else:
-            x, rest = stream[0], stream._replace(**{stream._fields[0]: None})
+            x, rest = getattr(stream, self.residual), stream._replace(**{self.residual: None})
         del stream  # nothing here may hold on to x
         kept = self._keep("attention") if self.word == "but_attention" else None
         with _elsewhere(self._keep("inputs")) if self.offload == "inputs" else nullcontext():
@@ -85,7 +92,7 @@ class Recomputed:
         return result
 
     def _run(self, x: Tensor, rest: Any, args: tuple, named: dict) -> Any:
-        stream = x if rest is None else rest._replace(**{rest._fields[0]: x})
+        stream = x if rest is None else rest._replace(**{self.residual: x})
         return self.forward(stream, *args, **named)
 
     def _keep(self, what: str) -> Kept:
@@ -173,6 +180,17 @@ def _words(memory: MemoryConfig, total: int, here: list[int]) -> dict[int, str]:
     return dict.fromkeys(here, asked)
 
 
+def _inner_words(memory: MemoryConfig, here: list[int]) -> dict[int, str]:
+    """A word for every layer of an inner ladder."""
+    asked, more = memory.recompute, memory.but_attention
+    if isinstance(asked, (list, tuple)):
+        return dict.fromkeys(here, "none")
+    if isinstance(asked, str) and not more:
+        return dict.fromkeys(here, asked)
+    words = ["full"] * (asked if isinstance(asked, int) else 0) + ["but_attention"] * more + ["none"] * len(here)
+    return dict(zip(here, words, strict=False))
+
+
 def _all_words(memory: MemoryConfig) -> set[str]:
     """The words that are asked for, be it for layers of other pipeline ranks: all ranks must refuse alike."""
     if isinstance(memory.recompute, str):
@@ -209,8 +227,4 @@ def _name_the_core(model: nn.Module, plan: ParallelPlan) -> None:
     module = model.get_submodule(owner)
     if not hasattr(module, seam):
         raise ValueError(f'recompute="but_attention": the model has no seam {plan.core!r} to keep attention at')
-    setattr(module, seam, _causal_core if plan.causal else core)
-
-
-def _causal_core(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
-    return attention(q, k, v, causal=True)
+    setattr(module, seam, core)

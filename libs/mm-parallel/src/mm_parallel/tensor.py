@@ -33,7 +33,7 @@ def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh) -> None:
 
     Works on a meta model; a real one must have the same values on every rank, of which each keeps its part. A linear
     with LoRA adapters (as peft makes them) is cut together with them. What is between a column and a row must take the
-    number of heads from what it is given.
+    number of heads from what it is given. An inner ladder whose plan has no columns stays whole on every rank.
 
     Raises ValueError, before anything is cut, for a plan without columns, sizes that tp does not divide, a module that
     is no linear or RMSNorm, adapters that drop out, and ranks with different values.
@@ -41,22 +41,31 @@ def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh) -> None:
     # The norm of what tp and fsdp cut takes two collectives, of which torch warns again and again, on every rank.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     ranks = mesh["tp"]
-    columns, rows, norms = (plan.modules_of(model, kind) for kind in ("columns", "rows", "norms"))
-    if not columns:
+    if not plan.columns:
         raise ValueError(f"tp={ranks.size()}: this model's plan declares no tensor parallelism; use tp=1")
-    _check_sizes(plan.heads, columns, rows, norms, ranks.size())
+    parts = []
+    for _, ladder, own in plan.ladders(model):
+        kinds = [own.modules_of(ladder, kind) for kind in ("columns", "rows", "norms")]
+        if own.columns:
+            _check_sizes(own.heads, *kinds, ranks.size())
+        parts.append([list(modules.values()) for modules in kinds])
     check_same_values(model, ranks)
-    for linear in columns.values():
+    for columns, rows, norms in parts:
+        _cut(columns, rows, norms, ranks)
+
+
+def _cut(columns: list[nn.Module], rows: list[nn.Module], norms: list[nn.Module], ranks: DeviceMesh) -> None:
+    for linear in columns:
         base, adapters = _parts(linear)
         _column(base, ranks)
         for _, b in adapters:  # A makes the same few numbers on every rank
             _column(b, ranks)
-    for linear in rows.values():
+    for linear in rows:
         base, adapters = _parts(linear)
         _row(base, ranks)
         for a, _ in adapters:  # B takes their sum, the same on every rank
             _row(a, ranks)
-    for norm in norms.values():
+    for norm in norms:
         _norm(norm, ranks)
 
 

@@ -32,7 +32,6 @@ import dataclasses
 import difflib
 import inspect
 import itertools
-import json
 import os
 import re
 import sys
@@ -40,30 +39,35 @@ import textwrap
 import tomllib
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
+
+from mm_convert.cli.toml import dump, template
+
+__all__ = ["REQUIRED", "Option", "dump", "nearest", "options_of", "parse", "parse_options"]
 
 T = TypeVar("T")
 
-_REQUIRED = dataclasses.MISSING
+REQUIRED = dataclasses.MISSING
 
 
 @dataclasses.dataclass(frozen=True)
-class _Leaf:
-    """One field that takes a value: its dotted name, its type, its default and its help."""
+class Option:
+    """What takes a value: its dotted name, its type, its default (`REQUIRED` without) and its help."""
 
     name: str
     hint: Any
-    default: Any
-    help: str
-    positional: bool
+    default: Any = REQUIRED
+    help: str = ""
+    positional: bool = False
 
     @property
     def required(self) -> bool:
-        return self.default is _REQUIRED
+        return self.default is REQUIRED
 
 
 def parse(
@@ -88,44 +92,68 @@ def parse(
 
     A ValueError of a `__post_init__` is reported like any other wrong value. Errors: SystemExit(2), text on stderr.
     """
+    return parse_options(
+        options_of(config_class),
+        partial(_instantiate, config_class),
+        argv,
+        prog=prog,
+        description=description or inspect.getdoc(config_class) or "",
+        groups=_group_docs(config_class),
+        defaults=defaults,
+        environment=environment,
+        reword=reword,
+    )
+
+
+def parse_options(
+    options: Iterable[Option],
+    make: Callable[[Mapping[str, Any]], T],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    description: str = "",
+    groups: Mapping[str, str] | None = None,
+    defaults: Sequence[Path] = (),
+    environment: str = "",
+    reword: Callable[[dict[str, Any]], dict[str, Any]] = lambda tables: tables,
+) -> T:
+    """The same for options that no dataclass states; `groups` has what is said of a table of them.
+
+    `make` is given the values by the options' dotted names; its ValueErrors are reported like any other wrong value.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(prog=prog, description=description or inspect.getdoc(config_class), allow_abbrev=False)
-    leaves = {leaf.name: leaf for leaf in _leaves(config_class)}
-    _refuse_unknown_flags(parser, argv, leaves)
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    known = {option.name: option for option in options}
+    _refuse_unknown_flags(parser, argv, known)
 
     values: dict[str, Any] = {}
     for file in defaults:
-        values |= _read_file(parser, Path(file), leaves, reword)
-    values |= _read_environment(parser, environment, leaves) if environment else {}
+        values |= _read_file(parser, Path(file), known, reword)
+    values |= _read_environment(parser, environment, known) if environment else {}
     for file in _config_files(parser, argv):
-        values |= _read_file(parser, Path(file), leaves, reword)
+        values |= _read_file(parser, Path(file), known, reword)
 
     printing = next((word for word in argv if word.partition("=")[0] == "--print_config"), "")
     parser.add_argument(
         "--config", type=list[str], metavar="FILE", help="values from this TOML or YAML; may be repeated"
     )
     parser.add_argument("--print_config", action="store_true", help="print the resulting configuration and exit")
-    _add_leaves(parser, config_class, leaves, values, missing_is_fine=bool(printing))
-    namespace = parser.parse_args(_for_jsonargparse(argv, leaves))
-    missing = [name for name, leaf in leaves.items() if printing and namespace.get(name) is None and leaf.required]
+    _add_options(parser, known, groups or {}, values, missing_is_fine=bool(printing))
+    namespace = parser.parse_args(_for_jsonargparse(argv, known))
+    values = {name: namespace.get(name) for name in known}
+    missing = [name for name, option in known.items() if printing and values[name] is None and option.required]
     if missing or printing == "--print_config=comments":
-        print(_template(leaves, namespace, missing, "comments" in printing), end="")
+        helps = {name: option.help for name, option in known.items()} if "comments" in printing else {}
+        print(template(values, helps, missing), end="")
         sys.exit(0)
     try:
-        config = _instantiate(config_class, namespace)
+        made = make(values)
     except ValueError as error:
         parser.error(str(error))
     if printing:
-        print(dump(config), end="")
+        print(dump(_nest(values)), end="")
         sys.exit(0)
-    return config
-
-
-def dump(config: Any) -> str:
-    """The configuration as TOML that `--config` reads back to an equal one; None is written as "null"."""
-    lines: list[str] = []
-    _dump_table(_fields(config), "", lines)
-    return "\n".join(lines).lstrip("\n") + "\n"
+    return made
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -158,18 +186,30 @@ def _plain(message: str) -> str:
     return message + (example if re.search(r"Expected [^.]*\b(tuple|list)\b", message) else "")
 
 
-def _leaves(cls: type, prefix: str = "") -> Iterator[_Leaf]:
+def options_of(cls: type, prefix: str = "") -> Iterator[Option]:
+    """What the fields of a dataclass, and of those in it, say."""
     hints, helps = typing.get_type_hints(cls), _field_docs(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
-            yield from _leaves(hint, f"{prefix}{field.name}.")
+            yield from options_of(hint, f"{prefix}{field.name}.")
         else:
             inside = any(dataclasses.is_dataclass(part) for part in typing.get_args(hint))
             assert not inside, f"{prefix}{field.name}: a table is always there; give it a field that switches it off"
             default = _default(field)
             positional = field.metadata.get("positional", False)
-            yield _Leaf(prefix + field.name, hint, default, helps.get(field.name, ""), positional)
+            yield Option(prefix + field.name, hint, default, helps.get(field.name, ""), positional)
+
+
+def _group_docs(cls: type, prefix: str = "") -> dict[str, str]:
+    """Table -> what its dataclass says of itself."""
+    docs: dict[str, str] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            doc = hint.__doc__ or ""
+            written = doc.startswith(f"{hint.__name__}(")  # by dataclasses: a signature
+            docs |= {prefix + name: "" if written else " ".join(doc.split()), **_group_docs(hint, f"{prefix}{name}.")}
+    return docs
 
 
 def _default(field: dataclasses.Field) -> Any:
@@ -192,9 +232,9 @@ def _field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def _refuse_unknown_flags(parser: _Parser, argv: list[str], leaves: Mapping[str, _Leaf]) -> None:
-    positional = {name for name, leaf in leaves.items() if leaf.positional}
-    flags = (set(leaves) - positional) | {"config", "print_config", "help"}
+def _refuse_unknown_flags(parser: _Parser, argv: list[str], known: Mapping[str, Option]) -> None:
+    positional = {name for name, option in known.items() if option.positional}
+    flags = (set(known) - positional) | {"config", "print_config", "help"}
     for word in argv[: argv.index("--") if "--" in argv else None]:
         name = word.partition("=")[0][2:].removesuffix("+")
         if word.startswith("--") and name not in flags:
@@ -211,21 +251,21 @@ def _config_files(parser: _Parser, argv: list[str]) -> Iterator[str]:
             yield word.removeprefix("--config=")
 
 
-def _for_jsonargparse(argv: list[str], leaves: Mapping[str, _Leaf]) -> list[str]:
+def _for_jsonargparse(argv: list[str], known: Mapping[str, Option]) -> list[str]:
     """Take out what is done here (--config, --print_config), and let `--flag` alone mean `--flag true`."""
     result = []
     skip = {j for i, word in enumerate(argv) if word == "--config" for j in (i, i + 1)}
     for i, word in enumerate(argv):
         if i in skip or word.partition("=")[0] == "--print_config" or word.startswith("--config="):
             continue
-        leaf = leaves.get(word.removeprefix("--")) if word.startswith("--") else None
-        alone = leaf and leaf.hint is bool and argv[i + 1 : i + 2] not in (["true"], ["false"])
+        option = known.get(word.removeprefix("--")) if word.startswith("--") else None
+        alone = option and option.hint is bool and argv[i + 1 : i + 2] not in (["true"], ["false"])
         result.append(f"{word}=true" if alone else word)
     return result
 
 
 def _read_file(
-    parser: _Parser, path: Path, leaves: Mapping[str, _Leaf], reword: Callable[[dict[str, Any]], dict[str, Any]]
+    parser: _Parser, path: Path, known: Mapping[str, Option], reword: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -241,22 +281,22 @@ def _read_file(
         tables = reword(tables)
     except ValueError as error:
         parser.error(f"{path}: {error}")
-    groups = {name.rsplit(".", n)[0] for name in leaves for n in range(1, name.count(".") + 1)}
+    groups = {name.rsplit(".", n)[0] for name in known for n in range(1, name.count(".") + 1)}
 
     def refuse_unknown_keys(table: Mapping[str, Any], prefix: str = "") -> None:
         for key, value in table.items():
             name = prefix + key
-            if name in leaves:
+            if name in known:
                 continue
             if name not in groups:
-                parser.error(f"{path}: unknown key {name}{nearest(name, leaves)}")
+                parser.error(f"{path}: unknown key {name}{nearest(name, known)}")
             elif isinstance(value, Mapping):
                 refuse_unknown_keys(value, name + ".")
             else:
                 parser.error(f"{path}: {name} is a table ([{name}]), not the value {value!r}")
 
     refuse_unknown_keys(tables)
-    return {name: _check(parser, path, leaf, value) for name, leaf, value in _chosen(tables, leaves)}
+    return {name: _check(parser, path, option, value) for name, option, value in _chosen(tables, known)}
 
 
 def _yaml(text: str) -> dict[str, Any] | None:
@@ -267,123 +307,86 @@ def _yaml(text: str) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _read_environment(parser: _Parser, prefix: str, leaves: Mapping[str, _Leaf]) -> dict[str, Any]:
-    names = {prefix + name.upper().replace(".", "__"): name for name in leaves}
+def _read_environment(parser: _Parser, prefix: str, known: Mapping[str, Option]) -> dict[str, Any]:
+    names = {prefix + name.upper().replace(".", "__"): name for name in known}
     values = {}
     for variable in (variable for variable in os.environ if variable.startswith(prefix)):
         if variable not in names:
             parser.error(f"unknown environment variable {variable}{nearest(variable, names)}")
-        leaf = leaves[names[variable]]
+        option = known[names[variable]]
         single = ArgumentParser(exit_on_error=False)
-        single.add_argument(f"--{leaf.name}", type=leaf.hint)
+        single.add_argument(f"--{option.name}", type=option.hint)
         try:
-            values[leaf.name] = single.parse_args([f"--{leaf.name}={os.environ[variable]}"])[leaf.name]
+            values[option.name] = single.parse_args([f"--{option.name}={os.environ[variable]}"])[option.name]
         except Exception as error:
             parser.error(f"{variable}: {_plain(str(error))}")
     return values
 
 
-def _chosen(tables: Mapping[str, Any], leaves: Mapping[str, _Leaf]) -> Iterator[tuple[str, _Leaf, Any]]:
-    for name, leaf in leaves.items():
+def _chosen(tables: Mapping[str, Any], known: Mapping[str, Option]) -> Iterator[tuple[str, Option, Any]]:
+    for name, option in known.items():
         value: Any = tables
         for part in name.split("."):
             if part not in value:
                 break
             value = value[part]
         else:
-            yield name, leaf, value
+            yield name, option, value
 
 
-def _check(parser: _Parser, path: Path, leaf: _Leaf, value: Any) -> Any:
+def _check(parser: _Parser, path: Path, option: Option, value: Any) -> Any:
     """Let jsonargparse judge the value alone, so that the error can name the file."""
     single = ArgumentParser(exit_on_error=False)
-    single.add_argument(f"--{leaf.name}", type=leaf.hint)
+    single.add_argument(f"--{option.name}", type=option.hint)
     try:
-        return single.parse_object({leaf.name: value})[leaf.name]
+        return single.parse_object({option.name: value})[option.name]
     except Exception as error:
         parser.error(f"{path}: {_plain(str(error))}")
 
 
-def _add_leaves(
-    parser: _Parser, cls: type, leaves: Mapping[str, _Leaf], values: Mapping[str, Any], missing_is_fine: bool
+def _add_options(
+    parser: _Parser,
+    known: Mapping[str, Option],
+    groups: Mapping[str, str],
+    values: Mapping[str, Any],
+    missing_is_fine: bool,
 ) -> None:
-    groups = {"": parser}
-    for name, leaf in leaves.items():
+    tables = {"": parser}
+    for name, option in known.items():
         table = name.rpartition(".")[0]
-        if table not in groups:
-            groups[table] = parser.add_argument_group(table, _group_doc(cls, table))
-        default = values.get(name, leaf.default)
-        required = default is _REQUIRED and not missing_is_fine
-        options: dict[str, Any] = {"type": leaf.hint, "help": leaf.help or "%(type)s"}
-        if default is not _REQUIRED:
-            options["default"] = default
-        if leaf.positional:
-            groups[table].add_argument(name, **options, **({} if required else {"nargs": "?"}))
+        if table not in tables:
+            tables[table] = parser.add_argument_group(table, groups.get(table) or None)
+        default = values.get(name, option.default)
+        required = default is REQUIRED and not missing_is_fine
+        settings: dict[str, Any] = {"type": option.hint, "help": option.help or "%(type)s"}
+        if default is not REQUIRED:
+            settings["default"] = default
+        if option.positional:
+            tables[table].add_argument(name, **settings, **({} if required else {"nargs": "?"}))
         else:
-            groups[table].add_argument(f"--{name}", **options, required=required)
+            tables[table].add_argument(f"--{name}", **settings, required=required)
 
 
-def _group_doc(cls: type, table: str) -> str | None:
-    for part in table.split("."):
-        cls = typing.get_type_hints(cls)[part]
-    doc = cls.__doc__ or ""
-    return None if doc.startswith(f"{cls.__name__}(") else " ".join(doc.split())  # dataclasses write a signature
-
-
-def _instantiate(cls: type[T], namespace: Namespace) -> T:
+def _instantiate(cls: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass from values by their dotted names."""
     hints = typing.get_type_hints(cls)
-    values = {}
-    for field in dataclasses.fields(cls):
-        value, hint = namespace[field.name], hints[field.name]
-        values[field.name] = _instantiate(hint, value) if dataclasses.is_dataclass(hint) else value
-    return cls(**values)
+
+    def value(name: str) -> Any:
+        if not dataclasses.is_dataclass(hints[name]):
+            return values[name]
+        inside = {key.removeprefix(f"{name}."): item for key, item in values.items() if key.startswith(f"{name}.")}
+        return _instantiate(hints[name], inside)
+
+    return cls(**{field.name: value(field.name) for field in dataclasses.fields(cls)})
 
 
-# --- writing
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-
-
-def _template(leaves: Mapping[str, _Leaf], values: Namespace, missing: list[str], comments: bool) -> str:
-    """TOML to be filled in: what is required and missing stands as a comment."""
-    lines, table = [], ""
-    for name, leaf in sorted(leaves.items(), key=lambda item: item[0].rpartition(".")[0]):
-        own, _, key = name.rpartition(".")
-        if own != table:
-            lines += ["", f"[{own}]"]
-            table = own
-        if comments and leaf.help:
-            lines.append(f"# {leaf.help}")
-        lines.append(f"# {_key(key)} =   (required)" if name in missing else f"{_key(key)} = {_toml(values[name])}")
-    return "\n".join(lines).lstrip("\n") + "\n"
-
-
-def _dump_table(values: Mapping[str, Any], prefix: str, lines: list[str]) -> None:
-    tables = {k: _fields(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
-    lines += [f"{_key(k)} = {_toml(v)}" for k, v in tables.items() if not isinstance(v, Mapping)]
-    for key, table in tables.items():
-        if isinstance(table, Mapping):
-            lines += ["", f"[{prefix}{_key(key)}]"]
-            _dump_table(table, f"{prefix}{_key(key)}.", lines)
-
-
-def _key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)
-
-
-def _toml(value: Any) -> str:
-    if value is None:
-        return '"null"'
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, str | Path):
-        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, Sequence):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
-    raise AssertionError(f"a configuration cannot hold a {type(value).__name__}: {value!r}")
+def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted names as tables in tables."""
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        *tables, key = name.split(".")
+        inner = nested
+        for table in tables:
+            inner = inner.setdefault(table, {})
+        inner[key] = value
+    return nested

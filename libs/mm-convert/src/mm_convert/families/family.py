@@ -57,6 +57,7 @@ class Family:
     `presets` are the configurations of published weights, only the fields that set them apart.
     `boundaries`: of presets that are two experts, the noise level from which on the high-noise one generates.
     `fusions[dialect]`: the names of that dialect which hold several tensors of ours.
+    `mindspeed_file`: what MindSpeed-MM calls it, where it has no tree of it but one file.
     `heads(shapes, config)`: the counts that cutting them needs, from the shapes in that dialect and what is known of
     the configuration.
     """
@@ -72,3 +73,4 @@ class Family:
     fusions: Mapping[str, tuple[Fusion, ...]] = field(default_factory=dict)
     heads: Callable[[Mapping[str, tuple[int, ...]], Config], Config] | None = None
     cuts: Cuts | None = None
+    mindspeed_file: str = ""

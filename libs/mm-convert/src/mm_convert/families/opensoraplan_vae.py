@@ -138,4 +138,5 @@ OPENSORAPLAN_VAE = Family(
     write_config={"original": _write_original},
     complete=lambda config: (config, []),
     presets={"opensoraplan-1.2-vae": {"base_dim": 128, "channels": 3, "z_channels": 4, "embed_dim": 4}},
+    mindspeed_file="casualvae_mm.pt",
 )

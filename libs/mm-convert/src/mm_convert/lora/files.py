@@ -6,13 +6,16 @@ from math import prod
 from pathlib import Path
 
 from mm_convert.lora import FILES, Adapter, is_lora, lora_tensors, merge, read_lora
-from mm_convert.read.checkpoint import Checkpoint, read_json
+from mm_convert.read.checkpoint import Checkpoint
 from mm_convert.read.source import Source, find
-from mm_convert.store.mindspeed import TRACKER, rank_files
+from mm_convert.store.mindspeed import rank_files
+from mm_convert.store.mm import MANIFEST, as_json, read_json
 from mm_convert.store.torch_file import SUFFIXES
 from mm_convert.tensors.stages import Layers, Split
-from mm_convert.write.conversion import cast_all, plan_conversion
-from mm_convert.write.outputs import MANIFEST, Output, Plan, as_json, describe, safetensors_file, text_file
+from mm_convert.write.conversion import cast_all, prepare_conversion
+from mm_convert.write.destinations import Folder, OneFile
+from mm_convert.write.outputs import Files, describe, safetensors_file, text_file
+from mm_convert.write.targets import release
 
 
 def open_adapter(path: str | Path, *, alpha: float | None = None, rank: int | None = None) -> Adapter | None:
@@ -37,7 +40,9 @@ def _manifest_metadata(source: Source) -> dict[str, str]:
     return {}
 
 
-def plan_adapter(adapter: Adapter, source: str | Path, target: str | Path, to: str, dtype: str | None = None) -> Plan:
+def prepare_adapter(
+    adapter: Adapter, source: str | Path, target: str | Path, to: str, dtype: str | None = None
+) -> Files:
     """What writing an adapter in a format would write: a folder, or one file for a target in .safetensors."""
     target = Path(target)
     here, there = Path(source).resolve(), target.resolve()
@@ -49,26 +54,26 @@ def plan_adapter(adapter: Adapter, source: str | Path, target: str | Path, to: s
     more = {"metadata": metadata} if to == "mindspeed" else {}
     family = adapter.family
     about = describe(str(Path(source).resolve()), family.name, {}, f"LoRA, {adapter.format}", f"LoRA, {to}", **more)
-    plan = Plan(target, [], about)
+    files = Files(Folder(target), [], {"": about}, notes=list(adapter.notes))
     if to == "mindspeed":
         if target.suffix in (".safetensors", *SUFFIXES):
             raise ValueError(f"{target}: MindSpeed-MM's adapters are folders; name one")
         assert family.cuts
-        files = rank_files([tensors], Split(), family.cuts)
-        plan.outputs = [Output(f"release/{name}", nbytes, write) for name, (nbytes, write) in files.items()]
-        plan.pointer = (TRACKER, "release")
-        return plan
+        files.outputs = release(rank_files([tensors], Split(), family.cuts))
+        return files
     if target.suffix in SUFFIXES:
         raise ValueError(f"{target}: adapters are written as safetensors; name a folder, or a file in .safetensors")
-    plan.needs_torch = dtype is not None
-    plan.single_file = target.suffix == ".safetensors"
-    plan.outputs = [safetensors_file(target.name if plan.single_file else FILES[to], tensors, metadata)]
-    if config and not plan.single_file:
-        plan.outputs.append(text_file("adapter_config.json", as_json(config)))
-    return plan
+    files.needs_torch = dtype is not None
+    if target.suffix == ".safetensors":
+        files.destination, files.outputs = OneFile(target), [safetensors_file(target.name, tensors, metadata)]
+        return files
+    files.outputs = [safetensors_file(FILES[to], tensors, metadata)]
+    if config:
+        files.outputs.append(text_file("adapter_config.json", as_json(config)))
+    return files
 
 
-def plan_merge(
+def prepare_merge(
     base: Checkpoint,
     adapter: Adapter,
     where: Path,
@@ -76,19 +81,20 @@ def plan_merge(
     to: str,
     pp_layers: Layers = (),
     dtype: str | None = None,
-) -> Plan:
+) -> Files:
     """What a base with the adapter at `where` in it would be, in the form `to`. Needs torch to be carried out."""
     import mm_convert.tensors.torch  # noqa: F401  # so that a missing torch is said before anything is planned
 
     base.tensors = merge(base.tensors, adapter)
-    plan = plan_conversion(base, target, to, pp_layers=pp_layers, dtype=dtype)
-    plan.needs_torch = True
+    files = prepare_conversion(base, target, to, pp_layers=pp_layers, dtype=dtype)
+    files.needs_torch = True
+    files.notes += [*adapter.notes, f"{len(adapter.modules)} weights are merged"]
     manifest = base.folder / MANIFEST
     before = read_json(manifest).get("merged", []) if manifest.exists() else []
     if before:
-        plan.notes.append(f"{base.path} has an adapter merged into it already: {before[-1]['source']}")
-    plan.manifest["merged"] = [*before, {"source": str(where), "rank": adapter.rank, "alpha": adapter.alpha}]
-    return plan
+        files.notes.append(f"{base.path} has an adapter merged into it already: {before[-1]['source']}")
+    files.manifests[""]["merged"] = [*before, {"source": str(where), "rank": adapter.rank, "alpha": adapter.alpha}]
+    return files
 
 
 def inspect_adapter(path: str | Path) -> str | None:

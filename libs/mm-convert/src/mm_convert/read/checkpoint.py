@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +12,11 @@ from mm_convert.lora.names import is_lora
 from mm_convert.read.content import Content, cut_fused, recognise, understand
 from mm_convert.read.source import Source, find
 from mm_convert.store import mindspeed
+from mm_convert.store.mm import FORMAT, MANIFEST, VERSION, read_json
 from mm_convert.tensors.views import LazyTensor, Stored
-from mm_convert.write.outputs import MANIFEST
 
 if TYPE_CHECKING:
     import torch
-
-FORMAT, VERSION = "mm", 1  # of our own config.json
 
 
 class Checkpoint(Mapping[str, "torch.Tensor"]):
@@ -160,13 +157,6 @@ def read_config(source: Source, family: Family) -> tuple[Config, bool, Path]:
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
     return {}, False, source.folder
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON object: {error}") from error
 
 
 def _without_tied_copy(source: Source, family: Family, said: Config) -> dict[str, LazyTensor]:

@@ -12,12 +12,12 @@ from mm_convert.read.content import known_names, recognise
 from mm_convert.read.experts import DIFFUSERS, FOLDERS
 from mm_convert.store import mindspeed
 from mm_convert.store.dcp import read_dcp
+from mm_convert.store.mm import FOLDER
 from mm_convert.store.safetensors import read_files, read_folder
 from mm_convert.store.torch_file import SUFFIXES as TORCH_SUFFIXES
 from mm_convert.store.torch_file import read_torch_file
 from mm_convert.tensors.views import LazyTensor
 
-MM_FOLDER = "mm"  # our files, in a folder that holds published ones too
 _PREFIXES = ("module.", "model.", "predictor.", "diffusion_model.", "model.diffusion_model.", "pipe.dit.")
 
 
@@ -73,12 +73,12 @@ def find(path: Path, published: bool = False, part: str = "model", prefix: str =
 
 def _made(path: Path, part: str) -> Source | None:
     """What a conversion or a training run has left."""
-    if (path / MM_FOLDER / "config.json").exists():
+    if (path / FOLDER / "config.json").exists():
         if (path / mindspeed.TRACKER).exists():
-            raise ValueError(f"{path} holds {MM_FOLDER}/ and what {mindspeed.TRACKER} names; name one of the two")
+            raise ValueError(f"{path} holds {FOLDER}/ and what {mindspeed.TRACKER} names; name one of the two")
         if part == "ema":
-            raise ValueError(f"{path / MM_FOLDER} holds no moving average (ema), only the weights")
-        return _safetensors(path / MM_FOLDER)
+            raise ValueError(f"{path / FOLDER} holds no moving average (ema), only the weights")
+        return _safetensors(path / FOLDER)
     folder = mindspeed.newest(path) or path
     if mindspeed.is_tree(folder):
         return _tree(folder, "ema_model" if part == "ema" else part)

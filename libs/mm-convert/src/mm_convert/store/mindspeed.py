@@ -133,10 +133,10 @@ def join_ranks(ranks: list[list[Stage]], cuts: Cuts) -> tuple[Stage, dict[str, l
     return join_stages(stages, cuts)
 
 
-Files = dict[str, tuple[int, Callable[[Path, Callable[[int], None]], None]]]
+RankFiles = dict[str, tuple[int, Callable[[Path, Callable[[int], None]], None]]]
 
 
-def tree_files(tensors: Mapping[str, LazyTensor], split: Split, cuts: Cuts, config: Config) -> Files:
+def tree_files(tensors: Mapping[str, LazyTensor], split: Split, cuts: Cuts, config: Config) -> RankFiles:
     """The files of a release: path in it -> bytes, and what writes them.
 
     Args:
@@ -153,9 +153,9 @@ def tree_files(tensors: Mapping[str, LazyTensor], split: Split, cuts: Cuts, conf
     return rank_files(stages, split, cuts)
 
 
-def rank_files(stages: list[Stage], split: Split, cuts: Cuts) -> Files:
+def rank_files(stages: list[Stage], split: Split, cuts: Cuts) -> RankFiles:
     """The files of all ranks, from what each stage holds under its own names."""
-    files: Files = {}
+    files: RankFiles = {}
     for t in range(split.tp):
         for p in range(split.pp):
             own = [stages[v * split.pp + p] for v in range(split.vpp)]

@@ -5,23 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mm_convert.read.checkpoint import Checkpoint, open_checkpoint, read_json
-from mm_convert.read.source import MM_FOLDER, TORCH_SUFFIXES
+from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
 from mm_convert.store.mindspeed import TRACKER
+from mm_convert.store.mm import FOLDER, MANIFEST, as_json, read_json
 from mm_convert.store.safetensors import refuse_link_out
+from mm_convert.store.torch_file import SUFFIXES
 from mm_convert.tensors.stages import Layers
 from mm_convert.tensors.views import LazyTensor
-from mm_convert.write.outputs import (
-    MANIFEST,
-    Output,
-    Plan,
-    as_json,
-    copied_file,
-    index_file,
-    safetensors_file,
-    text_file,
-)
-from mm_convert.write.targets import Target, split_of, target_plan
+from mm_convert.write.destinations import OneFile
+from mm_convert.write.outputs import Files, Output, copy_file, index_file, safetensors_file, text_file
+from mm_convert.write.targets import Target, prepare_target, split_of
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what --dtype may say
 
@@ -59,14 +52,14 @@ def convert(
     written.
     """
     checkpoint = open_checkpoint(source)
-    plan = plan_conversion(
+    files = prepare_conversion(
         checkpoint, target, to, pp_layers=pp_layers, tp_size=tp_size, shard_bytes=shard_bytes, dtype=dtype
     )
-    plan.execute(overwrite=overwrite, show_progress=show_progress, sha256=sha256)
+    files.write(overwrite=overwrite, show_progress=show_progress, sha256=sha256)
     return checkpoint
 
 
-def plan_conversion(
+def prepare_conversion(
     checkpoint: Checkpoint,
     target: str | Path,
     to: str = "mm",
@@ -75,9 +68,11 @@ def plan_conversion(
     tp_size: int = 1,
     shard_bytes: int | None = None,
     dtype: str | None = None,
-) -> Plan:
-    """What `convert` would write."""
+) -> Files:
+    """What `convert` would write; the notes on the checkpoint are among its own."""
     target, content = Path(target), checkpoint.content
+    if to == "mindspeed" and content.family.mindspeed_file and target.suffix not in (*SUFFIXES, ".safetensors"):
+        target = target / content.family.mindspeed_file
     tensors = checkpoint.tensors if dtype is None else cast_all(checkpoint.tensors, dtype)
     wanted = Target(
         target,
@@ -85,15 +80,16 @@ def plan_conversion(
         split_of(content.family, pp_layers, tp_size),
         shards=list(checkpoint.shards.values()) if checkpoint.layout in ("mm", "safetensors") else None,
         shard_bytes=shard_bytes,
-        beside_source=_is_beside(target, checkpoint, to),
+        in_place=_is_in_place(target, checkpoint, to),
         metadata=_metadata(checkpoint),
     )
-    plan = target_plan(wanted, content, tensors, checkpoint.config, **_origin(checkpoint))
-    plan.needs_torch = dtype is not None or to == "dcp"
-    return plan
+    files = prepare_target(wanted, content, tensors, checkpoint.config, **_origin(checkpoint))
+    files.needs_torch = dtype is not None or to == "dcp"
+    files.notes = [*checkpoint.notes, *files.notes]
+    return files
 
 
-def plan_like(checkpoint: Checkpoint, target: str | Path, model: Checkpoint, *, dtype: str | None = None) -> Plan:
+def prepare_like(checkpoint: Checkpoint, target: str | Path, model: Checkpoint, *, dtype: str | None = None) -> Files:
     """What gives a checkpoint the names, the files and the config.json of another, published one.
 
     Raises ValueError when the two have other tensors or shapes.
@@ -119,23 +115,24 @@ def plan_like(checkpoint: Checkpoint, target: str | Path, model: Checkpoint, *, 
     wanted = Target(
         target,
         model.dialect,
-        beside_source=_is_beside(target, checkpoint, model.dialect),
+        in_place=_is_in_place(target, checkpoint, model.dialect),
         metadata=model.metadata,
     )
     config = {**checkpoint.config, **model.config}
-    plan = target_plan(wanted, checkpoint.content, tensors, config, **_origin(checkpoint))
-    if plan.single_file:
-        return plan
+    files = prepare_target(wanted, checkpoint.content, tensors, config, **_origin(checkpoint))
+    files.notes = [*checkpoint.notes, *files.notes]
+    if isinstance(files.destination, OneFile):
+        return files
     if not (model.folder / "config.json").exists():
         raise ValueError(f"{model.folder} has no config.json to copy")
-    plan.outputs = [safetensors_file(name, contents, model.metadata) for name, contents in shards.items()]
-    plan.outputs += [index_file(path.name, shards) for path in model.folder.glob("*.safetensors.index.json")]
-    plan.outputs += [_config_like(model.folder / "config.json", dtype), *_copies(model.folder)]
-    plan.needs_torch = dtype is not None
+    files.outputs = [safetensors_file(name, contents, model.metadata) for name, contents in shards.items()]
+    files.outputs += [index_file(path.name, shards) for path in model.folder.glob("*.safetensors.index.json")]
+    files.outputs += [_config_like(model.folder / "config.json", dtype), *_copies(model.folder)]
+    files.needs_torch = dtype is not None
     if model.content.ignored:
         first, reason = next(iter(model.content.ignored.items()))
-        plan.notes.append(f"{len(model.content.ignored)} tensors of {model.path} are left out ({reason}): {first}, …")
-    return plan
+        files.notes.append(f"{len(model.content.ignored)} tensors of {model.path} are left out ({reason}): {first}, …")
+    return files
 
 
 def _origin(checkpoint: Checkpoint) -> dict[str, str]:
@@ -149,7 +146,7 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _copies(folder: Path) -> list[Output]:
     """What stands beside the weights on the hub: configuration, tokenizer, licence."""
-    weights = (*TORCH_SUFFIXES, ".safetensors", ".msgpack", ".h5", ".onnx")
+    weights = (*SUFFIXES, ".safetensors", ".msgpack", ".h5", ".onnx")
     skipped = (MANIFEST, TRACKER, "config.json")
     files = [
         path
@@ -158,7 +155,7 @@ def _copies(folder: Path) -> list[Output]:
     ]
     for file in files:
         refuse_link_out(file)
-    return [copied_file(path) for path in files if not path.name.endswith(".index.json")]
+    return [copy_file(path) for path in files if not path.name.endswith(".index.json")]
 
 
 def _config_like(path: Path, dtype: str | None) -> Output:
@@ -171,7 +168,7 @@ def _config_like(path: Path, dtype: str | None) -> Output:
     return text_file("config.json", as_json(config))
 
 
-def _is_beside(target: Path, checkpoint: Checkpoint, to: str) -> bool:
+def _is_in_place(target: Path, checkpoint: Checkpoint, to: str) -> bool:
     """Whether converting in place: the source is to stay, and what is made of it to stand beside it.
 
     Raises ValueError for a target that would then hold two things to be opened, and for one that holds the source
@@ -183,7 +180,7 @@ def _is_beside(target: Path, checkpoint: Checkpoint, to: str) -> bool:
     if not same and any(target == file.resolve() or target in file.resolve().parents for file in checkpoint.files):
         raise ValueError(f"{target} holds the source, {path}; name another target")
     published = checkpoint.layout in ("safetensors", "torch")
-    other = {"mm": target / TRACKER, "mindspeed": target / MM_FOLDER}.get(to)
+    other = {"mm": target / TRACKER, "mindspeed": target / FOLDER}.get(to)
     if same and (checkpoint.layout == "dcp" or (other and other.exists())):
         holds = checkpoint.layout if checkpoint.layout == "dcp" else other
         raise ValueError(f"{target} holds {holds}; with both it would not be clear which is meant: name another target")

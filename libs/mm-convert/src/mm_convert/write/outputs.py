@@ -1,9 +1,8 @@
-"""What a conversion will write: planned whole before the first byte, so that it can be shown and refused."""
+"""The files that a conversion will write, all of them known before the first byte."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,42 +12,42 @@ from typing import Any
 
 from mm_convert.__about__ import __version__
 from mm_convert.store.dcp import read_dcp
+from mm_convert.store.mm import MANIFEST, as_json
 from mm_convert.store.safetensors import read_file, write_file
 from mm_convert.store.torch_file import SUFFIXES as TORCH_SUFFIXES
 from mm_convert.store.torch_file import read_torch_file, write_torch_file
 from mm_convert.tensors.views import LazyTensor, chunks, pieces
-from mm_convert.write.folder import files_into, free_space, new_file, new_folder, refuse_target
+from mm_convert.write.destinations import Destination, Folder, free_space
 from mm_convert.write.progress import Progress, readable_bytes
-
-MANIFEST = "mm_convert.json"
 
 Writer = Callable[[Path, Callable[[int], None]], None]
 
 
 @dataclass(frozen=True)
 class Output:
-    """One file: its path in the target, the bytes of its tensors, and what writes it."""
+    """One file: its path in the target, its bytes (of tensors), what writes it, and its text where that is short."""
 
     name: str
     nbytes: int
     write: Writer
+    text: str = ""
 
 
 @dataclass
-class Plan:
-    """All files of a target, and what will be said about where they come from.
+class Files:
+    """All files of a target, known before the first byte is written, so that they can be shown and refused.
 
-    `inside`: the files go into this folder of the target, which stays as it is otherwise; `pointer`, a file of the
-    target and its text, is written last. `among_others`: the files go into the target itself, which holds other things.
+    Attributes:
+        destination: where they go.
+        outputs: the files, in the order in which they are written.
+        manifests: folder of the target ("" is the target itself) -> where the files in it come from (see `describe`).
+        needs_torch: whether writing them loads torch.
+        notes: what a person should know: what is left out, what is taken for granted.
     """
 
-    target: Path
+    destination: Destination
     outputs: list[Output]
-    manifest: dict[str, Any]
-    inside: str = ""
-    pointer: tuple[str, str] | None = None
-    single_file: bool = False
-    among_others: bool = False
+    manifests: dict[str, dict[str, Any]]
     needs_torch: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -57,83 +56,62 @@ class Plan:
         return sum(output.nbytes for output in self.outputs)
 
     @property
-    def folder(self) -> Path:
-        return self.target / self.inside
+    def names(self) -> set[str]:
+        return {output.name for output in self.outputs}
 
     def refuse(self, overwrite: bool) -> None:
         """Raises ValueError for a target that is there, or may not be replaced."""
-        pointer = self.target / self.pointer[0] if self.pointer and self.inside else None
-        if pointer and pointer.exists() and (said := pointer.read_text().strip()) != self.pointer[1]:
-            raise ValueError(f"{pointer} says {said}: a training run's; name another target, so that it stays")
-        if self.among_others:
-            there = [path.name for path in self.target.glob("*.safetensors*")]
-            there += [o.name for o in self.outputs if (self.target / o.name).exists()]
-            if there:
-                raise ValueError(f"{self.target / there[0]} exists, beside the source; name another target")
-        elif self.single_file:
-            refuse_target(self.target, overwrite, folder=False)
-        else:
-            refuse_target(self.folder, overwrite, replaceable=self._names())
+        self.destination.refuse(overwrite, self.names)
 
-    def _names(self) -> set[str]:
-        return {output.name for output in self.outputs}
-
-    def execute(self, *, overwrite: bool = False, show_progress: bool = False, sha256: bool = False) -> None:
+    def write(self, *, overwrite: bool = False, show_progress: bool = False, sha256: bool = False) -> None:
         """Write everything; the target appears by renaming at the end."""
         self.refuse(overwrite)
-        if sha256 and self.among_others and (self.target / MANIFEST).exists():
-            raise ValueError(f"{self.target / MANIFEST} is about the source, so sums cannot be noted there")
-        with self._progress(show_progress) as progress:
-            if self.single_file:
-                with new_file(self.target, self.nbytes, overwrite) as path:
-                    self.outputs[0].write(path, progress)
-                    beside = self.target.with_name(f"{self.target.name}.{MANIFEST}")
-                    beside.write_bytes(as_json(self._manifest(path.parent, sha256)))
-                return
-            replacing = new_folder(self.folder, self.nbytes, overwrite, self._names())
-            with files_into(self.target, self.nbytes) if self.among_others else replacing as folder:
-                for output in self.outputs:
-                    (folder / output.name).parent.mkdir(parents=True, exist_ok=True)
-                    output.write(folder / output.name, progress)
-                if not (self.among_others and (self.target / MANIFEST).exists()):  # which is about the source
-                    (folder / MANIFEST).write_bytes(as_json(self._manifest(folder, sha256)))
-                if self.pointer and not self.inside:
-                    (folder / self.pointer[0]).write_text(self.pointer[1], encoding="utf-8")
-            if self.pointer and self.inside:
-                hidden = self.target / f".{self.pointer[0]}.partial"
-                hidden.write_text(self.pointer[1], encoding="utf-8")
-                hidden.replace(self.target / self.pointer[0])
+        manifest = self.destination.manifest
+        if sha256 and manifest is None:
+            there = self.destination.path / MANIFEST
+            raise ValueError(f"{there} is about the source, so sums cannot be noted there")
+        writing = self.destination.open(self.nbytes, overwrite, self.names)
+        with self._progress(show_progress) as progress, writing as folder:
+            for output in self.outputs:
+                (folder / output.name).parent.mkdir(parents=True, exist_ok=True)
+                output.write(folder / output.name, progress)
+            for inside, content in self.manifests.items() if manifest else ():
+                sums = {"sha256": _sums(folder / inside)} if sha256 else {}
+                (folder / inside / manifest).write_bytes(as_json({**content, **sums}))
 
     @contextmanager
     def _progress(self, show: bool) -> Iterator[Callable[[int], None]]:
         if not show:
             yield lambda _: None
             return
-        with Progress(self.nbytes, self.target.name) as progress:
+        with Progress(self.nbytes, self.destination.path.name) as progress:
             yield progress
-
-    def _manifest(self, folder: Path, sha256: bool) -> dict[str, Any]:
-        return {**self.manifest, "sha256": _sums(folder)} if sha256 else self.manifest
 
     def __str__(self) -> str:
         """What would be done, for people."""
-        longest = max(len(output.name) for output in self.outputs)
-        at = self.target if self.single_file else self.folder
-        lines = [f"{output.name:<{longest}}  {readable_bytes(output.nbytes)}" for output in self.outputs]
-        if not self.single_file:
-            lines.append(MANIFEST)
-        if self.pointer:
-            lines.append(f"{self.pointer[0]}: {self.pointer[1]}")
-        source = f"{self.manifest['source']} ({self.manifest['from']})"
-        return "\n".join(
-            [
-                f"from {source}",
-                f"to   {at} ({self.manifest['to']})",
-                *(f"  {line}" for line in lines),
-                f"disk   {readable_bytes(self.nbytes)} and headers, of {readable_bytes(free_space(at))} that are free",
-                f"memory {'about 350 MB, most of it torch itself' if self.needs_torch else 'under 100 MB'}",
-            ]
+        at, lines, left = self.destination.path, [], self.outputs
+        for inside, manifest in self.manifests.items():
+            own = [output for output in left if output.name.startswith(inside)]
+            left = [output for output in left if output not in own]
+            lines += [f"from {manifest['source']} ({manifest['from']})", f"to   {at / inside} ({manifest['to']})"]
+            lines += [f"  {line}" for line in _listed(own)]
+            if self.destination.manifest == MANIFEST:
+                lines.append(f"  {MANIFEST}")
+        lines += [f"  {at / output.name}" for output in left]
+        if isinstance(self.destination, Folder) and self.destination.pointer:
+            file, text = self.destination.pointer
+            lines.append(f"  {file.name}: {text}")
+        lines.append(
+            f"disk   {readable_bytes(self.nbytes)} and headers, of {readable_bytes(free_space(at))} that are free"
         )
+        lines.append(f"memory {'about 350 MB, most of it torch itself' if self.needs_torch else 'under 100 MB'}")
+        return "\n".join(lines)
+
+
+def _listed(outputs: list[Output]) -> list[str]:
+    longest = max(len(output.name) for output in outputs)
+    sizes = {output.name: readable_bytes(output.nbytes) for output in outputs}
+    return [f"{o.name}: {o.text}" if o.text else f"{o.name:<{longest}}  {sizes[o.name]}" for o in outputs]
 
 
 def describe(source: str, family: str, config: Mapping[str, Any], from_: str, to: str, **more: Any) -> dict[str, Any]:
@@ -150,11 +128,7 @@ def describe(source: str, family: str, config: Mapping[str, Any], from_: str, to
     }
 
 
-def as_json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def copied_file(source: Path) -> Output:
+def copy_file(source: Path) -> Output:
     def write(path: Path, progress: Callable[[int], None]) -> None:
         shutil.copyfile(source, path)
         progress(path.stat().st_size)
@@ -162,12 +136,12 @@ def copied_file(source: Path) -> Output:
     return Output(source.name, source.stat().st_size, write)
 
 
-def text_file(name: str, content: bytes) -> Output:
+def text_file(name: str, content: bytes, text: str = "") -> Output:
     def write(path: Path, progress: Callable[[int], None]) -> None:
         path.write_bytes(content)
         progress(len(content))
 
-    return Output(name, len(content), write)
+    return Output(name, len(content), write, text)
 
 
 def safetensors_file(name: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> Output:

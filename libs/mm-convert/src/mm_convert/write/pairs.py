@@ -3,58 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mm_convert.families.family import Config, Family
 from mm_convert.lora import Adapter
 from mm_convert.lora.files import inspect_adapter
-from mm_convert.read.checkpoint import Checkpoint, open_checkpoint, read_json
+from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
 from mm_convert.read.experts import DIFFUSERS, FILE, FOLDERS, INDEX, Pair, experts_json, open_experts
 from mm_convert.read.inspection import inspect, preset
-from mm_convert.write.folder import new_folder, refuse_target
-from mm_convert.write.outputs import Plan, as_json
+from mm_convert.store.mm import as_json, read_json
+from mm_convert.write.destinations import Folder
+from mm_convert.write.outputs import Files, text_file
 
-PlanOne = Callable[[Path, Path], tuple[Checkpoint | Adapter, Plan]]
-
-
-@dataclass
-class PairPlan:
-    """What will be written: a plan for each folder of the target, and what lies beside them."""
-
-    target: Path
-    experts: dict[str, Plan]
-    beside: dict[str, bytes] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(plan.nbytes for plan in self.experts.values())
-
-    def refuse(self, overwrite: bool) -> None:
-        """Raises ValueError for a target that is there, or may not be replaced."""
-        refuse_target(self.target, overwrite, replaceable=set(self.beside))
-
-    def execute(self, *, overwrite: bool = False, show_progress: bool = False, sha256: bool = False) -> None:
-        """Write both experts; the target appears when both are whole."""
-        with new_folder(self.target, self.nbytes, overwrite, set(self.beside)) as folder:
-            for name, plan in self.experts.items():
-                replace(plan, target=folder / name).execute(show_progress=show_progress, sha256=sha256)
-            for name, content in self.beside.items():
-                (folder / name).write_bytes(content)
-
-    def __str__(self) -> str:
-        return "\n\n".join([*map(str, self.experts.values()), *(f"{self.target / name}" for name in self.beside)])
+PrepareOne = Callable[[Path, Path], tuple[Checkpoint | Adapter, Files]]
 
 
-def plan_pair(pair: Pair, target: Path, to: str, boundary: float | None, plan_one: PlanOne) -> PairPlan:
-    """What converting a pair would write.
+def prepare_pair(pair: Pair, target: Path, to: str, boundary: float | None, prepare_one: PrepareOne) -> Files:
+    """What converting a pair would write: a folder for each expert, and what lies beside them.
 
     Args:
         to: the form; diffusers has other names for the folders, and the boundary in model_index.json.
         boundary: where the files do not say it; without, that of the published model, if it is one.
-        plan_one: opens the expert in one folder, and plans writing it into another.
+        prepare_one: opens the expert in one folder, and prepares writing it into another.
 
     Raises ValueError for experts that are not of one kind and architecture, for a boundary that contradicts the files,
     and for a target that is no folder or the source.
@@ -65,12 +37,10 @@ def plan_pair(pair: Pair, target: Path, to: str, boundary: float | None, plan_on
     if target.resolve() == source.resolve():
         raise ValueError(f"{target} is the source; name another target, or convert each expert in place: {pair.high}")
     names = DIFFUSERS if to == "diffusers" else FOLDERS
-    high, high_plan = plan_one(pair.high, target / names["high"])
-    low, low_plan = plan_one(pair.low, target / names["low"])
+    high, high_files = prepare_one(pair.high, target / names["high"])
+    low, low_files = prepare_one(pair.low, target / names["low"])
     _refuse_unlike(pair, high, low)
-    plan = PairPlan(target, {names["high"]: high_plan, names["low"]: low_plan})
-    both = {note: None for opened, p in ((high, high_plan), (low, low_plan)) for note in (*opened.notes, *p.notes)}
-    plan.notes = list(both)
+    files = _join(target, {names["high"]: high_files, names["low"]: low_files})
 
     if None not in (boundary, pair.boundary) and boundary != pair.boundary:
         raise ValueError(f"{source} says boundary {pair.boundary}, not {boundary}: leave --boundary out")
@@ -78,14 +48,26 @@ def plan_pair(pair: Pair, target: Path, to: str, boundary: float | None, plan_on
     if known is None and isinstance(high, Checkpoint):
         known, name = published_boundary(high.content.family, high.config)
         if known:
-            plan.notes.append(f"the boundary is not said and taken to be {known}, that of the published {name}")
+            files.notes.append(f"the boundary is not said and taken to be {known}, that of the published {name}")
     if known is None:
-        plan.notes.append("the boundary is not known, so it is not written: give --boundary")
+        files.notes.append("the boundary is not known, so it is not written: give --boundary")
     if to == "diffusers" and isinstance(high, Checkpoint):
-        plan.beside = {INDEX: as_json(_model_index(source, high, known))}
+        files.outputs.append(text_file(INDEX, as_json(_model_index(source, high, known))))
     elif known is not None:
-        plan.beside = {FILE: experts_json(known).encode()}
-    return plan
+        files.outputs.append(text_file(FILE, experts_json(known).encode()))
+    return files
+
+
+def _join(target: Path, parts: dict[str, Files]) -> Files:
+    """The files of several folders as those of one, which appears when all of them are whole."""
+    joined = Files(Folder(target), [], {})
+    for folder, files in parts.items():
+        assert files.destination == Folder(target / folder), f"{folder} cannot be written with others"
+        joined.outputs += [replace(output, name=f"{folder}/{output.name}") for output in files.outputs]
+        joined.manifests |= {f"{folder}/{inside}": manifest for inside, manifest in files.manifests.items()}
+        joined.needs_torch |= files.needs_torch
+        joined.notes += [note for note in files.notes if note not in joined.notes]
+    return joined
 
 
 def published_boundary(family: Family, config: Config) -> tuple[float | None, str]:

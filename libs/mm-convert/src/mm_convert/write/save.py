@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm_convert.read.content import understand
 from mm_convert.tensors.views import LazyTensor
-from mm_convert.write.targets import Target, split_of, target_plan
+from mm_convert.write.targets import Target, prepare_target, split_of
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +48,8 @@ def save_checkpoint(
     ours = {content.names[name]: item for name, item in items.items()}
     complete, _ = content.family.complete({**fields, **content.config})
     target = Target(Path(path), to, split_of(content.family, pp_layers, tp_size), shard_bytes=shard_bytes)
-    plan = target_plan(target, content, ours, complete, source="memory", source_form="our names")
-    plan.execute(overwrite=overwrite, show_progress=show_progress)
+    files = prepare_target(target, content, ours, complete, source="memory", source_form="our names")
+    files.write(overwrite=overwrite, show_progress=show_progress)
 
 
 def _lazy(tensors: Mapping[str, torch.Tensor], name: str) -> LazyTensor:

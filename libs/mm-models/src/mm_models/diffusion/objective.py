@@ -4,7 +4,7 @@ Two things vary, and are handed in: the schedule (flow matching; others behind t
 told besides noise and text (`Conditioning`, one for each task of a family).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -83,6 +83,9 @@ class Conditioning(Protocol):
 
         encode: pixels B 3 F H W to latents. see: images B 3 H W to the tokens of an image encoder B S D.
         """
+
+    def find_misfit(self, names: Collection[str]) -> str:
+        """Why features with conditions of these names are not for this task; empty where they are."""
 
     def to_store(self, latents: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is kept of one sample: `latents`, and its conditions."""

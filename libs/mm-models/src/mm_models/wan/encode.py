@@ -8,7 +8,7 @@ v2v     clean: latents of the video from which sampling begins; the model is tol
 vace    control: latents of what is kept and of what changes; control_mask: which is which
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,12 @@ class Conditioning:
             case _:
                 return [{}]
         return [dict(zip(made, rows, strict=True)) for rows in zip(*made.values(), strict=True)]
+
+    def find_misfit(self, names: Collection[str]) -> str:
+        """Why features with conditions of these names are not for this task; empty where they are."""
+        if "control" in names and self.task != "vace":
+            return "was extracted for vace, where reference images stand before the latents"
+        return ""
 
     def to_store(self, latents: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`latents` and the conditions of a sample. VACE's references stand before its latents, its mask is bytes."""

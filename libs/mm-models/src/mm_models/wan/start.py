@@ -14,6 +14,8 @@ from mm_models.wan.config import WanConfig
 
 ZERO = ("head.head.weight", "*.after_proj.weight")
 """Patterns of the projections that begin at zero: while they are frozen, nothing is learned through them."""
+GROWN = "a control ladder on the weights of a plain Wan: it begins as a copy that changes nothing"
+"""What a person should know of weights from which the rest has grown."""
 
 
 def initial(name: str, shape: Sequence[int], seed: int) -> Tensor:
@@ -67,7 +69,3 @@ def grow(config: WanConfig, base: Callable[[str], Tensor], name: str, shape: Seq
     if rest.startswith(("before_proj.", "after_proj.")):
         return torch.zeros(tuple(shape), device="cpu")
     return base(f"blocks.{config.vace_layers[int(block)]}.{rest}")
-
-
-GROWN = "a plain Wan: its control ladder begins as a copy that changes nothing"
-"""What a person should know of weights from which the rest has grown."""

@@ -19,7 +19,7 @@ from mm_parallel.context.shard import TokenLayout, even
 from mm_parallel.context.ulysses import HEADS, TOKENS, exchange
 from mm_parallel.fsdp import check_same_values
 from mm_parallel.mesh import rank_in, size, submesh
-from mm_parallel.plan import ParallelPlan
+from mm_parallel.plan import ParallelPlan, Sequence
 
 
 def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh | None, exact: bool = False) -> None:
@@ -27,18 +27,18 @@ def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh | None, exact: bo
     plan names a seam that the model does not have, or no tokens. exact: see `mm_parallel.context.exact`."""
     if not plan.tokens:
         raise ValueError("the plan names no tokens, so nothing can be cut over cp: give ParallelPlan(tokens={…: dim})")
-    if exact:
+    if exact:  # which runs the stem whole on every rank, and inner ladders with it
         group = submesh(mesh, "cp").get_group() if size(mesh, "cp") > 1 else None
         if group:
             check_same_values(model, submesh(mesh, "cp"))  # FSDP does it where it shards
         seams = Exact(model, plan, group)
-        split, core, join = seams.split, seams.core, seams.gather
         seams.replace_layers_and_head(model)
-    else:
-        ranks = Context(mesh, plan.causal)
-        split, core, join = partial(ranks.split, fields=plan.tokens), ranks.attention, ranks.gather
-    for path, seam in ((plan.split, split), (plan.core, core), (plan.gather, join)):
-        _set(model, path, plan, seam)
+        _set_seams(model, plan, seams.split, seams.core, seams.gather)
+        return
+    for prefix, ladder, own in plan.ladders(model):
+        if own.tokens:
+            ranks = InnerContext(mesh) if prefix else Context(mesh)
+            _set_seams(ladder, own, partial(ranks.split, fields=own.tokens), ranks.attention, ranks.gather)
 
 
 class Context:
@@ -47,69 +47,94 @@ class Context:
     mesh: None for one rank alone.
     """
 
-    def __init__(self, mesh: DeviceMesh | None, causal: bool = False) -> None:
-        self.causal = causal
+    def __init__(self, mesh: DeviceMesh | None) -> None:
         self.sizes = size(mesh, "ring"), size(mesh, "ulysses")
         self.ring, self.ulysses, self.rank = rank_in(mesh, "ring"), rank_in(mesh, "ulysses"), rank_in(mesh, "cp")
         self.groups = (
             {} if mesh is None else {axis: submesh(mesh, axis).get_group() for axis in ("ring", "ulysses", "cp")}
         )
 
-    def layout(self, tokens: int) -> TokenLayout:
-        """Who holds which of so many tokens."""
-        return TokenLayout(tokens, *self.sizes, self.causal)
+    def layout(self, sequence: Sequence) -> TokenLayout:
+        """Who holds which of its tokens."""
+        return TokenLayout(sequence.tokens, *self.sizes, sequence.causal)
 
     def split(self, stream: Any, fields: Mapping[str, int]) -> Any:
         """This rank's part of a stream; fields: a plan's `tokens`."""
-        ring, ulysses = self.sizes
-        return shard.split(stream, fields, ring, ulysses, self.rank, self.causal)
+        return shard.split(stream, fields, self.layout(stream.sequence), self.rank)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, tokens: int, backend: str | None = None) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, backend: str | None = None) -> Tensor:
         """See `context_attention`."""
-        layout = self.layout(tokens)
+        layout = self.layout(sequence)
         own, heads = layout.shares(self.ring), even(q.shape[HEADS], layout.ulysses)
         if not q.shape[TOKENS] == k.shape[TOKENS] == own[self.ulysses]:
             raise ValueError(
-                f"attention of {q.shape[TOKENS]} queries and {k.shape[TOKENS]} keys, but of {tokens} tokens this rank "
-                f"(ring {self.ring} of {layout.ring}, ulysses {self.ulysses} of {layout.ulysses}) has "
+                f"attention of {q.shape[TOKENS]} queries and {k.shape[TOKENS]} keys, but of {layout.tokens} tokens "
+                f"this rank (ring {self.ring} of {layout.ring}, ulysses {self.ulysses} of {layout.ulysses}) has "
                 f"{own[self.ulysses]}"
+            )
+        if layout.ring > 1 and sequence.segments is not None:
+            raise ValueError(
+                f"{len(sequence.segments) - 1} packed samples over ring={layout.ring}: a ring takes one sample; use "
+                "ulysses for all of cp, or do not pack"
             )
         scale = q.shape[-1] ** -0.5
         if layout.ulysses > 1:
             q, k, v = exchange((q, k, v), HEADS, heads, TOKENS, own, self.groups["ulysses"])
         if layout.ring > 1:
-            out = ring_attention(q, k, v, layout.chunks, self.groups["ring"], self.causal, scale, backend)
+            out = ring_attention(q, k, v, layout.chunks, self.groups["ring"], sequence.causal, scale, backend)
         else:
-            out = attention(q, k, v, self.causal, scale, backend)
+            out = attention(q, k, v, sequence.causal, scale, backend, sequence.segments)
         if layout.ulysses > 1:
             (out,) = exchange((out,), TOKENS, own, HEADS, heads, self.groups["ulysses"])
         return out
 
-    def gather(self, x: Tensor, tokens: int) -> Tensor:
+    def gather(self, x: Tensor, sequence: Sequence) -> Tensor:
         """See `gather`."""
-        return shard.Gather.apply(x, self.layout(tokens), self.groups["cp"]) if self.groups else x
+        return shard.Gather.apply(x, self.layout(sequence), self.groups["cp"]) if self.groups else x
+
+
+class InnerContext(Context):
+    """The same for a ladder in another's stem.
+
+    Only Ulysses ranks share its tokens, as they may be packed samples (images), which a ring does not take. Ranks of a
+    ring do the same.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None) -> None:
+        super().__init__(mesh)
+        self.sizes, self.ring, self.rank = (1, self.sizes[1]), 0, self.ulysses
+
+    def gather(self, x: Tensor, sequence: Sequence) -> Tensor:
+        """All tokens on every rank, for an outer ladder that cuts its own."""
+        if not self.groups:
+            return x
+        return shard.InnerGather.apply(x, self.layout(sequence), self.groups["ulysses"], self.groups["cp"])
 
 
 def context_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tokens: int,
+    sequence: Sequence,
     mesh: DeviceMesh | None,
-    causal: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention between all `tokens` of the sequence, of which this rank holds those of q, k and v: B L H h -> B L H h.
+    """Attention between all tokens of the sequence, of which this rank holds those of q, k and v: B L H h -> B L H h.
 
-    Which these are says `mm_parallel.context.shard`. Raises ValueError for another number of tokens. In a loop, ask a
-    `Context` instead: to look into a mesh takes a millisecond.
+    Which these are says `mm_parallel.context.shard`. Raises ValueError for another number of tokens, and for packed
+    samples over a ring. In a loop, ask a `Context` instead: to look into a mesh takes a millisecond.
     """
-    return Context(mesh, causal).attention(q, k, v, tokens, backend)
+    return Context(mesh).attention(q, k, v, sequence, backend)
 
 
-def gather(x: Tensor, tokens: int, mesh: DeviceMesh | None, causal: bool = False) -> Tensor:
+def gather(x: Tensor, sequence: Sequence, mesh: DeviceMesh | None) -> Tensor:
     """B L … of this rank's tokens -> B tokens … of all, in their order, on every rank."""
-    return Context(mesh, causal).gather(x, tokens)
+    return Context(mesh).gather(x, sequence)
+
+
+def _set_seams(model: nn.Module, plan: ParallelPlan, split: object, core: object, join: object) -> None:
+    for path, seam in ((plan.split, split), (plan.core, core), (plan.gather, join)):
+        _set(model, path, plan, seam)
 
 
 def _set(model: nn.Module, path: str, plan: ParallelPlan, seam: object) -> None:

@@ -15,7 +15,8 @@ exchange twice).
 The same bits also need the same machine, kernels and number of threads. Stem and loss run on all tokens on every rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ from mm_parallel.context import shard
 from mm_parallel.context.rendezvous import Rendezvous
 from mm_parallel.context.shard import even, spans, take
 from mm_parallel.context.ulysses import HEADS, TOKENS, move
-from mm_parallel.plan import ParallelPlan
+from mm_parallel.plan import ParallelPlan, Sequence
 
 CHUNKS = 4
 Span = tuple[int, int]
@@ -62,7 +63,7 @@ class Exact:
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def mine(self, of_chunks: Sequence) -> list:
+    def mine(self, of_chunks: abc.Sequence) -> list:
         return list(of_chunks[self.rank * self.own : (self.rank + 1) * self.own])
 
     def replace_layers_and_head(self, model: nn.Module) -> None:
@@ -74,9 +75,9 @@ class Exact:
             model.head = partial(self.head, model.head)
 
     def split(self, stream: Any) -> list[Any]:
-        number, dims = shard.count(stream, self.plan.tokens)
-        tensors = _tensors(stream)
-        flat = _Split.apply(self, [dims.get(name) for name in tensors], spans(even(number, CHUNKS)), *tensors.values())
+        dims, tensors = shard.token_dims(stream, self.plan.tokens), _tensors(stream)
+        pieces = spans(even(stream.sequence.tokens, CHUNKS))
+        flat = _Split.apply(self, [dims.get(name) for name in tensors], pieces, *tensors.values())
         return self._refill([stream] * self.own, flat)
 
     def layer(self, layer: Callable, i: int, streams: list[Any]) -> list[Any]:
@@ -86,11 +87,13 @@ class Exact:
     def head(self, head: Callable, streams: list[Any]) -> Tensor:
         return self._run(head, streams, True)[1][0]
 
-    def core(self, q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
-        return self.rendezvous.meet((q, k, v), partial(self._attend, tokens))
+    def core(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
+        if sequence.segments is not None:
+            raise ValueError("exact mode takes one sample, and no packed ones: leave exact out, or do not pack")
+        return self.rendezvous.meet((q, k, v), partial(self._attend, sequence))
 
-    def gather(self, x: Tensor, tokens: int) -> Tensor:
-        return self.rendezvous.meet((x,), partial(self._gather, tokens))
+    def gather(self, x: Tensor, sequence: Sequence) -> Tensor:
+        return self.rendezvous.meet((x,), partial(self._gather, sequence.tokens))
 
     def _run(self, function: Callable, streams: list[Any], joins: bool) -> tuple[list[Any], tuple[Tensor, ...]]:
         """The function of each stream, as it gave them (streams to fill) and as tensors that autograd knows."""
@@ -104,13 +107,13 @@ class Exact:
             self.rendezvous = None
         return rendezvous.results, flat
 
-    def _refill(self, streams: list[Any], flat: Sequence[Tensor]) -> list[Any]:
+    def _refill(self, streams: list[Any], flat: abc.Sequence[Tensor]) -> list[Any]:
         parts = _by_chunk(flat, len(streams))
         return [s._replace(**dict(zip(_tensors(s), part, strict=True))) for s, part in zip(streams, parts, strict=True)]
 
-    def _attend(self, tokens: int, sent: list[tuple[Tensor, ...]]) -> tuple[list[Tensor], Callable]:
+    def _attend(self, sequence: Sequence, sent: list[tuple[Tensor, ...]]) -> tuple[list[Tensor], Callable]:
         first = sent[0][0]
-        chunks, heads = even(tokens, CHUNKS), even(first.shape[HEADS], self.ranks)
+        chunks, heads = even(sequence.tokens, CHUNKS), even(first.shape[HEADS], self.ranks)
         of_ranks = [sum(chunks[rank * self.own : (rank + 1) * self.own]) for rank in range(self.ranks)]
 
         def to_heads(parts: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
@@ -130,7 +133,7 @@ class Exact:
                 zip(*([x.contiguous() for x in own.split(self.mine(chunks), TOKENS)] for own in xs), strict=True)
             )
 
-        rest = op.scale_of(first), self.plan.causal, op.backend_of(first, None)
+        rest = op.scale_of(first), sequence.causal, op.backend_of(first, None)
         qkv = to_heads(sent)
         results = [op.forward(*head, *rest) for head in qkv]
 
@@ -156,7 +159,7 @@ class Exact:
         held = [pieces[rank * self.own : (rank + 1) * self.own] for rank in range(self.ranks)]
         return shard.join(x, dim, held, self.group) if self.group else x
 
-    def sums(self, parts: list[Sequence[Tensor | None]], like: Sequence[Tensor]) -> list[Tensor | None]:
+    def sums(self, parts: list[abc.Sequence[Tensor | None]], like: abc.Sequence[Tensor]) -> list[Tensor | None]:
         """Some tensors' sums over all chunks of all ranks, given by chunk; None for a tensor that no chunk has."""
         columns = list(zip(*parts, strict=True))
         used = torch.tensor([any(x is not None for x in column) for column in columns], dtype=torch.int32)
@@ -283,6 +286,6 @@ def _tensors(stream: Any) -> dict[str, Tensor]:
     return {name: x for name, x in stream._asdict().items() if isinstance(x, Tensor)}
 
 
-def _by_chunk(flat: Sequence[Tensor], chunks: int) -> list[list[Tensor]]:
+def _by_chunk(flat: abc.Sequence[Tensor], chunks: int) -> list[list[Tensor]]:
     fields = len(flat) // chunks
     return [list(flat[i * fields : (i + 1) * fields]) for i in range(chunks)]

@@ -53,15 +53,18 @@ def skeleton(
         twins[id(buffer)] = torch.empty_like(buffer, device="meta")
     bones = copy.deepcopy(model, twins)
     if dtype is not None and parameter_mesh(mesh).size() > 1:
-        in_fp32 = set(plan.fp32_parameters(bones).values())
+        in_fp32 = {p for _, ladder, own in plan.ladders(bones) for p in own.fp32_parameters(ladder).values()}
         for parameter in bones.parameters():
             if parameter not in in_fp32 and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
     if size(mesh, "cp") > 1:
-        owner, _, core = plan.core.rpartition(".")
-        attention = getattr(bones.get_submodule(owner), core)
+        seams = []
+        for _, ladder, own in plan.ladders(bones):
+            owner, _, core = own.core.rpartition(".")
+            seams.append((ladder.get_submodule(owner), core, getattr(ladder.get_submodule(owner), core)))
         context.cut(bones, plan, mesh, parallel.exact)
-        setattr(bones.get_submodule(owner), core, attention)
+        for owner, core, attention in seams:
+            setattr(owner, core, attention)
     return bones
 
 

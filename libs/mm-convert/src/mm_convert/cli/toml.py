@@ -1,0 +1,72 @@
+"""A configuration as TOML that can be read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def dump(config: Any) -> str:
+    """The configuration, a dataclass or a mapping, as TOML that `--config` reads back to an equal one.
+
+    None is written as "null".
+    """
+    lines: list[str] = []
+    _dump_table(_fields(config), "", lines)
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def template(values: Mapping[str, Any], helps: Mapping[str, str], missing: Sequence[str]) -> str:
+    """TOML to be filled in, from values by their dotted names: what is missing stands as a comment.
+
+    `helps`: what is written above a value.
+    """
+    lines, table = [], ""
+    for name in sorted(values, key=lambda name: name.rpartition(".")[0]):
+        own, _, key = name.rpartition(".")
+        if own != table:
+            lines += ["", f"[{own}]"]
+            table = own
+        if helps.get(name):
+            lines.append(f"# {helps[name]}")
+        lines.append(f"# {_key(key)} =   (required)" if name in missing else f"{_key(key)} = {_toml(values[name])}")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _fields(config: Any) -> Mapping[str, Any]:
+    if isinstance(config, Mapping):
+        return config
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def _dump_table(values: Mapping[str, Any], prefix: str, lines: list[str]) -> None:
+    tables = {k: _fields(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
+    lines += [f"{_key(k)} = {_toml(v)}" for k, v in tables.items() if not isinstance(v, Mapping)]
+    for key, table in tables.items():
+        if isinstance(table, Mapping):
+            lines += ["", f"[{prefix}{_key(key)}]"]
+            _dump_table(table, f"{prefix}{_key(key)}.", lines)
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return '"null"'
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str | Path):
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, Sequence):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    raise AssertionError(f"a configuration cannot hold a {type(value).__name__}: {value!r}")
