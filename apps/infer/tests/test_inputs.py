@@ -6,7 +6,6 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from mm_models.wan.conditions import TASKS
 from PIL import Image
 
 import mm_infer
