@@ -5,13 +5,14 @@ This file imports no torch before a model is made (or a LoRA compared): wrong we
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_convert import Checkpoint, open_checkpoint, open_experts
+from mm_convert import Checkpoint, open_checkpoint, open_experts, open_lora
 from mm_models.families import family_of_weights, find, published_like
 from mm_models.family import Family, Published
 
@@ -99,29 +100,40 @@ class Transformer:
 
     def __init__(self, path: Path, model: str | None, lora: Path | None) -> None:
         """ValueError unless the files hold exactly the tensors of a model."""
-        self.checkpoint, self.lora = open_checkpoint(path), lora
+        self.checkpoint, self.lora = open_checkpoint(path), None if lora is None else open_lora(lora)
         self.family = family_of_weights(self.checkpoint.family)
         self.config = _config(path, self.family, self.checkpoint, model)
-        if lora is not None:
-            import torch
-
-            from mm_models.lora import load_lora
-
-            load_lora(self._empty(self.config, torch.float32), lora)  # on the meta device: only a comparison
+        if self.lora is not None:
+            self._check_lora(lora)
 
     def load(self, config: Any, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
         """The model on the device, in `dtype` except what is kept in fp32, read tensor by tensor.
 
         config: that of the weights, fitted to the encoders.
         """
-        from mm_models.lora import load_lora
         from mm_parallel import load_parameters
 
         model = self._empty(config, dtype)
         load_parameters(model, self.checkpoint, device)
-        if self.lora is not None:
-            load_lora(model, self.lora)
+        self._adapt(model)
         return model.eval().requires_grad_(False)
+
+    def _check_lora(self, path: Path) -> None:
+        """ValueError unless the adapter fits, on the meta device: only a comparison."""
+        import torch
+
+        for note in self.lora.notes:
+            print(f"{path}: {note}", file=sys.stderr)
+        try:
+            self._adapt(self._empty(self.config, torch.float32))
+        except ValueError as error:
+            raise ValueError(f"lora {path}: {error}") from error
+
+    def _adapt(self, model: nn.Module) -> None:
+        if self.lora is not None:
+            from mm_models.lora import load_lora
+
+            load_lora(model, self.lora, self.lora.alphas)
 
     def _empty(self, config: Any, dtype: torch.dtype) -> nn.Module:
         import torch
