@@ -172,7 +172,7 @@ def test_lora_of_comfyui_and_kohya(pipeline, sampler, tmp_path, capsys):
     assert "alpha of 3 modules is said nowhere and taken to be the rank" in capsys.readouterr().err
 
     with torch.no_grad():
-        merged = sampler.weights.load(sampler.config, torch.device("cpu"), torch.float32)
+        merged = sampler.weights.load(torch.device("cpu"), torch.float32)
         for rank, (name, (a, b)) in enumerate(modules.items(), 1):
             merged.get_parameter(f"{name}.weight").add_(linears[name] / rank * (b * 0.3) @ a)
     save_checkpoint(tmp_path / "merged", merged.state_dict(), sampler.config)

@@ -61,7 +61,7 @@ class Weights:
         self.path = path = must_exist(Path(path), "weights")
         encoders = None if encoders is None else must_exist(Path(encoders), "encoders")
         lora = None if lora is None else must_exist(Path(lora), "lora")
-        self.experts, said = _experts(path, model, lora, text_tokens, boundary)
+        self.experts, said = _experts(path, model, lora, boundary)
         family, config = self.experts[0].family, self.experts[0].config
         two = len(self.experts) > 1
         like = named if named and (named.boundary is not None) == two else published_like(config, two)
@@ -72,6 +72,8 @@ class Weights:
                 f"{path} holds two experts, but nothing says from which noise level on the first one works: give it, "
                 "as boundary 0.875"
             )
+        if text_tokens is not None:
+            config = replace(config, text_tokens=text_tokens)
         repository = find_encoders(path, encoders, family.encoders(config))
         self.facts = Facts(family, family.fit(config, repository), two, like.published, repository)
 
@@ -96,13 +98,11 @@ class Weights:
 class Transformer:
     """A checkpoint whose names and shapes are known to be those of a model, and whose tensors are not read yet."""
 
-    def __init__(self, path: Path, model: str | None, lora: Path | None, text_tokens: int | None = None) -> None:
+    def __init__(self, path: Path, model: str | None, lora: Path | None) -> None:
         """ValueError unless the files hold exactly the tensors of a model."""
         self.checkpoint, self.lora = open_checkpoint(path), None if lora is None else open_lora(lora)
         self.family = family_of_weights(self.checkpoint.family)
         self.config = _config(path, self.family, self.checkpoint, model)
-        if text_tokens is not None:
-            self.config = replace(self.config, text_tokens=text_tokens)
         if self.lora is not None:
             self._check_lora(lora)
 
@@ -145,7 +145,7 @@ class Transformer:
 
 
 def _experts(
-    path: Path, model: str | None, lora: Path | None, text_tokens: int | None, boundary: float | None
+    path: Path, model: str | None, lora: Path | None, boundary: float | None
 ) -> tuple[tuple[Transformer, ...], float | None]:
     """The one or two that lie there, and the boundary that is asked for or said in the files."""
     pair = open_experts(path)
@@ -155,13 +155,12 @@ def _experts(
             raise ValueError(f"lora {lora} is for two experts, but {path} holds one model: name one of its folders")
         if boundary is not None:
             raise ValueError(f"boundary {boundary} is for two experts, but {path} holds one model: leave it out")
-        return (Transformer(path, model, lora, text_tokens),), None
+        return (Transformer(path, model, lora),), None
     if boundary is not None and not 0 < boundary < 1:
         raise ValueError(f"boundary {boundary}: must be a noise level between 0 and 1, as 0.875")
     adapters = (loras.high, loras.low) if loras else (lora, lora)
     high, low = (
-        Transformer(folder, model, adapter, text_tokens)
-        for folder, adapter in zip((pair.high, pair.low), adapters, strict=True)
+        Transformer(folder, model, adapter) for folder, adapter in zip((pair.high, pair.low), adapters, strict=True)
     )
     if high.config != low.config:
         raise ValueError(f"{path}: the two experts differ: {high.config}, {low.config}")
