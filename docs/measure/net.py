@@ -127,7 +127,9 @@ def run(ranks: int, module: str, argv: list[str]) -> None:
 
 
 def read_run(output: Path) -> dict:
-    rows = [json.loads(line) for path in sorted(output.rglob("metrics.jsonl")) for line in path.read_text().splitlines()]
+    rows = [
+        json.loads(line) for path in sorted(output.rglob("metrics.jsonl")) for line in path.read_text().splitlines()
+    ]
     numbers = {name: [row[name].hex() for row in rows if name in row] for name in ("loss", "grad_norm")}
     numbers["validation_loss"] = [row["validation_loss"].hex() for row in rows if "validation_loss" in row]
     return numbers | digest_videos(output)
@@ -157,7 +159,9 @@ def measure(root: Path, only: str = "") -> dict[str, dict]:
                 print(name, found[name]["loss"][-1], flush=True)
         for task in TASKS:
             if only in f"extract {task}":
-                model = {"i2v": "wan-tiny-i2v", "flf2v": "wan2.1-flf2v-14b", "vace": "wan-tiny-vace"}.get(task, "wan-tiny")
+                model = {"i2v": "wan-tiny-i2v", "flf2v": "wan2.1-flf2v-14b", "vace": "wan-tiny-vace"}.get(
+                    task, "wan-tiny"
+                )
                 if task == "flf2v":
                     continue  # no tiny preset; its conditions are those of i2v, twice
                 output = Path(scratch) / f"features-{task}"

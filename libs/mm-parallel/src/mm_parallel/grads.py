@@ -114,6 +114,6 @@ def clip_grad_norm(model: nn.Module | Iterable[Tensor], max_norm: float, mesh: D
         square = total.square()
         dist.all_reduce(square, group=mesh.get_group("pp"))
         total = square.sqrt()
-    for group in groups:
+    for group in groups if max_norm < float("inf") else ():
         clip_grads_with_norm_(group, max_norm, total.to(group[0].device))
     return total

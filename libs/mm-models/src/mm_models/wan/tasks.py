@@ -100,8 +100,9 @@ def fit(config: WanConfig, repository: Path) -> WanConfig:
 
 
 def describe(config: WanConfig) -> dict[str, Any]:
-    """The fields that are written into config.json: those of the control ladder only where there is one."""
-    without = () if config.vace_layers else ("vace_layers", "control_channels")
+    """The fields that are written into config.json, without what the model does not have or leaves to the default."""
+    without = set() if config.vace_layers else {"vace_layers", "control_channels"}
+    without |= {"image_positions"} if config.image_positions is None else set()
     return {name: value for name, value in asdict(config).items() if name not in without}
 
 
