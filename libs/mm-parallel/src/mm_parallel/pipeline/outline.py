@@ -107,10 +107,10 @@ def fill(outline: Stream, tensors: Sequence[Tensor]) -> Stream:
 def check(stage: int, stream: Stream, outline: Stream) -> None:
     """Raises ValueError where a stream is not what the next stage has made room for: that would kill the process."""
     for name, value, expected in zip(stream._fields, stream, outline, strict=True):
-        told, wanted = describe(value, torch.is_grad_enabled()), describe(expected, torch.is_grad_enabled())
-        if told != wanted:
+        found, wanted = describe(value, torch.is_grad_enabled()), describe(expected, torch.is_grad_enabled())
+        if found != wanted:
             raise ValueError(
-                f"pipeline stage {stage}: {name} of the stream is {told}, but was {wanted} on the meta device. Stem "
+                f"pipeline stage {stage}: {name} of the stream is {found}, but was {wanted} on the meta device. Stem "
                 "and layers must do the same there, and what is trained must not change after Pipeline was made"
             )
 

@@ -8,7 +8,7 @@ A floating-point sum depends on its order, and a matrix product on the shapes of
 - What all chunks share (parameters, tensors of the stream without tokens) gets a gradient from each chunk. They are
   added as (0 + 1) + (2 + 3), on every rank. So every rank has whole gradients, and nothing is left to average.
 
-To meet in the middle of a layer, a rank's chunks run in threads that take turns. The backward needs no threads: each
+To meet in the middle of a layer, a rank's chunks run in threads, one at a time. The backward needs no threads: each
 chunk's graph is cut at the exchanges, and `torch.autograd.grad` walks its pieces in one order (what is behind an
 exchange twice).
 
