@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from mm_parallel.mesh import size, submesh
 
@@ -114,6 +114,8 @@ def clip_grad_norm(model: nn.Module | Iterable[Tensor], max_norm: float, mesh: D
         square = total.square()
         dist.all_reduce(square, group=mesh.get_group("pp"))
         total = square.sqrt()
-    for group in groups if max_norm < float("inf") else ():
-        clip_grads_with_norm_(group, max_norm, total.to(group[0].device))
+    if max_norm < float("inf"):
+        factor = (max_norm / (total + 1e-6)).clamp(max=1)  # torch's, to the bit
+        for group in groups:  # every rank its own part: DTensor would work out the layout of each product first
+            torch._foreach_mul_([_local(p.grad) for p in group], factor.to(group[0].device))
     return total
