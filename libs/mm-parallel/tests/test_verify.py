@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mm_parallel import MemoryConfig, ParallelConfig, ParallelPlan, finish_gradients, make_mesh, parallelize, verify
-from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
+from mm_parallel.testing import TinyLadder, TwoLadders, assert_same_grads, gradients, spawn
 
 
 def build(dtype: torch.dtype, seed: int = 0) -> TinyLadder:
@@ -60,6 +60,26 @@ def test_the_same_bits_on_1_2_and_4_ranks():
                 assert len(got) == 65
                 assert got == want, (world, sizes)
             assert plain != plain_single  # or else nothing would have been shown
+
+
+def train_two_ladders(rank: int, world: int) -> list[list]:
+    """Weights of three steps, as bits: the ladder in the stem runs whole on every rank."""
+    mesh = make_mesh(ParallelConfig(cp=world), "cpu")
+    torch.manual_seed(0)
+    model = verify.parallelize(TwoLadders(), TwoLadders.plan, mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    x, t, target = batch(2, 11, torch.float32)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x, t, x[:, :5]) - target).square().mean().backward()
+        finish_gradients(model, mesh)
+        optimizer.step()
+    return [whole(p).contiguous().view(torch.int32).tolist() for p in model.parameters()]
+
+
+def test_the_same_bits_with_a_ladder_in_the_stem():
+    single, *pair = *spawn(1, train_two_ladders), *spawn(2, train_two_ladders)
+    assert pair == [single, single]
 
 
 @pytest.mark.parametrize("tokens", [37, 10, 3])
