@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mm_convert.store import dcp
-from mm_convert.store.dcp import Index, read_dcp, write_dcp
+from mm_convert.store.dcp import Index, open_dcp, read_dcp, write_dcp
 from mm_convert.store.torch_file import read_torch_file, write_archive
 from mm_convert.tensors.views import Computed, LazyTensor
 
@@ -324,6 +324,14 @@ def test_what_we_write_torch_reads_and_we_read(small_chunks, tmp_path):
         "version": 0.0,
     }
     checkpoint.load(target, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    opened = open_dcp(tmp_path / "dcp", "model")
+    assert list(opened) == list(whole)
+    for name, tensor in whole.items():
+        assert opened.meta(name).is_meta
+        assert (opened.meta(name).shape, opened.meta(name).dtype) == (tensor.shape, tensor.dtype)
+        assert torch.equal(opened[name].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
+    with pytest.raises(ValueError, match="dcp holds no ema; it holds model"):
+        open_dcp(tmp_path / "dcp", "ema")
     ours = read_dcp(tmp_path / "dcp")
     assert (target["iteration"], target["version"]) == (7, 3.0)
     assert set(ours) == {f"model.{name}" for name in whole}
