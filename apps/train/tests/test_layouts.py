@@ -38,7 +38,8 @@ def features(tmp_path_factory):
 def command(features: Path, output: Path, steps: int, *flags: str) -> list[str]:
     shared = ["--architecture", json.dumps(FOUR), "--data.global_batch", "8", "--optim.lr", "1e-3"]
     shared += ["--optim.ema", "0.9", "--data.text_dropout", "0.2", "--checkpoint.every", "1000"]
-    shared += ["--validation.features", str(features), "--validation.every", "4", "--data.micro_batch", "1"]
+    shared += ["--validation.features", str(features), "--validation.every", "4", "--validation.timesteps", "[300,700]"]
+    shared += ["--data.micro_batch", "1"]
     return arguments(features, output, *shared, "--steps", str(steps), *flags)
 
 
