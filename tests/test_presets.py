@@ -7,9 +7,10 @@ from dataclasses import asdict
 import pytest
 
 from mm_convert.families import VACE, WAN
+from mm_convert.families.presets import name_preset
 from mm_convert.read.content import understand
-from mm_convert.read.inspection import preset
 from mm_models import boundary, build, presets
+from mm_models.families import family_of
 
 OURS_ALONE = {name for name in presets() if name.startswith("wan-tiny")}  # released by nobody
 
@@ -23,10 +24,21 @@ def test_the_model_of_a_preset_is_understood(name):
     stated = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(model.config).items()}
     assert {key: stated[key] for key in config} == config
     if name not in OURS_ALONE:
-        assert name in preset(content.family, config).split(", ")
+        assert name in name_preset(content.family, config).split(", ")
 
 
 def test_both_know_the_same_presets():
     assert set(presets()) - OURS_ALONE == {*WAN.presets, *VACE.presets}
     experts = {name: boundary(name) for name in set(presets()) - OURS_ALONE if boundary(name) is not None}
     assert experts == {**WAN.boundaries, **VACE.boundaries}
+
+
+def test_a_small_clip_of_two_images_is_known_by_its_positions():
+    """34 tokens with positions, from the tensors alone, in our names and in those of diffusers."""
+    model = build("wan-tiny-i2v", device="meta", image_tokens=34, image_positions=True)
+    content = understand({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}, "it")
+    assert (content.config["image_tokens"], content.config["image_positions"]) == (34, True)
+    read = family_of(model.config).config(**content.config | {"num_heads": 5, "text_dim": 64})
+    assert [task.name for task in family_of(read).tasks(read)] == ["flf2v"]
+    plain = build("wan-tiny-i2v", device="meta")
+    assert "image_positions" not in understand({k: tuple(t.shape) for k, t in plain.state_dict().items()}, "it").config

@@ -41,7 +41,7 @@ def command(words: list[str]) -> Command | None:
     """What a line of a shell starts, if it is a program of ours."""
     if words[:1] == ["mm-convert"]:
         return "mm-convert", words[1:], 1
-    if "-m" not in words or words[words.index("-m") + 1] not in PROGRAMS:
+    if words[:1] not in (["python"], ["torchrun"]) or "-m" not in words or words[words.index("-m") + 1] not in PROGRAMS:
         return None
     at = words.index("-m") + 1
     return words[at], words[at + 1 :], prod(int(words[i + 1]) for i, word in enumerate(words[:at]) if word in COUNTS)
@@ -50,13 +50,16 @@ def command(words: list[str]) -> Command | None:
 def written() -> list[Command]:
     """Every command of ours that stands in a code block as it is to be typed."""
     lines = [
-        shlex.split(line, comments=True)
+        line
         for readme in READMES
         if readme != WAN
         for block in blocks(readme)
         for line in block.replace("\\\n", " ").splitlines()
     ]
-    return [found for line in lines if (found := command(line))]
+    typed = [
+        shlex.split(line, comments=True) for line in lines if line.startswith(("python ", "torchrun ", "mm-convert "))
+    ]
+    return [found for words in typed if (found := command(words))]
 
 
 def table(*first: str) -> list[dict[str, str]]:

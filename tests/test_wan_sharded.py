@@ -95,7 +95,7 @@ def test_bf16_is_the_same_rounding():
 
 
 def adapters(rank: int, world: int) -> None:
-    """A frozen bf16 base with fp32 islands and fp32 adapters: three dtypes in every rung."""
+    """A frozen bf16 base with parameters kept in fp32 and fp32 adapters: three dtypes in every layer."""
     lora = LoRAConfig(rank=3, alpha=6, targets=("q", "ffn.0"))
     single = add_lora(cast_weights(tiny(torch.float32, torch.bfloat16, TEXT_TO_VIDEO), torch.bfloat16), lora)
     with torch.device("meta"):

@@ -84,9 +84,9 @@ class Llama(LlamaForCausalLM):
         return self.split(Stream(x, *self.model.rotary_emb(x, positions), Sequence(input_ids.shape[1], causal=True)))
 
     def layer(self, i: int, stream: Stream) -> Stream:
-        turns = (stream.cos, stream.sin)
+        positions = (stream.cos, stream.sin)
         return stream._replace(
-            x=self.layers[i](stream.x, position_embeddings=turns, core=self.core, sequence=stream.sequence)
+            x=self.layers[i](stream.x, position_embeddings=positions, core=self.core, sequence=stream.sequence)
         )
 
     def head(self, stream: Stream) -> Tensor:

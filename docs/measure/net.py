@@ -34,6 +34,7 @@ GEOMETRY = ["--geometry.num_frames", "5", "--geometry.max_height", "32", "--geom
 def make_inputs(root: Path) -> None:
     import numpy as np
     import torch
+    from PIL import Image
 
     from mm_data import FeatureCache, write_video
     from mm_models.wan.testing import write_encoders
@@ -52,14 +53,21 @@ def make_inputs(root: Path) -> None:
             cache.put_empty_text(torch.randn(1, 8, generator=random))
             cache.finish()
     write_encoders(root / "encoders", text_dim=8, image_dim=32)
-    clips, plain = [], []
+    clips, controlled = [], []
     for i in range(6):
         colours = np.random.default_rng(i).integers(0, 255, (9, 4, 6, 3), dtype=np.uint8)
-        write_video(root / f"{i}.mp4", colours.repeat(8, axis=1).repeat(8, axis=2), fps=8)
+        frames = colours.repeat(8, axis=1).repeat(8, axis=2)
+        write_video(root / f"{i}.mp4", frames, fps=8)
+        Image.fromarray(frames[0]).save(root / f"{i}.png")
         caption = ["a", ["b", "zwei"], "c", "d", ["e", "fünf"], "f"][i]
-        plain.append({"path": f"{i}.mp4", "cap": caption})
-        clips.append({"vace_video": f"{i}.mp4", "src_video": f"{(i + 1) % 6}.mp4", "cap": caption})
-    (root / "data.json").write_text(json.dumps(plain))
+        clips.append({"path": f"{i}.mp4", "cap": caption})
+        source = {"src_video": f"{(i + 1) % 6}.mp4", "src_video_mask": f"{(i + 2) % 6}.mp4"} if i % 2 else {}
+        references = {"src_ref_images": [f"{k}.png" for k in range(i % 3)]} if i % 3 else {}
+        controlled.append({"video": f"{i}.mp4", "cap": caption, **source, **references})
+    (root / "data.json").write_text(json.dumps(clips))
+    (root / "controlled.json").write_text(json.dumps(controlled))
+    # the presets' text is 64 wide
+    write_encoders(root / "encoders64", text_dim=64, image_dim=32)
 
 
 def train_flags(root: Path, task: str, *more: str) -> list[str]:
@@ -97,11 +105,12 @@ def training_runs(root: Path, base: str) -> dict[str, tuple[int, list[str]]]:
     runs |= {f"t2v {name}": (2, t2v(*flags)) for name, flags in layouts.items()}
     for name in ("shards", "ulysses", "pipeline"):
         runs[f"vace {name}"] = 2, vace(*layouts[name])
-    data = ["--data.features", "null", "--data.manifest", str(root / "data.json"), "--data.geometry.num_frames", "5"]
-    data += ["--data.encoders", str(root / "encoders"), "--data.geometry.max_height", "32"]
+    data = ["--data.features", "null", "--data.geometry.num_frames", "5", "--data.geometry.max_height", "32"]
+    data += ["--data.encoders", str(root / "encoders"), "--data.manifest", str(root / "data.json")]
     data += ["--data.geometry.max_width", "48", "--validation.features", "null", "--data.text_dropout", "0.3"]
     for task in ("t2v", "i2v", "vace"):
-        runs[f"{task} on line"] = 1, train_flags(root, task, *data, "--data.encode_every", "2")
+        listed = ["--data.manifest", str(root / "controlled.json")] if task == "vace" else []
+        runs[f"{task} on line"] = 1, train_flags(root, task, *data, *listed, "--data.encode_every", "2")
     runs["t2v on line, shared"] = 2, t2v(*data, "--parallel.cp", "2")
     videos = ["--sample.encoders", str(root / "encoders"), "--sample.steps", "2", "--sample.frames", "5"]
     videos += ["--sample.height", "32", "--sample.width", "48", "--sample.every", "3"]
@@ -127,7 +136,9 @@ def run(ranks: int, module: str, argv: list[str]) -> None:
 
 
 def read_run(output: Path) -> dict:
-    rows = [json.loads(line) for path in sorted(output.rglob("metrics.jsonl")) for line in path.read_text().splitlines()]
+    rows = [
+        json.loads(line) for path in sorted(output.rglob("metrics.jsonl")) for line in path.read_text().splitlines()
+    ]
     numbers = {name: [row[name].hex() for row in rows if name in row] for name in ("loss", "grad_norm")}
     numbers["validation_loss"] = [row["validation_loss"].hex() for row in rows if "validation_loss" in row]
     return numbers | digest_videos(output)
@@ -155,14 +166,12 @@ def measure(root: Path, only: str = "") -> dict[str, dict]:
                 run(ranks, "mm_train", [*flags, "--output", str(output)])
                 found[name] = read_run(output)
                 print(name, found[name]["loss"][-1], flush=True)
-        for task in TASKS:
+        models = {"t2v": "wan-tiny", "ti2v": "wan-tiny", "i2v": "wan-tiny-i2v", "vace": "wan-tiny-vace"}
+        for task, model in models.items():  # no tiny preset for flf2v; its conditions are those of i2v, twice
             if only in f"extract {task}":
-                model = {"i2v": "wan-tiny-i2v", "flf2v": "wan2.1-flf2v-14b", "vace": "wan-tiny-vace"}.get(task, "wan-tiny")
-                if task == "flf2v":
-                    continue  # no tiny preset; its conditions are those of i2v, twice
+                manifest = root / ("controlled.json" if task == "vace" else "data.json")
+                flags = ["--model", model, "--encoders", str(root / "encoders64"), "--data.manifest", str(manifest)]
                 output = Path(scratch) / f"features-{task}"
-                encoders = encoders_for(root, model)
-                flags = ["--model", model, "--encoders", str(encoders), "--data.manifest", str(root / "data.json")]
                 run(1, "mm_train.extract", [*flags, "--output", str(output), "--task", task, *GEOMETRY])
                 found[f"extract {task}"] = {"features": digest_features(output)}
                 print("extract", task, flush=True)
@@ -173,14 +182,6 @@ def measure(root: Path, only: str = "") -> dict[str, dict]:
     return found
 
 
-def encoders_for(root: Path, model: str) -> Path:
-    """The presets' text is 64 wide."""
-    from mm_models.wan.testing import write_encoders
-
-    path = root / "encoders64"
-    return path if path.exists() else write_encoders(path, text_dim=64, image_dim=32)
-
-
 def infer(root: Path, scratch: Path, base: str, task: str) -> dict:
     weights = base
     if task in ("i2v", "vace"):
@@ -188,14 +189,7 @@ def infer(root: Path, scratch: Path, base: str, task: str) -> dict:
         if not Path(weights).exists():
             run(1, "mm_train", [*train_flags(root, task), "--output", str(scratch / task)])
     given = {"ti2v": ["--image"], "i2v": ["--image"], "v2v": ["--video"], "vace": ["--video"]}.get(task, [])
-    picture = root / "picture.png"
-    if not picture.exists():
-        from PIL import Image
-
-        from mm_data import read_video
-
-        Image.fromarray(read_video(root / "0.mp4").frames[0]).save(picture)
-    files = [str(picture if given == ["--image"] else root / "0.mp4")] if given else []
+    files = [str(root / ("0.png" if given == ["--image"] else "0.mp4"))] if given else []
     flags = ["--weights", weights, "--encoders", str(root / "encoders"), "--prompt", "a cat", *given, *files]
     flags += ["--task", task, "--steps", "3", "--frames", "5", "--height", "32", "--width", "48", "--guidance", "3"]
     output = scratch / f"infer-{task}"
@@ -224,6 +218,6 @@ if __name__ == "__main__":
     if first.endswith(".json"):
         sys.exit(compare(json.loads(Path(first).read_text()), json.loads(Path(second).read_text())))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if not (Path(first) / "data.json").exists():
+    if not Path(first).exists():
         make_inputs(Path(first))
     Path(second).write_text(json.dumps(measure(Path(first).absolute(), *rest), indent=1))

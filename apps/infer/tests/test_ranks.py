@@ -12,7 +12,7 @@ import mm_infer
 from mm_data import made_with, read_video
 from mm_infer.__main__ import main
 from mm_infer.config import Ranks
-from mm_infer.ranks import Place, place
+from mm_infer.ranks import Share, share
 from mm_parallel.testing import spawn
 
 SMALL = {"height": 48, "width": 48, "frames": 9, "steps": 3, "seed": 3}  # 27 tokens, 2 heads
@@ -36,7 +36,7 @@ TASKS = {
 }
 
 
-def latents(paths: dict[str, str], here: Place) -> dict[str, np.ndarray]:
+def latents(paths: dict[str, str], here: Share) -> dict[str, np.ndarray]:
     made = {}
     for kind, path in paths.items():
         sampler = mm_infer.load(path, dtype=torch.float32, device="cpu", mesh=here.mesh, pair=here.pair)
@@ -45,14 +45,14 @@ def latents(paths: dict[str, str], here: Place) -> dict[str, np.ndarray]:
 
 
 def together(rank: int, world: int, paths: dict[str, str], layouts: list[Ranks]) -> list[tuple[dict, bool, tuple]]:
-    places = [place(ranks) for ranks in layouts]
-    return [(latents(paths, here), here.leads, here.prompts) for here in places]
+    shares = [share(ranks) for ranks in layouts]
+    return [(latents(paths, here), here.leads, here.prompts) for here in shares]
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_latents_are_those_of_one_device(tiny, world):
     paths = {kind: str(tiny(kind)) for kind in (TASKS if world == 2 else ["t2v"])}
-    alone = latents(paths, Place())
+    alone = latents(paths, Share())
     layouts = [r for r in LAYOUTS if (r.cp or (r.ulysses or 1) * (r.ring or 1)) * r.guidance == world]
     assert layouts
     for rank, made in enumerate(spawn(world, together, paths, layouts, timeout=120)):
@@ -64,10 +64,10 @@ def test_latents_are_those_of_one_device(tiny, world):
 
 
 def teams(rank: int, world: int) -> tuple:
-    here = place(Ranks(cp=2))
-    decided = here.decided(lambda: rank)
+    here = share(Ranks(cp=2))
+    decided = here.decide(lambda: rank)
     with pytest.raises(ValueError, match="no disk of"):
-        here.decided(fail)
+        here.decide(fail)
     return here.prompts, here.leads, decided
 
 
@@ -80,14 +80,14 @@ def test_what_is_left_of_the_ranks_makes_other_prompts():
 
 
 def misfit(rank: int, world: int) -> None:
-    place(Ranks(cp=1, guidance=2))
+    share(Ranks(cp=1, guidance=2))
 
 
 def test_ranks_that_do_not_fit_are_refused():
     with pytest.raises(RuntimeError, match=r"guidance 2 x 1 context ranks are 2 ranks per video, and 3 were started"):
         spawn(3, misfit)
     with pytest.raises(ValueError, match=r"1 ranks cannot be laid out as ulysses=2"):
-        place(Ranks(cp=2))
+        share(Ranks(cp=2))
 
 
 def command(rank: int, world: int, argv: list[str]) -> str:

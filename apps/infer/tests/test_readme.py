@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 import mm_infer
-from mm_convert import convert, write_experts
+from mm_convert import convert, save_lora, write_experts
 from mm_data import write_video
 from mm_infer.__main__ import main
-from mm_models.lora import LoRAConfig, add_lora, save_lora
+from mm_models.lora import LoRAConfig, add_lora
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
 
@@ -62,7 +62,7 @@ def files(home, tiny) -> Path:
     pair = mm_infer.load(tiny("a14b"))
     model = add_lora(pair.weights.experts[0].load(pair.config, torch.device("cpu"), torch.float32), LoRAConfig(rank=2))
     for folder in ("high_noise_model", "low_noise_model"):
-        save_lora(model, home / "adapters" / folder)
+        save_lora(home / "adapters" / folder, model.state_dict(), 16.0)
     frames = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
     for name in ("clip", "depth", "mask"):
         write_video(home / f"{name}.mp4", frames, fps=16)

@@ -4,17 +4,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+from safetensors.torch import save_file
 
 import mm_infer
-from mm_convert import convert, save_checkpoint
-from mm_models.lora import LoRAConfig, add_lora, merge_lora, save_lora
+from mm_convert import convert, save_checkpoint, save_lora
+from mm_models.lora import LoRAConfig, add_lora, merge_lora
 
 SMALL = {"height": 32, "width": 48, "frames": 9, "steps": 4}
 PROMPT = "A red fox jumps over nine lazy dogs &amp;  sleeps."
 
 
 class GuidesGrid(UniPCMultistepScheduler):
-    """diffusers as the guides pin it, by explicit sigmas."""
+    """diffusers as MindSpeed-MM pins it, by explicit sigmas."""
 
     def set_timesteps(self, num_inference_steps, device=None):
         super().set_timesteps(sigmas=np.linspace(0.999, 0, num_inference_steps + 1)[:-1], device=device)
@@ -117,7 +118,7 @@ def test_every_layout_of_the_weights(pipeline, sampler, layout, tmp_path):
     assert torch.equal(ours.latents, sampler(PROMPT, **SMALL).latents)
 
 
-def test_bfloat16_keeps_the_islands_and_stays_close(pipeline, sampler):
+def test_bfloat16_keeps_what_is_kept_in_fp32_and_stays_close(pipeline, sampler):
     half = mm_infer.load(pipeline, dtype=torch.bfloat16)
     latents, exact = half(PROMPT, **SMALL).latents, sampler(PROMPT, **SMALL).latents
     dtypes = {name: parameter.dtype for name, parameter in half._model.named_parameters()}
@@ -127,13 +128,14 @@ def test_bfloat16_keeps_the_islands_and_stays_close(pipeline, sampler):
 
 
 def test_lora(pipeline, sampler, tmp_path):
-    model = sampler.weights.load(sampler.config, torch.device("cpu"), torch.float32)
+    model = sampler.weights.load(torch.device("cpu"), torch.float32)
     add_lora(model, LoRAConfig(rank=2, alpha=8.0, targets=("q", "ffn.2")))
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    adapted = mm_infer.load(pipeline, lora=save_lora(model, tmp_path / "lora"))(PROMPT, **SMALL).latents
+    folder = save_lora(tmp_path / "lora", model.state_dict(), 8.0)
+    adapted = mm_infer.load(pipeline, lora=folder)(PROMPT, **SMALL).latents
     plain = sampler(PROMPT, **SMALL).latents
     assert difference(adapted, plain) > 1e-2
 
@@ -141,6 +143,40 @@ def test_lora(pipeline, sampler, tmp_path):
     save_checkpoint(tmp_path / "merged", model.state_dict(), sampler.config)
     merged = mm_infer.load(tmp_path / "merged", encoders=pipeline)(PROMPT, **SMALL).latents
     assert difference(adapted, merged) < 1e-4
+
+
+def test_lora_of_comfyui_and_kohya(pipeline, sampler, tmp_path, capsys):
+    """The same adapter under the names of others, with an alpha of its own for each linear."""
+    generator = torch.Generator().manual_seed(0)
+    linears = {"blocks.0.self_attn.q": 4.0, "blocks.0.cross_attn.o": 3.0, "blocks.1.ffn.2": 2.0}
+    weights = dict(sampler._model.named_parameters())
+    modules = {}
+    for rank, name in enumerate(linears, 1):
+        height, width = weights[f"{name}.weight"].shape
+        modules[name] = torch.randn(rank, width, generator=generator), torch.randn(height, rank, generator=generator)
+
+    def file(path, prefix, dot, said):
+        tensors = {}
+        for name, (a, b) in modules.items():
+            module = prefix + name.replace(".", dot)
+            tensors |= {f"{module}.lora_down.weight": a, f"{module}.lora_up.weight": b * 0.3}
+            tensors |= {f"{module}.alpha": torch.tensor(linears[name])} if said else {}
+        save_file(tensors, path)
+        return mm_infer.load(pipeline, lora=path)(PROMPT, **SMALL).latents
+
+    comfyui = file(tmp_path / "comfyui.safetensors", "diffusion_model.", ".", True)
+    assert difference(comfyui, sampler(PROMPT, **SMALL).latents) > 1e-2
+    assert torch.equal(file(tmp_path / "kohya.safetensors", "lora_unet_", "_", True), comfyui)
+    assert "taken to be the rank" not in capsys.readouterr().err
+    assert difference(file(tmp_path / "silent.safetensors", "diffusion_model.", ".", False), comfyui) > 1e-3
+    assert "alpha of 3 modules is said nowhere and taken to be the rank" in capsys.readouterr().err
+
+    with torch.no_grad():
+        merged = sampler.weights.load(torch.device("cpu"), torch.float32)
+        for rank, (name, (a, b)) in enumerate(modules.items(), 1):
+            merged.get_parameter(f"{name}.weight").add_(linears[name] / rank * (b * 0.3) @ a)
+    save_checkpoint(tmp_path / "merged", merged.state_dict(), sampler.config)
+    assert difference(comfyui, mm_infer.load(tmp_path / "merged", encoders=pipeline)(PROMPT, **SMALL).latents) < 1e-4
 
 
 def test_a_misspelt_option_is_refused(sampler):

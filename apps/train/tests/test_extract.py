@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mm_models.wan.conditions import condition_video, fold_mask, stored
 
 from mm_data import FeatureDataset, VideoDataset, read_manifest, read_video, write_video
 from mm_models import preset
 from mm_models.encoders import ImageEncoder, TextEncoder
+from mm_models.wan.encode import condition_video, fold_mask
+from mm_models.wan.tasks import stored
 from mm_models.wan.testing import write_encoders
 from mm_models.wan.vae import WanVAE
 from mm_parallel.testing import spawn
@@ -175,7 +176,7 @@ def test_conditions_of_vace(encoders):
 
     kept, changed = source.clone(), source.clone()
     kept[..., 24:], changed[..., :24] = 0, 0
-    one = lambda image: vace.vae.encode(image[None])[0]  # noqa: E731
+    one = lambda image: vace.codec.encode(image[None])[0]  # noqa: E731
     close = lambda found, expected: torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # noqa: E731
     before = torch.cat([one(image[:, None]) for image in references], dim=1)
     close(full["latents"], torch.cat([before, one(video)], dim=1))
@@ -210,9 +211,9 @@ def test_sizes_suit_the_vae_of_the_model(tmp_path):
     """That of Wan2.2 5B packs 16x16 pixels, so a token is 32x32."""
     model = replace(preset("wan-tiny"), in_channels=48, out_channels=48)
     encoders = Encoders(write_encoders(tmp_path, text_dim=64, vae="wan2.2"), model, "ti2v")
-    assert encoders.fitted(Geometry(dynamic=True)).stride == 32
+    assert encoders.fit_geometry(Geometry(dynamic=True)).stride == 32
     with pytest.raises(ValueError, match=r"max_height=720 .* use 704 or 736 .*16x16 .* multiples of 32"):
-        encoders.fitted(Geometry(max_height=720, max_width=1280))
+        encoders.fit_geometry(Geometry(max_height=720, max_width=1280))
 
 
 def test_a_manifest_of_which_nothing_is_left_is_an_error(encoders, tmp_path):

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mm_train.check import check
 from PIL import Image
 
 from mm_data import Geometry, write_video
 from mm_models.wan.testing import write_encoders
 from mm_parallel.testing import spawn
+from mm_train.checks import check
 from mm_train.extract import Data, ExtractConfig, extract
 from mm_train.recipe import load_config
 from mm_train.train import train

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mm_convert.store import dcp
-from mm_convert.store.dcp import read_dcp, read_dcp_value, write_dcp
+from mm_convert.store.dcp import Index, open_dcp, read_dcp, write_dcp
 from mm_convert.store.torch_file import read_torch_file, write_archive
 from mm_convert.tensors.views import Computed, LazyTensor
 
@@ -324,15 +324,23 @@ def test_what_we_write_torch_reads_and_we_read(small_chunks, tmp_path):
         "version": 0.0,
     }
     checkpoint.load(target, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    opened = open_dcp(tmp_path / "dcp", "model")
+    assert list(opened) == list(whole)
+    for name, tensor in whole.items():
+        assert opened.meta(name).is_meta
+        assert (opened.meta(name).shape, opened.meta(name).dtype) == (tensor.shape, tensor.dtype)
+        assert torch.equal(opened[name].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
+    with pytest.raises(ValueError, match="dcp holds no ema; it holds model"):
+        open_dcp(tmp_path / "dcp", "ema")
     ours = read_dcp(tmp_path / "dcp")
     assert (target["iteration"], target["version"]) == (7, 3.0)
     assert set(ours) == {f"model.{name}" for name in whole}
     for name, tensor in whole.items():
         assert target["model"][name].equal(tensor), name
         assert eager(ours[f"model.{name}"]).equal(tensor), name
-    assert read_dcp_value(tmp_path / "dcp", "iteration") == 7
+    assert Index(tmp_path / "dcp").value("iteration") == 7
     with pytest.raises(ValueError, match="no value step; it has iteration, version"):
-        read_dcp_value(tmp_path / "dcp", "step")
+        Index(tmp_path / "dcp").value("step")
 
 
 def test_the_same_contents_are_the_same_bytes(tmp_path):
@@ -379,7 +387,7 @@ def test_four_ranks_load_ours_and_save_what_we_read(small_chunks, tmp_path):
     for name, tensor in theirs.items():
         expected = whole[name.removeprefix("model.").partition("/")[0]]
         assert eager(tensor).equal(expected), name
-    assert read_dcp_value(tmp_path / "theirs", "step") == 7
+    assert Index(tmp_path / "theirs").value("step") == 7
 
     block = torch.load(tmp_path / "block.pt")
     sharded = read_dcp(tmp_path / "block")

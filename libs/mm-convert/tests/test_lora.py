@@ -10,8 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mm_convert import open_lora, save_lora
 from mm_convert.families import VACE, WAN
-from mm_convert.lora import FILES, Adapter, LowRank, is_lora, lora_tensors, merge, read_lora
+from mm_convert.lora.adapter import Adapter, LowRank
+from mm_convert.lora.merging import merge
+from mm_convert.lora.names import FILES, is_lora
+from mm_convert.lora.reading import read_lora
+from mm_convert.lora.writing import lora_tensors
 from mm_convert.store.safetensors import read_file, write_file
 from mm_convert.tensors.views import Computed, LazyTensor
 
@@ -532,8 +537,9 @@ def test_mm_models_and_peft_load_ours(tmp_path) -> None:
     write(tmp_path, adapter, "mm")
     sizes = dict(dim=DIM, ffn_dim=FFN, num_heads=2, num_layers=2, freq_dim=32, text_dim=16)
     model, other = (models.build("wan2.1-t2v-1.3b", **sizes) for _ in range(2))
-    config = load_lora(model, tmp_path)
-    assert (config.rank, config.alpha, config.targets) == (RANK, 8.0, tuple(OURS))
+    opened = open_lora(tmp_path)
+    assert (opened.rank, opened.alpha, list(opened.modules)) == (RANK, 8.0, OURS)
+    load_lora(model, opened, opened.alphas)
     by_peft = peft.PeftModel.from_pretrained(other, tmp_path)
     in_peft = {n: t for n, t in by_peft.state_dict().items() if ".lora_" in n}
     for name, tensor in lora_state_dict(model).items():
@@ -541,3 +547,103 @@ def test_mm_models_and_peft_load_ours(tmp_path) -> None:
         assert bytes(tensor.numpy().tobytes()) == bytes(
             lora_tensors(adapter, "mm")[0]["base_model.model." + name].read()
         )
+
+
+# --- files of adapters, saved from a model and opened again
+
+
+def state_dict_of_a_run(alpha: float = 8.0, **more: Any) -> dict[str, Any]:
+    """The adapters of a small Wan among its other tensors, as its state_dict has them, and their alpha."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    tensors = {"head.modulation": torch.zeros(1, 2, DIM)}
+    for name, (height, width) in SHAPES.items():
+        tensors |= {f"{name}.base_layer.weight": torch.zeros(height, width)}
+        tensors |= {f"{name}.lora_A.default.weight": torch.randn(RANK, width)}
+        tensors |= {f"{name}.lora_B.default.weight": torch.randn(height, RANK)}
+    return {"tensors": tensors, "alpha": alpha, **more}
+
+
+@pytest.mark.parametrize("to", ["mm", "diffusers", "comfyui", "mindspeed"])
+def test_what_is_saved_is_opened(to: str, tmp_path: Path) -> None:
+    said = state_dict_of_a_run(base="a/base", dropout=0.1, to=to)
+    adapter = open_lora(save_lora(tmp_path / "adapter", **said))
+    assert (adapter.rank, adapter.alpha, adapter.alphas) == (RANK, 8.0, dict.fromkeys(OURS, 8.0))
+    assert adapter.base == "a/base"
+    ours = {n.replace(".default", ""): tensor for n, tensor in said["tensors"].items() if ".lora_" in n}
+    assert sorted(adapter) == sorted(ours)
+    assert all(adapter[name].equal(tensor) and adapter.shape(name) == tensor.shape for name, tensor in ours.items())
+    if to == "mm":
+        (file,) = (tmp_path / "adapter").glob("*.safetensors")
+        assert read_file(file)[1] == {"format": "pt", "base": "a/base", "rank": "4", "alpha": "8.0"}
+        config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (RANK, 8, 0.1)
+        assert config["base_model_name_or_path"] == "a/base"
+        assert open_lora(file)[OURS[0] + ".lora_A.weight"].equal(ours[OURS[0] + ".lora_A.weight"])
+
+
+def test_an_adapter_is_not_replaced_unasked(tmp_path: Path) -> None:
+    said = state_dict_of_a_run()
+    save_lora(tmp_path / "a", **said)
+    before = contents(tmp_path / "a")
+    with pytest.raises(ValueError, match="exists; name another target, or give --overwrite"):
+        save_lora(tmp_path / "a", **state_dict_of_a_run(alpha=2.0))
+    assert contents(tmp_path / "a") == before
+    save_lora(tmp_path / "a", **state_dict_of_a_run(alpha=2.0), overwrite=True)
+    assert open_lora(tmp_path / "a").alpha == 2
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file exists"):
+        save_lora(tmp_path / "file", **said)
+    with pytest.raises(ValueError, match=r"nothing to write to .*: none of 1 tensors is a LoRA adapter"):
+        save_lora(tmp_path / "b", {"head.modulation": said["tensors"]["head.modulation"]}, 8.0)
+    assert not (tmp_path / "b").exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_damaged_and_contradictory_files(tmp_path: Path) -> None:
+    save_lora(tmp_path / "a", **state_dict_of_a_run())
+    file, beside = tmp_path / "a/adapter_model.safetensors", tmp_path / "a/adapter_config.json"
+    whole, config = file.read_bytes(), json.loads(beside.read_text())
+    for length in (4, 100, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"adapter_model\.safetensors (is truncated|has a broken)"):
+            open_lora(tmp_path / "a")
+    file.write_bytes(whole)
+    for change, message in (
+        ({"lora_alpha": 4}, "says alpha 8 for .* says 4"),
+        ({"r": 2}, "says rank 2, but the factors"),
+    ):
+        beside.write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=message):
+            open_lora(tmp_path / "a")
+    beside.write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not a JSON object"):
+        open_lora(tmp_path / "a")
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        open_lora(tmp_path / "nowhere")
+
+
+def test_a_model_is_no_adapter(toys: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no LoRA adapter, but a whole model"):
+        open_lora(toys.diffusers(tmp_path / "model"))
+
+
+def test_peft_computes_the_same_from_our_files(tmp_path: Path) -> None:
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    models = pytest.importorskip("mm_models")
+    from mm_models.lora import LoRAConfig, add_lora
+
+    sizes = dict(dim=DIM, ffn_dim=FFN, num_heads=2, num_layers=2, freq_dim=32, text_dim=16)
+    model, plain = (models.build("wan2.1-t2v-1.3b", **sizes) for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    add_lora(model, LoRAConfig(rank=RANK, alpha=8.0))
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_lora(tmp_path / "a", model.state_dict(), 8.0)
+    by_peft = peft.PeftModel.from_pretrained(plain, tmp_path / "a")
+    inputs = torch.randn(1, 16, 1, 4, 4), torch.tensor([500.0]), torch.randn(1, 512, 16)
+    assert torch.equal(by_peft(*inputs), model(*inputs))

@@ -9,8 +9,8 @@ import pytest
 from mm_convert import diff, open_checkpoint, open_experts
 from mm_convert.cli import main
 from mm_convert.families import VACE, WAN
+from mm_convert.families.presets import published_boundary
 from mm_convert.store.safetensors import read_file
-from mm_convert.write.pairs import published_boundary
 
 OURS, DIFFUSERS = ("high_noise_model", "low_noise_model"), ("transformer", "transformer_2")
 

@@ -7,9 +7,9 @@ from math import prod
 import pytest
 
 from mm_convert.families import QWEN2_5_VL
+from mm_convert.families.presets import name_preset
 from mm_convert.families.qwen2_5_vl import TABLE
 from mm_convert.read.content import cut_fused, join_fused, understand
-from mm_convert.read.inspection import preset
 from mm_convert.tensors.fusion import Fusion
 from mm_convert.tensors.views import Computed
 
@@ -43,7 +43,7 @@ def test_every_dialect_is_understood(name, dialect):
     assert (content.family, content.dialect) == (QWEN2_5_VL, dialect)
     assert set(content.names.values()) == set(shapes(name))
     assert {**content.config, **QWEN2_5_VL.presets[name]} == content.config
-    assert preset(QWEN2_5_VL, content.config) == name
+    assert name_preset(QWEN2_5_VL, content.config) == name
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -442,6 +442,36 @@ def test_other_zip_files_say_what_they_are(tmp_path):
         read_torch_file(tmp_path / "5")
 
 
+def test_records_that_share_bytes_are_refused(tmp_path):
+    """The second of them is said to begin where the first does, or in the middle of its bytes."""
+    program = pickle.dumps({}, 2)
+    whole = zipped(tmp_path / "whole.pt", program, data_0=bytes(200), data_1=bytes(200)).read_bytes()
+    with zipfile.ZipFile(tmp_path / "whole.pt") as file:
+        first, second = (file.getinfo(f"archive/data/{i}").header_offset for i in (0, 1))
+    entry = whole.rindex(b"archive/data/1") - 4  # in the directory; the offset is what comes last before the name
+    inside = whole[first : first + 44]  # a header as the first record has it, in its bytes
+    for name, offset, data in (
+        ("same", first, whole),
+        ("inside", first + 60, whole[: first + 60] + inside + whole[first + 104 :]),
+    ):
+        changed = data[:entry] + struct.pack("<L", offset) + data[entry + 4 :]
+        (tmp_path / f"{name}.pt").write_bytes(changed)
+        with pytest.raises(ValueError, match=rf"{name}\.pt is damaged: .* not its own"):
+            read_torch_file(tmp_path / f"{name}.pt")
+    assert second > first
+
+
+def test_a_huge_directory_is_not_read(tmp_path):
+    with Sparse(tmp_path / "model.pt", "w") as file:
+        for _ in range(4):
+            file.write(ZEROS)
+        file.write(struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 4 * len(ZEROS), 0, 0))
+        file.seek(0)
+        file.write(b"PK\3\4")
+    with pytest.raises(ValueError, match="directory has 268,435,456 bytes"):
+        read_torch_file(tmp_path / "model.pt")
+
+
 def test_a_huge_pickle_is_not_read(tmp_path):
     with Sparse(tmp_path / "model.pt", "w") as file:
         archive = RecordWriter(file)
@@ -561,6 +591,19 @@ def test_what_torch_saved_is_read(tmp_path):
     assert read["tied"][0] == read["tied"][1]
     torch.save(big, path)
     same_as_torch(read_torch_file(path), big)
+
+
+def test_files_without_checksums_are_read(tmp_path):
+    torch = pytest.importorskip("torch")
+    computed = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.arange(6.0)}, tmp_path / "model.pt")
+    finally:
+        torch.serialization.set_crc32_options(computed)
+    with zipfile.ZipFile(tmp_path / "model.pt") as file:
+        assert file.testzip(), "a checksum is wrong"
+    assert numbers(read_torch_file(tmp_path / "model.pt")["w"]) == list(range(6))
 
 
 def test_random_states_of_numpy_are_opaque(tmp_path):

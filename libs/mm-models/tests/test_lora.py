@@ -1,13 +1,11 @@
-"""Adapters: nothing at first, something after, the same when saved, loaded, merged, or read by peft."""
-
-import json
+"""Adapters: nothing at first, something after, the same when taken out, put in, merged, or by peft."""
 
 import pytest
 import torch
 
 from mm_models import build
 from mm_models.layers import cast_weights
-from mm_models.lora import LoRAConfig, add_lora, load_lora, lora_state_dict, merge_lora, save_lora, write_lora
+from mm_models.lora import LoRAConfig, add_lora, load_lora, lora_state_dict, merge_lora
 from mm_models.wan.start import initial
 
 CONFIG = LoRAConfig(rank=4, alpha=8.0)
@@ -61,42 +59,37 @@ def test_rank_alpha_and_targets(base, batch):
     assert torch.allclose(layer(x), layer.base_layer(x) + 8 / 4 * x @ a.T @ b.T, atol=1e-6)
 
 
-def test_save_load_merge(base, batch, tmp_path):
+def alphas(tensors, alpha=8.0):
+    """Of each linear among the tensors of an adapter."""
+    return {name.rpartition(".lora_")[0]: alpha for name in tensors}
+
+
+def test_take_out_put_in_merge(base, batch):
     model = adapt(add_lora(base(), CONFIG))
     inputs = batch(model)
     out = model(**inputs)
     assert relative(out, base()(**inputs)) > 0.05
-    save_lora(model, tmp_path / "adapter")
+    tensors = lora_state_dict(model)
 
-    other = base()
-    config = load_lora(other, tmp_path / "adapter")
-    assert (config.rank, config.alpha) == (4, 8.0)
+    other = load_lora(base(), tensors, alphas(tensors))
     assert torch.equal(other(**inputs), out)
-    by_file = base()
-    load_lora(by_file, tmp_path / "adapter" / "adapter_model.safetensors")
-    assert torch.equal(by_file(**inputs), out)
-
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in lora_state_dict(other).items())
     merge_lora(other)
     assert set(other.state_dict()) == set(base().state_dict())
     assert relative(other(**inputs), out) < 1e-5
 
 
-def test_peft_reads_our_files(base, batch, tmp_path):
-    from peft import PeftModel
-
-    model = adapt(add_lora(base(), CONFIG))
-    inputs = batch(model)
-    save_lora(model, tmp_path)
-    assert torch.equal(PeftModel.from_pretrained(base(), tmp_path)(**inputs), model(**inputs))
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
-
-
-def test_write_from_the_tensors_of_a_checkpoint(base, batch, tmp_path):
-    model = adapt(add_lora(base(), CONFIG))
-    write_lora(tmp_path, model.state_dict(), CONFIG)
-    other = base()
-    load_lora(other, tmp_path)
-    assert all(torch.equal(a, lora_state_dict(model)[name]) for name, a in lora_state_dict(other).items())
+def test_every_linear_has_its_own_rank_and_alpha(base):
+    tensors, strengths = {}, {"blocks.1.self_attn.q": (2, 3.0), "blocks.2.self_attn.q": (5, 1.0)}
+    for name, (rank, _) in strengths.items():
+        tensors |= {f"{name}.lora_A.weight": torch.randn(rank, 24), f"{name}.lora_B.weight": torch.randn(24, rank)}
+    model = load_lora(base(), tensors, {name: alpha for name, (_, alpha) in strengths.items()})
+    x = torch.randn(2, 24)
+    for name, (rank, alpha) in strengths.items():
+        layer = model.get_submodule(name)
+        a, b = (tensors[f"{name}.lora_{letter}.weight"] for letter in "AB")
+        assert torch.allclose(layer(x), layer.base_layer(x) + alpha / rank * x @ a.T @ b.T, atol=1e-5)
+    assert not hasattr(model.blocks[0].self_attn.q, "lora_A")
 
 
 def test_bfloat16_base_with_float32_adapters(base, batch):
@@ -117,75 +110,24 @@ def test_on_meta_then_filled_by_name():
     assert not initial("blocks.0.self_attn.q.lora_B.default.weight", (160, 4), 0).any()
 
 
-def test_mistakes_are_named(base, tmp_path):
+def test_mistakes_are_named(base):
     with pytest.raises(ValueError, match=r"'to_q' names no linear of this model; there are .*self_attn\.q"):
         add_lora(base(), LoRAConfig(targets=("q", "to_q")))
     with pytest.raises(ValueError, match="has LoRA adapters already"):
         add_lora(add_lora(base(), CONFIG), CONFIG)
     with pytest.raises(ValueError, match="rank is 0"):
         LoRAConfig(rank=0)
-    with pytest.raises(ValueError, match="no LoRA adapters: add_lora first"):
-        save_lora(base(), tmp_path)
-    with pytest.raises(ValueError, match="none of 1 tensors"):
-        write_lora(tmp_path, {"head.modulation": torch.zeros(1)}, CONFIG)
-    with pytest.raises(ValueError, match="holds no LoRA adapters"):
-        load_lora(base(), tmp_path / "nowhere")
+    tensors = lora_state_dict(add_lora(base(), CONFIG))
+    with pytest.raises(ValueError, match="has LoRA adapters already"):
+        load_lora(add_lora(base(), CONFIG), tensors, alphas(tensors))
 
 
-def test_files_that_do_not_fit(base, tiny, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    save_lora(add_lora(base(), CONFIG), tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(file)
+def test_adapters_that_do_not_fit(base, tiny):
+    tensors = lora_state_dict(add_lora(base(), CONFIG))
     with pytest.raises(ValueError, match="missing, unknown or misshapen"):
-        load_lora(tiny(text_tokens=40, ffn_dim=64), file)
+        load_lora(tiny(text_tokens=40, ffn_dim=64), tensors, alphas(tensors))
     with pytest.raises(ValueError, match="names no linear"):
-        load_lora(tiny(text_tokens=40, num_layers=2), file)
-    lonely = tmp_path / "lonely" / "lora.safetensors"
-    lonely.parent.mkdir()
-    save_file(tensors, lonely)
-    with pytest.raises(ValueError, match="does not say its alpha"):
-        load_lora(base(), lonely)
-    name, _ = tensors.popitem()
-    save_file(tensors, file, {"rank": "4", "alpha": "8"})
-    with pytest.raises(ValueError, match=name.removeprefix("base_model.model.")):
-        load_lora(base(), file)
-
-
-def test_adapters_are_not_replaced_unasked(base, tmp_path):
-    model = adapt(add_lora(base(), CONFIG))
-    save_lora(model, tmp_path, base="a/base")
-    with pytest.raises(ValueError, match="exists; name another directory, or give overwrite"):
-        write_lora(tmp_path, model.state_dict(), CONFIG)
-    save_lora(model, tmp_path, overwrite=True)
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="is a file"):
-        save_lora(model, tmp_path / "file")
-
-
-def test_the_base_is_recorded(base, tmp_path):
-    from safetensors import safe_open
-
-    save_lora(add_lora(base(), CONFIG), tmp_path, base="a/base")
-    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
-        assert file.metadata()["base"] == "a/base"
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "a/base"
-
-
-def test_damaged_and_contradictory_files(base, tmp_path):
-    save_lora(add_lora(base(), CONFIG), tmp_path)
-    file, beside = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
-    whole, config = file.read_bytes(), json.loads(beside.read_text())
-    for length in (4, 100, len(whole) - 1):
-        file.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged"):
-            load_lora(base(), tmp_path)
-    file.write_bytes(whole)
-    for change in ({"lora_alpha": 4}, {"r": 2}):
-        beside.write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match="says rank 4 and alpha 8, but"):
-            load_lora(base(), tmp_path)
-    beside.write_text("{")
-    with pytest.raises(ValueError, match=r"adapter_config\.json is not JSON"):
-        load_lora(base(), tmp_path)
+        load_lora(tiny(text_tokens=40, num_layers=2), tensors, alphas(tensors))
+    lost = next(name for name in tensors if "lora_B" in name)
+    with pytest.raises(ValueError, match=lost):
+        load_lora(base(), {name: t for name, t in tensors.items() if name != lost}, alphas(tensors))

@@ -66,12 +66,12 @@ def test_plan_matches_the_model(name):
     model = build(name, device="meta")
     cut = plan(model)
     assert list(cut.modules_of(model, "layers")) == [f"blocks.{i}" for i in range(model.config.num_layers)]
-    islands = cut.fp32_parameters(model)
+    kept = cut.fp32_parameters(model)
     assert {"time_embedding.0.weight", "time_projection.1.bias", "blocks.0.modulation", "head.modulation"} <= set(
-        islands
+        kept
     )
-    assert not any(".q." in name or "ffn" in name for name in islands)
-    assert all(name in islands for name, _ in model.named_parameters() if "modulation" in name or "norm3" in name)
+    assert not any(".q." in name or "ffn" in name for name in kept)
+    assert all(name in kept for name, _ in model.named_parameters() if "modulation" in name or "norm3" in name)
 
 
 def test_mistakes_are_named():

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mm_models import build, preset
 from mm_models.wan import Stream, flops, train_flops
-from mm_models.wan.tables import rope_table, sinusoid
+from mm_models.wan.model import rope_table, sinusoid
 
 I2V = {"in_channels": 36, "image_dim": 20, "text_tokens": 40}
 

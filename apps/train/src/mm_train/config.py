@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mm_data import Geometry
 from mm_parallel import MemoryConfig, ParallelConfig
 from mm_train.limits import limited
+
+
+@dataclass(frozen=True)
+class LayoutConfig(ParallelConfig):
+    """How the ranks are laid out: pp x dp_replicate x dp_shard x ring x ulysses x tp, neighbours in the last."""
+
+    exact: bool = False
+    """For verification, with Ulysses alone: every sum in one fixed order, so that losses and weights are the same bits
+    for cp 1, 2 and 4. Slow.
+    """
+
+    def resolve(self, world: int) -> LayoutConfig:
+        """See `ParallelConfig`; also refuses what cannot be verified."""
+        if self.exact:
+            from mm_parallel import verify  # with torch, which a command line is read without
+
+            verify.check_layout(replace(self, exact=False), world)
+        return super().resolve(world)
 
 
 @dataclass
@@ -172,7 +190,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoRAOptions = field(default_factory=LoRAOptions)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: LayoutConfig = field(default_factory=LayoutConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

@@ -60,14 +60,15 @@ class Encoders:
             part.to(device)
 
     def fit_geometry(self, geometry: Geometry) -> Geometry:
-        """The geometry with a stride that leaves whole tokens. Raises ValueError where its size or length does not."""
-        rows = self.codec.stride[1] * self.model.patch_size[1]
+        """The geometry with strides that leave whole tokens. Raises ValueError where its size or length does not."""
+        frames, *packed = self.codec.stride
+        rows = packed[0] * self.model.patch_size[1]
         try:
-            return replace(geometry, stride=lcm(geometry.stride, rows))
+            return replace(geometry, stride=lcm(geometry.stride, rows), time_stride=lcm(geometry.time_stride, frames))
         except ValueError as error:
             raise ValueError(
-                f"{error} (the VAE packs {self.codec.stride[1]}x{self.codec.stride[2]} pixels, and the model takes "
-                f"{self.model.patch_size[1]}x{self.model.patch_size[2]} of these: sizes are multiples of {rows})"
+                f"{error} (the VAE packs {frames} frames after the first, and {packed[0]}x{packed[1]} pixels; of these "
+                f"the model takes {self.model.patch_size[1]}x{self.model.patch_size[2]}: sizes are multiples of {rows})"
             ) from None
 
     @torch.no_grad()

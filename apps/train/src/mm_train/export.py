@@ -9,20 +9,15 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
 
-from mm_convert import save_checkpoint, write_experts
+from mm_convert import open_dcp, save_checkpoint, save_lora, write_experts
 from mm_convert.cli.arguments import parse
 from mm_models import build
 from mm_models.families import family_of
-from mm_models.lora import LoRAConfig, write_lora
 from mm_train.checkpoint import latest
 from mm_train.command import run
 from mm_train.config import Config
@@ -43,59 +38,17 @@ class ExportConfig:
     overwrite: bool = False
 
 
-class _Reader(dcp.FileSystemReader):
-    """Reads the metadata once: with many ranks it is large, and DCP asks for it with every tensor."""
-
-    @cached_property
-    def metadata(self) -> Metadata:
-        return super().read_metadata()
-
-    def read_metadata(self) -> Metadata:
-        return self.metadata
-
-
-class Saved(Mapping[str, Tensor]):
-    """The tensors of one part (`model` or `ema`) of a DCP checkpoint, read when asked for."""
-
-    def __init__(self, checkpoint: Path, part: str):
-        self.part = part
-        prefix = f"{part}."
-        self.reader = _Reader(checkpoint)
-        entries = self.reader.read_metadata().state_dict_metadata
-        self.entries = {name.removeprefix(prefix): e for name, e in entries.items() if name.startswith(prefix)}
-        if not self.entries:
-            raise ValueError(
-                f"{checkpoint} holds no {part}" + (" (the run kept no --optim.ema)" if part == "ema" else "")
-            )
-
-    def meta(self, name: str) -> Tensor:
-        """Shape and dtype without the data."""
-        entry = self.entries[name]
-        return torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = torch.empty_like(self.meta(name), device="cpu")
-        dcp.load({self.part: {name: tensor}}, storage_reader=self.reader, no_dist=True)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-
-class Completed(Mapping[str, Tensor]):
+class Filled(Mapping[str, Tensor]):
     """The tensors that were trained, and for all others those that the run started from."""
 
-    def __init__(self, trained: Saved, start: Start):
+    def __init__(self, trained: Mapping[str, Tensor], start: Start):
         self.trained, self.start = trained, start
 
     def meta(self, name: str) -> Tensor:
-        return self.trained.meta(name) if name in self.trained.entries else self.start[name].to("meta")
+        return self.trained.meta(name) if name in self.trained else self.start[name].to("meta")
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.trained[name] if name in self.trained.entries else self.start[name]
+        return self.trained[name] if name in self.trained else self.start[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.start)
@@ -118,15 +71,17 @@ def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = 
     if not (checkpoint / "progress.json").is_file():
         raise ValueError(f"{checkpoint} is not a complete training checkpoint: it has no progress.json")
     settings: dict[str, Any] = tomllib.loads((checkpoint / "config.toml").read_text())
-    tensors = Saved(checkpoint, "ema" if ema else "model")
+    if ema and not settings["optim"]["ema"]:
+        raise ValueError(f"{checkpoint} holds no moving average (the run kept no --optim.ema)")
+    tensors = open_dcp(checkpoint, "ema" if ema else "model")
     lora = settings["lora"]
     if lora["rank"]:
-        adapter = LoRAConfig(lora["rank"], lora["alpha"], lora["dropout"], tuple(lora["targets"]))
-        return write_lora(output, tensors, adapter, base=settings["weights"], overwrite=overwrite)
+        more = {"dropout": lora["dropout"], "base": settings["weights"], "overwrite": overwrite}
+        return save_lora(output, tensors, lora["alpha"], **more)
     model = build(settings["model"], device="meta", **settings["architecture"])
     whole = tensors
     if settings["trained"] != ["*"]:
-        whole = Completed(tensors, Start(model, settings["weights"], settings.get("expert"), settings["seed"]))
+        whole = Filled(tensors, Start(model, settings["weights"], settings.get("expert"), settings["seed"]))
     save_checkpoint(output, whole, family_of(model.config).describe(model.config), overwrite=overwrite)
     return output
 

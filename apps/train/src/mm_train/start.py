@@ -17,7 +17,7 @@ from mm_models import build, plan
 from mm_models.families import family_of
 from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora
-from mm_parallel import Pipeline, load_parameters, parallelize
+from mm_parallel import Pipeline, load_parameters, parallelize, verify
 from mm_parallel.mesh import rank_in, size
 from mm_parallel.weights import allocate
 from mm_train.checks import check_space
@@ -154,6 +154,8 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
 def _cut(model: nn.Module, config: Config, mesh: DeviceMesh | None, dtype: torch.dtype) -> nn.Module | Pipeline:
     """Cuts the model in place over the mesh; returns what is called. ValueError for a stage without a trained part."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if config.parallel.exact:
+        return verify.parallelize(model, plan(model), mesh, config.memory)
     how = (plan(model), mesh, config.parallel, config.memory, dtype)
     run = Pipeline(model, *how) if size(mesh, "pp") > 1 else parallelize(model, *how)
     idle = all_gather([] if trained & {name for name, _ in model.named_parameters()} else [rank_in(mesh, "pp")])

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 from mm_convert.__about__ import __version__
 
 if TYPE_CHECKING:
+    from mm_convert.lora.reading import open_lora
     from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
     from mm_convert.read.experts import expert_of, open_experts, write_experts
     from mm_convert.read.inspection import diff, inspect
+    from mm_convert.store.dcp import open_dcp
+    from mm_convert.write.adapters import save_lora
     from mm_convert.write.conversion import convert
     from mm_convert.write.save import save_checkpoint
 
@@ -22,8 +25,11 @@ __all__ = [
     "expert_of",
     "inspect",
     "open_checkpoint",
+    "open_dcp",
     "open_experts",
+    "open_lora",
     "save_checkpoint",
+    "save_lora",
     "write_experts",
 ]
 
@@ -36,7 +42,10 @@ _HOME = {
     "write_experts": "read.experts",
     "diff": "read.inspection",
     "inspect": "read.inspection",
+    "open_dcp": "store.dcp",
+    "open_lora": "lora.reading",
     "save_checkpoint": "write.save",
+    "save_lora": "write.adapters",
 }
 
 

@@ -13,31 +13,28 @@ Layers = tuple[int, ...] | tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the ranks are laid out: pp x dp_replicate x dp_shard x ring x ulysses x tp, neighbours in the last.
-
-    dp_replicate: copies of the model. More than 1 with dp_shard > 1 is HSDP.
-    dp_shard: ranks over which one copy is sharded (FSDP), each with samples of its own; -1 takes what is left.
-    cp: ranks that share the tokens of a sample, for short: ulysses x ring of them. What is not given of the three is
-        what fits; cp alone is Ulysses.
-    ulysses: of these, ranks that exchange tokens for heads in every attention. Any number of heads and tokens.
-    ring: of these, ranks that pass keys and values around. For more ranks than heads, and between hosts.
-    tp: ranks that share every matrix of a layer. Must divide the heads.
-    pp_layers: layers of each pipeline stage: [8, 8, 7, 7], or [[4, 4], [4, 4]] for two virtual stages on each of two
-        ranks. Empty: no pipeline.
-    schedule: of the pipeline; zero_bubble fills the bubble with weight gradients, and cannot recompute.
-    exact: with Ulysses alone: every sum in one fixed order, so that losses and weights are the same bits for cp 1, 2
-        and 4. Slow; for verification.
-    """
+    """How the ranks are laid out: pp x dp_replicate x dp_shard x ring x ulysses x tp, neighbours in the last."""
 
     dp_replicate: int = 1
+    """Copies of the model. More than 1 with dp_shard > 1 is HSDP."""
     dp_shard: int = -1
+    """Ranks over which one copy is sharded (FSDP), each with samples of its own. -1 takes what is left."""
     cp: int | None = None
+    """Ranks that share the tokens of a sample: ulysses x ring of them. What is not given of the three is what fits; cp
+    alone is Ulysses.
+    """
     ulysses: int | None = None
+    """Of these, ranks that exchange tokens for heads in every attention. Any number of heads and tokens."""
     ring: int | None = None
+    """Of these, ranks that pass keys and values around. For more ranks than heads, and between hosts."""
     tp: int = 1
+    """Ranks that share every matrix of a layer. Must divide the heads."""
     pp_layers: Layers = ()
+    """Layers of each pipeline stage: [8, 8, 7, 7], or [[4, 4], [4, 4]] for two virtual stages on each of two ranks.
+    Empty: no pipeline.
+    """
     schedule: Literal["1f1b", "zero_bubble"] = "1f1b"
-    exact: bool = False
+    """Of the pipeline. zero_bubble fills the bubble with weight gradients, and cannot recompute."""
 
     @property
     def pp(self) -> int:
@@ -102,8 +99,6 @@ class ParallelConfig:
                 f"{_product(asked)} is a layout of {needed} ranks, but {world} were started: {', or '.join(fits)}; "
                 f"each must divide {world} ({_divisors(world)})"
             )
-        if whole.exact:
-            whole._check_exact(world)
         return whole
 
     def _with_context(self) -> "ParallelConfig":
@@ -124,38 +119,30 @@ class ParallelConfig:
             )
         return replace(self, ulysses=ulysses, ring=ring)
 
-    def _check_exact(self, world: int) -> None:
-        if world not in (1, 2, 4) or self.ulysses != world:
-            raise ValueError(
-                "exact needs Ulysses over all of 1, 2 or 4 ranks and nothing else, as its sums are four chunks of "
-                f"tokens, added in one order: not ulysses={self.ulysses} of {world} ranks; give cp={world}, without "
-                "tp, pp_layers or ring, on 1, 2 or 4 ranks"
-            )
-
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What is paid in time for memory.
-
-    recompute: what a layer forgets in the forward and computes again in the backward: "none", "full" (all but its
-        input) or "but_attention" (all but its input and what core attention made). One word for all layers, or one for
-        each layer of the whole model; or a number: the first k layers of each pipeline rank (all, if it has fewer) in
-        full, the others not.
-    but_attention: with a number (or alone): so many layers after those recompute all but core attention.
-    offload: "attention" moves what "but_attention" keeps of attention to the host until the backward needs it;
-        "inputs" moves the inputs of recomputed layers.
-    reshard: whether FSDP drops a layer's gathered weights after its forward (and gathers them again for the backward).
-    prefetch: how many layers ahead FSDP gathers weights. 0 leaves it to FSDP: one in the backward, and in the forward
-        as far as the host is ahead of the device.
-    offload_params: FSDP's shards, their gradients and their optimizer states live on the host.
-    """
+    """What is paid in time for memory."""
 
     recompute: Literal["none", "full", "but_attention"] | int | tuple[str, ...] = "none"
+    """What a layer forgets in the forward and computes again in the backward: "none", "full" (all but its input) or
+    "but_attention" (all but its input and what core attention made). One word for all layers, or one for each layer of
+    the whole model. Or a number: the first k layers of each pipeline rank (all, if it has fewer) in full.
+    """
     but_attention: int = 0
+    """With a number (or alone): so many layers after those recompute all but core attention."""
     offload: Literal["none", "attention", "inputs"] = "none"
+    """What goes to the host until the backward: what "but_attention" keeps of attention, or the inputs of recomputed
+    layers.
+    """
     reshard: bool = True
+    """Whether FSDP drops a layer's gathered weights after its forward (and gathers them again for the backward)."""
     prefetch: int = 0
+    """How many layers ahead FSDP gathers weights. 0 leaves it to FSDP: one in the backward, and in the forward as far
+    as the host is ahead of the device.
+    """
     offload_params: bool = False
+    """FSDP's shards, their gradients and their optimizer states live on the host."""
 
 
 def _product(sizes: dict[str, int]) -> str:

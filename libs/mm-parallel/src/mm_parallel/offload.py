@@ -1,6 +1,6 @@
 """Where what a layer keeps for its backward waits: on the device, or on the host.
 
-To the host and back, on a side stream beside the computation:
+To the host and back, on a side stream while the device computes:
 
     forward    layer 0 | layer 1  | layer 2  | …          backward   layer 2   | layer 1   | layer 0
     side               | 0 leaves | 1 leaves | …                     1 returns | 0 returns

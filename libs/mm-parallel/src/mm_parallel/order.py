@@ -40,7 +40,7 @@ def parallelize(
     if size(mesh, "pp") > 1:
         raise ValueError(f"pp_layers {parallel.pp_layers}: a model is cut into stages by mm_parallel.Pipeline")
     plan.check(model)
-    cut(model, plan, mesh, parallel, memory, dtype)
+    cut(model, plan, mesh, memory, dtype)
     return model
 
 
@@ -48,20 +48,17 @@ def cut(
     model: nn.Module,
     plan: ParallelPlan,
     mesh: DeviceMesh | None,
-    parallel: ParallelConfig,
     memory: MemoryConfig,
     dtype: torch.dtype | None,
 ) -> None:
     """All but the pipeline; `model` may be some stages of one, and `plan` what is left of the plan there."""
     if size(mesh, "tp") > 1:
         tensor.cut(model, plan, mesh)
-    if parallel.exact:
-        context.check_exact(memory)
-    cuts_tokens = size(mesh, "cp") > 1 or parallel.exact
+    cuts_tokens = size(mesh, "cp") > 1
     if cuts_tokens:
-        context.cut(model, plan, mesh, parallel.exact)
+        context.cut(model, plan, mesh)
     recompute(model, plan, memory, core_is_cut=cuts_tokens)
-    if mesh is not None and parameter_mesh(mesh).size() > 1 and not parallel.exact:  # it makes its own gradients whole
+    if mesh is not None and parameter_mesh(mesh).size() > 1:
         shard(model, plan, mesh, dtype, memory)
     elif memory.offload_params:
         raise ValueError(

@@ -36,20 +36,22 @@ def recompute(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, core_i
 
     Raises ValueError for words and numbers that the model cannot follow, and for an offload of what nobody keeps.
     """
-    _check_offload(memory.offload, _all_words(memory))
-    host = Host()
+    host, words_of = Host(), {}
     for prefix, ladder, own in plan.ladders(model):
         order, units = own.units_in_order(ladder), list(own.units_of(ladder))
         here = list(dict.fromkeys(order[name] for name in units))  # numbers of this part's layers
         by_layer = _inner_words(memory, here) if prefix else _words(memory, len(set(order.values())), here)
-        words = {name: by_layer[order[name]] for name in units}
+        words_of[prefix] = {name: by_layer[order[name]] for name in units}
+    _check_offload(memory.offload, _all_words(memory))
+    for prefix, ladder, own in plan.ladders(model):
+        words, order = words_of[prefix], list(own.units_in_order(ladder))
         if "but_attention" in words.values() and not (core_is_cut and own.tokens):
             _name_the_core(ladder, own)
         for position, (name, word) in enumerate(words.items()):
             if word != "none":
                 unit = ladder.get_submodule(name)
                 # the same number for units that follow each other without a gap
-                run = prefix, list(order).index(name) - position
+                run = prefix, order.index(name) - position
                 unit.forward = Recomputed(unit.forward, prefix + name, word, own.residual, memory.offload, host, run)
 
 

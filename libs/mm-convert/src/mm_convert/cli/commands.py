@@ -51,7 +51,7 @@ def _run_converter(name: str, argv: list[str]) -> None:
 
 
 def _convert(command: Command, words: Sequence[str], argv: Sequence[str]) -> None:
-    argv = replace_aliases(argv, command.aliases)
+    argv = replace_aliases(argv, {other: flag.name for flag in command.flags for other in flag.also})
     convert(read(command, argv, Convert, prog=" ".join(["mm-convert", *words]), environment=_environment(words)))
 
 

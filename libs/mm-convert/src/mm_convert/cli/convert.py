@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mm_convert.cli.options import Convert, Layers
-from mm_convert.lora import Adapter
-from mm_convert.lora.files import open_adapter, prepare_adapter, prepare_merge
+from mm_convert.lora.adapter import Adapter
+from mm_convert.lora.reading import find_lora, open_lora
 from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
 from mm_convert.read.experts import open_experts
-from mm_convert.write.conversion import prepare_conversion, prepare_like
+from mm_convert.write.adapters import prepare_adapter
+from mm_convert.write.conversion import prepare_conversion, prepare_like, prepare_merge
 from mm_convert.write.outputs import Files
 from mm_convert.write.pairs import prepare_pair
 from mm_convert.write.targets import split_of
@@ -54,7 +55,8 @@ def _prepare_one(options: Convert) -> tuple[Checkpoint | Adapter, Files]:
     """What lies in one folder, and what writing it would write."""
     if options.takes == "model":
         return _prepare_model(options)
-    adapter = open_adapter(options.source, alpha=options.lora_alpha)
+    look = open_lora if options.takes == "adapter" else find_lora
+    adapter = look(options.source, alpha=options.lora_alpha)
     if adapter:
         for name in ("shard_gb", "pp_layers", "vit_pp_layers"):
             if getattr(options, name):
@@ -64,8 +66,6 @@ def _prepare_one(options: Convert) -> tuple[Checkpoint | Adapter, Files]:
         if options.family not in ("", adapter.family.name):
             raise ValueError(f"{options.source} is for {adapter.family.name}, not for {options.family}")
         return adapter, prepare_adapter(adapter, options.source, options.target, options.to or "mm", options.dtype)
-    if options.takes == "adapter":
-        raise ValueError(f"{options.source} holds no LoRA adapter, but a whole model")
     if options.lora_alpha is not None:
         raise ValueError(f"{options.source} is no LoRA adapter, so it has no lora_alpha")
     return _prepare_model(options)
@@ -94,9 +94,7 @@ def _prepare_merge(options: Convert) -> Files:
     if options.lora_rank is not None and options.lora_rank < 1:
         raise ValueError(f"LoRA rank can not be {options.lora_rank}: it is at least 1")
     base = _open(options)
-    adapter = open_adapter(options.lora, alpha=options.lora_alpha, rank=options.lora_rank)
-    if adapter is None:
-        raise ValueError(f"{options.lora} holds no LoRA adapter, but a whole model")
+    adapter = open_lora(options.lora, alpha=options.lora_alpha, rank=options.lora_rank)
     to, where = _form(options, base), options.lora.resolve()
     return prepare_merge(base, adapter, where, options.target, to, options.pp_layers, options.dtype)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mm_convert.cli.arguments import Option, options_of, parse_options
-from mm_convert.guides.table import SAME, WRITING, Command, Flag
+from mm_convert.guides.table import GROUPS, SAME, WRITING, Command, Flag
 
 T = TypeVar("T")
 
@@ -101,7 +101,7 @@ def read(
         argv,
         prog=prog,
         description=command.help,
-        groups=command.groups,
+        groups=GROUPS,
         environment=environment,
     )
 

@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mm_convert.cli.options import POSITIONAL
-from mm_convert.lora.files import inspect_adapter
-from mm_convert.read.inspection import diff, inspect
-from mm_convert.write.pairs import inspect_pair
+from mm_convert.read.inspection import diff, inspect, inspect_adapter, inspect_pair
 
 
 @dataclass

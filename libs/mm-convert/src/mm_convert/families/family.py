@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mm_convert.tensors.fusion import Fusion
-from mm_convert.tensors.rules import Table
+if TYPE_CHECKING:
+    from mm_convert.tensors.fusion import Fusion
+    from mm_convert.tensors.rules import Table
 
 Config = dict[str, Any]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mm_convert.families.family import Config
-
 
 def is_count(value: Any) -> bool:
     return type(value) is int and value > 0
@@ -16,7 +14,7 @@ def is_small(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1
 
 
-def settle(config: Config, field: str, usual: Any, fits: Callable[[Any], bool]) -> list[str]:
+def settle(config: dict[str, Any], field: str, usual: Any, fits: Callable[[Any], bool]) -> list[str]:
     """Put the usual value where the configuration has none or one that cannot be; notes on what was replaced."""
     said = config.get(field)
     if said is not None and fits(said):
@@ -25,7 +23,7 @@ def settle(config: Config, field: str, usual: Any, fits: Callable[[Any], bool]) 
     return [] if said is None else [f"{field} is said to be {said!r}, which cannot be: {usual} is taken"]
 
 
-def settle_heads(config: Config, head_dim: int) -> list[str]:
+def settle_heads(config: dict[str, Any], head_dim: int) -> list[str]:
     """Take out a number of heads that does not divide `dim`; where there is none, that of heads with so many channels.
 
     `num_heads` stays absent if `dim` is no multiple of that either.

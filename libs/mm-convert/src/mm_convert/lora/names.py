@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from mm_convert.families import FAMILIES, Family
 from mm_convert.tensors.rules import LETTERS, Patterns, Row
 
+PEFT = "base_model.model."  # what peft writes before the name of every module
 PREFIXES = {
-    "base_model.model.": "peft",
+    PEFT: "peft",
     "transformer.": "diffusers",
     "transformer_2.": "diffusers",  # the low-noise expert
     "diffusion_model.": "comfyui",
@@ -45,6 +46,12 @@ _OTHERS = {  # what an adapter may hold besides: a piece of the name -> what tha
     ".set_weight": "a whole weight",
     "modules_to_save": "a whole trained module",
     ".bias": "a bias",
+}
+FILES = {  # the names that loaders look for; of MindSpeed-MM it is a tree
+    "mm": "adapter_model.safetensors",  # with adapter_config.json beside it
+    "peft": "adapter_model.safetensors",
+    "diffusers": "pytorch_lora_weights.safetensors",
+    "comfyui": "lora.safetensors",  # any name will do
 }
 SHOWN = 5  # problems that an error names; the rest is counted
 

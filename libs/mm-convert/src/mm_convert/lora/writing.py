@@ -9,18 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from mm_convert.lora.adapter import Adapter, LowRank
-from mm_convert.lora.names import rename
+from mm_convert.lora.names import PEFT, rename
 from mm_convert.tensors.views import Computed, LazyTensor
 
-FILES = {  # the names that loaders look for; of MindSpeed-MM it is a tree
-    "mm": "adapter_model.safetensors",  # with adapter_config.json beside it
-    "peft": "adapter_model.safetensors",
-    "diffusers": "pytorch_lora_weights.safetensors",
-    "comfyui": "lora.safetensors",  # any name will do
-}
 _SPELLINGS = {  # prefix, dialect ("": ours), A and B
-    "mm": ("base_model.model.", "", "lora_A", "lora_B"),
-    "peft": ("base_model.model.", "", "lora_A", "lora_B"),
+    "mm": (PEFT, "", "lora_A", "lora_B"),
+    "peft": (PEFT, "", "lora_A", "lora_B"),
     "diffusers": ("transformer.", "diffusers", "lora_A", "lora_B"),
     "comfyui": ("diffusion_model.", "original", "lora_down", "lora_up"),
     "mindspeed": ("", "mindspeed", "lora_A.default", "lora_B.default"),
@@ -44,7 +38,7 @@ def lora_tensors(adapter: Adapter, to: str) -> tuple[dict[str, LazyTensor], dict
         if to == "comfyui":
             tensors[f"{prefix}{name}.alpha"] = _scalar(module.alpha)
 
-    config = _config(modules, adapter.base)
+    config = _config(modules, adapter.base, adapter.dropout)
     header = {"format": "pt"} | ({"base": adapter.base} if adapter.base else {})
     if to == "diffusers":
         header["lora_adapter_metadata"] = _json({prefix + key: value for key, value in config.items()})
@@ -55,7 +49,7 @@ def lora_tensors(adapter: Adapter, to: str) -> tuple[dict[str, LazyTensor], dict
     return tensors, header, config if to in ("mm", "peft") else None
 
 
-def _config(modules: Mapping[str, LowRank], base: str) -> dict[str, Any]:
+def _config(modules: Mapping[str, LowRank], base: str, dropout: float) -> dict[str, Any]:
     """What peft has to know. Its patterns are regular expressions for the end of a name; ^ makes it the whole."""
     rank = Counter(module.rank for module in modules.values()).most_common(1)[0][0]
     alpha = Counter(module.alpha for module in modules.values()).most_common(1)[0][0]
@@ -67,7 +61,7 @@ def _config(modules: Mapping[str, LowRank], base: str) -> dict[str, Any]:
         "rank_pattern": {f"^{name}": m.rank for name, m in modules.items() if m.rank != rank},
         "alpha_pattern": {f"^{name}": _plain(m.alpha) for name, m in modules.items() if m.alpha != alpha},
         "target_modules": list(modules),
-        "lora_dropout": 0.0,
+        "lora_dropout": dropout,
         "bias": "none",
     }
 

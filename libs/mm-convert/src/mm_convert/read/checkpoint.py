@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from mm_convert.families import Family
 from mm_convert.families.family import Config
@@ -13,13 +12,11 @@ from mm_convert.read.content import Content, cut_fused, recognise, understand
 from mm_convert.read.source import Source, find
 from mm_convert.store import mindspeed
 from mm_convert.store.mm import FORMAT, MANIFEST, VERSION, read_json
+from mm_convert.tensors.mapping import Tensors
 from mm_convert.tensors.views import LazyTensor, Stored
 
-if TYPE_CHECKING:
-    import torch
 
-
-class Checkpoint(Mapping[str, "torch.Tensor"]):
+class Checkpoint(Tensors):
     """A checkpoint on disk as a mapping of *our* names to tensors; only headers are read until a tensor is asked for.
 
     Attributes:
@@ -46,35 +43,12 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         config: Config,
         notes: list[str],
     ) -> None:
-        self.path, self.layout, self.content, self.tensors = path, layout, content, tensors
+        super().__init__(tensors)
+        self.path, self.layout, self.content = path, layout, content
         self.files, self.folder, self.metadata, self.split = source.files, source.folder, source.metadata, source.split
         self.config, self.notes = config, notes
         self.dialect, self.family = content.dialect, content.family.name
         self.shards = _by_file(tensors)
-        self._maps: Any = None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-    def __contains__(self, name: object) -> bool:  # a Mapping would read the tensor to find out
-        return name in self.tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name].shape
-
-    def dtype(self, name: str) -> str:
-        """As safetensors spells it: "F32", "BF16", …"""
-        return self.tensors[name].dtype
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        """The tensor, mapped from the file where it lies in one piece: it takes memory only where it is read."""
-        from mm_convert.tensors.torch import Maps
-
-        self._maps = self._maps or Maps()
-        return self._maps.tensor(self.tensors[name])
 
 
 def _by_file(tensors: Mapping[str, LazyTensor]) -> dict[Path, list[str]]:

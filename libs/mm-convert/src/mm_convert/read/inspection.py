@@ -9,9 +9,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from mm_convert.families.family import Config, Family
+from mm_convert.families.presets import name_preset, published_boundary
+from mm_convert.lora.names import is_lora
+from mm_convert.lora.reading import open_lora
+from mm_convert.read.alike import mixed, refuse_unlike
 from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
 from mm_convert.read.content import fingerprint
+from mm_convert.read.experts import open_experts
+from mm_convert.read.source import find
 from mm_convert.tensors.views import LazyTensor
 
 
@@ -60,7 +65,7 @@ def inspect(path: str | Path) -> Inspection:
     return Inspection(
         path=checkpoint.path,
         family=checkpoint.family,
-        preset=preset(checkpoint.content.family, checkpoint.config),
+        preset=name_preset(checkpoint.content.family, checkpoint.config),
         dialect=checkpoint.dialect,
         layout=checkpoint.layout,
         split=checkpoint.split,
@@ -75,19 +80,50 @@ def inspect(path: str | Path) -> Inspection:
     )
 
 
-def preset(family: Family, config: Config) -> str:
-    """The names of the presets with this configuration; without one, the nearest and what sets it apart."""
-    apart = {
-        name: {field: value for field, value in fields.items() if config.get(field) != value}
-        for name, fields in family.presets.items()
-    }
-    if not apart:
-        return "none known"
-    if same := [name for name, differences in apart.items() if not differences]:
-        return ", ".join(same)
-    nearest = min(apart, key=lambda name: len(apart[name]))
-    said = ", ".join(f"{field} {config.get(field)} instead of {value}" for field, value in apart[nearest].items())
-    return f"none; nearest {nearest}, with {said}"
+def inspect_adapter(path: str | Path) -> str | None:
+    """What an adapter is, for people; None where a whole model is."""
+    source = find(Path(path))
+    if not is_lora(source.tensors):
+        return None
+    rows = {"what": "LoRA adapter"}
+    try:
+        adapter = open_lora(path)
+    except ValueError as error:
+        rows["problem"] = str(error)
+        adapter = None
+    if adapter:
+        strengths = {(module.rank, module.alpha) for module in adapter.modules.values()}
+        rows |= {
+            "family": adapter.family.name,
+            "format": f"{adapter.format}, {adapter.dialect} names",
+            "layout": source.layout,
+            "modules": f"{len(adapter.modules)}",
+            "rank, alpha": "; ".join(f"{rank}, {alpha:g}" for rank, alpha in sorted(strengths)),
+            "parameters": f"{sum(prod(t.shape) for m in adapter.modules.values() for t in (m.a, m.b)):,}",
+            "base": adapter.base or "not said",
+        }
+    lines = [f"{key:<14} {value}" for key, value in rows.items()]
+    return "\n".join([str(path), *lines, *(f"note: {note}" for note in (adapter.notes if adapter else ()))])
+
+
+def inspect_pair(path: Path) -> str | None:
+    """What a pair is, for people; None where there is none."""
+    pair = open_experts(path)
+    if pair is None:
+        return None
+    said = inspect_adapter(pair.high), inspect_adapter(pair.low)
+    boundary = f"{pair.boundary}" if pair.boundary else "not said"
+    if not any(said):
+        high, low = open_checkpoint(pair.high), open_checkpoint(pair.low)
+        refuse_unlike(pair, high, low)
+        published, name = published_boundary(high.content.family, high.config)
+        if published and not pair.boundary:
+            boundary += f"; {published} in the published {name}"
+    elif not all(said):
+        raise ValueError(mixed(pair))
+    rows = {"what": f"two experts{', LoRA adapters' * all(said)}", "boundary": boundary}
+    head = "\n".join([str(path), *(f"{key:<14} {value}" for key, value in rows.items())])
+    return "\n\n".join([head, *(one or str(inspect(folder)) for one, folder in zip(said, pair[:2], strict=True))])
 
 
 # --- differences

@@ -11,7 +11,7 @@ from typing import Any
 from mm_convert.read.content import known_names, recognise
 from mm_convert.read.experts import DIFFUSERS, FOLDERS
 from mm_convert.store import mindspeed
-from mm_convert.store.dcp import read_dcp
+from mm_convert.store.dcp import Index
 from mm_convert.store.mm import FOLDER
 from mm_convert.store.safetensors import read_files, read_folder
 from mm_convert.store.torch_file import SUFFIXES as TORCH_SUFFIXES
@@ -137,14 +137,13 @@ def _state_dict(content: Any, path: Path, part: str) -> dict[str, LazyTensor]:
 
 
 def _dcp(folder: Path, part: str) -> Source:
-    everything = read_dcp(folder)
-    parts = sorted({name.partition(".")[0] for name in everything})
-    chosen = {n.removeprefix(f"{part}."): t for n, t in everything.items() if n.startswith(f"{part}.")}
+    index = Index(folder)
+    chosen = index.part(part)
     if not chosen and part != "model":
-        raise ValueError(f"{folder} holds no {part}; it holds {', '.join(parts)}")
-    notes = [f"{p} is left out: only the weights are converted" for p in parts if chosen and p != part]
-    files = sorted(folder.glob("*.distcp"))
-    return Source(chosen or everything, "dcp", files, folder, notes=notes)
+        raise ValueError(f"{folder} holds no {part}; it holds {', '.join(index.parts)}")
+    notes = [f"{p} is left out: only the weights are converted" for p in index.parts if chosen and p != part]
+    chosen = chosen or {name: index.tensor(name) for name in index.tensors}
+    return Source(chosen, "dcp", sorted(folder.glob("*.distcp")), folder, notes=notes)
 
 
 def _tree(folder: Path, part: str) -> Source:

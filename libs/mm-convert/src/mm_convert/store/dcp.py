@@ -18,6 +18,7 @@ from mm_convert.store.chunks import join_chunks
 from mm_convert.store.storages import DTYPES, TORCH_NAMES
 from mm_convert.store.torch_file import read_torch_file, write_archive
 from mm_convert.store.unpickle import Opaque, unpickle
+from mm_convert.tensors.mapping import Tensors
 from mm_convert.tensors.views import Computed, LazyTensor, rows
 
 INDEX = ".metadata"
@@ -37,26 +38,57 @@ class _Place:
     stop: int
 
 
-def read_dcp(folder: Path) -> dict[str, LazyTensor]:
-    """The tensors of a checkpoint, whole, under the names that it has: `model.blocks.0.…`, `optimizer.…`.
+class Index:
+    """What a checkpoint holds, by its index: names such as `model.blocks.0.…`, `optimizer.…`.
 
-    Raises ValueError when something is missing, damaged, compressed, or cut in a way that torch does not cut, and
-    when the index has code in it, which is not run.
+    Attributes:
+        tensors: the names of its tensors.
     """
-    described, places = _read_index(folder)
-    return {
-        name: _tensor(folder, name, record, places)
-        for name, record in described.items()
-        if record.name == "TensorStorageMetadata"
-    }
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ValueError when the index is missing, damaged, or has code in it, which is not run."""
+        self.folder = folder
+        self._described, self._places = _read_index(folder)
+        self.tensors = [name for name, record in self._described.items() if record.name == "TensorStorageMetadata"]
+
+    @property
+    def parts(self) -> list[str]:
+        """What the names begin with: model, optimizer, …"""
+        return sorted({name.partition(".")[0] for name in self.tensors})
+
+    def tensor(self, name: str) -> LazyTensor:
+        """One tensor, whole. Raises ValueError when a chunk is missing, compressed, or cut as torch does not cut."""
+        return _tensor(self.folder, name, self._described[name], self._places)
+
+    def part(self, part: str) -> dict[str, LazyTensor]:
+        """The tensors of one part, by their names without it; none if it is not there."""
+        start = f"{part}."
+        return {name.removeprefix(start): self.tensor(name) for name in self.tensors if name.startswith(start)}
+
+    def value(self, name: str) -> Any:
+        """What is not a tensor: a number, text, arguments (see `read_torch_file`)."""
+        if (name, None) not in self._places:
+            there = ", ".join(name for name, offset in self._places if offset is None)
+            raise ValueError(f"{self.folder} has no value {name}; it has {there}")
+        return _read(self.folder, self._places[name, None])
 
 
-def read_dcp_value(folder: Path, name: str) -> Any:
-    """What is not a tensor: a number, text, arguments (see `read_torch_file`). Raises ValueError if it is not there."""
-    _, places = _read_index(folder)
-    if (name, None) not in places:
-        raise ValueError(f"{folder} has no value {name}; it has {', '.join(n for n, at in places if at is None)}")
-    return _read(folder, places[name, None])
+def open_dcp(folder: str | Path, part: str = "model") -> Tensors:
+    """One part of a checkpoint, be it a whole model or not: its names, without the part, to tensors, lazily.
+
+    Raises ValueError when the part is not there, and for what is missing, damaged, or cut as torch does not cut.
+    """
+    index = Index(Path(folder))
+    tensors = index.part(part)
+    if not tensors:
+        raise ValueError(f"{folder} holds no {part}; it holds {', '.join(index.parts)}")
+    return Tensors(tensors)
+
+
+def read_dcp(folder: Path) -> dict[str, LazyTensor]:
+    """All tensors of a checkpoint, under the names that it has. Errors as of `Index`."""
+    index = Index(folder)
+    return {name: index.tensor(name) for name in index.tensors}
 
 
 def _read_index(folder: Path) -> tuple[dict[str, Opaque], dict[tuple[str, tuple[int, ...] | None], _Place]]:

@@ -1,12 +1,16 @@
 """The container of torch.save: a zip file whose records are not compressed, so that tensors lie in it as they are.
 
-Read without trust: every record must lie inside the window of the file that was given. Written as a stream: only the
-checksum of a record is filled in after its bytes.
+Its directory is read by the standard library, and not trusted: every record must lie inside the window of the file that
+was given, before the directory and beside the other records. Checksums are not looked at: torch can leave them out
+(`torch.serialization.set_crc32_options`), and loads such files. Written as a stream: only the checksum of a record is
+filled in after its bytes.
 """
 
 from __future__ import annotations
 
+import os
 import struct
+import zipfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -33,87 +37,82 @@ class Record:
     size: int
 
 
+class _Window:
+    """Bytes [start, stop) of a file, as a file that can be read; nothing huge at once."""
+
+    def __init__(self, file: BinaryIO, start: int, stop: int) -> None:
+        self.file, self.start, self.size, self.position = file, start, stop - start, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
+        if position < 0:
+            raise OSError(f"byte {position} is before the beginning")
+        self.position = position
+        return position
+
+    def tell(self) -> int:
+        return self.position
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(self.size - self.position, 0)
+        count = left if count < 0 else min(count, left)
+        if count > _MAX_DIRECTORY:
+            raise ValueError(f"its directory has {count:,} bytes")
+        data = _bytes(self.file, self.start + self.position, count)
+        self.position += count
+        return data
+
+
 def read_records(file: BinaryIO, start: int, stop: int) -> dict[str, Record]:
     """The records of the zip that is bytes [start, stop) of a file, in the order of its directory.
 
     Raises ValueError for a zip that is truncated, compressed, encrypted, or that lies about where its records are.
     """
-
-    def read(layout: struct.Struct, position: int, magic: bytes) -> tuple[int, ...]:
-        found, *fields = layout.unpack(_bytes(file, start + position, layout.size, start, stop))
-        if found != magic:
-            raise ValueError(f"is truncated or damaged: byte {position:,} has {found!r} instead of {magic!r}")
-        return tuple(fields)
-
-    end = stop - start - _END.size
-    *_, count, size, offset, _ = read(_END, end, b"PK\5\6")
-    if count == _FULL16 or _FULL32 in (size, offset):
-        _, end, _ = read(_LOCATOR64, end - _LOCATOR64.size, b"PK\6\7")
-        *_, count, size, offset = read(_END64, end, b"PK\6\6")
-    if offset + size > end or size > _MAX_DIRECTORY:
-        raise ValueError(f"is damaged: its directory of {size:,} bytes at {offset:,} does not fit before {end:,}")
-    directory = _bytes(file, start + offset, size, start, stop)
+    length = stop - start
+    end = _bytes(file, max(stop - _END.size, start), min(_END.size, length))
+    if not end.startswith(b"PK\5\6") or not end.endswith(b"\0\0"):  # the library would look for it further up
+        raise ValueError(f"is truncated or damaged: its {length:,} bytes do not end as a zip file")
+    try:
+        with zipfile.ZipFile(_Window(file, start, stop)) as archive:  # type: ignore[call-overload]
+            entries, directory = archive.infolist(), archive.start_dir
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error) as error:
+        raise ValueError(f"is truncated or damaged, {length:,} bytes long: {error}") from error
+    if entries and min(entry.header_offset for entry in entries):  # the library would skip what is before
+        raise ValueError(f"is damaged: its {length:,} bytes do not begin with its first record")
 
     records: dict[str, Record] = {}
-    position = 0
-    for _ in range(count):
-        name, place, nbytes, position = _entry(directory, position)
-        *_, name_bytes, extra_bytes = read(_LOCAL, place, b"PK\3\4")
-        first = place + _LOCAL.size + name_bytes + extra_bytes
-        if first + nbytes > offset or name in records:
+    limit = directory
+    for entry in sorted(entries, key=lambda entry: entry.header_offset, reverse=True):
+        if entry.compress_type or entry.compress_size != entry.file_size or entry.flag_bits & 1:
             raise ValueError(
-                f"is damaged: {name!r} claims bytes {first:,} to {first + nbytes:,}, which are not its own"
+                f"is compressed or encrypted ({entry.filename!r}), as checkpoints never are (but programs of "
+                "TorchScript): load its weights with torch and save them with torch.save"
             )
-        records[name] = Record(start + first, nbytes)
-    return records
-
-
-def _entry(directory: bytes, position: int) -> tuple[str, int, int, int]:
-    """Name, place, bytes of the record described at `position`, and the position of the next."""
-    try:
-        fields = _ENTRY.unpack_from(directory, position)
-    except struct.error:
-        raise ValueError("is damaged: its directory ends too early") from None
-    magic, _, _, flags, method, _, _, _, packed, size, names, extras, comments, _, _, _, place = fields
-    begin = position + _ENTRY.size
-    name = directory[begin : begin + names].decode(errors="replace")
-    extra = directory[begin + names : begin + names + extras]
-    numbers = [size, packed, place]
-    while len(extra) >= 4:
-        kind, length = struct.unpack_from("<2H", extra)
-        if kind == 1:
-            full = [i for i, number in enumerate(numbers) if number == _FULL32]
-            if length < 8 * len(full) or len(extra) < 4 + length:
-                raise ValueError(f"is damaged: {name!r} has no 64-bit size")
-            for i, number in zip(full, struct.unpack_from(f"<{len(full)}Q", extra, 4), strict=True):
-                numbers[i] = number
-        extra = extra[4 + length :]
-    size, packed, place = numbers
-    if magic != b"PK\1\2":
-        raise ValueError(f"is damaged: its directory has {magic!r} at {position:,}")
-    if method or packed != size or flags & 1:
-        raise ValueError(
-            f"is compressed or encrypted ({name!r}), as checkpoints never are (but programs of TorchScript): "
-            "load its weights with torch and save them with torch.save"
-        )
-    return name, place, size, begin + names + extras + comments
-
-
-def _bytes(file: BinaryIO, position: int, count: int, start: int, stop: int) -> bytes:
-    if not start <= position <= position + count <= stop:
-        raise ValueError(f"is truncated or damaged: {stop - start:,} bytes, but something at {position - start:,}")
-    file.seek(position)
-    data = file.read(count)
-    if len(data) != count:
-        raise ValueError("became shorter while it was read")
-    return data
+        magic, *_, name, extra = _LOCAL.unpack(_bytes(file, start + entry.header_offset, _LOCAL.size))
+        first = entry.header_offset + _LOCAL.size + name + extra
+        if magic != b"PK\3\4" or first + entry.file_size > limit or entry.filename in records:
+            raise ValueError(
+                f"is damaged: {entry.filename!r} claims bytes {first:,} to {first + entry.file_size:,}, which are not "
+                "its own"
+            )
+        records[entry.filename] = Record(start + first, entry.file_size)
+        limit = entry.header_offset
+    return {entry.filename: records[entry.filename] for entry in entries}
 
 
 def read_record(file: BinaryIO, record: Record, limit: int) -> bytes:
     """The bytes of a small record."""
     if record.size > limit:
         raise ValueError(f"has a record of {record.size:,} bytes where at most {limit:,} are sensible")
-    return _bytes(file, record.start, record.size, record.start, record.start + record.size)
+    return _bytes(file, record.start, record.size)
+
+
+def _bytes(file: BinaryIO, position: int, count: int) -> bytes:
+    file.seek(position)
+    data = file.read(count)
+    if len(data) != count:
+        raise ValueError("became shorter while it was read")
+    return data
 
 
 class RecordWriter:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from mm_convert.lora.adapter import Adapter
+from mm_convert.lora.merging import merge
 from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
 from mm_convert.store.mindspeed import TRACKER
 from mm_convert.store.mm import FOLDER, MANIFEST, as_json, read_json
@@ -14,9 +16,7 @@ from mm_convert.tensors.stages import Layers
 from mm_convert.tensors.views import LazyTensor
 from mm_convert.write.destinations import OneFile
 from mm_convert.write.outputs import Files, Output, copy_file, index_file, safetensors_file, text_file
-from mm_convert.write.targets import Target, prepare_target, split_of
-
-FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what --dtype may say
+from mm_convert.write.targets import Target, cast_all, prepare_target, split_of
 
 
 def convert(
@@ -135,6 +135,30 @@ def prepare_like(checkpoint: Checkpoint, target: str | Path, model: Checkpoint, 
     return files
 
 
+def prepare_merge(
+    base: Checkpoint,
+    adapter: Adapter,
+    where: Path,
+    target: str | Path,
+    to: str,
+    pp_layers: Layers = (),
+    dtype: str | None = None,
+) -> Files:
+    """What a base with the adapter at `where` in it would be, in the form `to`. Needs torch to be carried out."""
+    import mm_convert.tensors.torch  # noqa: F401  # so that a missing torch is said before anything is written
+
+    base.tensors = merge(base.tensors, adapter)
+    files = prepare_conversion(base, target, to, pp_layers=pp_layers, dtype=dtype)
+    files.needs_torch = True
+    files.notes += [*adapter.notes, f"{len(adapter.modules)} weights are merged"]
+    manifest = base.folder / MANIFEST
+    before = read_json(manifest).get("merged", []) if manifest.exists() else []
+    if before:
+        files.notes.append(f"{base.path} has an adapter merged into it already: {before[-1]['source']}")
+    files.manifests[""]["merged"] = [*before, {"source": str(where), "rank": adapter.rank, "alpha": adapter.alpha}]
+    return files
+
+
 def _origin(checkpoint: Checkpoint) -> dict[str, str]:
     form = f"{checkpoint.layout}, {checkpoint.dialect} names"
     return {"source": str(checkpoint.path.resolve()), "source_form": form}
@@ -191,13 +215,3 @@ def _is_in_place(target: Path, checkpoint: Checkpoint, to: str) -> bool:
     if target in folder.parents:
         raise ValueError(f"{target} holds the source, {folder}; name another target")
     return False
-
-
-def cast_all(tensors: Mapping[str, LazyTensor], dtype: str) -> dict[str, LazyTensor]:
-    """The tensors with all of floating point in this dtype: one of `FLOATS`."""
-    from mm_convert.tensors.torch import cast
-
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
-    floating = {"F16", "BF16", "F32", "F64"}
-    return {n: cast(tensor, FLOATS[dtype]) if tensor.dtype in floating else tensor for n, tensor in tensors.items()}

@@ -7,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mm_convert.families.family import Config, Family
-from mm_convert.lora import Adapter
-from mm_convert.lora.files import inspect_adapter
-from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
-from mm_convert.read.experts import DIFFUSERS, FILE, FOLDERS, INDEX, Pair, experts_json, open_experts
-from mm_convert.read.inspection import inspect, preset
+from mm_convert.families.presets import published_boundary
+from mm_convert.lora.adapter import Adapter
+from mm_convert.read.alike import refuse_unlike
+from mm_convert.read.checkpoint import Checkpoint
+from mm_convert.read.experts import DIFFUSERS, FILE, FOLDERS, INDEX, Pair, experts_json
 from mm_convert.store.mm import as_json, read_json
 from mm_convert.write.destinations import Folder
 from mm_convert.write.outputs import Files, text_file
@@ -39,7 +38,7 @@ def prepare_pair(pair: Pair, target: Path, to: str, boundary: float | None, prep
     names = DIFFUSERS if to == "diffusers" else FOLDERS
     high, high_files = prepare_one(pair.high, target / names["high"])
     low, low_files = prepare_one(pair.low, target / names["low"])
-    _refuse_unlike(pair, high, low)
+    refuse_unlike(pair, high, low)
     files = _join(target, {names["high"]: high_files, names["low"]: low_files})
 
     if None not in (boundary, pair.boundary) and boundary != pair.boundary:
@@ -68,49 +67,6 @@ def _join(target: Path, parts: dict[str, Files]) -> Files:
         joined.needs_torch |= files.needs_torch
         joined.notes += [note for note in files.notes if note not in joined.notes]
     return joined
-
-
-def published_boundary(family: Family, config: Config) -> tuple[float | None, str]:
-    """Of the published pair whose experts have this configuration, and its name; (None, "") if there is none."""
-    names = [name for name in preset(family, config).split(", ") if name in family.boundaries]
-    return (family.boundaries[names[0]], names[0]) if names else (None, "")
-
-
-def inspect_pair(path: Path) -> str | None:
-    """What a pair is, for people; None where there is none."""
-    pair = open_experts(path)
-    if pair is None:
-        return None
-    said = inspect_adapter(pair.high), inspect_adapter(pair.low)
-    boundary = f"{pair.boundary}" if pair.boundary else "not said"
-    if not any(said):
-        high, low = open_checkpoint(pair.high), open_checkpoint(pair.low)
-        _refuse_unlike(pair, high, low)
-        published, name = published_boundary(high.content.family, high.config)
-        if published and not pair.boundary:
-            boundary += f"; {published} in the published {name}"
-    elif not all(said):
-        raise ValueError(_mixed(pair))
-    rows = {"what": f"two experts{', LoRA adapters' * all(said)}", "boundary": boundary}
-    head = "\n".join([str(path), *(f"{key:<14} {value}" for key, value in rows.items())])
-    return "\n\n".join([head, *(one or str(inspect(folder)) for one, folder in zip(said, pair[:2], strict=True))])
-
-
-def _refuse_unlike(pair: Pair, high: Checkpoint | Adapter, low: Checkpoint | Adapter) -> None:
-    if isinstance(high, Checkpoint) != isinstance(low, Checkpoint):
-        raise ValueError(_mixed(pair))
-    if isinstance(high, Adapter) or isinstance(low, Adapter):
-        return  # one may stand beside other linears than the other
-    if high.family != low.family:
-        raise ValueError(f"{pair.high} is a checkpoint of {high.family} and {pair.low} of {low.family}: no pair")
-    apart = [field for field in high.config if high.config[field] != low.config.get(field)]
-    if apart:
-        values = ", ".join(f"{field} {high.config[field]} and {low.config.get(field)}" for field in apart)
-        raise ValueError(f"{pair.high} and {pair.low} are no pair: they have {values}")
-
-
-def _mixed(pair: Pair) -> str:
-    return f"of {pair.high} and {pair.low}, one is a whole model and the other a LoRA adapter: no pair"
 
 
 def _model_index(source: Path, expert: Checkpoint, boundary: float | None) -> dict[str, Any]:

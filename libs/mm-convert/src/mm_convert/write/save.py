@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_convert.read.content import understand
-from mm_convert.tensors.views import LazyTensor
+from mm_convert.tensors.mapping import lazy_tensors
 from mm_convert.write.targets import Target, prepare_target, split_of
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def save_checkpoint(
     """
     fields = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
     fields = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
-    items = {name: _lazy(tensors, name) for name in tensors}
+    items = lazy_tensors(tensors, tensors)
     content = understand({name: item.shape for name, item in items.items()}, "what is to be saved")
     for field, value in content.config.items():
         if fields.get(field, value) != value:
@@ -50,10 +50,3 @@ def save_checkpoint(
     target = Target(Path(path), to, split_of(content.family, pp_layers, tp_size), shard_bytes=shard_bytes)
     files = prepare_target(target, content, ours, complete, source="memory", source_form="our names")
     files.write(overwrite=overwrite, show_progress=show_progress)
-
-
-def _lazy(tensors: Mapping[str, torch.Tensor], name: str) -> LazyTensor:
-    from mm_convert.tensors.torch import lazy
-
-    meta = tensors.meta(name) if hasattr(tensors, "meta") else tensors[name]
-    return lazy(meta, lambda: tensors[name], name)

@@ -27,6 +27,7 @@ from mm_convert.write.outputs import (
     torch_file,
 )
 
+FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what a dtype may be
 SHARD_BYTES = 5_000_000_000  # of a file, where nothing else says how large
 
 Tensors = Mapping[str, LazyTensor]
@@ -179,3 +180,13 @@ def _config_json(family: Family, config: Config, to: str) -> dict[str, Any]:
         return family.write_config[to](config)
     dialect = family.table.dialects[0]
     return {"format": mm.FORMAT, "version": mm.VERSION, "family": family.name, "dialect": dialect, "config": config}
+
+
+def cast_all(tensors: Mapping[str, LazyTensor], dtype: str) -> dict[str, LazyTensor]:
+    """The tensors with all of floating point in this dtype: one of `FLOATS`."""
+    from mm_convert.tensors.torch import cast
+
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
+    floating = {"F16", "BF16", "F32", "F64"}
+    return {n: cast(tensor, FLOATS[dtype]) if tensor.dtype in floating else tensor for n, tensor in tensors.items()}

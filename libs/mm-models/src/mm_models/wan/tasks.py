@@ -82,15 +82,16 @@ def fit(config: WanConfig, repository: Path) -> WanConfig:
     Raises:
         ValueError: encoders of another width than the model takes.
     """
-    wanted = [("vae", "z_dim", config.out_channels), ("text_encoder", "d_model", config.text_dim)]
-    wanted += [("image_encoder", "hidden_size", config.image_dim)] if config.image_dim else []
-    for part, field, size in wanted:
-        said = _read_json(repository / part / "config.json").get(field, size)
-        if said != size:
-            raise ValueError(
-                f"{repository / part} has {field} {said}, but the model takes {size}: name the diffusers directory "
-                "that this model was published with (encoders)"
-            )
+    wanted = [("video channels", "vae", "z_dim", config.out_channels)]
+    wanted += [("text width", "text_encoder", "d_model", config.text_dim)]
+    wanted += [("CLIP width", "image_encoder", "hidden_size", config.image_dim)] if config.image_dim else []
+    found = [(what, _read_json(repository / part / "config.json").get(key), size) for what, part, key, size in wanted]
+    wrong = [f"{what} {said} instead of {size}" for what, said, size in found if said not in (size, None)]
+    if wrong:
+        raise ValueError(
+            f"{repository} holds the encoders of another model ({', '.join(wrong)}): give the directory that this "
+            "model was published with"
+        )
     if config.image_dim is None or config.two_images:
         return config
     clip = _read_json(repository / "image_encoder" / "config.json")
@@ -99,8 +100,9 @@ def fit(config: WanConfig, repository: Path) -> WanConfig:
 
 
 def describe(config: WanConfig) -> dict[str, Any]:
-    """The fields that are written into config.json: those of the control ladder only where there is one."""
-    without = () if config.vace_layers else ("vace_layers", "control_channels")
+    """The fields that are written into config.json, without what the model does not have or leaves to the default."""
+    without = set() if config.vace_layers else {"vace_layers", "control_channels"}
+    without |= {"image_positions"} if config.image_positions is None else set()
     return {name: value for name, value in asdict(config).items() if name not in without}
 
 

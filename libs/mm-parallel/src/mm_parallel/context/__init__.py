@@ -13,32 +13,29 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel.attention import attention, ring_attention
 from mm_parallel.context import shard
-from mm_parallel.context.exact import Exact
-from mm_parallel.context.exact import check as check_exact  # noqa: F401 (parallelize asks it)
 from mm_parallel.context.shard import TokenLayout, even
 from mm_parallel.context.ulysses import HEADS, TOKENS, exchange
-from mm_parallel.fsdp import check_same_values
 from mm_parallel.mesh import rank_in, size, submesh
 from mm_parallel.plan import ParallelPlan, Sequence
 
 
-def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh | None, exact: bool = False) -> None:
-    """Sets the model's split, core and gather for the ring and ulysses axes of the mesh. Raises ValueError where the
-    plan names a seam that the model does not have, or no tokens. exact: see `mm_parallel.context.exact`."""
+def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh | None) -> None:
+    """Sets the seams of the model, and of inner ladders, for the ring and ulysses axes of the mesh.
+
+    Raises ValueError where a plan names a seam that the ladder does not have, and for a plan without tokens.
+    """
     if not plan.tokens:
         raise ValueError("the plan names no tokens, so nothing can be cut over cp: give ParallelPlan(tokens={…: dim})")
-    if exact:  # which runs the stem whole on every rank, and inner ladders with it
-        group = submesh(mesh, "cp").get_group() if size(mesh, "cp") > 1 else None
-        if group:
-            check_same_values(model, submesh(mesh, "cp"))  # FSDP does it where it shards
-        seams = Exact(model, plan, group)
-        seams.replace_layers_and_head(model)
-        _set_seams(model, plan, seams.split, seams.core, seams.gather)
-        return
     for prefix, ladder, own in plan.ladders(model):
         if own.tokens:
             ranks = InnerContext(mesh) if prefix else Context(mesh)
-            _set_seams(ladder, own, partial(ranks.split, fields=own.tokens), ranks.attention, ranks.gather)
+            set_seams(ladder, own, partial(ranks.split, fields=own.tokens), ranks.attention, ranks.gather)
+
+
+def set_seams(model: nn.Module, plan: ParallelPlan, split: object, core: object, join: object) -> None:
+    """Sets the attributes that the plan calls split, core and gather; ValueError where there are none."""
+    for path, seam in ((plan.split, split), (plan.core, core), (plan.gather, join)):
+        _set(model, path, plan, seam)
 
 
 class Context:
@@ -130,11 +127,6 @@ def context_attention(
 def gather(x: Tensor, sequence: Sequence, mesh: DeviceMesh | None) -> Tensor:
     """B L … of this rank's tokens -> B tokens … of all, in their order, on every rank."""
     return Context(mesh).gather(x, sequence)
-
-
-def _set_seams(model: nn.Module, plan: ParallelPlan, split: object, core: object, join: object) -> None:
-    for path, seam in ((plan.split, split), (plan.core, core), (plan.gather, join)):
-        _set(model, path, plan, seam)
 
 
 def _set(model: nn.Module, path: str, plan: ParallelPlan, seam: object) -> None:

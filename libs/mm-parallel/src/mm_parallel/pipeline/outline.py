@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel import context
-from mm_parallel.config import ParallelConfig
 from mm_parallel.mesh import parameter_mesh, size
 from mm_parallel.plan import Ladder, ParallelPlan
 
@@ -35,7 +34,6 @@ def skeleton(
     model: Model,
     plan: ParallelPlan,
     mesh: DeviceMesh,
-    parallel: ParallelConfig,
     dtype: torch.dtype | None,
     trained: bool,
 ) -> Model:
@@ -62,7 +60,7 @@ def skeleton(
         for _, ladder, own in plan.ladders(bones):
             owner, _, core = own.core.rpartition(".")
             seams.append((ladder.get_submodule(owner), core, getattr(ladder.get_submodule(owner), core)))
-        context.cut(bones, plan, mesh, parallel.exact)
+        context.cut(bones, plan, mesh)
         for owner, core, attention in seams:
             setattr(owner, core, attention)
     return bones
@@ -109,10 +107,10 @@ def fill(outline: Stream, tensors: Sequence[Tensor]) -> Stream:
 def check(stage: int, stream: Stream, outline: Stream) -> None:
     """Raises ValueError where a stream is not what the next stage has made room for: that would kill the process."""
     for name, value, expected in zip(stream._fields, stream, outline, strict=True):
-        told, wanted = describe(value, torch.is_grad_enabled()), describe(expected, torch.is_grad_enabled())
-        if told != wanted:
+        found, wanted = describe(value, torch.is_grad_enabled()), describe(expected, torch.is_grad_enabled())
+        if found != wanted:
             raise ValueError(
-                f"pipeline stage {stage}: {name} of the stream is {told}, but was {wanted} on the meta device. Stem "
+                f"pipeline stage {stage}: {name} of the stream is {found}, but was {wanted} on the meta device. Stem "
                 "and layers must do the same there, and what is trained must not change after Pipeline was made"
             )
 

@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel.config import MemoryConfig, ParallelConfig
+from mm_parallel.guard import agree_on
 from mm_parallel.mesh import rank_in, size
 from mm_parallel.order import cut
-from mm_parallel.pipeline.agree import agree
 from mm_parallel.pipeline.chunk import Chunk, Stage, call
 from mm_parallel.pipeline.cut import ranges
 from mm_parallel.pipeline.outline import Outline, describe, describe_call, skeleton, tensors_of, trace
 from mm_parallel.pipeline.prune import Owner, prune
 from mm_parallel.pipeline.schedule import Schedule, check_count
 from mm_parallel.plan import ParallelPlan
+
+_WHO = "the ranks of a pipeline"
 
 
 class Pipeline:
@@ -70,12 +72,12 @@ class Pipeline:
         self.stages, self.mine = stages, stages[rank_in(mesh, "pp") :: ranks]
         self.ranks, self.group = ranks, mesh.get_group("pp")
         self.device = torch.device(mesh.device_type)
-        self.skeleton = skeleton(model, plan, mesh, parallel, dtype, trained=self.zero_bubble)
+        self.skeleton = skeleton(model, plan, mesh, dtype, trained=self.zero_bubble)
         kept: set[Owner] = {i for stage in self.mine for i in stage.layers}
         kept |= {"first"} if self.mine[0].is_first else set()
         kept |= {"last"} if self.mine[-1].is_last else set()
         self.elsewhere = prune(model, plan.last, plan.companions, kept)
-        cut(model, plan.on(model), mesh, parallel, memory, dtype)
+        cut(model, plan.on(model), mesh, memory, dtype)
         model.forward = call
         self.model, self.memory = model, memory
         self._signature = inspect.signature(self.skeleton.stem)
@@ -104,7 +106,7 @@ class Pipeline:
         first = self._signature.bind(**inputs(0))
         shape = describe_call(first)
         what = f"a step of {count} x ({shape})"
-        agree(what, self.group, self.device)
+        agree_on(what, _WHO, self.group, self.device)
 
         def batch(number: int) -> BoundArguments:
             bound = self._signature.bind(**inputs(number)) if number else first
@@ -137,7 +139,7 @@ class Pipeline:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The model's output, on every rank of the pipeline; without gradients."""
         batch = self._signature.bind(*args, **kwargs)
-        agree(f"a forward of {describe_call(batch)}", self.group, self.device)
+        agree_on(f"a forward of {describe_call(batch)}", _WHO, self.group, self.device)
         outline = self._outline(batch)
         output = self._empty(outline.output)
         for stage in self.mine:

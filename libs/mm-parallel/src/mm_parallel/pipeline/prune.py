@@ -41,7 +41,7 @@ def prune(model: nn.Module, last: Collection[str], companions: Mapping[str, int]
 def _parts(
     model: nn.Module, last: Collection[str], companions: Mapping[str, int]
 ) -> Iterator[tuple[nn.Module, str, str, Owner]]:
-    """(parent, key, name, owner) of every layer, and of the largest modules and the tensors beside them."""
+    """(parent, key, name, owner) of every layer, and of the largest modules and tensors outside of them."""
     layers = {layer: i for i, layer in enumerate(model.layers)}
     found = {name for name, module in model.named_modules() if module in layers}
     if len(found) != len(model.layers):

@@ -1,13 +1,14 @@
-"""The table of the guides' names."""
+"""The table of MindSpeed-MM's names."""
 
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from mm_parallel.config import MemoryConfig, ParallelConfig
+from mm_parallel import MemoryConfig
+from mm_train.config import LayoutConfig
 
 Section = Literal["parallel", "memory"]
 OURS = {
-    "parallel": {field.name for field in fields(ParallelConfig)},
+    "parallel": {field.name for field in fields(LayoutConfig)},
     "memory": {field.name for field in fields(MemoryConfig)},
 }
 
@@ -16,9 +17,10 @@ OURS = {
 class Name:
     """One row.
 
-    guides: the name, with underscores. section: where it may be given here. ours: the fields that it sets, if any.
+    guides: the name in MindSpeed-MM's guides, with underscores. section: where it may be given here. ours: the fields
+        that it sets, if any.
     says: how its value becomes ours, or why there is nothing to do. as_is: the value carries over unchanged.
-    also: other spellings, such as the variables of the guides' shell scripts.
+    also: other spellings, such as the variables of its shell scripts.
     """
 
     guides: str
@@ -162,19 +164,13 @@ _BY_NAME = {spelling: row for row in NAMES for spelling in (row.guides, *row.als
 
 def table() -> str:
     """The table in Markdown, for the documentation."""
-    lines = ["| in the guides | here | |", "|---|---|---|"]
+    lines = ["| MindSpeed-MM | here | |", "|---|---|---|"]
     for row in NAMES:
         also = [name.upper() if len(name) == 2 else name for name in row.also]  # PP is a variable of a shell script
         names = ", ".join(f"`{name}`" for name in (row.guides, *also))
         ours = ", ".join(f"`{row.section}.{field}`" for field in row.ours)
         lines.append(f"| {names} | {ours or '—'} | {row.says} |")
     return "\n".join(lines) + "\n"
-
-
-def rename(section: Section, name: str) -> str | None:
-    """Our field for a guides' name whose value carries over as it is; None for any other."""
-    row = row_of(name)
-    return row.ours[0] if row is not None and row.as_is and row.section == section else None
 
 
 def row_of(name: str) -> Name | None:

@@ -7,8 +7,8 @@ from dataclasses import fields
 import pytest
 
 from mm_parallel import MemoryConfig, ParallelConfig
-from mm_parallel.guides import arguments, from_guides, rename, table, translate
-from mm_parallel.guides.names import NAMES
+from mm_train.guides import arguments, from_guides, table, translate
+from mm_train.guides.names import NAMES
 
 T2V_14B = {  # examples/wan2.1/14b/t2v: pretrain.sh, zero_config.yaml and pretrain_model.json together
     "TP": "1",
@@ -111,7 +111,10 @@ def test_memory(settings, ours):
 
 
 REFUSED = [
-    ({"tensor-model-paralel-size": 2}, "tensor-model-paralel-size is none of the guides' names: is it tensor_model_p"),
+    (
+        {"tensor-model-paralel-size": 2},
+        "tensor-model-paralel-size is none of MindSpeed-MM's names: is it tensor_model_p",
+    ),
     ({"TP": 2, "tensor-model-parallel-size": 2}, "is given twice"),
     ({"TP": 0}, "tensor_model_parallel_size is 0, but must be a whole number of at least 1"),
     ({"TP": "two"}, "tensor_model_parallel_size is 'two', but must be"),
@@ -229,11 +232,6 @@ def test_a_command_line():
 
 
 def test_names_whose_value_carries_over():
-    assert rename("parallel", "pipeline-num-layers") == "pp_layers"
-    assert rename("memory", "recompute_num_layers") == "recompute"
-    assert rename("parallel", "recompute_num_layers") is None
-    assert rename("parallel", "sharding_size") is None
-    assert rename("parallel", "tp_size") is None
     values = {"pp_layers": (4, 4), "reshard": True, "offload_params": True}
     for row in NAMES:
         if row.as_is:
@@ -265,5 +263,5 @@ def test_the_table_for_the_documentation():
 
 
 def test_torch_is_not_imported():
-    code = "import sys, mm_parallel.guides; assert 'torch' not in sys.modules"
+    code = "import sys, mm_train.guides; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

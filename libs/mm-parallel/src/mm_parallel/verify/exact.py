@@ -8,35 +8,81 @@ A floating-point sum depends on its order, and a matrix product on the shapes of
 - What all chunks share (parameters, tensors of the stream without tokens) gets a gradient from each chunk. They are
   added as (0 + 1) + (2 + 3), on every rank. So every rank has whole gradients, and nothing is left to average.
 
-To meet in the middle of a layer, a rank's chunks run in threads that take turns. The backward needs no threads: each
+To meet in the middle of a layer, a rank's chunks run in threads, one at a time. The backward needs no threads: each
 chunk's graph is cut at the exchanges, and `torch.autograd.grad` walks its pieces in one order (what is behind an
 exchange twice).
 
-The same bits also need the same machine, kernels and number of threads. Stem and loss run on all tokens on every rank.
+The same bits also need the same machine, kernels and number of threads. Stem and loss run on all tokens on every rank,
+and so do ladders in the stem.
 """
 
 from collections import abc
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel.attention import op
-from mm_parallel.config import MemoryConfig
-from mm_parallel.context import shard
-from mm_parallel.context.rendezvous import Rendezvous
+from mm_parallel.config import MemoryConfig, ParallelConfig
+from mm_parallel.context import set_seams, shard
 from mm_parallel.context.shard import even, spans, take
 from mm_parallel.context.ulysses import HEADS, TOKENS, move
+from mm_parallel.fsdp import check_same_values
+from mm_parallel.mesh import size, submesh
 from mm_parallel.plan import ParallelPlan, Sequence
+from mm_parallel.verify.rendezvous import Rendezvous
 
+Model = TypeVar("Model", bound=nn.Module)
 CHUNKS = 4
 Span = tuple[int, int]
 
 
-def check(memory: MemoryConfig) -> None:
+def parallelize(
+    model: Model,
+    plan: ParallelPlan,
+    mesh: DeviceMesh | None = None,
+    memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
+) -> Model:
+    """In place of `mm_parallel.parallelize`, in place: every sum of the model in one fixed order; returns it.
+
+    Every rank keeps whole weights, and makes whole gradients. Raises ValueError for a mesh that is not Ulysses over 1,
+    2 or 4 ranks, for a plan that names no tokens, for ranks with different values, and for any choice of memory.
+    """
+    if mesh is not None and (size(mesh, "ulysses") != mesh.size() or mesh.size() not in (1, 2, 4)):
+        raise ValueError(_explain(size(mesh, "ulysses"), mesh.size()))
+    plan.check(model)
+    _check_memory(memory)
+    if not plan.tokens:
+        raise ValueError("the plan names no tokens, so there is nothing to sum in order: give ParallelPlan(tokens=…)")
+    group = submesh(mesh, "cp").get_group() if size(mesh, "cp") > 1 else None
+    if group:
+        check_same_values(model, submesh(mesh, "cp"))  # FSDP does it where it shards
+    seams = Exact(model, plan, group)
+    set_seams(model, plan, seams.split, seams.core, seams.gather)
+    seams.replace_layers_and_head(model)
+    return model
+
+
+def check_layout(parallel: ParallelConfig, world: int) -> None:
+    """Raises ValueError for a layout of `world` ranks that cannot be verified."""
+    whole = parallel.resolve(world)
+    if world not in (1, 2, 4) or whole.ulysses != world:
+        raise ValueError(_explain(whole.ulysses, world))
+
+
+def _explain(ulysses: int | None, world: int) -> str:
+    return (
+        "exact needs Ulysses over all of 1, 2 or 4 ranks and nothing else, as its sums are four chunks of "
+        f"tokens, added in one order: not ulysses={ulysses} of {world} ranks; give cp={world}, without "
+        "tp, pp_layers or ring, on 1, 2 or 4 ranks"
+    )
+
+
+def _check_memory(memory: MemoryConfig) -> None:
     """Raises ValueError for what would run a layer in another way."""
     asked = {name: getattr(memory, name) for name in ("recompute", "but_attention", "offload", "offload_params")}
     asked = {name: value for name, value in asked.items() if value not in ("none", 0)}

@@ -1,4 +1,4 @@
-"""Configurations in which some names may be the guides'."""
+"""Configurations in which some names may be MindSpeed-MM's."""
 
 import json
 import re
@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
-from mm_parallel.guides.names import OURS, Section, row_of
-from mm_parallel.guides.translate import translate, value_of
+from mm_train.guides.names import OURS, Section, row_of
+from mm_train.guides.translate import translate, value_of
 
 
 def from_guides(section: Section, given: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
-    """One section of a configuration in which some names may be the guides': all of it in ours, and notes.
+    """One section of a configuration in which some names may be MindSpeed-MM's: all of it in ours, and notes.
 
     Names that are neither are kept, for the parser to complain of. Raises ValueError as `translate` does, and for a
     field that is given under both names.
@@ -32,7 +32,7 @@ def from_guides(section: Section, given: Mapping[str, object]) -> tuple[dict[str
 
 
 def _context_of(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the guides' names must know of ours to be translated, under the guides' names."""
+    """What their names must know of ours to be translated, under their names."""
     known = {}
     if any(own.get(name) is not None for name in ("cp", "ulysses", "ring")):
         cp = own.get("cp")
@@ -47,7 +47,7 @@ def _context_of(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, 
 
 
 def arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command line with the guides' names under `--parallel.` and `--memory.` replaced by ours, and notes.
+    """A command line with MindSpeed-MM's names under `--parallel.` and `--memory.` replaced by ours, and notes.
 
     Raises ValueError as `from_guides` does.
     """

@@ -1,4 +1,4 @@
-"""From a guide's options to our two configurations."""
+"""From MindSpeed-MM's options to our two configurations."""
 
 import json
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from mm_parallel.config import ParallelConfig
-from mm_parallel.guides.names import plain, row_of, spellings
+from mm_train.guides.names import plain, row_of, spellings
 
 _VP = "virtual_pipeline_model_parallel_size"
 _ALGOS = ("ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo")
@@ -15,7 +15,7 @@ _ALGOS = ("ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo")
 def translate(settings: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """(arguments of ParallelConfig, arguments of MemoryConfig, what has no effect here and why).
 
-    settings: the guides' options, from whichever of their files, with dashes or underscores, with or without leading
+    settings: MindSpeed-MM's options, from whichever of their files, with dashes or underscores, with or without leading
         `--`, numbers and lists also as text. An option of a shell script without a value is given as True.
 
     Raises ValueError for a name that is not in the table, for what MindSpeed-MM refuses, for options that contradict
@@ -27,7 +27,7 @@ def translate(settings: Mapping[str, object]) -> tuple[dict[str, Any], dict[str,
         row = row_of(name)
         if row is None:
             near = get_close_matches(plain(name), spellings(), n=1)
-            raise ValueError(f"{name} is none of the guides' names" + (f": is it {near[0]}?" if near else ""))
+            raise ValueError(f"{name} is none of MindSpeed-MM's names" + (f": is it {near[0]}?" if near else ""))
         if row.guides in given:
             raise ValueError(f"{name} is given twice, under two spellings")
         given[row.guides] = value_of(value)

@@ -1,12 +1,12 @@
-"""Exact mode: the same bits for 1, 2 and 4 ranks."""
+"""A model that is verified: the same bits for 1, 2 and 4 ranks."""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mm_parallel import MemoryConfig, ParallelConfig, ParallelPlan, finish_gradients, make_mesh, parallelize
-from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
+from mm_parallel import MemoryConfig, ParallelConfig, ParallelPlan, finish_gradients, make_mesh, parallelize, verify
+from mm_parallel.testing import TinyLadder, TwoLadders, assert_same_grads, gradients, spawn
 
 
 def build(dtype: torch.dtype, seed: int = 0) -> TinyLadder:
@@ -23,9 +23,8 @@ def batch(samples: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 def train(world: int, samples: int, tokens: int, exact: bool = True) -> list[list]:
     """Losses, outputs and weights of three steps, as bits."""
-    parallel = ParallelConfig(cp=world, exact=exact)
-    mesh = make_mesh(parallel, "cpu")
-    model = parallelize(build(torch.float32), TinyLadder.plan, mesh, parallel)
+    mesh = make_mesh(ParallelConfig(cp=world), "cpu")
+    model = (verify.parallelize if exact else parallelize)(build(torch.float32), TinyLadder.plan, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     x, t, target = batch(samples, tokens, torch.float32)
     seen = []
@@ -63,12 +62,32 @@ def test_the_same_bits_on_1_2_and_4_ranks():
             assert plain != plain_single  # or else nothing would have been shown
 
 
+def train_two_ladders(rank: int, world: int) -> list[list]:
+    """Weights of three steps, as bits: the ladder in the stem runs whole on every rank."""
+    mesh = make_mesh(ParallelConfig(cp=world), "cpu")
+    torch.manual_seed(0)
+    model = verify.parallelize(TwoLadders(), TwoLadders.plan, mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    x, t, target = batch(2, 11, torch.float32)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x, t, x[:, :5]) - target).square().mean().backward()
+        finish_gradients(model, mesh)
+        optimizer.step()
+    return [whole(p).contiguous().view(torch.int32).tolist() for p in model.parameters()]
+
+
+def test_the_same_bits_with_a_ladder_in_the_stem():
+    single, *pair = *spawn(1, train_two_ladders), *spawn(2, train_two_ladders)
+    assert pair == [single, single]
+
+
 @pytest.mark.parametrize("tokens", [37, 10, 3])
 def test_the_numbers_of_the_plain_model(tokens):
     """Here, in one process without process group."""
     x, t, target = batch(2, tokens, torch.float64)
-    plain, parallel = build(torch.float64), ParallelConfig(exact=True)
-    exact = parallelize(build(torch.float64), TinyLadder.plan, make_mesh(parallel, "cpu"), parallel)
+    plain = build(torch.float64)
+    exact = verify.parallelize(build(torch.float64), TinyLadder.plan, make_mesh(ParallelConfig(), "cpu"))
     losses = [(model(x, t) - target).square().mean() for model in (plain, exact)]
     for loss in losses:
         loss.backward()
@@ -91,14 +110,13 @@ class BehindTheGather(TinyLadder):
 def behind(rank: int, world: int) -> None:
     models = []
     plan = ParallelPlan(**{**vars(TinyLadder.plan), "last": ("out", "last")})
-    parallel = ParallelConfig(cp=world, exact=True)
-    mesh = make_mesh(parallel, "cpu")
+    mesh = make_mesh(ParallelConfig(cp=world), "cpu")
     x, t, target = batch(2, 11, torch.float64)
     for exact in (False, True):
         torch.manual_seed(0)
         model = BehindTheGather().double()
         if exact:
-            model = parallelize(model, plan, mesh, parallel)
+            model = verify.parallelize(model, plan, mesh)
         (model(x, t) - target).square().mean().backward()
         models.append(model)
     finish_gradients(models[1], mesh)
@@ -112,12 +130,11 @@ def test_what_is_behind_the_gather_counts_once():
 
 def test_accumulation_and_frozen_weights():
     x, t, target = batch(2, 11, torch.float64)
-    plain, parallel = build(torch.float64), ParallelConfig(exact=True)
-    exact = build(torch.float64)
+    plain, exact = build(torch.float64), build(torch.float64)
     for model in (plain, exact):
         model.blocks[1].requires_grad_(False)
         model.embed.requires_grad_(False)
-    exact = parallelize(exact, TinyLadder.plan, None, parallel)
+    exact = verify.parallelize(exact, TinyLadder.plan)
     for model in (plain, exact):
         for _ in range(2):
             (model(x, t) - target).square().mean().backward()
@@ -135,21 +152,41 @@ class Broken(TinyLadder):
 
 def test_an_error_in_a_layer_comes_out():
     torch.manual_seed(0)
-    parallel = ParallelConfig(exact=True)
-    model = parallelize(Broken(), TinyLadder.plan, None, parallel)
+    model = verify.parallelize(Broken(), TinyLadder.plan)
     with pytest.raises(RuntimeError, match="no such layer"):
         model(*batch(1, 7, torch.float32)[:2])
 
 
 def test_memory_options_are_refused():
-    parallel = ParallelConfig(exact=True)
     with pytest.raises(ValueError, match="exact with recompute='full': exact mode runs"):
-        parallelize(TinyLadder(), TinyLadder.plan, None, parallel, MemoryConfig(recompute="full"))
+        verify.parallelize(TinyLadder(), TinyLadder.plan, memory=MemoryConfig(recompute="full"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "world", "message"),
+    [
+        ({"cp": 3}, 3, r"exact needs Ulysses over all of 1, 2 or 4 ranks .* not ulysses=3 of 3"),
+        ({"cp": 2}, 4, r"exact needs Ulysses over all of 1, 2 or 4 ranks .* not ulysses=2 of 4"),
+        ({"ring": 2}, 2, r"exact needs Ulysses over all of 1, 2 or 4 ranks .* not ulysses=1 of 2"),
+    ],
+)
+def test_layouts_that_cannot_be_verified(layout, world, message):
+    with pytest.raises(ValueError, match=message):
+        verify.check_layout(ParallelConfig(**layout), world)
+
+
+def over_a_ring(rank: int, world: int) -> None:
+    mesh = make_mesh(ParallelConfig(ring=2), "cpu")
+    with pytest.raises(ValueError, match=r"exact needs Ulysses .* not ulysses=1 of 2"):
+        verify.parallelize(build(torch.float32), TinyLadder.plan, mesh)
+
+
+def test_a_mesh_that_cannot_be_verified():
+    spawn(2, over_a_ring)
 
 
 def different(rank: int, world: int) -> None:
-    parallel = ParallelConfig(cp=2, exact=True)
-    parallelize(build(torch.float32, seed=rank), TinyLadder.plan, make_mesh(parallel, "cpu"), parallel)
+    verify.parallelize(build(torch.float32, seed=rank), TinyLadder.plan, make_mesh(ParallelConfig(cp=2), "cpu"))
 
 
 def test_ranks_with_different_weights_are_refused():
