@@ -1,8 +1,8 @@
 """Ranks that make one video together: the latents of one device, and the same files from the command."""
 
+import contextlib
+import io
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ import torch
 
 import mm_infer
 from mm_data import made_with, read_video
+from mm_infer.__main__ import main
 from mm_infer.config import Ranks
 from mm_infer.ranks import Share, share
 from mm_parallel.testing import spawn
@@ -89,22 +90,24 @@ def test_ranks_that_do_not_fit_are_refused():
         share(Ranks(cp=2))
 
 
-def test_from_a_shell_a_video_is_written_once(pipeline, tmp_path):
+def command(rank: int, world: int, argv: list[str]) -> str:
+    """What the command prints, as torchrun would start it."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main(argv)
+    return printed.getvalue()
+
+
+def test_by_the_command_a_video_is_written_once(pipeline, tmp_path, capsys):
     size = ["--height", "48", "--width", "48", "--frames", "9", "--steps", "2"]
-    asked = ["-m", "mm_infer", "--weights", str(pipeline), "--prompt", "a cat", *size]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    shared = [*asked, "--parallel.guidance", "2", "--output", "two"]
-    said = []
-    for command in ([*torchrun, *shared], [*torchrun, *shared], [*asked, "--output", "one"]):
-        done = subprocess.run(
-            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        said.append(done.stdout)
+    one, two = tmp_path / "one", tmp_path / "two"
+    asked = ["--weights", str(pipeline), "--prompt", "a cat", *size]
+    shared = [*asked, "--parallel.guidance", "2", "--output", str(two)]
+    said = ["".join(spawn(2, command, shared, timeout=120)) for _ in range(2)]
+    main([*asked, "--output", str(one)])
+    said.append(capsys.readouterr().out)
     assert [text.count("1 video(s) in") for text in said] == [1, 0, 1]
     assert [text.count("kept, made by the same command") for text in said] == [0, 1, 0]
-    one, two = tmp_path / "one/video_0.mp4", tmp_path / "two/video_0.mp4"
-    assert made_with(one) == made_with(two)
-    frames = [read_video(file).frames.astype(int) for file in (one, two)]
+    assert made_with(one / "video_0.mp4") == made_with(two / "video_0.mp4")
+    frames = [read_video(folder / "video_0.mp4").frames.astype(int) for folder in (one, two)]
     assert abs(frames[0] - frames[1]).max() <= 2

@@ -118,13 +118,15 @@ def _run_rank(pipe: Any, folder: str, rank: int, world: int, function: tuple, ar
             deadline = timedelta(seconds=timeout + 60)  # ours comes first: it shows the stacks
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=deadline)
             result = fn(rank, world, *pickle.loads(args))
-            dist.barrier()  # a rank that is done must not look like one that died
+            if dist.is_initialized():  # a program that ran here may have left
+                dist.barrier()  # a rank that is done must not look like one that died
             pipe.send((result, None))
         except BaseException:  # DCP raises BaseException
             pipe.send((None, traceback.format_exc()))
             pipe.close()
             signal.pause()  # keep our connections open, or other ranks would fail because of us and be reported first
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _find(module_name: str, path: str, qualname: str) -> Callable[..., Any]:
