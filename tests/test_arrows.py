@@ -1,6 +1,7 @@
 """Who may import whom, and what must be quick."""
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -45,7 +46,7 @@ def test_arrows(package):
 
 def test_only_plans_draw_the_arrow_from_models_to_parallel():
     drawn = {f.name for f in SOURCES["mm_models"].rglob("*.py") if "mm_parallel" in imports(f)}
-    typing_only = {"registry.py"}  # names the type of what it returns, under TYPE_CHECKING
+    typing_only = {"family.py", "families.py"}  # name the type of what is returned, under TYPE_CHECKING
     assert drawn - typing_only == {"plan.py"}
 
 
@@ -66,6 +67,17 @@ def test_metadata_says_what_is_imported(package):
     assert {name.replace("_", "-") for name in used} <= declared
     assert not any(d.startswith("torch==") for d in project["dependencies"]), "a package must not pin torch"
     assert "torch_npu" not in declared
+
+
+@pytest.mark.parametrize("package", sorted(SIBLINGS))
+def test_siblings_are_asked_for_by_compatible_versions(package):
+    """They are released one by one: a package names the minor version that it was written against, which is here."""
+    project = tomllib.loads((SOURCES[package].parent.parent / "pyproject.toml").read_text())["project"]
+    for dependency in project["dependencies"]:
+        name, _, bounds = re.match(r"([a-z-]+)(\[[a-z,]+\])?(.*)", dependency).groups()
+        if (sibling := name.replace("-", "_")) in SIBLINGS:
+            major, minor, _ = re.findall(r"\d+", (SOURCES[sibling] / "__about__.py").read_text())
+            assert bounds == f">={major}.{minor},<{major}.{int(minor) + 1}", f"{package} asks for {dependency}"
 
 
 def seconds(*command: str) -> float:

@@ -8,7 +8,7 @@ import torch
 from mm_convert import convert, diff, open_checkpoint
 from mm_data import FeatureCache
 from mm_infer import load
-from mm_models.testing import write_encoders
+from mm_models.wan.testing import write_encoders
 from mm_train.recipe import load_config
 from mm_train.train import train
 

@@ -10,9 +10,9 @@ from mm_convert import cli, open_checkpoint, open_experts
 from mm_data import FeatureCache, write_video
 from mm_infer import load
 from mm_models import preset
-from mm_models.testing import write_encoders
 from mm_models.wan import WanConfig
-from mm_models.wan.conditions import stored, tasks
+from mm_models.wan.tasks import stored, tasks
+from mm_models.wan.testing import write_encoders
 from mm_train.recipe import load_config
 from mm_train.train import train
 
@@ -42,7 +42,7 @@ def features(place, model, changes):
     with FeatureCache(path) as cache:
         for i in range(4):
             tensors = {"latents": (16, 2, 4, 6), "text.0": (5, 64)}
-            for name, size in stored(config, tasks(config)[0]).items():
+            for name, size in stored(config, tasks(config)[0].name).items():
                 tensors[name] = (size, 32) if name == "image" else (size, 2, 4, 6)
             drawn = {name: torch.randn(shape, generator=random) for name, shape in tensors.items()}
             cache.put(f"{i:064d}", drawn, {"id": f"{i}.mp4"})

@@ -1,18 +1,61 @@
-"""What the documents on parallelism show is what there is."""
+"""What the documents show is what there is."""
 
 import importlib.util
+import re
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
-from mm_parallel import MemoryConfig, ParallelConfig, guides
+from mm_parallel import MemoryConfig, ParallelConfig
 from mm_parallel.testing import spawn
+from mm_parallel.testing.equivalence import FEATURES, SAMPLES, Case, Family, check, combine
+from mm_train import guides
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = [*DOCS.rglob("*.md"), *(page for place in (".", "libs/*", "apps/*") for page in ROOT.glob(f"{place}/*.md"))]
 
 
-def test_the_table_of_the_guides_names_is_the_one_that_is_used():
-    assert guides.table().strip() in (DOCS / "parallel.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_links_to_what_is_there(page):
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s#]+)", prose)
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_promises_name_tests_that_are_there(page):
+    """A name without a folder is in the folder before it."""
+    folder, tests = ROOT, []
+    for test in re.findall(r"`((?:[\w-]+/)*test_\w+\.py)`", (ROOT / page).read_text(encoding="utf-8")):
+        folder = (ROOT / test).parent if "/" in test else folder
+        tests.append(folder / Path(test).name)
+    assert len(tests) > 30
+    assert [test for test in tests if not test.exists()] == []
+
+
+def test_the_tree_of_the_readme_is_the_one_that_is_there():
+    """Every folder and file that it draws, in both languages alike."""
+    drawn = []
+    for page in ("README.md", "README.zh.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        tree = next(block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if block.startswith("libs/"))
+        drawn.append([(len(line) - len(line.lstrip()), line.split()[0]) for line in tree.splitlines()])
+    assert drawn[0] == drawn[1]
+    above: list[tuple[int, Path]] = [(-1, ROOT)]
+    for indent, name in drawn[0]:
+        above = [(depth, path) for depth, path in above if depth < indent]
+        (found, *_) = [*above[-1][1].glob(name.replace("…", "src/*")), None]
+        assert found, name
+        above.append((indent, found))
+
+
+def test_the_table_of_mindspeed_mms_names_is_the_one_that_is_used():
+    assert guides.table().strip() in (DOCS / "guides.md").read_text(encoding="utf-8")
 
 
 def llama(parallel: ParallelConfig, memory: MemoryConfig) -> list[float]:
@@ -41,3 +84,48 @@ def test_a_model_that_is_not_ours_trains_alike_in_every_layout():
     for losses in spawn(4, in_every_layout, timeout=180):
         for layout in losses:
             assert layout == pytest.approx(alone, rel=1e-10)
+
+
+@cache
+def small_family() -> dict[str, Any]:
+    """The names that the code of adding-a-model.md makes, run from top to bottom."""
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "adding-a-model.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {"__name__": "adding_a_model"}
+    exec(compile("\n".join(blocks), "adding-a-model.md", "exec"), names)
+    return names
+
+
+def build() -> nn.Module:
+    page = small_family()
+    model = page["TINY"].build(page["TinyConfig"]()).double()
+    for name, parameter in model.named_parameters():
+        parameter.data = page["initial"](name, parameter.shape, seed=0).double()
+    return model
+
+
+def batch() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"video": (4, 3, 3, 1), "text": (5, 16), "target": (4, 3, 3, 1)}  # 9 tokens: no number of ranks fits
+    drawn = {n: torch.randn(SAMPLES, *shape, generator=generator, dtype=torch.float64) for n, shape in shapes.items()}
+    return drawn | {"t": torch.linspace(3, 999, SAMPLES, dtype=torch.float64)}
+
+
+def in_layouts_of_two(rank: int, world: int, cases: list[Case]) -> None:
+    check(rank, world, Family(build, small_family()["plan"], batch), cases)
+
+
+def test_the_family_that_is_added_trains_samples_and_is_cut():
+    """Each feature that two ranks can have."""
+    page = small_family()
+    assert page["losses"].shape == (2,)
+    assert page["latents"].isfinite().all()
+    assert all(parameter.grad is not None for parameter in page["model"].parameters())
+    tokens, flops = page["TINY"].cost(page["model"])(page["tensors"])
+    assert (tokens, flops) == (
+        3 * 8 * 8,
+        pytest.approx(6 * 192 * sum(p.numel() for p in page["model"].blocks.parameters())),
+    )
+    assert page["TINY"].describe(page["config"])["dim"] == 24
+    cases = [case for name in FEATURES if (case := combine((name,))) and case.ranks == 2]
+    assert len(cases) > 5
+    spawn(2, in_layouts_of_two, cases, timeout=180)

@@ -10,6 +10,7 @@ from mm_convert.families import VACE, WAN
 from mm_convert.families.presets import name_preset
 from mm_convert.read.content import identify
 from mm_models import boundary, build, presets
+from mm_models.families import family_of
 
 OURS_ALONE = {name for name in presets() if name.startswith("wan-tiny")}  # released by nobody
 
@@ -30,3 +31,14 @@ def test_both_know_the_same_presets():
     assert set(presets()) - OURS_ALONE == {*WAN.presets, *VACE.presets}
     experts = {name: boundary(name) for name in set(presets()) - OURS_ALONE if boundary(name) is not None}
     assert experts == {**WAN.boundaries, **VACE.boundaries}
+
+
+def test_a_small_clip_of_two_images_is_known_by_its_positions():
+    """34 tokens with positions, from the tensors alone, in our names and in those of diffusers."""
+    model = build("wan-tiny-i2v", device="meta", image_tokens=34, image_positions=True)
+    content = understand({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}, "it")
+    assert (content.config["image_tokens"], content.config["image_positions"]) == (34, True)
+    read = family_of(model.config).config(**content.config | {"num_heads": 5, "text_dim": 64})
+    assert [task.name for task in family_of(read).tasks(read)] == ["flf2v"]
+    plain = build("wan-tiny-i2v", device="meta")
+    assert "image_positions" not in understand({k: tuple(t.shape) for k, t in plain.state_dict().items()}, "it").config

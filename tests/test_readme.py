@@ -1,7 +1,10 @@
-"""Every command in a README is one that the programs understand, flag by flag."""
+"""Every command in a README or in docs/ is one that the programs understand, flag by flag."""
 
 import re
 import shlex
+import subprocess
+from collections.abc import Iterator
+from itertools import product
 from math import prod
 from pathlib import Path
 
@@ -10,11 +13,13 @@ import pytest
 from mm_convert import cli
 from mm_convert.cli.arguments import parse
 from mm_infer.config import Config as InferConfig
+from mm_models import presets
 from mm_train.export import ExportConfig
 from mm_train.extract import ExtractConfig
 from mm_train.recipe import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
+WAN = ROOT / "docs/wan.md"  # has one block for all models: see `expand`
 READMES = [ROOT / "README.md", ROOT / "README.zh.md", *ROOT.glob("apps/*/README.md"), *ROOT.glob("docs/**/*.md")]
 COUNTS = ("--nnodes", "--nproc_per_node")  # of torchrun
 PROGRAMS = {
@@ -25,20 +30,106 @@ PROGRAMS = {
 }
 
 
-def commands() -> list[tuple[str, list[str], int]]:
-    """(program, arguments, ranks) of every command of ours that stands in a code block."""
-    found = []
-    for readme in READMES:
-        for block in re.findall(r"```[a-z]*\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if words[:1] == ["mm-convert"]:
-                    found.append(("mm-convert", words[1:], 1))
-                elif "-m" in words and words[words.index("-m") + 1] in PROGRAMS:
-                    at = words.index("-m") + 1
-                    counts = [int(words[i + 1]) for i, word in enumerate(words[:at]) if word in COUNTS]
-                    found.append((words[at], words[at + 1 :], prod(counts)))
-    return found
+Command = tuple[str, list[str], int]  # program, arguments, ranks
+
+
+def blocks(readme: Path, language: str = "[a-z]*") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def command(words: list[str]) -> Command | None:
+    """What a line of a shell starts, if it is a program of ours."""
+    if words[:1] == ["mm-convert"]:
+        return "mm-convert", words[1:], 1
+    if words[:1] not in (["python"], ["torchrun"]) or "-m" not in words or words[words.index("-m") + 1] not in PROGRAMS:
+        return None
+    at = words.index("-m") + 1
+    return words[at], words[at + 1 :], prod(int(words[i + 1]) for i, word in enumerate(words[:at]) if word in COUNTS)
+
+
+def written() -> list[Command]:
+    """Every command of ours that stands in a code block as it is to be typed."""
+    lines = [
+        line
+        for readme in READMES
+        if readme != WAN
+        for block in blocks(readme)
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+    typed = [
+        shlex.split(line, comments=True) for line in lines if line.startswith(("python ", "torchrun ", "mm-convert "))
+    ]
+    return [found for words in typed if (found := command(words))]
+
+
+def table(*first: str) -> list[dict[str, str]]:
+    """The rows of the table of docs/wan.md whose header begins so, by the headers of its columns."""
+    rows = []
+    for line in WAN.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if rows and not line.startswith("|"):
+            break
+        if rows or [cell.strip("`") for cell in cells[: len(first)]] == [*first]:
+            rows.append(cells)
+    head, _, *rows = rows
+    return [dict(zip([name.strip("`") for name in head], row, strict=True)) for row in rows]
+
+
+def values(cell: str) -> list[str]:
+    """What a cell offers: its code spans; "no"; and nothing, where it is empty or says so."""
+    spans = re.findall(r"`(.*?)`", cell)
+    return ["no"] if cell == "no" else spans if spans and "nothing" not in cell else ["", *spans]
+
+
+def settings() -> Iterator[dict[str, str]]:
+    """Variables for the block of docs/wan.md, as its tables have them: every model, on 1, 8 and 16 devices."""
+    for model, ranks in product(table("MODEL", "W"), table("devices")):
+        name, devices = model["MODEL"], ranks["devices"]
+        chosen = {variable: values(cell) for variable, cell in (model | ranks).items() if variable.isupper()}
+        chosen["E"] = values(model["E"] or model["W"])
+        chosen |= {
+            row["variable"].strip("`"): values(row[devices]) for row in table("variable") if name in row["MODEL"]
+        }
+        (given,) = (values(row["GIVEN"]) for row in table("MODEL", "GIVEN") if name in row["MODEL"])
+        chosen["GIVEN"] = given if devices == "1" else given[:1]
+        for one_of_each in product(*chosen.values()):
+            yield dict(zip(chosen, one_of_each, strict=True))
+
+
+def expand(variables: dict[str, str]) -> list[Command]:
+    """The commands that bash makes of the blocks of docs/wan.md, once the variables of the first block are set."""
+    first, *others = blocks(WAN, "shell")
+    programs = ("python", "torchrun", "hf", "mm-convert")
+    script = [f"{name}() {{ printf '%s\\037' {name} \"$@\"; echo; }}" for name in programs]  # says what it is given
+    script += [first, *(f"{name}={shlex.quote(value)}" for name, value in variables.items()), *others]
+    said = subprocess.run(["bash", "-euc", "\n".join(script)], check=True, capture_output=True, text=True).stdout
+    found = [command(line.split("\037")[:-1]) for line in said.splitlines()]
+    return [made for made in found if made and "no" not in made[1]]  # does not fit so few devices
+
+
+def commands() -> list[Command]:
+    """Each command of ours in the documentation, once."""
+    found = [*written(), *(made for variables in settings() for made in expand(variables))]
+    return list({str(made): made for made in found}.values())
+
+
+def test_one_block_stands_for_every_model_on_every_number_of_devices():
+    """In full, where so many devices hold it, and LoRA; each expert."""
+    made = [made for variables in settings() for made in expand(variables)]
+    trained = {
+        (arguments[1], ranks, "--recipe" in arguments, *re.findall("--expert (.*)", " ".join(arguments)))
+        for program, arguments, ranks in made
+        if program == "mm_train" and "--data.features" in arguments
+    }
+    fits = {"wan2.1-t2v-1.3b", "wan2.1-i2v-1.3b", "wan2.2-ti2v-5b", "vace-1.3b"}  # in full on one device
+    assert trained == {
+        (model, ranks, lora, *expert)
+        for model in presets()
+        if model.startswith(("wan2", "vace"))
+        for ranks, lora in product((1, 8, 16), (False, True))
+        for expert in ([("high",), ("low",)] if "a14b" in model else [()])
+        if lora or ranks > 1 or model in fits
+    }
 
 
 def test_there_are_commands_of_every_program():

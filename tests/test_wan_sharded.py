@@ -9,7 +9,15 @@ from mm_models import build, plan
 from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora
 from mm_models.wan import WanModel
-from mm_parallel import MemoryConfig, ParallelConfig, clip_grad_norm, finish_gradients, load_parameters, parallelize
+from mm_parallel import (
+    MemoryConfig,
+    ParallelConfig,
+    clip_grad_norm,
+    finish_gradients,
+    load_parameters,
+    make_mesh,
+    parallelize,
+)
 from mm_parallel.testing import assert_same_grads, gradients, spawn
 
 TEXT_TO_VIDEO = {}
@@ -60,7 +68,7 @@ def compare(rank: int, world: int, replicate: int, recompute: str | int, variant
     data = batch(single, dtype)
     expected = step(single, data, dtype)
 
-    mesh = ParallelConfig(replicate).mesh("cpu")
+    mesh = make_mesh(ParallelConfig(replicate), "cpu")
     with torch.device("meta"):
         model = WanModel(single.config)
     cast_weights(model, dtype)
@@ -87,14 +95,14 @@ def test_bf16_is_the_same_rounding():
 
 
 def adapters(rank: int, world: int) -> None:
-    """A frozen bf16 base with fp32 islands and fp32 adapters: three dtypes in every rung."""
+    """A frozen bf16 base with parameters kept in fp32 and fp32 adapters: three dtypes in every layer."""
     lora = LoRAConfig(rank=3, alpha=6, targets=("q", "ffn.0"))
     single = add_lora(cast_weights(tiny(torch.float32, torch.bfloat16, TEXT_TO_VIDEO), torch.bfloat16), lora)
     with torch.device("meta"):
         model = WanModel(single.config)
     add_lora(cast_weights(model, torch.bfloat16), lora)
     model.compute_dtype = torch.bfloat16
-    mesh = ParallelConfig().mesh("cpu")
+    mesh = make_mesh(ParallelConfig(), "cpu")
     parallelize(model, plan(model), mesh, memory=MemoryConfig("full"), dtype=torch.bfloat16)
     for target in (single, model):
         load_parameters(target, weights(single), torch.device("cpu"))

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from mm_models import build, plan
 from mm_models.lora import LoRAConfig, add_lora
 from mm_models.wan import WanModel
-from mm_parallel import ParallelConfig, clip_grad_norm, data_rank, finish_gradients, load_parameters, parallelize
+from mm_parallel import (
+    ParallelConfig,
+    clip_grad_norm,
+    data_rank,
+    finish_gradients,
+    load_parameters,
+    make_mesh,
+    parallelize,
+)
 from mm_parallel.testing import assert_same_grads, gradients, spawn
 from mm_parallel.weights import full_tensors
 
@@ -69,7 +77,7 @@ def compare(rank: int, world: int, variant: dict, lora: LoRAConfig | None) -> in
     want = {name: grad.clone() for name, grad in gradients(single).items()}
     norm = clip_grad_norm(single, 0.1)
     for device in ("cpu", "meta"):
-        mesh = ParallelConfig(tp=min(world, 4) if device == "cpu" else 2).mesh("cpu")
+        mesh = make_mesh(ParallelConfig(tp=min(world, 4) if device == "cpu" else 2), "cpu")
         model = tiny(variant, lora, device)
         parallelize(model, plan(model), mesh)
         if device == "meta":
@@ -101,7 +109,7 @@ def test_adapters_on_columns_and_rows_equal_one_device(world, variant):
 
 def dropout(rank: int, world: int) -> None:
     model = add_lora(tiny(TEXT_TO_VIDEO, None), LoRAConfig(rank=3, dropout=0.1, targets=("o",)))
-    parallelize(model, plan(model), ParallelConfig(tp=2).mesh("cpu"))
+    parallelize(model, plan(model), make_mesh(ParallelConfig(tp=2), "cpu"))
 
 
 def test_adapters_that_drop_out_are_refused():

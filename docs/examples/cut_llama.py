@@ -27,16 +27,17 @@ from mm_parallel import (
     data_rank,
     finish_gradients,
     forward_backward,
+    make_mesh,
     parallelize,
 )
 from mm_parallel.device import device, init_distributed, leave
-from mm_parallel.mesh import size, speaks
+from mm_parallel.mesh import reports_loss, size
+from mm_parallel.plan import Sequence
 
 PLAN = ParallelPlan(
-    rungs=("model.layers.*",),
+    layers=("model.layers.*",),
     last=("model.norm", "lm_head"),
     tokens={"x": 1, "cos": 1, "sin": 1},
-    causal=True,
     heads=4,
     columns=tuple(
         f"model.layers.*.{name}_proj" for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")
@@ -49,18 +50,18 @@ class Stream(NamedTuple):
     x: Tensor  # B L D
     cos: Tensor  # 1 L h
     sin: Tensor
-    tokens: int  # L of the whole text
+    sequence: Sequence
 
 
-def seam(module, q: Tensor, k: Tensor, v: Tensor, mask, core, tokens: int, **_) -> tuple[Tensor, None]:
+def seam(module, q: Tensor, k: Tensor, v: Tensor, mask, core, sequence: Sequence, **_) -> tuple[Tensor, None]:
     """transformers calls this with B H L h; whoever cuts the tokens takes B L H h."""
     k, v = (repeat_kv(x, module.num_key_value_groups) for x in (k, v))
-    return core(*(x.transpose(1, 2) for x in (q, k, v)), tokens), None
+    return core(*(x.transpose(1, 2) for x in (q, k, v)), sequence), None
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=sequence.causal).transpose(1, 2)
 
 
 class Llama(LlamaForCausalLM):
@@ -71,7 +72,7 @@ class Llama(LlamaForCausalLM):
         config._attn_implementation = "seam"
         super().__init__(config)
         self.split = self.gather = lambda x, *_: x
-        self.core = causal
+        self.core = attention
 
     @property
     def layers(self):
@@ -80,16 +81,16 @@ class Llama(LlamaForCausalLM):
     def stem(self, input_ids: Tensor) -> Stream:
         x = self.model.embed_tokens(input_ids)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        return self.split(Stream(x, *self.model.rotary_emb(x, positions), input_ids.shape[1]))
+        return self.split(Stream(x, *self.model.rotary_emb(x, positions), Sequence(input_ids.shape[1], causal=True)))
 
     def layer(self, i: int, stream: Stream) -> Stream:
-        turns = (stream.cos, stream.sin)
+        positions = (stream.cos, stream.sin)
         return stream._replace(
-            x=self.layers[i](stream.x, position_embeddings=turns, core=self.core, tokens=stream.tokens)
+            x=self.layers[i](stream.x, position_embeddings=positions, core=self.core, sequence=stream.sequence)
         )
 
     def head(self, stream: Stream) -> Tensor:
-        return self.gather(self.lm_head(self.model.norm(stream.x)), stream.tokens)
+        return self.gather(self.lm_head(self.model.norm(stream.x)), stream.sequence)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         stream = self.stem(input_ids)
@@ -100,7 +101,7 @@ class Llama(LlamaForCausalLM):
 
 def train(parallel: ParallelConfig, memory: MemoryConfig, steps: int = 3) -> list[float]:
     """Losses of a few steps on random text: a global batch of 8 texts of 13 tokens, in micro-batches of 2."""
-    mesh = parallel.mesh(device().type)
+    mesh = make_mesh(parallel, device().type)
     torch.manual_seed(0)
     sizes = {"vocab_size": 32, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4}
     model = Llama(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).double()
@@ -116,21 +117,24 @@ def train(parallel: ParallelConfig, memory: MemoryConfig, steps: int = 3) -> lis
         groups.setdefault((type(parameter), getattr(parameter, "placements", None)), []).append(parameter)
     optimizer = torch.optim.AdamW([{"params": group} for group in groups.values()], lr=1e-2)
 
-    def loss(output: Tensor, number: int) -> Tensor:
-        return F.cross_entropy(output[:, :-1].transpose(1, 2), mine[number][:, 1:])
+    total = texts[:, 1:].numel()  # every token but the first of each text is a label
 
-    losses = []
+    def losses(output: Tensor, number: int) -> Tensor:
+        """Of every label token: B L-1."""
+        return F.cross_entropy(output[:, :-1].transpose(1, 2), mine[number][:, 1:], reduction="none")
+
+    means = []
     for _ in range(steps):
-        own = forward_backward(run, len(mine), lambda number: {"input_ids": mine[number]}, loss)
+        own = forward_backward(run, len(mine), lambda number: {"input_ids": mine[number]}, losses, total, mesh)
         finish_gradients(model, mesh)
         clip_grad_norm(model, 1.0, mesh)
         optimizer.step()
         optimizer.zero_grad()
-        mean = torch.stack(own).mean() / parts if own and speaks(mesh) else torch.zeros((), dtype=torch.float64)
+        summed = torch.cat(own).sum() if own and reports_loss(mesh) else torch.zeros((), dtype=torch.float64)
         if mesh is not None:
-            dist.all_reduce(mean)
-        losses.append(mean.item())
-    return losses
+            dist.all_reduce(summed)
+        means.append(summed.item() / total)
+    return means
 
 
 if __name__ == "__main__":

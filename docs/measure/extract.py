@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from mm_data import FeatureCache, Geometry, VideoDataset, read_manifest
-from mm_models.encoders import TextEncoder, VideoVAE
+from mm_models.encoders import TextEncoder
+from mm_models.wan.vae import WanVAE
 from mm_train.extract import Data, ExtractConfig, extract
 
 BATCH = 8
@@ -34,7 +35,7 @@ def main(demo: Path) -> None:
         return result
 
     dataset = VideoDataset(samples, geometry)
-    vae, text = VideoVAE(encoders), TextEncoder(encoders, dtype=torch.float32)
+    vae, text = WanVAE(encoders), TextEncoder(encoders, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         cache = FeatureCache(Path(folder) / "parts")
         plan = timed("hash", lambda: cache.plan(samples, geometry, "x"))

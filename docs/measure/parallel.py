@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mm_models import build, plan
-from mm_parallel import ParallelConfig, clip_grad_norm, finish_gradients, forward_backward, parallelize
+from mm_parallel import ParallelConfig, clip_grad_norm, finish_gradients, forward_backward, make_mesh, parallelize
 from mm_parallel.attention import core
 from mm_parallel.context import Context
+from mm_parallel.plan import Sequence
 from mm_parallel.testing import spawn
 
 ROUNDS = 7
@@ -27,7 +28,7 @@ def machinery(rank: int, world: int) -> tuple[list[float], list[float]]:
     """Seconds of bare and of our steps, in turns."""
     sizes = {"dim": 768, "ffn_dim": 3072, "num_heads": 12, "num_layers": 4, "text_dim": 64}
     bare, model = build("wan-tiny", **sizes), build("wan-tiny", **sizes)
-    mesh = ParallelConfig().mesh("cpu")
+    mesh = make_mesh(ParallelConfig(), "cpu")
     parallelize(model, plan(model), mesh)
     batch = {"video": torch.randn(1, 16, 6, 32, 32), "t": torch.tensor([500.0]), "text": torch.randn(1, 20, 64)}
     target = torch.randn(1, 16, 6, 32, 32)
@@ -38,7 +39,7 @@ def machinery(rank: int, world: int) -> tuple[list[float], list[float]]:
         bare.zero_grad()
 
     def ours() -> None:
-        forward_backward(model, 1, lambda i: batch, lambda out, i: (out - target).square().flatten(1).mean(1))
+        forward_backward(model, 1, lambda i: batch, lambda out, i: (out - target).square().flatten(1).mean(1), total=1)
         finish_gradients(model, mesh)
         clip_grad_norm(model, 1.0, mesh)
         model.zero_grad()
@@ -48,8 +49,8 @@ def machinery(rank: int, world: int) -> tuple[list[float], list[float]]:
 
 def shared(rank: int, world: int, tokens: int) -> list[list[float]]:
     """Seconds of forward and backward: half the heads alone, Ulysses, ring."""
-    heads, width = 12, 64
-    ulysses, ring = (Context(ParallelConfig(**{way: 2}).mesh("cpu")) for way in ("ulysses", "ring"))
+    heads, width, sequence = 12, 64, Sequence(tokens)
+    ulysses, ring = (Context(make_mesh(ParallelConfig(**{way: 2}), "cpu")) for way in ("ulysses", "ring"))
     part = [torch.randn(1, tokens // 2, heads, width, requires_grad=True) for _ in range(3)]
     half = [torch.randn(1, tokens, heads // 2, width, requires_grad=True) for _ in range(3)]
 
@@ -62,9 +63,9 @@ def shared(rank: int, world: int, tokens: int) -> list[list[float]]:
 
     return alternating(
         [
-            run(lambda *qkv: core(*qkv, tokens), half),
-            run(lambda *qkv: ulysses.attention(*qkv, tokens), part),
-            run(lambda *qkv: ring.attention(*qkv, tokens), part),
+            run(lambda *qkv: core(*qkv, sequence), half),
+            run(lambda *qkv: ulysses.attention(*qkv, sequence), part),
+            run(lambda *qkv: ring.attention(*qkv, sequence), part),
         ]
     )
 

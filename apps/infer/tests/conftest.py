@@ -15,7 +15,7 @@ from diffusers import (
     WanVACETransformer3DModel,
 )
 
-from mm_models.testing import tiny_encoders
+from mm_models.wan.testing import tiny_encoders
 
 CLIP = {"image_dim": 24, "added_kv_proj_dim": 40}  # 40: the width of the model
 KINDS = {

@@ -16,10 +16,10 @@ from mm_convert import save_lora
 from mm_data import made_with
 from mm_infer.__main__ import main
 from mm_infer.config import Config
-from mm_infer.defaults import NEGATIVE_PROMPT
-from mm_infer.lists import asked as requests
+from mm_infer.lists import read_requests
 from mm_models import build
 from mm_models.lora import LoRAConfig, add_lora
+from mm_models.wan.presets import NEGATIVE_PROMPT
 
 SMALL = ["--height", "32", "--width", "48", "--frames", "9", "--steps", "2"]
 PROMPTS = ["a cat", "a dog", "a much longer prompt about a fox"]
@@ -126,9 +126,9 @@ def test_latents_that_are_not_finite_are_no_video(asked, pipeline, tmp_path, cap
     name = next(name for name in tensors if "ffn.net.2.weight" in name or "final_layer_norm" in name)
     tensors[name].fill_(float("nan"))
     save_file(tensors, file, {"format": "pt"})
-    blamed = "first blocks.0.ffn.2.weight" if part == "transformer" else "the text encoder"
+    cause = "first blocks.0.ffn.2.weight" if part == "transformer" else "the text encoder"
     asked += ["--weights", str(weights), "--output", str(tmp_path / "out")]
-    refused(asked, capsys, f"latents for {PROMPTS[0]!r} came out as NaN", blamed, code=1)
+    refused(asked, capsys, f"latents for {PROMPTS[0]!r} came out as NaN", cause, code=1)
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -141,7 +141,7 @@ def test_prompt_files_are_cut_at_line_ends_only(asked, tmp_path, capsys):
     file = tmp_path / "prompts.txt"
     file.write_bytes("a\u2028cat\r\na\x85dog\n".encode())
     config = Config(weights=Path("w"), output=Path("o"), prompt_file=file)
-    assert [one.prompt for one in requests(config)] == ["a\u2028cat", "a\x85dog"]
+    assert [one.prompt for one in read_requests(config)] == ["a\u2028cat", "a\x85dog"]
     file.write_bytes(b"caf\xe9\n")
     refused([*asked, "--output", str(tmp_path / "out")], capsys, "prompts.txt is not UTF-8 text")
 
@@ -228,13 +228,32 @@ def test_a_lora_of_another_model_is_refused(asked, tmp_path, capsys):
     refused(asked, capsys, "lora")
 
 
+def without_torch(argv: list[str]) -> subprocess.CompletedProcess:
+    """The command, which must end before torch is imported."""
+    code = "import sys, mm_infer.__main__ as m\ntry: m.main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules\n"
+    return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+
+
 def test_help_needs_no_torch():
-    code = (
-        "import sys, mm_infer.__main__ as m\n"
-        "try: m.main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "assert 'torch' not in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = without_torch(["--help"])
     assert done.returncode == 0, done.stderr
     assert "--flow_shift" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "messages"),
+    [
+        (["--weights", "nowhere"], ["weights: nowhere does not exist"]),
+        (["--model", "wan2.1-t2v-1.3"], ["did you mean 'wan2.1-t2v-1.3b'?"]),
+        (["--task", "t2w"], ["task t2w: these weights can do t2v (a prompt alone), ", "did you mean t2v?"]),
+        (["--task", "vace"], ["task vace: these weights can do t2v"]),
+        (["--height", "100"], ["height 100", "96 or 112"]),
+        (["--video", "nowhere.mp4"], ["video: nowhere.mp4 does not exist"]),
+        (["--control_scale", "0.5"], ["control_scale 0.5 is for task vace, but this is t2v"]),
+    ],
+)
+def test_what_can_be_known_without_torch_is_said_without_it(asked, flags, messages):
+    done = without_torch([*asked, "--output", "out", *flags])
+    assert done.returncode == 2, done.stderr
+    for message in messages:
+        assert message in done.stderr

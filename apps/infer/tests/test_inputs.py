@@ -12,33 +12,27 @@ import mm_infer
 from mm_data import made_with, write_video
 from mm_infer.__main__ import main
 from mm_infer.config import Config, Options
-from mm_infer.defaults import CHINESE_NEGATIVE_PROMPT, NEGATIVE_PROMPT
 from mm_infer.inputs import Given, footage
-from mm_infer.lists import asked
-from mm_infer.plan import plan
-from mm_infer.tasks import choose_task
-from mm_models import boundary, preset
-from mm_models.wan.conditions import TASKS
+from mm_infer.lists import read_requests
+from mm_infer.settle import choose_task, settle
+from mm_infer.weights import Facts
+from mm_models.families import find
+from mm_models.wan.presets import CHINESE_NEGATIVE_PROMPT, NEGATIVE_PROMPT
 
 IMAGE = np.zeros((300, 200, 3), np.uint8)
 CLIP = np.zeros((30, 100, 200, 3), np.uint8)
 
 
-def planned(model: str, options: Options | None = None, **given) -> Options:
-    high = preset(model).out_channels == 48
-    return plan(
-        options or Options(),
-        Given(**given),
-        preset(model),
-        experts=boundary(model) is not None,
-        model=model,
-        ti2v=high,
-        multiple=32 if high else 16,
-    )
+@pytest.fixture(scope="module")
+def facts(tiny):
+    """facts(preset): of the released weights; only their VAE is a tiny one, with the sizes of theirs."""
 
+    def know(model: str) -> Facts:
+        family, preset = find(model)
+        repository = tiny("5b" if preset.config.out_channels == 48 else "t2v")
+        return Facts(family, preset.config, preset.boundary is not None, preset.published, repository)
 
-def test_the_tasks_are_those_of_the_models():
-    assert Options.__annotations__["task"].__args__[0].__args__ == TASKS
+    return know
 
 
 @pytest.mark.parametrize(
@@ -58,8 +52,8 @@ def test_the_tasks_are_those_of_the_models():
         ("vace-a14b", {"video": CLIP, "mask": CLIP}, ("vace", 672, 1344, 29, 16, 50, 5.0, 12)),
     ],
 )
-def test_usual_numbers(model, given, expected):
-    o = planned(model, **given)
+def test_usual_numbers(facts, model, given, expected):
+    o = settle(Options(), Given(**given), facts(model))
     assert (o.task, o.height, o.width, o.frames, o.fps, o.steps, o.guidance, o.flow_shift) == expected
     assert o.negative_prompt == (
         CHINESE_NEGATIVE_PROMPT if model.startswith("wan2.2") or "a14b" in model else NEGATIVE_PROMPT
@@ -85,13 +79,13 @@ def test_usual_numbers(model, given, expected):
         ("vace-1.3b", None, {"mask"}, r"give video as well"),
     ],
 )
-def test_what_a_model_cannot_do_is_refused(model, task, given, message):
+def test_what_a_model_cannot_do_is_refused(facts, model, task, given, message):
     with pytest.raises(ValueError, match=message):
-        choose_task(preset(model), task, given, ti2v=False)
+        choose_task(facts(model), task, given)
 
 
-def test_a_model_trained_for_a_clean_first_frame_is_asked_by_name():
-    assert choose_task(preset("wan2.1-t2v-1.3b"), "ti2v", {"image"}, ti2v=False) == "ti2v"
+def test_a_model_trained_for_a_clean_first_frame_is_asked_by_name(facts):
+    assert choose_task(facts("wan2.1-t2v-1.3b"), "ti2v", {"image"}).name == "ti2v"
 
 
 @pytest.mark.parametrize(
@@ -110,21 +104,21 @@ def test_a_model_trained_for_a_clean_first_frame_is_asked_by_name():
         ("wan2.1-i2v-14b-480p", {}, {"image": IMAGE / 255}, r"H W 3 uint8, .* not \(300, 200, 3\) float64"),
     ],
 )
-def test_numbers_that_do_not_fit_are_refused(model, options, given, message):
+def test_numbers_that_do_not_fit_are_refused(facts, model, options, given, message):
     with pytest.raises(ValueError, match=message):
-        planned(model, Options(**options), **given)
+        settle(Options(**options), Given(**given), facts(model))
 
 
-def test_a_video_is_read_at_the_rate_that_is_written(tmp_path):
+def test_a_video_is_read_at_the_rate_that_is_written(facts, tmp_path):
     frames = np.arange(60, dtype=np.uint8)[:, None, None, None].repeat(32, 1).repeat(32, 2).repeat(3, 3) * 4
     write_video(tmp_path / "fast.mp4", frames, fps=32)
     write_video(tmp_path / "slow.mp4", frames, fps=8)
     write_video(tmp_path / "slower.mp4", frames[:5], fps=0.5)
-    fast = planned("wan2.1-t2v-1.3b", video=tmp_path / "fast.mp4")
+    fast = settle(Options(), Given(video=tmp_path / "fast.mp4"), facts("wan2.1-t2v-1.3b"))
     assert (fast.frames, fast.fps) == (29, 16)  # 30 of them
-    slow = planned("wan2.1-t2v-1.3b", video=tmp_path / "slow.mp4")
+    slow = settle(Options(), Given(video=tmp_path / "slow.mp4"), facts("wan2.1-t2v-1.3b"))
     assert (slow.frames, slow.fps) == (57, 8)
-    assert planned("wan2.1-t2v-1.3b", video=tmp_path / "slower.mp4").fps == 0.5
+    assert settle(Options(), Given(video=tmp_path / "slower.mp4"), facts("wan2.1-t2v-1.3b")).fps == 0.5
     read = footage(tmp_path / "fast.mp4", 16).cut(29).pixels((32, 32))
     shown = ((read.mean((0, 2, 3)) + 1) * 127.5 / 4).round()
     assert abs(shown.numpy() - np.arange(0, 58, 2)).max() <= 1
@@ -144,23 +138,23 @@ def test_lists_go_line_by_line(tmp_path):
     (tmp_path / "images.txt").write_text("cat.png\ndog 1.png\n")
     (tmp_path / "both.txt").write_text("a.png, b.png\nc.png,d.png\n")
     prompts = tmp_path / "prompts.txt"
-    first, second = asked(config(tmp_path, prompt_file=prompts, image_file=tmp_path / "images.txt"))
+    first, second = read_requests(config(tmp_path, prompt_file=prompts, image_file=tmp_path / "images.txt"))
     assert (first.prompt, first.given) == ("a cat", {"image": Path("cat.png")})
     assert (second.prompt, second.given) == ("a dog", {"image": Path("dog 1.png")})
-    _, second = asked(config(tmp_path, prompt="a cat", image_file=tmp_path / "both.txt"))
+    _, second = read_requests(config(tmp_path, prompt="a cat", image_file=tmp_path / "both.txt"))
     assert (second.prompt, second.given) == ("a cat", {"image": Path("c.png"), "last_image": Path("d.png")})
-    one, other = asked(config(tmp_path, prompt_file=prompts, references=[Path("a.png"), Path("b.png")]))
+    one, other = read_requests(config(tmp_path, prompt_file=prompts, references=[Path("a.png"), Path("b.png")]))
     assert one.given == other.given == {"references": (Path("a.png"), Path("b.png"))}
-    (several,) = asked(config(tmp_path, prompt="a cat", references=Path("a.png, b.png")))
+    (several,) = read_requests(config(tmp_path, prompt="a cat", references=Path("a.png, b.png")))
     assert several.given == one.given
     (tmp_path / "images.txt").write_text("cat.png\n")
     with pytest.raises(ValueError, match=r"all as many: .*prompts.txt has 2, .*images.txt has 1"):
-        asked(config(tmp_path, prompt_file=prompts, image_file=tmp_path / "images.txt"))
+        read_requests(config(tmp_path, prompt_file=prompts, image_file=tmp_path / "images.txt"))
     with pytest.raises(ValueError, match="either --image or --image_file"):
         config(tmp_path, prompt="a cat", image=Path("a.png"), image_file=tmp_path / "images.txt")
     (tmp_path / "both.txt").write_text("a.png, b.png, c.png\n")
     with pytest.raises(ValueError, match="one image, or the first and the last"):
-        asked(config(tmp_path, prompt="a cat", image_file=tmp_path / "both.txt"))
+        read_requests(config(tmp_path, prompt="a cat", image_file=tmp_path / "both.txt"))
 
 
 def test_images_from_the_command_line(tiny, tmp_path, capsys):
@@ -229,7 +223,19 @@ def test_what_cannot_be_used_is_refused_at_once(tiny, tmp_path, capsys, kind, fl
 
 
 def test_encoders_of_another_model_are_refused(tiny):
-    with pytest.raises(ValueError, match=r"vae has z_dim 16, but the model takes 48"):
+    with pytest.raises(
+        ValueError, match=r"encoders of another model \(video channels 16 instead of 48\): give the dir"
+    ):
         mm_infer.load(tiny("5b") / "transformer", encoders=tiny("t2v"))
     with pytest.raises(ValueError, match=r"has no image_encoder/"):
         mm_infer.load(tiny("i2v") / "transformer", encoders=tiny("t2v"))
+
+
+def test_of_two_experts_somebody_must_say_where_they_meet(tiny, tmp_path):
+    """Nobody has published two with a CLIP branch, so no preset says it either."""
+    for folder in ("high_noise_model", "low_noise_model"):
+        (tmp_path / "pair").mkdir(exist_ok=True)
+        (tmp_path / "pair" / folder).symlink_to(tiny("i2v") / "transformer")
+    with pytest.raises(ValueError, match="from which noise level on the first one works: give it, as boundary"):
+        mm_infer.load(tmp_path / "pair", encoders=tiny("i2v"))
+    assert mm_infer.load(tmp_path / "pair", encoders=tiny("i2v"), boundary=0.9).weights.boundary == 0.9

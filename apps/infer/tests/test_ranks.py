@@ -1,8 +1,8 @@
 """Ranks that make one video together: the latents of one device, and the same files from the command."""
 
+import contextlib
+import io
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,8 +10,9 @@ import torch
 
 import mm_infer
 from mm_data import made_with, read_video
+from mm_infer.__main__ import main
 from mm_infer.config import Ranks
-from mm_infer.ranks import Place, place
+from mm_infer.ranks import Share, share
 from mm_parallel.testing import spawn
 
 SMALL = {"height": 48, "width": 48, "frames": 9, "steps": 3, "seed": 3}  # 27 tokens, 2 heads
@@ -35,7 +36,7 @@ TASKS = {
 }
 
 
-def latents(paths: dict[str, str], here: Place) -> dict[str, np.ndarray]:
+def latents(paths: dict[str, str], here: Share) -> dict[str, np.ndarray]:
     made = {}
     for kind, path in paths.items():
         sampler = mm_infer.load(path, dtype=torch.float32, device="cpu", mesh=here.mesh, pair=here.pair)
@@ -44,14 +45,14 @@ def latents(paths: dict[str, str], here: Place) -> dict[str, np.ndarray]:
 
 
 def together(rank: int, world: int, paths: dict[str, str], layouts: list[Ranks]) -> list[tuple[dict, bool, tuple]]:
-    places = [place(ranks) for ranks in layouts]
-    return [(latents(paths, here), here.leads, here.prompts) for here in places]
+    shares = [share(ranks) for ranks in layouts]
+    return [(latents(paths, here), here.leads, here.prompts) for here in shares]
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_latents_are_those_of_one_device(tiny, world):
     paths = {kind: str(tiny(kind)) for kind in (TASKS if world == 2 else ["t2v"])}
-    alone = latents(paths, Place())
+    alone = latents(paths, Share())
     layouts = [r for r in LAYOUTS if (r.cp or (r.ulysses or 1) * (r.ring or 1)) * r.guidance == world]
     assert layouts
     for rank, made in enumerate(spawn(world, together, paths, layouts, timeout=120)):
@@ -63,10 +64,10 @@ def test_latents_are_those_of_one_device(tiny, world):
 
 
 def teams(rank: int, world: int) -> tuple:
-    here = place(Ranks(cp=2))
-    decided = here.decided(lambda: rank)
+    here = share(Ranks(cp=2))
+    decided = here.decide(lambda: rank)
     with pytest.raises(ValueError, match="no disk of"):
-        here.decided(fail)
+        here.decide(fail)
     return here.prompts, here.leads, decided
 
 
@@ -79,32 +80,34 @@ def test_what_is_left_of_the_ranks_makes_other_prompts():
 
 
 def misfit(rank: int, world: int) -> None:
-    place(Ranks(cp=1, guidance=2))
+    share(Ranks(cp=1, guidance=2))
 
 
 def test_ranks_that_do_not_fit_are_refused():
     with pytest.raises(RuntimeError, match=r"guidance 2 x 1 context ranks are 2 ranks per video, and 3 were started"):
         spawn(3, misfit)
     with pytest.raises(ValueError, match=r"1 ranks cannot be laid out as ulysses=2"):
-        place(Ranks(cp=2))
+        share(Ranks(cp=2))
 
 
-def test_from_a_shell_a_video_is_written_once(pipeline, tmp_path):
+def command(rank: int, world: int, argv: list[str]) -> str:
+    """What the command prints, as torchrun would start it."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main(argv)
+    return printed.getvalue()
+
+
+def test_by_the_command_a_video_is_written_once(pipeline, tmp_path, capsys):
     size = ["--height", "48", "--width", "48", "--frames", "9", "--steps", "2"]
-    asked = ["-m", "mm_infer", "--weights", str(pipeline), "--prompt", "a cat", *size]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    shared = [*asked, "--parallel.guidance", "2", "--output", "two"]
-    said = []
-    for command in ([*torchrun, *shared], [*torchrun, *shared], [*asked, "--output", "one"]):
-        done = subprocess.run(
-            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        said.append(done.stdout)
+    one, two = tmp_path / "one", tmp_path / "two"
+    asked = ["--weights", str(pipeline), "--prompt", "a cat", *size]
+    shared = [*asked, "--parallel.guidance", "2", "--output", str(two)]
+    said = ["".join(spawn(2, command, shared, timeout=120)) for _ in range(2)]
+    main([*asked, "--output", str(one)])
+    said.append(capsys.readouterr().out)
     assert [text.count("1 video(s) in") for text in said] == [1, 0, 1]
     assert [text.count("kept, made by the same command") for text in said] == [0, 1, 0]
-    one, two = tmp_path / "one/video_0.mp4", tmp_path / "two/video_0.mp4"
-    assert made_with(one) == made_with(two)
-    frames = [read_video(file).frames.astype(int) for file in (one, two)]
+    assert made_with(one / "video_0.mp4") == made_with(two / "video_0.mp4")
+    frames = [read_video(folder / "video_0.mp4").frames.astype(int) for folder in (one, two)]
     assert abs(frames[0] - frames[1]).max() <= 2

@@ -15,7 +15,7 @@ from mm_data import write_video
 from mm_infer.__main__ import main
 from mm_models.lora import LoRAConfig, add_lora
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ PROMPT = "A red fox jumps over nine lazy dogs &amp;  sleeps."
 
 
 class GuidesGrid(UniPCMultistepScheduler):
-    """diffusers as the guides pin it, by explicit sigmas."""
+    """diffusers as MindSpeed-MM pins it, by explicit sigmas."""
 
     def set_timesteps(self, num_inference_steps, device=None):
         super().set_timesteps(sigmas=np.linspace(0.999, 0, num_inference_steps + 1)[:-1], device=device)
@@ -118,7 +118,7 @@ def test_every_layout_of_the_weights(pipeline, sampler, layout, tmp_path):
     assert torch.equal(ours.latents, sampler(PROMPT, **SMALL).latents)
 
 
-def test_bfloat16_keeps_the_islands_and_stays_close(pipeline, sampler):
+def test_bfloat16_keeps_what_is_kept_in_fp32_and_stays_close(pipeline, sampler):
     half = mm_infer.load(pipeline, dtype=torch.bfloat16)
     latents, exact = half(PROMPT, **SMALL).latents, sampler(PROMPT, **SMALL).latents
     dtypes = {name: parameter.dtype for name, parameter in half._model.named_parameters()}
@@ -128,7 +128,7 @@ def test_bfloat16_keeps_the_islands_and_stays_close(pipeline, sampler):
 
 
 def test_lora(pipeline, sampler, tmp_path):
-    model = sampler.weights.load(sampler.config, torch.device("cpu"), torch.float32)
+    model = sampler.weights.load(torch.device("cpu"), torch.float32)
     add_lora(model, LoRAConfig(rank=2, alpha=8.0, targets=("q", "ffn.2")))
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -172,7 +172,7 @@ def test_lora_of_comfyui_and_kohya(pipeline, sampler, tmp_path, capsys):
     assert "alpha of 3 modules is said nowhere and taken to be the rank" in capsys.readouterr().err
 
     with torch.no_grad():
-        merged = sampler.weights.load(sampler.config, torch.device("cpu"), torch.float32)
+        merged = sampler.weights.load(torch.device("cpu"), torch.float32)
         for rank, (name, (a, b)) in enumerate(modules.items(), 1):
             merged.get_parameter(f"{name}.weight").add_(linears[name] / rank * (b * 0.3) @ a)
     save_checkpoint(tmp_path / "merged", merged.state_dict(), sampler.config)

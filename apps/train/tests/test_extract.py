@@ -11,9 +11,11 @@ import torch
 
 from mm_data import FeatureDataset, VideoDataset, read_manifest, read_video, write_video
 from mm_models import preset
-from mm_models.encoders import ImageEncoder, TextEncoder, VideoVAE
-from mm_models.testing import write_encoders
-from mm_models.wan.conditions import condition_video, fold_mask, stored
+from mm_models.encoders import ImageEncoder, TextEncoder
+from mm_models.wan.encode import condition_video, fold_mask
+from mm_models.wan.tasks import stored
+from mm_models.wan.testing import write_encoders
+from mm_models.wan.vae import WanVAE
 from mm_parallel.testing import spawn
 from mm_train.encode import Encoders
 from mm_train.extract import Data, ExtractConfig, Geometry, extract
@@ -89,7 +91,7 @@ def test_features_are_the_encoders_answers(encoders, manifest, tmp_path, capsys)
     assert torch.equal(data.empty_text, text.encode([""])[0])
 
     clip = VideoDataset(read_manifest(manifest)[:1], Geometry(num_frames=9, max_height=32, max_width=48))[0]
-    assert torch.equal(data[0]["latents"], VideoVAE(encoders).encode(clip["video"][None])[0])
+    assert torch.equal(data[0]["latents"], WanVAE(encoders).encode(clip["video"][None])[0])
     assert not torch.equal(data[0]["latents"], data[1]["latents"])  # same file name, other folder
 
 
@@ -103,7 +105,7 @@ def test_a_second_run_encodes_nothing_and_another_geometry_everything(encoders, 
     other = Geometry(num_frames=5, max_height=32, max_width=48)
     extract(config(encoders, manifest, tmp_path / "f", geometry=other))
     assert "stale" in capsys.readouterr().err
-    assert {tuple(s) for s in FeatureDataset(tmp_path / "f").shapes} == {(16, 2, 4, 6)}
+    assert {tuple(s) for s in FeatureDataset(tmp_path / "f").buckets} == {(16, 2, 4, 6)}
 
 
 def test_ranks_and_batches_give_the_same_store(encoders, manifest, tmp_path):
@@ -148,11 +150,11 @@ def test_images_of_i2v_are_the_clips_own(encoders, manifest, tmp_path):
     extract(config(encoders, manifest, tmp_path / "f", model="wan-tiny-i2v"))
     data = FeatureDataset(tmp_path / "f")
     clip = VideoDataset(read_manifest(manifest)[:1], GEOMETRY)[0]["video"][None]
-    vae, clip_encoder = VideoVAE(encoders), ImageEncoder(encoders)
+    vae, clip_encoder = WanVAE(encoders), ImageEncoder(encoders)
     first, last = clip[:, :, 0], clip[:, :, -1]
-    assert set(data[0]["extras"]) == {"condition", "image"}
-    assert torch.equal(data[0]["extras"]["condition"], vae.encode(condition_video(9, first))[0])
-    assert torch.equal(data[0]["extras"]["image"], clip_encoder.encode(first)[0])
+    assert set(data[0]["conditions"]) == {"condition", "image"}
+    assert torch.equal(data[0]["conditions"]["condition"], vae.encode(condition_video(9, first))[0])
+    assert torch.equal(data[0]["conditions"]["image"], clip_encoder.encode(first)[0])
 
     both = Encoders(encoders, replace(preset("wan-tiny-i2v"), image_tokens=514), "flf2v")
     features = both.encode([{"id": "", "video": clip[0], "captions": ("one",), "fps": 8, "meta": {}}])[0]
@@ -174,7 +176,7 @@ def test_conditions_of_vace(encoders):
 
     kept, changed = source.clone(), source.clone()
     kept[..., 24:], changed[..., :24] = 0, 0
-    one = lambda image: vace.vae.encode(image[None])[0]  # noqa: E731
+    one = lambda image: vace.codec.encode(image[None])[0]  # noqa: E731
     close = lambda found, expected: torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # noqa: E731
     before = torch.cat([one(image[:, None]) for image in references], dim=1)
     close(full["latents"], torch.cat([before, one(video)], dim=1))
@@ -201,7 +203,7 @@ def test_features_are_told_apart_by_task_where_they_differ(encoders):
         (preset("wan-tiny-i2v"), "i2v"),
     ]
     t2v, ti2v, *others = (Encoders(encoders, model, task).identity for model, task in pairs)
-    assert t2v == ti2v == f"{VideoVAE(encoders).identity} {TextEncoder(encoders).identity}"
+    assert t2v == ti2v == f"{WanVAE(encoders).identity} {TextEncoder(encoders).identity}"
     assert len({t2v, *others}) == 4
 
 
@@ -209,9 +211,9 @@ def test_sizes_suit_the_vae_of_the_model(tmp_path):
     """That of Wan2.2 5B packs 16x16 pixels, so a token is 32x32."""
     model = replace(preset("wan-tiny"), in_channels=48, out_channels=48)
     encoders = Encoders(write_encoders(tmp_path, text_dim=64, vae="wan2.2"), model, "ti2v")
-    assert encoders.fitted(Geometry(dynamic=True)).stride == 32
+    assert encoders.fit_geometry(Geometry(dynamic=True)).stride == 32
     with pytest.raises(ValueError, match=r"max_height=720 .* use 704 or 736 .*16x16 .* multiples of 32"):
-        encoders.fitted(Geometry(max_height=720, max_width=1280))
+        encoders.fit_geometry(Geometry(max_height=720, max_width=1280))
 
 
 def test_a_manifest_of_which_nothing_is_left_is_an_error(encoders, tmp_path):

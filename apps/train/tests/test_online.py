@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from mm_data import Geometry, write_video
-from mm_models.testing import write_encoders
+from mm_models.wan.testing import write_encoders
 from mm_parallel.testing import spawn
-from mm_train.check import check
+from mm_train.checks import check
 from mm_train.extract import Data, ExtractConfig, extract
 from mm_train.recipe import load_config
 from mm_train.train import train

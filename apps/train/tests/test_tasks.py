@@ -9,14 +9,15 @@ import torch
 
 from mm_convert import open_checkpoint, open_experts
 from mm_data import FeatureCache, FeatureDataset, build_loader, read_video
-from mm_models import build, preset
+from mm_models import preset
 from mm_models.diffusion.flow import expert_range
-from mm_models.testing import write_encoders
 from mm_models.wan import WanConfig
+from mm_models.wan.testing import write_encoders
 from mm_parallel.testing import spawn
-from mm_train.objective import Work, objective
+from mm_train.objective import build_objective
 from mm_train.recipe import load_config
-from mm_train.setup import find_checkpoint
+from mm_train.resume import find_checkpoint
+from mm_train.step import MicroBatches
 from mm_train.train import train
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,29 +39,28 @@ def base(features, tmp_path_factory):
     return train(config(features["t2v"], tmp_path_factory.mktemp("base") / "run", "--steps", "2"))
 
 
-def work(features: Path, *flags: str) -> Work:
-    """The first micro-batch of a run."""
+def first_step(features: Path, *flags: str) -> MicroBatches:
+    """The first step of a run, in one micro-batch."""
     read = config(features, Path("unused"), *flags)
     step = next(iter(build_loader(FeatureDataset(features), global_batch=4, micro_batch=4, num_workers=0)))
-    shape = build(read.model, device="meta", **read.architecture).config
-    return Work(step.micro, objective(read, shape), seed=0, device=torch.device("cpu"))
+    return MicroBatches(step, build_objective(read), seed=0, device=torch.device("cpu"))
 
 
 def test_image_to_video_is_told_mask_condition_and_image(features):
-    given = work(features["i2v"], "--model", "wan-tiny-i2v").inputs(0)
+    given = first_step(features["i2v"], "--model", "wan-tiny-i2v").inputs(0)
     batch = next(
         iter(build_loader(FeatureDataset(features["i2v"]), global_batch=4, micro_batch=4, num_workers=0))
     ).micro[0]
     assert given["video"].shape[1] == 36
-    assert torch.equal(given["video"][:, 20:], batch.extras["condition"])
+    assert torch.equal(given["video"][:, 20:], batch.tensors["condition"])
     assert given["video"][:, 16:20, 0].eq(1).all()
     assert given["video"][:, 16:20, 1:].eq(0).all()
-    assert torch.equal(given["image"], batch.extras["image"])
+    assert torch.equal(given["image"], batch.tensors["image"])
 
 
 def test_a_first_frame_is_clean_at_time_zero_and_not_learned(features):
-    job = work(features["t2v"], "--objective.task", "ti2v")
-    given, clean = job.inputs(0), job.micro[0].latents
+    job = first_step(features["t2v"], "--objective.task", "ti2v")
+    given, clean = job.inputs(0), job.micro[0].tensors["latents"]
     tokens = clean.shape[3] * clean.shape[4] // 4
     assert torch.equal(given["video"][:, :, 0], clean[:, :, 0])
     assert not torch.equal(given["video"][:, :, 1], clean[:, :, 1])
@@ -69,12 +69,12 @@ def test_a_first_frame_is_clean_at_time_zero_and_not_learned(features):
     prediction = torch.zeros_like(clean)
     other = prediction.clone()
     other[:, :, 0] = 7.0
-    first = work(features["t2v"], "--objective.task", "ti2v").losses(prediction, 0)
-    assert torch.equal(first, work(features["t2v"], "--objective.task", "ti2v").losses(other, 0))
+    first = first_step(features["t2v"], "--objective.task", "ti2v").losses(prediction, 0)
+    assert torch.equal(first, first_step(features["t2v"], "--objective.task", "ti2v").losses(other, 0))
 
 
 def test_control_reaches_the_model_with_its_mask(features):
-    given = work(features["vace"], *VACE).inputs(0)
+    given = first_step(features["vace"], *VACE).inputs(0)
     assert given["control"].shape[1] == 96
 
 
@@ -184,7 +184,7 @@ def test_the_parts_of_the_experts_meet_exactly_at_the_boundary():
     for model, cut in (("wan2.2-t2v-a14b", 0.417), ("wan2.2-i2v-a14b", 0.358), ("vace-a14b", 0.358)):
         for expert, part in (("high", (0.0, cut)), ("low", (cut, 1.0))):
             read = load_config(["--model", model, "--expert", expert])
-            assert objective(read, preset(model)).flow.range == part
+            assert build_objective(read).schedule.range == part
 
 
 def test_two_experts_become_one_artifact(base, features, tmp_path):

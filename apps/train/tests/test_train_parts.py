@@ -12,14 +12,18 @@ import torch
 from mm_data import FeatureDataset, build_loader
 from mm_models import build, presets
 from mm_models.diffusion.flow import FlowMatching
+from mm_models.diffusion.objective import Diffusion
+from mm_models.wan import WanConfig
+from mm_models.wan.encode import Conditioning
+from mm_models.wan.testing import write_encoders
 from mm_train import checkpoint as checkpoints
-from mm_train.check import check
 from mm_train.checkpoint import Checkpointer
+from mm_train.checks import CHECKS, check
 from mm_train.config import OptimConfig
 from mm_train.metrics import Metrics
-from mm_train.objective import draw
 from mm_train.optim import EMA, build_optimizer, learning_rate
 from mm_train.recipe import RECIPES, load_config
+from mm_train.step import MicroBatches
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import SMALL, arguments, config, write_features
@@ -28,6 +32,11 @@ from runs import SMALL, arguments, config, write_features
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
     return write_features(tmp_path_factory.mktemp("features") / "store")
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    return write_encoders(tmp_path_factory.mktemp("encoders"), text_dim=8)
 
 
 @pytest.mark.parametrize("recipe", sorted(p.stem for p in RECIPES.glob("*.toml")))
@@ -84,8 +93,8 @@ def test_a_typo_is_refused_with_the_nearest_name(capsys):
         (("--data.text_dropout", "1.5"), "0 <= x < 1"),
         (("--optim.warmup", "4"), "whole run"),
         (("--sample.prompts", '["a cat"]'), "--sample.encoders"),
-        (("--sample.prompts", '["a cat"]', "--sample.encoders", ".", "--sample.frames", "80"), "77 and 81"),
-        (("--sample.prompts", '["a cat"]', "--sample.encoders", ".", "--sample.height", "470"), "464 and 480"),
+        (("--sample.prompts", '["a cat"]', "--sample.encoders", "ENCODERS", "--sample.frames", "80"), "77 and 81"),
+        (("--sample.prompts", '["a cat"]', "--sample.encoders", "ENCODERS", "--sample.height", "470"), "464 and 480"),
         (("--validation.timesteps", "[1000]"), "between 0 and 1000"),
         (("--validation.max_samples", "0"), "at least 1"),
         (("--optim.clip", "-1"), "at least 0"),
@@ -96,7 +105,8 @@ def test_a_typo_is_refused_with_the_nearest_name(capsys):
         (("--sample.steps", "0"), "at least 1"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_is_loaded(features, tmp_path, flags, message):
+def test_what_cannot_work_is_said_before_anything_is_loaded(features, encoders, tmp_path, flags, message):
+    flags = [str(encoders) if flag == "ENCODERS" else flag for flag in flags]
     with pytest.raises(ValueError, match=message.replace(".", r"\.").replace("[", r"\[")):
         check(config(features, tmp_path / "run", *flags))
 
@@ -136,36 +146,42 @@ def test_average_follows_its_closed_form_and_is_swapped_back():
     ema = EMA(model, 0.5)
     for step, value in enumerate((2.0, 3.0, 4.0)):
         model.weight.data.fill_(value)
-        ema.update(model, step)
+        ema.update(step)
     # decays min(0.5, (1 + step) / (10 + step)) = 0.1, 2/11, 3/12
     expected = ((1.0 * 0.1 + 2.0 * 0.9) * 2 / 11 + 3.0 * 9 / 11) * 0.25 + 4.0 * 0.75
-    with ema.applied(model):
+    with ema.apply():
         assert model.weight.item() == pytest.approx(expected)
     assert model.weight.item() == 4.0
 
 
+def objective(**schedule) -> Diffusion:
+    return Diffusion(FlowMatching(**schedule), Conditioning(WanConfig(**SMALL), "t2v"))
+
+
 def test_draws_belong_to_the_sample_not_to_its_place(features):
     """The same (sample, epoch) has the same timestep and noise in any batch, on any rank."""
-    data, flow, seen = FeatureDataset(features), FlowMatching(), {}
+    data, seen = FeatureDataset(features), {}
     for ranks, micro in ((1, 4), (2, 1), (4, 1)):
         for rank in range(ranks):
             loader = build_loader(
                 data, global_batch=4, micro_batch=micro, dp_rank=rank, dp_size=ranks, seed=3, num_workers=0
             )
             for _, step in zip(range(6), loader, strict=False):
-                for batch in step.micro:
-                    index, noise = draw(batch, flow, 3)
+                batches = MicroBatches(step, objective(), seed=3, device=torch.device("cpu"))
+                for number, batch in enumerate(step.micro):
+                    given = batches.inputs(number)
                     for i, key in enumerate(zip(batch.ids, batch.epochs, strict=True)):
-                        found = seen.setdefault(key, (index[i], noise[i]))
-                        assert torch.equal(found[0], index[i])
-                        assert torch.equal(found[1], noise[i])
-    assert len({int(index) for index, _ in seen.values()}) > 10
+                        found = seen.setdefault(key, (given["t"][i], given["video"][i]))
+                        assert torch.equal(found[0], given["t"][i])
+                        assert torch.equal(found[1], given["video"][i])
+    assert len({float(t) for t, _ in seen.values()}) > 10
 
 
 def test_index_range_of_an_expert(features):
-    flow = FlowMatching(range=(0.0, 0.1))
     step = next(iter(build_loader(FeatureDataset(features), global_batch=8, micro_batch=8, num_workers=0)))
-    assert draw(step.micro[0], flow, 0)[0].max() < 100
+    flow = FlowMatching(range=(0.0, 0.1))
+    given = MicroBatches(step, objective(range=(0.0, 0.1)), seed=0, device=torch.device("cpu")).inputs(0)
+    assert given["t"].min() >= flow.timesteps[99]
 
 
 def save(directory: Path, steps: list[int], keep: int) -> Checkpointer:
@@ -173,7 +189,7 @@ def save(directory: Path, steps: list[int], keep: int) -> Checkpointer:
     optimizer = torch.optim.AdamW(model.parameters())
     saver = Checkpointer(directory, keep)
     for step in steps:
-        saver.save(step, model, optimizer, None, {"step": step}, "")
+        saver.save(step, model, optimizer, EMA(model, 0), {"step": step}, "")
     saver.wait()
     return saver
 
@@ -207,7 +223,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem.os.fsync", full)
     model = torch.nn.Linear(2, 2)
-    saver.save(2, model, torch.optim.AdamW(model.parameters()), None, {"step": 2}, "")
+    saver.save(2, model, torch.optim.AdamW(model.parameters()), EMA(model, 0), {"step": 2}, "")
     with pytest.raises(OSError, match=r"No space left.*step-00000001"):
         saver.wait()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
@@ -230,3 +246,31 @@ def test_help_and_errors_of_the_command(features, tmp_path):
     )
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: --weights nope does not exist")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "vace-14b"], "no starting weights"),
+        (["--model", "vace-15b"], "did you mean 'vace-14b'"),
+        (["--model", "wan-tiny", "--weights", "no/where"], "does not exist"),
+        (["--model", "wan-tiny", "--weights", "random", "--data.features", "no/where"], "is not a directory"),
+    ],
+)
+def test_what_needs_no_torch_is_refused_without_it(flags, message):
+    """In a fresh process, as a user's: torch alone takes seconds to import."""
+    code = f"""if True:
+        import contextlib, sys
+        from mm_train.__main__ import main
+        with contextlib.suppress(SystemExit):
+            main({flags!r})
+        sys.exit("torch was imported" if "torch" in sys.modules else 0)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert message in done.stderr
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_check_has_a_name_of_its_own():
+    names = [one.name for one in CHECKS]
+    assert len(set(names)) == len(names)
+    assert {one.when for one in CHECKS} == {"at once", "with torch"}

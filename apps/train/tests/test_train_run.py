@@ -89,6 +89,23 @@ def test_micro_batches_do_not_change_the_numbers(features, tmp_path):
     assert len(set(losses(tmp_path / "1"))) == 4
 
 
+def test_shapes_too_small_for_a_step_are_said_and_repeated_or_left_out_as_asked(features, tmp_path, capfd):
+    six = ("--data.global_batch", "6")  # of one shape there are 5 samples, of the other 9
+    train(config(features, tmp_path / "repeat", *six))
+    said = capfd.readouterr().err
+    assert "1 of 2 buckets has fewer samples than a step takes (6): its 5 samples of 14 are repeated" in said
+    assert "--data.small_buckets drop leaves them out; --data.global_batch 5 is small enough" in said
+    train(config(features, tmp_path / "drop", *six, "--data.small_buckets", "drop"))
+    assert "its 5 samples of 14 are left out" in capfd.readouterr().err
+    assert losses(tmp_path / "drop") != losses(tmp_path / "repeat")
+    train(config(features, tmp_path / "four"))
+    assert "buckets" not in capfd.readouterr().err
+    with pytest.raises(ValueError, match=r"data\.small_buckets drop, this command says repeat"):
+        train(config(features, tmp_path / "drop", *six, "--steps", "5"))
+    with pytest.raises(ValueError, match=r"no bucket is left.*the largest has 9"):
+        train(config(features, tmp_path / "none", "--data.global_batch", "10", "--data.small_buckets", "drop"))
+
+
 def test_a_loss_that_is_not_a_number_stops_with_the_sample_named(tmp_path):
     features = write_features(tmp_path / "features", count=4, poison="clip2.mp4")
     with pytest.raises(FloatingPointError, match=r"samples: clip2\.mp4") as error:

@@ -66,7 +66,7 @@ def test_killed_at_random_moments_then_finished_is_the_undisturbed_store(tmp_pat
     assert not [p for p in disturbed.rglob("*") if p.name.startswith(".tmp")]
     one, two = FeatureDataset(undisturbed), FeatureDataset(disturbed)
     assert one.ids == two.ids
-    assert one.shapes == two.shapes
+    assert one.buckets == two.buckets
     assert all(torch.equal(one[i]["latents"], two[i]["latents"]) for i in range(0, ENTRIES, 50))
 
 
@@ -85,21 +85,21 @@ def samples(tmp_path):
     return made
 
 
-def encode(cache, plan):
-    for sample in plan.todo:
+def encode(cache, todo):
+    for sample in todo.to_encode:
         meta = {"id": sample.id, "source": list(sample.contents[0].stamp), "sha256": sample.contents[0].sha256}
-        cache.put(plan.keys[sample.id], entry(float(len(sample.id))), meta)
+        cache.put(todo.keys[sample.id], entry(float(len(sample.id))), meta)
     cache.flush()
 
 
 def test_entries_are_named_by_content_not_by_file_name(tmp_path, samples):
     with FeatureCache(tmp_path / "out") as cache:
-        plan = cache.plan(samples, Geometry(), "encoder")
-        assert [s.id for s in plan.todo] == ["a/0.mp4", "b/0.mp4"]
-        assert [s.id for s in plan.repeated] == ["b/copy.mp4"]
-        encode(cache, plan)
+        todo = cache.plan(samples, Geometry(), "encoder")
+        assert [s.id for s in todo.to_encode] == ["a/0.mp4", "b/0.mp4"]
+        assert [s.id for s in todo.repeated] == ["b/copy.mp4"]
+        encode(cache, todo)
         again = cache.plan(samples, Geometry(), "encoder")
-        assert not again.todo
+        assert not again.to_encode
         assert cache.finish(again) == 3
     dataset = FeatureDataset(tmp_path / "out")
     assert dataset.ids == ["a/0.mp4", "b/0.mp4", "b/copy.mp4"]  # the order of the manifest
@@ -122,18 +122,18 @@ def test_whatever_decides_the_tensors_makes_them_stale(tmp_path, samples, change
     with FeatureCache(tmp_path / "out") as cache:
         encode(cache, cache.plan(samples[:1], **common))
     cache = FeatureCache(tmp_path / "out")
-    assert not cache.plan(samples[:1], **common).todo
+    assert not cache.plan(samples[:1], **common).to_encode
     asked = samples[:1]
     if "captions" in change:
         asked = [Sample("a/0.mp4", samples[0].path, change.pop("captions"))]
     if "bytes" in change:
         samples[0].path.write_bytes(change.pop("bytes"))
         os.utime(samples[0].path, ns=(1, 1))
-    plan = cache.plan(asked, **(common | change))
-    assert len(plan.todo) == 1
-    assert plan.stale == 1
-    encode(cache, plan)
-    cache.finish(plan)
+    todo = cache.plan(asked, **(common | change))
+    assert len(todo.to_encode) == 1
+    assert todo.stale == 1
+    encode(cache, todo)
+    cache.finish(todo)
     assert len(FeatureDataset(tmp_path / "out")) == 1
     with pytest.raises(ValueError, match="two versions"):
         cache.finish()
@@ -145,11 +145,21 @@ def test_the_seed_counts_only_where_it_is_used():
     assert content_key("f", fixed, "e", seed=1) == content_key("f", fixed, "e", seed=2)
 
 
+def test_entries_keep_their_keys():
+    """Written down before `time_stride`: a store of then is still one of now."""
+    control = {"source": "s", "mask": None, "references": []}
+    vace = content_key("f", Geometry(rule="vace", num_frames=17), "e", ["a"], None, 3, control)
+    assert vace.startswith("24b3165ec103b64ca28c21ee95967126")
+    assert content_key("f", Geometry(time_stride=8), "e") != content_key("f", Geometry(), "e")
+
+
 def test_moved_files_keep_their_entries(tmp_path, samples):
     with FeatureCache(tmp_path / "out") as cache:
         encode(cache, cache.plan(samples[:1], Geometry(), "e"))
     moved = samples[0].path.rename(tmp_path / "elsewhere.mp4")
-    assert not FeatureCache(tmp_path / "out").plan([Sample("elsewhere.mp4", moved, ("a cat",))], Geometry(), "e").todo
+    assert (
+        not FeatureCache(tmp_path / "out").plan([Sample("elsewhere.mp4", moved, ("a cat",))], Geometry(), "e").to_encode
+    )
 
 
 def test_unchanged_files_are_not_read_again(tmp_path, samples, monkeypatch):
@@ -162,20 +172,20 @@ def test_unchanged_files_are_not_read_again(tmp_path, samples, monkeypatch):
 def test_failures_are_listed_until_they_succeed(tmp_path, samples):
     gone = Sample("gone.mp4", tmp_path / "gone.mp4", ("x",))
     cache = FeatureCache(tmp_path / "out")
-    plan = cache.plan([*samples, gone], Geometry(), "e")
-    assert "No such file" in plan.failed[0][1]
-    cache.put(plan.keys["a/0.mp4"], entry(), {"id": "a/0.mp4"})
+    todo = cache.plan([*samples, gone], Geometry(), "e")
+    assert "No such file" in todo.failed[0][1]
+    cache.put(todo.keys["a/0.mp4"], entry(), {"id": "a/0.mp4"})
     cache.fail("b/0.mp4", "cut off")
     assert FeatureCache(tmp_path / "out").failures() == {"b/0.mp4": "cut off"}
-    assert cache.finish(plan) == 2
+    assert cache.finish(todo) == 2
     log = tmp_path / "out" / "failures.jsonl"
     assert {json.loads(line)["id"] for line in log.read_text().splitlines()} == {"b/0.mp4", "gone.mp4"}
     again = FeatureCache(tmp_path / "out")
-    plan = again.plan(samples, Geometry(), "e")
-    encode(again, plan)
+    todo = again.plan(samples, Geometry(), "e")
+    encode(again, todo)
     with pytest.raises(ValueError, match="has not finished"):
         FeatureDataset(tmp_path / "out")  # extended and not yet finished
-    assert again.finish(plan) == 3
+    assert again.finish(todo) == 3
     assert log.read_text() == ""
 
 

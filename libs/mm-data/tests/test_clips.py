@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from mm_data import (
+    Captions,
     ClipDataset,
     Control,
     Failure,
@@ -26,6 +27,7 @@ from barcode_clips import write_clip
 
 GEOMETRY = Geometry(num_frames=9, max_height=48, max_width=80, dynamic=True, min_area=0, max_aspect=3)
 SEED = 5
+CAPTIONS = Captions(seed=3, dropout=0.3)
 
 
 def latent_shape(frames, height, width):
@@ -64,16 +66,16 @@ def samples(tmp_path_factory):
 def features(samples, tmp_path_factory):
     path = tmp_path_factory.mktemp("features")
     with FeatureCache(path) as cache:
-        plan = cache.plan(samples, GEOMETRY, "encoder", SEED)
-        for clip in VideoDataset(plan.todo, GEOMETRY, SEED, on_error="return"):
+        todo = cache.plan(samples, GEOMETRY, "encoder", SEED)
+        for clip in VideoDataset(todo.to_encode, GEOMETRY, SEED, on_error="return"):
             if isinstance(clip, Failure):
                 cache.fail(clip.sample.id, clip.reason)
                 continue
             texts = {f"text.{i}": _code(caption) for i, caption in enumerate(clip["captions"])}
-            cache.put(plan.keys[clip["id"]], {"latents": encode(clip)} | texts, clip["meta"])
+            cache.put(todo.keys[clip["id"]], {"latents": encode(clip)} | texts, clip["meta"])
         cache.put_empty_text(_code(""), "encoder")
-        cache.finish(plan)
-    return FeatureDataset(path)
+        cache.finish(todo)
+    return FeatureDataset(path, CAPTIONS)
 
 
 def _code(caption):
@@ -83,13 +85,13 @@ def _code(caption):
 
 @pytest.fixture(scope="module")
 def clips(samples):
-    return ClipDataset(samples, GEOMETRY, SEED, latent_shape=latent_shape, path="data.json")
+    return ClipDataset(samples, GEOMETRY, SEED, latent_shape=latent_shape, path="data.json", captions=CAPTIONS)
 
 
 def test_ids_and_shapes_are_those_of_a_finished_extraction(samples, features, clips):
     assert clips.ids == features.ids
-    assert clips.shapes == features.shapes
-    assert len(set(clips.shapes)) == 3
+    assert clips.buckets == features.buckets
+    assert len(set(clips.buckets)) == 3
     assert len(clips) == len(samples) - 2
     reasons = {sample.id: reason for sample, reason in clips.unusable}
     assert set(reasons) == {"broken", "no picture"}
@@ -103,15 +105,15 @@ def test_ids_and_shapes_are_those_of_a_finished_extraction(samples, features, cl
 def test_the_stream_is_the_same(features, clips, dp_size, micro, workers):
     for rank in range(dp_size):
         options = {"global_batch": 4, "micro_batch": micro, "dp_rank": rank, "dp_size": dp_size, "seed": 3}
-        options |= {"cursor": 8, "num_workers": workers, "text_dropout": 0.3}
+        options |= {"cursor": 8, "num_workers": workers, "small_buckets": "repeat"}
         both = zip(build_loader(features, **options), build_loader(clips, **options), strict=True)
         dropped = 0
         for stored, raw in itertools.islice(both, 8):
             assert (stored.index, stored.cursor_after) == (raw.index, raw.cursor_after)
             for one, other in zip(stored.micro, raw.micro, strict=True):
                 assert (one.ids, one.epochs) == (other.ids, other.epochs)
-                assert torch.equal(one.text, torch.stack([_code(caption) for caption in other.captions]))
-                assert torch.equal(one.latents, torch.stack([encode(clip) for clip in other.clips]))
+                assert torch.equal(one.tensors["text"], torch.stack([_code(caption) for caption in other.captions]))
+                assert torch.equal(one.tensors["latents"], torch.stack([encode(clip) for clip in other.clips]))
                 dropped += other.captions.count("")
         assert 0 < dropped < 20
 
@@ -141,10 +143,14 @@ def test_a_video_changed_or_damaged_since_is_an_error_at_its_step(samples, tmp_p
 
 
 def test_captions_are_needed(samples):
-    silent = ClipDataset(
-        [Sample("a", samples[0].path)], GEOMETRY, latent_shape=latent_shape, path="data.json", found=[(9, 80, 48, 0)]
-    )
+    def silent(dropout):
+        sample, captions = Sample("a", samples[0].path), Captions(dropout=dropout)
+        found = [(9, 80, 48, 0)]
+        return ClipDataset(
+            [sample], GEOMETRY, latent_shape=latent_shape, path="data.json", captions=captions, found=found
+        )
+
     with pytest.raises(ValueError, match=r"data\.json: sample a has no caption"):
-        build_loader(silent, global_batch=1, text_dropout=0.5)
-    (step,) = itertools.islice(build_loader(silent, global_batch=1, text_dropout=1), 1)
+        silent(0.5)
+    (step,) = itertools.islice(build_loader(silent(1), global_batch=1), 1)
     assert step.micro[0].captions == [""]

@@ -19,12 +19,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from barcode_clips import read_barcode, write_clip
 
 
-@given(st.integers(1, 200), st.integers(0, 20), st.integers(0, 10**6))
-def test_clips_are_4k_plus_1_and_inside(available, k, number):
-    geometry = Geometry(num_frames=4 * k + 1)
+@given(st.integers(1, 200), st.integers(0, 20), st.integers(0, 10**6), st.sampled_from([4, 1, 8]))
+def test_clips_are_what_the_vae_packs_and_inside(available, k, number, pack):
+    geometry = Geometry(num_frames=pack * k + 1, time_stride=pack)
     chosen = choose_frames(np.arange(available), geometry, lambda n: number % n)
-    assert len(chosen) % 4 == 1
-    assert len(chosen) == min(4 * k + 1, (available - 1) // 4 * 4 + 1)
+    assert (len(chosen) - 1) % pack == 0
+    assert len(chosen) == min(pack * k + 1, (available - 1) // pack * pack + 1)
     assert (np.diff(chosen) == 1).all()
     assert 0 <= chosen[0] <= chosen[-1] < available
 
@@ -107,6 +107,9 @@ def test_sizes_by_example():
         ({"window": "middle"}, "random, start or center"),
         ({"max_aspect": 0.5}, "at least 1"),
         ({"stride": 0}, "at least 1"),
+        ({"time_stride": 0}, "at least 1"),
+        ({"time_stride": 8, "num_frames": 77}, r"77 is not 8k\+1: use 73 or 81"),
+        ({"time_stride": 6, "min_frames": 1}, r"num_frames=81 is not 6k\+1: use 79 or 85"),
     ],
 )
 def test_impossible_geometries_are_refused(options, message):

@@ -2,21 +2,26 @@
 
 import itertools
 import threading
+import warnings
 from collections import Counter
+from functools import partial
+from math import gcd
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_data import FeatureCache, FeatureDataset, build_loader
-from mm_data.order import Order
+from mm_data import Captions, FeatureCache, FeatureDataset, Order
+from mm_data import build_loader as build
+
+build_loader = partial(build, small_buckets="repeat")
 
 SHAPES = {"a": (4, 2, 2, 2), "b": (4, 1, 2, 2), "c": (4, 3, 2, 2)}
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
+def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("features")
     with FeatureCache(path, shard_bytes=1000) as cache:
         for i in range(29):
@@ -26,6 +31,11 @@ def dataset(tmp_path_factory):
             cache.put(f"key{i}", tensors, {"id": f"v{i}"})
         cache.put_empty_text(torch.full((1, 3), -1.0))
     cache.finish()
+    return path
+
+
+@pytest.fixture(scope="module")
+def dataset(path):
     return FeatureDataset(path)
 
 
@@ -39,31 +49,128 @@ def flat(steps):
         (id_, epoch, float(text[0, 0]))
         for step in steps
         for batch in step.micro
-        for id_, epoch, text in zip(batch.ids, batch.epochs, batch.text, strict=True)
+        for id_, epoch, text in zip(batch.ids, batch.epochs, batch.tensors["text"], strict=True)
     ]
 
 
-buckets = st.lists(st.integers(1, 40), min_size=1, max_size=5)
+sizes = st.lists(st.integers(1, 40), min_size=1, max_size=5)
+
+
+def keys(sizes):
+    """The bucket of each sample."""
+    return [(b,) for b, n in enumerate(sizes) for _ in range(n)]
 
 
 @settings(max_examples=60, deadline=None)
-@given(buckets, st.integers(1, 12), st.integers(0, 3))
-def test_order_is_exact(sizes, global_batch, seed):
-    shapes = [(b,) for b, n in enumerate(sizes) for _ in range(n)]
-    order = Order(shapes, global_batch, seed)
+@given(sizes, st.integers(1, 12), st.integers(0, 3), st.sampled_from(["repeat", "drop"]))
+def test_order_is_exact(sizes, global_batch, seed, small_buckets):
+    buckets = keys(sizes)
+    kept = [i for i, (b,) in enumerate(buckets) if small_buckets == "repeat" or sizes[b] >= global_batch]
+    make = partial(Order, buckets, global_batch, seed, small_buckets)
+    if not kept:
+        with pytest.raises(ValueError, match=rf"all {len(sizes)} .*\({global_batch}\), the largest has {max(sizes)}"):
+            make()
+        return
+    order = make()
     rounds = global_batch  # after G rounds every bucket has given exactly G epochs
     steps = [order.step(s) for s in range(order.batches_before(rounds))]
-    assert all(len({shapes[i] for i, _ in step}) == 1 for step in steps)  # one step, one shape
+    assert all(len({buckets[i] for i, _ in step}) == 1 for step in steps)  # one step, one bucket
     assert all(len(step) == global_batch for step in steps)
     seen = Counter(pick for step in steps for pick in step)
-    assert seen == Counter((i, e) for i in range(len(shapes)) for e in range(rounds))  # nothing dropped, nothing twice
-    assert [Order(shapes, global_batch, seed).step(s) for s in reversed(range(len(steps)))] == steps[::-1]
+    assert seen == Counter((i, e) for i in kept for e in range(rounds))  # nothing left over, nothing twice
+    if small_buckets == "drop":
+        assert all(len({i for i, _ in step}) == global_batch for step in steps)
+    # from any place, in any order, without what came before
+    assert [make().step(s) for s in reversed(range(len(steps)))] == steps[::-1]
 
 
 @settings(max_examples=40, deadline=None)
-@given(buckets, st.integers(1, 12), st.integers(0, 10**9))
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 10**6), st.integers(0, 3))
+def test_dropped_buckets_leave_the_stream_of_the_others_distinct_far_away(extra, global_batch, step, seed):
+    """Also where an epoch is hardly longer than a step, so that what is moved goes on from epoch to epoch."""
+    order = Order(keys([global_batch + extra % global_batch, 40, 1]), global_batch, seed, "drop")
+    for s in range(step, step + 6):
+        picks = order.step(s)
+        assert len({pick.index for pick in picks}) == global_batch
+        assert picks == Order(keys([global_batch + extra % global_batch, 40, 1]), global_batch, seed, "drop").step(s)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.integers(1, 12))
+def test_small_buckets_are_described_with_their_numbers(sizes, global_batch):
+    small = Order(keys(sizes), global_batch, 0).small
+    few = [n for n in sizes if n < global_batch]
+    if not few:
+        assert small is None
+        return
+    # all ways in which a step can lie over epochs of n samples: how often the sample that is there most often can be
+    most = 0
+    for n in few:
+        for before in range(0, n, gcd(n, global_batch)):
+            whole, rest = divmod(global_batch - before, n)
+            most = max(most, (before > 0) + whole + (rest > 0))
+    assert (small.sizes, small.buckets, small.samples, small.most_repeats) == (few, len(sizes), sum(sizes), most)
+    order = Order(keys(sizes), global_batch, 1)
+    shown = [Counter(pick.index for pick in order.step(s)).most_common(1)[0][1] for s in range(100)]
+    assert max(shown) <= max(most, 2)
+
+
+def test_what_is_said_of_small_buckets():
+    assert Order(keys([40, 30]), 4, 0).small is None
+    assert Order(keys([6, 1, 1, 3]), 4, 0).small.describe() == (
+        "3 of 4 buckets have fewer samples than a step takes (4): their 5 samples of 11 are repeated, a sample up to 4 "
+        "times in one step. small_buckets=drop leaves them out; global_batch=1 is small enough for all of them."
+    )
+    assert Order(keys([6, 3]), 4, 0, "drop").small.describe("--small_buckets ", "--global_batch ") == (
+        "1 of 2 buckets has fewer samples than a step takes (4): its 3 samples of 9 are left out. --small_buckets "
+        "repeat shows them too, a sample up to 2 times in one step; --global_batch 3 is small enough for all of them."
+    )
+    with pytest.raises(ValueError, match=r"small_buckets='keep' must be repeat or drop"):
+        Order(keys([6]), 4, 0, "keep")
+
+
+class Numbers:
+    """A data set of its own kind: neither clips nor text, and what it makes of samples is their numbers."""
+
+    def __init__(self, sizes):
+        self.buckets = keys(sizes)
+        self.ids = [str(i) for i in range(len(self.buckets))]
+
+    def batch(self, picks):
+        return [pick.index for pick in picks]
+
+
+def test_any_data_set_is_loaded_and_small_buckets_are_said_once_unless_chosen():
+    with pytest.warns(UserWarning, match="1 of 2 buckets has fewer samples") as said:
+        loader = build(Numbers([8, 3]), global_batch=4, num_workers=0)
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(Numbers([8, 4]), global_batch=4)
+        repeated = build(Numbers([8, 3]), global_batch=4, num_workers=0, small_buckets="repeat")
+        dropped = build(Numbers([8, 3]), global_batch=4, num_workers=0, small_buckets="drop")
+    assert take(repeated, 9) == take(loader, 9)
+    assert sorted(i for step in take(dropped, 2) for (i,) in step.micro) == list(range(8))
+    with pytest.raises(ValueError, match=r"no bucket is left: all 2 .* global batch of 8 or less"):
+        build(Numbers([8, 3]), global_batch=9, small_buckets="drop")
+
+
+def test_the_stream_is_the_one_that_it_was():
+    """Written down from the first version: a run that is continued years later goes on with the same samples."""
+    order = Order(keys([5, 2, 9]), 4, seed=7)
+    assert [order.step(s) for s in (0, 1, 2, 1000)] == [
+        [(14, 0), (13, 0), (15, 0), (10, 0)],
+        [(3, 0), (1, 0), (4, 0), (2, 0)],
+        [(7, 0), (8, 0), (11, 0), (12, 0)],
+        [(8, 250), (7, 250), (12, 250), (10, 250)],
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, st.integers(1, 12), st.integers(0, 10**9))
 def test_order_far_away(sizes, global_batch, step):
-    order = Order([(b,) for b, n in enumerate(sizes) for _ in range(n)], global_batch, 0)
+    order = Order(keys(sizes), global_batch, 0)
     epochs = [epoch for _, epoch in order.step(step)]
     expected = step * global_batch / sum(sizes)
     assert all(abs(epoch - expected) <= 2 * global_batch / min(sizes) + 2 for epoch in epochs)
@@ -83,9 +190,10 @@ def test_epochs_differ_and_buckets_mix():
     seed=st.integers(0, 2),
     workers=st.sampled_from([0, 1, 3]),
 )
-def test_one_stream_for_every_layout_and_resume(dataset, layout, start, seed, workers):
+def test_one_stream_for_every_layout_and_resume(path, layout, start, seed, workers):
     dp_size, micro = layout
-    common = {"global_batch": 12, "seed": seed, "text_dropout": 0.3}
+    dataset = FeatureDataset(path, Captions(seed, dropout=0.3))
+    common = {"global_batch": 12, "seed": seed}
     whole = take(build_loader(dataset, micro_batch=12, num_workers=0, **common), start + 3)
     cursor = whole[start - 1].cursor_after if start else 0
     ranks = [
@@ -107,17 +215,29 @@ def test_batches_hold_the_samples_they_name(dataset):
     for step in take(build_loader(dataset, global_batch=6, micro_batch=3), 20):
         for batch in step.micro:
             numbers = torch.tensor([float(name[1:]) for name in batch.ids])
-            assert torch.equal(batch.latents[:, 0, 0, 0, 0], numbers)
-            assert torch.equal(batch.extras["image"][:, 0], numbers)
-            assert torch.equal(batch.text[:, 0, 0] // 10, numbers)
-            for row in batch.text:
+            assert set(batch.tensors) == {"latents", "text", "image"}
+            assert torch.equal(batch.tensors["latents"][:, 0, 0, 0, 0], numbers)
+            assert torch.equal(batch.tensors["image"][:, 0], numbers)
+            assert torch.equal(batch.tensors["text"][:, 0, 0] // 10, numbers)
+            for row in batch.tensors["text"]:
                 length = 1 + int(row[0, 0] - row[0, 0] // 10 * 10)
                 assert (row[:length] == row[0, 0]).all()
                 assert (row[length:] == 0).all()
 
 
-def test_captions_are_chosen_and_dropped_as_often_as_asked(dataset):
-    shown = flat(take(build_loader(dataset, global_batch=10, text_dropout=0.25), 300))
+def test_without_captions_there_is_no_text(path, tmp_path):
+    (step,) = take(build_loader(FeatureDataset(path, captions=None), global_batch=4), 1)
+    assert set(step.micro[0].tensors) == {"latents", "image"}
+    with FeatureCache(tmp_path) as cache:
+        cache.put("k", {"latents": torch.ones(1, 1, 1, 1)}, {"id": "a"})
+        cache.finish()
+    with pytest.raises(ValueError, match="sample a has no caption"):
+        FeatureDataset(tmp_path)
+    assert FeatureDataset(tmp_path, captions=None)[0]["latents"].item() == 1
+
+
+def test_captions_are_chosen_and_dropped_as_often_as_asked(path, dataset):
+    shown = flat(take(build_loader(FeatureDataset(path, Captions(dropout=0.25)), global_batch=10), 300))
     dropped = [text == -1 for *_, text in shown]
     assert sum(dropped) / len(dropped) == pytest.approx(0.25, abs=0.03)
     chosen = Counter(text for name, _, text in shown if name == "v2" and text > 0)  # has three captions
@@ -164,7 +284,6 @@ def test_threads_end_with_the_iterator(dataset):
         ({"global_batch": 10, "dp_size": 4}, r"multiple of 4 x 1 = 4, e\.g\. 8 or 12"),
         ({"global_batch": 8, "micro_batch": 3}, r"e\.g\. 6 or 9"),
         ({"global_batch": 4, "cursor": 6}, "begin at cursor 4 or 8"),
-        ({"global_batch": 4, "text_dropout": 1.5}, "probability"),
         ({"global_batch": 4, "dp_rank": 2, "dp_size": 2}, r"in 0\.\.1"),
         ({"global_batch": 0}, "at least 1"),
         ({"global_batch": 4, "num_workers": -1}, "negative"),
@@ -179,5 +298,7 @@ def test_dropout_needs_the_empty_prompt(tmp_path):
     with FeatureCache(tmp_path) as cache:
         cache.put("k", {"latents": torch.zeros(1, 1, 1, 1), "text.0": torch.ones(1, 1)}, {"id": "a"})
     cache.finish()
-    with pytest.raises(ValueError, match="needs the encoding of the empty prompt"):
-        build_loader(FeatureDataset(tmp_path), global_batch=1, text_dropout=0.1)
+    with pytest.raises(ValueError, match=r"text dropout 0\.1 needs the encoding of the empty prompt"):
+        FeatureDataset(tmp_path, Captions(dropout=0.1))
+    with pytest.raises(ValueError, match="must be a probability"):
+        Captions(dropout=1.5)

@@ -41,18 +41,18 @@ def write(path, generation, count=4):
 def test_both_generations(tmp_path, generation):
     write(tmp_path / "out", generation)
     dataset = FeatureDataset(tmp_path / "out")
-    assert dataset.shapes == [(16, 3, 4, 6)] * 4
+    assert dataset.buckets == [(16, 3, 4, 6)] * 4
     assert dataset[2]["latents"].mean() == 2
     assert [dataset[i]["text"][0].shape for i in range(4)] == [(5 + i, 4) for i in range(4)]
-    assert set(dataset[0]["extras"]) == {"image", "condition"}
+    assert set(dataset[0]["conditions"]) == {"image", "condition"}
     assert dataset.empty_text is None
     (step,) = itertools.islice(build_loader(dataset, global_batch=4, micro_batch=4), 1)
-    assert step.micro[0].text.shape == (4, 8, 4)
+    assert step.micro[0].tensors["text"].shape == (4, 8, 4)
     (batch,) = step.micro
-    assert batch.extras["image"].shape == (4, 257, 8)
-    assert batch.extras["condition"].shape == (4, 16, 3, 4, 6)
-    assert torch.equal(batch.extras["condition"][:, 0, 0, 0, 0], 10 + batch.latents[:, 0, 0, 0, 0])
-    assert torch.equal(batch.extras["image"][:, 0, 0], 20 + batch.latents[:, 0, 0, 0, 0])
+    assert batch.tensors["image"].shape == (4, 257, 8)
+    assert batch.tensors["condition"].shape == (4, 16, 3, 4, 6)
+    assert torch.equal(batch.tensors["condition"][:, 0, 0, 0, 0], 10 + batch.tensors["latents"][:, 0, 0, 0, 0])
+    assert torch.equal(batch.tensors["image"][:, 0, 0], 20 + batch.tensors["latents"][:, 0, 0, 0, 0])
 
 
 def test_vace_context_is_parted(tmp_path):
@@ -62,9 +62,9 @@ def test_vace_context_is_parted(tmp_path):
     parts = torch.cat([torch.full((c, 3, 4, 6), float(n)) for n, c in enumerate((16, 16, 64))])
     found = {"video": torch.zeros(16, 3, 4, 6), "prompt_ids": prompt, "prompt_mask": mask, "vace_context": parts}
     torch.save(found, file)
-    extras = FeatureDataset(tmp_path)[0]["extras"]
-    assert {name: tensor.shape[0] for name, tensor in extras.items()} == {"control": 32, "control_mask": 64}
-    assert torch.cat((extras["control"], extras["control_mask"])).equal(parts)
+    conditions = FeatureDataset(tmp_path)[0]["conditions"]
+    assert {name: tensor.shape[0] for name, tensor in conditions.items()} == {"control": 32, "control_mask": 64}
+    assert torch.cat((conditions["control"], conditions["control_mask"])).equal(parts)
     torch.save(found | {"vace_context": parts[:95]}, file)
     with pytest.raises(ValueError, match="vace_context has 95 channels, expected 96"):
         FeatureDataset(tmp_path)

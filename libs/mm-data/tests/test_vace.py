@@ -19,6 +19,7 @@ from mm_data import (
     Sample,
     VideoDataset,
     content_key,
+    for_task,
     read_manifest,
     select,
     write_video,
@@ -205,6 +206,16 @@ def test_cuts_are_those_of_all_files(folder):
     assert numbers(clip["video"]) == numbers(clip["source"]) == list(range(8, 17))
 
 
+def test_a_task_without_control_reads_the_video_alone(folder):
+    one = sample(folder)
+    assert for_task([one], controls=True) == [one]
+    (plain,) = for_task([one], controls=False)
+    assert plain == replace(one, control=None)
+    assert plain.files == (folder / "video.mp4",)
+    (clip,) = VideoDataset([plain], WINDOW)
+    assert not {"source", "mask", "references"} & clip.keys()
+
+
 def test_plain_entries_keep_the_names_they_had_before_there_was_vace():
     assert content_key("ab" * 32, Geometry(), "enc", ("a cat", "b"), (0, 81), 3).startswith("8eb4e48307a0e2c2")
     fixed = Geometry(window="center", fps=16, dynamic=True)
@@ -219,10 +230,10 @@ def test_every_file_and_its_role_decides_the_entry(folder, tmp_path):
     keys = []
 
     def key(one):
-        plan = store.plan([one], VACE, "encoder")
-        assert not plan.failed
-        keys.append(plan.keys[one.id])
-        return plan
+        todo = store.plan([one], VACE, "encoder")
+        assert not todo.failed
+        keys.append(todo.keys[one.id])
+        return todo
 
     key(replace(sample(tmp_path), control=None))
     key(replace(sample(tmp_path), control=Control()))
@@ -232,14 +243,14 @@ def test_every_file_and_its_role_decides_the_entry(folder, tmp_path):
     for changed in ("source.mp4", "mask.mp4", "wide.png"):
         key(sample(tmp_path))
         (tmp_path / changed).write_bytes((tmp_path / changed).read_bytes() + b"\0")
-    plan = key(sample(tmp_path))
+    todo = key(sample(tmp_path))
     assert len(set(keys)) == len(keys) == 9
 
     with store:  # a store remembers all files of an entry
-        clip = VideoDataset(plan.todo, VACE)[0]
-        store.put(plan.keys["s"], {"latents": torch.zeros(1), "text.0": torch.zeros(1, 1)}, clip["meta"])
+        clip = VideoDataset(todo.to_encode, VACE)[0]
+        store.put(todo.keys["s"], {"latents": torch.zeros(1), "text.0": torch.zeros(1, 1)}, clip["meta"])
     (known,) = FeatureCache(tmp_path / "store").plan([sample(tmp_path)], VACE, "encoder").done
-    assert known.contents == plan.todo[0].contents
+    assert known.contents == todo.to_encode[0].contents
     (tmp_path / "mask.mp4").write_bytes((folder / "mask.mp4").read_bytes())
     with pytest.raises(ValueError, match=r"mask\.mp4 was changed"):
         VideoDataset([known], VACE)[0]

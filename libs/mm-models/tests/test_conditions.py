@@ -5,8 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from mm_models import preset
-from mm_models.wan import conditions as c
-from mm_models.wan.conditions import TASKS, fold_mask, hold, inputs, keep_mask, learned_frames, parted, stored, tasks
+from mm_models.diffusion.objective import Pixels
+from mm_models.wan import WanConfig
+from mm_models.wan import encode as c
+from mm_models.wan.encode import Conditioning, fold_mask, keep_mask, split_by_mask
+from mm_models.wan.tasks import CONDITION, stored, tasks
 
 HEIGHT, WIDTH = 16, 24
 
@@ -20,7 +23,7 @@ def test_what_each_model_can_be_asked_for():
         "wan2.2-i2v-a14b": ("i2v", "flf2v"),
         "vace-a14b": ("vace",),
     }
-    assert {name: tasks(preset(name)) for name in usual} == usual
+    assert {name: tuple(task.name for task in tasks(preset(name))) for name in usual} == usual
     assert stored(preset("wan2.1-i2v-1.3b"), "i2v") == {"condition": 16, "image": 257}
     assert stored(preset("wan2.1-flf2v-14b"), "flf2v") == {"condition_both": 16, "image": 514}
     assert stored(preset("wan2.2-i2v-a14b"), "i2v") == {"condition": 16}
@@ -73,7 +76,7 @@ def test_what_is_encoded():
     assert not c.condition_video(9, first)[:, :, 1:].any()
 
     video, mask = torch.rand(1, 3, 5, 4, 6) - 2, torch.rand(1, 1, 5, 4, 6)
-    kept, changed = parted(video, mask)
+    kept, changed = split_by_mask(video, mask)
     assert torch.equal(kept, torch.where(mask > 0.5, 0, video))
     assert torch.equal(kept + changed, video)
 
@@ -94,16 +97,56 @@ def test_references_come_first_in_the_order_given():
 
 def test_a_given_first_frame():
     latents, first = torch.rand(2, 48, 3, 4, 6), torch.rand(2, 48, 1, 4, 6)
-    held = hold("ti2v", latents, {"first": first})
+    ti2v, t2v = (Conditioning(preset("wan2.2-ti2v-5b"), task) for task in ("ti2v", "t2v"))
+    held = ti2v.hold(latents, {"first": first})
     assert torch.equal(held[:, :, :1], first)
     assert torch.equal(held[:, :, 1:], latents[:, :, 1:])
-    assert hold("t2v", latents, {}) is latents
+    assert t2v.hold(latents, {}) is latents
+    assert torch.equal(ti2v.complete(latents, {})["first"], latents[:, :, :1])
     t = c.first_frame_at_zero(torch.tensor([900.0, 30.0]), (3, 4, 6), (1, 2, 2))
     assert t.shape == (2, 18)
     assert not t[:, :6].any()
     assert torch.equal(t[:, 6:], torch.tensor([[900.0], [30.0]]).expand(2, 12))
-    assert {task for task in TASKS if learned_frames(task) != slice(None)} == {"ti2v"}
-    assert learned_frames("ti2v") == slice(1, None)
+    assert torch.equal(ti2v.learned(latents), latents[:, :, 1:])
+    for model in ("wan2.2-ti2v-5b", "wan2.2-i2v-a14b", "wan2.1-flf2v-14b", "vace-14b"):
+        others = [Conditioning(preset(model), task.name) for task in tasks(preset(model)) if task.name != "ti2v"]
+        assert all(other.learned(latents) is latents for other in others)
+
+
+def test_two_images_are_known_by_their_positions_not_by_the_number_of_tokens():
+    """A small CLIP makes 17 tokens of an image: 34 with positions are a first and a last image."""
+    small = {"in_channels": 36, "image_dim": 32}
+    assert [t.name for t in tasks(WanConfig(**small, image_tokens=34, image_positions=True))] == ["flf2v"]
+    assert [t.name for t in tasks(WanConfig(**small, image_tokens=34))] == ["i2v"]
+    assert [t.name for t in tasks(WanConfig(**small, image_tokens=1370, image_positions=False))] == ["i2v"]
+
+
+def test_training_stores_what_inference_makes():
+    """One function makes conditions for both; what training keeps of them is what the model is told again."""
+    pixels = Pixels(
+        size=(5, 16, 24),
+        video=torch.rand(2, 3, 5, 16, 24) * 2 - 1,
+        mask=torch.rand(2, 1, 5, 16, 24).round(),
+        references=[(torch.rand(3, 16, 24),), ()],
+    )
+
+    def encode(video):
+        return F.avg_pool3d(video, (1, 8, 8)).mean(1, keepdim=True).expand(-1, 16, -1, -1, -1)[:, :, ::4]
+
+    vace = Conditioning(preset("vace-14b"), "vace")
+    with_reference, without = vace.encode(pixels, encode)
+    assert with_reference["control"].shape == (32, 3, 2, 3)
+    assert without["control"].shape == (32, 2, 2, 3)
+    kept = vace.to_store(torch.rand(16, 2, 2, 3), with_reference)
+    assert torch.equal(kept["latents"][:, 0], with_reference["control"][:16, 0])
+    assert kept["latents"].shape == (16, 3, 2, 3)
+    assert kept["control_mask"].dtype == torch.uint8
+    assert set(kept) == {"latents", *vace.stored}
+    told = [
+        vace.inputs(kept["latents"][None], torch.zeros(1), torch.zeros(1, 3, 8), {n: t[n][None] for n in vace.stored})
+        for t in (kept, with_reference)
+    ]
+    assert torch.allclose(told[0]["control"], told[1]["control"], atol=1 / 255)
 
 
 MODELS = {
@@ -127,7 +170,7 @@ def test_every_condition_matters(tiny, task):
     channels = config.out_channels
     latents, text, t = rand(channels, 3, 4, 6), rand(20, 16), torch.tensor([900.0, 300.0])
     latent = (channels, 3, 4, 6)
-    shapes = {name: latent for name in c.CONDITION.values()}
+    shapes = {name: latent for name in CONDITION.values()}
     shapes |= {"control": (2 * channels, 3, 4, 6), "image": (config.image_tokens, 20)}
     given = {name: rand(*shapes[name]) for name in stored(config, task) if name in shapes}
     if task == "ti2v":
@@ -139,9 +182,11 @@ def test_every_condition_matters(tiny, task):
         parts |= {"what is kept": ("control", slice(16)), "what changes": ("control", slice(16, None))}
         parts |= {"a reference": ("control", (slice(16), slice(1)))}  # stands in the first frame
 
+    conditioning = Conditioning(config, task)
+
     def run(conditions):
         with torch.no_grad():
-            return model(**inputs(config, task, hold(task, latents, conditions), t, text, conditions))
+            return model(**conditioning.inputs(conditioning.hold(latents, conditions), t, text, conditions))
 
     out = run(given)
     for what, (name, part) in parts.items():

@@ -8,7 +8,7 @@ import torch
 from mm_models import build
 from mm_models.layers import RMSNorm, cast_weights
 
-ISLANDS = ("time_embedding", "time_projection", "modulation", "norm3", "img_emb.proj.0", "img_emb.proj.4")
+KEPT = ("time_embedding", "time_projection", "modulation", "norm3", "img_emb.proj.0", "img_emb.proj.4")
 I2V = {"in_channels": 36, "image_dim": 20, "text_tokens": 40}
 VACE = {"vace_layers": (0, 2), "text_tokens": 40}
 
@@ -21,8 +21,8 @@ def close(a, b):
 def test_cast_weights_spares_the_islands(tiny):
     model = cast_weights(tiny(**I2V), torch.bfloat16)
     for name, parameter in model.named_parameters():
-        island = any(part in name for part in ISLANDS)
-        assert parameter.dtype == (torch.float32 if island else torch.bfloat16), name
+        kept = any(part in name for part in KEPT)
+        assert parameter.dtype == (torch.float32 if kept else torch.bfloat16), name
     assert cast_weights(model, torch.float64).head.modulation.dtype == torch.float64
     assert build("wan-tiny", dtype=torch.bfloat16).blocks[0].ffn[0].weight.dtype == torch.bfloat16
 
@@ -68,7 +68,7 @@ def test_matrices_in_bfloat16_and_stream_in_float32(tiny, batch):
             )
     cores = []
 
-    def core(q, k, v, tokens):
+    def core(q, k, v, sequence):
         cores.append({q.dtype, k.dtype, v.dtype})
         return v
 

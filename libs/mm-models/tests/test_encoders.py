@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mm_models.encoders import TextEncoder, VideoVAE, clean
+from mm_models.encoders import TextEncoder, clean
+from mm_models.wan.vae import WanVAE
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "circle", "moves", "left", "&", "▁"]
 
@@ -78,7 +79,7 @@ def test_long_prompts_are_cut_with_a_warning(repository):
 
 
 def test_videos(repository):
-    vae = VideoVAE(repository)
+    vae = WanVAE(repository)
     assert vae.stride == (4, 8, 8)
     video = torch.rand(2, 3, 9, 16, 24) * 2 - 1
     latents = vae.encode(video)
@@ -96,7 +97,7 @@ def test_videos(repository):
 
 
 def test_video_sizes_that_would_be_cropped(repository):
-    vae = VideoVAE(repository)
+    vae = WanVAE(repository)
     with pytest.raises(ValueError, match=r"8 frames: must be 4k \+ 1, e\.g\. 5"):
         vae.encode(torch.zeros(1, 3, 8, 16, 16))
     with pytest.raises(ValueError, match=r"20x16 pixels: both must be multiples of 8, e\.g\. 16x16"):
@@ -105,9 +106,7 @@ def test_video_sizes_that_would_be_cropped(repository):
         vae.encode(torch.zeros(3, 5, 16, 16))
 
 
-@pytest.mark.parametrize(
-    ("part", "load"), [("text_encoder", TextEncoder), ("tokenizer", TextEncoder), ("vae", VideoVAE)]
-)
+@pytest.mark.parametrize(("part", "load"), [("text_encoder", TextEncoder), ("tokenizer", TextEncoder), ("vae", WanVAE)])
 def test_missing_folders(copy, part, load):
     shutil.rmtree(copy / part)
     with pytest.raises(ValueError, match=f"{part} is not a folder"):
@@ -116,7 +115,7 @@ def test_missing_folders(copy, part, load):
 
 @pytest.mark.parametrize(
     ("file", "load"),
-    [("text_encoder/model.safetensors", TextEncoder), ("vae/diffusion_pytorch_model.safetensors", VideoVAE)],
+    [("text_encoder/model.safetensors", TextEncoder), ("vae/diffusion_pytorch_model.safetensors", WanVAE)],
 )
 def test_missing_files_and_tensors(copy, file, load):
     tensors = load_file(copy / file)
@@ -137,18 +136,18 @@ def test_missing_files_and_tensors(copy, file, load):
 
 
 def test_identity(repository, copy):
-    text, video = TextEncoder(repository).identity, VideoVAE(repository).identity
+    text, video = TextEncoder(repository).identity, WanVAE(repository).identity
     assert len({text, video}) == 2
-    assert (TextEncoder(copy).identity, VideoVAE(copy).identity) == (text, video), "a copy is the same encoder"
+    assert (TextEncoder(copy).identity, WanVAE(copy).identity) == (text, video), "a copy is the same encoder"
     assert TextEncoder(copy, dtype=torch.float32).identity != text
     assert TextEncoder(copy, max_length=24).identity != text
-    assert VideoVAE(copy, tiling=True).identity != video
+    assert WanVAE(copy, tiling=True).identity != video
 
     file = copy / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     tensors["decoder.conv_in.bias"][0] += 1  # trained further: same names, same sizes
     save_file(tensors, file, {"format": "pt"})
-    assert VideoVAE(copy).identity != video
+    assert WanVAE(copy).identity != video
 
 
 def test_no_bar_in_a_log_and_the_setting_is_given_back(repository, capfd):

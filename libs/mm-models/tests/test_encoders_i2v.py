@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mm_models.encoders import ImageEncoder, TextEncoder, VideoVAE
-from mm_models.testing import write_encoders
+from mm_models.encoders import ImageEncoder, TextEncoder
+from mm_models.wan.testing import write_encoders
+from mm_models.wan.vae import WanVAE
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_clip_is_loaded_strictly(copy):
         with pytest.raises(ValueError, match=r"1 (missing|mismatched|unexpected) keys, first .*layers\.1\.mlp\.fc1"):
             ImageEncoder(copy)
     shutil.rmtree(copy / "image_encoder")
-    with pytest.raises(ValueError, match=r"image_encoder/, e\.g\. a download of Wan-AI/Wan2\.1-I2V"):
+    with pytest.raises(ValueError, match=r"image_encoder/, as the model's makers publish it"):
         ImageEncoder(copy)
 
 
@@ -98,7 +99,7 @@ def test_videos_of_wan_2_2(repository, copy):
     """48 channels, 4x16x16. The published config.json has a field, clip_output, that the class does not take."""
     config = copy / "vae" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"clip_output": False}))
-    vae = VideoVAE(copy)
+    vae = WanVAE(copy)
     assert vae.stride == (4, 16, 16)
     assert vae.latent_shape(9, 64, 32) == (48, 3, 4, 2)
     video = torch.rand(2, 3, 9, 64, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -121,7 +122,7 @@ def test_videos_of_wan_2_2(repository, copy):
 
 def test_encoders_move_as_a_whole(repository):
     """To a device and back, as training does between batches. There is no other than meta here."""
-    for encoder in (TextEncoder(repository), ImageEncoder(repository), VideoVAE(repository)):
+    for encoder in (TextEncoder(repository), ImageEncoder(repository), WanVAE(repository)):
         assert encoder.to("meta") is encoder
         module = getattr(encoder, "vae", None) or encoder.model
         held = [value for value in vars(encoder).values() if isinstance(value, torch.Tensor)]

@@ -41,15 +41,16 @@ def test_line_and_loss():
     flow = FlowMatching()
     x0, noise = torch.randn(3, 16, 2, 4, 4), torch.randn(3, 16, 2, 4, 4)
     index = torch.tensor([0, 500, 999])
-    x = flow.noised(x0, noise, index)
+    level = flow.level(index)
+    x = flow.noised(x0, noise, level)
     assert torch.equal(x[0], noise[0])
     for i in range(3):  # going back along the target arrives at x0
         assert torch.allclose(x[i] - flow.sigmas[index[i]] * flow.target(x0, noise)[i], x0[i], atol=1e-5)
 
     prediction = flow.target(x0, noise) + torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1, 1)
     expected = flow.weights[index] * torch.tensor([1.0, 4.0, 9.0])
-    assert torch.allclose(flow.loss(prediction, flow.target(x0, noise), index), expected, rtol=1e-4)
-    half = flow.loss(prediction.bfloat16(), flow.target(x0, noise).bfloat16(), index)
+    assert torch.allclose(flow.loss(prediction, flow.target(x0, noise), level), expected, rtol=1e-4)
+    half = flow.loss(prediction.bfloat16(), flow.target(x0, noise).bfloat16(), level)
     assert half.dtype == torch.float32
 
 

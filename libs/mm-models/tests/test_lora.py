@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from mm_models import build
-from mm_models.initial import initial
 from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora, load_lora, lora_state_dict, merge_lora
+from mm_models.wan.start import initial
 
 CONFIG = LoRAConfig(rank=4, alpha=8.0)
 

@@ -1,12 +1,18 @@
 """Every preset has the shapes and names of the released weights, without a file to compare with."""
 
+import subprocess
+import sys
 from hashlib import md5
+from importlib import import_module
 
 import pytest
 import torch
 
 from mm_models import boundary, build, plan, preset, presets
-from mm_models.initial import initial
+from mm_models.families import FAMILIES, published_like
+from mm_models.wan import WanConfig
+from mm_models.wan.family import WAN
+from mm_models.wan.start import initial
 
 T2V_14B = (14_288_491_584, 1095, "aafcfd9672c3a2456dc46e1cb6e52c70")
 I2V_14B = (16_394_878_784, 1303, "6bfcfb3b342cb286ce886889d519a77e")
@@ -59,13 +65,13 @@ def test_where_experts_change():
 def test_plan_matches_the_model(name):
     model = build(name, device="meta")
     cut = plan(model)
-    assert list(cut.modules_of(model, "rungs")) == [f"blocks.{i}" for i in range(model.config.num_layers)]
-    islands = cut.islands_of(model)
+    assert list(cut.modules_of(model, "layers")) == [f"blocks.{i}" for i in range(model.config.num_layers)]
+    kept = cut.fp32_parameters(model)
     assert {"time_embedding.0.weight", "time_projection.1.bias", "blocks.0.modulation", "head.modulation"} <= set(
-        islands
+        kept
     )
-    assert not any(".q." in name or "ffn" in name for name in islands)
-    assert all(name in islands for name, _ in model.named_parameters() if "modulation" in name or "norm3" in name)
+    assert not any(".q." in name or "ffn" in name for name in kept)
+    assert all(name in kept for name, _ in model.named_parameters() if "modulation" in name or "norm3" in name)
 
 
 def test_mistakes_are_named():
@@ -116,3 +122,35 @@ def test_initial_depends_on_name_and_seed_only():
     assert torch.equal(draw, initial("blocks.0.ffn.0.weight", (4, 3), 7))
     assert not torch.equal(draw, initial("blocks.0.ffn.0.weight", (4, 3), 8))
     assert not torch.equal(draw, initial("blocks.0.ffn.2.weight", (4, 3), 7))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_what_a_family_is_asked_is_there(family):
+    """What is imported later is there, so that no seam fails when it is first used."""
+    for seam in ("build", "plan", "cost", "objective", "conditioning", "codec", "text_encoder", "image_encoder"):
+        module, _, name = getattr(family, seam).__qualname__.rpartition(".")
+        assert callable(getattr(import_module(module), name)), seam
+    assert all(callable(getattr(family.start(), name)) for name in ("initial", "missing", "grow"))
+
+
+def test_published_defaults_are_those_of_the_nearest_preset():
+    """Equal in all, or in its tasks and VAE; two experts before one; a tiny model as the first of its kind."""
+    names = {id(known): name for name, known in WAN.presets.items()}
+
+    def like(config, experts=False):
+        return names[id(published_like(config, experts))]
+
+    for name in RELEASED:
+        twin = "wan2.1-i2v-14b-480p" if name.endswith("720p") else name
+        assert like(preset(name), boundary(name) is not None) == twin
+    assert like(WanConfig(dim=48, num_heads=2, num_layers=1, text_dim=8)) == "wan2.1-t2v-1.3b"
+    assert like(WanConfig(dim=48, num_heads=2, num_layers=1), experts=True) == "wan2.2-t2v-a14b"
+    assert like(WanConfig(in_channels=36, image_dim=32, num_layers=1, image_tokens=34, image_positions=True)) == (
+        "wan2.1-flf2v-14b"
+    )
+    assert like(preset("wan2.2-i2v-a14b")) == "wan2.2-i2v-a14b"  # one of its experts alone
+
+
+def test_a_preset_is_looked_up_without_torch():
+    code = "import sys, mm_models; mm_models.preset('vace-14b'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

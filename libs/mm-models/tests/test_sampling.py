@@ -9,11 +9,15 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import nn
 
-from mm_models.diffusion.sampling import Experts, denoise, first_step, noise, partly_noised, scheduler
+from mm_models.diffusion.experts import Experts
+from mm_models.diffusion.sampling import denoise, first_step, noise, partly_noised
+from mm_models.diffusion.schedulers import scheduler
 from mm_models.wan import WanConfig
+from mm_models.wan.encode import Conditioning
 
-CONFIG = WanConfig(dim=24, num_heads=2, ffn_dim=32, num_layers=1, text_dim=8)
-QUICK = {"config": CONFIG, "steps": 4, "guidance": 1, "flow_shift": 3}
+CONFIG = WanConfig(dim=24, num_heads=2, ffn_dim=32, num_layers=1, text_dim=8, text_tokens=5)
+T2V = Conditioning(CONFIG, "t2v")
+QUICK = {"conditioning": T2V, "steps": 4, "guidance": 1, "flow_shift": 3}
 
 
 class Toy(nn.Module):
@@ -56,7 +60,7 @@ def test_grids():
 @pytest.mark.parametrize("start", [0, 2])
 def test_loop_is_that_of_the_schedulers(sampler, grid, guidance, start):
     model, x = Toy(), noise(3, (2, 16, 2, 4, 4))
-    text, negative = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    text, negative = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     seen = []
     schedule = {"steps": 6, "flow_shift": 3.0, "sampler": sampler, "grid": grid}
     given = partly_noised(x / 2, x, start, **schedule) if start else x
@@ -65,7 +69,7 @@ def test_loop_is_that_of_the_schedulers(sampler, grid, guidance, start):
         given,
         text,
         negative,
-        config=CONFIG,
+        conditioning=T2V,
         guidance=guidance,
         start=start,
         progress=lambda step, latents: seen.append(step),
@@ -152,7 +156,10 @@ def test_the_first_frame_stays_clean():
 
     first = noise(5, (1, 16, 1, 4, 4))
     out = denoise(
-        Watch(), noise(6, (1, 16, 3, 4, 4)), torch.zeros(1, 1, 8), **QUICK, task="ti2v", conditions={"first": first}
+        Watch(),
+        noise(6, (1, 16, 3, 4, 4)),
+        torch.zeros(1, 1, 8),
+        **QUICK | {"conditioning": Conditioning(CONFIG, "ti2v"), "conditions": {"first": first}},
     )
     assert torch.equal(out[:, :, :1], first)
     assert len(seen) == 4

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mm_models import build, preset
 from mm_models.wan import Stream, flops, train_flops
-from mm_models.wan.tables import rope_table, sinusoid
+from mm_models.wan.model import rope_table, sinusoid
 
 I2V = {"in_channels": 36, "image_dim": 20, "text_tokens": 40}
 
@@ -54,14 +54,14 @@ def test_seams_can_cut_and_join_tokens(tiny, batch, kind):
 
     calls = []
 
-    def core(q, k, v, tokens):
-        assert tokens == 60
+    def core(q, k, v, sequence):
+        assert sequence == (60, False, None)
         calls.append(q.shape)
         halves = [torch.softmax(torch.einsum("blhd,bmhd->bhlm", part, k) / 12**0.5, -1) for part in q.split(30, 1)]
         return torch.cat([torch.einsum("bhlm,bmhd->blhd", half, v) for half in halves], 1)
 
     model.split, model.core = split, core
-    model.head.gather = lambda x, tokens: x[:, order]  # its own inverse
+    model.head.gather = lambda x, sequence: x[:, order]  # its own inverse
     assert torch.equal(model.stem(**inputs).x, whole.x[:, order])
     assert relative(model(**inputs), expected) < 1e-5
     assert calls == [(2, 60, 2, 12)] * (5 if kind == "vace" else 3)

@@ -5,8 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_models import build, preset
-from mm_models.initial import control_from
 from mm_models.wan import WanModel, flops, train_flops
+from mm_models.wan.start import grow
 
 VACE = {"vace_layers": (0, 2), "text_tokens": 40}
 
@@ -55,7 +55,7 @@ def test_from_a_plain_wan(tiny, batch):
     model = WanModel(tiny(**VACE).config)
     for name, parameter in model.named_parameters():
         own = name.startswith("vace_")
-        start = control_from(weights.__getitem__, (0, 2), name, parameter.shape) if own else weights[name]
+        start = grow(model.config, weights.__getitem__, name, parameter.shape) if own else weights[name]
         parameter.data.copy_(start)
     assert torch.equal(model.vace_blocks[1].ffn[0].weight, base.blocks[2].ffn[0].weight)
     patches, control = base.patch_embedding, model.vace_patch_embedding

@@ -1,10 +1,10 @@
-"""The bubble of the pipeline's schedules against theory, with rungs that sleep, so that cores do not matter.
+"""The bubble of the pipeline's schedules against theory, with layers that sleep, so that cores do not matter.
 
     python libs/mm-parallel/tests/measure_pipeline.py
 
-A rung sleeps UNIT in the forward and twice that in the backward. Without bubble and communication, m micro-batches over
-r rungs on 2 ranks take 3 * UNIT * m * r / 2; what a step takes longer, as a part of the whole, is the bubble. In theory
-it is b / (m + b) with b = (pp - 1) / v for v virtual stages.
+A layer sleeps UNIT in the forward and twice that in the backward. Without bubble and communication, m micro-batches
+over r layers on 2 ranks take 3 * UNIT * m * r / 2; what a step takes longer, as a part of the whole, is the bubble. In
+theory it is b / (m + b) with b = (pp - 1) / v for v virtual stages.
 """
 
 import time
@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mm_parallel import ParallelConfig, Pipeline
+from mm_parallel import ParallelConfig, Pipeline, make_mesh
 from mm_parallel.plan import ParallelPlan
 from mm_parallel.testing import spawn
 
 UNIT = 0.05
-RUNGS = 4
+LAYERS = 4
 
 
 class Stream(NamedTuple):
@@ -37,7 +37,7 @@ class Sleep(torch.autograd.Function):
         return grad, grad.sum()
 
 
-class Rung(nn.Module):
+class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
@@ -51,7 +51,7 @@ class Rung(nn.Module):
 class Sleeper(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Rung() for _ in range(RUNGS))
+        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
 
     def stem(self, x: Tensor) -> Stream:
         return Stream(x)
@@ -65,12 +65,12 @@ class Sleeper(nn.Module):
 
 def measure(rank: int, world: int, layers: tuple, count: int) -> float:
     parallel = ParallelConfig(pp_layers=layers)
-    pipeline = Pipeline(Sleeper(), ParallelPlan(rungs=("layers.*",)), parallel.mesh("cpu"), parallel)
+    pipeline = Pipeline(Sleeper(), ParallelPlan(layers=("layers.*",)), make_mesh(parallel, "cpu"), parallel)
     best = float("inf")
     for _ in range(4):
         torch.distributed.barrier()
         start = time.perf_counter()
-        pipeline.step(count, lambda i: {"x": torch.ones(1)}, lambda output, i: output)
+        pipeline.step(count, lambda i: {"x": torch.ones(1)}, lambda output, i: output, count)
         torch.distributed.barrier()
         best = min(best, time.perf_counter() - start)
     return best
@@ -82,7 +82,7 @@ def main() -> None:
         virtual = len(layers) if isinstance(layers[0], tuple) else 1
         for count in (2, 4, 8):
             seconds = max(spawn(2, measure, layers, count))
-            ideal, extra = 3 * UNIT * count * RUNGS / 2, 1 / virtual
+            ideal, extra = 3 * UNIT * count * LAYERS / 2, 1 / virtual
             bubble, theory = 1 - ideal / seconds, extra / (count + extra)
             print(f" 2 {virtual} {count:2d} {seconds:9.3f} {bubble:7.3f} {theory:7.3f}", flush=True)
 

@@ -2,6 +2,7 @@
 
 import sys
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_parallel.attention import BACKENDS, KEPT, attention, core, pick
+from mm_parallel.plan import Sequence
 
 LENGTHS = [(9, 9), (1, 1), (9, 4), (1, 7), (40, 3), (0, 3), (3, 0), (0, 0)]
 
@@ -79,7 +81,8 @@ def test_transposed_inputs(dim):
 
 def test_the_seam():
     q, k, v, _ = make(9, 9)
-    assert torch.equal(core(q, k, v, 9), attention(q, k, v))
+    assert torch.equal(core(q, k, v, Sequence(9)), attention(q, k, v))
+    assert torch.equal(core(q, k, v, Sequence(9, causal=True)), attention(q, k, v, causal=True))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -248,3 +251,32 @@ def test_recompute_keeps_it(monkeypatch):
     got = out_and_grads(run, q, k, v, weight)
     assert len(calls) == 1
     assert error(got, out_and_grads(lambda *qkv: torchs(*(x * 2 for x in qkv)) * 3, q, k, v, weight)) <= 1e-12
+
+
+def separate(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...], causal: bool) -> Tensor:
+    """Every packed sample on its own, by torch."""
+    return torch.cat([torchs(q[:, a:b], k[:, a:b], v[:, a:b], causal) for a, b in pairwise(segments)], 1)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "math"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("segments", [(0, 9), (0, 1, 6, 9), (0, 4, 5, 9)])
+def test_packed_samples_are_as_apart(backend, causal, segments):
+    inputs = make(9, 9)
+    got = out_and_grads(partial(attention, causal=causal, backend=backend, segments=segments), *inputs)
+    assert error(got, out_and_grads(partial(separate, segments=segments, causal=causal), *inputs)) <= 1e-13
+    q, k, v, _ = inputs
+    assert torch.equal(core(q, k, v, Sequence(9, causal, segments)), attention(q, k, v, causal, segments=segments))
+
+
+@pytest.mark.parametrize("segments", [(), (0,), (0, 8), (0, 5, 5, 9), (0, 6, 4, 9), (1, 9)])
+def test_segments_that_are_not_the_tokens_are_refused(segments):
+    q, k, v, _ = make(9, 9)
+    with pytest.raises(ValueError, match=r"of 9 tokens: must begin with 0, grow, and end with 9"):
+        attention(q, k, v, segments=segments)
+
+
+def test_packed_queries_need_packed_keys():
+    q, k, v, _ = make(9, 4)
+    with pytest.raises(ValueError, match="packed samples of 9 queries and 4 keys"):
+        attention(q, k, v, segments=(0, 4, 9))

@@ -1,5 +1,6 @@
 """Context parallelism against one device: attention alone for many sizes, then a whole ladder."""
 
+import itertools
 import random
 from functools import partial
 
@@ -13,35 +14,36 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from mm_parallel import ParallelConfig, ParallelPlan, context, finish_gradients, parallelize
+from mm_parallel import ParallelConfig, ParallelPlan, context, finish_gradients, make_mesh, parallelize
 from mm_parallel.attention import KEPT
 from mm_parallel.context import context_attention, gather
-from mm_parallel.context.shard import Deal, split, take
+from mm_parallel.context.shard import TokenLayout, split, take
+from mm_parallel.plan import Sequence
 from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
 
 HEAD_DIM = 5
 
 
 def layouts(world: int) -> list[DeviceMesh]:
-    return [ParallelConfig(ring=r, ulysses=world // r).mesh("cpu") for r in range(1, world + 1) if world % r == 0]
+    return [make_mesh(ParallelConfig(ring=r, ulysses=world // r), "cpu") for r in range(1, world + 1) if world % r == 0]
 
 
 @given(st.integers(0, 200), st.integers(1, 6), st.integers(1, 6), st.booleans())
 def test_every_token_is_held_once_and_evenly(tokens, ring, ulysses, causal):
-    deal = Deal(tokens, ring, ulysses, causal)
-    held = [deal.held(rank) for rank in range(ring * ulysses)]
+    layout = TokenLayout(tokens, ring, ulysses, causal)
+    held = [layout.pieces(rank) for rank in range(ring * ulysses)]
     sizes = [sum(stop - start for start, stop in pieces) for pieces in held]
     assert sorted(t for pieces in held for piece in pieces for t in range(*piece)) == list(range(tokens))
     assert max(sizes) - min(sizes) <= 1
     for rank in range(ring):
         own = sizes[rank * ulysses : (rank + 1) * ulysses]
-        assert own == deal.shares(rank)
-        assert sum(own) == sum(stop - start for start, stop in deal.block(rank))
+        assert own == layout.shares(rank)
+        assert sum(own) == sum(stop - start for start, stop in layout.block(rank))
 
 
-def test_a_causal_ring_deals_front_and_back():
-    assert [Deal(10, 2, 2, True).held(rank) for rank in range(4)] == [[(0, 3)], [(8, 10)], [(3, 6)], [(6, 8)]]
-    assert [Deal(10, 2, 2).held(rank) for rank in range(4)] == [[(0, 3)], [(3, 5)], [(5, 8)], [(8, 10)]]
+def test_a_causal_ring_holds_front_and_back():
+    assert [TokenLayout(10, 2, 2, True).pieces(rank) for rank in range(4)] == [[(0, 3)], [(8, 10)], [(3, 6)], [(6, 8)]]
+    assert [TokenLayout(10, 2, 2).pieces(rank) for rank in range(4)] == [[(0, 3)], [(3, 5)], [(5, 8)], [(8, 10)]]
 
 
 def one_device(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -60,14 +62,37 @@ def attend(
     expected = one_device(*whole, causal)
     wanted = torch.autograd.grad((expected * weight).sum(), whole)
 
-    pieces = Deal(tokens, mesh["ring"].size(), mesh["ulysses"].size(), causal).held(rank)
-    own = context_attention(*(take(x, 1, pieces).to(dtype) for x in whole), tokens, mesh, causal)
-    out = gather(own.double(), tokens, mesh, causal)
+    pieces = TokenLayout(tokens, mesh["ring"].size(), mesh["ulysses"].size(), causal).pieces(rank)
+    own = context_attention(*(take(x, 1, pieces).to(dtype) for x in whole), Sequence(tokens, causal), mesh)
+    out = gather(own.double(), Sequence(tokens, causal), mesh)
     got = torch.autograd.grad((out * weight).sum(), whole)
     for grad in got:
         dist.all_reduce(grad, dist.ReduceOp.AVG)
     pairs = zip((out, *got), (expected, *wanted), strict=True)
     return max((a - b).abs().max().item() / b.abs().max().clamp(min=1e-3).item() for a, b in pairs)
+
+
+def packed(rank: int, world: int) -> None:
+    """Samples that end inside a rank's part, and a rank without heads: values and gradients of samples apart."""
+    mesh = make_mesh(ParallelConfig(ulysses=world), "cpu")
+    for causal, segments, heads in itertools.product((False, True), ((0, 11), (0, 1, 5, 11), (0, 6, 10, 11)), (2, 5)):
+        generator = torch.Generator().manual_seed(heads)
+        shape = (2, 11, heads, HEAD_DIM)
+        weight, *whole = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4))
+        whole = [x.requires_grad_() for x in whole]
+        apart = [one_device(*(x[:, a:b] for x in whole), causal) for a, b in itertools.pairwise(segments)]
+        wanted = torch.autograd.grad((torch.cat(apart, 1) * weight).sum(), whole)
+        sequence, pieces = Sequence(11, causal, segments), TokenLayout(11, 1, world).pieces(rank)
+        out = gather(context_attention(*(take(x, 1, pieces) for x in whole), sequence, mesh), sequence, mesh)
+        got = torch.autograd.grad((out * weight).sum(), whole)
+        for grad in got:
+            dist.all_reduce(grad, dist.ReduceOp.AVG)
+        for a, b in zip((out, *got), (torch.cat(apart, 1), *wanted), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_ulysses_takes_packed_samples():
+    spawn(3, packed)
 
 
 def attend_all(rank: int, world: int, cases: int) -> tuple[int, float]:
@@ -93,7 +118,7 @@ def test_attention_equals_one_device(world, cases):
 
 
 def named_sizes(rank: int, world: int) -> None:
-    mesh = {4: ParallelConfig(cp=4), 8: ParallelConfig(cp=8)}[world].mesh("cpu")
+    mesh = make_mesh(ParallelConfig(cp=world), "cpu")
     tokens, heads = {4: (769, 2), 8: (20, 12)}[world]
     assert attend(rank, mesh, tokens, heads, 1, False) <= 1e-10
 
@@ -137,12 +162,12 @@ class Counted:
 def bytes_sent(rank: int, world: int, tokens: int, heads: int) -> dict[str, tuple[int, int]]:
     counts = {}
     for name in ("ring", "ulysses"):
-        mesh = ParallelConfig(**{name: world}).mesh("cpu")
-        deal = Deal(tokens, mesh["ring"].size(), mesh["ulysses"].size())
-        own = sum(stop - start for start, stop in deal.held(rank))
+        mesh = make_mesh(ParallelConfig(**{name: world}), "cpu")
+        layout = TokenLayout(tokens, mesh["ring"].size(), mesh["ulysses"].size())
+        own = sum(stop - start for start, stop in layout.pieces(rank))
         q, k, v = (torch.randn(1, own, heads, HEAD_DIM, requires_grad=True) for _ in range(3))
         with Counted() as forward:
-            out = context_attention(q, k, v, tokens, mesh)
+            out = context_attention(q, k, v, Sequence(tokens), mesh)
         with Counted() as backward:
             out.sum().backward()
         counts[name] = (forward.sent, backward.sent)
@@ -166,11 +191,11 @@ def test_what_is_sent_is_what_the_formulas_say(tokens, heads):
 
 def kept(rank: int, world: int) -> tuple[int, int]:
     """Elements sent in the backward of a ring, without and with recompute of all but attention."""
-    mesh, sent = ParallelConfig(ring=world).mesh("cpu"), []
+    mesh, sent = make_mesh(ParallelConfig(ring=world), "cpu"), []
     keep = partial(create_selective_checkpoint_contexts, list(KEPT))
     q, k, v = (torch.randn(1, 5, 2, HEAD_DIM, requires_grad=True) for _ in range(3))
     for run in (lambda fn, *args: fn(*args), partial(checkpoint, use_reentrant=False, context_fn=keep)):
-        out = run(lambda *qkv: context_attention(*(x * 2 for x in qkv), 5 * world, mesh), q, k, v)
+        out = run(lambda *qkv: context_attention(*(x * 2 for x in qkv), Sequence(5 * world), mesh), q, k, v)
         with Counted() as backward:
             (out * out).sum().backward()
         sent.append(backward.sent)
@@ -183,7 +208,7 @@ def test_recompute_does_not_send_again():
 
 
 def registered(rank: int, world: int) -> None:
-    group = ParallelConfig(ring=world).mesh("cpu").get_group("ring").group_name
+    group = make_mesh(ParallelConfig(ring=world), "cpu").get_group("ring").group_name
     q, k, v = (torch.randn(1, 4, 2, HEAD_DIM) for _ in range(3))
     args = (q, k, v, 0.4, True, "cpu", [2] * 2 * world, group)
     tests = ("test_schema", "test_faketensor")  # the others call it as often as they like, and a ring must agree
@@ -204,24 +229,20 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return tokens, t, target
 
 
-def build(causal: bool) -> TinyLadder:
+def build(causal: bool, segments: tuple[int, ...] | None = None) -> TinyLadder:
     torch.manual_seed(0)
-    model = TinyLadder(layers=2).double()
-    if causal:
-        model.core = lambda q, k, v, _: one_device(q, k, v, True)
-    return model
+    return TinyLadder(2, causal=causal, segments=segments).double()
 
 
 def ladder(rank: int, world: int, rings: tuple[int, ...]) -> int:
     data, done = batch(), 0
     for ring in rings:
-        for causal in (False, True):
-            single, parallel = build(causal), ParallelConfig(ring=ring, ulysses=world // ring)
-            plan = ParallelPlan(**{**vars(TinyLadder.plan), "causal": causal})
+        for causal, segments in ((False, None), (True, None), *(((True, (0, 3, 4, 11)),) if ring == 1 else ())):
+            single, parallel = build(causal, segments), ParallelConfig(ring=ring, ulysses=world // ring)
             expected = (single(*data[:2]) - data[2]).square().mean()
             expected.backward()
-            mesh = parallel.mesh("cpu")
-            model = parallelize(build(causal), plan, mesh, parallel)
+            mesh = make_mesh(parallel, "cpu")
+            model = parallelize(build(causal, segments), TinyLadder.plan, mesh, parallel)
             loss = (model(*data[:2]) - data[2]).square().mean()
             loss.backward()
             finish_gradients(model, mesh)
@@ -233,7 +254,7 @@ def ladder(rank: int, world: int, rings: tuple[int, ...]) -> int:
 
 @pytest.mark.parametrize(("world", "rings"), [(2, (1, 2)), (3, (1, 3)), (4, (1, 2, 4)), (8, (2,))])
 def test_a_ladder_equals_one_device(world, rings):
-    assert spawn(world, ladder, rings) == [2 * len(rings)] * world
+    assert spawn(world, ladder, rings) == [2 * len(rings) + (1 in rings)] * world
 
 
 def meta(rank: int, world: int) -> None:
@@ -241,7 +262,7 @@ def meta(rank: int, world: int) -> None:
         with torch.device("meta"):
             model = TinyLadder()
         parallel = ParallelConfig(ring=mesh["ring"].size(), ulysses=mesh["ulysses"].size())
-        context.cut(model, TinyLadder.plan, parallel.mesh("cpu"))
+        context.cut(model, TinyLadder.plan, make_mesh(parallel, "cpu"))
         y = model(torch.empty(2, 11, 5, device="meta"), torch.empty(2, 3, device="meta"))
         assert y.shape == (2, 11, 5)
         y.sum().backward()
@@ -253,14 +274,17 @@ def test_shapes_are_known_on_meta():
 
 
 def wrong(rank: int, world: int) -> list[str]:
-    mesh, said = ParallelConfig(cp=world).mesh("cpu"), []
+    mesh, said = make_mesh(ParallelConfig(cp=world), "cpu"), []
     q = torch.zeros(1, 3, 2, 4)
     stream = build(False).stem(*batch()[:2])
     for attempt in (
-        lambda: context_attention(q, q, q, 9, mesh),
+        lambda: context_attention(q, q, q, Sequence(9), mesh),
+        lambda: context_attention(
+            q, q, q, Sequence(6, segments=(0, 2, 6)), make_mesh(ParallelConfig(ring=world), "cpu")
+        ),
         lambda: context.cut(TinyLadder(), ParallelPlan(("blocks.*",)), mesh),
         lambda: context.cut(TinyLadder(), ParallelPlan(("blocks.*",), tokens={"x": 1}, core="kernel"), mesh),
-        lambda: split(stream._replace(place=stream.place[:4]), {"x": 1, "place": 0}, 1, world, rank, False),
+        lambda: split(stream._replace(place=stream.place[:4]), {"x": 1, "place": 0}, TokenLayout(11, 1, world), rank),
     ):
         with pytest.raises(ValueError) as error:  # noqa: PT011 (what it says is looked at below)
             attempt()
@@ -272,7 +296,8 @@ def test_what_cannot_be_is_refused():
     said = spawn(2, wrong)[0]
     assert said == [
         "attention of 3 queries and 3 keys, but of 9 tokens this rank (ring 0 of 1, ulysses 0 of 2) has 5",
+        "2 packed samples over ring=2: a ring takes one sample; use ulysses for all of cp, or do not pack",
         "the plan names no tokens, so nothing can be cut over cp: give ParallelPlan(tokens={…: dim})",
         "the plan's seam 'kernel' is no attribute of TinyLadder",
-        "stream.place has 4 tokens in dim 0, but stream.x has 11",
+        "stream.place has 4 tokens in dim 0, but the sequence has 11",
     ]

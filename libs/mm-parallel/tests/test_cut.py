@@ -1,4 +1,4 @@
-"""Which rungs go where."""
+"""Which layers go where."""
 
 import pytest
 from hypothesis import given
@@ -12,22 +12,22 @@ def test_stages_follow_each_other_rank_by_rank():
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 40))
-def test_an_even_split_has_every_rung_once(ranks, virtual, more):
-    rungs = ranks * virtual + more
-    stages = even(rungs, ranks, virtual)
-    assert [i for part in ranges(stages, rungs) for i in part] == list(range(rungs))
+def test_an_even_split_has_every_layer_once(ranks, virtual, more):
+    layers = ranks * virtual + more
+    stages = even(layers, ranks, virtual)
+    assert [i for part in ranges(stages, layers) for i in part] == list(range(layers))
     sizes = [size for row in stages for size in row]
     assert max(sizes) - min(sizes) <= 1
 
 
 @pytest.mark.parametrize(
-    ("stages", "rungs", "message"),
+    ("stages", "layers", "message"),
     [
-        (((8, 8),), 30, r"pp_layers \[8, 8\] are 16 rungs, but the model has 30: .* they are \[15, 15\]"),
-        (((1, 2), (3, 1)), 8, r"pp_layers \[\[1, 2\], \[3, 1\]\] are 7 rungs, .* they are \[\[2, 2\], \[2, 2\]\]"),
+        (((8, 8),), 30, r"pp_layers \[8, 8\] are 16 layers, but the model has 30: .* they are \[15, 15\]"),
+        (((1, 2), (3, 1)), 8, r"pp_layers \[\[1, 2\], \[3, 1\]\] are 7 layers, .* they are \[\[2, 2\], \[2, 2\]\]"),
         (((2, 2, 1),), 2, "use at most 2 stages"),
     ],
 )
-def test_stages_that_do_not_fit_are_refused(stages, rungs, message):
+def test_stages_that_do_not_fit_are_refused(stages, layers, message):
     with pytest.raises(ValueError, match=message):
-        ranges(stages, rungs)
+        ranges(stages, layers)

@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mm_parallel import ParallelConfig
-from mm_parallel.encoders import encode_shared, interleaved, ranks_of_sample
+from mm_parallel import ParallelConfig, make_mesh
+from mm_parallel.encoders import interleave, ranks_of_sample, share_encoding
 from mm_parallel.testing import spawn
 
 DEVICE = torch.device("cpu", 0)  # not the host's name, so that the two can be told apart
@@ -32,7 +32,7 @@ class Encoder:
         return {"text": self.net(torch.full((1, 3), float(batch))), "number": batch}
 
     def run(self, every: int, batches) -> list[dict[str, Tensor]]:
-        return list(interleaved(batches, self.encode, every, self.place, DEVICE))
+        return list(interleave(batches, self.encode, every, self.place, DEVICE))
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 7, 9])
@@ -48,7 +48,7 @@ def test_interleaved_is_the_same_as_one_at_a_time(every):
 
 def test_the_encoder_is_away_while_its_batches_are_used():
     encoder = Encoder()
-    for batch in interleaved(range(5), encoder.encode, 2, encoder.place, DEVICE):
+    for batch in interleave(range(5), encoder.encode, 2, encoder.place, DEVICE):
         assert encoder.on != DEVICE
         encoder.events.append(f"train {batch['number']}")
     assert encoder.events == [
@@ -62,7 +62,7 @@ def test_an_endless_stream_is_pulled_as_far_as_needed():
     pulled = []
     endless = (pulled.append(i) or i for i in iter(int, 1))
     encoder = Encoder()
-    stream = interleaved(endless, encoder.encode, 3, encoder.place, DEVICE)
+    stream = interleave(endless, encoder.encode, 3, encoder.place, DEVICE)
     assert not pulled
     for _ in range(4):
         next(stream)
@@ -79,7 +79,7 @@ def test_no_batches_move_nothing():
 
 def test_an_encoder_that_fails_leaves_the_device():
     encoder = Encoder(fails_at=3)
-    stream = interleaved(range(9), encoder.encode, 2, encoder.place, DEVICE)
+    stream = interleave(range(9), encoder.encode, 2, encoder.place, DEVICE)
     assert [next(stream)["number"] for _ in range(2)] == [0, 1]
     with pytest.raises(RuntimeError, match="cannot read this one"):
         next(stream)
@@ -111,7 +111,7 @@ def same(actual: dict, want: dict) -> bool:
 
 
 def shared(rank: int, world: int, layout: ParallelConfig, ranks: list[list[int]]) -> None:
-    group = ranks_of_sample(layout.mesh("cpu"))
+    group = ranks_of_sample(make_mesh(layout, "cpu"))
     mine = next(part for part in ranks if rank in part)
     if len(mine) == 1:
         assert group is None
@@ -120,7 +120,7 @@ def shared(rank: int, world: int, layout: ParallelConfig, ranks: list[list[int]]
     for count in (7, 2, 1, 0):
         done: list[int] = []
         samples = [100 * mine[0] + i for i in range(count)]
-        result = encode_shared(samples, lambda i, done=done: done.append(i) or encode(i), group)
+        result = share_encoding(samples, lambda i, done=done: done.append(i) or encode(i), group)
         assert done == samples[mine.index(rank) :: len(mine)]
         assert len(result) == count
         assert all(same(actual, encode(i)) for actual, i in zip(result, samples, strict=True))
@@ -142,7 +142,7 @@ def test_ranks_of_a_sample_share_its_encoding(layout, ranks):
 
 def test_one_device_encodes_alone():
     assert ranks_of_sample(None) is None
-    assert all(map(same, encode_shared([3, 4], encode, None), map(encode, (3, 4))))
+    assert all(map(same, share_encoding([3, 4], encode, None), map(encode, (3, 4))))
 
 
 def failing(rank: int, world: int) -> list[str]:
@@ -152,11 +152,11 @@ def failing(rank: int, world: int) -> list[str]:
         return torch.ones(i)
 
     with pytest.raises(RuntimeError) as failed:
-        encode_shared(range(6), encode_or_fail, dist.group.WORLD)
+        share_encoding(range(6), encode_or_fail, dist.group.WORLD)
     assert isinstance(failed.value.__cause__, OSError) == (rank == 1)
     with pytest.raises(ValueError, match="given different numbers") as different:
-        encode_shared(range(3 + rank), encode, dist.group.WORLD)
-    assert len(encode_shared(range(4), encode, dist.group.WORLD)) == 4  # the ranks still understand each other
+        share_encoding(range(3 + rank), encode, dist.group.WORLD)
+    assert len(share_encoding(range(4), encode, dist.group.WORLD)) == 4  # the ranks still understand each other
     return [str(failed.value), str(different.value)]
 
 

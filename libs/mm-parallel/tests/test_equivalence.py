@@ -1,5 +1,7 @@
 """Every way to cut, alone and together, on a ladder that is nobody's: the numbers of one device."""
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from mm_parallel.testing import TinyLadder, spawn
 from mm_parallel.testing.equivalence import SAMPLES, Case, Family, check, every_case
 
-CASES = every_case()
+CASES = every_case(seed=int(os.environ.get("RANDOM_SEED", 0)), larger=int(os.environ.get("RANDOM_LAYOUTS", 4)))
 CHUNK = 10
 
 

@@ -9,7 +9,15 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mm_parallel import MemoryConfig, ParallelConfig, clip_grad_norm, finish_gradients, load_parameters, parallelize
+from mm_parallel import (
+    MemoryConfig,
+    ParallelConfig,
+    clip_grad_norm,
+    finish_gradients,
+    load_parameters,
+    make_mesh,
+    parallelize,
+)
 from mm_parallel.fsdp import drop_gathered
 from mm_parallel.grads import by_layout
 from mm_parallel.mesh import data_rank
@@ -62,7 +70,7 @@ def whole(tensor: Tensor) -> Tensor:
 def every_option(rank: int, world: int, replicate: int) -> int:
     single = build()
     expected, norms, _ = train(single)
-    mesh = ParallelConfig(dp_replicate=replicate).mesh("cpu")
+    mesh = make_mesh(ParallelConfig(dp_replicate=replicate), "cpu")
     for meta in (False, True) if world == 2 else (True,):
         for memory in OPTIONS.values():
             model = build()
@@ -89,7 +97,7 @@ def test_three_steps_equal_one_device(world, replicate):
 
 
 def collectives(rank: int, world: int) -> dict[bool, dict[str, int]]:
-    mesh, counts = ParallelConfig().mesh("cpu"), {}
+    mesh, counts = make_mesh(ParallelConfig(), "cpu"), {}
     for reshard in (True, False):
         model = parallelize(build(), TinyLadder.plan, mesh, memory=MemoryConfig(reshard=reshard))
         with warnings.catch_warnings(), CommDebugMode() as communication:
@@ -100,7 +108,7 @@ def collectives(rank: int, world: int) -> dict[bool, dict[str, int]]:
 
 
 def test_without_reshard_weights_are_gathered_once():
-    groups = LAYERS + 2  # rungs, the time island, the root's own
+    groups = LAYERS + 2  # layers, the time embedding, the root's own
     for counts in spawn(2, collectives):
         assert counts[True] == {"_allgather_base_": 2 * groups, "_reduce_scatter_base_": groups}
         assert counts[False] == {"_allgather_base_": groups, "_reduce_scatter_base_": groups}
@@ -108,7 +116,7 @@ def test_without_reshard_weights_are_gathered_once():
 
 def evaluations(rank: int, world: int, reshard: bool) -> tuple[float, float]:
     """What an evaluation is worth, and one with other weights after it."""
-    mesh = ParallelConfig().mesh("cpu")
+    mesh = make_mesh(ParallelConfig(), "cpu")
     model = parallelize(build(), TinyLadder.plan, mesh, memory=MemoryConfig(reshard=reshard))
     shards = list(model.parameters())
     with torch.no_grad():
@@ -127,7 +135,7 @@ def test_an_evaluation_sees_what_was_written_after_another():
 
 
 class Journal(TorchDispatchMode):
-    """When weights are gathered, and when rungs begin."""
+    """When weights are gathered, and when layers begin."""
 
     def __init__(self, model: TinyLadder) -> None:
         super().__init__()
@@ -145,8 +153,8 @@ class Journal(TorchDispatchMode):
 
 
 def order(rank: int, world: int, cases: list) -> list[tuple[list[str], list[str]]]:
-    """What happens in the forward and in the backward, for every (prefetch, rungs that are here)."""
-    mesh = ParallelConfig().mesh("cpu")
+    """What happens in the forward and in the backward, for every (prefetch, layers that are here)."""
+    mesh = make_mesh(ParallelConfig(), "cpu")
     return [order_of(mesh, *case) for case in cases]
 
 
@@ -154,7 +162,7 @@ def order_of(mesh, ahead: int, mine: list[int]) -> tuple[list[str], list[str]]:
     model = build()
     for i in set(range(LAYERS)) - set(mine):
         model.blocks[i] = None
-    model.forward = lambda x, t: climb(model, mine, x, t)
+    model.forward = lambda x, t: run(model, mine, x, t)
     parallelize(model, TinyLadder.plan, mesh, memory=MemoryConfig(prefetch=ahead))
     with Journal(model) as journal, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
@@ -165,46 +173,46 @@ def order_of(mesh, ahead: int, mine: list[int]) -> tuple[list[str], list[str]]:
     return forward, journal.lines
 
 
-def climb(model: TinyLadder, rungs: list[int], x: Tensor, t: Tensor) -> Tensor:
+def run(model: TinyLadder, layers: list[int], x: Tensor, t: Tensor) -> Tensor:
     stream = model.stem(x, t)
-    for i in rungs:
+    for i in layers:
         stream = model.layer(i, stream)
     return model.head(stream)
 
 
-def gathered_before(lines: list[str], rungs: list[int]) -> list[int]:
-    """How many gathers were begun before each rung was computed."""
-    return [lines[: lines.index(f"block {i}")].count("gather") for i in rungs]
+def gathers_before(lines: list[str], layers: list[int]) -> list[int]:
+    """How many gathers were begun before each layer was computed."""
+    return [lines[: lines.index(f"block {i}")].count("gather") for i in layers]
 
 
 def test_prefetch_gathers_earlier():
-    rungs, aheads, stem = list(range(LAYERS)), (0, 1, 2, 9), 2  # stem: the root's own and the time island
-    *found, gap = spawn(2, order, [*((ahead, rungs) for ahead in aheads), (9, [0, 1, 3])])[0]
-    before = [gathered_before(forward, rungs) for forward, _ in found]
+    layers, aheads, stem = list(range(LAYERS)), (0, 1, 2, 9), 2  # stem: the root's own and the time embedding
+    *found, gap = spawn(2, order, [*((ahead, layers) for ahead in aheads), (9, [0, 1, 3])])[0]
+    before = [gathers_before(forward, layers) for forward, _ in found]
     assert before == [
         [stem + 1, stem + 2, stem + 3, stem + 4],
         [stem + 2, stem + 3, stem + 4, stem + 4],
         [stem + 3, stem + 4, stem + 4, stem + 4],
         [stem + 4, stem + 4, stem + 4, stem + 4],
     ]
-    back = [gathered_before(lines, rungs[::-1]) for _, lines in found]
+    back = [gathers_before(lines, layers[::-1]) for _, lines in found]
     assert back == [
-        [3, 4, 5, 6],  # FSDP's own way: the root, this rung and the one below; the time island at the end
+        [3, 4, 5, 6],  # FSDP's own way: the root, this layer and the one below; the time embedding at the end
         [3, 4, 5, 6],
         [4, 5, 5, 6],
         [5, 5, 5, 6],
     ]
     assert {lines.count("gather") for pair in found for lines in pair} == {LAYERS + stem}
-    # rung 2 is another pipeline stage's: what is behind it is gathered when it is its turn
-    assert gathered_before(gap[0], [0, 1, 3]) == [stem + 2, stem + 2, stem + 3]
+    # layer 2 is another pipeline stage's: what is behind it is gathered when it is its turn
+    assert gathers_before(gap[0], [0, 1, 3]) == [stem + 2, stem + 2, stem + 3]
 
 
 def unwanted(rank: int, world: int, memory: MemoryConfig, parallel: ParallelConfig) -> None:
-    parallelize(build(), TinyLadder.plan, parallel.mesh("cpu"), parallel, memory)
+    parallelize(build(), TinyLadder.plan, make_mesh(parallel, "cpu"), parallel, memory)
 
 
 def test_impossible_options_are_refused():
-    with pytest.raises(RuntimeError, match=r"ValueError: prefetch=-1: must be 0 .* or how many rungs"):
+    with pytest.raises(RuntimeError, match=r"ValueError: prefetch=-1: must be 0 .* or how many layers"):
         spawn(2, unwanted, MemoryConfig(prefetch=-1), ParallelConfig())
     with pytest.raises(
         RuntimeError, match=r"ValueError: offload_params .* nothing is sharded here \(2 ranks \(tp 2\)\)"

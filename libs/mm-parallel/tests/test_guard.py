@@ -32,6 +32,7 @@ def together() -> None:
 
 def one_raises(rank: int, watch: Watchdog) -> None:
     watch.at("step 3: backward")
+    together()  # so that all are in this phase
     if rank == 2:
         raise ValueError("the batch has 3 samples, but must have 4")
     together()
@@ -39,6 +40,7 @@ def one_raises(rank: int, watch: Watchdog) -> None:
 
 def one_blames_the_network(rank: int, watch: Watchdog) -> None:
     watch.at("step 3")
+    together()  # so that all are in this phase
     if rank == 1:
         raise OSError("connection to the feature store lost")
     together()
@@ -46,6 +48,7 @@ def one_blames_the_network(rank: int, watch: Watchdog) -> None:
 
 def the_host_raises(rank: int, watch: Watchdog) -> None:
     watch.at("step 3")
+    together()  # so that all are in this phase
     if rank == 0:
         raise ValueError("no such file: data.txt")
     together()

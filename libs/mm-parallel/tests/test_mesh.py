@@ -1,7 +1,7 @@
 import pytest
 import torch.distributed as dist
 
-from mm_parallel import ParallelConfig, data_rank
+from mm_parallel import ParallelConfig, data_rank, make_mesh
 from mm_parallel.testing import spawn
 
 
@@ -44,11 +44,11 @@ def test_impossible_layouts_are_refused_with_the_way_out(config, world, message)
 
 def test_one_process_cannot_hold_two_copies():
     with pytest.raises(ValueError, match="dp_replicate"):
-        ParallelConfig(2).mesh("cpu")
+        make_mesh(ParallelConfig(2), "cpu")
 
 
 def mesh_of(rank: int, world: int, replicate: int) -> tuple:
-    mesh = ParallelConfig(replicate).mesh("cpu")
+    mesh = make_mesh(ParallelConfig(replicate), "cpu")
     return (
         mesh.mesh_dim_names,
         tuple(mesh.shape),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from mm_parallel import MemoryConfig, ParallelConfig, finish_gradients, parallelize
+from mm_parallel import MemoryConfig, ParallelConfig, finish_gradients, make_mesh, parallelize
 from mm_parallel.attention import core
 from mm_parallel.testing import PeakMemory, TinyLadder, assert_same_grads, gradients, spawn
 
@@ -73,7 +73,7 @@ def test_gradients_are_the_same_bits(name, order):
 
 
 def sharded(rank: int, world: int) -> None:
-    mesh = ParallelConfig().mesh("cpu")
+    mesh = make_mesh(ParallelConfig(), "cpu")
     expected = None
     for name in ("none", *MOVING):
         model = build(name, mesh)
@@ -106,11 +106,11 @@ def journal() -> Iterator[list[str]]:
 
 
 LEAVE = ["0 leaves", "1 leaves", "2 leaves"]
-USE = ["1 returns", "2 is used", "0 returns", "1 is used", "0 is used"]  # one rung ahead; the last never was away
+USE = ["1 returns", "2 is used", "0 returns", "1 is used", "0 is used"]  # one layer ahead; the last never was away
 
 
 @pytest.mark.parametrize("name", ["attention", "inputs"])
-def test_what_returns_does_so_one_rung_before_it_is_used(name):
+def test_what_returns_does_so_one_layer_before_it_is_used(name):
     with journal() as lines:
         accumulate(build(name), ORDERS["one"])
     assert lines == LEAVE + USE
@@ -120,18 +120,18 @@ def test_what_returns_does_so_one_rung_before_it_is_used(name):
 def test_micro_batches_do_not_mix(name):
     with journal() as lines:
         accumulate(build(name), "f0 f1 b0 b1")
-    # micro-batch 0 is all on the host when the forward of 1 is through; of 1 the last rung is still here
+    # micro-batch 0 is all on the host when the forward of 1 is through; of 1 the last layer is still here
     assert lines == [*LEAVE, *LEAVE, "2 returns", *USE, *USE]
 
 
-def test_rungs_between_that_move_nothing_are_passed_over():
+def test_layers_between_that_move_nothing_are_passed_over():
     with journal() as lines:
         accumulate(build("some inputs"), "f0 b0")
     assert lines == ["0 leaves", "2 leaves", "0 returns", "2 is used", "0 is used"]
 
 
-def test_rungs_of_two_virtual_stages_are_two_climbs():
-    """Rungs 0, 1 and 3, 4 are here; a micro-batch comes back for 3 when others have passed 0 and 1."""
+def test_layers_of_two_virtual_stages_are_two_runs():
+    """Layers 0, 1 and 3, 4 are here; a micro-batch comes back for 3 when others have passed 0 and 1."""
     model = TinyLadder(5)
     model.blocks[2] = None
     parallelize(model, TinyLadder.plan, memory=CASES["inputs"])
@@ -149,7 +149,7 @@ def test_rungs_of_two_virtual_stages_are_two_climbs():
         upper = stage(3, x)
         lines.clear()
         upper.sum().backward()
-        assert lines == ["3 returns", "4 is used", "3 is used"]  # and nothing of rung 1
+        assert lines == ["3 returns", "4 is used", "3 is used"]  # and nothing of layer 1
         (first + second).sum().backward()
 
 
@@ -254,7 +254,7 @@ LSE = 4 * 4 * LENGTH * 4  # of B H L
 def test_bytes_on_device_and_host_and_the_order_of_streams():
     ((found, events),) = spawn(1, on_a_device)
     device, host, peak = ({name: numbers[i] for name, numbers in found.items()} for i in range(3))
-    # three rungs; what the last one keeps has not left when the forward ends
+    # three layers; what the last one keeps has not left when the forward ends
     assert device["but_attention"] - device["full"] == 3 * (OUT + LSE)
     assert device["attention"] - device["full"] == OUT + LSE
     assert device["full"] - device["inputs"] == 2 * X
@@ -280,10 +280,10 @@ def test_bytes_on_device_and_host_and_the_order_of_streams():
         == events["inputs"]
         == [
             *(leaves, "side has copied 1"),
-            *("compute waits for copy 1", leaves, "side has copied 2"),  # before rung 0's memory is used again
+            *("compute waits for copy 1", leaves, "side has copied 2"),  # before layer 0's memory is used again
             *("compute waits for copy 2", leaves, "side has copied 3"),
-            *(leaves, "side has copied 4", "compute waits for copy 3"),  # rung 1 returns; 2 is used, and then freed
-            *(leaves, "side has copied 5", "compute waits for copy 4"),  # rung 0 returns; 1 is used
+            *(leaves, "side has copied 4", "compute waits for copy 3"),  # layer 1 returns; 2 is used, and then freed
+            *(leaves, "side has copied 5", "compute waits for copy 4"),  # layer 0 returns; 1 is used
             "compute waits for copy 5",
         ]
     )

@@ -28,6 +28,7 @@ from mm_parallel import (
     forward_backward,
     full_tensors,
     load_parameters,
+    make_mesh,
     parallelize,
 )
 from mm_parallel.grads import by_layout
@@ -93,7 +94,7 @@ def alone(layers: int, freeze, lengths: tuple[int, ...], numbers: int) -> tuple[
 @cache
 def mesh_of(stages: int, replicate: int, shard: int) -> DeviceMesh:
     """One for all cases of a layout: groups take longer to make than a step takes to run."""
-    return ParallelConfig(replicate, shard, pp_layers=(1,) * stages).mesh("cpu")
+    return make_mesh(ParallelConfig(replicate, shard, pp_layers=(1,) * stages), "cpu")
 
 
 def run(case: Case) -> None:
@@ -118,6 +119,7 @@ def run(case: Case) -> None:
             case.count,
             lambda i, batches=batches: {"tokens": batches[i]["tokens"], "t": batches[i]["t"]},
             lambda output, i, batches=batches: losses(output, batches[i]["target"]),
+            share=2 * case.count,
         )
         if mesh.get_local_rank("pp") == mesh["pp"].size() - 1:
             torch.testing.assert_close(torch.cat(own), expected.chunk(parts)[rank], rtol=1e-12, atol=0)
@@ -198,7 +200,7 @@ class Trainer:
     """AdamW on the same eight samples, whatever the layout."""
 
     def __init__(self, parallel: ParallelConfig, seed: int = 0) -> None:
-        self.mesh = parallel.mesh("cpu")
+        self.mesh = make_mesh(parallel, "cpu")
         torch.manual_seed(seed)
         model = TinyLadder(7).double()
         cut = (TinyLadder.plan, self.mesh, parallel)
@@ -215,6 +217,8 @@ class Trainer:
             len(batches),
             lambda i: {"tokens": batches[i]["tokens"], "t": batches[i]["t"]},
             lambda output, i: losses(output, batches[i]["target"]),
+            2 * 4,
+            self.mesh,
         )
         finish_gradients(self.model, self.mesh)
         clip_grad_norm(self.model, 0.1, self.mesh)
@@ -276,7 +280,7 @@ def from_meta(rank: int, world: int) -> None:
     parallel = ParallelConfig(pp_layers=(2, 2), dp_shard=1)
     with torch.device("meta"):
         model = TinyLadder(4).double()
-    pipeline = Pipeline(model, TinyLadder.plan, parallel.mesh("cpu"), parallel)
+    pipeline = Pipeline(model, TinyLadder.plan, make_mesh(parallel, "cpu"), parallel)
     load_parameters(model, source, torch.device("cpu"), pipeline.elsewhere)
     batch = micro_batch(0, SHORT)
     torch.testing.assert_close(
@@ -289,15 +293,18 @@ def test_a_meta_model_is_filled_stage_by_stage():
 
 
 def bf16(rank: int, world: int) -> None:
-    """What crosses has the dtypes that the weights are gathered in, islands excepted."""
+    """What crosses has the dtypes that the weights are gathered in, but for what stays in fp32."""
     parallel = ParallelConfig(pp_layers=(2, 2), dp_shard=2)
     torch.manual_seed(0)
     model = TinyLadder(4, torch.bfloat16)
-    mesh = parallel.mesh("cpu")
+    mesh = make_mesh(parallel, "cpu")
     pipeline = Pipeline(model, TinyLadder.plan, mesh, parallel, dtype=torch.bfloat16)
     batch = {name: tensor.float() for name, tensor in micro_batch(0, SHORT).items()}
     pipeline.step(
-        2, lambda i: {"tokens": batch["tokens"], "t": batch["t"]}, lambda output, i: losses(output, batch["target"])
+        2,
+        lambda i: {"tokens": batch["tokens"], "t": batch["t"]},
+        lambda output, i: losses(output, batch["target"]),
+        share=2 * 2,
     )
     finish_gradients(model, mesh)
     torch.manual_seed(0)
@@ -307,7 +314,7 @@ def bf16(rank: int, world: int) -> None:
     assert_same_grads(actual, {name: expected[name] for name in actual}, 1e-2)
 
 
-def test_bf16_with_islands():
+def test_bf16_with_fp32_parameters():
     spawn(4, bf16)
 
 
@@ -321,7 +328,7 @@ def same_error(call: Callable[[], object], message: str) -> None:
 def refusals(rank: int, world: int) -> None:
     def make(layers: tuple, schedule: str = "1f1b", memory: MemoryConfig = MemoryConfig()) -> Pipeline:  # noqa: B008
         parallel = ParallelConfig(pp_layers=layers, schedule=schedule)
-        return Pipeline(build(4), TinyLadder.plan, parallel.mesh("cpu"), parallel, memory)
+        return Pipeline(build(4), TinyLadder.plan, make_mesh(parallel, "cpu"), parallel, memory)
 
     def step(count: int, length: int, odd: int | None = None) -> None:
         batches = [micro_batch(i, length + (i == odd)) for i in range(count)]
@@ -329,13 +336,14 @@ def refusals(rank: int, world: int) -> None:
             count,
             lambda i: {"tokens": batches[i]["tokens"], "t": batches[i]["t"]},
             lambda output, i: losses(output, batches[i]["target"]),
+            share=2 * count,
         )
 
-    same_error(lambda: make((2, 3)), r"are 5 rungs, but the model has 4: .*\[2, 2\]")
+    same_error(lambda: make((2, 3)), r"are 5 layers, but the model has 4: .*\[2, 2\]")
     for memory in (MemoryConfig("full"), MemoryConfig(1), MemoryConfig(("none", "none", "full", "none"))):
         same_error(lambda memory=memory: make((2, 2), "zero_bubble", memory), "splits a backward in two")
     wide = ParallelConfig(pp_layers=(2, 1, 1))
-    mesh = ParallelConfig(pp_layers=(2, 2)).mesh("cpu")
+    mesh = make_mesh(ParallelConfig(pp_layers=(2, 2)), "cpu")
     same_error(lambda: Pipeline(build(4), TinyLadder.plan, mesh, wide), "stages for 3 ranks, the mesh has 2")
 
     pipeline = make(((1, 1), (1, 1)))
@@ -357,9 +365,9 @@ def test_what_cannot_be_is_refused_on_every_rank():
 
 def odd_micro_batch(rank: int, world: int) -> None:
     parallel = ParallelConfig(pp_layers=(2, 2))
-    pipeline = Pipeline(build(4), TinyLadder.plan, parallel.mesh("cpu"), parallel)
+    pipeline = Pipeline(build(4), TinyLadder.plan, make_mesh(parallel, "cpu"), parallel)
     batches = [micro_batch(i, SHORT + i) for i in range(2)]
-    pipeline.step(2, lambda i: {"tokens": batches[i]["tokens"], "t": batches[i]["t"]}, lambda output, i: output)
+    pipeline.step(2, lambda i: {"tokens": batches[i]["tokens"], "t": batches[i]["t"]}, lambda output, i: output, 1)
 
 
 def test_micro_batches_of_one_step_have_one_shape():
@@ -369,10 +377,10 @@ def test_micro_batches_of_one_step_have_one_shape():
 
 def freeze_too_late(rank: int, world: int) -> None:
     parallel = ParallelConfig(pp_layers=(2, 2))
-    pipeline = Pipeline(build(4), TinyLadder.plan, parallel.mesh("cpu"), parallel)
+    pipeline = Pipeline(build(4), TinyLadder.plan, make_mesh(parallel, "cpu"), parallel)
     pipeline.model.requires_grad_(rank == 1)
     batch = micro_batch(0, SHORT)
-    pipeline.step(1, lambda i: {"tokens": batch["tokens"], "t": batch["t"]}, lambda output, i: output)
+    pipeline.step(1, lambda i: {"tokens": batch["tokens"], "t": batch["t"]}, lambda output, i: output, 1)
 
 
 def test_what_was_not_announced_is_not_sent():
@@ -393,12 +401,12 @@ def test_a_weight_on_two_stages_is_refused():
     model.out.weight = model.embed.weight
     with pytest.raises(ValueError, match="embed and out share a weight, but not a pipeline stage"):
         prune(model, ("out",), {}, {0})
-    with pytest.raises(ValueError, match=r"plan.last: blocks holds rungs"):
+    with pytest.raises(ValueError, match=r"plan.last: blocks holds layers"):
         prune(build(4), ("out", "blocks"), {}, {0})
 
 
 class Deep(nn.Module):
-    """Rungs inside other modules, beside which there is something; and a table that holds no weights."""
+    """Layers inside other modules, beside which there is something; and a table that holds no weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -414,7 +422,7 @@ class Deep(nn.Module):
         return self.language.layers
 
 
-def test_rungs_may_lie_deeper():
+def test_layers_may_lie_deeper():
     model = Deep()
     assert prune(model, ("language.norm", "language.scale"), {}, {1, 2, "last"}) == {
         "language.embed.weight",

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mm_parallel import MemoryConfig, ParallelConfig, ParallelPlan, finish_gradients, parallelize
+from mm_parallel import MemoryConfig, ParallelConfig, ParallelPlan, finish_gradients, make_mesh, parallelize
 from mm_parallel.attention import KEPT, core
 from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
 
@@ -52,7 +52,7 @@ def step(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[Tensor, int, in
     return loss.detach(), sum((forward.ops + backward.ops)[op] for op in KEPT), linears
 
 
-CASES = [  # memory, how often attention runs in each rung, in which the linears run again
+CASES = [  # memory, how often attention runs in each layer, in which the linears run again
     (MemoryConfig(), (1, 1, 1), (0, 0, 0)),
     (MemoryConfig("full"), (2, 2, 2), (1, 1, 1)),
     (MemoryConfig("but_attention"), (1, 1, 1), (1, 1, 1)),
@@ -79,7 +79,7 @@ def test_attention_and_linears_are_counted_and_gradients_are_the_same_bits(memor
 
 
 def sharded(rank: int, world: int) -> None:
-    mesh = ParallelConfig().mesh("cpu")
+    mesh = make_mesh(ParallelConfig(), "cpu")
     for compute, dtype in ((None, torch.float64), (torch.bfloat16, torch.float32)):
         data = tuple(part.chunk(world)[rank] for part in batch(dtype))
         plain = build(MemoryConfig(), dtype, compute, mesh)
@@ -109,12 +109,8 @@ def test_our_attention_takes_the_seam_only_where_it_must():
     torch.testing.assert_close(kept(*batch()), model(*batch()), rtol=1e-12, atol=1e-12)
 
 
-class CausalLadder(TinyLadder):
-    plan = ParallelPlan(rungs=("blocks.*",), tokens={"x": 1}, causal=True)
-
-
 def test_a_causal_ladder_stays_causal():
-    model = parallelize(CausalLadder().double(), CausalLadder.plan, memory=MemoryConfig("but_attention"))
+    model = parallelize(TinyLadder(causal=True).double(), TinyLadder.plan, memory=MemoryConfig("but_attention"))
     tokens, t = batch()
     before = model(tokens, t)
     after = model(torch.cat((tokens[:, :-1], tokens[:, -1:] + 1), 1), t)
@@ -132,7 +128,7 @@ def test_part_of_a_pipeline_takes_its_own_words(mine):
     assert [getattr(model.blocks[i].forward, "word", "none") for i in mine] == [words[i] for i in mine]
 
 
-def test_a_number_counts_the_rungs_of_each_pipeline_rank():
+def test_a_number_counts_the_layers_of_each_pipeline_rank():
     model = TinyLadder(6)
     for i in (0, 1, 2):
         model.blocks[i] = None
@@ -143,20 +139,20 @@ def test_a_number_counts_the_rungs_of_each_pipeline_rank():
 @pytest.mark.parametrize(
     ("memory", "message"),
     [
-        (MemoryConfig(4), r"recompute=4 and but_attention=0 rungs: the model has 3, .* together at most 3"),
+        (MemoryConfig(4), r"recompute=4 and but_attention=0 layers: the model has 3, .* together at most 3"),
         (MemoryConfig(-1), "recompute=-1 .* the model has 3"),
-        (MemoryConfig(2, but_attention=2), "recompute=2 and but_attention=2 rungs: the model has 3"),
-        (MemoryConfig(2, but_attention=-1), "recompute=2 and but_attention=-1 rungs"),
+        (MemoryConfig(2, but_attention=2), "recompute=2 and but_attention=2 layers: the model has 3"),
+        (MemoryConfig(2, but_attention=-1), "recompute=2 and but_attention=-1 layers"),
         (MemoryConfig("full", but_attention=1), "but_attention=1 .* not recompute='full': give a number"),
         (MemoryConfig(("full",) * 3, but_attention=1), "but_attention=1 .* give a number"),
-        (MemoryConfig("some"), "recompute='some': give one of none, full, but_attention, how many of the 3 rungs"),
+        (MemoryConfig("some"), "recompute='some': give one of none, full, but_attention, how many of the 3 layers"),
         (MemoryConfig(1.5), r"recompute=1.5: .* \(0 … 3\)"),
         (MemoryConfig(True), "recompute=True: give one of"),
-        (MemoryConfig(("full", "none")), "recompute has 2 words: give one of .* for each of the 3 rungs"),
+        (MemoryConfig(("full", "none")), "recompute has 2 words: give one of .* for each of the 3 layers"),
         (MemoryConfig(("full", "none", "fulll")), "3 words, 'fulll' among them: give one of none, full"),
-        (MemoryConfig("full", offload="attention"), r"no rung recomputes so \(full\): set recompute or but_attention"),
-        (MemoryConfig(offload="attention"), r"no rung recomputes so \(none\)"),
-        (MemoryConfig(0, offload="inputs"), "no rung recomputes: set recompute"),
+        (MemoryConfig("full", offload="attention"), r"no layer recomputes so \(full\): set recompute or but_attention"),
+        (MemoryConfig(offload="attention"), r"no layer recomputes so \(none\)"),
+        (MemoryConfig(0, offload="inputs"), "no layer recomputes: set recompute"),
         (MemoryConfig("full", offload="disk"), "offload='disk': there are none, attention and inputs"),
     ],
 )
@@ -167,16 +163,16 @@ def test_impossible_wishes_are_refused(memory, message):
 
 def test_a_model_whose_attention_cannot_be_named_is_refused():
     for plan, message in (
-        (ParallelPlan(rungs=("blocks.*",)), "its tokens .* are empty"),
-        (ParallelPlan(rungs=("blocks.*",), tokens={"x": 1}, core="heart"), "no seam 'heart'"),
+        (ParallelPlan(layers=("blocks.*",)), "its tokens .* are empty"),
+        (ParallelPlan(layers=("blocks.*",), tokens={"x": 1}, core="heart"), "no seam 'heart'"),
     ):
         with pytest.raises(ValueError, match=message):
             parallelize(TinyLadder(), plan, memory=MemoryConfig("but_attention"))
 
 
-def test_a_rung_that_goes_past_the_seam_is_never_recomputed_in_full_silently():
+def test_a_layer_that_goes_past_the_seam_is_never_recomputed_in_full_silently():
     model = parallelize(TinyLadder(), TinyLadder.plan, memory=MemoryConfig("but_attention"))
-    model.core = lambda q, k, v, tokens: v
+    model.core = lambda q, k, v, sequence: v
     with pytest.raises(
         ValueError, match=r"blocks\.0 cannot recompute all but attention: none of mm_parallel\.attention"
     ):

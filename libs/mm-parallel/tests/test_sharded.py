@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from mm_parallel import MemoryConfig, ParallelConfig, data_rank, finish_gradients, parallelize
+from mm_parallel import MemoryConfig, ParallelConfig, data_rank, finish_gradients, make_mesh, parallelize
 from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
 
 
@@ -39,7 +39,7 @@ def compare(rank: int, world: int, replicate: int, recompute: str | int, micro_b
     data = batch(16, dtype)
     single = build(dtype, compute)
     expected = step(single, data, micro_batches * world)
-    mesh = ParallelConfig(dp_replicate=replicate).mesh("cpu")
+    mesh = make_mesh(ParallelConfig(dp_replicate=replicate), "cpu")
     model = parallelize(build(dtype, compute), TinyLadder.plan, mesh, memory=MemoryConfig(recompute), dtype=gathered)
     index, size = data_rank(mesh)
     assert (index, size) == (rank, world)
@@ -82,9 +82,9 @@ def test_four_ranks_equal_one_device():
     assert spawn(4, compare_all) == [4] * 4
 
 
-def bf16_with_islands(rank: int, world: int) -> None:
+def bf16_with_fp32_parameters(rank: int, world: int) -> None:
     compare(rank, world, 1, "none", 1, torch.float32, torch.bfloat16, 5e-3)  # sums of bf16 gradients in another order
-    mesh = ParallelConfig().mesh("cpu")
+    mesh = make_mesh(ParallelConfig(), "cpu")
     model = parallelize(build(torch.float32, torch.bfloat16), TinyLadder.plan, mesh, dtype=torch.bfloat16)
     seen = {}
     model.time[0].register_forward_pre_hook(lambda m, _: seen.update(time=m.weight.dtype))
@@ -92,19 +92,19 @@ def bf16_with_islands(rank: int, world: int) -> None:
     step(model, batch(2, torch.float32))
     assert seen == {"time": torch.float32, "out": torch.float32}
     for block in model.blocks:
-        islands = {name for name, read in block.read.items() if read == torch.float32}
-        assert islands == {"table", "norm.weight"}
-        assert {read for name, read in block.read.items() if name not in islands} == {torch.bfloat16}
+        in_fp32 = {name for name, read in block.read.items() if read == torch.float32}
+        assert in_fp32 == {"table", "norm.weight"}
+        assert {read for name, read in block.read.items() if name not in in_fp32} == {torch.bfloat16}
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-def test_islands_stay_fp32_inside_a_bf16_forward():
-    spawn(2, bf16_with_islands)
+def test_fp32_parameters_stay_so_inside_a_bf16_forward():
+    spawn(2, bf16_with_fp32_parameters)
 
 
 def collectives(rank: int, world: int, layers: int) -> dict[str, int]:
     torch.manual_seed(0)
-    mesh = ParallelConfig().mesh("cpu")
+    mesh = make_mesh(ParallelConfig(), "cpu")
     model = parallelize(TinyLadder(layers), TinyLadder.plan, mesh)
     tokens, t, target = batch(2, torch.float32)
     with warnings.catch_warnings(), CommDebugMode() as communication:
@@ -116,14 +116,14 @@ def collectives(rank: int, world: int, layers: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("layers", [2, 5])
 def test_each_group_is_gathered_twice_and_reduced_once(layers):
-    """For the forward and for the backward. A group: each rung, the time island, and the root's own."""
+    """For the forward and for the backward. A group: each layer, the time embedding, and the root's own."""
     groups = layers + 2
     counts = {"_allgather_base_": 2 * groups, "_reduce_scatter_base_": groups, "allreduce_": 1}
     assert spawn(2, collectives, layers) == [counts, counts]
 
 
 def swapped(rank: int, world: int) -> None:
-    model = parallelize(build(torch.float64), TinyLadder.plan, ParallelConfig().mesh("cpu"))
+    model = parallelize(build(torch.float64), TinyLadder.plan, make_mesh(ParallelConfig(), "cpu"))
     tokens, t, _ = batch(2, torch.float64)
     parameters = list(model.parameters())  # as an optimizer or an EMA holds them
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_weights_written_between_evaluations_are_seen():
 
 def unequal_weights(rank: int, world: int) -> None:
     torch.manual_seed(rank)
-    parallelize(TinyLadder(), TinyLadder.plan, ParallelConfig().mesh("cpu"))
+    parallelize(TinyLadder(), TinyLadder.plan, make_mesh(ParallelConfig(), "cpu"))
 
 
 def test_ranks_with_different_weights_are_refused():
@@ -157,8 +157,8 @@ def test_ranks_with_different_weights_are_refused():
         spawn(2, unequal_weights)
 
 
-def unused_island(rank: int, world: int) -> tuple:
-    mesh = ParallelConfig().mesh("cpu")
+def unused_fp32(rank: int, world: int) -> tuple:
+    mesh = make_mesh(ParallelConfig(), "cpu")
     model = parallelize(build(torch.float32), TinyLadder.plan, mesh)
     first, second, third = (block.table for block in model.blocks)
     first.grad = torch.full_like(first, 3.0) if rank == 0 else None
@@ -168,12 +168,12 @@ def unused_island(rank: int, world: int) -> tuple:
 
 
 def test_a_gradient_that_only_one_rank_has_counts_as_zero_elsewhere():
-    assert spawn(2, unused_island) == [(1.5, 0.5, None)] * 2
+    assert spawn(2, unused_fp32) == [(1.5, 0.5, None)] * 2
 
 
 def test_one_device_needs_no_process_group():
     plain, cut = build(torch.float64), build(torch.float64)
-    mesh = ParallelConfig().mesh("cpu")
+    mesh = make_mesh(ParallelConfig(), "cpu")
     assert mesh is None
     assert data_rank(mesh) == (0, 1)
     assert parallelize(cut, TinyLadder.plan, mesh, memory=MemoryConfig("full")) is cut

@@ -10,7 +10,15 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mm_parallel import ParallelConfig, clip_grad_norm, data_rank, finish_gradients, load_parameters, parallelize
+from mm_parallel import (
+    ParallelConfig,
+    clip_grad_norm,
+    data_rank,
+    finish_gradients,
+    load_parameters,
+    make_mesh,
+    parallelize,
+)
 from mm_parallel.grads import by_layout
 from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
 from mm_parallel.testing.ladder import DIM, Linear
@@ -76,7 +84,7 @@ LAYOUTS = {
 
 def same_numbers(rank: int, world: int) -> int:
     for layout in LAYOUTS[world]:
-        mesh, single, data = ParallelConfig(**layout).mesh("cpu"), build(), batch()
+        mesh, single, data = make_mesh(ParallelConfig(**layout), "cpu"), build(), batch()
         expected = step(single, data)
         model = parallelize(build(), PLAN, mesh)
         assert abs(step(model, data, mesh) / expected - 1) <= 1e-10
@@ -105,7 +113,7 @@ def test_loss_gradients_norm_and_three_steps_equal_one_device(world):
 
 
 def parts(rank: int, world: int) -> None:
-    model = parallelize(build(), PLAN, ParallelConfig(tp=2).mesh("cpu"))
+    model = parallelize(build(), PLAN, make_mesh(ParallelConfig(tp=2), "cpu"))
     block, full = model.blocks[0], build().blocks[0]
     half = slice(6 * rank, 6 * rank + 6)
     assert torch.equal(block.q.weight.to_local(), full.q.weight[half])
@@ -117,7 +125,7 @@ def parts(rank: int, world: int) -> None:
     assert held == 2 * 8 * (4 * DIM * DIM // 2 + 3 * DIM // 2 + 2 * DIM // 2 + DIM * 20 + 20 // 2)  # not the wholes
 
     heads = []
-    model.core = lambda q, k, v, tokens: heads.append(q.shape[2]) or TinyLadder().core(q, k, v, tokens)
+    model.core = lambda q, k, v, sequence: heads.append(q.shape[2]) or TinyLadder().core(q, k, v, sequence)
     step(model, batch())
     assert heads == [2, 2]
     for name, p in model.named_parameters():  # what is whole gets the same whole gradient, bit for bit
@@ -133,7 +141,7 @@ def test_each_rank_holds_its_heads_and_whole_parameters_stay_equal():
 
 def counted(rank: int, world: int) -> list[tuple[int, int]]:
     """(all-reduces, numbers in them) of a forward and of its backward."""
-    model, (tokens, t, target) = parallelize(build(), PLAN, ParallelConfig(tp=2).mesh("cpu")), batch()
+    model, (tokens, t, target) = parallelize(build(), PLAN, make_mesh(ParallelConfig(tp=2), "cpu")), batch()
     sums, reduce = [], dist.all_reduce
     dist.all_reduce = lambda x, **named: (sums.append(x.numel()), reduce(x, **named))
     try:
@@ -155,8 +163,8 @@ def test_what_is_sent_is_what_the_docstring_says():
 
 
 def bf16(rank: int, world: int) -> None:
-    mesh, data = ParallelConfig(tp=2).mesh("cpu"), batch(torch.float32)
-    plan = replace(PLAN, fp32=(*PLAN.fp32, "*.norm_q.weight", "*.down.*"))  # cut islands: FSDP leaves one replicated
+    mesh, data = make_mesh(ParallelConfig(tp=2), "cpu"), batch(torch.float32)
+    plan = replace(PLAN, keep_fp32=(*PLAN.keep_fp32, "*.norm_q.weight", "*.down.*"))  # cut: FSDP leaves one replicated
     single, model = (build(torch.float32, torch.bfloat16) for _ in range(2))
     expected = step(single, data)
     parallelize(model, plan, mesh, dtype=torch.bfloat16)
@@ -173,21 +181,21 @@ def test_bf16_is_the_same_up_to_rounding(world):
     spawn(world, bf16)
 
 
-def replicated_islands(rank: int, world: int) -> None:
+def replicated_fp32(rank: int, world: int) -> None:
     """Norms that FSDP ignores are DTensors of tp alone: `finish_gradients` averages them over the data."""
-    plan, data = replace(PLAN, fp32=(*PLAN.fp32, "*.norm_q.weight")), batch()
+    plan, data = replace(PLAN, keep_fp32=(*PLAN.keep_fp32, "*.norm_q.weight")), batch()
     single = build()
     step(single, data)
     for layout in ({"dp_shard": 2}, {"dp_shard": 1, "dp_replicate": 2}):
-        mesh = ParallelConfig(tp=2, **layout).mesh("cpu")
+        mesh = make_mesh(ParallelConfig(tp=2, **layout), "cpu")
         model = parallelize(build(), plan, mesh)
         assert model.blocks[0].norm_q.weight.device_mesh.mesh_dim_names == ("tp",)
         step(model, data, mesh)
         assert_same_grads(gradients(model), gradients(single), 1e-10)
 
 
-def test_a_norm_that_is_an_island_is_averaged_over_the_data():
-    spawn(4, replicated_islands)
+def test_a_norm_that_is_kept_in_fp32_is_averaged_over_the_data():
+    spawn(4, replicated_fp32)
 
 
 def state(model: nn.Module, adam: torch.optim.Optimizer) -> dict:
@@ -198,7 +206,7 @@ def state(model: nn.Module, adam: torch.optim.Optimizer) -> dict:
 
 def saved(rank: int, world: int, folder: str) -> list[tuple[float, float]]:
     """tp 2 x dp 2 after two steps, with what two more give; then what one device made of it is loaded back."""
-    mesh, data = ParallelConfig(tp=2).mesh("cpu"), batch()
+    mesh, data = make_mesh(ParallelConfig(tp=2), "cpu"), batch()
     model = parallelize(build(), PLAN, mesh)
     adam = optimizer(model)
     if not Path(folder, "back").exists():
@@ -247,7 +255,7 @@ def test_a_checkpoint_goes_to_one_device_and_back(tmp_path):
 
 
 def refused(rank: int, world: int) -> list[str]:
-    mesh, said = ParallelConfig(tp=4).mesh("cpu"), []
+    mesh, said = make_mesh(ParallelConfig(tp=4), "cpu"), []
     odd, dressed = build(), build()
     odd.blocks[1].up = Linear(DIM, 10)
     dressed.blocks[0].v = nn.Identity()

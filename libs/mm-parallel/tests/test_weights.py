@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mm_parallel import ParallelConfig, finish_gradients, full_tensors, load_parameters, parallelize
+from mm_parallel import ParallelConfig, finish_gradients, full_tensors, load_parameters, make_mesh, parallelize
 from mm_parallel.testing import TinyLadder, spawn
 
 CPU = torch.device("cpu")
@@ -51,11 +51,13 @@ def from_meta(rank: int, world: int, replicate: int) -> dict[str, int]:
     source = Lazy(whole)
     with torch.device("meta"):
         model = TinyLadder()
-    mesh = ParallelConfig(replicate).mesh("cpu")
+    mesh = make_mesh(ParallelConfig(replicate), "cpu")
     parallelize(model, TinyLadder.plan, mesh, dtype=torch.bfloat16)
     assert all(p.is_meta for p in model.parameters())
     load_parameters(model, source, CPU)
-    reference = parallelize(seeded(), TinyLadder.plan, ParallelConfig(replicate).mesh("cpu"), dtype=torch.bfloat16)
+    reference = parallelize(
+        seeded(), TinyLadder.plan, make_mesh(ParallelConfig(replicate), "cpu"), dtype=torch.bfloat16
+    )
     for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert type(ours) is type(theirs)
         assert ours.dtype == torch.float32
@@ -141,7 +143,7 @@ def test_a_table_that_no_checkpoint_holds_cannot_start_on_meta():
 
 
 def trained(seed: int) -> tuple[TinyLadder, torch.optim.Optimizer]:
-    mesh = ParallelConfig().mesh("cpu")
+    mesh = make_mesh(ParallelConfig(), "cpu")
     model = parallelize(seeded(seed), TinyLadder.plan, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), 0.1)
     generator = torch.Generator().manual_seed(3)

@@ -1,22 +1,21 @@
 """What can be asked for: the same names as flags of the command line and as arguments of a Sampler."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-Task = Literal["t2v", "i2v", "flf2v", "ti2v", "v2v", "vace"]  # as mm_models.wan has them, whose import needs torch
 Sampling = Literal["unipc", "euler"]
 Grid = Literal["guides", "diffusers"]
 
 
 @dataclass(kw_only=True)
 class Options:
-    """How one video is made. None takes what is usual for the model and the task, see `mm_infer.defaults`."""
+    """How one video is made. None takes what was published with the model, see `mm_infer.settle`."""
 
-    task: Task | None = None
+    task: str | None = None
     "t2v text, i2v image, flf2v first and last image, ti2v a clean first frame, v2v video, vace control to video (default: by the model and by what is given)"  # noqa: E501
     negative_prompt: str | None = None
-    "what to stay away from; not used with guidance 1 (default: the list of the guides, in Chinese for Wan2.2)"
+    "what to stay away from; not used with guidance 1 (default: MindSpeed-MM's list, in Chinese for Wan2.2)"
     height: int | None = None
     "pixels, a multiple of 16 (32 for Wan2.2 5B); default 480, 704 for the 5B, 720 for 14B t2v, flf2v, VACE and A14B; with an image or a source video its shape, in about that area"  # noqa: E501
     width: int | None = None
@@ -34,22 +33,20 @@ class Options:
     sampler: Sampling = "unipc"
     "solver"
     grid: Grid = "guides"
-    "noise levels of the steps: as in the guides and diffusers before 0.37, or as in later diffusers"
+    "noise levels of the steps: as in MindSpeed-MM and diffusers before 0.37, or as in later diffusers"
     seed: int = 0
     "of the initial noise, the same for every prompt"
     clip_crop: bool = False
-    "i2v, flf2v with CLIP: it sees the middle square of an image, as in diffusers; by default all of it, squashed, as in the guides and in training"  # noqa: E501
+    "i2v, flf2v with CLIP: it sees the middle square of an image, as in diffusers; by default all of it, squashed, as in MindSpeed-MM and in training"  # noqa: E501
     strength: float | None = None
     "v2v: part of the steps that are made, 1 leaves nothing of the video; default 0.7"
     control_scale: float | None = None
     "vace: strength of the control; default 1"
 
     def __post_init__(self) -> None:
-        if self.frames is not None and (self.frames < 1 or self.frames % 4 != 1):
-            raise ValueError(
-                f"frames {self.frames}: the VAE turns 4k+1 frames into k+1, so ask for {neighbours(self.frames, 1, 4)}"
-            )
-        check_size(self, 16)
+        for name in ("frames", "height", "width"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps {self.steps}: at least one step is needed")
         if self.guidance is not None and (len(self.scales) != 2 or not min(self.scales) >= 1):
@@ -67,23 +64,6 @@ class Options:
     def scales(self) -> tuple[float, float]:
         """Guidance at high and at low noise."""
         return self.guidance if isinstance(self.guidance, tuple | list) else (self.guidance, self.guidance)
-
-
-def check_size(options: Options, multiple: int) -> None:
-    """ValueError for sides that the VAE and the model cannot divide."""
-    for side in ("height", "width"):
-        size = getattr(options, side)
-        if size is not None and (size < multiple or size % multiple):
-            raise ValueError(
-                f"{side} {size}: the VAE divides it by {multiple // 2} and the model by 2, so it must be a multiple of "
-                f"{multiple}, as {neighbours(size, multiple, multiple)}"
-            )
-
-
-def neighbours(value: int, first: int, step: int) -> str:
-    """The values of first, first + step, ... around `value`."""
-    below = first + (value - first) // step * step
-    return f"{below} or {below + step}" if below >= first else str(first)
 
 
 @dataclass(frozen=True)
@@ -160,3 +140,8 @@ class Config(Options):
                 raise ValueError(f"give either --{one} or --{one}_file")
         if self.parallel.guidance == 2 and self.guidance is not None and max(self.scales) == 1:
             raise ValueError("parallel.guidance 2 shares two passes, but guidance 1 makes one: leave either out")
+
+    @property
+    def options(self) -> Options:
+        """How each of the videos is made."""
+        return Options(**{field.name: getattr(self, field.name) for field in fields(Options)})

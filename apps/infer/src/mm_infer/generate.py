@@ -18,10 +18,11 @@ from mm_data import made_with, write_video
 from mm_infer.__about__ import __version__
 from mm_infer.config import Config, Options
 from mm_infer.inputs import Given
-from mm_infer.lists import Asked, asked
-from mm_infer.plan import start_of
-from mm_infer.ranks import Place
-from mm_infer.sample import Sampler, load
+from mm_infer.lists import Request
+from mm_infer.ranks import Share
+from mm_infer.sample import Sampler
+from mm_infer.settle import start_of
+from mm_infer.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,33 +47,18 @@ class Job:
     alone: Path | None = None  # the folder of an expert without the other
 
 
-def prepare(config: Config, place: Place = Place(), rank: int = 0) -> Job:  # noqa: B008 (frozen)
+def prepare(config: Config, requests: list[Request], weights: Weights, share: Share, rank: int) -> Job:
     """Checks all that can be checked without reading a tensor. ValueError or OSError with the way out."""
-    wanted = asked(config)
-    first, step = place.prompts
-    files = {config.output / f"video_{i}.mp4": wanted[i] for i in range(first, len(wanted), step)}
-    blocked = next((path for path in (config.output, *config.output.parents) if path.exists()), config.output)
-    if blocked.exists() and not blocked.is_dir():
-        raise ValueError(f"output {config.output}: {blocked} is a file, not a folder")
+    first, step = share.prompts
+    files = {config.output / f"video_{i}.mp4": requests[i] for i in range(first, len(requests), step)}
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    sampler = load(
-        config.weights,
-        config.encoders,
-        model=config.model,
-        lora=config.lora,
-        boundary=config.boundary,
-        offload=config.offload,
-        dtype=dtype,
-        vae_tiling=config.vae_tiling,
-        text_tokens=config.text_tokens,
-        mesh=place.mesh,
-        pair=place.pair,
+    sampler = Sampler(
+        weights, None, dtype, config.offload, vae_tiling=config.vae_tiling, mesh=share.mesh, pair=share.pair
     )
-    options = Options(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Options)})
-    videos = {file: _video(config, sampler, options, one) for file, one in files.items()}
-    there = place.decided(lambda: [] if config.overwrite else [file for file in files if file.exists()])
+    videos = {file: _video(config, sampler, request) for file, request in files.items()}
+    there = share.decide(lambda: [] if config.overwrite else [file for file in files if file.exists()])
     written = _last_change(config.weights, config.encoders, config.lora)
-    others = place.decided(lambda: [f for f in there if not _is_made(f, videos[f].made_with, written)])
+    others = share.decide(lambda: [f for f in there if not _is_made(f, videos[f].made_with, written)])
     if others:
         more = f", and {len(others) - 1} more" if len(others) > 1 else ""
         raise ValueError(
@@ -84,20 +70,20 @@ def prepare(config: Config, place: Place = Place(), rank: int = 0) -> Job:  # no
         pass
     todo = {file: video for file, video in videos.items() if file not in there}
     alone = config.weights if expert_of(config.weights) else None
-    return Job(sampler, todo, there, rank, place.leads, alone)
+    return Job(sampler, todo, there, rank, share.leads, alone)
 
 
-def _video(config: Config, sampler: Sampler, options: Options, one: Asked) -> Video:
+def _video(config: Config, sampler: Sampler, request: Request) -> Video:
     """What is asked for, settled, with its record: what repeats the video, and not where in a list it stood."""
-    given = Given(**one.given)
-    options = sampler.plan(options, given)
+    given = Given(**request.given)
+    options = sampler.settle(config.options, given)
     if config.parallel.guidance == 2 and max(options.scales) == 1:
         raise ValueError("parallel.guidance 2 shares two passes, but guidance 1 makes one: leave either out")
-    record: dict[str, Any] = {"prompt": one.prompt} | given.record() | dataclasses.asdict(options)
+    record: dict[str, Any] = {"prompt": request.prompt} | given.record() | dataclasses.asdict(options)
     record |= {name: getattr(config, name) for name in ("weights", "encoders", "model", "lora", "text_tokens")}
     record |= {"vae_tiling": config.vae_tiling, "boundary": sampler.weights.boundary}
     record |= {"dtype": str(sampler.dtype).removeprefix("torch."), "mm_infer": __version__, "torch": torch.__version__}
-    return Video(one.prompt, given, options, {k: str(v) if isinstance(v, Path) else v for k, v in record.items()})
+    return Video(request.prompt, given, options, {k: str(v) if isinstance(v, Path) else v for k, v in record.items()})
 
 
 def _is_made(file: Path, record: dict[str, Any], since: float) -> bool:

@@ -1,21 +1,29 @@
-"""Images and videos that a video is made from: as they were given, and as the pixels of a size."""
+"""Images and videos that a video is made from: as they were given, and as the pixels of a size.
+
+This file imports no torch, nor what needs it, before there are pixels: a wrong path is refused at once.
+"""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from mm_data import VideoInfo, probe, read_image, read_video
+import mm_data
 from mm_data.geometry import clip_rate, crop_box, resample
-from mm_data.images import crop_to
-from mm_data.transforms import crop_resize, to_model_range
+from mm_data.video import VideoInfo, probe, read_video
 
-Picture = Path | str | np.ndarray | Tensor  # a file, or H W 3 uint8
-Video = Path | str | np.ndarray | Tensor  # a file, or F H W 3 uint8
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mm_infer.config import Options
+    from mm_models.diffusion.objective import Pixels
+
+Picture = "Path | str | np.ndarray | Tensor"  # a file, or H W 3 uint8
+Video = "Path | str | np.ndarray | Tensor"  # a file, or F H W 3 uint8
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ def _named(value: Picture | Video) -> dict[str, str]:
 def picture(image: Picture) -> np.ndarray:
     """H W 3 uint8. ValueError, naming what is wrong, for what is no picture."""
     if isinstance(image, str | Path):
-        return read_image(image)
+        return mm_data.read_image(image)
     return _of_uint8(image, 3, "an image", "H W 3")
 
 
@@ -82,7 +90,7 @@ class Footage:
             return self.source.height, round(self.source.width * self.pixel_aspect)
         return self.source.shape[1:3]
 
-    def cut(self, frames: int) -> "Footage":
+    def cut(self, frames: int) -> Footage:
         """The first of them. ValueError if there are fewer."""
         if len(self.indices) < frames:
             raise ValueError(
@@ -96,7 +104,7 @@ class Footage:
         """Frames of the whole video."""
         return self.source.num_frames if isinstance(self.source, VideoInfo) else len(self.source)
 
-    def beside(self, video: "Footage") -> "Footage":
+    def match(self, video: Footage) -> Footage:
         """The frames with the numbers of another video's: what a mask says of it. As in training.
 
         ValueError if the two are no pair: lengths more than a frame and a tenth apart, shapes a twentieth.
@@ -110,6 +118,7 @@ class Footage:
 
     def pixels(self, size: tuple[int, int]) -> Tensor:
         """3 F H W in [-1, 1]: the largest centred piece of that shape, scaled, as in training."""
+        from mm_data.transforms import crop_resize, to_model_range
 
         def fit(frame: np.ndarray) -> np.ndarray:
             return crop_resize(frame, crop_box(*frame.shape[:2], size, self.pixel_aspect), size)
@@ -133,16 +142,36 @@ def footage(video: Video, fps: float) -> Footage:
 
 
 def masking(mask: Video, video: Video | None, fps: float) -> Footage:
-    """The frames of a mask: those that stand beside the frames taken of the video, if there is one."""
-    return footage(mask, fps) if video is None else footage(mask, fps).beside(footage(video, fps))
+    """The frames of a mask: those that go with the frames taken of the video, if there is one."""
+    return footage(mask, fps) if video is None else footage(mask, fps).match(footage(video, fps))
 
 
-def mask_pixels(given: Given, fps: float, frames: int, size: tuple[int, int]) -> Tensor:
+def to_pixels(given: Given, options: Options) -> Pixels:
+    """All that is given, as it is encoded, for one video; options: with nothing left open."""
+    from mm_models.diffusion.objective import Pixels
+
+    size = options.height, options.width
+    video = None if given.video is None else footage(given.video, options.fps).cut(options.frames).pixels(size)[None]
+    mask = None if given.mask is None else _mask_pixels(given, options, size)[None]
+    references = [mm_data.pad_to(picture(one), size) for one in given.references]
+    return Pixels((options.frames, *size), *frames_at_ends(given, options), video, mask, [references])
+
+
+def frames_at_ends(given: Given, options: Options) -> tuple[Tensor | None, Tensor | None]:
+    """The first and the last frame, 1 3 H W in [-1, 1]; None for one that is not given."""
+    size = options.height, options.width
+    first, last = (
+        None if one is None else mm_data.crop_to(picture(one), size)[None] for one in (given.image, given.last_image)
+    )
+    return first, last
+
+
+def _mask_pixels(given: Given, options: Options, size: tuple[int, int]) -> Tensor:
     """1 F H W in 0..1, 1 where pixels change."""
     if is_still(given.mask):
-        pixels = crop_to(picture(given.mask), size)[:, None].expand(-1, frames, -1, -1)
+        pixels = mm_data.crop_to(picture(given.mask), size)[:, None].expand(-1, options.frames, -1, -1)
     else:
-        pixels = masking(given.mask, given.video, fps).cut(frames).pixels(size)
+        pixels = masking(given.mask, given.video, options.fps).cut(options.frames).pixels(size)
     return (pixels[:1] + 1) / 2  # red, as in training; a mask is grey
 
 
@@ -161,4 +190,4 @@ def _of_uint8(value: np.ndarray | Tensor, dims: int, what: str, shape: str) -> n
 
 
 def _array(value: np.ndarray | Tensor) -> np.ndarray:
-    return value.cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    return value.cpu().numpy() if hasattr(value, "cpu") else np.asarray(value)

@@ -10,14 +10,14 @@ SOURCES = ("image", "video", "mask", "references")
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """One video: its prompt, and what else it is made from, by the names of `mm_infer.inputs.Given`."""
 
     prompt: str
     given: dict[str, Any]
 
 
-def asked(config: Config) -> list[Asked]:
+def read_requests(config: Config) -> list[Request]:
     """The videos asked for, in order. What a flag says goes with every line of the files.
 
     Raises ValueError for files of different lengths or without a line, OSError for one that cannot be read.
@@ -29,7 +29,7 @@ def asked(config: Config) -> list[Asked]:
         counts = ", ".join(f"{file} has {count}" for file, count in lengths.items())
         raise ValueError(f"the files must have a line for each video, all as many: {counts}")
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)] or [{}]
-    return [Asked(row.pop("prompt", config.prompt), _given(config, row)) for row in rows]
+    return [Request(row.pop("prompt", config.prompt), _given(config, row)) for row in rows]
 
 
 def _given(config: Config, row: dict[str, str]) -> dict[str, Any]:

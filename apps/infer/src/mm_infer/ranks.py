@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mm_infer.config import Ranks
-from mm_parallel import ParallelConfig
+from mm_parallel import ParallelConfig, make_mesh
 from mm_parallel.device import device, init_distributed, leave
 from mm_parallel.mesh import size
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Place:
+class Share:
     """Teams x passes x tokens, neighbours in the last."""
 
     prompts: tuple[int, int] = (0, 1)  # every which prompt is ours: first, step
@@ -26,14 +26,14 @@ class Place:
     team: dist.ProcessGroup | None = None  # of all ranks that make the same video
     leads: bool = True  # the rank of a team that decodes and writes
 
-    def decided(self, decide: Callable[[], T]) -> T:
-        """What the leading rank of a team decides, on all of it; also if it is an error."""
+    def decide(self, choose: Callable[[], T]) -> T:
+        """What the leading rank of a team chooses, on all of it; also if it is an error."""
         if self.team is None:
-            return decide()
+            return choose()
         made: list = [None, None]
         if self.leads:
             try:
-                made[0] = decide()
+                made[0] = choose()
             except (ValueError, OSError) as error:
                 made[1] = error
         dist.broadcast_object_list(made, group_src=0, group=self.team)
@@ -52,10 +52,10 @@ def distributed() -> Iterator[int]:
         leave()
 
 
-def place(ranks: Ranks) -> Place:
-    """This rank's place. ValueError for numbers that do not fit the ranks that were started."""
+def share(ranks: Ranks) -> Share:
+    """This rank's share of the work. ValueError for numbers that do not fit the ranks that were started."""
     kind = device().type
-    mesh = ParallelConfig(cp=ranks.cp, ulysses=ranks.ulysses, ring=ranks.ring).mesh(kind)
+    mesh = make_mesh(ParallelConfig(cp=ranks.cp, ulysses=ranks.ulysses, ring=ranks.ring), kind)
     world = dist.get_world_size() if mesh is not None else 1
     tokens = size(mesh, "cp")
     if world % (tokens * ranks.guidance):
@@ -65,11 +65,11 @@ def place(ranks: Ranks) -> Place:
             f"started: start a multiple of {need} (torchrun --nproc_per_node {need})"
         )
     if mesh is None:
-        return Place()
+        return Share()
     teams = world // (tokens * ranks.guidance)
     grid = init_device_mesh(kind, (teams, ranks.guidance, tokens), mesh_dim_names=("team", "pass", "tokens"))
     team = grid["pass", "tokens"]._flatten("members")
-    return Place(
+    return Share(
         prompts=(grid.get_local_rank("team"), teams),
         mesh=mesh if tokens > 1 else None,
         pair=grid.get_group("pass") if ranks.guidance > 1 else None,

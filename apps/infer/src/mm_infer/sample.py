@@ -1,7 +1,7 @@
 """From a prompt to a video: encode what is given, denoise, decode. One part is loaded after the other."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -9,19 +9,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from mm_infer import parts
-from mm_infer.checks import blame, first_latents
 from mm_infer.config import Options
 from mm_infer.encode import Encoders
 from mm_infer.inputs import Given
-from mm_infer.plan import plan, start_of
+from mm_infer.settle import settle, start_of
 from mm_infer.weights import Weights
-from mm_models import plan as parallel_plan
-from mm_models.diffusion.sampling import Experts, denoise, partly_noised
-from mm_models.wan import WanModel
+from mm_models.diffusion.sampling import denoise, noise, partly_noised
+from mm_models.encoders import to_frames
 from mm_parallel import context
 from mm_parallel.device import bf16_ok, synchronize
 from mm_parallel.device import device as accelerator
@@ -60,42 +57,43 @@ def load(
     mesh: of `mm_parallel.ParallelConfig`, with cp > 1 to share the tokens among its context ranks. pair: a group of two
     ranks that share the passes of guidance. All ranks of both then make the same calls, and get the same latents.
     """
-    path = parts.must_exist(Path(path), "weights")
-    encoders = None if encoders is None else parts.must_exist(Path(encoders), "encoders")
-    lora = None if lora is None else parts.must_exist(Path(lora), "lora")
-    weights = Weights(path, model, lora, text_tokens, boundary)
-    encoders = parts.find_encoders(path, encoders, image=weights.config.image_dim is not None)
-    config = parts.fitted(weights.config, encoders)
-    device = accelerator() if device is None else torch.device(device)
-    if dtype is None:
-        dtype = torch.bfloat16 if device.type != "cpu" and bf16_ok(device) else torch.float32
-    if offload is not None and len(weights.experts) == 1:
-        raise ValueError(f"offload is for two experts, of which one rests, but {path} holds one model: leave it out")
-    offload = device.type != "cpu" if offload is None else offload
-    return Sampler(weights, Encoders(encoders, config, device, dtype, vae_tiling), offload, model, mesh, pair)
+    weights = Weights(path, encoders, model=model, lora=lora, text_tokens=text_tokens, boundary=boundary)
+    return Sampler(weights, device, dtype, offload, vae_tiling=vae_tiling, mesh=mesh, pair=pair)
 
 
 class Sampler:
     """`sampler(prompt, ...) -> Result`. Made by `load`.
 
-    The text encoder, the largest part of a small Wan, is in memory only while it encodes: `encode` all prompts first,
-    if there are several, so that it is loaded once; likewise CLIP, with `encoders.see_all`. The transformer and the
-    VAE stay once they have been needed.
+    The text encoder, often larger than the model, is in memory only while it encodes: `encode` all prompts first, if
+    there are several, so that it is loaded once; likewise the image encoder, with `encoders.see_all`. The transformer
+    and the VAE stay once they have been needed.
     """
 
     def __init__(
         self,
         weights: Weights,
-        encoders: Encoders,
-        offload: bool = False,
-        preset: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        offload: bool | None = None,
+        *,
+        vae_tiling: bool = False,
         mesh: DeviceMesh | None = None,
         pair: dist.ProcessGroup | None = None,
     ) -> None:
-        self.weights, self.encoders, self.preset = weights, encoders, preset
-        self.config, self.device, self.dtype = encoders.config, encoders.device, encoders.dtype
-        self.offload, self.mesh, self.pair = offload, mesh, pair
-        self._model: WanModel | Experts | None = None
+        """See `load`."""
+        self.weights, self.family, self.config = weights, weights.facts.family, weights.facts.config
+        self.device = accelerator() if device is None else torch.device(device)
+        on_host = self.device.type == "cpu"
+        usual = torch.bfloat16 if not on_host and bf16_ok(self.device) else torch.float32
+        self.dtype = usual if dtype is None else dtype
+        if offload is not None and not weights.facts.experts:
+            raise ValueError(
+                f"offload is for two experts, of which one rests, but {weights.path} holds one model: leave it out"
+            )
+        self.offload = not on_host if offload is None else offload
+        self.mesh, self.pair = mesh, pair
+        self.encoders = Encoders(weights.facts, self.device, self.dtype, vae_tiling)
+        self._model: nn.Module | None = None
 
     def __call__(
         self,
@@ -108,8 +106,8 @@ class Sampler:
         """Makes one video; the same prompt and options always make the same one, whatever was made before.
 
         Args:
-            latents: initial noise, B C F H W with B = 1, for VACE with a frame in front for each reference; by default
-                drawn from `seed`.
+            latents: initial noise, B C F H W with B = 1, with the frames that stand before the video (references);
+                by default drawn from `seed`.
             progress: called after each step with the number of steps done and the latents.
             options: fields of `mm_infer.inputs.Given` (image, last_image, video, mask, references: paths, or uint8
                 H W 3 and F H W 3) and of `mm_infer.config.Options` (task, negative_prompt, height, width, frames, fps,
@@ -125,19 +123,11 @@ class Sampler:
                 near = get_close_matches(name, known, n=1)
                 raise ValueError(f"there is no option {name}" + (f", did you mean {near[0]}?" if near else ""))
         given = Given(**{field.name: options.pop(field.name) for field in fields(Given) if field.name in options})
-        return self.run(prompt, self.plan(Options(**options), given), given, latents, progress)
+        return self.run(prompt, self.settle(Options(**options), given), given, latents, progress)
 
-    def plan(self, options: Options, given: Given) -> Options:
-        """The options with nothing left open; see `mm_infer.plan`."""
-        return plan(
-            options,
-            given,
-            self.config,
-            experts=len(self.weights.experts) > 1,
-            model=self.preset,
-            ti2v=parts.keeps_first_frame(self.encoders.path, self.config),
-            multiple=parts.pixels_per_latent(self.encoders.path) * self.config.patch_size[1],
-        )
+    def settle(self, options: Options, given: Given) -> Options:
+        """The options with nothing left open; see `mm_infer.settle`."""
+        return settle(options, given, self.weights.facts)
 
     def run(
         self,
@@ -148,54 +138,83 @@ class Sampler:
         progress: Callable[[int, Tensor], None] | None = None,
         decode: bool = True,
     ) -> Result:
-        """The same with all options, as `plan` gives them; without `decode`, with no frames."""
+        """The same with all options, as `settle` gives them; without `decode`, with no frames."""
         seconds: dict[str, float] = {}
+        conditioning = self.family.conditioning(self.config, options.task)
         negative = [options.negative_prompt] if max(options.scales) > 1 else []
         with self._timed(seconds, "text"):
             text, *away = [t[None].to(self.device) for t in self.encode([prompt, *negative])]
         with self._timed(seconds, "inputs"):
-            made_from = self.encoders.conditions(given, options)
+            conditions = self.encoders.conditions(conditioning, given, options)
         with self._timed(seconds, "load"):
             if self._model is None:
-                self._model = self.weights.load(self.config, self.device, self.dtype, self.offload, self._cut)
-        references, start = len(given.references), start_of(options)
-        latents = first_latents(latents, options, self.encoders.vae, references).to(self.device)
+                self._model = self.weights.load(self.device, self.dtype, self.offload, self._cut)
+        before, start = conditioning.frames_before(conditions), start_of(options)
+        latents = self._first_latents(latents, options, before).to(self.device)
         schedule = {name: getattr(options, name) for name in ("steps", "flow_shift", "sampler", "grid")}
-        if options.task == "v2v":
-            latents = partly_noised(made_from["video"], latents, start, **schedule)
+        if options.strength is not None:  # it begins from another video
+            latents = partly_noised(conditions["clean"], latents, start, **schedule)
+        own = self.family.task(self.config, options.task).options
         with self._timed(seconds, "denoise"):
             latents = denoise(
                 self._model,
                 latents,
                 text,
                 *away,
-                config=self.config,
-                task=options.task,
-                conditions=made_from,
-                control_scale=options.control_scale,
+                conditioning=conditioning,
+                conditions=conditions,
+                arguments={name: getattr(options, name) for name in own if name != "strength"},
                 guidance=options.scales,
                 start=start,
                 progress=progress,
                 pair=self.pair,
                 **schedule,
-            )[:, :, references:]
+            )[:, :, before:]
         if not latents.isfinite().all():
-            cause = blame({"text": text} | made_from, self._model, self.encoders)
+            cause = self._diagnose({"text": text} | conditions)
             raise FloatingPointError(
                 f"the latents for {prompt!r} came out as NaN or infinite, so there is no video: {cause}"
             )
         with self._timed(seconds, "decode"):
             nothing = torch.empty(0, options.height, options.width, 3).byte()
-            frames = self.encoders.vae.frames(latents) if decode else nothing
+            frames = to_frames(self.encoders.codec, latents) if decode else nothing
         return Result(latents.cpu(), frames, seconds, options)
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """The encodings of prompts, S D each on the CPU, remembered; the text encoder is gone again afterwards."""
         return self.encoders.texts(prompts)
 
-    def _cut(self, model: WanModel) -> None:
+    def _first_latents(self, given: Tensor | None, options: Options, before: int) -> Tensor:
+        """Noise, 1 C F H W with this many frames before the video: drawn from the seed, or what was given.
+
+        ValueError if that has another shape.
+        """
+        channels, frames, *size = self.encoders.codec.latent_shape(options.frames, options.height, options.width)
+        shape = (channels, before + frames, *size)
+        if given is None:
+            return noise(options.seed, shape)[None]
+        if tuple(given.shape) != (1, *shape):
+            more = f" and {before} references" if before else ""
+            raise ValueError(
+                f"latents have shape {tuple(given.shape)}, but {options.frames} frames of "
+                f"{options.height}x{options.width}{more} need {(1, *shape)}"
+            )
+        return given
+
+    def _diagnose(self, told: Mapping[str, Tensor]) -> str:
+        """The likely cause of latents that are not finite; told: text and conditions."""
+        for name, tensor in told.items():
+            if not tensor.isfinite().all():
+                maker = "the text encoder's output" if name == "text" else f"what was encoded of the inputs ({name})"
+                return f"{maker} is not finite already: look at the weights in {self.encoders.path}"
+        broken = [name for name, p in self._model.named_parameters() if not p.isfinite().all()]
+        if broken:
+            return f"{len(broken)} tensors of the weights hold such values, first {broken[0]}: take other weights"
+        return f"the weights are finite, but the model overflows in {self.dtype} with this prompt and these options"
+
+    def _cut(self, model: nn.Module) -> None:
         if self.mesh is not None:
-            context.cut(model, parallel_plan(model), self.mesh)
+            context.cut(model, self.family.plan(model), self.mesh)
 
     @contextmanager
     def _timed(self, seconds: dict[str, float], stage: str) -> Iterator[None]:

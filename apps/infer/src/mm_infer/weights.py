@@ -1,76 +1,96 @@
-"""Which model lies at a path, one or two experts, with or without LoRA, and how it is filled."""
+"""Which model lies at a path, what is known of it before a tensor is read, and how it is filled.
+
+This file imports no torch before a model is made (or a LoRA compared): wrong weights are refused at once.
+"""
+
+from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from mm_convert import Checkpoint, open_checkpoint, open_experts, open_lora
+from mm_models.families import family_of_weights, find, published_like
+from mm_models.family import Family, Published
 
-import mm_models
-from mm_convert import open_checkpoint, open_experts, open_lora
-from mm_models import preset
-from mm_models.diffusion.sampling import Experts
-from mm_models.layers import cast_weights
-from mm_models.lora import load_lora
-from mm_models.wan import WanConfig, WanModel
-from mm_parallel import load_parameters
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from mm_models.diffusion.experts import Experts
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model before a tensor of it is read."""
+
+    family: Family
+    config: Any
+    """The architecture, fitted to the encoders."""
+    experts: bool
+    """Whether there are two, which share the noise levels."""
+    published: Published
+    """What these weights, or those they are most like, were published with."""
+    repository: Path
+    """The diffusers directory of the encoders."""
 
 
 class Weights:
-    """A model, or two experts of one architecture. Names and shapes are compared; no tensor is read yet."""
+    """A model, or two experts of one architecture, and its encoders. Names and shapes are compared; no tensor is read
+    yet."""
 
     def __init__(
         self,
-        path: Path,
+        path: Path | str,
+        encoders: Path | str | None = None,
+        *,
         model: str | None = None,
-        lora: Path | None = None,
+        lora: Path | str | None = None,
         text_tokens: int | None = None,
         boundary: float | None = None,
     ) -> None:
-        """ValueError unless the files hold exactly the tensors of a model, or of two that are alike."""
-        pair = open_experts(path)
-        loras = None if lora is None else open_experts(lora)
-        if loras is not None and pair is None:
-            raise ValueError(f"lora {lora} is for two experts, but {path} holds one model: name one of its folders")
-        if boundary is not None and pair is None:
-            raise ValueError(f"boundary {boundary} is for two experts, but {path} holds one model: leave it out")
-        if boundary is not None and not 0 < boundary < 1:
-            raise ValueError(f"boundary {boundary}: must be a noise level between 0 and 1, as 0.875")
-        if pair is None:
-            self.experts = (Transformer(path, model, lora, text_tokens),)
-        else:
-            adapters = (loras.high, loras.low) if loras else (lora, lora)
-            self.experts = tuple(
-                Transformer(folder, model, adapter, text_tokens)
-                for folder, adapter in zip((pair.high, pair.low), adapters, strict=True)
-            )
-            if self.experts[0].config != self.experts[1].config:
-                raise ValueError(f"{path}: the two experts differ: {self.experts[0].config}, {self.experts[1].config}")
-        self.config = self.experts[0].config
-        self.boundary = None if pair is None else boundary or pair.boundary or self._usual_boundary(model)
+        """The arguments are the flags of the same names (see `mm_infer.config.Config`).
 
-    def _usual_boundary(self, model: str | None) -> float:
-        """Of the preset, or where nobody says it, of the published models."""
-        named = None if model is None else mm_models.boundary(model)
-        return named or (0.875 if self.config.in_channels == self.config.out_channels else 0.9)
+        ValueError for a path that is not there, for files that do not hold exactly the tensors of a model, or of two
+        that are alike, and for encoders that are missing or do not fit.
+        """
+        named = None if model is None else find(model)[1]
+        self.path = path = must_exist(Path(path), "weights")
+        encoders = None if encoders is None else must_exist(Path(encoders), "encoders")
+        lora = None if lora is None else must_exist(Path(lora), "lora")
+        self.experts, said = _experts(path, model, lora, boundary)
+        family, config = self.experts[0].family, self.experts[0].config
+        two = len(self.experts) > 1
+        like = named if named and (named.boundary is not None) == two else published_like(config, two)
+        self.boundary = (said or like.boundary) if two else None
+        """Noise level from which on the first of two experts works."""
+        if two and self.boundary is None:
+            raise ValueError(
+                f"{path} holds two experts, but nothing says from which noise level on the first one works: give it, "
+                "as boundary 0.875"
+            )
+        if text_tokens is not None:
+            config = replace(config, text_tokens=text_tokens)
+        repository = find_encoders(path, encoders, family.encoders(config))
+        self.facts = Facts(family, family.fit(config, repository), two, like.published, repository)
 
     def load(
         self,
-        config: WanConfig,
         device: torch.device,
         dtype: torch.dtype,
         offload: bool = False,
-        each: Callable[[WanModel], None] = lambda model: None,
-    ) -> WanModel | Experts:
-        """On the device (of two experts with `offload`, the second on the host); `each` is called for every one.
+        each: Callable[[nn.Module], None] = lambda model: None,
+    ) -> nn.Module | Experts:
+        """On the device (of two experts with `offload`, the second on the host); `each` is called for every one."""
+        from mm_models.diffusion.experts import Experts
 
-        config: that of the weights, or with another number of tokens for text or image.
-        """
-        models: list[WanModel] = []
+        models: list[nn.Module] = []
         for number, expert in enumerate(self.experts):
-            host = torch.device("cpu") if number and offload else device
-            models.append(expert.load(config, host, dtype))
+            host = "cpu" if number and offload else device
+            models.append(expert.load(self.facts.config, host, dtype))
             each(models[-1])
         return models[0] if len(models) == 1 else Experts(*models, self.boundary, offload)
 
@@ -78,46 +98,110 @@ class Weights:
 class Transformer:
     """A checkpoint whose names and shapes are known to be those of a model, and whose tensors are not read yet."""
 
-    def __init__(self, path: Path, model: str | None, lora: Path | None, text_tokens: int | None = None) -> None:
+    def __init__(self, path: Path, model: str | None, lora: Path | None) -> None:
         """ValueError unless the files hold exactly the tensors of a model."""
         self.checkpoint, self.lora = open_checkpoint(path), None if lora is None else open_lora(lora)
-        self.config = _config(path, self.checkpoint.config, model)
-        if text_tokens is not None:
-            self.config = replace(self.config, text_tokens=text_tokens)
-        for note in self.lora.notes if self.lora else ():
-            print(f"{lora}: {note}", file=sys.stderr)
-        try:
-            self._adapt(self._empty(torch.float32, self.config))  # on the meta device: only a comparison
-        except ValueError as error:
-            raise ValueError(f"lora {lora}: {error}") from error
+        self.family = family_of_weights(self.checkpoint.family)
+        self.config = _config(path, self.family, self.checkpoint, model)
+        if self.lora is not None:
+            self._check_lora(lora)
 
-    def load(self, config: WanConfig, device: torch.device, dtype: torch.dtype) -> WanModel:
-        """The model on the device, in `dtype` except its islands, read tensor by tensor."""
-        model = self._empty(dtype, config)
+    def load(self, config: Any, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+        """The model on the device, in `dtype` except what is kept in fp32, read tensor by tensor.
+
+        config: that of the weights, fitted to the encoders.
+        """
+        from mm_parallel import load_parameters
+
+        model = self._empty(config, dtype)
         load_parameters(model, self.checkpoint, device)
         self._adapt(model)
         return model.eval().requires_grad_(False)
 
-    def _adapt(self, model: WanModel) -> None:
+    def _check_lora(self, path: Path) -> None:
+        """ValueError unless the adapter fits, on the meta device: only a comparison."""
+        import torch
+
+        for note in self.lora.notes:
+            print(f"{path}: {note}", file=sys.stderr)
+        try:
+            self._adapt(self._empty(self.config, torch.float32))
+        except ValueError as error:
+            raise ValueError(f"lora {path}: {error}") from error
+
+    def _adapt(self, model: nn.Module) -> None:
         if self.lora is not None:
+            from mm_models.lora import load_lora
+
             load_lora(model, self.lora, self.lora.alphas)
 
-    def _empty(self, dtype: torch.dtype, config: WanConfig) -> WanModel:
+    def _empty(self, config: Any, dtype: torch.dtype) -> nn.Module:
+        import torch
+
+        from mm_models.layers import cast_weights
+
         with torch.device("meta"):
-            return cast_weights(WanModel(config), dtype)
+            return cast_weights(self.family.build(config), dtype)
 
 
-def _config(path: Path, read: dict, model: str | None) -> WanConfig:
-    """What the files say, or the preset if they do not contradict it."""
-    read = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in read.items() if k in {f.name for f in fields(WanConfig)}
-    }
+def _experts(
+    path: Path, model: str | None, lora: Path | None, boundary: float | None
+) -> tuple[tuple[Transformer, ...], float | None]:
+    """The one or two that lie there, and the boundary that is asked for or said in the files."""
+    pair = open_experts(path)
+    loras = None if lora is None else open_experts(lora)
+    if pair is None:
+        if loras is not None:
+            raise ValueError(f"lora {lora} is for two experts, but {path} holds one model: name one of its folders")
+        if boundary is not None:
+            raise ValueError(f"boundary {boundary} is for two experts, but {path} holds one model: leave it out")
+        return (Transformer(path, model, lora),), None
+    if boundary is not None and not 0 < boundary < 1:
+        raise ValueError(f"boundary {boundary}: must be a noise level between 0 and 1, as 0.875")
+    adapters = (loras.high, loras.low) if loras else (lora, lora)
+    high, low = (
+        Transformer(folder, model, adapter) for folder, adapter in zip((pair.high, pair.low), adapters, strict=True)
+    )
+    if high.config != low.config:
+        raise ValueError(f"{path}: the two experts differ: {high.config}, {low.config}")
+    return (high, low), boundary or pair.boundary
+
+
+def _config(path: Path, family: Family, checkpoint: Checkpoint, model: str | None) -> Any:
+    """The architecture that the files say, or that of the preset if they do not contradict it."""
+    known = {field.name for field in fields(family.config)}
+    read = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint.config.items() if k in known}
     if model is None:
-        if "num_heads" not in read:
+        if "num_heads" in known - read.keys():
             raise ValueError(f"{path}: the tensors do not say the number of heads: name the preset (model)")
-        return WanConfig(**read)
-    config = preset(model)
+        return family.config(**read)
+    named, preset = find(model)
+    if named is not family:
+        raise ValueError(
+            f"{path} is no {model}, but holds weights of {family.name}; without model, it is taken as it is"
+        )
+    config = preset.config
     other = [f"{k} {v} instead of {getattr(config, k)}" for k, v in read.items() if v != getattr(config, k)]
     if other:
         raise ValueError(f"{path} is no {model}: it has {', '.join(other)}; without model, it is taken as it is")
     return config
+
+
+def find_encoders(weights: Path, encoders: Path | None, wanted: tuple[str, ...]) -> Path:
+    """The diffusers directory that has these folders. ValueError that says what is missing where."""
+    repository = weights if encoders is None else encoders
+    missing = [f"{name}/" for name in wanted if not (repository / name).is_dir()]
+    if not missing:
+        return repository
+    if encoders is None and len(missing) == len(wanted):
+        raise ValueError(f"{weights} is a transformer alone: name the diffusers directory of the encoders as well")
+    raise ValueError(f"{repository} has no {', '.join(missing)}: the encoders are folders of a diffusers directory")
+
+
+def must_exist(path: Path, what: str) -> Path:
+    """The path itself, or a ValueError with its nearest neighbour."""
+    if path.exists():
+        return path
+    neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, neighbours, n=1)
+    raise ValueError(f"{what}: {path} does not exist" + (f", did you mean {path.parent / near[0]}?" if near else ""))

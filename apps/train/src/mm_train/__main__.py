@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import sys
 
+from mm_train.checks import check
 from mm_train.command import run
+from mm_train.recipe import load_config
 
 
 def main(argv: list[str] | None = None) -> None:
     def work() -> None:
-        from mm_train.recipe import load_config
-
         config = load_config(argv)
-        from mm_parallel.device import leave
-        from mm_train.train import train  # after the flags: torch takes seconds, a typo should not
+        check(config)
+        from mm_parallel.device import leave  # only now: torch takes seconds, a typo or a missing path should not
+        from mm_train.train import train
 
         written = train(config)
         if os.environ.get("RANK", "0") == "0":

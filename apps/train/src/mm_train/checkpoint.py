@@ -69,7 +69,7 @@ class Checkpointer:
         return None if self.newest is None else self.directory / f"step-{self.newest:08d}"
 
     def save(
-        self, step: int, model: nn.Module, optimizer: Optimizer, ema: EMA | None, progress: dict, config: str
+        self, step: int, model: nn.Module, optimizer: Optimizer, average: EMA, progress: dict, config: str
     ) -> None:
         """Start saving; returns as soon as the state has been copied. Raises what went wrong in the save before."""
         self.wait()
@@ -77,7 +77,7 @@ class Checkpointer:
         if step == self.newest:
             return
         self.newest = step
-        state = _state(model, optimizer, ema)
+        state = _state(model, optimizer, average)
         alone = self.group is None
         upload = dcp.async_save(state, checkpoint_id=unfinished, process_group=self.group, no_dist=alone)
         self.pending = self.thread.submit(self._finish, upload, unfinished, final, progress, config)
@@ -121,9 +121,9 @@ class Checkpointer:
             pending, self.pending = self.pending, None
             pending.result()
 
-    def load(self, path: Path, model: nn.Module, optimizer: Optimizer, ema: EMA | None) -> dict[str, Any]:
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: EMA) -> dict[str, Any]:
         """Fill model, optimizer and average in place, and return the progress that was saved with them."""
-        state = _state(model, optimizer, ema)
+        state = _state(model, optimizer, average)
         try:
             dcp.load(state, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
         except BaseException as error:  # DCP raises CheckpointException, which is not an Exception
@@ -156,12 +156,12 @@ def latest(directory: Path) -> Path | None:
     return path
 
 
-def _state(model: nn.Module, optimizer: Optimizer, ema: EMA | None) -> dict[str, Any]:
+def _state(model: nn.Module, optimizer: Optimizer, average: EMA) -> dict[str, Any]:
     state = {
         "model": get_model_state_dict(model, options=OPTIONS),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=OPTIONS),
     }
-    return state | ({"ema": ema.average} if ema else {})
+    return state | ({"ema": average.average} if average.average else {})
 
 
 def _reason(error: BaseException) -> str:

@@ -33,11 +33,11 @@ def prepare_output(path: Path) -> None:
 
 def check_shared(path: Path) -> None:
     """Raise ValueError unless all ranks see the same directory: checkpoints are written by all into one."""
-    from mm_train.ranks import gathered, made_once
+    from mm_train.ranks import all_gather, broadcast
 
-    token = made_once(lambda: tempfile.mkstemp(prefix=".shared-", dir=path)[1])
-    blind = [rank for rank in gathered([] if Path(token).exists() else [os.environ.get("RANK", "0")])]
-    made_once(lambda: os.remove(token))
+    token = broadcast(lambda: tempfile.mkstemp(prefix=".shared-", dir=path)[1])
+    blind = all_gather([] if Path(token).exists() else [os.environ.get("RANK", "0")])
+    broadcast(lambda: os.remove(token))
     if blind:
         raise ValueError(
             f"--output {path} is not the same directory on ranks {', '.join(blind)}: use a shared file system"

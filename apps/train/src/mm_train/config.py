@@ -1,13 +1,32 @@
-"""What a training run is told; `mm_train.check` says what of it cannot work."""
+"""What a training run is told; `mm_train.checks` says what of it cannot work."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mm_data import Geometry
 from mm_parallel import MemoryConfig, ParallelConfig
+from mm_train.limits import limited
+
+
+@dataclass(frozen=True)
+class LayoutConfig(ParallelConfig):
+    """How the ranks are laid out: pp x dp_replicate x dp_shard x ring x ulysses x tp, neighbours in the last."""
+
+    exact: bool = False
+    """For verification, with Ulysses alone: every sum in one fixed order, so that losses and weights are the same bits
+    for cp 1, 2 and 4. Slow.
+    """
+
+    def resolve(self, world: int) -> LayoutConfig:
+        """See `ParallelConfig`; also refuses what cannot be verified."""
+        if self.exact:
+            from mm_parallel import verify  # with torch, which a command line is read without
+
+            verify.check_layout(replace(self, exact=False), world)
+        return super().resolve(world)
 
 
 @dataclass
@@ -17,11 +36,11 @@ class DataConfig:
     features: Path | None = None
     """Directory written by mm_train.extract, or a MindSpeed-MM feature folder."""
     manifest: Path | None = None
-    """In place of features: data.txt, data.json or .jsonl in the format of the guides."""
+    """In place of features: data.txt, data.json or .jsonl in the format of MindSpeed-MM."""
     encoders: Path | None = None
     """For a manifest: diffusers directory with vae/, text_encoder/, tokenizer/ (and image_encoder/ with CLIP)."""
     geometry: Geometry = field(default_factory=Geometry)
-    encode_every: int = 8
+    encode_every: int = limited(8, least=0)
     """For a manifest: so many steps are encoded at a time; then the encoders go back to the host, until the next. 0
     leaves them on the device.
     """
@@ -29,22 +48,28 @@ class DataConfig:
     """For a manifest: ranks that work on the same samples encode a part of them each."""
     tiling: bool = False
     """For a manifest: let the VAE work in tiles, with less memory and slightly other numbers at the seams."""
-    global_batch: int = 8
+    global_batch: int = limited(8, least=1)
     """Samples per optimizer step, over all ranks. Part of the sample stream: a resume keeps it."""
-    micro_batch: int = 1
+    micro_batch: int = limited(1, least=1)
     """Samples per forward on one rank; the rest of the global batch is accumulated."""
-    text_dropout: float = 0.0
+    small_buckets: Literal["repeat", "drop"] = "repeat"
+    """Shapes with fewer samples than a global batch: repeat their samples within a step, or leave these shapes out.
+    Part of the sample stream: a resume keeps it.
+    """
+    text_dropout: float = limited(0.0, least=0, below=1)
     """Probability of training a sample on the empty prompt (needed for guidance; 0.1 is usual)."""
-    workers: int = 2
-    """Loader processes per rank."""
+    workers: int = limited(2, least=0)
+    """Loader threads per rank."""
 
 
 @dataclass
 class ObjectiveConfig:
-    """Flow matching (numerics of the guides)."""
+    """Flow matching, with the numerics of MindSpeed-MM's guides."""
 
-    task: Literal["auto", "t2v", "i2v", "flf2v", "ti2v", "vace"] = "auto"
-    """What the model learns to do; auto: what it was made for (t2v for wan2.2-ti2v-5b, which also learns ti2v)."""
+    task: str = "auto"
+    """What the model learns to do; auto: what it was made for. Of Wan: t2v, i2v, flf2v, ti2v or vace (t2v for
+    wan2.2-ti2v-5b, which also learns ti2v).
+    """
     shift: float = 5.0
     """Timestep shift of the training schedule; independent of the shift used for sampling."""
     range: tuple[float, float] | None = None
@@ -63,18 +88,18 @@ class ObjectiveConfig:
 class OptimConfig:
     """AdamW. Biases and one-dimensional parameters are not decayed."""
 
-    lr: float = 1e-5
-    min_lr: float = 0.0
+    lr: float = limited(1e-5, least=0)
+    min_lr: float = limited(0.0, least=0)
     """Where the cosine and linear schedules end."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup: int = 0
+    warmup: int = limited(0, least=0)
     """Steps over which the learning rate rises linearly from 0."""
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    clip: float = 1.0
+    weight_decay: float = limited(0.01, least=0)
+    betas: tuple[float, float] = limited((0.9, 0.999), least=0, below=1)
+    eps: float = limited(1e-8, above=0)
+    clip: float = limited(1.0, least=0)
     """Largest global gradient norm; 0 switches clipping off."""
-    ema: float = 0.0
+    ema: float = limited(0.0, least=0, below=1)
     """Decay of the moving average of the weights; 0 keeps none."""
 
 
@@ -82,18 +107,18 @@ class OptimConfig:
 class LoRAOptions:
     """Low-rank adapters instead of full training, when rank is above 0."""
 
-    rank: int = 0
-    alpha: float = 16.0
-    dropout: float = 0.0
+    rank: int = limited(0, least=0)
+    alpha: float = limited(16.0, above=0)
+    dropout: float = limited(0.0, least=0, below=1)
     targets: tuple[str, ...] = ("q", "k", "v", "o", "ffn.0", "ffn.2")
     """Names of the linears that get an adapter (matched as peft does, by suffix)."""
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = 500
+    every: int = limited(500, least=1)
     """Steps between checkpoints; one more is written at the end."""
-    keep: int = 3
+    keep: int = limited(3, least=0)
     """How many of the newest are kept; 0 keeps all."""
     resume: Literal["auto", "never"] = "auto"
     """auto continues the run found in the output directory; never refuses a directory that holds one."""
@@ -103,12 +128,12 @@ class CheckpointConfig:
 class ValidationConfig:
     features: Path | None = None
     """Features of the validation set; none, no validation."""
-    every: int = 500
-    timesteps: tuple[int, ...] = ()
+    every: int = limited(500, least=1)
+    timesteps: tuple[int, ...] = limited((), above=0, below=1000)
     """t in 0..1000 at which every sample is measured, each with its own fixed noise; by default the middles of five
     equal parts of what is trained (100, 300, 500, 700, 900 where that is everything).
     """
-    max_samples: int = 64
+    max_samples: int = limited(64, least=1)
 
 
 @dataclass
@@ -117,15 +142,15 @@ class SampleConfig:
 
     prompts: tuple[str, ...] = ()
     """Texts to make videos from."""
-    from_validation: int = 0
+    from_validation: int = limited(0, least=0)
     """How many samples of the validation set are made again, from their captions and conditions (images, control)."""
-    every: int = 500
+    every: int = limited(500, least=1)
     encoders: Path | None = None
     """Diffusers directory with vae/, text_encoder/ and tokenizer/."""
-    height: int = 480
-    width: int = 832
-    frames: int = 81
-    steps: int = 50
+    height: int = limited(480, least=1)
+    width: int = limited(832, least=1)
+    frames: int = limited(81, least=1)
+    steps: int = limited(50, least=1)
     guidance: float = 5.0
     flow_shift: float = 3.0
     seed: int = 0
@@ -139,7 +164,7 @@ class Config:
     model: str
     """Preset of mm_models (see --model help in the README)."""
     weights: str = ""
-    """Where to start: a diffusers directory, original Wan-AI files, or a checkpoint of ours; the word `random` for
+    """Where to start: a diffusers directory, the makers' original files, or a checkpoint of ours; the word `random` for
     a fresh model.
     """
     output: Path = Path("run")
@@ -152,12 +177,12 @@ class Config:
     """Patterns of the names of parameters that are trained; the others stay as they are, e.g. ["vace_*"]."""
     architecture: dict[str, Any] = field(default_factory=dict)
     """Fields of the preset to replace, e.g. --architecture '{"num_layers": 4}'."""
-    steps: int = 5000
+    steps: int = limited(5000, least=1)
     """Optimizer steps of the whole run."""
     seed: int = 42
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the matrix multiplications; master weights, moments, norms and modulation stay float32."""
-    deadline: float = 600
+    deadline: float = limited(600, least=10)
     """Seconds that a step may take; then the run ends and says which rank hangs, and where."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a non-finite loss or gradient does."""
@@ -165,7 +190,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoRAOptions = field(default_factory=LoRAOptions)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: LayoutConfig = field(default_factory=LayoutConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from mm_data import ClipDataset, FeatureDataset, Step, build_loader
-from mm_models.wan.conditions import stored
+from mm_data import BatchDataset, Captions, FeatureDataset, Order, Step, build_loader
+from mm_models.objective import Objective
 from mm_parallel.encoders import ranks_of_sample
 from mm_parallel.mesh import data_rank
 from mm_train.config import Config
 from mm_train.encode import Encoders
-from mm_train.objective import Objective
+from mm_train.objective import architecture, build_objective
 from mm_train.online import encoded_steps, find_clips
 
 
@@ -29,17 +30,19 @@ class TrainingData:
     name: str
     """The flag that chose them, with its value."""
     ids: list[str]
-    shapes: list[tuple[int, ...]]
-    """C F H W of the latents of every sample."""
+    buckets: list[Hashable]
+    """What the samples of one step have alike: C F H W of the latents."""
     steps: Callable[[int], Iterator[Step]]
     """This rank's steps, without end, from a cursor on: `Step.cursor_after` of the last one that was trained on."""
     steps_at_once: int = 1
     """So many may be made before one is given out."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know before the first step, one line each."""
 
     @cached_property
     def fingerprint(self) -> str:
         """Changes when samples are added, removed, reordered or reshaped, i.e. when the sample stream changes."""
-        rows = [(name, list(shape)) for name, shape in zip(self.ids, self.shapes, strict=True)]
+        rows = list(zip(self.ids, self.buckets, strict=True))
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def check_same(self, progress: dict[str, Any], config: Config) -> None:
@@ -52,17 +55,20 @@ class TrainingData:
             )
 
 
-def training_data(config: Config, goal: Objective, mesh: DeviceMesh | None, device: torch.device) -> TrainingData:
-    """The data of a run, from --data.features or --data.manifest. Raises ValueError where they do not suit it."""
+def training_data(config: Config, objective: Objective, mesh: DeviceMesh | None, device: torch.device) -> TrainingData:
+    """The data of a run, from --data.features or --data.manifest. Raises ValueError for samples that cannot be used."""
     data = config.data
     if data.features:
-        features = FeatureDataset(data.features)
-        check_features(features, config, goal)
+        features = FeatureDataset(data.features, Captions(config.seed, data.text_dropout))
         name = f"--data.features {data.features}"
-        return TrainingData(name, features.ids, features.shapes, lambda cursor: _steps(features, config, mesh, cursor))
+        notes = _notes(features, config)
+        return TrainingData(
+            name, features.ids, features.buckets, lambda cursor: _steps(features, config, mesh, cursor), notes=notes
+        )
 
     dtype = getattr(torch, config.dtype)
-    encoders = Encoders(data.encoders, goal.model, goal.task, "cpu", dtype, data.tiling)
+    _, shape = architecture(config)
+    encoders = Encoders(data.encoders, shape, objective.task, "cpu", dtype, data.tiling)
     clips = find_clips(config, encoders)
     group = ranks_of_sample(mesh) if data.share_encoding else None
 
@@ -70,11 +76,22 @@ def training_data(config: Config, goal: Objective, mesh: DeviceMesh | None, devi
         return encoded_steps(_steps(clips, config, mesh, cursor), encoders, data.encode_every, device, group)
 
     return TrainingData(
-        f"--data.manifest {data.manifest}", clips.ids, clips.shapes, steps, steps_at_once=max(1, data.encode_every)
+        f"--data.manifest {data.manifest}",
+        clips.ids,
+        clips.buckets,
+        steps,
+        steps_at_once=max(1, data.encode_every),
+        notes=_notes(clips, config),
     )
 
 
-def _steps(dataset: FeatureDataset | ClipDataset, config: Config, mesh: DeviceMesh | None, cursor: int) -> Iterator:
+def _notes(dataset: BatchDataset, config: Config) -> list[str]:
+    """Buckets too small for a step. Raises ValueError where all are, and are to be dropped."""
+    small = Order(dataset.buckets, config.data.global_batch, config.seed, config.data.small_buckets).small
+    return [small.describe("--data.small_buckets ", "--data.global_batch ")] if small else []
+
+
+def _steps(dataset: BatchDataset, config: Config, mesh: DeviceMesh | None, cursor: int) -> Iterator:
     rank, size = data_rank(mesh)
     loader = build_loader(
         dataset,
@@ -85,34 +102,31 @@ def _steps(dataset: FeatureDataset | ClipDataset, config: Config, mesh: DeviceMe
         seed=config.seed,
         cursor=cursor,
         num_workers=config.data.workers,
-        text_dropout=config.data.text_dropout,
+        small_buckets=config.data.small_buckets,
     )
     return iter(loader)
 
 
-def check_features(dataset: FeatureDataset, config: Config, goal: Objective) -> None:
+def check_features(path: Path, config: Config) -> None:
     """Raise ValueError where the features are not those of the model and its task."""
-    item, shape = dataset[0], goal.model
+    dataset, objective = FeatureDataset(path), build_objective(config)
+    item, (family, shape) = dataset[0], architecture(config)
     channels, text = item["latents"].shape[0], item["text"][0].shape[-1]
     if channels != shape.out_channels or text != shape.text_dim:
         raise ValueError(
-            f"{dataset.path} holds latents of {channels} channels and text of width {text}; "
+            f"{path} holds latents of {channels} channels and text of width {text}; "
             f"{config.model} takes {shape.out_channels} and {shape.text_dim}: extract again with its own encoders"
         )
-    if "control" in item["extras"] and goal.task != "vace":
-        raise ValueError(
-            f"{dataset.path} was extracted for vace, where reference images stand before the latents: extract again "
-            f"with --task {goal.task}"
-        )
-    needed = stored(shape, goal.task)
-    found = {name: tensor.shape[0] for name, tensor in item["extras"].items()}
+    if misfit := family.conditioning(shape, objective.task).find_misfit(item["conditions"]):
+        raise ValueError(f"{path} {misfit}: extract again with --task {objective.task}")
+    found = {name: tensor.shape[0] for name, tensor in item["conditions"].items()}
     wrong = [
         f"{name} {found.get(name, 'missing')} instead of {size}"
-        for name, size in needed.items()
+        for name, size in objective.stored.items()
         if found.get(name) != size
     ]
     if wrong:
         raise ValueError(
-            f"{dataset.path} does not hold what {config.model} is conditioned on for {goal.task} ({', '.join(wrong)}): "
-            f"extract with --model {config.model} --task {goal.task}"
+            f"{path} does not hold what {config.model} is conditioned on for {objective.task} ({', '.join(wrong)}): "
+            f"extract with --model {config.model} --task {objective.task}"
         )

@@ -7,19 +7,14 @@ from dataclasses import replace
 from functools import cached_property
 from math import lcm
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mm_data import Clip, Geometry, Sample
-from mm_models.encoders import ImageEncoder, TextEncoder, VideoVAE
-from mm_models.wan import WanConfig
-from mm_models.wan.conditions import CONDITION, Task, condition_video, encoded_control, stored, with_references
-
-
-def told(samples: Sequence[Sample], task: Task) -> list[Sample]:
-    """The samples with what a task makes use of: only VACE reads sources, masks and references."""
-    return [sample if task == "vace" else replace(sample, control=None) for sample in samples]
+from mm_data import Clip, Geometry
+from mm_models.diffusion.objective import Pixels
+from mm_models.families import family_of
 
 
 class Encoders:
@@ -28,27 +23,31 @@ class Encoders:
     def __init__(
         self,
         path: Path,
-        model: WanConfig,
-        task: Task,
+        model: Any,
+        task: str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         tiling: bool = False,
     ):
         """Args:
-        path: diffusers directory with vae/, text_encoder/, tokenizer/, and image_encoder/ where the model has CLIP.
+        path: diffusers directory with the folders that the model's family names (`Family.encoders`).
+        model: the model's configuration.
         dtype: of the text encoder; the others run in float32.
 
         Raises ValueError if they are not what the model was made for.
         """
-        self.model, self.task = model, task
-        self.conditions = stored(model, task)
-        self.vae = VideoVAE(path, device=device, tiling=tiling)
-        self.image = ImageEncoder(path, device=device) if "image" in self.conditions else None
-        self.text = TextEncoder(path, device=device, dtype=dtype)
-        parts = [part for part in (self.vae, self.text, self.image) if part is not None]
-        # t2v and ti2v are trained on the same features
-        self.identity = " ".join([*(part.identity for part in parts), *([task] if self.conditions else [])])
-        self._check_fit(path)
+        family = family_of(model)
+        family.fit(model, path)
+        self.model, self.task = model, family.task(model, task)
+        self.conditioning = family.conditioning(model, task)
+        self.codec = family.codec(path, device=device, tiling=tiling)
+        sees = "image_encoder" in family.encoders(model)
+        self.image = family.image_encoder(path, device=device) if sees else None
+        self.text = family.text_encoder(path, device=device, dtype=dtype)
+        self.parts = [part for part in (self.codec, self.text, self.image) if part is not None]
+        # tasks without conditions of their own are trained on the same features
+        named = [task] if self.conditioning.stored else []
+        self.identity = " ".join([*(part.identity for part in self.parts), *named])
 
     @cached_property
     def empty_text(self) -> Tensor:
@@ -57,71 +56,47 @@ class Encoders:
 
     def to(self, device: torch.device) -> None:
         """Move all of them, e.g. to the host while the model trains."""
-        for part in (self.vae, self.text, self.image):
-            if part is not None:
-                part.to(device)
+        for part in self.parts:
+            part.to(device)
 
-    def fitted(self, geometry: Geometry) -> Geometry:
-        """The geometry with a stride that leaves whole tokens. Raises ValueError where its size or length does not."""
-        rows = self.vae.stride[1] * self.model.patch_size[1]
+    def fit_geometry(self, geometry: Geometry) -> Geometry:
+        """The geometry with strides that leave whole tokens. Raises ValueError where its size or length does not."""
+        frames, *packed = self.codec.stride
+        rows = packed[0] * self.model.patch_size[1]
         try:
-            return replace(geometry, stride=lcm(geometry.stride, rows))
+            return replace(geometry, stride=lcm(geometry.stride, rows), time_stride=lcm(geometry.time_stride, frames))
         except ValueError as error:
             raise ValueError(
-                f"{error} (the VAE packs {self.vae.stride[1]}x{self.vae.stride[2]} pixels, and the model takes "
-                f"{self.model.patch_size[1]}x{self.model.patch_size[2]} of these: sizes are multiples of {rows})"
+                f"{error} (the VAE packs {frames} frames after the first, and {packed[0]}x{packed[1]} pixels; of these "
+                f"the model takes {self.model.patch_size[1]}x{self.model.patch_size[2]}: sizes are multiples of {rows})"
             ) from None
 
     @torch.no_grad()
     def encode(self, clips: Sequence[Clip]) -> list[dict[str, Tensor]]:
         """Features of clips of one shape, by the names of the cache: latents, a text for each caption, conditions."""
-        video = self._stacked([clip["video"] for clip in clips])
-        features = [{"latents": latents} for latents in self.vae.encode(video)]
-        if self.task in CONDITION:
-            self._add_images(features, video)
-        if "control" in self.conditions:
-            self._add_control(features, clips)
+        video = self._stack([clip["video"] for clip in clips])
+        latents = self.codec.encode(video)
+        conditions: Sequence[dict[str, Tensor]] = [{} for _ in clips]
+        if self.conditioning.stored:
+            see = self.image.encode if self.image else None
+            conditions = self.conditioning.encode(self._pixels(video, clips), self.codec.encode, see)
+        features = [self.conditioning.to_store(*one) for one in zip(latents, conditions, strict=True)]
         for one, clip in zip(features, clips, strict=True):
             one |= {f"text.{i}": text for i, text in enumerate(self.text.encode(list(clip["captions"])))}
         return features
 
-    def _add_images(self, features: list[dict[str, Tensor]], video: Tensor) -> None:
-        """The clip's own first frame, and for flf2v its last, as the images that it is made from."""
-        given = [video[:, :, 0], video[:, :, -1]] if self.task == "flf2v" else [video[:, :, 0]]
-        conditions = self.vae.encode(condition_video(video.shape[2], *given))
-        for one, condition in zip(features, conditions, strict=True):
-            one[CONDITION[self.task]] = condition
-        if self.image is not None:
-            tokens = torch.cat([self.image.encode(images) for images in given], dim=1)
-            for one, image in zip(features, tokens, strict=True):
-                one["image"] = image
+    def _pixels(self, video: Tensor, clips: Sequence[Clip]) -> Pixels:
+        """What the clips would be made from: their own first and last frames; source, mask and references if read."""
+        pixels = Pixels(tuple(video.shape[2:]), image=video[:, :, 0], last_image=video[:, :, -1])
+        if not self.task.reads_control:
+            return pixels
+        return replace(
+            pixels,
+            # without a source video all is grey and all of it changes
+            video=self._stack([clip.get("source", torch.zeros_like(clip["video"])) for clip in clips]),
+            mask=self._stack([clip.get("mask", torch.ones_like(clip["video"][:1])) for clip in clips]),
+            references=[[image.to(self.codec.device) for image in clip.get("references", ())] for clip in clips],
+        )
 
-    def _add_control(self, features: list[dict[str, Tensor]], clips: Sequence[Clip]) -> None:
-        """VACE's conditions. References are kept clean, before the control and before the latents."""
-        # without a source video all is grey and all of it changes
-        source = self._stacked([clip.get("source", torch.zeros_like(clip["video"])) for clip in clips])
-        mask = self._stacked([clip.get("mask", torch.ones_like(clip["video"][:1])) for clip in clips])
-        control, folded = encoded_control(self.vae.encode, source, mask)
-        for number, (one, clip) in enumerate(zip(features, clips, strict=True)):
-            # one by one: in one video, the VAE would pack four of them into a latent frame
-            references = [self.vae.encode(self._stacked([image])[:, :, None]) for image in clip.get("references", ())]
-            row = slice(number, number + 1)
-            whole, whole_mask = with_references(control[row], folded[row], references)
-            one["latents"] = torch.cat([*references, one["latents"][None]], dim=2)[0]
-            one["control"] = whole[0]
-            one["control_mask"] = (whole_mask[0] * 255).round().byte()
-
-    def _stacked(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(tensors)).to(self.vae.device)
-
-    def _check_fit(self, path: Path) -> None:
-        wanted = {"video channels": self.model.out_channels, "text width": self.model.text_dim}
-        found = {"video channels": self.vae.mean.numel(), "text width": self.text.model.config.d_model}
-        if self.image is not None:
-            wanted["CLIP width"], found["CLIP width"] = self.model.image_dim, self.image.model.config.hidden_size
-        wrong = [f"{name} {found[name]} instead of {size}" for name, size in wanted.items() if found[name] != size]
-        if wrong:
-            raise ValueError(
-                f"{path} holds the encoders of another model ({', '.join(wrong)}): give the directory that this model "
-                "was published with"
-            )
+    def _stack(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(tensors)).to(self.codec.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from mm_convert import open_dcp, save_checkpoint, save_lora, write_experts
 from mm_convert.cli.arguments import parse
 from mm_models import build
+from mm_models.families import family_of
 from mm_train.checkpoint import latest
 from mm_train.command import run
 from mm_train.config import Config
@@ -81,10 +82,7 @@ def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = 
     whole = tensors
     if settings["trained"] != ["*"]:
         whole = Filled(tensors, Start(model, settings["weights"], settings.get("expert"), settings["seed"]))
-    config = asdict(model.config)
-    if not model.config.vace_layers:
-        del config["vace_layers"], config["control_channels"]
-    save_checkpoint(output, whole, config, overwrite=overwrite)
+    save_checkpoint(output, whole, family_of(model.config).describe(model.config), overwrite=overwrite)
     return output
 
 

@@ -24,22 +24,24 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from mm_convert.cli.arguments import parse
-from mm_data import Clip, Failure, FeatureCache, Geometry, Sample, VideoDataset, read_manifest, select
+from mm_data import Clip, Failure, FeatureCache, Geometry, Sample, VideoDataset, for_task, read_manifest, select
 from mm_data.transforms import to_model_range, to_uint8
-from mm_models import preset, presets
-from mm_models.wan.conditions import Task, tasks
+from mm_models import preset
+from mm_models.families import find
 from mm_parallel.device import device as accelerator
 from mm_parallel.device import init_distributed, leave
 from mm_train.command import prepare_output, run
-from mm_train.encode import Encoders, told
-from mm_train.ranks import divided
+from mm_train.encode import Encoders
+from mm_train.limits import check_limits, limited
+from mm_train.objective import choose_task
+from mm_train.ranks import map_over_ranks
 
 
 @dataclass
 class Data:
     manifest: Path
-    """data.txt, data.json or .jsonl in the format of the guides."""
-    workers: int = 2
+    """data.txt, data.json or .jsonl in the format of MindSpeed-MM."""
+    workers: int = limited(2, least=0)
     """Decoding processes per rank."""
 
 
@@ -54,10 +56,10 @@ class ExtractConfig:
     output: Path
     """Directory of the cache; may hold an earlier, unfinished extraction."""
     data: Data
-    task: Literal["auto", "t2v", "i2v", "flf2v", "ti2v", "vace"] = "auto"
-    """What the features are for; auto: what the model was made for."""
+    task: str = "auto"
+    """What the features are for; auto: what the model was made for. Of Wan: t2v, i2v, flf2v, ti2v or vace."""
     geometry: Geometry = field(default_factory=Geometry)
-    batch: int = 1
+    batch: int = limited(1, least=1)
     """Clips of one shape that are encoded together."""
     seed: int = 42
     """Of the random frame windows."""
@@ -67,21 +69,23 @@ class ExtractConfig:
     """Let the VAE work in tiles: less memory, slightly other numbers at the seams."""
 
     def check(self) -> None:
-        if self.model not in presets():
-            raise ValueError(f"unknown model '{self.model}': choose one of {', '.join(presets())}")
+        """ValueError for what cannot work, found without torch."""
+        family, preset = find(self.model)
         if not self.encoders.is_dir():
             raise ValueError(
                 f"--encoders {self.encoders} is not a directory; it should hold vae/, text_encoder/ and tokenizer/"
             )
-        if self.batch < 1:
-            raise ValueError(f"--batch is {self.batch}; it must be at least 1")
-        can = [task for task in tasks(preset(self.model)) if task != "v2v"]  # that is t2v, begun from a video
-        if self.task not in ("auto", *can):
-            raise ValueError(f"--task {self.task}: {self.model} can be trained for {', '.join(can)}")
+        if not self.data.manifest.is_file():
+            raise ValueError(
+                f"--data.manifest {self.data.manifest} is not a file: give a data.txt, data.json or .jsonl"
+            )
+        check_limits(self)
+        choose_task(self.model, family, preset.config, self.task, "--task")
 
     @property
-    def chosen_task(self) -> Task:
-        return tasks(preset(self.model))[0] if self.task == "auto" else self.task
+    def chosen_task(self) -> str:
+        family, preset = find(self.model)
+        return choose_task(self.model, family, preset.config, self.task, "--task")
 
 
 def extract(config: ExtractConfig) -> int:
@@ -94,41 +98,38 @@ def extract(config: ExtractConfig) -> int:
         # Leave the workers their cores: the threads of one operation spin while one of them waits for a core.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world - config.data.workers))
     listed = read_manifest(config.data.manifest)
-    samples = told(listed, config.chosen_task)
-    untold = sum(a != b for a, b in zip(listed, samples, strict=True))
-    if rank == 0 and untold:
-        print(
-            f"note: {config.chosen_task} uses no sources, masks or references: {untold} samples have them",
-            file=sys.stderr,
-        )
-    dtype = getattr(torch, config.dtype)
-    encoders = Encoders(config.encoders, preset(config.model), config.chosen_task, device, dtype, config.tiling)
-    geometry = encoders.fitted(config.geometry)
+    dtype, task = getattr(torch, config.dtype), config.chosen_task
+    encoders = Encoders(config.encoders, preset(config.model), task, device, dtype, config.tiling)
+    samples = for_task(listed, controls=encoders.task.reads_control)
+    unread = sum(a != b for a, b in zip(listed, samples, strict=True))
+    if rank == 0 and unread:
+        print(f"note: {task} uses no sources, masks or references: {unread} samples have them", file=sys.stderr)
+    geometry = encoders.fit_geometry(config.geometry)
     selection = select(samples, geometry)
 
     with FeatureCache(config.output) as cache:
-        identified = _identified(selection.kept, cache, rank == 0, world)
-        plan = cache.plan(identified, geometry, encoders.identity, config.seed)
+        identified = _identify(selection.kept, cache, rank == 0, world)
+        todo = cache.plan(identified, geometry, encoders.identity, config.seed)
         if rank == 0:
-            print(f"{config.data.manifest}: {selection}\n{config.output}: {plan}", file=sys.stderr, flush=True)
-            for sample, reason in [*selection.dropped, *plan.failed]:
+            print(f"{config.data.manifest}: {selection}\n{config.output}: {todo}", file=sys.stderr, flush=True)
+            for sample, reason in [*selection.dropped, *todo.failed]:
                 cache.fail(sample.id, str(reason))
             if not cache.has_empty_text(encoders.identity):
                 cache.put_empty_text(encoders.empty_text, encoders.identity)
-        dataset = VideoDataset(plan.todo, geometry, config.seed, on_error="return")
-        progress = Progress(len(plan.todo), leader=rank == 0, world=world)
+        dataset = VideoDataset(todo.to_encode, geometry, config.seed, on_error="return")
+        progress = Progress(len(todo.to_encode), leader=rank == 0, world=world)
         # Shared out by key, not by place: a rank that sees the store a moment later must not shift everybody's share.
-        own = [i for i, sample in enumerate(plan.todo) if int(plan.keys[sample.id][:8], 16) % world == rank]
+        own = [i for i, sample in enumerate(todo.to_encode) if int(todo.keys[sample.id][:8], 16) % world == rank]
         for clips in batches(dataset, own, config, lambda failure: _fail(cache, progress, failure)):
             for clip, features in zip(clips, encoders.encode(clips), strict=True):
-                cache.put(plan.keys[clip["id"]], features, clip["meta"])
+                cache.put(todo.keys[clip["id"]], features, clip["meta"])
             progress.advance(len(clips))
         progress.close()
         cache.flush()
         if world > 1:
             dist.barrier()
         if rank == 0:
-            found = cache.finish(plan)
+            found = cache.finish(todo)
             missing = len(samples) - found
             why = f", {missing} left out: {config.output / 'failures.jsonl'} says why" if missing else ""
             print(f"{found} of {len(samples)} samples in {config.output}{why}", file=sys.stderr)
@@ -142,7 +143,7 @@ def batches(dataset: VideoDataset, indices: Sequence[int], config: ExtractConfig
     loader = DataLoader(
         Subset(dataset, indices),
         batch_size=None,
-        collate_fn=_packed,
+        collate_fn=_pack,
         num_workers=min(config.data.workers, len(indices)),
         prefetch_factor=2 if config.data.workers and len(indices) else None,
     )
@@ -151,7 +152,7 @@ def batches(dataset: VideoDataset, indices: Sequence[int], config: ExtractConfig
         if isinstance(item, Failure):
             on_failure(item)
             continue
-        clip = _unpacked(item)
+        clip = _unpack(item)
         same = waiting[clip["video"].shape]
         same.append(clip)
         if len(same) == config.batch:
@@ -159,7 +160,7 @@ def batches(dataset: VideoDataset, indices: Sequence[int], config: ExtractConfig
     yield from waiting.values()
 
 
-def _packed(item: Clip | Failure) -> Clip | Failure:
+def _pack(item: Clip | Failure) -> Clip | Failure:
     """A clip as bytes, as its files had it: a quarter of the shared memory between a worker and this process."""
     if isinstance(item, Failure):
         return item
@@ -174,7 +175,7 @@ def _packed(item: Clip | Failure) -> Clip | Failure:
     return packed
 
 
-def _unpacked(packed: Clip) -> Clip:
+def _unpack(packed: Clip) -> Clip:
     """The very numbers again."""
     clip = dict(packed)
     for name in ("video", "source"):
@@ -191,7 +192,7 @@ def _fail(cache: FeatureCache, progress: Progress, failure: Failure) -> None:
     progress.advance(1)
 
 
-def _identified(samples: list[Sample], cache: FeatureCache, leader: bool, world: int) -> list[Sample]:
+def _identify(samples: list[Sample], cache: FeatureCache, leader: bool, world: int) -> list[Sample]:
     """The samples with the hashes of their files; every rank reads its share of them."""
     with tqdm(total=len(samples), unit="file", desc="hashing", disable=not (leader and sys.stderr.isatty())) as bar:
 
@@ -200,7 +201,7 @@ def _identified(samples: list[Sample], cache: FeatureCache, leader: bool, world:
                 bar.update(world)
                 yield sample
 
-        return divided(samples, identify)
+        return map_over_ranks(samples, identify)
 
 
 class Progress:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mm_data import Step
-from mm_train.ranks import gathered
+from mm_train.ranks import all_gather
 
 MOST_IN_A_ROW = 10
 
@@ -32,7 +32,7 @@ class Watch:
         bad = [i for i, value in zip(ids, values, strict=True) if not math.isfinite(value)]
         self.reason = f"loss {loss}, gradient norm {float(norm)}"
         # When every loss is finite and only the gradient is not, any sample of the step may be the cause.
-        self.samples = list(dict.fromkeys(gathered(bad) or gathered(ids)))  # ranks may share samples
+        self.samples = list(dict.fromkeys(all_gather(bad) or all_gather(ids)))  # ranks may share samples
         return False
 
     def stop(self) -> bool:

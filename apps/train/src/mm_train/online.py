@@ -14,26 +14,29 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from mm_data import Batch, Clip, ClipBatch, ClipDataset, Step, read_manifest, select, survey
-from mm_parallel.encoders import encode_shared, interleaved
+from mm_data import Batch, Captions, Clip, ClipBatch, ClipDataset, Step, for_task, read_manifest, select, survey
+from mm_parallel.encoders import interleave, share_encoding
 from mm_train.config import Config
-from mm_train.encode import Encoders, told
-from mm_train.ranks import divided
+from mm_train.encode import Encoders
+from mm_train.ranks import map_over_ranks
 
 
 def find_clips(config: Config, encoders: Encoders) -> ClipDataset:
     """The samples that an extraction would use, as far as that shows without decoding them; the others are reported."""
     manifest = config.data.manifest
-    samples = told(read_manifest(manifest), encoders.task)
-    geometry = encoders.fitted(config.data.geometry)
+    samples = for_task(read_manifest(manifest), controls=encoders.task.reads_control)
+    geometry = encoders.fit_geometry(config.data.geometry)
     selection = select(samples, geometry)
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     silent = rank > 0 or not sys.stderr.isatty()
     with tqdm(total=len(selection.kept), unit="clip", desc="looking into videos", disable=silent) as bar:
         look = partial(survey, geometry=geometry, progress=lambda done: bar.update(done * world - bar.n))
-        found = divided(selection.kept, look)
-    shape = encoders.vae.latent_shape
-    dataset = ClipDataset(selection.kept, geometry, config.seed, latent_shape=shape, path=manifest, found=found)
+        found = map_over_ranks(selection.kept, look)
+    shape = encoders.codec.latent_shape
+    captions = Captions(config.seed, config.data.text_dropout)
+    dataset = ClipDataset(
+        selection.kept, geometry, config.seed, latent_shape=shape, path=manifest, captions=captions, found=found
+    )
     left_out = [*selection.dropped, *dataset.unusable]
     if rank == 0:
         report = config.run_dir / "failures.jsonl"
@@ -58,7 +61,7 @@ def encoded_steps(
         return Step(step.index, step.cursor_after, _encoded(encoders, step.micro, group))
 
     if every:
-        return interleaved(count(), encoded, every, encoders.to, device)
+        return interleave(count(), encoded, every, encoders.to, device)
     encoders.to(device)
     return map(encoded, count())
 
@@ -82,13 +85,12 @@ def _encoded(encoders: Encoders, batches: Sequence[ClipBatch], group: dist.Proce
         return encoders.encode([clip | {"captions": (caption,) if caption else ()}])[0]
 
     shown = [pair for batch in batches for pair in zip(batch.clips, batch.captions, strict=True)]
-    features = iter(encode_shared(shown, encode, group))
+    features = iter(share_encoding(shown, encode, group))
     return [_collated(batch, [next(features) for _ in batch.clips], encoders) for batch in batches]
 
 
 def _collated(batch: ClipBatch, features: list[dict[str, Tensor]], encoders: Encoders) -> Batch:
     """One batch, on the CPU."""
     texts = [one.pop("text.0").cpu() if "text.0" in one else encoders.empty_text for one in features]
-    stacked = {name: torch.stack([one[name].cpu() for one in features]) for name in features[0]}
-    text = pad_sequence(texts, batch_first=True)
-    return Batch(stacked.pop("latents"), text, batch.ids, batch.epochs, extras=stacked)
+    tensors = {name: torch.stack([one[name].cpu() for one in features]) for name in features[0]}
+    return Batch(tensors | {"text": pad_sequence(texts, batch_first=True)}, batch.ids, batch.epochs)

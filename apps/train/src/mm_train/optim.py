@@ -15,7 +15,7 @@ from mm_train.config import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; biases and vectors are not decayed (Megatron's rule, as in the guides).
+    """AdamW over the trainable parameters; biases and vectors are not decayed (Megatron's rule, as MindSpeed-MM does).
 
     Parameters that are cut differently lie in separate groups, since one fused kernel cannot take both.
     """
@@ -49,38 +49,43 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 
 class EMA:
-    """Moving average of the trainable parameters, float32, laid out like them (sharded where they are sharded)."""
+    """Moving average of a model's trainable parameters, float32, laid out like them (sharded where they are sharded).
+
+    With decay 0 there is none, and every method does nothing.
+    """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
+        self.model, self.decay = model, decay
         self.average: dict[str, Tensor] = {
-            name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad
+            name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and decay
         }
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Young averages forget faster, min(decay, (1 + step) / (10 + step)), or they would keep the initial
-        weights.
+    def update(self, step: int) -> None:
+        """After optimizer step `step`, from 0. Young averages forget faster, min(decay, (1 + step) / (10 + step)), or
+        they would keep the initial weights.
         """
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        live = dict(model.named_parameters())
+        live = dict(self.model.named_parameters())
         names = {id(average): name for name, average in self.average.items()}
         for alike in by_layout(self.average.values()):
             torch._foreach_lerp_(alike, [live[names[id(average)]].detach() for average in alike], weight)
 
     @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
+    def apply(self) -> Iterator[None]:
         """Inside the block the model has the averaged weights."""
-        self._swap(model)
+        self._swap()
         try:
             yield
         finally:
-            self._swap(model)
+            self._swap()
 
     @torch.no_grad()
-    def _swap(self, model: nn.Module) -> None:
-        drop_gathered(model)  # of an evaluation, which may keep them
-        live = dict(model.named_parameters())
+    def _swap(self) -> None:
+        if not self.average:
+            return
+        drop_gathered(self.model)  # of an evaluation, which may keep them
+        live = dict(self.model.named_parameters())
         for name, average in self.average.items():
             held = live[name].detach().clone()
             live[name].copy_(average)

@@ -14,7 +14,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-def totals(*values: Tensor | float, device: torch.device) -> list[float]:
+def all_sum(*values: Tensor | float, device: torch.device) -> list[float]:
     """Sums of scalars over all ranks, in one collective on the device: gloo would take a hop for every rank."""
     precise = torch.float32 if device.type == "npu" else torch.float64  # NPUs have no doubles
     summed = torch.stack([torch.as_tensor(value, device=device).to(precise) for value in values])
@@ -23,7 +23,7 @@ def totals(*values: Tensor | float, device: torch.device) -> list[float]:
     return summed.tolist()
 
 
-def gathered(items: list[T]) -> list[T]:
+def all_gather(items: list[T]) -> list[T]:
     """The lists of all ranks, one after the other."""
     if not dist.is_initialized():
         return items
@@ -32,16 +32,16 @@ def gathered(items: list[T]) -> list[T]:
     return [item for items in everyone for item in items]
 
 
-def divided(items: Sequence[S], work: Callable[[Sequence[S]], Iterable[T]]) -> list[T]:
+def map_over_ranks(items: Sequence[S], work: Callable[[Sequence[S]], Iterable[T]]) -> list[T]:
     """What `work` makes of the items, one each and in order; every rank works on a share of them."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
-    everyone = iter(gathered(list(work(items[rank::world]))))
+    everyone = iter(all_gather(list(work(items[rank::world]))))
     shares = [list(islice(everyone, len(items[other::world]))) for other in range(world)]
     return [shares[i % world][i // world] for i in range(len(items))]
 
 
-def made_once(make: Callable[[], T]) -> T:
+def broadcast(make: Callable[[], T]) -> T:
     """What the first rank makes, on every rank."""
     if not dist.is_initialized():
         return make()

@@ -1,6 +1,6 @@
 """From the command line to a Config, by way of the recipe that it selects.
 
-Layouts and memory may be given by the guides' names (`--parallel.pipeline_num_layers`), see `mm_parallel.guides`.
+Layouts and memory may be given by MindSpeed-MM's names (`--parallel.pipeline_num_layers`), see `mm_train.guides`.
 
 Precedence: defaults of the dataclasses < ``recipes/<recipe>.toml`` < ``--config mine.toml`` < flags.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_convert.cli.arguments import parse
-from mm_parallel import guides
+from mm_train import guides
 from mm_train.config import Config
 
 RECIPES = Path(str(resources.files("mm_train") / "recipes"))

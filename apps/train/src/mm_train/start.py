@@ -1,18 +1,28 @@
-"""What a model begins with: which of its parameters are trained, and where the value of each comes from."""
+"""What a model begins with: which of its parameters are trained, where the value of each comes from, how it is cut."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from mm_convert import Checkpoint, expert_of, open_checkpoint, open_experts
-from mm_models.initial import control_from, initial
+from mm_models import build, plan
+from mm_models.families import family_of
 from mm_models.layers import cast_weights
-from mm_models.wan import WanConfig
+from mm_models.lora import LoRAConfig, add_lora
+from mm_parallel import Pipeline, load_parameters, parallelize, verify
+from mm_parallel.mesh import rank_in, size
+from mm_parallel.weights import allocate
+from mm_train.checks import check_space
+from mm_train.config import Config
+from mm_train.ranks import all_gather
 
 
 def freeze(model: nn.Module, trained: Sequence[str], dtype: torch.dtype) -> None:
@@ -39,46 +49,48 @@ def freeze(model: nn.Module, trained: Sequence[str], dtype: torch.dtype) -> None
 class Start(Mapping[str, Tensor]):
     """Every parameter by name, read or drawn when it is asked for.
 
-    Adapter matrices are fresh, the layers they wrap keep their published name in the file. So is a control ladder on
-    the weights of a Wan without one (`mm_models.initial.control_from`).
+    Adapter matrices are fresh, the layers they wrap keep their published name in the file. What the file lacks may grow
+    from what it has, if the model's family knows how (`Family.start`).
     """
 
     def __init__(self, model: nn.Module, weights: str, expert: str | None, seed: int):
-        self.seed, self.vace_layers = seed, model.config.vace_layers
+        self.seed, self.config = seed, model.config
+        self.family = family_of(model.config).start()
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         self.file = None if weights == "random" else _open(Path(weights), expert, model.config)
         self.adapters = {name for name in self.shapes if ".lora_" in name}
         self.published = {name.replace(".base_layer.", "."): name for name in self.shapes if name not in self.adapters}
         there = list(self.file or self.published)
-        control = {name for name in self.published if name.startswith("vace_")}
-        self.made = control if control and not control & set(there) else set()
-        self.names = [*self.adapters, *(self.published.get(n, n) for n in (*there, *self.made))]
+        self.grown = self.family.missing(self.published, there)
+        self.names = [*self.adapters, *(self.published.get(n, n) for n in (*there, *self.grown))]
 
     def check_open(self, model: nn.Module) -> None:
         """Raise ValueError if a projection that begins at zero stays frozen: nothing could learn through it."""
-        zero = {name for name in self.made if name.endswith("after_proj.weight")}
-        if self.file is None:
-            zero |= {n for n in self.published if n.endswith(("after_proj.weight", "head.head.weight"))}
+        fresh = self.published if self.file is None else self.grown
+        zero = {name for name in fresh if any(fnmatch(name, pattern) for pattern in self.family.ZERO)}
         frozen = {name.replace(".base_layer.", ".") for name, p in model.named_parameters() if not p.requires_grad}
         if shut := sorted(zero & frozen):
-            control = shut[0].startswith("vace_")
-            why = "a control ladder on the weights of a plain Wan" if control and self.file else "a fresh model"
+            why = self.family.GROWN.partition(":")[0] if self.file else "a fresh model"
             raise ValueError(
                 f"{shut[0]} of {why} begins at zero and would stay so, as it is not trained: nothing could be learned "
                 "through it. Train it first (--trained), or give --weights in which it has learned"
             )
 
+    def describe(self) -> str:
+        """What a person should know of the values that were not in the file; empty where there are none."""
+        return f" ({self.family.GROWN})" if self.grown else ""
+
     def __getitem__(self, name: str) -> Tensor:
         if name in self.adapters:
-            return initial(name, self.shapes[name], self.seed)
+            return self.family.initial(name, self.shapes[name], self.seed)
         published = name.replace(".base_layer.", ".")
-        if published in self.made:
-            return control_from(self._base, self.vace_layers, published, self.shapes[name])
+        if published in self.grown:
+            return self.family.grow(self.config, self._base, published, self.shapes[name])
         return self._base(published)
 
     def _base(self, published: str) -> Tensor:
         if self.file is None:
-            return initial(published, self.shapes[self.published[published]], self.seed)
+            return self.family.initial(published, self.shapes[self.published[published]], self.seed)
         return self.file[published]
 
     def __iter__(self) -> Iterator[str]:
@@ -88,7 +100,74 @@ class Start(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def _open(path: Path, expert: str | None, wanted: WanConfig) -> Checkpoint:
+class Built(NamedTuple):
+    """A model that is cut over the ranks."""
+
+    parameters: nn.Module
+    """Holds this rank's parameters."""
+    model: nn.Module | Pipeline
+    """Is called: the same, or the pipeline that it is a part of."""
+    size: int
+    """Parameters of the whole model."""
+    trained: int
+    notes: str = ""
+    """What a person should know of the values it begins with."""
+
+
+def has_frozen(config: Config) -> bool:
+    """Whether a run trains only a part of its model, so that its checkpoints hold only that."""
+    return bool(config.lora.rank) or config.trained != ("*",)
+
+
+def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, continuing: bool) -> Built:
+    """The model of a run.
+
+    It is cut over the mesh and filled tensor by tensor; no rank ever holds all of it. Continuing, it is left empty, for
+    the checkpoint to fill; but the base below an adapter is read again.
+    """
+    dtype = getattr(torch, config.dtype)
+    model = build(config.model, device="meta", **config.architecture)
+    model.compute_dtype = dtype
+    if config.lora.rank:
+        cast_weights(model, dtype)  # a frozen base needs no float32 masters
+        add_lora(model, LoRAConfig(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets))
+    elif has_frozen(config):
+        freeze(model, config.trained, dtype)
+    sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (True, False)]
+    check_space(sizes[1], config)
+    source = None if continuing and not has_frozen(config) else Start(model, config.weights, config.expert, config.seed)
+    if source is not None:
+        source.check_open(model)
+    run = _cut(model, config, mesh, dtype)
+    if source is None:
+        allocate(model, device, config.memory.offload_params)
+        return Built(model.train(), run, *sizes)
+    elsewhere = () if run is model else run.elsewhere
+    load_parameters(model, source, device, elsewhere, config.memory.offload_params)
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if not torch.isfinite(local).all():
+            raise ValueError(f"--weights {config.weights}: {name} holds numbers that are not finite")
+    return Built(model.train(), run, *sizes, source.describe())
+
+
+def _cut(model: nn.Module, config: Config, mesh: DeviceMesh | None, dtype: torch.dtype) -> nn.Module | Pipeline:
+    """Cuts the model in place over the mesh; returns what is called. ValueError for a stage without a trained part."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if config.parallel.exact:
+        return verify.parallelize(model, plan(model), mesh, config.memory)
+    how = (plan(model), mesh, config.parallel, config.memory, dtype)
+    run = Pipeline(model, *how) if size(mesh, "pp") > 1 else parallelize(model, *how)
+    idle = all_gather([] if trained & {name for name, _ in model.named_parameters()} else [rank_in(mesh, "pp")])
+    if idle:
+        raise ValueError(
+            f"pipeline stages {sorted(set(idle))} would hold nothing that is trained: "
+            "choose other --parallel.pp_layers, or train something in every stage (--lora.targets, --trained)"
+        )
+    return run
+
+
+def _open(path: Path, expert: str | None, wanted: Any) -> Checkpoint:
     """The checkpoint, if what its files say of the model is what is wanted; not all of it shows in names and shapes."""
     if (path / "checkpoints").is_dir() and (path / "metrics.jsonl").is_file():
         raise ValueError(f"--weights {path} is a run: its weights are in {path / 'weights'} when it has finished")

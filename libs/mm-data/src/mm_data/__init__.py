@@ -7,19 +7,25 @@ from mm_data.__about__ import __version__ as __version__
 from mm_data.geometry import Geometry
 
 if TYPE_CHECKING:
-    from mm_data.cache import FeatureCache, Plan, content_key
+    from mm_data.batch import Batch, BatchDataset, Pick
+    from mm_data.cache import FeatureCache, ToDo
+    from mm_data.captions import Captions
     from mm_data.clips import ClipBatch, ClipDataset, ClipShape, survey
     from mm_data.datasets import Clip, Failure, VideoDataset
-    from mm_data.features import Batch, FeatureDataset
+    from mm_data.features import FeatureDataset
     from mm_data.images import area_size, crop_to, pad_to, read_image
-    from mm_data.loader import Step, build_loader
+    from mm_data.keys import content_key
+    from mm_data.loader import Loader, Step, build_loader
     from mm_data.manifest import Control, Sample, read_manifest
-    from mm_data.selection import Selection, select
+    from mm_data.order import Order
+    from mm_data.selection import Selection, for_task, select
     from mm_data.video import VideoClip, VideoInfo, probe, read_video
     from mm_data.video_write import made_with, write_video
 
 __all__ = [
     "Batch",
+    "BatchDataset",
+    "Captions",
     "Clip",
     "ClipBatch",
     "ClipDataset",
@@ -29,10 +35,13 @@ __all__ = [
     "FeatureCache",
     "FeatureDataset",
     "Geometry",
-    "Plan",
+    "Loader",
+    "Order",
+    "Pick",
     "Sample",
     "Selection",
     "Step",
+    "ToDo",
     "VideoClip",
     "VideoDataset",
     "VideoInfo",
@@ -40,6 +49,7 @@ __all__ = [
     "build_loader",
     "content_key",
     "crop_to",
+    "for_task",
     "made_with",
     "pad_to",
     "probe",
@@ -53,14 +63,18 @@ __all__ = [
 
 # What needs torch is imported when it is asked for: a command line that holds a Geometry is read without it.
 _HOMES = {
-    "cache": ("FeatureCache", "Plan", "content_key"),
+    "batch": ("Batch", "BatchDataset", "Pick"),
+    "cache": ("FeatureCache", "ToDo"),
+    "captions": ("Captions",),
     "clips": ("ClipBatch", "ClipDataset", "ClipShape", "survey"),
     "datasets": ("Clip", "Failure", "VideoDataset"),
-    "features": ("Batch", "FeatureDataset"),
+    "features": ("FeatureDataset",),
     "images": ("area_size", "crop_to", "pad_to", "read_image"),
-    "loader": ("Step", "build_loader"),
+    "keys": ("content_key",),
+    "loader": ("Loader", "Step", "build_loader"),
     "manifest": ("Control", "Sample", "read_manifest"),
-    "selection": ("Selection", "select"),
+    "order": ("Order",),
+    "selection": ("Selection", "for_task", "select"),
     "video": ("VideoClip", "VideoInfo", "probe", "read_video"),
     "video_write": ("made_with", "write_video"),
 }

@@ -11,13 +11,12 @@ extraction that has not finished, or entries of another geometry or encoder that
 trained on by accident.
 """
 
-import hashlib
 import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -26,38 +25,14 @@ from torch import Tensor
 
 from mm_data.files import TEMPORARY, Content, file_stamp, fingerprint, write_atomic
 from mm_data.geometry import Geometry
+from mm_data.keys import content_key, hash_control
 from mm_data.manifest import Sample
 
 FORMAT = "mm-data features 1"
-PIXELS = 1  # counts up when the same video and geometry come to give other pixels: then all entries are stale
-
-
-def content_key(
-    video_sha256: str,
-    geometry: Geometry | None,
-    encoder: str,
-    captions: Sequence[str] = (),
-    cut: tuple[int, int] | None = None,
-    seed: int = 0,
-    control: Mapping | None = None,
-) -> str:
-    """The name of an entry: a hash of all that decides its tensors, and of nothing else (so not of the file's name).
-
-    `seed` counts only where the geometry draws a random window. `control` is that of a VACE sample, with hashes in
-    place of its files.
-    """
-    shape = asdict(geometry) if geometry else None
-    if shape and shape["rule"] == "window":
-        del shape["rule"], shape["keep_last"]  # entries keep the names that they had when there was one rule
-    drawn = seed if shape and "rule" not in shape and shape["window"] == "random" else None
-    parts = [PIXELS, video_sha256, shape, encoder, list(captions), cut, drawn]
-    if control is not None:
-        parts.append(dict(control))
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
-class Plan:
+class ToDo:
     """What an extraction has to do. `keys` maps every readable sample's id to its entry; the lists keep the order of
     the samples.
     """
@@ -65,8 +40,8 @@ class Plan:
     encoder: str
     keys: dict[str, str]
     done: list[Sample]
-    todo: list[Sample]  # one sample per missing entry: the same video with the same captions is encoded once
-    repeated: list[Sample]  # share the entry of a sample in `todo`
+    to_encode: list[Sample]  # one sample per missing entry: the same video with the same captions is encoded once
+    repeated: list[Sample]  # share the entry of a sample in `to_encode`
     failed: list[tuple[Sample, str]]  # cannot be opened, with the reason
     stale: int  # entries in the store that no sample asks for: another encoder, geometry, caption or file
 
@@ -76,7 +51,7 @@ class Plan:
     def __str__(self) -> str:
         total = len(self.keys) + len(self.failed)
         return (
-            f"{total} sample{'s' * (total != 1)}: {len(self.done)} in the store, {len(self.todo)} to encode, "
+            f"{total} sample{'s' * (total != 1)}: {len(self.done)} in the store, {len(self.to_encode)} to encode, "
             f"{len(self.repeated)} repeated, {len(self.failed)} unreadable; "
             f"{self.stale} stale {'entry' if self.stale == 1 else 'entries'}"
         )
@@ -85,9 +60,10 @@ class Plan:
 class FeatureCache:
     """Write and read entries: `with FeatureCache(path) as cache: cache.put(key, tensors, meta)`; then `cache.finish()`.
 
-    An entry's tensors are named `latents` (C F H W), `text.0`, `text.1`, … (S D, one per caption), and whatever else
-    the model is conditioned on. Entries are buffered and committed together when they reach `shard_bytes`, at
-    `flush()`, and when the `with` block ends, also by an exception.
+    An entry's tensors are `latents` (C F H W), `text.0`, `text.1`, … (S D, one for each caption), and the conditions of
+    the model by their names. Entries are buffered, and committed together: when they reach `shard_bytes`, at `flush()`,
+    and when the `with` block ends, also by an exception. Raises ValueError for a path that is a file, and for a shard
+    that is damaged.
     """
 
     def __init__(self, path: str | Path, shard_bytes: int = 128 << 20):
@@ -132,7 +108,7 @@ class FeatureCache:
 
     def put(self, key: str, tensors: Mapping[str, Tensor], meta: Mapping) -> None:
         """Add an entry (any device; copied to the CPU). `meta` is JSON: `id`, the sample's, is required; `captions`
-        and `source` are kept for people and plans.
+        and `source` are kept for people and `plan`.
         """
         if "id" not in meta:
             raise ValueError(f"entry {key}: meta must hold the sample's id, it has {sorted(meta)}")
@@ -200,9 +176,10 @@ class FeatureCache:
         return found
 
     def identify(self, samples: Iterable[Sample], threads: int = 8) -> Iterator[Sample]:
-        """The samples with `contents`, the hashes of their files: remembered from the store where path, size and time
-        stamp are the same, else computed, several files at a time. One with a file that cannot be read comes back
-        without.
+        """The samples with `contents`, the hashes of their files.
+
+        The store remembers them of files whose path, size and time stamp are the same. The others are read, several at
+        a time. A sample with a file that cannot be read comes back without.
         """
         self.refresh()
         known: dict[tuple[str, int, int], str] = {}
@@ -217,7 +194,7 @@ class FeatureCache:
             known[found.stamp] = found.sha256
             return found
 
-        def identified(sample: Sample) -> Sample:
+        def identify_one(sample: Sample) -> Sample:
             if sample.contents is not None:
                 return sample
             try:
@@ -226,41 +203,41 @@ class FeatureCache:
                 return sample
 
         with ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(identified, samples)
+            yield from pool.map(identify_one, samples)
 
-    def plan(self, samples: Iterable[Sample], geometry: Geometry, encoder: str, seed: int = 0) -> Plan:
+    def plan(self, samples: Iterable[Sample], geometry: Geometry, encoder: str, seed: int = 0) -> ToDo:
         """Compare what `samples` ask for with what is in the store; hashes the files of those not yet identified."""
         keys: dict[str, str] = {}
-        done, todo, repeated, failed, asked = [], [], [], [], set()
+        done, to_encode, repeated, failed, asked = [], [], [], [], set()
         for sample in self.identify(samples):
             if sample.contents is None:
-                failed.append((sample, _unreadable(sample.files)))
+                failed.append((sample, _why_unreadable(sample.files)))
                 continue
-            video, control = sample.contents[0].sha256, _control(sample)
+            video, control = sample.contents[0].sha256, hash_control(sample)
             key = content_key(video, geometry, encoder, sample.captions, sample.cut, seed, control)
             keys[sample.id] = key
-            (done if key in self else repeated if key in asked else todo).append(sample)
+            (done if key in self else repeated if key in asked else to_encode).append(sample)
             asked.add(key)
         stale = len(self._entries.keys() - asked - {content_key("", None, encoder)})
-        return Plan(encoder, keys, done, todo, repeated, failed, stale)
+        return ToDo(encoder, keys, done, to_encode, repeated, failed, stale)
 
-    def finish(self, plan: Plan | None = None) -> int:
-        """Publish `dataset.jsonl`: the samples of `plan` that are in the store; without a plan, all entries, by id.
+    def finish(self, todo: ToDo | None = None) -> int:
+        """Publish `dataset.jsonl`: the samples of `todo` that are in the store; without it, all entries, by id.
 
-        Returns how many. Call it once, when no other process is writing any more: it also removes what killed writers
-        left behind.
+        Returns how many. Call it once, when no other process writes any more: it also removes what killed writers left
+        behind. Raises ValueError if there is no `todo`, and the store holds a sample in two versions.
         """
         self.flush()
         self.refresh()
-        empty = content_key("", None, plan.encoder if plan else "")
-        chosen = plan.keys if plan else self._by_id(empty)
-        lines = [{"format": FORMAT, "empty_text": self._place(empty) if empty in self._entries else None}]
-        for sample_id in chosen if plan else sorted(chosen):
+        empty = content_key("", None, todo.encoder if todo else "")
+        chosen = todo.keys if todo else self._by_id(empty)
+        lines = [{"format": FORMAT, "empty_text": self._locate(empty) if empty in self._entries else None}]
+        for sample_id in chosen if todo else sorted(chosen):
             if chosen[sample_id] in self._entries:
-                lines.append({"id": sample_id, **self._place(chosen[sample_id])})
+                lines.append({"id": sample_id, **self._locate(chosen[sample_id])})
         there = {line.get("id") for line in lines}
-        failures = self.failures() | ({sample.id: reason for sample, reason in plan.failed} if plan else {})
-        missing = {k: v for k, v in failures.items() if k not in there and (plan is None or k in plan)}
+        failures = self.failures() | ({sample.id: reason for sample, reason in todo.failed} if todo else {})
+        missing = {k: v for k, v in failures.items() if k not in there and (todo is None or k in todo)}
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / "failures.jsonl", _jsonl({"id": k, "reason": v} for k, v in sorted(missing.items())))
         write_atomic(self.path / "dataset.jsonl", _jsonl(lines))
@@ -277,12 +254,12 @@ class FeatureCache:
             if meta["id"] in chosen:
                 raise ValueError(
                     f"{self.path} holds sample {meta['id']} in two versions (another geometry, encoder or caption): "
-                    "give finish() the plan that says which"
+                    "give finish() what plan() returned, which says which"
                 )
             chosen[meta["id"]] = key
         return chosen
 
-    def _place(self, key: str) -> dict:
+    def _locate(self, key: str) -> dict:
         shard, meta = self._entries[key]
         return {
             "key": key,
@@ -291,17 +268,7 @@ class FeatureCache:
         }
 
 
-def _control(sample: Sample) -> dict | None:
-    """The control of a sample, with hashes in place of its files."""
-    if sample.control is None:
-        return None
-    hashes = [content.sha256 for content in sample.contents[1:]]
-    source = hashes.pop(0) if sample.control.source else None
-    mask = hashes.pop(0) if sample.control.mask else None
-    return {"source": source, "mask": mask, "references": hashes}
-
-
-def _unreadable(files: Sequence[Path]) -> str:
+def _why_unreadable(files: Sequence[Path]) -> str:
     for path in files:
         try:
             path.open("rb").close()

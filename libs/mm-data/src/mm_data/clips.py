@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from mm_data.batch import Pick
+from mm_data.captions import OWN, Captions
 from mm_data.datasets import Clip, VideoDataset
 from mm_data.geometry import Geometry
 from mm_data.images import read_image
 from mm_data.layout import lay_out
 from mm_data.manifest import Sample
-from mm_data.order import Pick
 
 
 class ClipShape(NamedTuple):
@@ -43,9 +44,10 @@ def survey(
     threads: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> list[ClipShape | str]:
-    """The shape of every sample's clip, or the reason why it has none: what an extraction would find, but for damage in
-    the middle of a video, as videos are not decoded here. Several files at a time; `progress` is told how many are
-    done. What the annotations say is not relied on.
+    """The shape of every sample's clip, or the reason why it has none.
+
+    An extraction would find the same, but for damage in the middle of a video: videos are not decoded here. The files
+    are asked, not the annotations, `threads` at a time. `progress` is called with the number of samples done.
     """
 
     def look(sample: Sample) -> ClipShape | str:
@@ -70,16 +72,14 @@ def survey(
 class ClipDataset:
     """Stands in for a `FeatureDataset`: `build_loader` gives the same stream of samples, as `ClipBatch`es.
 
-    `latent_shape(frames, height, width)` is the shape C F H W that the encoder makes of a clip; a reference picture
-    adds one latent frame. `ids`, and `shapes` of the latents, list the usable samples in the order given; `unusable`
-    the others, each with its reason. `path` names the list in messages. `found` is what `survey` gave for these samples
-    and this geometry, where several processes have shared that work.
+    `ids`, and `buckets` (the shapes of the latents), list the usable samples in the order given; `unusable` has the
+    others, each with its reason. `latent_shape(frames, height, width)` is the shape C F H W that the encoder makes of a
+    clip; a reference picture adds one latent frame. `captions` says which caption a batch shows. `path` names the list
+    in messages. `found` is what `survey` gave for these samples and this geometry, where processes shared that work.
 
-    A video that turns out to be damaged raises ValueError, naming the sample, when the stream comes to it. (An
-    extraction would have left it out.)
+    Raises ValueError where no sample can be used, or one has no caption to show; and, naming the sample, when the
+    stream comes to a video that is damaged. (An extraction would have left it out.)
     """
-
-    empty_text = ""
 
     def __init__(
         self,
@@ -89,12 +89,14 @@ class ClipDataset:
         *,
         latent_shape: Callable[[int, int, int], tuple[int, ...]],
         path: str | Path,
+        captions: Captions = OWN,
         found: Sequence[ClipShape | str] | None = None,
         threads: int = 8,
         progress: Callable[[int], None] | None = None,
         backend: Literal["pyav", "decord"] = "pyav",
     ):
         self.path = Path(path)
+        self.captions = captions
         found = survey(samples, geometry, threads=threads, progress=progress) if found is None else found
         pairs = list(zip(samples, found, strict=True))
         self.unusable = [(sample, reason) for sample, reason in pairs if isinstance(reason, str)]
@@ -104,12 +106,12 @@ class ClipDataset:
             raise ValueError(f"{self.path}: none of its {len(pairs)} samples can be used{reason}")
         self.videos = VideoDataset([sample for sample, _ in usable], geometry, seed, backend=backend)
         self.ids = [sample.id for sample, _ in usable]
-        self.num_captions = [len(sample.captions) for sample, _ in usable]
+        captions.check(self.path, self.ids, [len(sample.captions) for sample, _ in usable], has_empty_text=True)
         self.clip_shapes = [shape for _, shape in usable]
-        self.shapes = []
+        self.buckets = []
         for frames, height, width, references in self.clip_shapes:
             channels, latent_frames, *size = latent_shape(frames, height, width)
-            self.shapes.append((channels, latent_frames + references, *size))
+            self.buckets.append((channels, latent_frames + references, *size))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -128,10 +130,11 @@ class ClipDataset:
         clips = [self[pick.index] for pick in picks]
         return ClipBatch(
             clips=clips,
-            captions=[
-                self.empty_text if pick.caption is None else clip["captions"][pick.caption]
-                for clip, pick in zip(clips, picks, strict=True)
-            ],
+            captions=[self._caption(clip, pick.epoch) for clip, pick in zip(clips, picks, strict=True)],
             ids=[clip["id"] for clip in clips],
             epochs=[pick.epoch for pick in picks],
         )
+
+    def _caption(self, clip: Clip, epoch: int) -> str:
+        chosen = self.captions.choose(len(clip["captions"]), epoch, clip["id"])
+        return "" if chosen is None else clip["captions"][chosen]

@@ -45,9 +45,9 @@ class Failure:
 class VideoDataset(Dataset):
     """Clips, decoded when asked for: `dataset[i]` is a Clip; of a VACE sample with source, mask and references.
 
-    Which frames a random window takes is drawn from `seed` and the content of the file, so equal files give equal clips
+    Which frames a random window takes is drawn from `seed` and the content of the file: equal files give equal clips
     under whatever name. With on_error="return" a sample that cannot be used is returned as a Failure; with "raise" it
-    raises ValueError. For a DataLoader with worker processes, as decoding is work: give collate_fn=list.
+    raises ValueError. Decoding is work, so use a DataLoader with worker processes, and give it collate_fn=list.
     """
 
     def __init__(

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mm_data import mindspeed
+from mm_data.batch import Batch, Pick
 from mm_data.cache import FORMAT
-from mm_data.order import Pick
+from mm_data.captions import OWN, Captions
 
 
 class Features(TypedDict):
@@ -23,22 +24,11 @@ class Features(TypedDict):
     id: str
     latents: Tensor  # C F H W
     text: list[Tensor]  # S D, one per caption
-    extras: dict[str, Tensor]  # whatever else the model is conditioned on
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro batch. Draws for its samples (timestep, noise) belong to (seed, epochs[i], ids[i])."""
-
-    latents: Tensor  # B C F H W
-    text: Tensor  # B S D, zeros past the end of a caption
-    ids: list[str]
-    epochs: list[int]
-    extras: dict[str, Tensor]  # B ...
+    conditions: dict[str, Tensor]  # whatever else the model is conditioned on
 
 
 class Record(Protocol):
-    """Where a sample lies. Names of tensors: latents, text.0, text.1, ..., and of extras anything else."""
+    """Where a sample lies. Names of tensors: latents, text.0, text.1, ..., and of conditions anything else."""
 
     id: str
     shapes: dict[str, tuple[int, ...]]
@@ -50,30 +40,36 @@ class FeatureDataset:
     """The finished features in a folder, in the order of the manifest that they were made from.
 
     `path` is a folder filled by `FeatureCache`, or one that MindSpeed-MM's feature extraction has written.
-    `dataset[i]` reads a sample from disk. `dataset.shapes[i]` is the shape C F H W of its latents, known without
-    reading: samples of equal shape form a bucket, and all samples of a bucket have the same extras. `dataset.ids[i]`
-    is unique. Raises ValueError for a folder that holds no features, or whose extraction has not finished.
+    `dataset[i]` reads a sample from disk. `ids[i]` is unique. `buckets[i]` is the shape C F H W of the latents, known
+    without reading: all samples of a bucket have the same conditions. `captions` says which text a batch shows; with
+    None batches hold no text, and samples need none.
+
+    Raises ValueError for a folder that holds no features, whose extraction has not finished, or that lacks the texts
+    that `captions` may draw.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, captions: Captions | None = OWN):
         self.path = Path(path)
-        self._empty: StoredRecord | None = None
+        self.captions = captions
+        self._empty: ShardRecord | None = None
         self.records: list[Record]
         if mindspeed.is_feature_folder(self.path):
             self.records = mindspeed.records(self.path)
         else:
             self.records, self._empty = _read_index(self.path)
         self.ids = [record.id for record in self.records]
-        self.shapes = [record.shapes["latents"] for record in self.records]
+        self.buckets = [record.shapes["latents"] for record in self.records]
         self.num_captions = [sum(name.startswith("text.") for name in record.shapes) for record in self.records]
+        if captions:
+            captions.check(self.path, self.ids, self.num_captions, self._empty is not None)
         first: dict[tuple[int, ...], Record] = {}
         for record in self.records:
             other = first.setdefault(record.shapes["latents"], record)
-            if _extras(record.shapes) != _extras(other.shapes):
+            if _conditions(record.shapes) != _conditions(other.shapes):
                 raise ValueError(
                     f"{self.path}: samples {other.id} and {record.id} have latents of one shape but different "
-                    f"conditions, {_extras(other.shapes)} and {_extras(record.shapes)}, so they cannot share a batch: "
-                    "extract them into two folders"
+                    f"conditions, {_conditions(other.shapes)} and {_conditions(record.shapes)}, so they cannot share a "
+                    "batch: extract them into two folders"
                 )
 
     def __len__(self) -> int:
@@ -86,23 +82,25 @@ class FeatureDataset:
             id=record.id,
             latents=tensors["latents"],
             text=[tensors[f"text.{i}"] for i in range(self.num_captions[index])],
-            extras={name: tensors[name] for name in _extras(record.shapes)},
+            conditions={name: tensors[name] for name in _conditions(record.shapes)},
         )
 
     def batch(self, picks: Sequence[Pick]) -> Batch:
-        """Samples of one shape, each with the caption picked for it."""
+        """Samples of one bucket: `latents` B C F H W, `text` B S D (zeros past the end of a caption), and every
+        condition B ... by its name.
+        """
         samples = [self[pick.index] for pick in picks]
-        text = [
-            self.empty_text if pick.caption is None else sample["text"][pick.caption]
-            for sample, pick in zip(samples, picks, strict=True)
-        ]
-        return Batch(
-            latents=torch.stack([sample["latents"] for sample in samples]),
-            text=pad_sequence(text, batch_first=True),
-            ids=[sample["id"] for sample in samples],
-            epochs=[pick.epoch for pick in picks],
-            extras={name: torch.stack([sample["extras"][name] for sample in samples]) for name in samples[0]["extras"]},
-        )
+        tensors = {"latents": torch.stack([sample["latents"] for sample in samples])}
+        if self.captions:
+            texts = [self._text(sample, pick.epoch) for sample, pick in zip(samples, picks, strict=True)]
+            tensors["text"] = pad_sequence(texts, batch_first=True)
+        for name in samples[0]["conditions"]:
+            tensors[name] = torch.stack([sample["conditions"][name] for sample in samples])
+        return Batch(tensors, [sample["id"] for sample in samples], [pick.epoch for pick in picks])
+
+    def _text(self, sample: Features, epoch: int) -> Tensor:
+        chosen = self.captions.choose(len(sample["text"]), epoch, sample["id"])
+        return self.empty_text if chosen is None else sample["text"][chosen]
 
     @cached_property
     def empty_text(self) -> Tensor | None:
@@ -111,7 +109,7 @@ class FeatureDataset:
 
 
 @dataclass(frozen=True)
-class StoredRecord:
+class ShardRecord:
     """A line of dataset.jsonl."""
 
     id: str
@@ -124,7 +122,7 @@ class StoredRecord:
             return {name: file.get_tensor(f"{self.key}/{name}") for name in self.shapes}
 
 
-def _read_index(path: Path) -> tuple[list[StoredRecord], StoredRecord | None]:
+def _read_index(path: Path) -> tuple[list[ShardRecord], ShardRecord | None]:
     """The records of a folder's dataset.jsonl, and that of the empty prompt."""
     index = path / "dataset.jsonl"
     expected = "expected a folder that `python -m mm_train.extract --output …` or MindSpeed-MM's extraction has filled"
@@ -147,10 +145,10 @@ def _read_index(path: Path) -> tuple[list[StoredRecord], StoredRecord | None]:
     return [_record(path, line) for line in lines], _record(path, {"id": "", **empty}) if empty else None
 
 
-def _record(path: Path, line: dict) -> StoredRecord:
+def _record(path: Path, line: dict) -> ShardRecord:
     shapes = {name: tuple(shape) for name, shape in line["shapes"].items()}
-    return StoredRecord(line["id"], shapes, path / line["shard"], line["key"])
+    return ShardRecord(line["id"], shapes, path / line["shard"], line["key"])
 
 
-def _extras(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def _conditions(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in sorted(shapes.items()) if name != "latents" and not name.startswith("text.")}

@@ -11,8 +11,10 @@ TEMPORARY = ".tmp-"
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` by way of a temporary file beside it: complete and on disk, or not there (also after
-    kill -9 or a full disk).
+    """Write `data` to `path` by way of a temporary file beside it.
+
+    The file is complete and on disk, or not there, also after kill -9. Raises OSError, naming the file and its size,
+    where the disk is full or the folder cannot be written.
     """
     temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     try:

@@ -22,17 +22,21 @@ class Unfit(ValueError):
 class Geometry:
     """The clip that a video becomes.
 
-    Frames: `num_frames` of them (4k+1: the VAE makes 1 + k latent frames), or the longest 4k+1 that a shorter video
-    has, if at least `min_frames`; taken at `fps` frames per second (None, or a slower video: its own); beginning at a
-    random place, at the start, or centred.
+    The VAE and the model decide what sizes there are. The VAE makes a latent frame of the first frame, and of every
+    `time_stride` frames after it: so a clip has 4k+1 frames by default. Height and width are multiples of `stride`: the
+    VAE's 8 times the model's patch of 2, by default.
 
-    Size: `max_height` x `max_width`; or if `dynamic` the video's own shape, shrunk to at most `max_area` pixels and cut
-    to multiples of `stride` (VAE 8 x patch 2). Videos of less than `min_area` pixels, or whose aspect differs from the
-    wanted one (if dynamic: from square) by more than a factor of `max_aspect`, do not fit.
+    Frames: a clip has `num_frames`, or of a shorter video as many as there are, but not less than `min_frames`. They
+    are taken at `fps` frames per second; None, or a slower video, means its own rate. They begin at a random place, at
+    the start, or so that they lie in the middle.
 
-    All this is rule "window". Rule "vace" is the one that VACE was trained with, see `mm_data.vace`: clips begin at the
-    start (or with `keep_last` span the whole video), sizes are dynamic, and `num_frames` and the largest area set the
-    number of tokens; no aspect is refused, nor any size unless `min_area` is given.
+    Size: `max_height` x `max_width`. If `dynamic`, it is the video's own shape, shrunk to `max_area` pixels at most.
+    Videos of less than `min_area` pixels do not fit. Nor do those whose aspect differs from the wanted one (if dynamic:
+    from a square) by more than a factor of `max_aspect`.
+
+    All this is rule "window". Rule "vace" is the one that VACE was trained with, see `mm_data.vace`. There clips begin
+    at the start, or span the whole video with `keep_last`. Sizes are dynamic; `num_frames` and the largest area set the
+    number of tokens. No aspect is refused, nor any size unless `min_area` is given.
     """
 
     num_frames: int = 81
@@ -48,16 +52,17 @@ class Geometry:
     stride: int = 16
     rule: Literal["window", "vace"] = "window"
     keep_last: bool = False
+    time_stride: int = 4
 
     def __post_init__(self) -> None:
+        for name, least, why in (
+            ("time_stride", self.time_stride, "4 suits Wan's VAE"),
+            ("stride", self.stride, "16 suits a VAE of 8 and a patch of 2"),
+        ):
+            if least < 1:
+                raise ValueError(f"{name}={least} must be at least 1; {why}")
         for name in ("num_frames", "min_frames"):
-            n = getattr(self, name)
-            if n < 1 or n % 4 != 1:
-                near = max(1, (n - 1) // 4 * 4 + 1)
-                raise ValueError(
-                    f"{name}={n} is not 4k+1: use {near} or {near + 4}, "
-                    "as the video VAE packs the frames after the first by fours"
-                )
+            check_frames(f"{name}=", getattr(self, name), self.time_stride)
         if self.min_frames > self.num_frames:
             raise ValueError(f"min_frames={self.min_frames} is more than num_frames={self.num_frames}")
         if self.fps is not None and not self.fps > 0:
@@ -68,15 +73,8 @@ class Geometry:
             raise ValueError("keep_last belongs to rule vace: set rule=vace, or leave it out")
         if self.window not in ("random", "start", "center"):
             raise ValueError(f"window={self.window!r} must be random, start or center")
-        if self.stride < 1:
-            raise ValueError(f"stride={self.stride} must be at least 1; 16 suits a VAE of 8 and a patch of 2")
         for name in ("max_height", "max_width"):
-            n = getattr(self, name)
-            if n < self.stride or n % self.stride:
-                near = max(self.stride, n // self.stride * self.stride)
-                raise ValueError(
-                    f"{name}={n} is not a multiple of stride={self.stride}: use {near} or {near + self.stride}"
-                )
+            check_side(f"{name}=", getattr(self, name), self.stride)
         if self.max_area is not None and not self.dynamic and self.rule != "vace":
             raise ValueError(
                 f"max_area={self.max_area} is for dynamic sizes: set dynamic, or leave it out, "
@@ -94,6 +92,28 @@ class Geometry:
         largest = self.max_area or self.max_height * self.max_width
         least = largest // 4 if self.rule == "window" else 0
         return (least if self.min_area is None else self.min_area), largest
+
+
+def check_frames(name: str, frames: int, time_stride: int = 4) -> None:
+    """ValueError unless a VAE that packs `time_stride` frames into one can take so many. `name` goes before them."""
+    if frames < 1 or (frames - 1) % time_stride:
+        near = packable(max(1, frames), time_stride)
+        raise ValueError(
+            f"{name}{frames} is not {time_stride}k+1: use {near} or {near + time_stride}, as the video VAE makes one "
+            f"latent frame of {time_stride} frames after the first"
+        )
+
+
+def check_side(name: str, pixels: int, stride: int = 16) -> None:
+    """ValueError unless a height or width is a multiple of `stride`. `name` goes before it."""
+    if pixels < stride or pixels % stride:
+        near = max(stride, pixels // stride * stride)
+        raise ValueError(f"{name}{pixels} is not a multiple of stride={stride}: use {near} or {near + stride}")
+
+
+def packable(frames: int, time_stride: int = 4) -> int:
+    """The most frames, of so many (at least 1), that a VAE can pack: 1 + k `time_stride`."""
+    return (frames - 1) // time_stride * time_stride + 1
 
 
 def output_size(height: int, width: int, geometry: Geometry, pixel_aspect: Fraction = Fraction(1)) -> tuple[int, int]:
@@ -120,7 +140,7 @@ def output_size(height: int, width: int, geometry: Geometry, pixel_aspect: Fract
         )
     if not geometry.dynamic:
         return geometry.max_height, geometry.max_width
-    # Multiples of 16, not 8 as in MindSpeed-MM: with 8 a latent may be odd and the patch of 2 does not divide it.
+    # MindSpeed-MM takes multiples of 8, and not of 16: then a latent may be odd, and the patch of 2 does not divide it.
     scale = min(1.0, sqrt(largest / (height * shown)))
     size = (
         int(height * scale) // geometry.stride * geometry.stride,
@@ -170,7 +190,7 @@ def resample(timestamps: np.ndarray, fps: float | None) -> np.ndarray:
 
 def clip_length(available: int, geometry: Geometry) -> int:
     """The number of frames of the clip, when this many can be chosen from. Raises Unfit."""
-    length = min(geometry.num_frames, (available - 1) // 4 * 4 + 1)
+    length = min(geometry.num_frames, packable(available, geometry.time_stride))
     if available < 1 or length < geometry.min_frames:
         raise Unfit(
             "too_short", f"{available} frame{'s' * (available != 1)}, fewer than min_frames={geometry.min_frames}"

@@ -26,14 +26,14 @@ def read_image(path: str | Path) -> np.ndarray:
             pictures = getattr(picture, "n_frames", 1)
             if pictures > 1 and picture.format != "MPO":  # so phones write a jpg with a thumbnail or a depth map
                 raise ValueError(f"{path} holds {pictures} pictures: save the one that is meant")
-            return _rgb(ImageOps.exif_transpose(picture), path)
+            return _to_rgb(ImageOps.exif_transpose(picture), path)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not a picture of a known kind: use png, jpg or webp") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: so Pillow names a damaged png
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
 
 
-def _rgb(picture: Image.Image, path: Path) -> np.ndarray:
+def _to_rgb(picture: Image.Image, path: Path) -> np.ndarray:
     if picture.mode.startswith("I;16"):  # grey of 16 bits, which Pillow would cut off at 255
         grey = np.asarray(picture).astype(np.float32) / 257
         return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)

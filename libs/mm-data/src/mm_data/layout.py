@@ -1,4 +1,4 @@
-"""What the clip of a sample will be, as the packets of its files tell: nothing is decoded."""
+"""What the clip of a sample will be, by the packets of its files: nothing is decoded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

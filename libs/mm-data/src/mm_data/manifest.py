@@ -1,4 +1,4 @@
-"""Lists of videos and captions: data.txt, data.json and .jsonl as the MindSpeed-MM guides write them.
+"""Lists of videos and captions: data.txt, data.json and .jsonl, as in MindSpeed-MM's guides.
 
     data.txt     one data set per line: `folder,annotation`; lines that begin with # are skipped
     data.json    a list of objects; or data.jsonl, one object per line:
@@ -27,7 +27,7 @@ from mm_data.files import Content
 
 @dataclass(frozen=True)
 class Control:
-    """What VACE is told besides the caption: a source video to follow or to edit, a mask video of where it changes
+    """What VACE reads besides the caption: a source video to follow or to edit, a mask video of where it changes
     (white), and reference pictures. Frame n of source and mask belongs to frame n of the sample's video.
     """
 
@@ -139,7 +139,7 @@ def _read_sets(path: Path) -> list[tuple[Path, Path]]:
 
 
 def _find(text: str, manifest: Path) -> Path:
-    """Relative paths are looked for where the command runs, as the guides do, and then beside data.txt."""
+    """Relative paths are looked for where the command runs, as MindSpeed-MM does, and then beside data.txt."""
     found = Path(text.strip()).expanduser()
     beside = manifest.parent / found
     return found if found.exists() or not beside.exists() else beside

@@ -7,11 +7,11 @@
                          VACE: `vace_context` (latents of what is kept and of what changes, then 64 of mask)
 
 They come out under our names: `latents`, `text.0`, and as conditions `image`, `condition`, `control`, `control_mask`.
-The mask of i2v is left out, which the task says again, and so is `first_frame_latents`: the first of the latents. Other
+The mask of i2v is left out, as the task gives it. So is `first_frame_latents`, which is the first of the latents. Other
 tensors keep their names.
 
-The two accidents that its writer allows are told, not hidden: samples that share a file name overwrote each other, and
-data.jsonl lists samples whose file was never written.
+Its writer allows two accidents, and there is a warning of each: samples that share a file name overwrote each other,
+and data.jsonl lists samples whose file was never written.
 """
 
 import json

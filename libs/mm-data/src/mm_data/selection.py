@@ -1,14 +1,15 @@
 """Which samples of a manifest suit a geometry, judged by what the annotation says; and the report of those that do not.
 
-Nothing is left out in silence: every dropped sample has a reason, and the report counts them. Differences to
-MindSpeed-MM: missing files are found here, not in the middle of a run; shapes with few samples are kept (there, all
-with fewer than four global batches are dropped, so that a set of ten clips ends in an obscure error); short clips are
-dropped by rule, not by chance.
+Nothing is left out in silence: every dropped sample has a reason, and the report counts them.
+
+Differences to MindSpeed-MM: missing files are found here, not in the middle of a run. Short clips are dropped by rule,
+not by chance. Shapes with few samples are kept, see `mm_data.order`; there all with fewer than four global batches are
+dropped, so that a set of ten clips ends in an obscure error.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mm_data.geometry import Geometry, Unfit, clip_length, output_size
 from mm_data.layout import check_control
@@ -66,6 +67,11 @@ def select(samples: Sequence[Sample], geometry: Geometry) -> Selection:
         except Unfit as reason:
             dropped.append((sample, reason))
     return Selection(kept, dropped, geometry)
+
+
+def for_task(samples: Sequence[Sample], controls: bool) -> list[Sample]:
+    """The samples with what a task reads: without sources, masks and references where it reads no `controls`."""
+    return list(samples) if controls else [replace(sample, control=None) for sample in samples]
 
 
 def _check(sample: Sample, geometry: Geometry) -> None:

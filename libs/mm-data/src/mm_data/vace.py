@@ -34,9 +34,10 @@ def vace_clip(timestamps: np.ndarray, height: int, width: float, geometry: Geome
     rate = (available - 1) / timestamps[-1] if available > 1 else 25.0
     fps = min(rate, geometry.fps or rate)
     duration = timestamps[-1] + 0.5 / rate  # to the middle of the last frame
-    groups = (available - 1) // 4 + 1 if geometry.keep_last else max(1, (int(duration * fps) - 1) // 4 + 1)
+    pack = geometry.time_stride
+    groups = (available - 1) // pack + 1 if geometry.keep_last else max(1, (int(duration * fps) - 1) // pack + 1)
     latent_frames, size = fit(groups, height, width, geometry)
-    frames = 4 * (latent_frames - 1) + 1
+    frames = pack * (latent_frames - 1) + 1
     if frames < geometry.min_frames:
         raise Unfit("too_short", f"{available} frames give a clip of {frames}, min_frames={geometry.min_frames}")
     lasts = duration if geometry.keep_last else frames / fps
@@ -54,7 +55,7 @@ def fit(groups: int, height: int, width: float, geometry: Geometry) -> tuple[int
         least = f"min_area={smallest}" if smallest else f"one tile of stride {stride}"
         raise Unfit("resolution_too_small", f"{height} x {width:.0f} is less than {least}")
     area = largest // stride**2
-    budget = area * (1 + (geometry.num_frames - 1) // 4)
+    budget = area * (1 + (geometry.num_frames - 1) // geometry.time_stride)
     area = min(area, own)
     latent_frames = min(groups, budget // area)
     area = min(area, budget // latent_frames)

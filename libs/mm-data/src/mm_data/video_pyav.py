@@ -40,7 +40,7 @@ class VideoInfo:
 
 def scan(path: Path) -> VideoInfo:
     """Read the header of every packet, and decode one frame. Raises ValueError, see `mm_data.video.probe`."""
-    with _opened(path) as (container, stream):
+    with _open(path) as (container, stream):
         packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
         if not packets:
             raise ValueError(f"{path} holds no frames, though its header promises {stream.frames}")
@@ -48,12 +48,12 @@ def scan(path: Path) -> VideoInfo:
             raise ValueError(f"{path} is cut off or damaged: it ends in the middle of a frame")
         pts = [packet.pts for packet in packets]
         keys = sorted(packet.pts for packet in packets if packet.is_keyframe and packet.pts is not None)
-    with _opened(path) as (container, stream):
+    with _open(path) as (container, stream):
         decoded = container.decode(stream)
         first = next(decoded, None)
         if first is None:
             raise ValueError(f"{path}: none of its {len(packets)} frames can be decoded: damaged or encrypted")
-        if stream.codec_context.name in HIDDEN_FRAMES or not _distinct(pts):
+        if stream.codec_context.name in HIDDEN_FRAMES or not _are_distinct(pts):
             pts = [first.pts, *(frame.pts for frame in decoded)]
         if first.rotation % 90:
             raise ValueError(
@@ -61,7 +61,7 @@ def scan(path: Path) -> VideoInfo:
             )
         turns = first.rotation // 90 % 4
         aspect = Fraction(stream.sample_aspect_ratio or 1)
-        if _distinct(pts):
+        if _are_distinct(pts):
             pts.sort()
             timestamps = np.array([float((shown - pts[0]) * stream.time_base) for shown in pts])
         else:
@@ -74,21 +74,21 @@ def scan(path: Path) -> VideoInfo:
             pixel_aspect=1 / aspect if turns % 2 else aspect,
             turns=turns,
             timestamps=timestamps,
-            pts=pts if _distinct(pts) else None,
+            pts=pts if _are_distinct(pts) else None,
             keys=keys,
         )
 
 
 def frames(info: VideoInfo, order: list[int]) -> Iterator[tuple[int, np.ndarray]]:
     """(index, upright picture H W 3) of the frames in `order`, increasing; without those that cannot be decoded."""
-    with _opened(info.path) as (container, stream):
-        for index, frame in _decoded(container, stream, info, order):
+    with _open(info.path) as (container, stream):
+        for index, frame in _decode(container, stream, info, order):
             if frame.is_corrupt:
                 raise ValueError(f"{info.path}: frame {index} of {info.num_frames} is damaged")
             yield index, np.rot90(frame.to_ndarray(format="rgb24"), info.turns)
 
 
-def _decoded(container, stream, info: VideoInfo, order: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+def _decode(container, stream, info: VideoInfo, order: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
     """(index, frame) of the wanted frames, with a seek wherever a later key frame saves decoding."""
     if info.pts is None:
         wanted = set(order)
@@ -99,7 +99,7 @@ def _decoded(container, stream, info: VideoInfo, order: list[int]) -> Iterator[t
                 return
         return
     number = {pts: index for index, pts in enumerate(info.pts)}
-    for run in _runs(info, order):
+    for run in _split_at_keys(info, order):
         left = set(run)
         start = bisect_right(info.keys, info.pts[run[0]]) - 1
         # A seek may land late where decoding order is not showing order: then one key frame earlier, then the start.
@@ -133,7 +133,7 @@ def _from_key(container, stream, key: int | None) -> Iterator[av.VideoFrame]:
             yield from packet.decode()
 
 
-def _runs(info: VideoInfo, order: list[int]) -> Iterator[list[int]]:
+def _split_at_keys(info: VideoInfo, order: list[int]) -> Iterator[list[int]]:
     """Cut the wanted frames where a key frame lies in a gap between two of them: each run needs one seek."""
     run = [order[0]]
     for index in order[1:]:
@@ -145,12 +145,12 @@ def _runs(info: VideoInfo, order: list[int]) -> Iterator[list[int]]:
     yield run
 
 
-def _distinct(pts: list[int | None]) -> bool:
+def _are_distinct(pts: list[int | None]) -> bool:
     return None not in pts and len(set(pts)) == len(pts)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """The container and its main video stream; every error of FFmpeg becomes a ValueError that names the file."""
     _check_file(path)
     try:

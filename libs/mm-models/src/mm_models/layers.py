@@ -6,6 +6,8 @@ modulation, the residual stream) is kept in at least float32 by calling `wide`.
 """
 
 from fnmatch import fnmatch
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,20 +69,45 @@ def gated(x: Tensor, gate: Tensor, y: Tensor, noisy: Tensor | None = None) -> Te
     return torch.addcmul(x, gate, y)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention on B L H h (tokens before heads), as is: no mask, no dropout, scale 1/√h."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """Softmax attention on B L H h (tokens before heads), as is: no dropout, scale 1/√h. Causal: token i sees 0 … i."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal)
     return out.transpose(1, 2)
 
 
-def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Casts the parameters of `model` in place to `dtype`, except its islands, which get at least float32.
+class Sequence(NamedTuple):
+    """What attention must know of a sequence of tokens.
 
-    `model.islands` are `fnmatch` patterns of parameter names. Use this instead of `model.to(bfloat16)`, which would
-    round the islands too (time embedding, modulation tables, norms). Returns the model.
+    tokens: of the whole sequence, also where others have cut it. causal: token i sees tokens 0 … i. segments: where
+    packed samples part, from 0 to `tokens`: (0, 3, 9) are one of 3 tokens and one of 6. Tokens see their sample only.
+    """
+
+    tokens: int
+    causal: bool = False
+    segments: tuple[int, ...] | None = None
+
+
+def core(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
+    """The attention between tokens where all of them are here: the seam of a ladder that nobody has cut. B L H h."""
+    if sequence.segments is None:
+        return attention(q, k, v, sequence.causal)
+    samples = ((x[:, start:stop] for x in (q, k, v)) for start, stop in pairwise(sequence.segments))
+    return torch.cat([attention(*qkv, sequence.causal) for qkv in samples], 1)
+
+
+def identity(x, *_):
+    """A seam that nobody uses."""
+    return x
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Casts the parameters of `model` in place to `dtype`, except what it keeps in float32.
+
+    `model.keep_fp32` are `fnmatch` patterns of parameter names. Use this instead of `model.to(bfloat16)`, which
+    would round these too (time embedding, modulation tables, norms). Returns the model.
     """
     for name, parameter in model.named_parameters():
-        island = any(fnmatch(name, pattern) for pattern in model.islands)
-        target = torch.promote_types(dtype, torch.float32) if island else dtype
+        keep = any(fnmatch(name, pattern) for pattern in model.keep_fp32)
+        target = torch.promote_types(dtype, torch.float32) if keep else dtype
         parameter.data = parameter.data.to(target)
     return model

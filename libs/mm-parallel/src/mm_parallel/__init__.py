@@ -8,7 +8,7 @@ from mm_parallel.config import MemoryConfig, ParallelConfig
 
 if TYPE_CHECKING:
     from mm_parallel.grads import clip_grad_norm, finish_gradients
-    from mm_parallel.mesh import data_rank
+    from mm_parallel.mesh import data_rank, make_mesh
     from mm_parallel.order import parallelize
     from mm_parallel.pipeline import Pipeline
     from mm_parallel.plan import Ladder, ParallelPlan
@@ -27,13 +27,14 @@ __all__ = [
     "forward_backward",
     "full_tensors",
     "load_parameters",
+    "make_mesh",
     "parallelize",
 ]
 
 # What needs torch is imported when it is asked for: a command line made of the two configurations is read without it.
 _HOMES = {
     "grads": ("clip_grad_norm", "finish_gradients"),
-    "mesh": ("data_rank",),
+    "mesh": ("data_rank", "make_mesh"),
     "order": ("parallelize",),
     "pipeline": ("Pipeline",),
     "plan": ("Ladder", "ParallelPlan"),

@@ -5,42 +5,36 @@ This file imports no torch, so that a command line can be read, and a typo answe
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+from typing import Literal
 
 Layers = tuple[int, ...] | tuple[tuple[int, ...], ...]
-"""Rungs of each pipeline stage: flat, or nested (outer: virtual stages, inner: ranks)."""
+"""Layers of each pipeline stage: flat, or nested (outer: virtual stages, inner: ranks)."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the ranks are laid out: pp x dp_replicate x dp_shard x ring x ulysses x tp, neighbours in the last.
-
-    dp_replicate: copies of the model. More than 1 with dp_shard > 1 is HSDP.
-    dp_shard: ranks over which one copy is sharded (FSDP), each with samples of its own; -1 takes what is left.
-    cp: ranks that share the tokens of a sample, for short: ulysses x ring of them. What is not given of the three is
-        what fits; cp alone is Ulysses.
-    ulysses: of these, ranks that exchange tokens for heads in every attention. Any number of heads and tokens.
-    ring: of these, ranks that pass keys and values around. For more ranks than heads, and between hosts.
-    tp: ranks that share every matrix of a rung. Must divide the heads.
-    pp_layers: rungs of each pipeline stage: [8, 8, 7, 7], or [[4, 4], [4, 4]] for two virtual stages on each of two
-        ranks. Empty: no pipeline.
-    schedule: of the pipeline; zero_bubble fills the bubble with weight gradients, and cannot recompute.
-    exact: with Ulysses alone: every sum in one fixed order, so that losses and weights are the same bits for cp 1, 2
-        and 4. Slow; for verification.
-    """
+    """How the ranks are laid out: pp x dp_replicate x dp_shard x ring x ulysses x tp, neighbours in the last."""
 
     dp_replicate: int = 1
+    """Copies of the model. More than 1 with dp_shard > 1 is HSDP."""
     dp_shard: int = -1
+    """Ranks over which one copy is sharded (FSDP), each with samples of its own. -1 takes what is left."""
     cp: int | None = None
+    """Ranks that share the tokens of a sample: ulysses x ring of them. What is not given of the three is what fits; cp
+    alone is Ulysses.
+    """
     ulysses: int | None = None
+    """Of these, ranks that exchange tokens for heads in every attention. Any number of heads and tokens."""
     ring: int | None = None
+    """Of these, ranks that pass keys and values around. For more ranks than heads, and between hosts."""
     tp: int = 1
+    """Ranks that share every matrix of a layer. Must divide the heads."""
     pp_layers: Layers = ()
+    """Layers of each pipeline stage: [8, 8, 7, 7], or [[4, 4], [4, 4]] for two virtual stages on each of two ranks.
+    Empty: no pipeline.
+    """
     schedule: Literal["1f1b", "zero_bubble"] = "1f1b"
-    exact: bool = False
+    """Of the pipeline. zero_bubble fills the bubble with weight gradients, and cannot recompute."""
 
     @property
     def pp(self) -> int:
@@ -49,7 +43,7 @@ class ParallelConfig:
 
     @property
     def stages(self) -> tuple[tuple[int, ...], ...]:
-        """`pp_layers` nested: rungs by virtual stage, then by rank. Raises ValueError for a shape that is neither."""
+        """`pp_layers` nested: layers by virtual stage, then by rank. Raises ValueError for a shape that is neither."""
         nested = [isinstance(part, (list, tuple)) for part in self.pp_layers]
         if any(nested) != all(nested):
             raise ValueError(f"pp_layers {self.pp_layers}: give one list, or a list of lists, not a mix of the two")
@@ -58,7 +52,7 @@ class ParallelConfig:
             raise ValueError(f"pp_layers {self.pp_layers}: every virtual stage must name the same number of ranks")
         if self.pp_layers and min(min(row, default=0) for row in rows) < 1:
             raise ValueError(
-                f"pp_layers {self.pp_layers}: a stage needs at least one rung; leave the stage out instead"
+                f"pp_layers {self.pp_layers}: a stage needs at least one layer; leave the stage out instead"
             )
         if self.pp_layers and len(rows[0]) == 1:
             raise ValueError(f"pp_layers {self.pp_layers}: one rank is no pipeline; leave pp_layers out")
@@ -105,8 +99,6 @@ class ParallelConfig:
                 f"{_product(asked)} is a layout of {needed} ranks, but {world} were started: {', or '.join(fits)}; "
                 f"each must divide {world} ({_divisors(world)})"
             )
-        if whole.exact:
-            whole._check_exact(world)
         return whole
 
     def _with_context(self) -> "ParallelConfig":
@@ -127,52 +119,30 @@ class ParallelConfig:
             )
         return replace(self, ulysses=ulysses, ring=ring)
 
-    def _check_exact(self, world: int) -> None:
-        if world not in (1, 2, 4) or self.ulysses != world:
-            raise ValueError(
-                "exact needs Ulysses over all of 1, 2 or 4 ranks and nothing else, as its sums are four chunks of "
-                f"tokens, added in one order: not ulysses={self.ulysses} of {world} ranks; give cp={world}, without "
-                "tp, pp_layers or ring, on 1, 2 or 4 ranks"
-            )
-
-    def mesh(self, device_type: str) -> "DeviceMesh | None":
-        """The mesh of this layout over all ranks (see `mm_parallel.mesh`); None for one process without process group.
-
-        Raises ValueError for a layout that does not fit the number of ranks.
-        """
-        import torch.distributed as dist
-
-        from mm_parallel.mesh import make
-
-        if not dist.is_initialized():
-            self.resolve(1)
-            return None
-        return make(self.resolve(dist.get_world_size()), device_type)
-
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What is paid in time for memory.
-
-    recompute: what a rung forgets in the forward and computes again in the backward: "none", "full" (all but its
-        input) or "but_attention" (all but its input and what core attention made). One word for all rungs, or one for
-        each rung of the whole model; or a number: the first k rungs of each pipeline rank (all, if it has fewer) in
-        full, the others not.
-    but_attention: with a number (or alone): so many rungs after those recompute all but core attention.
-    offload: "attention" moves what "but_attention" keeps of attention to the host until the backward needs it;
-        "inputs" moves the inputs of recomputed rungs.
-    reshard: whether FSDP drops a rung's gathered weights after its forward (and gathers them again for the backward).
-    prefetch: how many rungs ahead FSDP gathers weights. 0 leaves it to FSDP: one in the backward, and in the forward as
-        far as the host is ahead of the device.
-    offload_params: FSDP's shards, their gradients and their optimizer states live on the host.
-    """
+    """What is paid in time for memory."""
 
     recompute: Literal["none", "full", "but_attention"] | int | tuple[str, ...] = "none"
+    """What a layer forgets in the forward and computes again in the backward: "none", "full" (all but its input) or
+    "but_attention" (all but its input and what core attention made). One word for all layers, or one for each layer of
+    the whole model. Or a number: the first k layers of each pipeline rank (all, if it has fewer) in full.
+    """
     but_attention: int = 0
+    """With a number (or alone): so many layers after those recompute all but core attention."""
     offload: Literal["none", "attention", "inputs"] = "none"
+    """What goes to the host until the backward: what "but_attention" keeps of attention, or the inputs of recomputed
+    layers.
+    """
     reshard: bool = True
+    """Whether FSDP drops a layer's gathered weights after its forward (and gathers them again for the backward)."""
     prefetch: int = 0
+    """How many layers ahead FSDP gathers weights. 0 leaves it to FSDP: one in the backward, and in the forward as far
+    as the host is ahead of the device.
+    """
     offload_params: bool = False
+    """FSDP's shards, their gradients and their optimizer states live on the host."""
 
 
 def _product(sizes: dict[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""Encoders beside the model that is trained: on the device only while they work, and shared among ranks.
+"""Encoders next to the model that is trained: on the device only while they work, and shared among ranks.
 
 Neither knows what an encoder is: `encode` is any function from a sample (or a batch) to tensors, alone or in tuples,
 lists and dicts. It runs without gradients.
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 Raw = TypeVar("Raw")
 
 
-def interleaved(
+def interleave(
     batches: Iterable[Raw],
     encode: Callable[[Raw], Any],
     every: int,
@@ -57,8 +57,7 @@ def _encode_on(device: torch.device, raw: list, encode: Callable, place: Callabl
 def ranks_of_sample(mesh: DeviceMesh | None) -> dist.ProcessGroup | None:
     """The ranks that work on the same samples as this one (pp, ring, ulysses and tp); None if it is alone.
 
-    MindSpeed-MM refuses to share encoders where there is a pipeline. Here its ranks help as well: those of its middle
-    throw away what they get, which costs them a copy.
+    The ranks of a pipeline help as well. Those of its middle throw away what they get, which costs them a copy.
     """
     if mesh is None:
         return None
@@ -75,7 +74,7 @@ class _Outline(NamedTuple):
 
 
 @torch.no_grad()
-def encode_shared(samples: Sequence[Raw], encode: Callable[[Raw], Any], group: dist.ProcessGroup | None) -> list[Any]:
+def share_encoding(samples: Sequence[Raw], encode: Callable[[Raw], Any], group: dist.ProcessGroup | None) -> list[Any]:
     """[encode(sample) for sample in samples], the work shared: every rank of the group encodes some and has all.
 
     samples: the same on all ranks of the group; all call it. Rank r encodes samples r, r + size, …
@@ -96,9 +95,9 @@ def encode_shared(samples: Sequence[Raw], encode: Callable[[Raw], Any], group: d
 
     outlines = {i: tree_map_only(Tensor, _outline, encoded) for i, encoded in own.items()}
     failure = None if error is None else f"sample {rank + len(own) * size}: {type(error).__name__}: {error}"
-    told: list[Any] = [None] * size
-    dist.all_gather_object(told, (len(samples), failure, outlines), group)
-    counts, failures, everyone = zip(*told, strict=True)
+    said: list[Any] = [None] * size
+    dist.all_gather_object(said, (len(samples), failure, outlines), group)
+    counts, failures, everyone = zip(*said, strict=True)
     names = [f"rank {dist.get_global_rank(group, r)}" for r in range(size)]
     if any(failures):
         what = "; ".join(f"{name} could not encode {why}" for name, why in zip(names, failures, strict=True) if why)

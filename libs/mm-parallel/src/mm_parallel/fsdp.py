@@ -1,9 +1,9 @@
 """FSDP2 and HSDP: every rank holds a part of each parameter, of its gradient and of its optimizer state.
 
-A rung's parameters are gathered just before it runs and dropped after it. Islands (`plan.fp32`) must be read in fp32,
-but one fully_shard group is gathered in one dtype, so islands leave their rung's group:
+A layer's parameters are gathered just before it runs and dropped after it. What the plan keeps in fp32 must be read in
+fp32, but one fully_shard group is gathered in one dtype. So these parameters leave their layer's group:
 
-- the largest modules that hold nothing but islands and own a matrix (a time embedding, its projection) become groups
+- the largest modules that hold nothing else and own a matrix (a time embedding, its projection) become groups
   of their own, gathered in fp32;
 - the rest (modulation tables, norm weights) is replicated: a group of a few KiB costs a collective and saves nothing.
   `finish_gradients` averages their gradients.
@@ -27,29 +27,33 @@ from mm_parallel.plan import ParallelPlan
 def shard(
     model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh, dtype: torch.dtype | None, memory: MemoryConfig
 ) -> None:
-    """Shards `model` in place over the mesh's data and context dims: units, island groups, then the root's own.
+    """Shards `model` in place over the mesh's data and context axes: units, groups in fp32, then each
+    ladder's own.
 
-    dtype: what parameters other than islands are gathered in; None gathers them as they are. Gradients are reduced in
-    fp32 (fp64 for fp64 parameters). Parameters end on the mesh's device; a meta model stays meta until
+    dtype: what parameters are gathered in, but for those kept in fp32; None gathers them as they are. Gradients are
+    reduced in fp32 (fp64 for fp64 parameters). Parameters end on the mesh's device; a meta model stays meta until
     `load_parameters`. Raises ValueError when ranks hold different values, and for a prefetch below 0.
     """
-    # A rung hands on the tensors of the stream that it does not change, and FSDP makes these views: torch warns of
+    # A layer hands on the tensors of the stream that it does not change, and FSDP makes these views: torch warns of
     # every ladder that whoever writes into them in place gets wrong gradients. A stream is never written in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     data = parameter_mesh(mesh)
     check_same_values(model, data)
-    islands = set(plan.islands_of(model).values())
-    groups = _island_groups("", model, islands)
-    replicated = islands - {parameter for group in groups.values() for parameter in group.parameters()}
+    ladders = list(plan.ladders(model))
+    in_fp32 = {p for _, ladder, own in ladders for p in own.fp32_parameters(ladder).values()}
+    groups = _fp32_groups("", model, in_fp32)
+    replicated = in_fp32 - {parameter for group in groups.values() for parameter in group.parameters()}
     for parameter in replicated:
         if not parameter.is_meta:
             parameter.data = parameter.data.to(_device_of(data))
     widest = torch.float64 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
-    all_islands = {name for name, module in model.named_modules() if islands.issuperset(module.parameters())}
-    targets = {"": model} | plan.units_of(model) | groups
+    all_in_fp32 = {name for name, module in model.named_modules() if in_fp32.issuperset(module.parameters())}
+    targets = {prefix.removesuffix("."): ladder for prefix, ladder, _ in ladders} | groups
+    for prefix, ladder, own in ladders:
+        targets |= {prefix + name: unit for name, unit in own.units_of(ladder).items()}
     host = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if memory.offload_params else OffloadPolicy()
     for name in sorted(targets, key=_depth, reverse=True):  # inner groups first: fully_shard takes what is left
-        gathered = None if name in all_islands else dtype
+        gathered = None if name in all_in_fp32 else dtype
         policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=widest, cast_forward_inputs=False)
         # The root's own are dropped after a forward, too (FSDP would keep them): or else the next evaluation would not
         # see what was written to the shards in between, say an EMA's weights.
@@ -61,7 +65,8 @@ def shard(
             ignored_params=replicated,
             reshard_after_forward=memory.reshard,
         )
-    _prefetch(plan.units_of(model), list(plan.climb(model)), memory.prefetch)
+    for _, ladder, own in ladders:
+        _prefetch(own.units_of(ladder), list(own.units_in_order(ladder)), memory.prefetch)
 
 
 def drop_gathered(model: nn.Module) -> None:
@@ -78,24 +83,24 @@ def drop_gathered(model: nn.Module) -> None:
 def _prefetch(units: dict[str, nn.Module], order: list[str], ahead: int) -> None:
     """Lets each unit gather those that come next; not those behind a gap, which another pipeline stage runs."""
     if ahead < 0:
-        raise ValueError(f"prefetch={ahead}: must be 0 (as FSDP does it) or how many rungs ahead weights are gathered")
-    by_place = {order.index(name): unit for name, unit in units.items()}
-    for place, unit in by_place.items() if ahead else ():
+        raise ValueError(f"prefetch={ahead}: must be 0 (as FSDP does it) or how many layers ahead weights are gathered")
+    by_position = {order.index(name): unit for name, unit in units.items()}
+    for position, unit in by_position.items() if ahead else ():
         for step, look_ahead in (
             (1, unit.set_modules_to_forward_prefetch),
             (-1, unit.set_modules_to_backward_prefetch),
         ):
-            following = (by_place.get(place + step * n) for n in range(1, ahead + 1))
+            following = (by_position.get(position + step * n) for n in range(1, ahead + 1))
             look_ahead(list(takewhile(lambda other: other is not None, following)))
 
 
-def _island_groups(name: str, module: nn.Module, islands: set[nn.Parameter]) -> dict[str, nn.Module]:
+def _fp32_groups(name: str, module: nn.Module, in_fp32: set[nn.Parameter]) -> dict[str, nn.Module]:
     own = list(module.parameters())
-    if own and islands.issuperset(own):
+    if own and in_fp32.issuperset(own):
         return {name: module} if any(p.ndim >= 2 for p in own) else {}
     groups = {}
     for child_name, child in module.named_children():
-        groups |= _island_groups(f"{name}.{child_name}".lstrip("."), child, islands)
+        groups |= _fp32_groups(f"{name}.{child_name}".lstrip("."), child, in_fp32)
     return groups
 
 

@@ -1,17 +1,21 @@
 """Gradients after the backward: the rule of scaling, averaging what is replicated, the global norm.
 
-The rule, once: **every rank's loss is the mean over its samples, ranks of other samples have equally many, and a
-gradient is the mean over all ranks that share the parameter's values.** Then it is the gradient of the mean over the
-global batch, as on one device:
+The rule, once: **the gradient of a step is that of the sum of its losses, divided by the total weight of the step.**
+Both run over all ranks and all micro-batches. A loss counts as often as its weight says: once for a video, once for
+each label token of a conversation. The total is known before the step, and is the same on every rank. So every token
+counts alike, whatever the layout:
 
-- data: the mean of the ranks' means is the mean of all.
+- data: FSDP and `finish_gradients` take the mean over the ranks that share a parameter's values. With D data ranks,
+  each divides the sum of its own losses by total / D. The mean over the ranks is then the sum of all losses over the
+  total.
 - context (ring x ulysses): these ranks compute the same loss, each through its own tokens. `gather` joins the tokens,
-  so each rank's loss depends on all of them; its backward keeps the own tokens' gradient, times the number of context
-  ranks. A parameter's gradient on one rank is then that number times its part, and the mean is the sum of the parts.
+  so each rank's loss depends on all of them; its backward keeps the gradient of the own tokens, times the number of
+  context ranks. A parameter's gradient on one rank is then that number times its part, and the mean is the sum of the
+  parts.
 - tensor: these ranks compute the same loss from the same tokens; columns, rows and norms make what is replicated
   complete on each, so nothing is left to do.
 - pipeline: a parameter lives on one stage.
-- micro-batches: with n of them each loss is divided by n, and gradients add up.
+- micro-batches: each divides the sum of its losses by the same number, and gradients add up.
 
 FSDP averages what it shards (it never needs a divide factor, which gloo could not do); `finish_gradients` averages the
 rest.
@@ -26,9 +30,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
-from mm_parallel.mesh import along, size
+from mm_parallel.mesh import size, submesh
 
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
@@ -39,7 +43,7 @@ def finish_gradients(model: nn.Module, mesh: DeviceMesh | None) -> None:
     One collective per dtype. Does nothing on one device. A parameter without gradient on some ranks counts as zero
     there; without gradient on all, it keeps none.
     """
-    meshes = [along(mesh, dim) for dim in ("fsdp", "dp_replicate") if size(mesh, dim) > 1]
+    meshes = [submesh(mesh, axis) for axis in ("fsdp", "dp_replicate") if size(mesh, axis) > 1]
     if not meshes:
         return
     groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
@@ -51,7 +55,7 @@ def finish_gradients(model: nn.Module, mesh: DeviceMesh | None) -> None:
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether FSDP has it: a parameter that only tensor parallelism cuts is replicated over all other dims."""
+    """Whether FSDP has it: a parameter that only tensor parallelism cuts is replicated over all other axes."""
     return isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names != ("tp",)
 
 
@@ -110,6 +114,8 @@ def clip_grad_norm(model: nn.Module | Iterable[Tensor], max_norm: float, mesh: D
         square = total.square()
         dist.all_reduce(square, group=mesh.get_group("pp"))
         total = square.sqrt()
-    for group in groups:
-        clip_grads_with_norm_(group, max_norm, total.to(group[0].device))
+    if max_norm < float("inf"):
+        factor = (max_norm / (total + 1e-6)).clamp(max=1)  # torch's, to the bit
+        for group in groups:  # every rank its own part: DTensor would work out the layout of each product first
+            torch._foreach_mul_([_local(p.grad) for p in group], factor.to(group[0].device))
     return total

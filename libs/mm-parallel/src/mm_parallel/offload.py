@@ -1,17 +1,17 @@
-"""Where what a rung keeps for its backward waits: on the device, or on the host.
+"""Where what a layer keeps for its backward waits: on the device, or on the host.
 
-To the host and back, on a side stream beside the computation:
+To the host and back, on a side stream while the device computes:
 
-    forward    rung 0 | rung 1  | rung 2  | …          backward   rung 2     | rung 1      | rung 0
-    side              | 0 leaves| 1 leaves| …                       1 returns| 0 returns
+    forward    layer 0 | layer 1  | layer 2  | …          backward   layer 2   | layer 1   | layer 0
+    side               | 0 leaves | 1 leaves | …                     1 returns | 0 returns
 
-The last rung of a forward is still here when its backward begins at once, and is then used as it is. Each call of a
-rung has a `Sent` of its own, so that a pipeline may have several micro-batches on their way.
+The last layer of a forward is still here when its backward begins at once, and is then used as it is. Each call of a
+layer has a `Sent` of its own, so that a pipeline may have several micro-batches on their way.
 
 On memory and streams. The device's allocator gives memory back when the last reference goes, for whatever is put on
 the *compute* stream next. So a tensor that the side stream reads or writes is referenced until the compute stream has
 been told to wait for that. (`record_stream` would be shorter, but frees only what the device has finished when the
-host asks, and the host is many rungs ahead: nothing would be saved.)
+host asks, and the host is many layers ahead: nothing would be saved.)
 """
 
 import logging
@@ -22,9 +22,12 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+Run = tuple[str, int]
+"""Layers that follow each other in one forward: the ladder's prefix, and a number."""
+
 
 class Kept:
-    """What one call of a rung keeps: tuples of tensors, in the order in which they were made. Here: as they are."""
+    """What one call of a layer keeps: tuples of tensors, in the order in which they were made. Here: as they are."""
 
     def __init__(self) -> None:
         self._tensors: list[tuple[Tensor, ...]] = []
@@ -37,7 +40,7 @@ class Kept:
         self._tensors.append(tensors)
 
     def fetch(self) -> None:
-        """Called when the rung's backward begins, before `get`."""
+        """Called when the layer's backward begins, before `get`."""
 
     def get(self, i: int) -> tuple[Tensor, ...]:
         return self._tensors[i]
@@ -49,14 +52,14 @@ class Host:
     def __init__(self) -> None:
         self.side = None  # made when the first tensor says what the device is
         self._leaving: weakref.ref[Parcel] | None = None
-        self._climbs: dict[int, dict[str, weakref.ref[Sent]]] = {}
+        self._runs: dict[Run, dict[str, weakref.ref[Sent]]] = {}
 
     def __deepcopy__(self, memo: dict) -> "Host":
         return Host()  # a copy of the model has its own traffic, and streams cannot be copied
 
-    def sent(self, name: str, climb: int) -> "Sent":
-        """For one call of the rung `name`; rungs of one climb run one after the other in one forward."""
-        calls = self._climbs.setdefault(climb, {})
+    def begin_call(self, name: str, run: Run) -> "Sent":
+        """For one call of the layer `name`; layers of one run follow each other in one forward."""
+        calls = self._runs.setdefault(run, {})
         if name in calls:  # the next micro-batch
             calls.clear()
         before = next(reversed(calls.values()), None)
@@ -90,7 +93,7 @@ class Sent(Kept):
         self._parcels.append(self._host.send(self._name, tensors))
 
     def fetch(self) -> None:
-        """Starts this call's return, unless it was started one rung ago, and that of the rung before."""
+        """Starts this call's return, unless it was started one layer ago, and that of the layer before."""
         before = None if self._before is None else self._before()
         for sent in (self, before):
             for parcel in sent._parcels if sent is not None else ():

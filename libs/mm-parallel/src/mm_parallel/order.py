@@ -27,12 +27,12 @@ def parallelize(
     memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
     dtype: torch.dtype | None = None,
 ) -> Model:
-    """Cuts `model` in place as `plan` allows and `mesh = parallel.mesh(…)` says; returns it.
+    """Cuts `model` in place as `plan` allows and `mesh = make_mesh(parallel, …)` says; returns it.
 
     Parameter names do not change, and neither do loss and gradients, up to rounding. With one rank (mesh None or of
     size 1) nothing is sharded and no process group is needed. Parameters are the optimizer's masters, usually fp32;
-    `dtype` is what they are gathered in for the forward, islands of the plan excepted. The model itself must cast its
-    weights to the dtype it computes in, so that it does the same unsharded. Call before making the optimizer.
+    `dtype` is what they are gathered in for the forward, but for what the plan keeps in fp32. The model itself must
+    cast its weights to the dtype it computes in, so that it does the same unsharded. Call before making the optimizer.
 
     Raises ValueError for what the plan or the sizes of the model do not allow, and for a layout with a pipeline: that
     is made by `Pipeline`.
@@ -40,7 +40,7 @@ def parallelize(
     if size(mesh, "pp") > 1:
         raise ValueError(f"pp_layers {parallel.pp_layers}: a model is cut into stages by mm_parallel.Pipeline")
     plan.check(model)
-    cut(model, plan, mesh, parallel, memory, dtype)
+    cut(model, plan, mesh, memory, dtype)
     return model
 
 
@@ -48,20 +48,17 @@ def cut(
     model: nn.Module,
     plan: ParallelPlan,
     mesh: DeviceMesh | None,
-    parallel: ParallelConfig,
     memory: MemoryConfig,
     dtype: torch.dtype | None,
 ) -> None:
     """All but the pipeline; `model` may be some stages of one, and `plan` what is left of the plan there."""
     if size(mesh, "tp") > 1:
         tensor.cut(model, plan, mesh)
-    if parallel.exact:
-        context.check_exact(memory)
-    cuts_tokens = size(mesh, "cp") > 1 or parallel.exact
+    cuts_tokens = size(mesh, "cp") > 1
     if cuts_tokens:
-        context.cut(model, plan, mesh, parallel.exact)
+        context.cut(model, plan, mesh)
     recompute(model, plan, memory, core_is_cut=cuts_tokens)
-    if mesh is not None and parameter_mesh(mesh).size() > 1 and not parallel.exact:  # it makes its own gradients whole
+    if mesh is not None and parameter_mesh(mesh).size() > 1:
         shard(model, plan, mesh, dtype, memory)
     elif memory.offload_params:
         raise ValueError(

@@ -1,33 +1,50 @@
 """What a model family says about itself, as data, so that `parallelize` can cut it without knowing it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 
+class Sequence(NamedTuple):
+    """What attention must know of a sequence of which a rank may hold a part; the same on every rank.
+
+    A model may bring its own class: three fields of these names are enough.
+
+    tokens: of the whole sequence.
+    causal: token i attends to tokens 0 … i.
+    segments: where packed samples part, from 0 to `tokens`: (0, 3, 9) are one of 3 tokens and one of 6. Tokens attend
+        within their sample. None: one sample.
+    """
+
+    tokens: int
+    causal: bool = False
+    segments: tuple[int, ...] | None = None
+
+
 class Ladder(Protocol):
-    """A network that is climbed: `head(layer(n-1, … layer(0, stem(…))))`.
+    """A network that runs from stem to head: `head(layer(n-1, … layer(0, stem(…))))`.
 
     The stream is a NamedTuple of what travels up: tensors, and facts that are the same for every rank (numbers, tuples
-    of numbers). A layer returns a stream of the same shapes, and writes into none. Stem and head are methods, not
-    submodules, so that parameter names stay the published ones; `layers` are the rungs' modules in the order in which
-    they are climbed.
+    of them, a `Sequence`). A layer returns a stream of the same shapes, and writes into none. Stem and head are
+    methods, not submodules, so that parameter names stay the published ones; `layers` are modules, in the order in
+    which they run.
 
     To have its tokens cut over ranks, a ladder calls three seams, attributes named in its plan:
 
         split(stream) -> stream                 last in the stem; by default it returns the stream
-        core(q, k, v, tokens) -> out            every attention between tokens; q, k, v, out are B L H h
-        gather(x, tokens) -> x                  in the head: B L … of this rank's tokens -> B L … of all
+        core(q, k, v, sequence) -> out          every attention between tokens; q, k, v, out are B L H h
+        gather(x, sequence) -> x                in the head: B L … of this rank's tokens -> B L … of all
 
-    where `tokens` is the number of tokens of the whole sequence.
+    where `sequence` is a `Sequence`, which the stream carries under this name, so that `split` knows it too.
     """
 
     @property
-    def layers(self) -> Sequence[nn.Module]: ...
+    def layers(self) -> abc.Sequence[nn.Module]: ...
     def stem(self, *batch: Any, **named: Any) -> Any: ...
     def layer(self, i: int, stream: Any) -> Any: ...
     def head(self, stream: Any) -> Tensor: ...
@@ -37,33 +54,39 @@ class Ladder(Protocol):
 class ParallelPlan:
     """How a model may be cut. What is left empty it cannot be.
 
-    rungs: patterns of module names, one dot-separated part at a time: `blocks.*` is `blocks.0`, `blocks.1`, … and not
-        `blocks.0.norm`. One rung is the unit of sharding, of recompute and of pipeline stages.
-    fp32: patterns of parameter names that stay in fp32 when the rest computes in a lower dtype (*islands*). Here `*`
-        crosses dots: `*.modulation`.
-    last: modules and parameters at the root that only `head` uses: a pipeline keeps them on its last stage, the rungs
+    layers: patterns of module names, one dot-separated part at a time: `blocks.*` is `blocks.0`, `blocks.1`, … and not
+        `blocks.0.norm`. One layer is the unit of sharding, of recompute and of pipeline stages.
+    keep_fp32: patterns of parameter names that stay in fp32 when the rest computes in a lower dtype. Here `*` crosses
+        dots: `*.modulation`.
+    last: modules and parameters at the root that only `head` uses: a pipeline keeps them on its last stage, the layers
         where they belong, and everything else on the first.
-    tokens: fields of the stream that hold tokens, with the dim in which; the first counts them. A field of size 1
-        there is the same for all tokens, and stays whole.
-    causal: whether tokens attend to earlier ones only (a ring then deals them out so that all ranks work alike).
+    tokens: fields of the stream that hold tokens, with the dim in which. A field of size 1 there is the same for all
+        tokens, and stays whole; not so the first.
     split, core, gather: where the three seams are (see `Ladder`).
     heads: attention heads; the ranks of tensor parallelism must divide them.
     columns: patterns of linears whose rows of the weight (columns of the output) are cut over tensor-parallel ranks;
         what they compute is local until a linear of `rows`, whose outputs are summed.
     rows: patterns of linears that take what `columns` make.
     norms: patterns of RMSNorms over all heads between the two, whose mean of squares is taken over the ranks.
-    beside: modules by name that run just before a rung, in the same call of `layer`, with its number (a second ladder
-        that is climbed in step). They are sharded and recomputed like rungs, each by itself, and go with their rung to
-        its pipeline stage.
+    companions: modules by name that run just before a layer, in the same call of `layer`, with its number (a second
+        ladder that runs in step). They are sharded and recomputed like layers, each by itself, and go with their layer
+        to its pipeline stage.
 
-    A pattern that matches nothing is an error, because a misspelt island would silently be rounded.
+    residual: the field of the stream that layers add to. Of its input, a layer that recomputes keeps this as autograd
+        would; the rest of the stream is the same for all layers, and referred to. A layer may also be called with this
+        tensor itself, and the rest behind it.
+    inner: plans of ladders that run in this one's stem (a vision tower), by the module's name; their names are relative
+        to it. Their layers are units like ours, and nothing of ours is said of what they hold. They are called as
+        modules, by all ranks alike, and live on the first pipeline stage. Context parallelism cuts the tokens of those
+        that name some.
+
+    A pattern that matches nothing is an error, because a misspelt name would silently be rounded.
     """
 
-    rungs: tuple[str, ...]
-    fp32: tuple[str, ...] = ()
+    layers: tuple[str, ...]
+    keep_fp32: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
     tokens: Mapping[str, int] = field(default_factory=dict)
-    causal: bool = False
     split: str = "split"
     core: str = "core"
     gather: str = "gather"
@@ -71,57 +94,80 @@ class ParallelPlan:
     columns: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
-    beside: Mapping[str, int] = field(default_factory=dict)
+    companions: Mapping[str, int] = field(default_factory=dict)
+    residual: str = "x"
+    inner: Mapping[str, "ParallelPlan"] = field(default_factory=dict)
+
+    def ladders(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, "ParallelPlan"]]:
+        """(prefix of its names, module, plan) of every ladder in the model: the inner ones first, as they run first."""
+        for name, plan in self.inner.items():
+            for prefix, ladder, own in plan.ladders(model.get_submodule(name)):
+                yield f"{name}.{prefix}", ladder, own
+        yield "", model, self
 
     def on(self, model: nn.Module) -> "ParallelPlan":
         """The plan of a part of its model: without the patterns that mean nothing that is there."""
-        modules, parameters = (
-            [name for name, _ in model.named_modules()],
-            [name for name, _ in model.named_parameters()],
-        )
-        kept = {"fp32": tuple(p for p in self.fp32 if any(fnmatchcase(name, p) for name in parameters))}
-        for kind in ("rungs", "columns", "rows", "norms"):
+        modules, parameters = self._modules(model), self._parameters(model)
+        kept: dict[str, Any] = {
+            "keep_fp32": tuple(p for p in self.keep_fp32 if any(fnmatchcase(name, p) for name in parameters)),
+            "inner": {name: plan for name, plan in self.inner.items() if name in dict(model.named_modules())},
+        }
+        for kind in ("layers", "columns", "rows", "norms"):
             kept[kind] = tuple(p for p in getattr(self, kind) if any(_match_parts(name, p) for name in modules))
         return replace(self, **kept)
 
     def check(self, model: nn.Module) -> None:
-        """Raises ValueError for a pattern that means nothing in the whole model."""
-        self.islands_of(model)
-        for kind in ("rungs", "columns", "rows", "norms"):
+        """Raises ValueError for a pattern or a name that means nothing in the whole model."""
+        self.fp32_parameters(model)
+        for kind in ("layers", "columns", "rows", "norms"):
             self.modules_of(model, kind)
-        modules, count = dict(model.named_modules()), len(self.modules_of(model, "rungs"))
-        for name, rung in self.beside.items():
-            if name not in modules or not 0 <= rung < count:
+        everything = dict(model.named_modules())
+        for name, plan in self.inner.items():
+            if name not in everything:
+                raise ValueError(f"plan.inner: the model has no module {name!r}")
+            plan.check(everything[name])
+        modules, count = self._modules(model), len(self.modules_of(model, "layers"))
+        for name, layer in self.companions.items():
+            if name not in modules or not 0 <= layer < count:
                 raise ValueError(
-                    f"plan.beside: {name!r} with rung {rung}: the model has {count} rungs, and no such module"
+                    f"plan.companions: {name!r} with layer {layer}: the model has {count} layers, and no such module"
                 )
 
-    def climb(self, model: nn.Module) -> dict[str, int]:
-        """The units of sharding and recompute by name, in the order in which they run, with the number of their rung:
-        rungs, and before each what is beside it. Those of the whole model, also if they are None in this part of it.
+    def units_in_order(self, model: nn.Module) -> dict[str, int]:
+        """The units of sharding and recompute by name, in the order in which they run, with the number of their layer:
+        layers, and before each its companions. Of this ladder only; of the whole model, also what is None in this part.
         """
-        rungs = [name for name in _names(model) if any(_match_parts(name, pattern) for pattern in self.rungs)]
+        layers = [name for name in _names(model) if any(_match_parts(name, pattern) for pattern in self.layers)]
         units: dict[str, int] = {}
-        for number, rung in enumerate(rungs):
-            units |= {name: of for name, of in self.beside.items() if of == number} | {rung: number}
+        for number, layer in enumerate(layers):
+            units |= {name: of for name, of in self.companions.items() if of == number} | {layer: number}
         return units
 
     def units_of(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The units that are here, in the order in which they run."""
+        """Those units that are here, in the order in which they run."""
         modules = dict(model.named_modules())
-        return {name: modules[name] for name in self.climb(model) if name in modules}
+        return {name: modules[name] for name in self.units_in_order(model) if name in modules}
 
     def modules_of(self, model: nn.Module, kind: str) -> dict[str, nn.Module]:
-        """The modules by name that the patterns of a field mean: `rungs`, `columns`, `rows` or `norms`."""
-        modules = dict(model.named_modules())
+        """The modules by name that the patterns of a field mean: `layers`, `columns`, `rows` or `norms`."""
+        modules = self._modules(model)
         found = _matching(getattr(self, kind), list(modules), _match_parts, kind, "module")
         return {name: modules[name] for name in found}
 
-    def islands_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The fp32 parameters by name. Raises ValueError for a pattern without match."""
-        parameters = dict(model.named_parameters())
-        found = _matching(self.fp32, list(parameters), fnmatchcase, "fp32", "parameter")
+    def fp32_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of this ladder that stay in fp32, by name. Raises ValueError for a pattern without match."""
+        parameters = self._parameters(model)
+        found = _matching(self.keep_fp32, list(parameters), fnmatchcase, "keep_fp32", "parameter")
         return {name: parameters[name] for name in found}
+
+    def _modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        return {name: module for name, module in model.named_modules() if not self._is_inner(name)}
+
+    def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in model.named_parameters() if not self._is_inner(name)}
+
+    def _is_inner(self, name: str) -> bool:
+        return any(name == inner or name.startswith(f"{inner}.") for inner in self.inner)
 
 
 def _names(module: nn.Module, prefix: str = "") -> Iterator[str]:
@@ -137,7 +183,7 @@ def _match_parts(name: str, pattern: str) -> bool:
     return len(names) == len(patterns) and all(map(fnmatchcase, names, patterns))
 
 
-def _matching(patterns: Sequence[str], names: list[str], match: Any, field: str, kind: str) -> list[str]:
+def _matching(patterns: abc.Sequence[str], names: list[str], match: Any, field: str, kind: str) -> list[str]:
     for pattern in patterns:
         if not any(match(name, pattern) for name in names):
             near = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]

@@ -1,7 +1,7 @@
-"""Forgetting a rung's activations in the forward and computing them again in the backward.
+"""Forgetting a layer's activations in the forward and computing them again in the backward.
 
-Three words, rung by rung: "none" keeps everything; "full" keeps the rung's input; "but_attention" keeps the input and
-what attention made (out and logsumexp), so that all is computed again but attention, which is most of the work of a
+Three words, layer by layer: "none" keeps everything; "full" keeps the layer's input; "but_attention" keeps the input
+and what attention made (out and logsumexp), so that all is computed again but attention, which is most of the work of a
 long sequence. What is kept may wait on the host, see `mm_parallel.offload`.
 """
 
@@ -15,47 +15,54 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from mm_parallel.attention import KEPT, attention, core
+from mm_parallel.attention import KEPT, core
 from mm_parallel.config import MemoryConfig
-from mm_parallel.offload import Host, Kept
+from mm_parallel.offload import Host, Kept, Run
 from mm_parallel.plan import ParallelPlan
 
 WORDS = ("none", "full", "but_attention")
 
 
 def recompute(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, core_is_cut: bool = False) -> None:
-    """Makes rungs, and what is beside them, recompute and offload as `memory` says. Gradients stay the same.
+    """Makes layers and their companions recompute and offload as `memory` says. Gradients stay the same.
 
-    A rung keeps its module and thereby its parameter names: only its `forward` is replaced on the instance. Its first
-    argument is the stream (a NamedTuple, or the residual stream itself).
+    A layer keeps its module and thereby its parameter names: only its `forward` is replaced on the instance. Its first
+    argument is the stream, or the residual stream itself (see `ParallelPlan.residual`). In an inner ladder a word for
+    all counts as well, a number counts its own layers (all, if it has fewer), and words for each are not for it.
 
-    model: whole, or a pipeline rank's part of it, in which the rungs of others are None.
+    model: whole, or a pipeline rank's part of it, in which the layers of others are None.
     core_is_cut: whether context parallelism has put its attention into the model's seam. Without, "but_attention" puts
         `mm_parallel.attention.core` there, as only an op that has a name can be kept.
 
     Raises ValueError for words and numbers that the model cannot follow, and for an offload of what nobody keeps.
     """
-    order, units = plan.climb(model), list(plan.units_of(model))
-    here = list(dict.fromkeys(order[name] for name in units))  # numbers of this part's rungs
-    by_rung = _words(memory, len(set(order.values())), here)
-    words = {name: by_rung[order[name]] for name in units}
-    _check_offload(memory.offload, _asked(memory))
-    if "but_attention" in words.values() and not core_is_cut:
-        _name_the_core(model, plan)
-    host = Host()
-    for place, (name, word) in enumerate(words.items()):
-        if word != "none":
-            unit = model.get_submodule(name)
-            climb = list(order).index(name) - place  # the same for units that follow each other without a gap
-            unit.forward = Recomputed(unit.forward, name, word, memory.offload, host, climb)
+    host, words_of = Host(), {}
+    for prefix, ladder, own in plan.ladders(model):
+        order, units = own.units_in_order(ladder), list(own.units_of(ladder))
+        here = list(dict.fromkeys(order[name] for name in units))  # numbers of this part's layers
+        by_layer = _inner_words(memory, here) if prefix else _words(memory, len(set(order.values())), here)
+        words_of[prefix] = {name: by_layer[order[name]] for name in units}
+    _check_offload(memory.offload, _all_words(memory))
+    for prefix, ladder, own in plan.ladders(model):
+        words, order = words_of[prefix], list(own.units_in_order(ladder))
+        if "but_attention" in words.values() and not (core_is_cut and own.tokens):
+            _name_the_core(ladder, own)
+        for position, (name, word) in enumerate(words.items()):
+            if word != "none":
+                unit = ladder.get_submodule(name)
+                # the same number for units that follow each other without a gap
+                run = prefix, order.index(name) - position
+                unit.forward = Recomputed(unit.forward, prefix + name, word, own.residual, memory.offload, host, run)
 
 
 class Recomputed:
-    """Stands for a rung's forward. An object and no closure, so that a deep copy of the model calls its own rung."""
+    """Stands for a layer's forward. An object and no closure, so that a deep copy of the model calls its own layer."""
 
-    def __init__(self, forward: Callable, name: str, word: str, offload: str, host: Host, climb: int) -> None:
-        self.forward, self.name, self.word = forward, name, word
-        self.offload, self.host, self.climb = offload, host, climb
+    def __init__(
+        self, forward: Callable, name: str, word: str, residual: str, offload: str, host: Host, run: Run
+    ) -> None:
+        self.forward, self.name, self.word, self.residual = forward, name, word, residual
+        self.offload, self.host, self.run = offload, host, run
 
     def __call__(self, stream: Any, *args: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -63,7 +70,7 @@ class Recomputed:
         if isinstance(stream, Tensor):
             x, rest = stream, None
         else:
-            x, rest = stream[0], stream._replace(**{stream._fields[0]: None})
+            x, rest = getattr(stream, self.residual), stream._replace(**{self.residual: None})
         del stream  # nothing here may hold on to x
         kept = self._keep("attention") if self.word == "but_attention" else None
         with _elsewhere(self._keep("inputs")) if self.offload == "inputs" else nullcontext():
@@ -85,11 +92,11 @@ class Recomputed:
         return result
 
     def _run(self, x: Tensor, rest: Any, args: tuple, named: dict) -> Any:
-        stream = x if rest is None else rest._replace(**{rest._fields[0]: x})
+        stream = x if rest is None else rest._replace(**{self.residual: x})
         return self.forward(stream, *args, **named)
 
     def _keep(self, what: str) -> Kept:
-        return self.host.sent(self.name, self.climb) if self.offload == what else Kept()
+        return self.host.begin_call(self.name, self.run) if self.offload == what else Kept()
 
 
 class _Keeping(TorchDispatchMode):
@@ -139,42 +146,53 @@ def _elsewhere(kept: Kept) -> saved_tensors_hooks:
 
 
 def _words(memory: MemoryConfig, total: int, here: list[int]) -> dict[int, str]:
-    """A word for every rung that is here, by its number."""
+    """A word for every layer that is here, by its number."""
     asked, more = memory.recompute, memory.but_attention
     if isinstance(asked, str) and asked == "none" and more:
         asked = 0
     if more and (isinstance(asked, (str, list, tuple))):
         raise ValueError(
-            f"but_attention={more} counts the rungs after those recomputed in full, so that recompute must be how many "
-            f"these are (0 … {total}), not recompute={asked!r}: give a number"
+            f"but_attention={more} counts the layers after those recomputed in full, so that recompute must be how "
+            f"many these are (0 … {total}), not recompute={asked!r}: give a number"
         )
     if isinstance(asked, int) and not isinstance(asked, bool):
         if min(asked, more) < 0 or asked + more > total:
             raise ValueError(
-                f"recompute={asked} and but_attention={more} rungs: the model has {total}, so each must be 0 or more, "
+                f"recompute={asked} and but_attention={more} layers: the model has {total}, so each must be 0 or more, "
                 f"and together at most {total}"
             )
         words = ["full"] * asked + ["but_attention"] * more + ["none"] * total
-        return dict(zip(here, words, strict=False))  # a stage with fewer rungs than were asked for recomputes all
+        return dict(zip(here, words, strict=False))  # a stage with fewer layers than were asked for recomputes all
     if isinstance(asked, (list, tuple)):
         wrong = [word for word in asked if word not in WORDS]
         if wrong or len(asked) != total:
             raise ValueError(
                 f"recompute has {len(asked)} words"
                 + (f", {wrong[0]!r} among them" if wrong else "")
-                + f": give one of {', '.join(WORDS)} for each of the {total} rungs of the model"
+                + f": give one of {', '.join(WORDS)} for each of the {total} layers of the model"
             )
-        return {rung: asked[rung] for rung in here}
+        return {layer: asked[layer] for layer in here}
     if asked not in WORDS:
         raise ValueError(
-            f"recompute={asked!r}: give one of {', '.join(WORDS)}, how many of the {total} rungs (0 … {total}), or a "
+            f"recompute={asked!r}: give one of {', '.join(WORDS)}, how many of the {total} layers (0 … {total}), or a "
             "word for each"
         )
     return dict.fromkeys(here, asked)
 
 
-def _asked(memory: MemoryConfig) -> set[str]:
-    """The words that are asked for, be it for rungs of other pipeline ranks: all ranks must refuse alike."""
+def _inner_words(memory: MemoryConfig, here: list[int]) -> dict[int, str]:
+    """A word for every layer of an inner ladder."""
+    asked, more = memory.recompute, memory.but_attention
+    if isinstance(asked, (list, tuple)):
+        return dict.fromkeys(here, "none")
+    if isinstance(asked, str) and not more:
+        return dict.fromkeys(here, asked)
+    words = ["full"] * (asked if isinstance(asked, int) else 0) + ["but_attention"] * more + ["none"] * len(here)
+    return dict(zip(here, words, strict=False))
+
+
+def _all_words(memory: MemoryConfig) -> set[str]:
+    """The words that are asked for, be it for layers of other pipeline ranks: all ranks must refuse alike."""
     if isinstance(memory.recompute, str):
         words = {memory.recompute}
     elif isinstance(memory.recompute, int):
@@ -189,11 +207,13 @@ def _check_offload(offload: str, words: set[str]) -> None:
         raise ValueError(f"offload={offload!r}: there are none, attention and inputs")
     if offload == "attention" and "but_attention" not in words:
         raise ValueError(
-            'offload="attention" moves what recompute="but_attention" keeps, but no rung recomputes so '
+            'offload="attention" moves what recompute="but_attention" keeps, but no layer recomputes so '
             f"({', '.join(sorted(words)) or 'none'}): set recompute or but_attention as well"
         )
     if offload == "inputs" and not words:
-        raise ValueError('offload="inputs" moves the inputs of recomputed rungs, but no rung recomputes: set recompute')
+        raise ValueError(
+            'offload="inputs" moves the inputs of recomputed layers, but no layer recomputes: set recompute'
+        )
 
 
 def _name_the_core(model: nn.Module, plan: ParallelPlan) -> None:
@@ -207,8 +227,4 @@ def _name_the_core(model: nn.Module, plan: ParallelPlan) -> None:
     module = model.get_submodule(owner)
     if not hasattr(module, seam):
         raise ValueError(f'recompute="but_attention": the model has no seam {plan.core!r} to keep attention at')
-    setattr(module, seam, _causal_core if plan.causal else core)
-
-
-def _causal_core(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
-    return attention(q, k, v, causal=True)
+    setattr(module, seam, core)

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from mm_parallel.mesh import data_rank
 
 if TYPE_CHECKING:
     from mm_parallel.pipeline import Pipeline
@@ -15,22 +18,30 @@ def forward_backward(
     run: nn.Module | Pipeline,
     count: int,
     inputs: Callable[[int], Mapping[str, Any]],
-    loss: Callable[[Tensor, int], Tensor],
+    losses: Callable[[Tensor, int], Tensor],
+    total: float,
+    mesh: DeviceMesh | None = None,
 ) -> list[Tensor]:
-    """Adds the gradient of the mean loss over `count` micro-batches to the gradients that are there.
+    """Adds the gradient of `count` micro-batches to the gradients that are there, by the rule in `mm_parallel.grads`.
 
     Args:
         count: the same on all ranks, or they wait for each other for ever.
         inputs: number of a micro-batch -> what the model is called with, by name. Asked for when it is needed.
-        loss: (output, number) -> losses, of any shape; their mean is what counts.
+        losses: (output, number) -> losses, each times its weight, of any shape; their sum is what counts.
+        total: the weight of the whole step, over all ranks and micro-batches; the same on all ranks.
+        mesh: says how many ranks have samples of their own; None for one rank.
 
-    Returns the losses, detached; of a pipeline only on ranks of its last stage, elsewhere [].
+    Returns the losses, detached; of a pipeline only on ranks of its last stage, elsewhere []. Raises ValueError for a
+    total that is not above 0.
     """
+    if not total > 0:
+        raise ValueError(f"the losses of this step weigh {total} together, so nothing can be learned from it")
+    share = total / data_rank(mesh)[1]
     if not isinstance(run, nn.Module):
-        return run.step(count, inputs, loss)
-    losses = []
+        return run.step(count, inputs, losses, share)
+    found = []
     for number in range(count):
-        losses.append(loss(run(**inputs(number)), number))
-        (losses[-1].mean() / count).backward()
-        losses[-1] = losses[-1].detach()
-    return losses
+        found.append(losses(run(**inputs(number)), number))
+        (found[-1].sum() / share).backward()
+        found[-1] = found[-1].detach()
+    return found

@@ -1,4 +1,4 @@
-"""Tensor parallelism: every rank holds some columns of a rung's first linears and the same rows of those after them.
+"""Tensor parallelism: every rank holds some columns of a layer's first linears and the same rows of those after them.
 
     x ─► enter ─► column: x W_r + b_r ─► norm, attention, activation of these heads ─► row: y_r W_r ─► leave ─► + b
 
@@ -9,7 +9,7 @@ rank knows only its heads, so a norm over all heads takes its mean of squares ov
 Parameters become DTensors on the mesh's "tp": names and global shapes stay, checkpoints and norms see whole tensors,
 and FSDP shards them once more. The computation is local, by another `forward` on the instance.
 
-Cost per rung, in sums of activations over the ranks: one for each row in the forward, one for each column in the
+Cost per layer, in sums of activations over the ranks: one for each row in the forward, one for each column in the
 backward (Megatron has one for q, k and v together, which share an input), and for each norm a number per token in both.
 """
 
@@ -33,7 +33,7 @@ def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh) -> None:
 
     Works on a meta model; a real one must have the same values on every rank, of which each keeps its part. A linear
     with LoRA adapters (as peft makes them) is cut together with them. What is between a column and a row must take the
-    number of heads from what it is given.
+    number of heads from what it is given. An inner ladder whose plan has no columns stays whole on every rank.
 
     Raises ValueError, before anything is cut, for a plan without columns, sizes that tp does not divide, a module that
     is no linear or RMSNorm, adapters that drop out, and ranks with different values.
@@ -41,22 +41,31 @@ def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh) -> None:
     # The norm of what tp and fsdp cut takes two collectives, of which torch warns again and again, on every rank.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     ranks = mesh["tp"]
-    columns, rows, norms = (plan.modules_of(model, kind) for kind in ("columns", "rows", "norms"))
-    if not columns:
+    if not plan.columns:
         raise ValueError(f"tp={ranks.size()}: this model's plan declares no tensor parallelism; use tp=1")
-    _check_sizes(plan.heads, columns, rows, norms, ranks.size())
+    parts = []
+    for _, ladder, own in plan.ladders(model):
+        kinds = [own.modules_of(ladder, kind) for kind in ("columns", "rows", "norms")]
+        if own.columns:
+            _check_sizes(own.heads, *kinds, ranks.size())
+        parts.append([list(modules.values()) for modules in kinds])
     check_same_values(model, ranks)
-    for linear in columns.values():
+    for columns, rows, norms in parts:
+        _cut(columns, rows, norms, ranks)
+
+
+def _cut(columns: list[nn.Module], rows: list[nn.Module], norms: list[nn.Module], ranks: DeviceMesh) -> None:
+    for linear in columns:
         base, adapters = _parts(linear)
         _column(base, ranks)
         for _, b in adapters:  # A makes the same few numbers on every rank
             _column(b, ranks)
-    for linear in rows.values():
+    for linear in rows:
         base, adapters = _parts(linear)
         _row(base, ranks)
         for a, _ in adapters:  # B takes their sum, the same on every rank
             _row(a, ranks)
-    for norm in norms.values():
+    for norm in norms:
         _norm(norm, ranks)
 
 
@@ -152,11 +161,11 @@ def _parts(linear: nn.Module) -> tuple[nn.Module, list[tuple[nn.Linear, nn.Linea
 def _check_sizes(heads: int, columns: dict, rows: dict, norms: dict, tp: int) -> None:
     sizes = {"heads": heads} if heads else {}
     for name, module in columns.items():
-        sizes[f"columns of {name}"] = _checked(name, module, nn.Linear).out_features
+        sizes[f"columns of {name}"] = _require(name, module, nn.Linear).out_features
     for name, module in rows.items():
-        sizes[f"rows of {name}"] = _checked(name, module, nn.Linear).in_features
+        sizes[f"rows of {name}"] = _require(name, module, nn.Linear).in_features
     for name, module in norms.items():
-        sizes[f"weights of {name}"] = _checked(name, module, nn.RMSNorm).normalized_shape[0]
+        sizes[f"weights of {name}"] = _require(name, module, nn.RMSNorm).normalized_shape[0]
     largest = gcd(*sizes.values())
     legal = ", ".join(str(n) for n in range(1, largest + 1) if largest % n == 0)
     for name, size in sizes.items():
@@ -164,7 +173,7 @@ def _check_sizes(heads: int, columns: dict, rows: dict, norms: dict, tp: int) ->
             raise ValueError(f"{size} {name} cannot be cut over tp={tp}: for this model tp can be {legal}")
 
 
-def _checked(name: str, module: nn.Module, kind: type[nn.Module]) -> Any:
+def _require(name: str, module: nn.Module, kind: type[nn.Module]) -> Any:
     base, _ = _parts(module)
     if not isinstance(base, kind):
         raise ValueError(f"plan: {name} is of type {type(base).__name__}; tp can only cut {kind.__name__} there")

@@ -95,7 +95,15 @@ def from_sizes(sizes: Mapping[str, int], groups: set[str], layers: Mapping[str, 
     if "image" in groups and "image kv" not in groups:
         config["image_kv"] = False  # as nobody has published it, but diffusers can make it
     config["image_tokens"] = sizes["image_tokens"] if "image positions" in groups else IMAGE_TOKENS
+    if "image positions" in groups and config["image_tokens"] <= IMAGE_TOKENS:
+        config["image_positions"] = True  # of two images, which a smaller CLIP than Wan's has seen
     return config
+
+
+def has_positions(config: Config) -> bool:
+    """Whether there is a position for each image token: so it is where a first and a last image are seen."""
+    stated = config.get("image_positions")
+    return config["image_tokens"] > IMAGE_TOKENS if stated is None else stated
 
 
 def complete(config: Config) -> tuple[Config, list[str]]:
@@ -145,7 +153,7 @@ def read_config(json: Mapping[str, Any]) -> Config:
 
 
 def write_diffusers(config: Config) -> Config:
-    image, positions = config["image_dim"] is not None, config["image_tokens"] != IMAGE_TOKENS
+    image, positions = config["image_dim"] is not None, has_positions(config)
     json = {
         theirs: config[ours]
         for ours, (theirs, _) in _SPELLINGS.items()
@@ -176,7 +184,7 @@ def write_original(config: Config) -> Config:
 
 def _model_type(config: Config) -> str:
     if config["image_dim"] is not None:
-        return "i2v" if config["image_tokens"] == IMAGE_TOKENS else "flf2v"
+        return "flf2v" if has_positions(config) else "i2v"
     if config["in_channels"] > config["out_channels"]:
         return "i2v"  # Wan2.2: the picture comes through the channels alone
     return "ti2v" if config["in_channels"] == 48 else "t2v"

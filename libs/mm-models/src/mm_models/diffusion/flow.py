@@ -11,12 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mm_models.diffusion.objective import Level
+
 POINTS = 1000
 
 
 def expert_range(expert: Literal["high", "low"], boundary: float, shift: float) -> tuple[float, float]:
-    """The part of the table that an expert is trained on: for high all noise levels of at least `boundary`, for low all
-    below. With shift 5: (0, 0.417) and (0.417, 1) for 0.875, as the guides say; (0, 0.358) and (0.358, 1) for 0.9.
+    """The part of the table that an expert is trained on: for high all levels from `boundary` on, for low the rest.
+
+    With shift 5 and 0.875 they are (0, 0.417) and (0.417, 1), with 0.9 (0, 0.358) and (0.358, 1), as in MindSpeed-MM.
     """
     if not 0 < boundary < 1:
         raise ValueError(f"the boundary between two experts is {boundary}, but must be a noise level between 0 and 1")
@@ -29,7 +32,7 @@ class FlowMatching:
     """The schedule that Wan is finetuned with."""
 
     shift: float = 5.0
-    """Above 1 gives more of the table to high noise. The guides train every size with 5, whatever they sample with."""
+    """Above 1 gives more of the table to high noise. MindSpeed-MM trains with 5, whatever it samples with."""
     range: tuple[float, float] = (0.0, 1.0)
     """Part of the table to train on, as fractions: (0, 0.417) are the noisiest levels, e.g. for a high-noise expert."""
     weighting: Literal["bsmntw", "none"] = "bsmntw"
@@ -73,16 +76,42 @@ class FlowMatching:
         low, high = self.range
         return round(low * POINTS), round(high * POINTS)  # int() would make 289 of 0.29 · 1000
 
-    def noised(self, x0: Tensor, noise: Tensor, index: Tensor) -> Tensor:
-        """(1 - sigma) x0 + sigma noise, for index B and latents B C F H W."""
-        sigma = self.sigmas.to(x0.device)[index.to(x0.device)].view(-1, *[1] * (x0.ndim - 1))
+    def draw_index(self, generator: torch.Generator) -> Tensor:
+        """A point of the part that is trained on."""
+        low, high = self.index_range
+        return torch.randint(low, high, (), generator=generator)
+
+    def level(self, index: Tensor) -> Level:
+        """The levels at points of the table, B."""
+        return Level(self.timesteps[index], self.sigmas[index], self.weights[index])
+
+    def level_at(self, t: Tensor) -> Level:
+        """The levels at timesteps B in 0..1000; every error weighs 1."""
+        return Level(t, t / POINTS, torch.ones_like(t))
+
+    def middles(self, parts: int = 5) -> list[int]:
+        """Timesteps in the middle of equal parts of what is trained."""
+        first, end = self.index_range
+        high = self.timesteps[first].item()
+        low = self.timesteps[end].item() if end < POINTS else 0.0
+        return [round(low + (high - low) * (2 * part + 1) / (2 * parts)) for part in range(parts)]
+
+    def describe(self) -> str:
+        """The part of the noise that is trained on, in words."""
+        first, end = self.index_range
+        low = self.sigmas[end].item() if end < POINTS else 0.0
+        return f"noise from {self.sigmas[first].item():.3f} down to {low:.3f} (points {first} to {end - 1} of {POINTS})"
+
+    def noised(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
+        """(1 - sigma) x0 + sigma noise, for latents B C F H W."""
+        sigma = level.sigma.view(-1, *[1] * (x0.ndim - 1))
         return (1 - sigma) * x0 + sigma * noise
 
     def target(self, x0: Tensor, noise: Tensor) -> Tensor:
         """What the model should predict."""
         return noise - x0
 
-    def loss(self, prediction: Tensor, target: Tensor, index: Tensor) -> Tensor:
+    def loss(self, prediction: Tensor, target: Tensor, level: Level) -> Tensor:
         """Weighted mean squared error of each sample, in float32: B. Their mean is what is trained on."""
         error = (prediction.float() - target.float()).square().flatten(1).mean(1)
-        return self.weights.to(error.device)[index.to(error.device)] * error
+        return level.weight * error

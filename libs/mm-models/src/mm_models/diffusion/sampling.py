@@ -1,21 +1,16 @@
-"""From noise to latents: the one sampling loop, used for generation and for sample videos during training.
-
-The schedulers are those of diffusers (`pip install mm-models[encoders]`).
-"""
+"""From noise to latents: the one sampling loop, used for generation and for sample videos during training."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mm_models.diffusion.experts import Experts as Experts
-from mm_models.wan import WanConfig
-from mm_models.wan.conditions import Task, hold, inputs
+from mm_models.diffusion.experts import Experts
+from mm_models.diffusion.objective import Conditioning
+from mm_models.diffusion.schedulers import Grid, Sampler, scheduler
 
-Sampler = Literal["unipc", "euler"]
-Grid = Literal["guides", "diffusers"]
 Guidance = float | tuple[float, float]
 """One number, or of two experts that of the high-noise one and that of the low-noise one."""
 
@@ -32,10 +27,9 @@ def denoise(
     text: Tensor,
     negative: Tensor | None = None,
     *,
-    config: WanConfig,
-    task: Task = "t2v",
+    conditioning: Conditioning,
     conditions: Mapping[str, Tensor] = {},
-    control_scale: float | Sequence[float] = 1.0,
+    arguments: Mapping[str, Any] = {},
     steps: int,
     guidance: Guidance,
     flow_shift: float,
@@ -48,13 +42,12 @@ def denoise(
     """Turns noise into latents.
 
     Args:
-        model: a Wan model, what calls one under parallel training (`mm_parallel.Pipeline`), or two of them (`Experts`).
-        latents: B C F H W, noise; see `noise`. For VACE with references, F counts a frame for each of them, in front.
+        model: a model, what calls one under parallel training (`mm_parallel.Pipeline`), or two of them (`Experts`).
+        latents: B C F H W, noise; see `noise`. F counts the frames that stand before the video (`frames_before`).
         text, negative: B S D, encoded prompts and what to move away from (usually the encoding of ""); without guidance
             `negative` may be None. Everything else is the same in both passes.
-        config: of the model.
-        task, conditions: what the video is made from, see `mm_models.wan.conditions`; on the device of the latents.
-        control_scale: strength of VACE's control, one for all or one for each control block.
+        conditioning, conditions: what the video is made from; conditions are batched, on the device of the latents.
+        arguments: of the model, as they are, e.g. the strength of a control.
         guidance: v = v_negative + guidance · (v_text - v_negative), in two passes; 1 or less asks for one pass only.
         flow_shift, sampler, grid: see `scheduler`.
         start: steps that are left out; `latents` are then what is there before step `start`, see `partly_noised`.
@@ -62,7 +55,7 @@ def denoise(
         pair: a group of two ranks, of which each makes one of the two passes; both return the same.
 
     Returns:
-        latents, as large as given, in float32. VACE's reference frames still stand in front.
+        latents, as large as given, in float32. Frames before the video still stand in front.
     """
     weights = guidance if isinstance(guidance, tuple | list) else (guidance, guidance)
     if len(weights) != 2 or (weights[0] != weights[1] and not isinstance(model, Experts)):
@@ -72,19 +65,18 @@ def denoise(
             f"guidance {guidance} needs the encoding of a negative prompt (that of '' will do); 1 needs none"
         )
     schedule = scheduler(sampler, steps, flow_shift, grid, latents.device, start)
-    scale = {"control_scale": control_scale} if task == "vace" else {}
     latents = latents.float()
     training = model.training
     model.eval()  # adapters may have dropout
     try:
         for done, t in enumerate(schedule.timesteps[start:], 1):
-            latents = hold(task, latents, conditions)
+            latents = conditioning.hold(latents, conditions)
             times = t.float().expand(latents.shape[0])
             is_low = isinstance(model, Experts) and not model.is_high(float(t))
             expert = model.at(float(t), latents.device) if isinstance(model, Experts) else model
 
             def velocity(text: Tensor, expert=expert, latents=latents, times=times) -> Tensor:
-                return expert(**inputs(config, task, latents, times, text, conditions), **scale).float()
+                return expert(**conditioning.inputs(latents, times, text, conditions), **arguments).float()
 
             if weights[is_low] <= 1:
                 v = velocity(text)
@@ -96,7 +88,7 @@ def denoise(
                 progress(done, latents)
     finally:
         model.train(training)
-    return hold(task, latents, conditions)
+    return conditioning.hold(latents, conditions)
 
 
 def _both(
@@ -128,41 +120,3 @@ def partly_noised(
     where `drawn` is noise."""
     sigma = scheduler(sampler, steps, flow_shift, grid, clean.device).sigmas[start].to(clean)
     return (1 - sigma) * clean + sigma * drawn
-
-
-def scheduler(sampler: Sampler, steps: int, flow_shift: float, grid: Grid, device: torch.device | str, start: int = 0):
-    """A diffusers scheduler, set to step `start`.
-
-    Args:
-        sampler: "unipc" (order 2; timesteps are truncated to whole numbers) or "euler".
-        flow_shift: moves steps towards high noise; 3 for 480p and 5 for 720p are usual.
-        grid: noise levels before the shift. "guides": what the guides' versions of diffusers (0.33 to 0.36), Wan-AI and
-            DiffSynth-Studio step through. "diffusers": the grid of diffusers 0.37 and later.
-    """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, but must be at least 1")
-    if flow_shift <= 0:
-        raise ValueError(f"flow shift is {flow_shift}, but must be positive; 3 (480p) and 5 (720p) are usual")
-    if grid not in ("guides", "diffusers"):
-        raise ValueError(f"grid {grid!r} is not known; there are 'guides' and 'diffusers'")
-    if sampler == "unipc":
-        from diffusers import UniPCMultistepScheduler
-
-        schedule = UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift, num_train_timesteps=1000
-        )
-        first = 0.999
-    elif sampler == "euler":
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        schedule = FlowMatchEulerDiscreteScheduler(shift=flow_shift)
-        first = 1.0
-    else:
-        raise ValueError(f"sampler {sampler!r} is not known; there are 'unipc' and 'euler'")
-    if grid == "guides":
-        levels = torch.linspace(first, 0, steps + 1, dtype=torch.float64, device="cpu")[:-1]
-        schedule.set_timesteps(sigmas=levels.numpy(), device=device)
-    else:
-        schedule.set_timesteps(steps, device=device)
-    schedule.set_begin_index(start)
-    return schedule

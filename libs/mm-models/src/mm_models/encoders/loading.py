@@ -17,10 +17,9 @@ def part_of(path: Path | str, name: str) -> Path:
     folder = Path(path) / name
     if not folder.is_dir():
         parts = [f"{part}/" for part in (*PARTS, *({name} - set(PARTS)))]
-        example = "I2V-14B-480P" if name == "image_encoder" else "T2V-1.3B"
         raise ValueError(
             f"{folder} is not a folder: {path} should be a diffusers directory with {', '.join(parts[:-1])} and "
-            f"{parts[-1]}, e.g. a download of Wan-AI/Wan2.1-{example}-Diffusers"
+            f"{parts[-1]}, as the model's makers publish it (on the hub its name often ends in -Diffusers)"
         )
     return folder
 

@@ -14,9 +14,9 @@ def plan(model: WanModel) -> ParallelPlan:
 
     attentions = ("self_attn", "cross_attn")
     return ParallelPlan(
-        rungs=("blocks.*",),
-        beside={f"vace_blocks.{n}": i for n, i in enumerate(config.vace_layers)},
-        fp32=model.islands,
+        layers=("blocks.*",),
+        companions={f"vace_blocks.{n}": i for n, i in enumerate(config.vace_layers)},
+        keep_fp32=model.keep_fp32,
         last=("head",),
         tokens={"x": 1, "rope": 1, "noisy": 1, "control": 1},
         gather="head.gather",

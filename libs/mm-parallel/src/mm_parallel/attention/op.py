@@ -4,30 +4,46 @@ An op of our own can be named: recompute keeps its results, a planner asks it fo
 computes it is chosen in one place.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mm_parallel.attention.backends import BACKENDS, pick
+from mm_parallel.plan import Sequence
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None, backend: str | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    scale: float | None = None,
+    backend: str | None = None,
+    segments: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Softmax attention on one device, differentiable: q B Lq H h, k and v B Lk H h -> B Lq H h.
 
     causal: query i sees keys 0 … i; needs Lq = Lk. scale: of the scores, 1/√h if not given. backend: one of
-    `BACKENDS`, by default what `pick` says. A query without keys gives 0. Raises ValueError for shapes or a backend
-    that do not fit.
+    `BACKENDS`, by default what `pick` says. segments: where packed samples part, see `mm_parallel.plan.Sequence`; each
+    is an attention of its own. A query without keys gives 0. Raises ValueError for shapes, segments or a backend that
+    do not fit.
     """
     check(q, k, v, causal)
-    return _op(q, k, v, scale_of(q) if scale is None else scale, causal, backend_of(q, backend))[0]
+    rest = scale_of(q) if scale is None else scale, causal, backend_of(q, backend)
+    if segments is None:
+        return _op(q, k, v, *rest)[0]
+    check_segments(segments, q.shape[1])
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(f"packed samples of {q.shape[1]} queries and {k.shape[1]} keys: each needs as many of both")
+    samples = (tuple(x[:, start:stop] for x in (q, k, v)) for start, stop in pairwise(segments))
+    return torch.cat([_op(*qkv, *rest)[0] for qkv in samples], 1)
 
 
-def core(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
+def core(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
     """The seam of a ladder on one device (see `mm_parallel.plan.Ladder`), by our op."""
-    return attention(q, k, v)
+    return attention(q, k, v, sequence.causal, segments=sequence.segments)
 
 
 def scale_of(q: Tensor) -> float:
@@ -52,6 +68,12 @@ def check(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
         raise ValueError(f"causal attention of {shapes}: where {q.shape[1]} queries begin in {k.shape[1]} keys is open")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention of q {q.dtype}, k {k.dtype}, v {v.dtype}: cast them to one dtype")
+
+
+def check_segments(segments: tuple[int, ...], tokens: int) -> None:
+    """Raises ValueError unless they are ends of samples that are these tokens together."""
+    if segments[:1] != (0,) or segments[-1] != tokens or any(a >= b for a, b in pairwise(segments)):
+        raise ValueError(f"segments {segments} of {tokens} tokens: must begin with 0, grow, and end with {tokens}")
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, backend: str) -> tuple[Tensor, Tensor]:

@@ -33,8 +33,8 @@ def spans(sizes: list[int]) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class Deal:
-    """How `tokens` are dealt out."""
+class TokenLayout:
+    """Which ranks hold which of `tokens`."""
 
     tokens: int
     ring: int
@@ -55,7 +55,7 @@ class Deal:
         """Tokens of each Ulysses rank of a block."""
         return even(sum(stop - start for start, stop in self.block(ring)), self.ulysses)
 
-    def held(self, rank: int) -> list[tuple[int, int]]:
+    def pieces(self, rank: int) -> list[tuple[int, int]]:
         """(start, stop) of what one of the ring x ulysses ranks holds, in the order in which it holds them."""
         ring, ulysses = divmod(rank, self.ulysses)
         first, last = spans(self.shares(ring))[ulysses]
@@ -73,29 +73,26 @@ def take(x: Tensor, dim: int, pieces: list[tuple[int, int]]) -> Tensor:
     return torch.cat([x.narrow(dim, start, stop - start) for start, stop in pieces], dim)
 
 
-def count(stream: Any, tokens: Mapping[str, int]) -> tuple[int, dict[str, int]]:
-    """The number of tokens of a stream, and which of its fields hold them, in which dim (`tokens`: a plan's).
+def token_dims(stream: Any, tokens: Mapping[str, int]) -> dict[str, int]:
+    """Which fields of a stream hold tokens, in which dim (`tokens`: a plan's).
 
-    The first field counts the tokens. Another of size 1 is the same for all tokens, and none. Raises ValueError for a
-    field of any other size.
+    A field of size 1 is the same for all tokens, and is left out; not so the first. Raises ValueError for another size
+    than the sequence has tokens.
     """
-    first, *_ = tokens
-    number = getattr(stream, first).shape[tokens[first]]
-    dims = {}
+    (first, *_), number, dims = tokens, stream.sequence.tokens, {}
     for name, dim in tokens.items():
         x = getattr(stream, name)
         if x is None or (x.shape[dim] == 1 and name != first):
             continue
         if x.shape[dim] != number:
-            raise ValueError(f"stream.{name} has {x.shape[dim]} tokens in dim {dim}, but stream.{first} has {number}")
+            raise ValueError(f"stream.{name} has {x.shape[dim]} tokens in dim {dim}, but the sequence has {number}")
         dims[name] = dim
-    return number, dims
+    return dims
 
 
-def split(stream: Any, tokens: Mapping[str, int], ring: int, ulysses: int, rank: int, causal: bool) -> Any:
-    """This rank's part of a stream: of every field that holds tokens (see `count`), the others as they are."""
-    number, dims = count(stream, tokens)
-    pieces = Deal(number, ring, ulysses, causal).held(rank)
+def split(stream: Any, tokens: Mapping[str, int], layout: TokenLayout, rank: int) -> Any:
+    """A rank's part of a stream: of every field that holds tokens (see `token_dims`), the others as they are."""
+    pieces, dims = layout.pieces(rank), token_dims(stream, tokens)
     return stream._replace(**{name: take(getattr(stream, name), dim, pieces) for name, dim in dims.items()})
 
 
@@ -128,11 +125,33 @@ class Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, deal: Deal, group: dist.ProcessGroup) -> Tensor:
-        held = [deal.held(rank) for rank in range(group.size())]
+    def forward(ctx, x: Tensor, layout: TokenLayout, group: dist.ProcessGroup) -> Tensor:
+        held = [layout.pieces(rank) for rank in range(group.size())]
         ctx.pieces, ctx.ranks = held[group.rank()], len(held)
         return join(x, 1, held, group)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         return take(grad, 1, ctx.pieces) * ctx.ranks, None, None
+
+
+class InnerGather(torch.autograd.Function):
+    """`Gather` at the end of a ladder that runs in another's stem, over the Ulysses ranks of `group`.
+
+    What comes back differs between ranks: the outer ladder's split leaves each the gradient through its own tokens,
+    times the number of context ranks (`everyone`). So the backward sums over these before it keeps its own tokens'.
+    Ranks of a ring do the same, and each counts for its part.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layout: TokenLayout, group: dist.ProcessGroup, everyone: dist.ProcessGroup) -> Tensor:
+        held = [layout.pieces(rank) for rank in range(group.size())]
+        ctx.pieces, ctx.everyone, ctx.alike = held[group.rank()], everyone, everyone.size() // group.size()
+        return join(x, 1, held, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        if not grad.is_meta:
+            grad = grad.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(grad, group=ctx.everyone)
+        return take(grad, 1, ctx.pieces) / ctx.alike, None, None, None

@@ -15,11 +15,11 @@ Inputs = Callable[[int], BoundArguments]
 
 @dataclass(frozen=True)
 class Stage:
-    """Which part of the model it is: `rungs` of it, the stem before the first, the head after the last."""
+    """Which part of the model it is: `layers` of it, the stem before the first, the head after the last."""
 
     index: int
     count: int
-    rungs: range
+    layers: range
 
     @property
     def is_first(self) -> bool:
@@ -52,15 +52,15 @@ class Chunk(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         if not self.stage.is_first:
-            return self.model(self, *map(_received, tensors))
+            return self.model(self, *map(_receive, tensors))
         batch = self.inputs(int(tensors[0]))
         return self.model(self, *batch.args, **batch.kwargs)
 
-    def climb(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+    def run(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         """The part of the model's forward that is this stage's."""
         model, stage = self.model, self.stage
         stream = model.stem(*args, **kwargs) if stage.is_first else fill(self.outline.entries[stage.index], args)
-        for i in stage.rungs:
+        for i in stage.layers:
             stream = model.layer(i, stream)
         if stage.is_last:
             return model.head(stream)
@@ -68,15 +68,15 @@ class Chunk(nn.Module):
         if stage.is_first and self.tracked:
             stream = track(stream, following)
         check(stage.index, stream, following)
-        return tuple(_sent(tensor, self.tracked) for tensor in tensors_of(stream))
+        return tuple(_prepare_to_send(tensor, self.tracked) for tensor in tensors_of(stream))
 
 
 def call(chunk: Chunk, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
     """Takes the place of the model's forward."""
-    return chunk.climb(*args, **kwargs)
+    return chunk.run(*args, **kwargs)
 
 
-def _received(tensor: Tensor) -> Tensor:
+def _receive(tensor: Tensor) -> Tensor:
     """Its gradient will be sent, and only what is contiguous can be."""
     if tensor.requires_grad:
         tensor = tensor.view_as(tensor)  # a hook on the receive buffer itself would stay there
@@ -84,7 +84,7 @@ def _received(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _sent(tensor: Tensor, detached: bool) -> Tensor:
+def _prepare_to_send(tensor: Tensor, detached: bool) -> Tensor:
     """Contiguous, as only that can be sent. detached: torch will detach it in place, which a view does not allow."""
     tensor = tensor.contiguous()
     return tensor.clone() if detached and tensor._base is not None else tensor

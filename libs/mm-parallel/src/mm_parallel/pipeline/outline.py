@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel import context
-from mm_parallel.config import ParallelConfig
 from mm_parallel.mesh import parameter_mesh, size
 from mm_parallel.plan import Ladder, ParallelPlan
 
@@ -35,7 +34,6 @@ def skeleton(
     model: Model,
     plan: ParallelPlan,
     mesh: DeviceMesh,
-    parallel: ParallelConfig,
     dtype: torch.dtype | None,
     trained: bool,
 ) -> Model:
@@ -53,20 +51,23 @@ def skeleton(
         twins[id(buffer)] = torch.empty_like(buffer, device="meta")
     bones = copy.deepcopy(model, twins)
     if dtype is not None and parameter_mesh(mesh).size() > 1:
-        islands = set(plan.islands_of(bones).values())
+        in_fp32 = {p for _, ladder, own in plan.ladders(bones) for p in own.fp32_parameters(ladder).values()}
         for parameter in bones.parameters():
-            if parameter not in islands and parameter.is_floating_point():
+            if parameter not in in_fp32 and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
     if size(mesh, "cp") > 1:
-        owner, _, core = plan.core.rpartition(".")
-        attention = getattr(bones.get_submodule(owner), core)
-        context.cut(bones, plan, mesh, parallel.exact)
-        setattr(bones.get_submodule(owner), core, attention)
+        seams = []
+        for _, ladder, own in plan.ladders(bones):
+            owner, _, core = own.core.rpartition(".")
+            seams.append((ladder.get_submodule(owner), core, getattr(ladder.get_submodule(owner), core)))
+        context.cut(bones, plan, mesh)
+        for owner, core, attention in seams:
+            setattr(owner, core, attention)
     return bones
 
 
 def trace(skeleton: Ladder, starts: Sequence[int], call: BoundArguments) -> Outline:
-    """Climbs the skeleton once. starts: the first rung of every stage."""
+    """Runs the skeleton once. starts: the first layer of every stage."""
     args = [_meta(value) for value in call.args]
     kwargs = {name: _meta(value) for name, value in call.kwargs.items()}
     with torch.enable_grad():  # so that flags are those of a training step
@@ -106,10 +107,10 @@ def fill(outline: Stream, tensors: Sequence[Tensor]) -> Stream:
 def check(stage: int, stream: Stream, outline: Stream) -> None:
     """Raises ValueError where a stream is not what the next stage has made room for: that would kill the process."""
     for name, value, expected in zip(stream._fields, stream, outline, strict=True):
-        told, wanted = describe(value, torch.is_grad_enabled()), describe(expected, torch.is_grad_enabled())
-        if told != wanted:
+        found, wanted = describe(value, torch.is_grad_enabled()), describe(expected, torch.is_grad_enabled())
+        if found != wanted:
             raise ValueError(
-                f"pipeline stage {stage}: {name} of the stream is {told}, but was {wanted} on the meta device. Stem "
+                f"pipeline stage {stage}: {name} of the stream is {found}, but was {wanted} on the meta device. Stem "
                 "and layers must do the same there, and what is trained must not change after Pipeline was made"
             )
 

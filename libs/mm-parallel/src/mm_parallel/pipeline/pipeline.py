@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel.config import MemoryConfig, ParallelConfig
-from mm_parallel.mesh import place, size
+from mm_parallel.guard import agree_on
+from mm_parallel.mesh import rank_in, size
 from mm_parallel.order import cut
-from mm_parallel.pipeline.agree import agree
 from mm_parallel.pipeline.chunk import Chunk, Stage, call
 from mm_parallel.pipeline.cut import ranges
 from mm_parallel.pipeline.outline import Outline, describe, describe_call, skeleton, tensors_of, trace
 from mm_parallel.pipeline.prune import Owner, prune
 from mm_parallel.pipeline.schedule import Schedule, check_count
 from mm_parallel.plan import ParallelPlan
+
+_WHO = "the ranks of a pipeline"
 
 
 class Pipeline:
@@ -36,7 +38,7 @@ class Pipeline:
     model: what is left of it on this rank, with the names of the whole: for the optimizer and for checkpoints.
     elsewhere: names in the state dict that other ranks hold.
 
-    A layer may use its rung, what the plan has beside it, and the stream, and nothing else that has weights. Freeze
+    `layer(i, stream)` may use its module, its companions and the stream, and nothing else that has weights. Freeze
     what is frozen before.
     Raises ValueError for stages that do not fit the model, for a weight that two stages would share, and for what
     `parallelize` does not allow.
@@ -55,7 +57,7 @@ class Pipeline:
         if ranks == 1 or size(mesh, "pp") != ranks:
             raise ValueError(
                 f"pp_layers {parallel.pp_layers} are stages for {ranks} ranks, the mesh has {size(mesh, 'pp')}: "
-                "a Pipeline needs at least two, and the mesh of its own layout (parallel.mesh)"
+                "a Pipeline needs at least two, and the mesh of its own layout (make_mesh)"
             )
         self.zero_bubble = parallel.schedule == "zero_bubble"
         if self.zero_bubble and _recomputes(memory):
@@ -67,15 +69,15 @@ class Pipeline:
         plan.check(model)
         parts = ranges(parallel.stages, len(model.layers))
         stages = [Stage(i, len(parts), part) for i, part in enumerate(parts)]
-        self.stages, self.mine = stages, stages[place(mesh, "pp") :: ranks]
+        self.stages, self.mine = stages, stages[rank_in(mesh, "pp") :: ranks]
         self.ranks, self.group = ranks, mesh.get_group("pp")
         self.device = torch.device(mesh.device_type)
-        self.skeleton = skeleton(model, plan, mesh, parallel, dtype, trained=self.zero_bubble)
-        kept: set[Owner] = {i for stage in self.mine for i in stage.rungs}
+        self.skeleton = skeleton(model, plan, mesh, dtype, trained=self.zero_bubble)
+        kept: set[Owner] = {i for stage in self.mine for i in stage.layers}
         kept |= {"first"} if self.mine[0].is_first else set()
         kept |= {"last"} if self.mine[-1].is_last else set()
-        self.elsewhere = prune(model, plan.last, plan.beside, kept)
-        cut(model, plan.on(model), mesh, parallel, memory, dtype)
+        self.elsewhere = prune(model, plan.last, plan.companions, kept)
+        cut(model, plan.on(model), mesh, memory, dtype)
         model.forward = call
         self.model, self.memory = model, memory
         self._signature = inspect.signature(self.skeleton.stem)
@@ -83,13 +85,18 @@ class Pipeline:
         self._newest: tuple[str, Schedule | None] = ("", None)
 
     def step(
-        self, count: int, inputs: Callable[[int], Mapping[str, Any]], loss: Callable[[Tensor, int], Tensor]
+        self,
+        count: int,
+        inputs: Callable[[int], Mapping[str, Any]],
+        losses: Callable[[Tensor, int], Tensor],
+        share: float,
     ) -> list[Tensor]:
-        """Adds the gradient of the mean loss over `count` micro-batches to the gradients that are there.
+        """Adds the gradient of the losses of `count` micro-batches, over `share`, to the gradients that are there.
 
         inputs: number of a micro-batch -> arguments of the model by name. All of a step have the same shapes; those of
             steps may differ. Every rank is asked for number 0, to compare shapes; the first stage for all.
-        loss: (output, number) -> losses, of any shape; their mean is what counts. The last stage is asked.
+        losses: (output, number) -> losses, of any shape; their sum is what counts. The last stage is asked.
+        share: this rank's part of the weight of the whole step, see `mm_parallel.forward_backward`.
 
         Returns the losses, detached, on the rank of the last stage, elsewhere []. Raises ValueError where ranks were
         given different shapes or counts, and for a count that the schedule cannot do.
@@ -99,7 +106,7 @@ class Pipeline:
         first = self._signature.bind(**inputs(0))
         shape = describe_call(first)
         what = f"a step of {count} x ({shape})"
-        agree(what, self.group, self.device)
+        agree_on(what, _WHO, self.group, self.device)
 
         def batch(number: int) -> BoundArguments:
             bound = self._signature.bind(**inputs(number)) if number else first
@@ -107,7 +114,7 @@ class Pipeline:
                 raise ValueError(f"micro-batch {number} is {other}, but the step began with {shape}")
             return bound
 
-        return self._schedule(what, count, first).step(batch, loss)
+        return self._schedule(what, count, first).step(batch, losses, share)
 
     def _schedule(self, what: str, count: int, first: BoundArguments) -> Schedule:
         """The one of the step before, or a new one. Only one is kept, because it holds a receive buffer for each
@@ -124,7 +131,7 @@ class Pipeline:
     def _outline(self, call: BoundArguments) -> Outline:
         shape = describe_call(call)
         if shape not in self._outlines:
-            starts = [stage.rungs.start for stage in self.stages]
+            starts = [stage.layers.start for stage in self.stages]
             self._outlines[shape] = trace(self.skeleton, starts, call)
         return self._outlines[shape]
 
@@ -132,7 +139,7 @@ class Pipeline:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The model's output, on every rank of the pipeline; without gradients."""
         batch = self._signature.bind(*args, **kwargs)
-        agree(f"a forward of {describe_call(batch)}", self.group, self.device)
+        agree_on(f"a forward of {describe_call(batch)}", _WHO, self.group, self.device)
         outline = self._outline(batch)
         output = self._empty(outline.output)
         for stage in self.mine:

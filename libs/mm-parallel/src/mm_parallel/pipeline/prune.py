@@ -6,20 +6,20 @@ from collections.abc import Collection, Iterator, Mapping
 from torch import Tensor, nn
 
 Owner = int | str
-"""Whose a part is: the number of a rung, "first" or "last" (stage)."""
+"""Whose a part is: the number of a layer, "first" or "last" (stage)."""
 
 
-def prune(model: nn.Module, last: Collection[str], beside: Mapping[str, int], mine: Collection[Owner]) -> set[str]:
+def prune(model: nn.Module, last: Collection[str], companions: Mapping[str, int], mine: Collection[Owner]) -> set[str]:
     """Drops in place what is not `mine`: modules and parameters become None, so that the names of others stay.
 
-    Rungs belong to themselves, and modules of `beside` to the rung whose number they have; of what is left, the names
-    in `last` belong to "last", everything else to "first". What holds no weights is everybody's.
+    Layers belong to themselves, and modules of `companions` to the layer whose number they have; of what is left, the
+    names in `last` belong to "last", everything else to "first". What holds no weights is everybody's.
 
     Returns the names in the state dict that are gone. Raises ValueError for a weight that two stages would share, and
     for a plan that does not fit.
     """
     before = set(model.state_dict())
-    parts = list(_parts(model, last, beside))
+    parts = list(_parts(model, last, companions))
     owners: dict[Tensor, dict[Owner, str]] = defaultdict(dict)
     for parent, key, name, owner in parts:
         part = getattr(parent, key)
@@ -39,18 +39,18 @@ def prune(model: nn.Module, last: Collection[str], beside: Mapping[str, int], mi
 
 
 def _parts(
-    model: nn.Module, last: Collection[str], beside: Mapping[str, int]
+    model: nn.Module, last: Collection[str], companions: Mapping[str, int]
 ) -> Iterator[tuple[nn.Module, str, str, Owner]]:
-    """(parent, key, name, owner) of every rung, and of the largest modules and the tensors beside them."""
-    rungs = {rung: i for i, rung in enumerate(model.layers)}
-    found = {name for name, module in model.named_modules() if module in rungs}
+    """(parent, key, name, owner) of every layer, and of the largest modules and tensors outside of them."""
+    layers = {layer: i for i, layer in enumerate(model.layers)}
+    found = {name for name, module in model.named_modules() if module in layers}
     if len(found) != len(model.layers):
         raise ValueError(f"{len(model.layers)} model.layers, but {len(found)} of them are modules with a name")
-    rungs |= {model.get_submodule(name): number for name, number in beside.items()}
-    found |= set(beside)
+    layers |= {model.get_submodule(name): number for name, number in companions.items()}
+    found |= set(companions)
     above = {name.rsplit(".", depth)[0] for name in found for depth in range(1, name.count(".") + 1)}
-    if holds_rungs := above & set(last):
-        raise ValueError(f"plan.last: {min(holds_rungs)} holds rungs, and they belong to stages of their own")
+    if holds_layers := above & set(last):
+        raise ValueError(f"plan.last: {min(holds_layers)} holds layers, and they belong to stages of their own")
 
     def walk(parent: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, str, str, Owner]]:
         for key, part in (parent._modules | parent._parameters | parent._buffers).items():
@@ -59,6 +59,6 @@ def _parts(
                 yield from walk(part, f"{name}.")
             elif part is not None:
                 end = "last" if name in last else "first"
-                yield parent, key, name, rungs.get(part, end) if isinstance(part, nn.Module) else end
+                yield parent, key, name, layers.get(part, end) if isinstance(part, nn.Module) else end
 
     return walk(model, "")

@@ -46,8 +46,9 @@ class Schedule:
         group: dist.ProcessGroup,
     ) -> None:
         self.chunks, self.count, self.zero_bubble, self.reshard = chunks, count, zero_bubble, reshard
-        self.loss: Callable[[Tensor, int], Tensor] | None = None  # set for every step
-        self.losses: list[Tensor] = []
+        self.losses: Callable[[Tensor, int], Tensor] | None = None  # this and the share are set for every step
+        self.share = 1.0
+        self.found: list[Tensor] = []
         self.is_first, self.is_last = chunks[0].stage.is_first, chunks[-1].stage.is_last
         # torch is told all shapes, or it would run the first step twice to find out. It cuts what it is given into
         # micro-batches; ours are made elsewhere, so it is given their numbers.
@@ -60,30 +61,30 @@ class Schedule:
             stages.append(PipelineStage(chunk, index, chunk.stage.count, device, entering, following, group=group))
         self.torch = _make(stages, count, zero_bubble, self._loss)
 
-    def step(self, inputs: Inputs, loss: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
+    def step(self, inputs: Inputs, losses: Callable[[Tensor, int], Tensor], share: float) -> list[Tensor]:
         """Forward and backward of all micro-batches; the losses, detached, on the rank of the last stage."""
-        self.loss, self.losses = loss, []
+        self.losses, self.share, self.found = losses, share, []
         for chunk in self.chunks:
             chunk.inputs = inputs
         numbers = torch.arange(self.count)
         target: dict[str, Any] = {"target": numbers} if self.is_last else {}
         try:
-            with _gathered(self.chunks[0].model, self.reshard) if self.zero_bubble else nullcontext():
+            with _keep_gathered(self.chunks[0].model, self.reshard) if self.zero_bubble else nullcontext():
                 self.torch.step(*([numbers] if self.is_first else []), **target, return_outputs=False)
-            return self.losses
+            return self.found
         except RuntimeError as error:  # torch's, around whatever went wrong in a stage: that is what matters
             if error.__cause__ is None:
                 raise
             raise error.__cause__ from None
         finally:  # what the two hold, say a batch
-            self.loss, self.losses = None, []
+            self.losses, self.found = None, []
             for chunk in self.chunks:
                 chunk.inputs = None
 
     def _loss(self, output: Tensor, number: Tensor) -> Tensor:
-        losses = self.loss(output, int(number))
-        self.losses.append(losses.detach().clone())
-        return losses.mean() / self.count
+        losses = self.losses(output, int(number))
+        self.found.append(losses.detach().clone())
+        return losses.sum() / self.share
 
 
 def _make(stages: list[PipelineStage], count: int, zero_bubble: bool, loss: Callable) -> Any:
@@ -96,7 +97,7 @@ def _make(stages: list[PipelineStage], count: int, zero_bubble: bool, loss: Call
 
 
 @contextmanager
-def _gathered(model: nn.Module, reshard: bool) -> Iterator[None]:
+def _keep_gathered(model: nn.Module, reshard: bool) -> Iterator[None]:
     """With the weights of FSDP whole, and gradients reduced once at the end.
 
     The half of a backward that makes the weights' gradients runs no hooks of FSDP, and must find whole weights.
@@ -128,5 +129,5 @@ def _gathered(model: nn.Module, reshard: bool) -> Iterator[None]:
 class _Nothing:
     """In place of a chunk."""
 
-    def climb(self, *tensors: Tensor) -> Tensor | None:
+    def run(self, *tensors: Tensor) -> Tensor | None:
         return tensors[0] * 1 if tensors else None

@@ -1,13 +1,15 @@
 """A toy that has what real ladders have."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm_parallel.plan import ParallelPlan
+from mm_parallel.plan import ParallelPlan, Sequence
 
 HEADS, HEAD_DIM = 4, 3
 DIM = HEADS * HEAD_DIM
@@ -20,7 +22,7 @@ class Stream(NamedTuple):
     place: Tensor  # L D, a position for every token
     mod: Tensor  # B 2 D, in fp32
     text: Tensor  # B 2 D, the same for all tokens
-    tokens: int  # L of the whole sequence
+    sequence: Sequence
 
 
 def identity(x, *_):
@@ -28,10 +30,12 @@ def identity(x, *_):
     return x
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
     """Softmax attention on B L H h."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    segments = sequence.segments or (0, sequence.tokens)
+    samples = [[x[:, start:stop].transpose(1, 2) for x in (q, k, v)] for start, stop in pairwise(segments)]
+    outs = [F.scaled_dot_product_attention(*qkv, is_causal=sequence.causal) for qkv in samples]
+    return torch.cat(outs, 2).transpose(1, 2)
 
 
 class Linear(nn.Linear):
@@ -49,15 +53,15 @@ class RMSNorm(nn.RMSNorm):
 
 
 class TinyLadder(nn.Module):
-    """Islands of each kind, sizes that no world size divides, 4 heads with norms over all of them, a compute dtype.
+    """Parameters of each kind that stay in fp32, sizes that no world size divides, norms over all heads, a dtype.
 
     Called as `model(tokens, t) -> y` with tokens B L 5, t B 3 and y B L 5. A block's `read` are the dtypes of its
     parameters as its last forward found them.
     """
 
     plan = ParallelPlan(
-        rungs=("blocks.*",),
-        fp32=("time.*", "*.norm.weight", "*.table"),
+        layers=("blocks.*",),
+        keep_fp32=("time.*", "*.norm.weight", "*.table"),
         last=("out",),
         tokens={"x": 1, "place": 0},
         heads=HEADS,
@@ -66,9 +70,15 @@ class TinyLadder(nn.Module):
         norms=("blocks.*.norm_q", "blocks.*.norm_k"),
     )
 
-    def __init__(self, layers: int = 3, compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        layers: int = 3,
+        compute_dtype: torch.dtype | None = None,
+        causal: bool = False,
+        segments: tuple[int, ...] | None = None,
+    ) -> None:
         super().__init__()
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.causal, self.segments = compute_dtype, causal, segments
         self.embed = Linear(5, DIM)
         self.read = Linear(3, 2 * DIM)
         self.time = nn.Sequential(nn.Linear(3, 9), nn.SiLU(), nn.Linear(9, 2 * DIM))  # matrices: a group of its own
@@ -84,18 +94,19 @@ class TinyLadder(nn.Module):
 
     def stem(self, tokens: Tensor, t: Tensor) -> Stream:
         dtype = self.compute_dtype or tokens.dtype
-        x = self.embed(tokens.to(dtype)).to(t.dtype)  # the residual stream is an island as well
+        x = self.embed(tokens.to(dtype)).to(t.dtype)  # the residual stream stays in fp32 as well
         length = tokens.shape[1]
         place = torch.arange(length, device=t.device, dtype=t.dtype)[:, None] * torch.ones(DIM, device=t.device)
         text = self.read(t.to(dtype)).unflatten(1, (2, DIM))
-        return self.split(Stream(x, (place / 7).sin(), self.time(t).unflatten(1, (2, DIM)), text, length))
+        sequence = Sequence(length, self.causal, self.segments)
+        return self.split(Stream(x, (place / 7).sin(), self.time(t).unflatten(1, (2, DIM)), text, sequence))
 
     def layer(self, i: int, stream: Stream) -> Stream:
         return self.blocks[i](stream, self.core, self.compute_dtype)
 
     def head(self, stream: Stream) -> Tensor:
         y = self.out(stream.x.to(self.compute_dtype or stream.x.dtype)).to(stream.x.dtype)
-        return self.gather(y, stream.tokens)
+        return self.gather(y, stream.sequence)
 
     def forward(self, tokens: Tensor, t: Tensor) -> Tensor:
         stream = self.stem(tokens, t)
@@ -107,7 +118,7 @@ class TinyLadder(nn.Module):
 class TinyBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.randn(1, 2, DIM) / DIM**0.5)  # an island beside matrices: replicated
+        self.table = nn.Parameter(torch.randn(1, 2, DIM) / DIM**0.5)  # fp32, in a module with matrices: replicated
         self.norm = nn.LayerNorm(DIM, bias=False)
         self.q, self.k, self.v, self.o = (Linear(DIM, DIM) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(DIM, eps=1e-6), RMSNorm(DIM, eps=1e-6)  # over all heads together
@@ -121,6 +132,32 @@ class TinyBlock(nn.Module):
         y = y.to(dtype or y.dtype)
         y = y + stream.text.mean(1, keepdim=True)
         q, k, v = (x.unflatten(-1, (-1, HEAD_DIM)) for x in (self.norm_q(self.q(y)), self.norm_k(self.k(y)), self.v(y)))
-        y = self.o(core(q, k, v, stream.tokens).flatten(2))
+        y = self.o(core(q, k, v, stream.sequence).flatten(2))
         y = self.down(F.gelu(self.up(y)))
         return stream._replace(x=stream.x + gate[:, None] * y.to(stream.x.dtype))
+
+
+class TwoLadders(TinyLadder):
+    """A ladder in whose stem another runs, as a vision tower in a language model's.
+
+    Called as `model(tokens, t, image, owner)`: image N P 5, owner N the sample that each image belongs to (without, one
+    for each sample), and what is seen on it is added to all tokens of its owner.
+    """
+
+    plan = replace(TinyLadder.plan, inner={"tower": TinyLadder.plan})
+
+    def __init__(self, layers: int = 3, compute_dtype: torch.dtype | None = None, inner_layers: int = 2) -> None:
+        super().__init__(layers, compute_dtype)
+        self.tower = TinyLadder(inner_layers, compute_dtype)
+
+    def stem(self, tokens: Tensor, t: Tensor, image: Tensor, owner: Tensor | None = None) -> Stream:
+        seen = self.tower(image, t if owner is None else t[owner]).mean(1)  # N 5
+        if owner is not None:
+            seen = torch.zeros_like(tokens[:, 0]).index_add(0, owner, seen)
+        return super().stem(tokens + seen[:, None], t)
+
+    def forward(self, tokens: Tensor, t: Tensor, image: Tensor, owner: Tensor | None = None) -> Tensor:
+        stream = self.stem(tokens, t, image, owner)
+        for i in range(len(self.blocks)):
+            stream = self.layer(i, stream)
+        return self.head(stream)

@@ -1,7 +1,9 @@
 """Running a function on several ranks of this machine."""
 
 import faulthandler
+import gc
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import multiprocessing
@@ -24,13 +26,14 @@ import torch.distributed as dist
 
 # Imported once, in the server from which ranks are forked; _dynamo because the first collective imports it.
 _PRELOAD = [
-    "torch",
+    "mm_parallel.testing.ranks",
     "torch._dynamo",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "torch.distributed.checkpoint",
     "torch.distributed.pipelining",
 ]
+_LOADERS = (importlib.machinery.SourceFileLoader, importlib.machinery.ExtensionFileLoader)
 
 
 def spawn(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
@@ -38,11 +41,12 @@ def spawn(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 60) -
 
     `fn` is a top-level function of an importable module or of a test file; arguments and results are pickled. Each rank
     computes on one thread. Raises RuntimeError with the traceback of the rank that failed first (or its exit code, if
-    it was killed), and TimeoutError with the stacks of those that still run after `timeout` seconds. The first call
-    adds about 4 s, once, to import torch. Either way no process is left.
+    it was killed), and TimeoutError with the stacks of those that still run after `timeout` seconds. Either way no rank
+    is left. Ranks are forked from a server that imports, at the first call, what this process has imported by then:
+    that takes some seconds, and every call a tenth of a second.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(_PRELOAD + _imported_here())
     # the test file is loaded by path, because pytest's importlib mode gives it a name nobody can import
     function = (fn.__module__, inspect.getfile(fn), fn.__qualname__)
     with tempfile.TemporaryDirectory() as folder:
@@ -61,6 +65,12 @@ def spawn(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 60) -
                 process.kill()
                 process.join()
                 ours.close()
+
+
+def _imported_here() -> list[str]:
+    """What this process has imported, for its ranks will want it too; without test files, loaded as pytest does."""
+    specs = {name: getattr(module, "__spec__", None) for name, module in list(sys.modules.items())}
+    return [name for name, spec in specs.items() if type(getattr(spec, "loader", None)) in _LOADERS]
 
 
 def _collect(ranks: list, folder: Path, name: str, timeout: float) -> list[Any]:
@@ -97,6 +107,7 @@ def _stack_of(rank: int, process: Any, folder: Path) -> str:
 
 
 def _run_rank(pipe: Any, folder: str, rank: int, world: int, function: tuple, args: bytes, timeout: float) -> None:
+    gc.freeze()  # what the server imported is nobody's garbage: a collection need not look at it
     with open(f"{folder}/stack{rank}", "w") as stack:
         faulthandler.register(signal.SIGUSR1, stack)
         faulthandler.enable()  # what aborts in C++ shows where Python was
@@ -107,13 +118,15 @@ def _run_rank(pipe: Any, folder: str, rank: int, world: int, function: tuple, ar
             deadline = timedelta(seconds=timeout + 60)  # ours comes first: it shows the stacks
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=deadline)
             result = fn(rank, world, *pickle.loads(args))
-            dist.barrier()  # a rank that is done must not look like one that died
+            if dist.is_initialized():  # a program that ran here may have left
+                dist.barrier()  # a rank that is done must not look like one that died
             pipe.send((result, None))
         except BaseException:  # DCP raises BaseException
             pipe.send((None, traceback.format_exc()))
             pipe.close()
             signal.pause()  # keep our connections open, or other ranks would fail because of us and be reported first
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _find(module_name: str, path: str, qualname: str) -> Callable[..., Any]:

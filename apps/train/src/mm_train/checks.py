@@ -1,0 +1,224 @@
+"""What cannot work, found before anything is loaded: so a mistake costs a second and not a quarter of an hour.
+
+A list of named checks. `train` raises what the first one finds; the list can as well be printed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from mm_data import Geometry
+from mm_models.families import find
+from mm_train.config import Config
+from mm_train.limits import check_limits
+from mm_train.objective import architecture, choose_task, expert_boundary
+
+When = Literal["at once", "with torch"]
+
+
+class Check(NamedTuple):
+    """One thing that must hold. `run(config)` raises ValueError with the numbers, the reason and the way out."""
+
+    name: str
+    when: When
+    """at once: looks at flags, paths and small files. with torch: also opens data; takes seconds."""
+    run: Callable[[Config], None]
+
+
+def check(config: Config, when: When = "at once") -> None:
+    """Raise ValueError for what is impossible, or does not go together."""
+    for one in CHECKS:
+        if one.when == when:
+            one.run(config)
+
+
+def _model(config: Config) -> None:
+    _, preset = find(config.model)
+    _, shape = architecture(config)
+    if preset.boundary and not config.expert:
+        raise ValueError(
+            f"{config.model} is two models, for high and for low noise: give --expert high or --expert low, and "
+            "train the other into the same --output afterwards"
+        )
+    if config.expert and not preset.boundary:
+        raise ValueError(f"--expert {config.expert}: {config.model} is one model, not two experts: leave it out")
+    choose_task(config.model, find(config.model)[0], shape, config.objective.task, "--objective.task")
+
+
+def _weights(config: Config) -> None:
+    if not config.weights:
+        raise ValueError(
+            "no starting weights: give --weights with a diffusers directory, the makers' original files or one of our "
+            "checkpoints, or ask for a fresh model with --weights random"
+        )
+    if config.weights != "random" and not Path(config.weights).exists():
+        raise ValueError(
+            f"--weights {config.weights} does not exist{_near(Path(config.weights))} (a fresh model has to be asked "
+            "for: --weights random)"
+        )
+
+
+def _near(path: Path) -> str:
+    neighbours = [str(path.parent / entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(str(path), neighbours, n=1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _data(config: Config) -> None:
+    data = config.data
+    if (data.features is None) == (data.manifest is None):
+        raise ValueError(
+            f"{'no' if data.features is None else 'two kinds of'} training data: give either --data.features, a "
+            "directory written by `python -m mm_train.extract`, or --data.manifest and --data.encoders, to encode "
+            "the videos while training"
+        )
+    if data.features is not None:
+        given = {"encoders": data.encoders is not None, "geometry": data.geometry != Geometry()}
+        for name in (name for name, given in given.items() if given):
+            raise ValueError(f"--data.{name} is for --data.manifest: features were encoded by mm_train.extract")
+    elif not data.manifest.is_file():
+        raise ValueError(f"--data.manifest {data.manifest} is not a file: give a data.txt, data.json or .jsonl")
+    elif data.encoders is None or not data.encoders.is_dir():
+        raise ValueError(
+            "--data.manifest needs --data.encoders, the diffusers directory with vae/, text_encoder/ and "
+            f"tokenizer/ (got {data.encoders})"
+        )
+    for flag, path in (("data.features", data.features), ("validation.features", config.validation.features)):
+        if path is not None and not path.is_dir():
+            raise ValueError(
+                f"--{flag} {path} is not a directory{_near(path)}; `python -m mm_train.extract --output {path} …` "
+                "writes one"
+            )
+
+
+def _objective(config: Config) -> None:
+    low, high = config.objective.range or (0, 1)
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"--objective.range is [{low}, {high}]; it must satisfy 0 <= low < high <= 1")
+    if config.objective.boundary is not None and not (config.expert and 0 < config.objective.boundary < 1):
+        raise ValueError(
+            f"--objective.boundary {config.objective.boundary}: it is for --expert high or low, and a noise level "
+            "between 0 and 1"
+        )
+
+
+def _rates(config: Config) -> None:
+    if config.optim.warmup >= config.steps > 1:
+        raise ValueError(f"--optim.warmup {config.optim.warmup} takes the whole run of {config.steps} steps")
+
+
+def _trained(config: Config) -> None:
+    """What is trained: patterns, adapters."""
+    if not config.trained:
+        raise ValueError("--trained is empty: give patterns of names, as --trained '[\"blocks.*\"]', or leave it out")
+    if config.lora.rank and config.trained != ("*",):
+        raise ValueError(
+            "--trained (perhaps of the model's recipe) chooses weights, --lora.rank trains adapters beside all: "
+            "give --recipe with the name of the model and -lora, or --trained '[\"*\"]'"
+        )
+    if config.lora.rank and config.weights == "random":
+        raise ValueError(
+            "--lora.rank with --weights random: a fresh model's last projection is zero and would be frozen, so "
+            "that no adapter could learn. Give --weights, or train without adapters"
+        )
+    if config.lora.dropout and config.parallel.tp > 1:
+        raise ValueError("--lora.dropout would be drawn apart by --parallel.tp ranks: use 0, or no tp")
+    if config.lora.dropout and (config.parallel.pp_layers or config.parallel.exact):
+        raise ValueError(
+            "--lora.dropout cannot be drawn alike in a pipeline, where micro-batches overlap, nor in exact mode: "
+            "use 0, or no --parallel.pp_layers and no --parallel.exact"
+        )
+
+
+def _samples(config: Config) -> None:
+    s = config.sample
+    if not s.prompts and not s.from_validation:
+        return
+    if config.expert:
+        raise ValueError(
+            f"--sample.* with --expert {config.expert}: a video takes both experts. Generate with mm_infer, from the "
+            "--output of both"
+        )
+    if s.from_validation and config.validation.features is None:
+        raise ValueError(
+            f"--sample.from_validation {s.from_validation}: give --validation.features, and how many of them"
+        )
+    family, shape = architecture(config)
+    folders = [part for part in family.encoders(shape) if part != "image_encoder"]  # what it saw lies in the features
+    if s.encoders is None or not all((s.encoders / part).is_dir() for part in folders):
+        raise ValueError(
+            f"sample videos need --sample.encoders, the diffusers directory with {'/, '.join(folders)}/ "
+            f"(got {s.encoders})"
+        )
+    time, rows, columns = family.multiples(shape, s.encoders)
+    if s.frames % time != 1 % time:
+        below = (s.frames - 1) // time * time + 1
+        raise ValueError(f"--sample.frames {s.frames} is not {time}k+1; the nearest are {below} and {below + time}")
+    for name, value, multiple in (("height", s.height, rows), ("width", s.width, columns)):
+        if value % multiple:
+            below = value // multiple * multiple
+            nearest = f"{below} and {below + multiple}" if below else f"{multiple}"
+            raise ValueError(
+                f"--sample.{name} {value} is not a multiple of {multiple} (pixels per latent of this VAE x latents per "
+                f"token); the nearest are {nearest}"
+            )
+
+
+def _output(config: Config) -> None:
+    """The output must not hold what this run would overwrite or mix with: one model where there are two experts,
+    experts beside one model, or an expert that was trained up to another boundary.
+    """
+    made = config.artifact
+    pair = [p for p in (made / "experts.json", config.output / "high", config.output / "low") if p.exists()]
+    one = [
+        p for p in (config.output / "metrics.jsonl", made / "config.json", made / "adapter_config.json") if p.exists()
+    ]
+    if other := one if config.expert else pair:
+        kinds = ("one model", "an expert of two") if config.expert else ("two experts", "one model")
+        raise ValueError(f"{other[0]} belongs to {kinds[0]}, and this run trains {kinds[1]}: choose another --output")
+    if not config.expert or not (made / "experts.json").exists():
+        return
+    said, wanted = json.loads((made / "experts.json").read_text()).get("boundary"), expert_boundary(config)
+    if said != wanted:
+        raise ValueError(
+            f"{made} holds experts that part at noise level {said}; this run would part at {wanted}. Give "
+            f"--objective.boundary {said}, or another --output"
+        )
+
+
+def _features(config: Config) -> None:
+    from mm_train.data import check_features  # torch, only now
+
+    for path in (config.validation.features, config.data.features):
+        if path is not None:
+            check_features(path, config)
+
+
+CHECKS = (
+    Check("limits", "at once", check_limits),
+    Check("model", "at once", _model),
+    Check("weights", "at once", _weights),
+    Check("data", "at once", _data),
+    Check("objective", "at once", _objective),
+    Check("learning rate", "at once", _rates),
+    Check("what is trained", "at once", _trained),
+    Check("sample videos", "at once", _samples),
+    Check("output", "at once", _output),
+    Check("features", "with torch", _features),
+)
+
+
+def check_space(trained: int, config: Config) -> None:
+    """Raise ValueError if not even one checkpoint of so many trained parameters fits on the disk of the output."""
+    needed = trained * (16 if config.optim.ema else 12)  # float32: weights, two moments, and the average
+    free = shutil.disk_usage(config.run_dir).free
+    if needed > free:
+        raise ValueError(
+            f"a checkpoint needs {needed / 2**20:,.0f} MiB and {config.output} has {free / 2**20:,.0f} MiB free: "
+            "free some, or choose another --output"
+        )

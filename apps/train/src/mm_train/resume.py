@@ -1,0 +1,62 @@
+"""Whether a command continues the run that its output directory holds."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from mm_convert.cli.arguments import dump
+from mm_train.checkpoint import latest
+from mm_train.config import Config
+from mm_train.start import has_frozen
+
+# Settings that are part of what a checkpoint means: with another value the rest of the run would be another run.
+FIXED = (
+    "model",
+    "expert",
+    "architecture",
+    "trained",
+    "seed",
+    "data.global_batch",
+    "data.small_buckets",
+    "objective.task",
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
+)
+
+
+def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
+    """(The checkpoint that this run continues, what was changed since). ValueError where it would be another run."""
+    found = latest(config.run_dir / "checkpoints")
+    if found is None:
+        return None, []
+    if config.checkpoint.resume == "never":
+        raise ValueError(
+            f"{config.run_dir} holds a run ({found.name}) and --checkpoint.resume is never: choose another "
+            "--output, or delete it"
+        )
+    saved, now = _flat(tomllib.loads((found / "config.toml").read_text())), _flat(tomllib.loads(dump(config)))
+    changed = {key: (saved.get(key), now.get(key)) for key in saved | now if saved.get(key) != now.get(key)}
+    # What is trained means nothing without the rest that it was trained beside.
+    fixed = (*FIXED, "weights") if has_frozen(config) else FIXED
+    for key, (old, new) in changed.items():
+        average_appears_or_goes = key == "optim.ema" and not (old and new)
+        if average_appears_or_goes or any(key == f or key.startswith(f"{f}.") for f in fixed):
+            raise ValueError(
+                f"{found} was made with {key} {old}, this command says {new}: that would not be the same run. Give the "
+                "old value to continue, or a new --output to start a run of its own"
+            )
+    step = json.loads((found / "progress.json").read_text())["step"]
+    if step > config.steps:
+        raise ValueError(f"{found} is past --steps {config.steps}: give more than {step} steps, or a new --output")
+    return found, [f"{key} {old} -> {new}" for key, (old, new) in changed.items()]
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    rows = {}
+    for key, value in table.items():
+        rows |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return rows

@@ -1,0 +1,253 @@
+"""What the loop drives: all that a run has, made in `prepare`, and what happens around its steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mm_convert.cli.arguments import dump
+from mm_models.objective import Objective
+from mm_parallel.device import device as accelerator
+from mm_parallel.device import init_distributed, reset_max_memory, synchronize
+from mm_parallel.guard import Watchdog, agree
+from mm_parallel.mesh import data_rank, describe, make_mesh, rank_in, reports_loss
+from mm_train.checkpoint import Checkpointer
+from mm_train.checks import check
+from mm_train.command import check_shared, prepare_output
+from mm_train.config import Config
+from mm_train.data import TrainingData, training_data
+from mm_train.interrupt import Interrupt
+from mm_train.metrics import Metrics
+from mm_train.nonfinite import Watch
+from mm_train.objective import build_objective
+from mm_train.optim import EMA, build_optimizer, learning_rate
+from mm_train.ranks import all_sum, broadcast
+from mm_train.resume import find_checkpoint
+from mm_train.samples import Samples
+from mm_train.speed import Speed
+from mm_train.start import Built, build_model
+from mm_train.step import MicroBatches, seed_dropout
+from mm_train.validate import Validation
+
+
+@dataclass
+class Progress:
+    """Where a run is; saved with every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps that were taken."""
+    cursor: int = 0
+    """Samples that all ranks together have been given."""
+    skipped: int = 0
+    """Steps that were not taken, as they were not finite."""
+    dataset: str = ""
+    """Fingerprint of the samples."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One step in global numbers, alike on every rank."""
+
+    index: int  # from 0
+    loss: float
+    norm: float
+    finite: bool
+
+
+@contextmanager
+def prepare(config: Config) -> Iterator[Run]:
+    """A run that is ready for its next step. What cannot work is refused here, what costs least to find out first.
+
+    Leaving the block saves what was trained.
+    """
+    check(config)
+    rank, world, _ = init_distributed(timedelta(hours=6))  # the watchdog looks after hangs
+    with Watchdog(deadline=config.deadline) as guard:
+        guard.at("preparing", deadline=math.inf)  # weights may take long to read
+        agree(dump(config), "the configuration")
+        with Interrupt() as interrupt:
+            run = Run(config, rank, world, guard, interrupt)
+            yield run
+            run.finish()
+
+
+class Run:
+    """One training run on this rank. `model` is called, `parameters` is the module that holds this rank's weights."""
+
+    def __init__(self, config: Config, rank: int, world: int, guard: Watchdog, interrupt: Interrupt):
+        self.config, self.rank, self.guard, self.interrupt = config, rank, guard, interrupt
+        self.device = accelerator()
+        self.mesh = make_mesh(config.parallel, self.device.type)
+        self.data_index, data_ranks = data_rank(self.mesh)
+        micro_batches = config.micro_batches(data_ranks)
+        prepare_output(config.run_dir)
+        check(config, "with torch")
+        check_shared(config.run_dir)
+        self.objective = build_objective(config)
+        self.data = training_data(config, self.objective, self.mesh, self.device)
+        agree({"the samples": self.data.fingerprint}, self.data.name)
+        # Refuses a directory that this run must not continue. One rank looks, so that all go the same way.
+        found, changed = broadcast(lambda: find_checkpoint(config))
+        # Before the model: it needs the text encoder for a moment.
+        self.samples = Samples(config, self.objective, self.mesh, self.device, getattr(torch, config.dtype))
+        built = build_model(config, self.mesh, self.device, continuing=found is not None)
+        self.model, self.parameters = built.model, built.parameters
+        self.optimizer = build_optimizer(self.parameters, config.optim)
+        self.average = EMA(self.parameters, config.optim.ema)
+        self.checkpoints = Checkpointer(config.run_dir / "checkpoints", config.checkpoint.keep)
+        self.progress = Progress(dataset=self.data.fingerprint)
+        if found:
+            saved = self.checkpoints.load(found, self.parameters, self.optimizer, self.average)
+            self.data.check_same(saved, config)
+            self.progress = Progress(**saved)
+
+        self.metrics = Metrics(config.run_dir, leader=rank == 0, steps=config.steps, start=self.progress.step)
+        step = f"{data_ranks} x {micro_batches} micro-batches of {config.data.micro_batch}"
+        self.metrics.say(summarize(config, self.objective, built, self.data, found, changed, describe(self.mesh), step))
+        if self.progress.step == config.steps:
+            self.metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
+        self.validation = Validation(config, self.objective, self.mesh, self.device)
+        self.speed = Speed(self.parameters, self.device, data_ranks, world)
+        self.watch = Watch(config.on_nonfinite)
+        self.max_norm = config.optim.clip or math.inf
+
+    def batches(self) -> Iterator[MicroBatches]:
+        """This rank's part of one step after the other, from where the run is."""
+        steps = self.data.steps(self.progress.cursor)
+        if self.progress.step == 0:
+            self._evaluate()
+        while self.progress.step < self.config.steps and not self.interrupt.stop:
+            number = self.progress.step + 1
+            self.guard.at(f"the data of step {number}", self.config.deadline * self.data.steps_at_once)
+            self.started = time.perf_counter()
+            step = next(steps)
+            self.guard.at(f"step {number}")
+            self.data_seconds = time.perf_counter() - self.started
+            place = (self.config.seed, step.index, self.data_index, rank_in(self.mesh, "cp"))
+            batch = MicroBatches(step, self.objective, self.config.seed, self.device, partial(seed_dropout, *place))
+            weight = batch.weigh() if reports_loss(self.mesh) else 0.0
+            (batch.total,) = all_sum(weight, device=self.device)
+            yield batch
+            reset_max_memory(self.device)
+
+    def set_rate(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.progress.step, self.config.steps, self.config.optim)
+
+    def outcome(self, batch: MicroBatches, losses: list[Tensor], norm: Tensor) -> Outcome:
+        """The step in global numbers; from here on, its samples count as seen."""
+        own = torch.cat(losses).cpu().double().sum() if reports_loss(self.mesh) else 0.0
+        summed, signals = all_sum(own, float(self.interrupt.signal), device=self.device)
+        self.interrupt.hear(signals)
+        loss = summed / batch.total
+        self.progress.cursor = batch.step.cursor_after
+        finite = self.watch.finite(loss, norm, losses, batch.step)
+        return Outcome(self.progress.step, loss, float(norm), finite)
+
+    def report(self, batch: MicroBatches, step: Outcome) -> None:
+        """Tells and keeps what a step was. Raises FloatingPointError if the run must end with a step that is not
+        finite, after saving what is before it.
+        """
+        if not step.finite:
+            return self._report_nonfinite()
+        self.progress.step += 1
+        synchronize(self.device)
+        seconds = time.perf_counter() - self.started
+        row = {
+            "step": self.progress.step,
+            "loss": step.loss,
+            "grad_norm": step.norm,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "samples": self.progress.cursor,
+            "seconds": seconds,
+            "data_seconds": self.data_seconds,
+        }
+        measured, text = self.speed(batch.micro, seconds, self.data_seconds)
+        self.metrics.step(row | measured, text)
+        self.checkpoints.check()
+
+    def _report_nonfinite(self) -> None:
+        stops = self.watch.stop()  # on every rank alike, as loss and norm are global
+        if stops:
+            self.progress.cursor -= self.config.data.global_batch
+            self._save()
+            self.checkpoints.wait()
+            self.metrics.close()
+        why = self.watch.explain(self.progress.step, self.checkpoints.saved())
+        if stops:
+            raise FloatingPointError(why)
+        self.progress.skipped += 1
+        self.metrics.say(f"{why}. Skipped")
+
+    def save_if_due(self, step: Outcome) -> None:
+        if step.finite and self.progress.step % self.config.checkpoint.every == 0:
+            self._save()
+
+    def evaluate_if_due(self, step: Outcome) -> None:
+        """Validation and sample videos."""
+        if step.finite:
+            self._evaluate()
+
+    def finish(self) -> None:
+        """Saves what was trained, and waits until it is written."""
+        self.guard.at("the last checkpoint", deadline=math.inf)
+        self._save()
+        self.checkpoints.wait()
+        self.metrics.close()
+
+    def check_finished(self) -> None:
+        """Raise KeyboardInterrupt if the run was stopped before its last step."""
+        if self.interrupt.stop:
+            raise KeyboardInterrupt(f"stopped after step {self.progress.step}; the same command continues from there")
+
+    def _save(self) -> None:
+        if self.progress.step == 0:
+            return  # nothing is lost, and an optimizer without a step has no state to save
+        self.checkpoints.save(
+            self.progress.step, self.parameters, self.optimizer, self.average, asdict(self.progress), dump(self.config)
+        )
+
+    def _evaluate(self) -> None:
+        step = self.progress.step
+        if self.validation.due(step):
+            self.guard.at(f"validation after step {step}", deadline=math.inf)
+            self.metrics.event({"step": step, "validation_loss": self.validation(self.model)})
+        if self.samples.due(step):
+            self.guard.at(f"samples after step {step}", deadline=math.inf)
+            self.metrics.say(f"step {step} | samples in {self.samples(self.model, self.average, step)}")
+
+
+def summarize(
+    config: Config,
+    objective: Objective,
+    built: Built,
+    data: TrainingData,
+    found: Path | None,
+    changed: list[str],
+    ranks: str,
+    step: str,
+) -> str:
+    """What is about to happen, in a few lines. found, changed: the checkpoint that is continued, and settings that were
+    changed since.
+    """
+    task, _, rest = objective.describe().partition(", ")
+    lines = [
+        f"model      {config.model}: {built.size:,} parameters, {built.trained:,} trained, matrices in {config.dtype}",
+        f"task       {task}{f', expert {config.expert}' if config.expert else ''}, {rest}",
+        f"weights    {f'{found} (continuing)' if found else config.weights}{built.notes}",
+        *(f"changed    {change}" for change in changed),
+        f"data       {len(data.ids):,} samples in {len(set(data.buckets))} shapes, {data.name}",
+        *(f"           {note}" for note in data.notes),
+        f"ranks      {ranks}",
+        f"step       {config.data.global_batch} samples = {step}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,44 @@
+"""What a loader asks of a data set, and what training gets: named tensors of some samples."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
+
+from torch import Tensor
+
+
+class Pick(NamedTuple):
+    """A sample to show, and how often all samples of its bucket have been shown before."""
+
+    index: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro batch. Draws for its samples (timestep, noise) belong to (seed, epochs[i], ids[i]).
+
+    The tensors have the samples as their first dimension. The data set names them, see its `batch`.
+    """
+
+    tensors: dict[str, Tensor]
+    ids: list[str]
+    epochs: list[int]
+
+
+Made = TypeVar("Made", covariant=True)
+
+
+class BatchDataset(Protocol[Made]):
+    """Samples that a loader can put into batches, whatever they are made of.
+
+    `ids[i]` is unique: draws for a sample belong to it. `buckets[i]` is a key of the data set's choice: all samples of
+    one step have the same, e.g. the shape of their latents. `batch` is called from several threads at once.
+    """
+
+    ids: Sequence[str]
+    buckets: Sequence[Hashable]
+
+    def batch(self, picks: Sequence[Pick]) -> Made:
+        """The micro batch of these samples, which are of one bucket: a `Batch`, or what the data set makes."""
+        ...

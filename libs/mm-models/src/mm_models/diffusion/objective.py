@@ -1,0 +1,170 @@
+"""Training a diffusion model: noise a sample, and weigh how far the model's prediction is off.
+
+Two things vary, and are handed in: the schedule (flow matching; others behind the same methods), and what the model is
+told besides noise and text (`Conditioning`, one for each task of a family).
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mm_models.objective import Generators
+
+
+class Level(NamedTuple):
+    """How noisy each sample of a batch is: B each."""
+
+    t: Tensor  # what the model is told
+    sigma: Tensor  # the part that is noise, as the schedule counts it
+    weight: Tensor  # of the loss
+
+
+class Schedule(Protocol):
+    """Which noise levels are drawn, how a sample is noised, what is predicted, and how an error counts."""
+
+    def draw_index(self, generator: torch.Generator) -> Tensor:
+        """A point of the table of levels, a scalar integer."""
+
+    def level(self, index: Tensor) -> Level:
+        """The levels at points of the table, B."""
+
+    def level_at(self, t: Tensor) -> Level:
+        """The levels at timesteps B; every error weighs 1."""
+
+    def noised(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor: ...
+    def target(self, x0: Tensor, noise: Tensor) -> Tensor: ...
+    def loss(self, prediction: Tensor, target: Tensor, level: Level) -> Tensor:
+        """The weighted error of each sample: B, float32."""
+
+    def middles(self) -> Sequence[int]:
+        """Timesteps at which validation measures: the middles of equal parts of what is trained."""
+
+    def describe(self) -> str:
+        """The part of the noise that is trained on, in words."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What the videos of a batch are made from, B of each, in [-1, 1]. None: it is not given."""
+
+    size: tuple[int, int, int]
+    """Frames, height and width of the videos."""
+    image: Tensor | None = None
+    """B 3 H W: the first frame."""
+    last_image: Tensor | None = None
+    """B 3 H W"""
+    video: Tensor | None = None
+    """B 3 F H W: a source."""
+    mask: Tensor | None = None
+    """B 1 F H W in 0..1, 1 where the source changes."""
+    references: Sequence[Sequence[Tensor]] = ()
+    """Of each video, images 3 H W of what is to appear."""
+
+
+class Conditioning(Protocol):
+    """What a model is told besides noise and text, for one task: the same for training, validation and sampling.
+
+    *Conditions* are named tensors; a feature cache keeps those of `stored` as they are.
+    """
+
+    task: str
+
+    @property
+    def stored(self) -> Mapping[str, int]:
+        """The conditions of a sample that must be stored for training, with their channels (or rows)."""
+
+    def encode(
+        self, pixels: Pixels, encode: Callable[[Tensor], Tensor], see: Callable[[Tensor], Tensor] | None
+    ) -> list[dict[str, Tensor]]:
+        """The conditions of each video of a batch, without a batch dim.
+
+        encode: pixels B 3 F H W to latents. see: images B 3 H W to the tokens of an image encoder B S D.
+        """
+
+    def find_misfit(self, names: Collection[str]) -> str:
+        """Why features with conditions of these names are not for this task; empty where they are."""
+
+    def to_store(self, latents: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is kept of one sample: `latents`, and its conditions."""
+
+    def complete(self, latents: Tensor, conditions: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The conditions with those that clean latents B C F H W hold themselves."""
+
+    def hold(self, latents: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        """The latents with what is given in its place."""
+
+    def inputs(self, latents: Tensor, t: Tensor, text: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's arguments: latents B C F H W with what is held, t B, text B S D, conditions B …"""
+
+    def learned(self, x: Tensor) -> Tensor:
+        """The part of a prediction or a target that a loss is taken over."""
+
+    def frames_before(self, conditions: Mapping[str, Tensor]) -> int:
+        """Latent frames that stand before the video and are no part of it."""
+
+
+class Drawn(NamedTuple):
+    level: Level
+    noise: Tensor  # B C F H W
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """An `mm_models.objective.Objective`. A batch holds latents B C F H W, text B S D, and the conditions."""
+
+    schedule: Schedule
+    conditioning: Conditioning
+    task: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "task", self.conditioning.task)
+
+    @property
+    def stored(self) -> Mapping[str, int]:
+        return self.conditioning.stored
+
+    @property
+    def points(self) -> Sequence[int]:
+        return self.schedule.middles()
+
+    def draw(self, tensors: Mapping[str, Tensor], generators: Generators) -> Drawn:
+        count = range(len(tensors["latents"]))
+        index = torch.stack([self.schedule.draw_index(generators(i, "timestep")) for i in count])
+        return Drawn(self.schedule.level(index), self._noise(tensors, generators))
+
+    def draw_at(self, tensors: Mapping[str, Tensor], points: Sequence[float], generators: Generators) -> Drawn:
+        """points: timesteps."""
+        return Drawn(self.schedule.level_at(torch.tensor(points).float()), self._noise(tensors, generators))
+
+    def inputs(self, tensors: Mapping[str, Tensor], drawn: Drawn) -> dict[str, Tensor]:
+        clean, level, noise = _aligned(tensors, drawn)
+        stored = {name: tensors[name] for name in self.stored}
+        conditions = self.conditioning.complete(clean, stored)
+        noisy = self.conditioning.hold(self.schedule.noised(clean, noise, level), conditions)
+        return self.conditioning.inputs(noisy, level.t, tensors["text"], conditions)
+
+    def weigh(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return torch.ones(len(tensors["latents"]))
+
+    def losses(self, output: Tensor, tensors: Mapping[str, Tensor], drawn: Drawn) -> Tensor:
+        clean, level, noise = _aligned(tensors, drawn)
+        learned = self.conditioning.learned
+        return self.schedule.loss(learned(output), learned(self.schedule.target(clean, noise)), level)
+
+    def describe(self) -> str:
+        return f"{self.task}, {self.schedule.describe()}"
+
+    @staticmethod
+    def _noise(tensors: Mapping[str, Tensor], generators: Generators) -> Tensor:
+        shape = tensors["latents"].shape[1:]
+        noise = [torch.randn(shape, generator=generators(i, "noise")) for i in range(len(tensors["latents"]))]
+        return torch.stack(noise)
+
+
+def _aligned(tensors: Mapping[str, Tensor], drawn: Drawn) -> tuple[Tensor, Level, Tensor]:
+    """(clean latents in float32, level, noise) where the latents are."""
+    clean = tensors["latents"].float()
+    return clean, Level(*(part.to(clean.device) for part in drawn.level)), drawn.noise.to(clean.device)

@@ -1,0 +1,140 @@
+"""What a model family is to everybody else: one record, asked through the seams below and never by its name.
+
+This file imports no torch: a preset's name is looked up, and a typo answered, without waiting for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mm_models.encoders import Codec, ImageEncoder, TextEncoder
+    from mm_models.objective import Objective
+    from mm_parallel.plan import ParallelPlan
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the makers of released weights sample with."""
+
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    frames: int
+    fps: float
+    steps: int
+    guidance: float | tuple[float, float]
+    """One number, or of two experts that of the high-noise one and that of the low-noise one."""
+    flow_shift: float | None
+    """None: 3 for sizes near 480x832, 5 for sizes near 720x1280."""
+    negative_prompt: str
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A fact about released weights: their architecture, and what was published with them."""
+
+    config: Any
+    published: Published
+    boundary: float | None = None
+    """Of two experts of this architecture: the noise level (sigma) from which on the high-noise one generates."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model can be asked to make. Inputs are named as in `Pixels` and in the flags of mm_infer."""
+
+    name: str
+    needs: tuple[str, ...] = ()
+    """Inputs besides the prompt that it cannot do without."""
+    takes: tuple[str, ...] = ()
+    """Inputs that it can be given as well."""
+    options: Mapping[str, float] = field(default_factory=dict)
+    """Options of sampling that are its own, with their defaults."""
+    trained: bool = True
+    """Whether a model is trained for it. If not, it is sampling alone that differs."""
+    least_frames: int = 1
+
+    @property
+    def inputs(self) -> set[str]:
+        """All that it can be given."""
+        return {*self.needs, *self.takes}
+
+    @property
+    def reads_control(self) -> bool:
+        """Whether a manifest's sources, masks and references are for it."""
+        return "references" in self.inputs
+
+    def __str__(self) -> str:
+        """`i2v (image)`"""
+        return f"{self.name} ({self.sources})"
+
+    @property
+    def sources(self) -> str:
+        """What it is made from, in words."""
+        may = ", ".join(self.takes)
+        return " and ".join(self.needs) or (f"any of {may}, or none" if may else "a prompt alone")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family. Configurations (`config`) are of its own dataclass; what needs torch is imported when called."""
+
+    name: str
+    presets: Mapping[str, Preset]
+    config: type
+    """The dataclass of its architectures."""
+    checkpoints: tuple[str, ...]
+    """Families of mm_convert whose weights are this one's."""
+
+    # Facts about a configuration
+    tasks: Callable[[Any], tuple[Task, ...]]
+    """What such a model can be asked for, the usual first."""
+    tasks_unasked: Callable[[Any, Path], tuple[Task, ...]]
+    """(config, repository of the encoders) -> of these, those that may be meant when none is named."""
+    encoders: Callable[[Any], tuple[str, ...]]
+    """Folders of a diffusers directory that it needs, besides its own."""
+    multiples: Callable[[Any, Path], tuple[int, int, int]]
+    """(config, repository) -> frames per latent frame, rows and columns of pixels per token."""
+    fit: Callable[[Any, Path], Any]
+    """(config, repository) -> the configuration for these encoders. ValueError unless they are as wide as it takes."""
+    describe: Callable[[Any], dict[str, Any]]
+    """The fields that are written into config.json."""
+
+    # The model
+    build: Callable[[Any], nn.Module]
+    """A model with parameters that are not filled."""
+    plan: Callable[[nn.Module], ParallelPlan]
+    """How `mm_parallel` may cut it."""
+    cost: Callable[[nn.Module], Callable[[Mapping[str, Any]], tuple[int, float]]]
+    """model -> (tensors of a batch -> tokens of one sample, FLOPs of training on it)."""
+    start: Callable[[], Any]
+    """The module with `initial`, `missing`, `grow` and `ZERO`: what a model begins with. See `mm_models.wan.start`."""
+
+    # What it learns, and from what
+    objective: Callable[..., Objective]
+    """(config, task name, part of an expert, options) -> what it is trained to do."""
+    conditioning: Callable[[Any, str], Any]
+    """(config, task name) -> `mm_models.diffusion.Conditioning`."""
+    codec: Callable[..., Codec]
+    text_encoder: Callable[..., TextEncoder]
+    image_encoder: Callable[..., ImageEncoder] | None = None
+
+    def task(self, config: Any, name: str) -> Task | None:
+        """One of its tasks by name."""
+        return next((task for task in self.tasks(config) if task.name == name), None)
+
+
+def later(module: str, name: str) -> Callable[..., Any]:
+    """A function or class of a module that is imported when it is first called."""
+
+    def call(*args: Any, **named: Any) -> Any:
+        return getattr(import_module(module), name)(*args, **named)
+
+    call.__qualname__ = f"{module}.{name}"
+    return call

@@ -1,0 +1,97 @@
+"""What a Wan costs: floating-point operations of a forward pass and of training."""
+
+from collections.abc import Mapping
+from math import prod
+
+from torch import Tensor, nn
+
+from mm_models.wan.config import WanConfig
+
+
+class Cost:
+    """`cost(tensors of a batch) -> (tokens of one sample, FLOPs of training on it)`.
+
+    Frozen weights cost less in the backward. Adapters are left out, as in every MFU.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.config = model.config
+        self.trained, self.control_trained = (_trained_part(model, control) for control in (False, True))
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> tuple[int, float]:
+        tokens = prod(tensors["latents"].shape[2:]) // prod(self.config.patch_size)
+        return tokens, train_flops(self.config, tokens, self.trained, self.control_trained)
+
+
+def _trained_part(model: nn.Module, control: bool) -> float:
+    """The trained part of the model's own weights: of the control ladder, or of the rest."""
+    sizes = {True: 0, False: 0}
+    for name, parameter in model.named_parameters():
+        if name.startswith("vace_") == control and ".lora_" not in name:
+            sizes[parameter.requires_grad] += parameter.numel()
+    return sizes[True] / max(1, sum(sizes.values()))
+
+
+def flops(config: WanConfig, tokens: int, text: int | None = None, image: int | None = None) -> int:
+    """FLOPs of one forward pass over one sample with one timestep, a multiply-add counted as two.
+
+    Args:
+        tokens: video tokens L, that is latent frames x rows x columns / patch volume.
+        text, image: rows of text and CLIP tokens, if they are not those of the config.
+
+    A backward pass costs twice as much; full recompute adds one more forward (not counted in MFU).
+    """
+    linear, attention = _linear_and_attention(config, tokens, text, image)
+    return linear + attention
+
+
+def train_flops(config: WanConfig, tokens: int, trained: float = 1.0, control_trained: float | None = None) -> int:
+    """FLOPs of forward and backward over one sample.
+
+    trained: part of the weights that are trained. The backward of a frozen linear costs once, not twice: its weight
+    needs no gradient. (Under adapters 0; their own cost is left out.) `control_trained` says it of the control ladder.
+    Where that alone is trained, the first layer, into which nothing trained flows, has no backward at all.
+    """
+    linear, attention = _linear_and_attention(config, tokens)
+    control = _control_linears(config, tokens)
+    control_trained = trained if control_trained is None else control_trained
+    total = (2 + trained) * (linear - control) + (2 + control_trained) * control + 3 * attention
+    if control and not trained and control_trained:
+        blocks = config.num_layers + len(config.vace_layers)
+        total -= _block_linears(config, tokens, config.text_tokens) + 2 * attention // blocks
+    return round(total)
+
+
+def _linear_and_attention(
+    config: WanConfig, tokens: int, text: int | None = None, image: int | None = None
+) -> tuple[int, int]:
+    text = config.text_tokens if text is None else text
+    image = (config.image_tokens if config.image_dim else 0) if image is None else image
+    D, L = config.dim, tokens
+    patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+    attention = 4 * L * L * D + 4 * L * (text + image) * D
+    ends = 2 * L * patch * (config.in_channels + config.out_channels) * D
+    embed_text = 2 * text * (config.text_dim * D + D * D)
+    embed_time = 2 * (config.freq_dim * D + 7 * D * D)
+    embed_image = 0 if config.image_dim is None else 2 * image * (config.image_dim**2 + config.image_dim * D)
+    outside = ends + embed_text + embed_time + embed_image + _control_linears(config, tokens, text, image)
+    blocks = config.num_layers + len(config.vace_layers)
+    return config.num_layers * _block_linears(config, L, text + image) + outside, blocks * attention
+
+
+def _block_linears(config: WanConfig, tokens: int, context: int) -> int:
+    D = config.dim
+    on_tokens = 6 * D * D + 2 * D * config.ffn_dim  # q k v o of self-attention, q o of cross-attention, feed-forward
+    return 2 * tokens * on_tokens + 2 * context * 2 * D * D  # and k v of cross-attention on the context
+
+
+def _control_linears(config: WanConfig, tokens: int, text: int | None = None, image: int | None = None) -> int:
+    """Of the whole control ladder: its patches, its blocks, the projections before the first and behind each."""
+    if not config.vace_layers:
+        return 0
+    text = config.text_tokens if text is None else text
+    image = (config.image_tokens if config.image_dim else 0) if image is None else image
+    D, blocks = config.dim, len(config.vace_layers)
+    patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+    projections = (blocks + 1) * 2 * tokens * D * D + 2 * tokens * patch * config.control_channels * D
+    return blocks * _block_linears(config, tokens, text + image) + projections

@@ -1,0 +1,36 @@
+"""Wan's record: what all others ask of Wan2.1, Wan2.2 and VACE."""
+
+from mm_models.family import Family, later
+from mm_models.wan import tasks
+from mm_models.wan.config import WanConfig
+from mm_models.wan.presets import PRESETS
+
+
+def start():
+    """What a Wan begins with."""
+    from mm_models.wan import start
+
+    return start
+
+
+WAN = Family(
+    name="wan",
+    presets=PRESETS,
+    config=WanConfig,
+    checkpoints=("wan", "vace"),
+    tasks=tasks.tasks,
+    tasks_unasked=tasks.tasks_unasked,
+    encoders=tasks.encoders,
+    multiples=tasks.multiples,
+    fit=tasks.fit,
+    describe=tasks.describe,
+    build=later("mm_models.wan.model", "WanModel"),
+    plan=later("mm_models.wan.plan", "plan"),
+    cost=later("mm_models.wan.cost", "Cost"),
+    start=start,
+    objective=later("mm_models.wan.encode", "objective"),
+    conditioning=later("mm_models.wan.encode", "Conditioning"),
+    codec=later("mm_models.wan.vae", "WanVAE"),
+    text_encoder=later("mm_models.encoders.text", "TextEncoder"),
+    image_encoder=later("mm_models.encoders.image", "ImageEncoder"),
+)

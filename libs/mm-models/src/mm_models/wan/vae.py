@@ -1,0 +1,85 @@
+"""Wan's codec: the VAEs of Wan2.1 and Wan2.2, of diffusers."""
+
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from mm_models.encoders.loading import check_loaded, identity, part_of
+
+
+class WanVAE:
+    """An `mm_models.encoders.Codec`, from `vae/` of a diffusers directory.
+
+    The VAE of Wan2.1 has 4x8x8 pixels per latent and 16 channels, that of Wan2.2 4x16x16 and 48.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        tiling: bool = False,
+    ) -> None:
+        from diffusers import AutoencoderKLWan
+
+        folder = part_of(path, "vae")
+        self.identity = identity([folder], {"dtype": str(dtype), "tiling": tiling})
+        self.device, self.dtype = torch.device(device), dtype
+        vae, found = AutoencoderKLWan.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+        check_loaded(folder, found)
+        self.vae = vae.eval().requires_grad_(False).to(self.device)
+        if tiling:
+            self.vae.enable_tiling()
+        config = self.vae.config
+        side = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
+        self.stride = (2 ** sum(config.temperal_downsample), side, side)
+        """Frames, rows and columns of pixels per latent."""
+        self.channels: int = config.z_dim
+        self.mean = torch.tensor(config.latents_mean, device=self.device).view(1, -1, 1, 1, 1)
+        self.std = torch.tensor(config.latents_std, device=self.device).view(1, -1, 1, 1, 1)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the weights to a device, and what is encoded from then on is made there. Returns itself."""
+        self.device = torch.device(device)
+        self.vae.to(self.device)
+        self.mean, self.std = self.mean.to(self.device), self.std.to(self.device)
+        return self
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """C F' h w of a video of this many frames and pixels."""
+        time, rows, columns = self.stride
+        return self.channels, (frames - 1) // time + 1, height // rows, width // columns
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Video B 3 F H W in [-1, 1] to normalised latents B C F' h w in float32, F' = (F - 1) / 4 + 1: the mode of the
+        posterior, so no chance is involved. Raises ValueError for a size that the VAE would have to crop.
+        """
+        time, height, width = self.stride
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(f"video has shape {tuple(video.shape)}, but must be B 3 F H W")
+        frames, rows, columns = video.shape[2:]
+        if (frames - 1) % time:
+            raise ValueError(f"{frames} frames: must be {time}k + 1, e.g. {(frames - 1) // time * time + 1}")
+        if rows % height or columns % width:
+            raise ValueError(
+                f"frames of {rows}x{columns} pixels: both must be multiples of {height}, "
+                f"e.g. {rows // height * height}x{columns // width * width}"
+            )
+        latents = self.vae.encode(video.to(self.device, self.dtype)).latent_dist.mode()
+        return (latents.float() - self.mean) / self.std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents B C F' h w to video B 3 F H W in [-1, 1], float32."""
+        latents = latents.to(self.device).float() * self.std + self.mean
+        return self.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()

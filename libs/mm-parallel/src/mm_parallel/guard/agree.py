@@ -1,0 +1,70 @@
+"""Whether ranks were told the same: asked before they wait for each other."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mm_parallel.guard.diagnosis import ranks_of
+
+
+def agree(what: Mapping[str, object] | str, label: str, group: dist.ProcessGroup | None = None) -> None:
+    """Raises ValueError on every rank of `group` (None: all) unless `what` is the same on all of them.
+
+    what: values by name, or a text. They are compared by their `repr`, which must not depend on the process (no sets,
+        no addresses). The message names the first keys that differ, the ranks, and the values.
+
+    All ranks call it. Costs one small collective; nothing is sent but a hash as long as all agree.
+    """
+    if not dist.is_initialized():
+        return
+    lines = dict(enumerate(what.splitlines(), 1)) if isinstance(what, str) else what
+    mine = {f"line {key}" if isinstance(what, str) else key: repr(value) for key, value in lines.items()}
+    if len(set(_gather(hashlib.sha256(json.dumps(mine).encode()).hexdigest(), group))) == 1:
+        return
+    all_of_them = _gather(mine, group)
+    numbers = dist.get_process_group_ranks(group) if group is not None else range(dist.get_world_size())
+    different = []
+    for key in dict.fromkeys(key for one in all_of_them for key in one):
+        holders: dict[str, list[int]] = {}
+        for number, one in zip(numbers, all_of_them, strict=True):
+            holders.setdefault(one.get(key, "missing"), []).append(number)
+        if len(holders) > 1:
+            values = ", ".join(f"{_shorten(value)} on {ranks_of(who)}" for value, who in holders.items())
+            different.append(f"{key} is {values}")
+    more = f"; and {len(different) - 5} more" if len(different) > 5 else ""
+    raise ValueError(f"{label} differs between ranks: {'; '.join(different[:5]) or 'in its order'}{more}")
+
+
+def agree_on(what: str, who: str, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Raises ValueError on every rank of `group`, with what each was given, unless that is the same text.
+
+    For every step, where `agree` would be slow: 8 bytes from each rank as long as all agree. Without it a rank would
+    wait for what is never sent, and gloo ends the process on a message of another size.
+
+    who: what the ranks are, for the message. device: of the tensors that the group can send.
+    """
+    digest = int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], "big", signed=True)
+    mine = torch.tensor([digest], device=device)
+    everyone = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(everyone, mine, group=group)
+    if len(set(torch.cat(everyone).tolist())) == 1:
+        return
+    holders: dict[str, list[int]] = {}
+    for rank, text in zip(dist.get_process_group_ranks(group), _gather(what, group), strict=True):
+        holders.setdefault(text, []).append(rank)
+    lines = [f"  {ranks_of(ranks)}: {text}" for text, ranks in holders.items()]
+    raise ValueError("\n".join([f"{who} must be given the same, but have", *lines]))
+
+
+def _gather(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group)
+    return everyone
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}…"

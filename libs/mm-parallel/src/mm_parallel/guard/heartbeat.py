@@ -1,0 +1,96 @@
+"""What ranks tell each other while they work, through the store of the process group."""
+
+import json
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+
+class Board:
+    """Where each rank writes what it does, and the first that finds a failure writes its cause.
+
+    Every method may raise torch's DistError: then the process that hosts the store is gone.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world: int) -> None:
+        self._store, self.rank, self.world = store, rank, world
+
+    def clone(self) -> "Board":
+        """The same by a connection of its own, for another thread."""
+        return Board(self._store.clone(), self.rank, self.world)
+
+    def tell(self, cause: str, stacks: bool) -> None:
+        """All ranks are to end because of this; the first one counts. stacks: they print where they were."""
+        self._store.compare_set("cause", "", json.dumps({"cause": cause, "stacks": stacks}))
+
+    def read_cause(self) -> dict[str, Any] | None:
+        """What was told."""
+        return json.loads(self._store.get("cause")) if self._store.check(["cause"]) else None
+
+    def beat(self, number: int, at: str, waits: bool, done: bool) -> None:
+        """This rank lives, has begun so many phases, is there, waits in a collective, is done."""
+        beat = {"time": time.time(), "number": number, "at": at, "waits": waits, "done": done}
+        self._store.set(f"beat/{self.rank}", json.dumps(beat))
+
+    def read_beat(self, rank: int) -> dict[str, Any] | None:
+        """The last of a rank; None if it has not begun."""
+        key = f"beat/{rank}"
+        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+
+    def read_beats(self) -> dict[int, dict[str, Any]]:
+        """The last of every rank that has begun."""
+        beats = {rank: self.read_beat(rank) for rank in range(self.world)}
+        return {rank: beat for rank, beat in beats.items() if beat is not None}
+
+    def mark_long(self, long: bool) -> None:
+        """This rank begins, or ends, a phase in which the others wait for it."""
+        self._store.add("long", 1 if long else -1)
+
+    def any_long(self) -> bool:
+        return self._store.add("long", 0) > 0
+
+    def ask_to_report(self) -> bool:
+        """Whether this rank is the one that may say who hangs."""
+        return self._store.add("reports", 1) == 1
+
+    def finish(self) -> None:
+        """Waits until every rank is done. If one never is, the watchdog ends the process."""
+        if self._store.add("done", 1) == self.world:
+            self._store.set("all done", "")
+        self._store.wait(["all done"], timedelta(days=365))
+
+    def leave(self, patience: float) -> None:
+        """The last word of a rank. Rank 0, which may host the store, waits some seconds for all others to have left."""
+        self._store.add("left", 1)
+        until = time.monotonic() + patience
+        while self.rank == 0 and self._store.add("left", 0) < self.world and time.monotonic() < until:
+            time.sleep(0.02)
+
+
+class Neighbour:
+    """The rank that this one listens to: every rank is heard by one. When it is done, the one after it."""
+
+    def __init__(self, board: Board, silence: float) -> None:
+        self._rank, self._world, self._silence = board.rank, board.world, silence
+        self._next = (self._rank + 1) % self._world
+        self._beat: dict[str, Any] | None = None
+        self._heard_at = time.monotonic()
+
+    def listen(self, board: Board) -> str:
+        """What is wrong with it, if anything."""
+        if self._next == self._rank:
+            return ""  # all others are done
+        beat, now = board.read_beat(self._next), time.monotonic()
+        if beat is None:
+            return ""  # it has not begun
+        if beat != self._beat:
+            self._beat, self._heard_at = beat, now
+        if beat["done"]:
+            self._next = (self._next + 1) % self._world
+            self._heard_at = now
+        elif now - self._heard_at > self._silence:
+            gone = f"rank {self._next} is gone or stopped: no heartbeat for {self._silence:g} s"
+            return f"{gone}; it was last heard in {beat['at']}"
+        return ""
