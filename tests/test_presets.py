@@ -8,7 +8,7 @@ import pytest
 
 from mm_convert.families import VACE, WAN
 from mm_convert.families.presets import name_preset
-from mm_convert.read.content import understand
+from mm_convert.read.content import identify
 from mm_models import boundary, build, presets
 from mm_models.families import family_of
 
@@ -19,7 +19,7 @@ OURS_ALONE = {name for name in presets() if name.startswith("wan-tiny")}  # rele
 def test_the_model_of_a_preset_is_understood(name):
     """What names and shapes alone say of the model is what mm_models states."""
     model = build(name, device="meta")
-    content = understand({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}, name)
+    content = identify({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}, name)
     config, _ = content.family.complete(content.config)
     stated = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(model.config).items()}
     assert {key: stated[key] for key in config} == config

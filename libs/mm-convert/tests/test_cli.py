@@ -104,11 +104,28 @@ def test_help(run):
     assert run("--version")[1].startswith("mm-convert ")
 
 
+def test_the_package_is_the_command(toys, tmp_path):
+    def run(*words):
+        command = [sys.executable, "-m", "mm_convert", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert run("--help").stdout.startswith("usage: mm-convert COMMAND [options]")
+    assert "num_heads      2" in run("inspect", toys.diffusers(tmp_path / "source")).stdout
+    failed = run("inspect", tmp_path / "nowhere")
+    assert (failed.returncode, failed.stderr) == (1, f"mm-convert: error: {tmp_path / 'nowhere'} does not exist\n")
+    assert run("inspct").returncode == 2
+
+
 LOADED = "import sys; {}; heavy = {{'torch', 'numpy', 'diffusers'}} & set(sys.modules); assert not heavy, heavy"
 
 
 @pytest.mark.parametrize(
-    "code", ["import mm_convert", "from mm_convert import convert, open_checkpoint", "import mm_convert.cli.commands"]
+    "code",
+    [
+        "import mm_convert",
+        "from mm_convert import convert, open_checkpoint",
+        "import mm_convert.cli.commands, mm_convert.__main__",
+    ],
 )
 def test_importing_loads_no_torch(code):
     subprocess.run([sys.executable, "-c", LOADED.format(code)], check=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mm_convert.read.content import understand
+from mm_convert.read.content import identify
 from mm_convert.tensors.rules import Patterns, Row, Sizes
 
 
@@ -18,7 +18,7 @@ def test_an_unknown_name_is_named_with_its_nearest(shapes):
     with pytest.raises(
         ValueError, match=r"unknown: blocks\.1\.attn1\.to_kk\.weight \(nearest: blocks\.1\.attn1\.to_k"
     ) as error:
-        understand(shapes, "toy")
+        identify(shapes, "toy")
     assert "missing: blocks.1.attn1.to_k.weight" in str(error.value)
 
 
@@ -26,7 +26,7 @@ def test_every_single_missing_tensor_is_noticed(shapes):
     for name in shapes:
         rest = {other: shape for other, shape in shapes.items() if other != name}
         with pytest.raises(ValueError, match=r"missing: .*" + name.replace(".", r"\.")):
-            understand(rest, "toy")
+            identify(rest, "toy")
 
 
 def test_every_single_wrong_side_is_noticed(shapes):
@@ -36,7 +36,7 @@ def test_every_single_wrong_side_is_noticed(shapes):
         for side in range(len(shape)):
             changed = {**shapes, name: (*shape[:side], shape[side] + 1, *shape[side + 1 :])}
             try:
-                understand(changed, "toy")
+                identify(changed, "toy")
             except ValueError:
                 wrong += 1
     sides = sum(map(len, shapes.values()))
@@ -46,24 +46,24 @@ def test_every_single_wrong_side_is_noticed(shapes):
 def test_a_wrong_shape_says_what_was_expected_and_why(shapes):
     shapes["blocks.0.ffn.net.2.weight"] = (24, 41)
     with pytest.raises(ValueError, match=r"blocks\.0\.ffn\.net\.2\.weight has shape \[24, 41\], expected ffn_dim = 40"):
-        understand(shapes, "toy")
+        identify(shapes, "toy")
 
 
 def test_missing_and_half_layers(shapes):
     without_layer = {name: shape for name, shape in shapes.items() if "blocks.1." not in name}
     with pytest.raises(ValueError, match=r"layer 1 is missing, yet there is: blocks\.2\."):
-        understand(without_layer, "toy")
+        identify(without_layer, "toy")
     with pytest.raises(ValueError, match=r"missing: .*blocks\.0\."):
-        understand({name: shape for name, shape in shapes.items() if "blocks" not in name}, "toy")
+        identify({name: shape for name, shape in shapes.items() if "blocks" not in name}, "toy")
     huge = {**shapes, "blocks.99999999999.norm2.weight": (24,)}
     with pytest.raises(ValueError, match="layer 3 is missing"):
-        understand(huge, "toy")
+        identify(huge, "toy")
 
 
 def test_many_problems_are_counted(shapes):
     many = {**shapes, **{f"extra.{i}": (1,) for i in range(50)}}
     with pytest.raises(ValueError, match="and 45 more") as error:
-        understand(many, "toy")
+        identify(many, "toy")
     assert len(str(error.value)) < 1000
 
 
@@ -71,19 +71,19 @@ def test_mixed_dialects_are_refused(shapes, toys):
     original = toys.shapes("original", toys.kinds["i2v"])
     mixed = {**shapes, "head.modulation": original["head.modulation"]}
     with pytest.raises(ValueError, match=r"unknown: head\.modulation"):
-        understand(mixed, "toy")
+        identify(mixed, "toy")
 
 
 def test_another_model_is_no_wan():
     with pytest.raises(ValueError, match=r"no known family \(wan, .*\); it holds decoder\.weight"):
-        understand({"decoder.weight": (3,)}, "toy")
+        identify({"decoder.weight": (3,)}, "toy")
     with pytest.raises(ValueError, match="no tensors"):
-        understand({}, "toy")
+        identify({}, "toy")
 
 
 def test_the_unused_norms_of_published_i2v_files_are_dropped_and_said(shapes):
     extra = {f"blocks.{i}.attn2.norm_added_q.weight": (24,) for i in range(3)}
-    content = understand({**shapes, **extra}, "toy")
+    content = identify({**shapes, **extra}, "toy")
     assert set(content.ignored) == set(extra)
     assert not set(content.names) & set(extra)
 

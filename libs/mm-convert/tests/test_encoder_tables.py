@@ -6,7 +6,7 @@ import pytest
 
 from mm_convert import convert
 from mm_convert.families import UMT5, WAN_2_2_VAE, WAN_VAE
-from mm_convert.read.content import understand
+from mm_convert.read.content import identify
 
 TEXT = dict(vocab_size=72, dim=24, ffn_dim=40, num_heads=3, head_dim=8, buckets=6)
 VAE = dict(base_dim=8, z_dim=16, in_channels=3, out_channels=3)
@@ -36,13 +36,13 @@ def model_of(name, config_json):
 def test_names_and_shapes_are_those_of_the_class(name):
     family, sizes, layers = TOYS[name]
     ours = family.table.shapes(family.table.dialects[0], sizes, layers)
-    content = understand(ours, name)
+    content = identify(ours, name)
     assert content.config == sizes | ({"num_layers": 2} if name == "umt5" else {})
     config, notes = family.complete(content.config)
     assert not notes
     state = model_of(name, family.write_config[content.dialect](config)).state_dict()
     theirs = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    content = understand(theirs, name)  # with the second name of an embedding, which is dropped
+    content = identify(theirs, name)  # with the second name of an embedding, which is dropped
     assert {content.names[key]: shape for key, shape in theirs.items() if key not in content.ignored} == ours
 
 
@@ -63,7 +63,7 @@ def test_original_files_load_into_the_class_and_come_back(name, toys, tmp_path):
     kind = library.UMT5EncoderModel if name == "umt5" else library.AutoencoderKLWan
     model, report = kind.from_pretrained(tmp_path / "theirs", output_loading_info=True)
     assert not any(report.values()), report
-    names = understand({key: tensor.shape for key, tensor in model.state_dict().items()}, name).translate("original")
+    names = identify({key: tensor.shape for key, tensor in model.state_dict().items()}, name).translate("original")
     saved = safetensors.load_file(original / file)
     for key, tensor in model.state_dict().items():
         if key in names:
@@ -71,7 +71,7 @@ def test_original_files_load_into_the_class_and_come_back(name, toys, tmp_path):
 
 
 def test_statistics_of_latents_that_nobody_published():
-    content = understand(WAN_VAE.table.shapes("original", VAE | {"z_dim": 5}, {}), "toy")
+    content = identify(WAN_VAE.table.shapes("original", VAE | {"z_dim": 5}, {}), "toy")
     config, notes = WAN_VAE.complete(content.config)
     assert not {"latents_mean", "latents_std"} & set(config)
     assert len(notes) == 2

@@ -12,7 +12,7 @@ import pytest
 from mm_convert import convert, convert_ckpt, convert_ckpt_to_mm, inspect, open_checkpoint
 from mm_convert.cli import main
 from mm_convert.families import FAMILIES
-from mm_convert.read.content import understand
+from mm_convert.read.content import identify
 from mm_convert.store.torch_file import write_torch_file
 from mm_convert.tensors.views import Stored
 
@@ -47,7 +47,7 @@ def hub(toys, folder, name, layers, groups=(), sizes=QWEN, files=2, **known):
     ours = family.table.dialects[0]
     shapes = family.table.shapes(ours, sizes, layers, groups)
     toys.write_checkpoint(folder, shapes, files)
-    config, _ = family.complete({**understand(shapes, name).config, **known})
+    config, _ = family.complete({**identify(shapes, name).config, **known})
     (folder / "config.json").write_text(json.dumps(family.write_config[ours](config)))
     return folder
 

@@ -333,11 +333,11 @@ def output(model) -> Any:
 
 def stored_model(model, folder: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """Our name -> tensor of a diffusers model, and our name -> its own."""
-    from mm_convert.read.content import understand
+    from mm_convert.read.content import identify
 
     model.save_pretrained(folder)
     found, _ = read_file(folder / "diffusion_pytorch_model.safetensors")
-    names = understand({name: tensor.shape for name, tensor in found.items()}, str(folder)).names
+    names = identify({name: tensor.shape for name, tensor in found.items()}, str(folder)).names
     return {names[name]: tensor for name, tensor in found.items()}, {ours: theirs for theirs, ours in names.items()}
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mm_convert import convert, inspect, open_checkpoint
 from mm_convert.families import FAMILIES
-from mm_convert.read.content import understand
+from mm_convert.read.content import identify
 from mm_convert.store.mindspeed import read_ranks
 from mm_convert.write.conversion import prepare_conversion
 
@@ -41,7 +41,7 @@ def source(toys, tmp_path):
         shapes = toy(name, layers, groups, sizes)
         toys.write_checkpoint(folder, shapes, files=2)
         family = FAMILY[name]
-        config, _ = family.complete({**understand(shapes, name).config, **heads})
+        config, _ = family.complete({**identify(shapes, name).config, **heads})
         ours = family.table.dialects[0]
         (folder / "config.json").write_text(json.dumps(family.write_config[ours](config)))
         return folder

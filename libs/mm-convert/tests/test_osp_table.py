@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 import pytest
 
 from mm_convert.families import OPENSORAPLAN, OPENSORAPLAN_VAE
-from mm_convert.read.content import understand
+from mm_convert.read.content import identify
 
 TOY = dict(dim=48, ffn_dim=192, freq_dim=256, text_dim=32, in_channels=4, out_channels=6, patch=2)
 LAYERS = {"i": 3}
@@ -33,7 +33,7 @@ def test_names_and_shapes_are_those_of_diffusers_allegro():
 
 
 def test_the_names_of_mindspeed():
-    content = understand(shapes("mindspeed"), "toy")
+    content = identify(shapes("mindspeed"), "toy")
     assert (content.family.name, content.dialect) == ("opensoraplan", "mindspeed")
     # as its script renames: one word after the other, anywhere in the name
     words = {"transformer_blocks": "videodit_blocks", "attn1": "self_atten", "attn2": "cross_atten"}
@@ -46,7 +46,7 @@ def test_the_names_of_mindspeed():
 
 
 def test_config_json_there_and_back():
-    content = understand(shapes(), "toy")
+    content = identify(shapes(), "toy")
     said = {"num_heads": 2, "interpolation_scale": [1.0, 1.5, 2.0], "sample_size": [5, 8, 12]}
     config, notes = OPENSORAPLAN.complete(content.config | said)
     assert not notes
@@ -58,7 +58,7 @@ def test_config_json_there_and_back():
 
 
 def test_values_that_cannot_be_are_left_out_and_said():
-    content = understand(shapes(), "toy")
+    content = identify(shapes(), "toy")
     said = {"num_heads": 5, "interpolation_scale": [1.0, "2"], "sample_size": [0, 8, 12], "eps": 3}
     config, notes = OPENSORAPLAN.complete(said | content.config)
     assert len(notes) == 5  # and that the number of heads is unknown
@@ -121,7 +121,7 @@ def test_the_vae_is_that_of_diffusers_but_for_time():
 
 
 def test_config_json_of_the_vae_there_and_back():
-    content = understand(vae_shapes(), "toy")
+    content = identify(vae_shapes(), "toy")
     assert content.family.name == "opensoraplan-vae"
     assert content.config == {"base_dim": 32, "channels": 3, "z_channels": 4, "embed_dim": 4}
     json = OPENSORAPLAN_VAE.write_config["original"](content.config)

@@ -7,7 +7,7 @@ from math import prod
 import pytest
 
 from mm_convert.families import FAMILIES, VACE, WAN
-from mm_convert.read.content import fingerprint, understand
+from mm_convert.read.content import fingerprint, identify
 
 T2V_14B = (14_288_491_584, 1095, "aafcfd9672c3a2456dc46e1cb6e52c70")
 I2V_14B = (16_394_878_784, 1303, "6bfcfb3b342cb286ce886889d519a77e")
@@ -59,7 +59,7 @@ def test_the_published_counts_and_fingerprints(family, name, toys):
 )
 def test_every_dialect_is_recognised_and_means_the_same(family, name, dialect, toys):
     ours, theirs = toys.published(family, name), toys.published(family, name, dialect)
-    content = understand(theirs, name)
+    content = identify(theirs, name)
     assert content.family is family
     assert {content.names[key]: shape for key, shape in theirs.items()} == ours
     assert content.translate(dialect) == {ours: theirs for theirs, ours in content.names.items()}
@@ -71,7 +71,7 @@ def test_every_dialect_is_recognised_and_means_the_same(family, name, dialect, t
 
 @pytest.mark.parametrize(("family", "name"), PRESETS, ids=[name for _, name in PRESETS])
 def test_the_published_config_json_there_and_back(family, name, toys):
-    content = understand(toys.published(family, name), name)
+    content = identify(toys.published(family, name), name)
     config, _ = family.complete(content.config)
     for dialect, write in family.write_config.items():
         said = family.read_config(write(config))

@@ -9,7 +9,7 @@ import pytest
 from mm_convert.families import QWEN2_5_VL
 from mm_convert.families.presets import name_preset
 from mm_convert.families.qwen2_5_vl import TABLE
-from mm_convert.read.content import cut_fused, join_fused, understand
+from mm_convert.read.content import cut_fused, identify, join_fused
 from mm_convert.tensors.fusion import Fusion
 from mm_convert.tensors.views import Computed
 
@@ -39,7 +39,7 @@ def test_every_preset_has_the_published_size(name):
 @pytest.mark.parametrize("dialect", TABLE.dialects)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_dialect_is_understood(name, dialect):
-    content = understand(shapes(name, dialect), name)
+    content = identify(shapes(name, dialect), name)
     assert (content.family, content.dialect) == (QWEN2_5_VL, dialect)
     assert set(content.names.values()) == set(shapes(name))
     assert {**content.config, **QWEN2_5_VL.presets[name]} == content.config
@@ -49,7 +49,7 @@ def test_every_dialect_is_understood(name, dialect):
 @pytest.mark.parametrize("tied", [True, False])
 def test_names_and_shapes_are_those_of_transformers(tied):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    content = understand(TABLE.shapes("transformers", TINY, {"i": 2, "j": 3}, [] if tied else ["untied"]), "tiny")
+    content = identify(TABLE.shapes("transformers", TINY, {"i": 2, "j": 3}, [] if tied else ["untied"]), "tiny")
     config, _ = QWEN2_5_VL.complete({**content.config, "num_heads": 4, "num_kv_heads": 2, "vision_heads": 4})
     json = QWEN2_5_VL.write_config["transformers"]({**config, "mrope_section": [1, 1, 2]})
     with torch.device("meta"):

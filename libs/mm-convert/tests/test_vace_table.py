@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mm_convert.families import VACE
-from mm_convert.read.content import understand
+from mm_convert.read.content import identify
 
 
 def test_the_names_of_mindspeed(toys):
@@ -21,7 +21,7 @@ def test_the_names_of_mindspeed(toys):
 def test_names_and_shapes_are_those_of_the_diffusers_model(toys):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    content = understand(toys.shapes("original", toys.control), "toy")
+    content = identify(toys.shapes("original", toys.control), "toy")
     config, _ = VACE.complete(content.config | {"num_heads": 2, "vace_layers": [0, 2]})
     with torch.device("meta"):
         model = diffusers.WanVACETransformer3DModel.from_config(VACE.write_config["diffusers"](config))
@@ -31,7 +31,7 @@ def test_names_and_shapes_are_those_of_the_diffusers_model(toys):
 
 @pytest.mark.parametrize("dialect", ["original", "diffusers"])
 def test_config_json_there_and_back(dialect, toys):
-    content = understand(toys.shapes(dialect, toys.control), "toy")
+    content = identify(toys.shapes(dialect, toys.control), "toy")
     config, notes = VACE.complete(content.config | {"num_heads": 2, "vace_layers": [0, 2]})
     assert not notes
     assert (config["vace_layers"], config["control_channels"]) == ([0, 2], 12)
@@ -45,21 +45,21 @@ def test_config_json_there_and_back(dialect, toys):
 
 @pytest.mark.parametrize("name", ["vace-1.3b", "vace-14b"])
 def test_without_config_json_control_is_spread_evenly(name, toys):
-    config, notes = VACE.complete(understand(toys.published(VACE, name), name).config)
+    config, notes = VACE.complete(identify(toys.published(VACE, name), name).config)
     assert config.items() >= VACE.presets[name].items()
     assert "evenly" in "; ".join(notes)
 
 
 @pytest.mark.parametrize("said", [[0], [0, 1, 2], [0, 0], [2, 0], [0, 3], [1, 2], [0, 1.0], "02", 2, {}])
 def test_control_at_layers_that_cannot_be(said, toys):
-    content = understand(toys.shapes("original", toys.control), "toy")
+    content = identify(toys.shapes("original", toys.control), "toy")
     config, notes = VACE.complete(content.config | {"num_heads": 2, "vace_layers": said})
     assert config["vace_layers"] == [0, 1]
     assert repr(said) in "; ".join(notes)
 
 
 def test_more_control_blocks_than_layers(toys):
-    content = understand(toys.shapes("original", toys.control | {"control_blocks": 4}), "toy")
+    content = identify(toys.shapes("original", toys.control | {"control_blocks": 4}), "toy")
     with pytest.raises(ValueError, match=r"4 control blocks .* 3 layers"):
         VACE.complete(content.config)
 
@@ -69,4 +69,4 @@ def test_every_missing_tensor_is_noticed(toys):
     for name in shapes:
         rest = {other: shape for other, shape in shapes.items() if other != name}
         with pytest.raises(ValueError, match=r"missing: .*" + name.replace(".", r"\.")):
-            understand(rest, "toy")
+            identify(rest, "toy")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from mm_convert.families import WAN
-from mm_convert.read.content import understand
+from mm_convert.read.content import identify
 
 _KINDS = ("weight", "bias")
 
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v", "flf2v", "wide"])
 def test_sizes_are_read_from_the_shapes(kind, toys):
-    config = understand(toys.shapes("mindspeed", toys.kinds[kind]), kind).config
+    config = identify(toys.shapes("mindspeed", toys.kinds[kind]), kind).config
     expected = {"image_dim": None, "image_tokens": 257, "patch_size": [1, 2, 2], **toys.kinds[kind]}
     expected["num_layers"] = expected.pop("layers")
     assert config == expected
@@ -45,7 +45,7 @@ def test_names_and_shapes_are_those_of_the_diffusers_model(kind, toys):
 
 
 def test_values_that_cannot_be_are_left_out_and_said(toys):
-    content = understand(toys.shapes("original", toys.kinds["t2v"]), "toy")
+    content = identify(toys.shapes("original", toys.kinds["t2v"]), "toy")
     published = {"dim": 16, "eps": 2, "num_heads": 16, "text_len": [1, 2, 2], "num_layers": "many"}
     config, notes = WAN.complete(WAN.read_config(published) | content.config)
     assert (config["eps"], config["text_tokens"], config["num_layers"]) == (1e-6, 512, 3)
@@ -62,7 +62,7 @@ def test_values_that_cannot_be_are_left_out_and_said(toys):
 
 @pytest.mark.parametrize("heads", ["2", True, 0, -2, 2.0, [2]])
 def test_a_number_of_heads_that_is_none(heads, toys):
-    content = understand(toys.shapes("original", toys.kinds["t2v"]), "toy")
+    content = identify(toys.shapes("original", toys.kinds["t2v"]), "toy")
     said = WAN.read_config({"num_attention_heads": heads, "attention_head_dim": 12})
     assert "num_heads" not in WAN.complete(said | content.config)[0]
 
@@ -70,7 +70,7 @@ def test_a_number_of_heads_that_is_none(heads, toys):
 @pytest.mark.parametrize("dialect", ["original", "diffusers"])
 @pytest.mark.parametrize("kind", ["t2v", "i2v", "flf2v", "wide"])
 def test_config_json_there_and_back(kind, dialect, toys):
-    content = understand(toys.shapes("original", toys.kinds[kind]), "toy")
+    content = identify(toys.shapes("original", toys.kinds[kind]), "toy")
     config, _ = WAN.complete(content.config | {"num_heads": 2})
     said = WAN.read_config(WAN.write_config[dialect](config))
     assert said.items() <= config.items()
@@ -81,9 +81,9 @@ def test_an_image_among_the_text(toys):
     """diffusers can make a model whose layers have no keys and values for the image."""
     shapes = toys.shapes("original", toys.kinds["i2v"])
     layers = {name for name in shapes if "k_img" in name or "v_img" in name}
-    content = understand({name: shape for name, shape in shapes.items() if name not in layers}, "x")
+    content = identify({name: shape for name, shape in shapes.items() if name not in layers}, "x")
     assert (content.config["image_dim"], content.config["image_kv"]) == (20, False)
     assert WAN.write_config["diffusers"](WAN.complete(content.config)[0])["added_kv_proj_dim"] is None
-    assert "image_kv" not in understand(shapes, "x").config
+    assert "image_kv" not in identify(shapes, "x").config
     with pytest.raises(ValueError, match="img_emb, which makes it, is missing"):
-        understand({name: shape for name, shape in shapes.items() if not name.startswith("img_emb")}, "x")
+        identify({name: shape for name, shape in shapes.items() if not name.startswith("img_emb")}, "x")

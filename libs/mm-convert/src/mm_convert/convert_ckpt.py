@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mm_convert.cli import guarded
+from mm_convert.cli import report_errors
 from mm_convert.cli.convert import convert
 from mm_convert.cli.options import Convert, read
 from mm_convert.guides.table import CONVERT_CKPT
@@ -26,7 +26,7 @@ def run(mode: str, **fields: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     fields = read(CONVERT_CKPT, argv, dict, prog="convert_ckpt.py")
-    guarded("convert_ckpt.py", lambda: run(**fields))
+    report_errors("convert_ckpt.py", lambda: run(**fields))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_convert.cli import guarded
+from mm_convert.cli import report_errors
 from mm_convert.cli.convert import prepare, write
 from mm_convert.cli.options import Convert, read
 from mm_convert.guides.table import CONVERT_CKPT_TO_MM, VAE
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = [f"--{flag[2:].replace('-', '_')}{e}{v}" if flag[:2] == "--" else flag + e + v for flag, e, v in dashed]
     argv = [word.lower() if word in ("True", "False") else word for word in argv]  # as the guide writes its defaults
     fields = read(CONVERT_CKPT_TO_MM, argv, dict, prog=PROGRAM)
-    guarded(PROGRAM, lambda: run(fields))
+    report_errors(PROGRAM, lambda: run(fields))
 
 
 if __name__ == "__main__":

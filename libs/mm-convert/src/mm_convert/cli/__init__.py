@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from mm_convert.cli.commands import run
 
-    guarded("mm-convert", lambda: run(argv))
+    report_errors("mm-convert", lambda: run(argv))
 
 
-def guarded(program: str, action: Callable[[], None]) -> None:
+def report_errors(program: str, action: Callable[[], None]) -> None:
     """Do it; what goes wrong ends with exit code 1 and one line on stderr."""
     try:
         action()

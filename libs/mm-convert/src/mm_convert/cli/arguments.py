@@ -296,7 +296,7 @@ def _read_file(
                 parser.error(f"{path}: {name} is a table ([{name}]), not the value {value!r}")
 
     refuse_unknown_keys(tables)
-    return {name: _check(parser, path, option, value) for name, option, value in _chosen(tables, known)}
+    return {name: _check(parser, path, option, value) for name, option, value in _choose(tables, known)}
 
 
 def _yaml(text: str) -> dict[str, Any] | None:
@@ -323,7 +323,7 @@ def _read_environment(parser: _Parser, prefix: str, known: Mapping[str, Option])
     return values
 
 
-def _chosen(tables: Mapping[str, Any], known: Mapping[str, Option]) -> Iterator[tuple[str, Option, Any]]:
+def _choose(tables: Mapping[str, Any], known: Mapping[str, Option]) -> Iterator[tuple[str, Option, Any]]:
     for name, option in known.items():
         value: Any = tables
         for part in name.split("."):

@@ -1,4 +1,4 @@
-"""Fields that shapes cannot tell: from a config.json, written by people and by programs with faults, or as usual."""
+"""Fields that shapes cannot tell: from a config.json, which may be wrong, or as published weights have them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def is_small(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1
 
 
-def settle(config: dict[str, Any], field: str, usual: Any, fits: Callable[[Any], bool]) -> list[str]:
-    """Put the usual value where the configuration has none or one that cannot be; notes on what was replaced."""
+def settle(config: dict[str, Any], field: str, published: Any, fits: Callable[[Any], bool]) -> list[str]:
+    """Put the published value where the configuration has none or one that cannot be; notes on what was replaced."""
     said = config.get(field)
     if said is not None and fits(said):
         return []
-    config[field] = usual
-    return [] if said is None else [f"{field} is said to be {said!r}, which cannot be: {usual} is taken"]
+    config[field] = published
+    return [] if said is None else [f"{field} is said to be {said!r}, which cannot be: {published} is taken"]
 
 
 def settle_heads(config: dict[str, Any], head_dim: int) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mm_convert.lora.adapter import Adapter, LowRank
-from mm_convert.lora.names import listed
+from mm_convert.lora.names import join_first
 from mm_convert.tensors.views import Computed, LazyTensor
 
 _FLOATS = ("F16", "BF16", "F32", "F64")
@@ -27,12 +27,12 @@ def merge(tensors: Mapping[str, LazyTensor], adapter: Adapter) -> dict[str, Lazy
         elif odd := {weight.dtype, module.a.dtype, module.b.dtype}.difference(_FLOATS):
             problems.append(f"{name} in {odd.pop()}, where sums need one of {', '.join(_FLOATS)}")
     if problems:
-        raise ValueError(f"this adapter is not for this base: it has {listed(problems)}")
+        raise ValueError(f"this adapter is not for this base: it has {join_first(problems)}")
     adapted = {f"{name}.weight": module for name, module in adapter.modules.items()}
-    return {name: _merged(weight, adapted[name]) if name in adapted else weight for name, weight in tensors.items()}
+    return {name: _merge_one(weight, adapted[name]) if name in adapted else weight for name, weight in tensors.items()}
 
 
-def _merged(weight: LazyTensor, module: LowRank) -> LazyTensor:
+def _merge_one(weight: LazyTensor, module: LowRank) -> LazyTensor:
     from mm_convert.tensors.torch import DTYPES, bytes_of, rows_of, torch
 
     dtype = torch.float64 if weight.dtype == "F64" else torch.float32

@@ -92,7 +92,7 @@ def read_names(names: Iterable[str], where: str) -> Names:
     if unknown := [module for module in parts if module not in modules]:
         raise ValueError(
             f"{where} is no LoRA of a family that is known, the nearest being {name} ({dialect} names): it has "
-            + listed([_with_nearest(m, _linears(family, dialect)) for m in unknown[:SHOWN]], len(unknown))
+            + join_first([_add_nearest(m, _linears(family, dialect)) for m in unknown[:SHOWN]], len(unknown))
         )
     twofold = not prefix and dialect != "mindspeed" and len(scores.get((name, "mindspeed"), ())) == len(modules)
     return Names(prefix, family, dialect, parts, modules, twofold)
@@ -117,7 +117,7 @@ def _split(names: list[str], where: str) -> tuple[str, dict[str, dict[str, str]]
     """The prefix of all names, and the parts of each module."""
     prefixes = {next((p for p in PREFIXES if name.startswith(p)), ""): name for name in names}
     if len(prefixes) > 1:
-        raise ValueError(f"{where} mixes adapters of several kinds: it holds {listed(list(prefixes.values()))}")
+        raise ValueError(f"{where} mixes adapters of several kinds: it holds {join_first(list(prefixes.values()))}")
     prefix = next(iter(prefixes), "")
     parts: dict[str, dict[str, str]] = {}
     foreign, adapters = [], set()
@@ -134,7 +134,7 @@ def _split(names: list[str], where: str) -> tuple[str, dict[str, dict[str, str]]
             raise ValueError(f"{where} has {part} of {module} twice: {factors[part]} and {name}")
         factors[part] = name
     if foreign:
-        raise ValueError(f"{where} is more than plain LoRA, which alone can be converted: it has {listed(foreign)}")
+        raise ValueError(f"{where} is more than plain LoRA, which alone can be converted: it has {join_first(foreign)}")
     if len(adapters) > 1:
         raise ValueError(f"{where} holds several adapters: {', '.join(sorted(map(str, adapters)))}; keep one of them")
     if not parts:
@@ -146,7 +146,7 @@ def _split(names: list[str], where: str) -> tuple[str, dict[str, dict[str, str]]
         if part not in factors
     ]
     if single:
-        raise ValueError(f"{where} is incomplete: it has {listed(single)}")
+        raise ValueError(f"{where} is incomplete: it has {join_first(single)}")
     return prefix, parts
 
 
@@ -182,13 +182,13 @@ def _with_dots(module: str, flattened: Mapping[str, str]) -> str:
     return module
 
 
-def _with_nearest(module: str, patterns: Iterable[str]) -> str:
+def _add_nearest(module: str, patterns: Iterable[str]) -> str:
     _, layer = Patterns(patterns).find(module)
     near = difflib.get_close_matches(module, [p.format(i=max(layer, 0), j=max(layer, 0)) for p in patterns], 1, 0)
     return f"{module} (nearest: {near[0]})"
 
 
-def listed(items: Sequence[str], count: int | None = None) -> str:
+def join_first(items: Sequence[str], count: int | None = None) -> str:
     """The first items, and how many more there are."""
     more = (count or len(items)) - SHOWN
     return ", ".join(items[:SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_convert.lora.adapter import Adapter, LowRank
-from mm_convert.lora.names import FILES, Names, is_lora, listed, read_names
+from mm_convert.lora.names import FILES, Names, is_lora, join_first, read_names
 from mm_convert.lora.strength import find_alphas
 from mm_convert.read.source import Source, find
 from mm_convert.store.mm import MANIFEST, read_json
@@ -95,13 +95,13 @@ def _check_shapes(names: Names, factors: Mapping[str, tuple[LazyTensor, LazyTens
             problems.append(f"{shapes}; expected are [rank, in] and [out, rank]")
         elif a.shape[0] != b.shape[1] or not a.shape[0]:
             problems.append(f"{shapes}, of rank {a.shape[0]} and {b.shape[1]}")
-        elif problem := sizes.solve(module, _solvable(names.modules[module][1]), (b.shape[0], *a.shape[1:])):
+        elif problem := sizes.solve(module, _as_solvable(names.modules[module][1]), (b.shape[0], *a.shape[1:])):
             problems.append(problem)
     if problems:
-        raise ValueError(f"{where} does not fit together: {listed(problems)}")
+        raise ValueError(f"{where} does not fit together: {join_first(problems)}")
 
 
-def _solvable(row: Row) -> Row:
+def _as_solvable(row: Row) -> Row:
     """A row where a product of several sizes counts as one: an adapter has too few tensors to tell them apart."""
 
     def has_several(side: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from mm_convert.families import Family
 from mm_convert.families.family import Config
 from mm_convert.lora.names import is_lora
-from mm_convert.read.content import Content, cut_fused, recognise, understand
+from mm_convert.read.content import Content, cut_fused, identify, recognise
 from mm_convert.read.source import Source, find
 from mm_convert.store import mindspeed
 from mm_convert.store.mm import FORMAT, MANIFEST, VERSION, read_json
@@ -88,9 +88,9 @@ def open_checkpoint(
     family, dialect = recognise(source.tensors, str(path))
     said, is_ours, where = read_config(source, family)
     said = {**(config or {}), **said}
-    tensors = _without_tied_copy(source, family, said)
+    tensors = _drop_tied_copy(source, family, said)
     tensors = cut_fused(tensors, family, dialect, said, str(path))
-    content = understand({name: tensor.shape for name, tensor in tensors.items()}, str(path))
+    content = identify({name: tensor.shape for name, tensor in tensors.items()}, str(path))
     ours = {content.names[name]: tensor for name, tensor in tensors.items() if name in content.names}
     notes = list(source.notes)
     wrong = {f: v for f, v in content.config.items() if f in said and said[f] != v}
@@ -133,7 +133,7 @@ def read_config(source: Source, family: Family) -> tuple[Config, bool, Path]:
     return {}, False, source.folder
 
 
-def _without_tied_copy(source: Source, family: Family, said: Config) -> dict[str, LazyTensor]:
+def _drop_tied_copy(source: Source, family: Family, said: Config) -> dict[str, LazyTensor]:
     """MindSpeed-MM repeats tied embeddings on the last stage; what is repeated is no tensor of the model."""
     tensors = source.tensors
     tied = family.cuts.tied if family.cuts and source.split.get("pp", 1) > 1 else None

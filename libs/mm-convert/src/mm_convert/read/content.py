@@ -34,7 +34,7 @@ class Content:
         return dict(zip(ours, theirs, strict=True))
 
 
-def understand(shapes: Shapes, where: str) -> Content:
+def identify(shapes: Shapes, where: str) -> Content:
     """Recognise a checkpoint by its names and shapes.
 
     Raises ValueError, naming up to five of each: unknown names with their nearest match, missing names, and
@@ -72,7 +72,7 @@ def understand(shapes: Shapes, where: str) -> Content:
         n.format(i=0, j=0) for n, row in rows.items() if row.letter and not layers[row.letter] and not row.group
     ]
     candidates = missing or list(expected)
-    problems = _describe("unknown", [_with_nearest(n, candidates) for n in unknown[:_SHOWN]], len(unknown)) + problems
+    problems = _describe("unknown", [_add_nearest(n, candidates) for n in unknown[:_SHOWN]], len(unknown)) + problems
     problems += _describe("missing", missing)
     sizes, misshapen = _solve(expected, shapes)
     problems += _describe("does not fit", misshapen)
@@ -168,7 +168,7 @@ def _solve(expected: Mapping[str, Row], shapes: Shapes) -> tuple[Sizes, list[str
     return sizes, [error for error in errors if error]
 
 
-def _with_nearest(name: str, candidates: Iterable[str]) -> str:
+def _add_nearest(name: str, candidates: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, candidates, n=1, cutoff=0)
     return f"{name} (nearest: {near[0]})" if near else name
 

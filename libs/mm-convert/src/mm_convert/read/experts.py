@@ -77,7 +77,7 @@ def write_experts(path: str | Path, boundary: float | None) -> dict[str, Path]:
 
 def experts_json(boundary: float) -> str:
     """The content of experts.json."""
-    return json.dumps({"format": FORMAT, "boundary": _checked(boundary, FILE)}, indent=2) + "\n"
+    return json.dumps({"format": FORMAT, "boundary": _check_boundary(boundary, FILE)}, indent=2) + "\n"
 
 
 def _boundary(path: Path) -> float | None:
@@ -86,14 +86,14 @@ def _boundary(path: Path) -> float | None:
     if ours and ours.get("format") != FORMAT:
         raise ValueError(f"{path / FILE}: expected format {FORMAT!r} and a boundary between 0 and 1, found {ours}")
     said = {FILE: ours.get("boundary"), INDEX: theirs.get("boundary_ratio")}
-    said = {file: _checked(value, path / file) for file, value in said.items() if value is not None}
+    said = {file: _check_boundary(value, path / file) for file, value in said.items() if value is not None}
     if len(set(said.values())) > 1:
         both = " and ".join(f"{value} ({file})" for file, value in said.items())
         raise ValueError(f"{path} says two boundaries, {both}: correct the wrong one")
     return next(iter(said.values()), None)
 
 
-def _checked(boundary: Any, where: str | Path) -> float:
+def _check_boundary(boundary: Any, where: str | Path) -> float:
     if not isinstance(boundary, float) or not 0 < boundary < 1:
         raise ValueError(f"{where}: the boundary is {boundary!r}, but must be a noise level between 0 and 1, as 0.875")
     return boundary

@@ -49,8 +49,8 @@ def find(path: Path, published: bool = False, part: str = "model", prefix: str =
         raise ValueError(f"{path} does not exist")
     prefixes = (*_PREFIXES, *([f"{prefix.rstrip('.')}."] if prefix else []))
     if path.is_file():
-        return _stripped(_file(path, part), prefixes)
-    made = None if published else _made(path, part)
+        return _strip_prefix(_file(path, part), prefixes)
+    made = None if published else _find_made(path, part)
     for experts in () if made else (DIFFUSERS.values(), FOLDERS.values()):
         present = [path / name for name in experts if (path / name).is_dir()]
         if len(present) == 2:
@@ -65,13 +65,13 @@ def find(path: Path, published: bool = False, part: str = "model", prefix: str =
     if made and (has_safetensors or has_torch) and made.folder != path:
         made.notes.append(f"{path} also holds published files, which were not read")
     if published and not has_safetensors and not has_torch:
-        made = _made(path, part)
+        made = _find_made(path, part)
     if made is None and has_safetensors and part == "ema":
         raise ValueError(f"{path} holds no moving average (ema), only the weights")
-    return _stripped(made or (_safetensors(path) if has_safetensors else _torch_folder(path, part)), prefixes)
+    return _strip_prefix(made or (_safetensors(path) if has_safetensors else _torch_folder(path, part)), prefixes)
 
 
-def _made(path: Path, part: str) -> Source | None:
+def _find_made(path: Path, part: str) -> Source | None:
     """What a conversion or a training run has left."""
     if (path / FOLDER / "config.json").exists():
         if (path / mindspeed.TRACKER).exists():
@@ -122,8 +122,8 @@ def _torch_folder(folder: Path, part: str) -> Source:
 
 def _state_dict(content: Any, path: Path, part: str) -> dict[str, LazyTensor]:
     """The tensors in what a torch file holds: itself, or the part of it that is known to be the model."""
-    usual = ["ema_state_dict", "state_dict", "gen_model", "model"]
-    wanted = {"model": usual, "ema": ["ema_model", "ema"], "state_dict": usual[1:], "ema_state_dict": usual}[part]
+    models = ["ema_state_dict", "state_dict", "gen_model", "model"]
+    wanted = {"model": models, "ema": ["ema_model", "ema"], "state_dict": models[1:], "ema_state_dict": models}[part]
     outermost = content
     while isinstance(content, Mapping):
         tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, LazyTensor)}
@@ -161,7 +161,7 @@ def _tree(folder: Path, part: str) -> Source:
     return Source(tensors, "mindspeed", files, folder, split=split)
 
 
-def _stripped(source: Source, prefixes: Sequence[str]) -> Source:
+def _strip_prefix(source: Source, prefixes: Sequence[str]) -> Source:
     """Without a prefix that all names share and that no family knows."""
     names = list(source.tensors)
     known = known_names(names)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
-from mm_convert.tensors.views import LazyTensor, Reshaped, below, beside, rows
+from mm_convert.tensors.views import LazyTensor, Reshaped, hstack, rows, vstack
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ def join_chunks(where: str, shape: tuple[int, ...], chunks: Sequence[tuple[tuple
     if any(any(offset[2:]) or tensor.shape[2:] != shape[2:] for offset, tensor in chunks):
         raise ValueError(f"{where} is cut along its third side or further; only rows and columns can be joined")
     if all(tensor.shape[1:] == shape[1:] and not any(offset[1:]) for offset, tensor in chunks):
-        return below(_bands(where, shape, [_Chunk(offset[0], 0, tensor) for offset, tensor in chunks]))
+        return vstack(_bands(where, shape, [_Chunk(offset[0], 0, tensor) for offset, tensor in chunks]))
     depth = prod(shape[2:])
     matrices = [_Chunk(offset[0], offset[1] * depth, _matrix(tensor)) for offset, tensor in chunks]
-    whole = below(_bands(where, shape, matrices))
+    whole = vstack(_bands(where, shape, matrices))
     return whole if whole.shape == shape else Reshaped(whole, shape)
 
 
@@ -64,7 +64,7 @@ def _bands(where: str, shape: tuple[int, ...], chunks: list[_Chunk]) -> list[Laz
             raise ValueError(
                 f"{where} has shape {shape}, but its chunks do not cover rows {top} to {bottom} exactly once"
             )
-        bands.append(beside([rows(chunk.tensor, top - chunk.top, bottom - chunk.top) for chunk in across]))
+        bands.append(hstack([rows(chunk.tensor, top - chunk.top, bottom - chunk.top) for chunk in across]))
     return bands
 
 

@@ -207,7 +207,7 @@ def write_dcp(folder: Path, contents: Mapping[str, Any], progress: Callable[[int
 
     folder.mkdir(parents=True, exist_ok=True)
     places = {}
-    for number, group in enumerate(_grouped(parts)):
+    for number, group in enumerate(_group(parts)):
         with (folder / f"__0_{number}.distcp").open("xb") as file:
             for name, offset, part, _ in group:
                 start = file.tell()
@@ -235,7 +235,7 @@ def _cut(tensor: LazyTensor) -> Iterator[tuple[tuple[int, ...], LazyTensor]]:
         yield (top, *[0] * (len(tensor.shape) - 1)), rows(tensor, top, min(top + step, tensor.height))
 
 
-def _grouped(parts: list[_Part]) -> Iterator[list[_Part]]:
+def _group(parts: list[_Part]) -> Iterator[list[_Part]]:
     """Parts by file: each is closed when it is large enough."""
     group: list[_Part] = []
     size = 0

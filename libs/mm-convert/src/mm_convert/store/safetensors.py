@@ -34,11 +34,11 @@ def read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             )
         raw = file.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_without_doubles)
+        header = json.loads(raw, object_pairs_hook=_refuse_doubles)
         metadata = header.pop("__metadata__", None) or {}
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("__metadata__ holds something else than text")
-        found = {name: _stored(path, name, record, 8 + length) for name, record in header.items()}
+        found = {name: _locate(path, name, record, 8 + length) for name, record in header.items()}
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} has a broken safetensors header: {error}") from error
 
@@ -55,7 +55,7 @@ def read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     return found, metadata
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
@@ -63,7 +63,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _stored(path: Path, name: str, record: Mapping[str, Any], data: int) -> Stored:
+def _locate(path: Path, name: str, record: Mapping[str, Any], data: int) -> Stored:
     dtype, shape, (start, end) = record["dtype"], record["shape"], record["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in [*shape, start, end]) or start > end:
         raise ValueError(f"{name} has shape {shape} and offsets {start}, {end}")
@@ -109,7 +109,7 @@ def read_files(files: Sequence[Path]) -> tuple[dict[str, Stored], dict[str, str]
 def _find_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) > 1:
-        raise ValueError(f"{folder} holds several checkpoints: {_listed(indices)}; name one safetensors file")
+        raise ValueError(f"{folder} holds several checkpoints: {_list_files(indices)}; name one safetensors file")
     if indices:
         weight_map = read_index(indices[0])
         files = [folder / name for name in sorted(set(weight_map.values()))]
@@ -124,7 +124,7 @@ def _find_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         refuse_link_out(file)
     if len(files) == 1 or (files and _is_complete_series(files)):
         return files, {}
-    found = f"{_listed(files)} and no index; name one of them" if files else "no *.safetensors file"
+    found = f"{_list_files(files)} and no index; name one of them" if files else "no *.safetensors file"
     raise ValueError(f"{folder} holds {found}")
 
 
@@ -154,7 +154,7 @@ def _is_complete_series(files: Sequence[Path]) -> bool:
     return names == [f"{stem}-{i:05}-of-{len(names):05}.safetensors" for i in range(1, len(names) + 1)]
 
 
-def _listed(files: Sequence[Path]) -> str:
+def _list_files(files: Sequence[Path]) -> str:
     return ", ".join(file.name for file in files[:5]) + (" …" if len(files) > 5 else "")
 
 

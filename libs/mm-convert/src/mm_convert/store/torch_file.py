@@ -86,35 +86,35 @@ def write_torch_file(path: Path, contents: Mapping[str, Any], progress: Callable
 def write_archive(file: BinaryIO, contents: Any, progress: Callable[[int], None]) -> None:
     """The same, appended to a file."""
     storages: dict[LazyTensor, int] = {}
-    program = b"\x80\2" + b"".join(_pickled(contents, storages)) + b"."
+    program = b"\x80\2" + b"".join(_pickle(contents, storages)) + b"."
     archive = RecordWriter(file)
     for name, text in (("data.pkl", program), ("byteorder", b"little"), ("version", b"3\n")):
         archive.write(f"archive/{name}", len(text), [text])
     for tensor, key in storages.items():
-        archive.write(f"archive/data/{key}", tensor.nbytes, _counted(tensor, progress))
+        archive.write(f"archive/data/{key}", tensor.nbytes, _count(tensor, progress))
     archive.finish()
 
 
-def _counted(tensor: LazyTensor, progress: Callable[[int], None]) -> Iterator[bytes | memoryview]:
+def _count(tensor: LazyTensor, progress: Callable[[int], None]) -> Iterator[bytes | memoryview]:
     for chunk in chunks(pieces([tensor])):
         yield chunk
         progress(len(chunk))
 
 
-def _pickled(value: Any, storages: dict[LazyTensor, int]) -> Iterator[bytes]:
+def _pickle(value: Any, storages: dict[LazyTensor, int]) -> Iterator[bytes]:
     """The opcodes of protocol 2 that make a value; tensors get the next number in `storages`."""
     if isinstance(value, LazyTensor):
-        yield from _pickled_tensor(value, storages)
+        yield from _pickle_tensor(value, storages)
     elif isinstance(value, Mapping):
         yield b"}("
         for key, item in value.items():
-            yield from _pickled(key, storages)
-            yield from _pickled(item, storages)
+            yield from _pickle(key, storages)
+            yield from _pickle(item, storages)
         yield b"u"
     elif isinstance(value, (list, tuple)):
         yield b"](" if isinstance(value, list) else b"("
         for item in value:
-            yield from _pickled(item, storages)
+            yield from _pickle(item, storages)
         yield b"e" if isinstance(value, list) else b"t"
     elif value is None or isinstance(value, bool):
         yield b"N" if value is None else b"\x88" if value else b"\x89"
@@ -130,7 +130,7 @@ def _pickled(value: Any, storages: dict[LazyTensor, int]) -> Iterator[bytes]:
         raise ValueError(f"{type(value).__name__} {value!r} cannot be written into a torch file")
 
 
-def _pickled_tensor(tensor: LazyTensor, storages: dict[LazyTensor, int]) -> Iterator[bytes]:
+def _pickle_tensor(tensor: LazyTensor, storages: dict[LazyTensor, int]) -> Iterator[bytes]:
     if tensor.dtype not in TORCH_NAMES:
         raise ValueError(f"{tensor.dtype} tensors cannot be written into a torch file")
     dtype = TORCH_NAMES[tensor.dtype]
@@ -138,12 +138,12 @@ def _pickled_tensor(tensor: LazyTensor, storages: dict[LazyTensor, int]) -> Iter
     storage = b"ctorch\n%b\n" % CLASSES[dtype].encode() if typed else b"ctorch.storage\nUntypedStorage\n"
     key = storages.setdefault(tensor, len(storages))
     yield b"ctorch._utils\n_rebuild_tensor_v%d\n((" % (2 if typed else 3)
-    yield from _pickled("storage", storages)
+    yield from _pickle("storage", storages)
     yield storage
     for value in (str(key), "cpu", prod(tensor.shape) if typed else tensor.nbytes):
-        yield from _pickled(value, storages)
+        yield from _pickle(value, storages)
     yield b"tQ"
     for value in (0, tensor.shape, contiguous(tensor.shape), False):
-        yield from _pickled(value, storages)
+        yield from _pickle(value, storages)
     yield b"ccollections\nOrderedDict\n)R"
     yield b"tR" if typed else b"ctorch\n%b\ntR" % dtype.encode()

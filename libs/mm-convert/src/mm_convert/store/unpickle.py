@@ -92,7 +92,7 @@ def _bytearray(data: bytes | str = b"", encoding: str = "latin-1") -> bytearray:
     return bytearray(data if isinstance(data, bytes) else data.encode("latin-1"))
 
 
-def _listed(kind: Callable[[Any], Any]) -> Callable[..., Any]:
+def _from_list(kind: Callable[[Any], Any]) -> Callable[..., Any]:
     def build(values: list[Any] | tuple[Any, ...] = ()) -> Any:
         if not isinstance(values, (list, tuple)):
             raise ValueError(f"a set of {type(values).__name__}")
@@ -104,8 +104,8 @@ def _listed(kind: Callable[[Any], Any]) -> Callable[..., Any]:
 _BUILDERS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": OrderedDict,
     "collections.defaultdict": lambda *factory: {},
-    "builtins.set": _listed(set),
-    "builtins.frozenset": _listed(frozenset),
+    "builtins.set": _from_list(set),
+    "builtins.frozenset": _from_list(frozenset),
     "builtins.bytearray": _bytearray,
     "_codecs.encode": _encode,
     "torch.Size": tuple,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mm_convert.tensors.views import LazyTensor, Rows, below, rows
+from mm_convert.tensors.views import LazyTensor, Rows, rows, vstack
 
 Counts = Mapping[str, int]
 
@@ -48,7 +48,7 @@ class Fusion:
             raise ValueError(f"{self.name} is to be made of rows {found}, by its numbers of heads they are {heights}")
         groups = _count(self.groups, counts)
         if groups == 1:
-            return below(parts)
+            return vstack(parts)
         strips = [part.height // groups for part in parts]
         return Rows(
             tuple((p, g * s, (g + 1) * s) for g in range(groups) for p, s in zip(parts, strips, strict=True)),
@@ -64,7 +64,7 @@ class Fusion:
             Rows(tuple((whole, g * group + top, g * group + top + strip) for g in range(groups)))
             for top, strip in zip(tops, strips, strict=True)
         ]
-        return [below(ours)] if self.stacked else ours
+        return [vstack(ours)] if self.stacked else ours
 
     def _heights(self, height: int, counts: Counts) -> list[int]:
         """The rows of each part in a fused tensor of so many rows."""

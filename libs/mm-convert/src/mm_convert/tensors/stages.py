@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Any
 
 from mm_convert.families.family import Config, Cuts, Ladder
-from mm_convert.tensors.views import LazyTensor, below, beside, columns, rows
+from mm_convert.tensors.views import LazyTensor, columns, hstack, rows, vstack
 
 Layers = Sequence[int] | Sequence[Sequence[int]]
 
@@ -31,7 +31,7 @@ class Split:
         """From lists as people write them; an empty list means one stage."""
         if tp < 1:
             raise ValueError(f"tp_size is {tp}; it must be at least 1")
-        nested = {name: _nested(name, said) for name, said in layers.items() if len(said)}
+        nested = {name: _nest(name, said) for name, said in layers.items() if len(said)}
         shapes = {name: [len(v) for v in lists] for name, lists in nested.items()}
         if len({tuple(shape) for shape in shapes.values()}) > 1:
             said = " and ".join(f"{name} {[list(v) for v in lists]}" for name, lists in nested.items())
@@ -55,7 +55,7 @@ class Split:
         return [count for virtual in self.layers[ladder] for count in virtual]
 
 
-def _nested(name: str, said: Layers) -> tuple[tuple[int, ...], ...]:
+def _nest(name: str, said: Layers) -> tuple[tuple[int, ...], ...]:
     lists = [isinstance(virtual, (list, tuple)) for virtual in said]
     nested = [list(v) for v in said] if all(lists) else [list(said)]  # type: ignore[arg-type]
     if any(type(count) is not int for virtual in nested for count in virtual):
@@ -150,7 +150,7 @@ def slice_for(name: str, tensor: LazyTensor, cuts: Cuts, rank: int, tp: int) -> 
     if kind == "rows":
         return rows(tensor, rank * side // tp, (rank + 1) * side // tp)
     half, own = side // 2, side // parts
-    return below([rows(tensor, top + rank * own, top + (rank + 1) * own) for top in (0, half)])
+    return vstack([rows(tensor, top + rank * own, top + (rank + 1) * own) for top in (0, half)])
 
 
 def join(name: str, slices: Sequence[LazyTensor], cuts: Cuts) -> LazyTensor:
@@ -159,10 +159,10 @@ def join(name: str, slices: Sequence[LazyTensor], cuts: Cuts) -> LazyTensor:
     if kind is None:
         return slices[0]
     if kind == "columns":
-        return beside(slices)
+        return hstack(slices)
     if kind == "rows":
-        return below(slices)
-    return below([rows(s, h * s.height // 2, (h + 1) * s.height // 2) for h in (0, 1) for s in slices])
+        return vstack(slices)
+    return vstack([rows(s, h * s.height // 2, (h + 1) * s.height // 2) for h in (0, 1) for s in slices])
 
 
 def _kind(name: str, cuts: Cuts) -> str | None:

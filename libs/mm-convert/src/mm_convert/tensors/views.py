@@ -89,7 +89,7 @@ class Rows(LazyTensor):
     parts: tuple[tuple[LazyTensor, int, int], ...]
 
     def __post_init__(self) -> None:
-        _same({(part.dtype, part.shape[1:]) for part, _, _ in self.parts})
+        _check_alike({(part.dtype, part.shape[1:]) for part, _, _ in self.parts})
 
     @property
     def dtype(self) -> str:
@@ -115,7 +115,7 @@ class Columns(LazyTensor):
     parts: tuple[tuple[LazyTensor, int, int], ...]
 
     def __post_init__(self) -> None:
-        _same({(part.dtype, part.height, len(part.shape)) for part, _, _ in self.parts})
+        _check_alike({(part.dtype, part.height, len(part.shape)) for part, _, _ in self.parts})
         assert len(self.parts[0][0].shape) == 2, "only matrices have columns"
 
     @property
@@ -185,17 +185,17 @@ def columns(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
     return tensor if (start, stop) == (0, tensor.shape[1]) else Columns(((tensor, start, stop),))
 
 
-def below(tensors: Sequence[LazyTensor]) -> LazyTensor:
+def vstack(tensors: Sequence[LazyTensor]) -> LazyTensor:
     """Tensors one below the other: concatenated along the first side."""
     return tensors[0] if len(tensors) == 1 else Rows(tuple((t, 0, t.height) for t in tensors))
 
 
-def beside(tensors: Sequence[LazyTensor]) -> LazyTensor:
+def hstack(tensors: Sequence[LazyTensor]) -> LazyTensor:
     """Matrices one beside the other: concatenated along the second side."""
     return tensors[0] if len(tensors) == 1 else Columns(tuple((t, 0, t.shape[1]) for t in tensors))
 
 
-def _same(kinds: set[object]) -> None:
+def _check_alike(kinds: set[object]) -> None:
     if len(kinds) != 1:
         raise ValueError(f"tensors that are parts of one another differ: {sorted(map(str, kinds))}")
 

@@ -94,7 +94,7 @@ class Files:
             own = [output for output in left if output.name.startswith(inside)]
             left = [output for output in left if output not in own]
             lines += [f"from {manifest['source']} ({manifest['from']})", f"to   {at / inside} ({manifest['to']})"]
-            lines += [f"  {line}" for line in _listed(own)]
+            lines += [f"  {line}" for line in _list_files(own)]
             if self.destination.manifest == MANIFEST:
                 lines.append(f"  {MANIFEST}")
         lines += [f"  {at / output.name}" for output in left]
@@ -108,7 +108,7 @@ class Files:
         return "\n".join(lines)
 
 
-def _listed(outputs: list[Output]) -> list[str]:
+def _list_files(outputs: list[Output]) -> list[str]:
     longest = max(len(output.name) for output in outputs)
     sizes = {output.name: readable_bytes(output.nbytes) for output in outputs}
     return [f"{o.name}: {o.text}" if o.text else f"{o.name:<{longest}}  {sizes[o.name]}" for o in outputs]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_convert.read.content import understand
+from mm_convert.read.content import identify
 from mm_convert.tensors.mapping import lazy_tensors
 from mm_convert.write.targets import Target, prepare_target, split_of
 
@@ -41,7 +41,7 @@ def save_checkpoint(
     fields = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
     fields = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
     items = lazy_tensors(tensors, tensors)
-    content = understand({name: item.shape for name, item in items.items()}, "what is to be saved")
+    content = identify({name: item.shape for name, item in items.items()}, "what is to be saved")
     for field, value in content.config.items():
         if fields.get(field, value) != value:
             raise ValueError(f"the configuration says {field} {fields[field]}, the tensors say {value}")
