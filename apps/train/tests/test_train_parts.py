@@ -248,22 +248,27 @@ def test_help_and_errors_of_the_command(features, tmp_path):
     assert wrong.stderr.startswith("error: --weights nope does not exist")
 
 
+TRAIN, EXTRACT = "mm_train.__main__", "mm_train.extract"
+
+
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("module", "flags", "message"),
     [
-        (["--model", "vace-14b"], "no starting weights"),
-        (["--model", "vace-15b"], "did you mean 'vace-14b'"),
-        (["--model", "wan-tiny", "--weights", "no/where"], "does not exist"),
-        (["--model", "wan-tiny", "--weights", "random", "--data.features", "no/where"], "is not a directory"),
+        (TRAIN, "--model vace-14b", "no starting weights"),
+        (TRAIN, "--model vace-15b", "did you mean 'vace-14b'"),
+        (TRAIN, "--model wan-tiny --weights no/where", "does not exist"),
+        (TRAIN, "--model wan-tiny --weights random --data.features no/where", "is not a directory"),
+        (EXTRACT, "--model vace-15b --encoders . --output x --data.manifest y", "did you mean 'vace-14b'"),
+        (EXTRACT, "--model vace-14b --encoders . --output x --data.manifest y", "is not a file"),
     ],
 )
-def test_what_needs_no_torch_is_refused_without_it(flags, message):
+def test_what_needs_no_torch_is_refused_without_it(module, flags, message):
     """In a fresh process, as a user's: torch alone takes seconds to import."""
     code = f"""if True:
         import contextlib, sys
-        from mm_train.__main__ import main
+        from {module} import main
         with contextlib.suppress(SystemExit):
-            main({flags!r})
+            main({flags.split()!r})
         sys.exit("torch was imported" if "torch" in sys.modules else 0)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert message in done.stderr

@@ -67,9 +67,7 @@ def test_plan_matches_the_model(name):
     cut = plan(model)
     assert list(cut.modules_of(model, "layers")) == [f"blocks.{i}" for i in range(model.config.num_layers)]
     kept = cut.fp32_parameters(model)
-    assert {"time_embedding.0.weight", "time_projection.1.bias", "blocks.0.modulation", "head.modulation"} <= set(
-        kept
-    )
+    assert {"time_embedding.0.weight", "time_projection.1.bias", "blocks.0.modulation", "head.modulation"} <= set(kept)
     assert not any(".q." in name or "ffn" in name for name in kept)
     assert all(name in kept for name, _ in model.named_parameters() if "modulation" in name or "norm3" in name)
 

@@ -1,8 +1,11 @@
 """What a test author relies on: results, the traceback of the culprit, no hang, no process left."""
 
 import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,3 +87,27 @@ def test_grads_are_compared_by_name_and_size():
         assert_same_grads({"a": one["a"], "b": torch.ones(2)}, one, 1e-6)
     with pytest.raises(AssertionError, match="different names"):
         assert_same_grads({"a": one["a"]}, one, 1e-6)
+
+
+def test_ranks_start_however_much_is_imported(tmp_path):
+    """An argument of a command holds 128 KiB, which the names of some thousand modules fill."""
+    program = f"""if True:
+        import importlib.util, sys, types
+        for number in range(4000):
+            name = f"a_module_with_a_rather_long_name_{{number}}"
+            module = types.ModuleType(name)
+            module.__spec__ = importlib.util.spec_from_file_location(name, __file__)
+            sys.modules[name] = module
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from mm_parallel.testing import spawn
+        from test_testing import add
+        if __name__ == "__main__":
+            print(spawn(2, add, 3))"""
+    file = tmp_path / "program.py"
+    file.write_text(program)
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[3, 4]", done.stderr
+
+
+def add(rank: int, world: int, number: int) -> int:
+    return rank + number

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,8 +55,8 @@ class MicroBatches:
         del self._drawn[number]
         return losses
 
-    def _tensors(self, number: int) -> dict[str, Tensor]:
-        return {name: tensor.to(self.device) for name, tensor in self.micro[number].tensors.items()}
+    def _tensors(self, number: int) -> Mapping[str, Tensor]:
+        return _OnDevice(self.micro[number].tensors, self.device)
 
     def _draw(self, number: int) -> Any:
         if number not in self._drawn:
@@ -67,6 +67,22 @@ class MicroBatches:
 
             self._drawn[number] = self.objective.draw(batch.tensors, generators)
         return self._drawn[number]
+
+
+class _OnDevice(Mapping[str, Tensor]):
+    """Tensors that move when they are asked for: losses need the latents alone."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device):
+        self.tensors, self.device = tensors, device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name].to(self.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def seed_dropout(*place: int) -> None:

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Imported once, in the server from which ranks are forked; _dynamo because the first collective imports it.
-_PRELOAD = [
+# _dynamo because the first collective imports it.
+_ALWAYS = [
     "mm_parallel.testing.ranks",
     "torch._dynamo",
     "torch.distributed.fsdp",
@@ -46,10 +46,13 @@ def spawn(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 60) -
     that takes some seconds, and every call a tenth of a second.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD + _imported_here())
+    context.set_forkserver_preload(["mm_parallel.testing.preload"])
     # the test file is loaded by path, because pytest's importlib mode gives it a name nobody can import
     function = (fn.__module__, inspect.getfile(fn), fn.__qualname__)
     with tempfile.TemporaryDirectory() as folder:
+        names = Path(folder, "names")
+        names.write_text("\n".join(_ALWAYS + _imported_here()))
+        os.environ["MM_PARALLEL_PRELOAD"] = str(names)  # read by the server, if it starts now
         ranks = []
         for rank in range(world):
             ours, theirs = context.Pipe(duplex=False)

@@ -1,0 +1,173 @@
+"""Every sample of a manifest into a feature cache.
+
+Decoding runs in worker processes while the device encodes; ranks of torchrun share the samples. What is in the cache
+already (same bytes, same geometry, same encoders) is not encoded again, so a killed extraction continues where it
+was. A file that cannot be decoded goes to failures.jsonl and the run goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from mm_data import Clip, Failure, FeatureCache, Sample, VideoDataset, for_task, read_manifest, select
+from mm_data.transforms import to_model_range, to_uint8
+from mm_models import preset
+from mm_parallel.device import device as accelerator
+from mm_parallel.device import init_distributed
+from mm_train.command import prepare_output
+from mm_train.encode import Encoders
+from mm_train.extract import ExtractConfig
+from mm_train.ranks import map_over_ranks
+
+
+def encode_all(config: ExtractConfig) -> int:
+    """Run the extraction; returns how many samples of the manifest have no features in the end."""
+    prepare_output(config.output)
+    rank, world, _ = init_distributed(timeout=timedelta(days=1))  # ranks meet at the end, and need not be equally fast
+    device = accelerator()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Leave the workers their cores: the threads of one operation spin while one of them waits for a core.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world - config.data.workers))
+    listed = read_manifest(config.data.manifest)
+    dtype, task = getattr(torch, config.dtype), config.chosen_task
+    encoders = Encoders(config.encoders, preset(config.model), task, device, dtype, config.tiling)
+    samples = for_task(listed, controls=encoders.task.reads_control)
+    unread = sum(a != b for a, b in zip(listed, samples, strict=True))
+    if rank == 0 and unread:
+        print(f"note: {task} uses no sources, masks or references: {unread} samples have them", file=sys.stderr)
+    geometry = encoders.fit_geometry(config.geometry)
+    selection = select(samples, geometry)
+
+    with FeatureCache(config.output) as cache:
+        identified = _identify(selection.kept, cache, rank == 0, world)
+        todo = cache.plan(identified, geometry, encoders.identity, config.seed)
+        if rank == 0:
+            print(f"{config.data.manifest}: {selection}\n{config.output}: {todo}", file=sys.stderr, flush=True)
+            for sample, reason in [*selection.dropped, *todo.failed]:
+                cache.fail(sample.id, str(reason))
+            if not cache.has_empty_text(encoders.identity):
+                cache.put_empty_text(encoders.empty_text, encoders.identity)
+        dataset = VideoDataset(todo.to_encode, geometry, config.seed, on_error="return")
+        progress = Progress(len(todo.to_encode), leader=rank == 0, world=world)
+        # Shared out by key, not by place: a rank that sees the store a moment later must not shift everybody's share.
+        own = [i for i, sample in enumerate(todo.to_encode) if int(todo.keys[sample.id][:8], 16) % world == rank]
+        for clips in batches(dataset, own, config, lambda failure: _fail(cache, progress, failure)):
+            for clip, features in zip(clips, encoders.encode(clips), strict=True):
+                cache.put(todo.keys[clip["id"]], features, clip["meta"])
+            progress.advance(len(clips))
+        progress.close()
+        cache.flush()
+        if world > 1:
+            dist.barrier()
+        if rank == 0:
+            found = cache.finish(todo)
+            missing = len(samples) - found
+            why = f", {missing} left out: {config.output / 'failures.jsonl'} says why" if missing else ""
+            print(f"{found} of {len(samples)} samples in {config.output}{why}", file=sys.stderr)
+            if not found:
+                raise ValueError(f"not one sample of {config.data.manifest} could be used{why}")
+        return missing if rank == 0 else 0
+
+
+def batches(dataset: VideoDataset, indices: Sequence[int], config: ExtractConfig, on_failure) -> Iterator[list[Clip]]:
+    """Clips of one shape, up to config.batch of them, decoded ahead by the workers in the order of the manifest."""
+    loader = DataLoader(
+        Subset(dataset, indices),
+        batch_size=None,
+        collate_fn=_pack,
+        num_workers=min(config.data.workers, len(indices)),
+        prefetch_factor=2 if config.data.workers and len(indices) else None,
+    )
+    waiting: dict[torch.Size, list[Clip]] = defaultdict(list)
+    for item in loader:
+        if isinstance(item, Failure):
+            on_failure(item)
+            continue
+        clip = _unpack(item)
+        same = waiting[clip["video"].shape]
+        same.append(clip)
+        if len(same) == config.batch:
+            yield waiting.pop(clip["video"].shape)
+    yield from waiting.values()
+
+
+def _pack(item: Clip | Failure) -> Clip | Failure:
+    """A clip as bytes, as its files had it: a quarter of the shared memory between a worker and this process."""
+    if isinstance(item, Failure):
+        return item
+    packed = dict(item)
+    for name in ("video", "source"):
+        if name in item:
+            packed[name] = torch.from_numpy(to_uint8(item[name]))
+    if "source" in item and not item["source"].any():  # there is none, and this grey lies between two bytes
+        del packed["source"]
+    if "mask" in item:
+        packed["mask"] = (item["mask"] * 255).round().byte()
+    return packed
+
+
+def _unpack(packed: Clip) -> Clip:
+    """The very numbers again."""
+    clip = dict(packed)
+    for name in ("video", "source"):
+        if name in packed:
+            clip[name] = to_model_range(packed[name].numpy())
+    if "mask" in packed:
+        clip["mask"] = packed["mask"].float() / 255
+    return clip
+
+
+def _fail(cache: FeatureCache, progress: Progress, failure: Failure) -> None:
+    cache.fail(failure.sample.id, failure.reason)
+    progress.say(f"skipped {failure.sample.id}: {failure.reason}")
+    progress.advance(1)
+
+
+def _identify(samples: list[Sample], cache: FeatureCache, leader: bool, world: int) -> list[Sample]:
+    """The samples with the hashes of their files; every rank reads its share of them."""
+    with tqdm(total=len(samples), unit="file", desc="hashing", disable=not (leader and sys.stderr.isatty())) as bar:
+
+        def identify(own: Sequence[Sample]) -> Iterator[Sample]:
+            for sample in cache.identify(own):
+                bar.update(world)
+                yield sample
+
+        return map_over_ranks(samples, identify)
+
+
+class Progress:
+    """A bar on a terminal, elsewhere a line every ten seconds, with rate and time left. Ranks run alike: the first
+    one's is shown.
+    """
+
+    def __init__(self, total: int, leader: bool, world: int):
+        self.total, self.leader, self.world, self.done = total, leader, world, 0
+        self.started = self.said = time.monotonic()
+        self.bar = tqdm(total=total, unit="clip", dynamic_ncols=True, disable=not (leader and sys.stderr.isatty()))
+
+    def advance(self, clips: int) -> None:
+        self.done = min(self.total, self.done + clips * self.world)
+        self.bar.update(clips * self.world)
+        if self.leader and self.bar.disable and (time.monotonic() - self.said > 10 or self.done == self.total):
+            self.said = time.monotonic()
+            rate = self.done / max(self.said - self.started, 1e-9)
+            left = (self.total - self.done) / rate
+            print(
+                f"{self.done}/{self.total} clips | {rate:.2f} clips/s | {left:.0f} s left", file=sys.stderr, flush=True
+            )
+
+    def say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()
