@@ -36,9 +36,9 @@ def test_both_know_the_same_presets():
 def test_a_small_clip_of_two_images_is_known_by_its_positions():
     """34 tokens with positions, from the tensors alone, in our names and in those of diffusers."""
     model = build("wan-tiny-i2v", device="meta", image_tokens=34, image_positions=True)
-    content = understand({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}, "it")
+    content = identify({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}, "it")
     assert (content.config["image_tokens"], content.config["image_positions"]) == (34, True)
     read = family_of(model.config).config(**content.config | {"num_heads": 5, "text_dim": 64})
     assert [task.name for task in family_of(read).tasks(read)] == ["flf2v"]
     plain = build("wan-tiny-i2v", device="meta")
-    assert "image_positions" not in understand({k: tuple(t.shape) for k, t in plain.state_dict().items()}, "it").config
+    assert "image_positions" not in identify({k: tuple(t.shape) for k, t in plain.state_dict().items()}, "it").config

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from mm_convert import convert, inspect, open_checkpoint
-from mm_convert.write.conversion import prepare_like
+from mm_convert.write.prepare import prepare_like
 
 
 def contents(folder):
@@ -176,7 +176,7 @@ KILLED = """
 import os, pathlib, sys
 from mm_convert.tensors import views as tensors
 from mm_convert.read.checkpoint import open_checkpoint
-from mm_convert.write.conversion import prepare_conversion
+from mm_convert.write.prepare import prepare_conversion
 left = int(sys.argv[4])
 def counted(function):
     def call(*arguments, **named):

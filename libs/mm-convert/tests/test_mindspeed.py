@@ -14,7 +14,7 @@ from mm_convert import convert, inspect, open_checkpoint
 from mm_convert.families import FAMILIES
 from mm_convert.read.content import identify
 from mm_convert.store.mindspeed import read_ranks
-from mm_convert.write.conversion import prepare_conversion
+from mm_convert.write.prepare import prepare_conversion
 
 FAMILY = {family.name: family for family in FAMILIES}
 WAN = dict(

@@ -9,7 +9,7 @@ import pytest
 from mm_convert import convert, open_checkpoint
 from mm_convert.cli import main
 from mm_convert.store.torch_file import read_torch_file, write_torch_file
-from mm_convert.write.conversion import prepare_conversion, prepare_like
+from mm_convert.write.prepare import prepare_conversion, prepare_like
 
 
 def files(folder):

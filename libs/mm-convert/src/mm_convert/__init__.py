@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from mm_convert.read.experts import expert_of, open_experts, write_experts
     from mm_convert.read.inspection import diff, inspect
     from mm_convert.store.dcp import open_dcp
-    from mm_convert.write.adapters import save_lora
-    from mm_convert.write.conversion import convert
-    from mm_convert.write.save import save_checkpoint
+    from mm_convert.write.save import convert, save_checkpoint, save_lora
 
 __all__ = [
     "Checkpoint",
@@ -36,7 +34,7 @@ __all__ = [
 _HOME = {
     "Checkpoint": "read.checkpoint",
     "open_checkpoint": "read.checkpoint",
-    "convert": "write.conversion",
+    "convert": "write.save",
     "expert_of": "read.experts",
     "open_experts": "read.experts",
     "write_experts": "read.experts",
@@ -45,7 +43,7 @@ _HOME = {
     "open_dcp": "store.dcp",
     "open_lora": "lora.reading",
     "save_checkpoint": "write.save",
-    "save_lora": "write.adapters",
+    "save_lora": "write.save",
 }
 
 

@@ -12,10 +12,9 @@ from mm_convert.lora.adapter import Adapter
 from mm_convert.lora.reading import find_lora, open_lora
 from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
 from mm_convert.read.experts import open_experts
-from mm_convert.write.adapters import prepare_adapter
-from mm_convert.write.conversion import prepare_conversion, prepare_like, prepare_merge
 from mm_convert.write.outputs import Files
 from mm_convert.write.pairs import prepare_pair
+from mm_convert.write.prepare import prepare_adapter, prepare_conversion, prepare_like, prepare_merge
 from mm_convert.write.targets import split_of
 
 

@@ -94,7 +94,7 @@ class Files:
             own = [output for output in left if output.name.startswith(inside)]
             left = [output for output in left if output not in own]
             lines += [f"from {manifest['source']} ({manifest['from']})", f"to   {at / inside} ({manifest['to']})"]
-            lines += [f"  {line}" for line in _list_files(own)]
+            lines += [f"  {line}" for line in _list_files(own, inside)]
             if self.destination.manifest == MANIFEST:
                 lines.append(f"  {MANIFEST}")
         lines += [f"  {at / output.name}" for output in left]
@@ -108,10 +108,14 @@ class Files:
         return "\n".join(lines)
 
 
-def _list_files(outputs: list[Output]) -> list[str]:
-    longest = max(len(output.name) for output in outputs)
-    sizes = {output.name: readable_bytes(output.nbytes) for output in outputs}
-    return [f"{o.name}: {o.text}" if o.text else f"{o.name:<{longest}}  {sizes[o.name]}" for o in outputs]
+def _list_files(outputs: list[Output], inside: str) -> list[str]:
+    """A line for each, with its name in the folder `inside`."""
+    names = [output.name.removeprefix(inside) for output in outputs]
+    longest = max(map(len, names))
+    return [
+        f"{name}: {output.text}" if output.text else f"{name:<{longest}}  {readable_bytes(output.nbytes)}"
+        for name, output in zip(names, outputs, strict=True)
+    ]
 
 
 def describe(source: str, family: str, config: Mapping[str, Any], from_: str, to: str, **more: Any) -> dict[str, Any]:

@@ -1,22 +1,23 @@
-"""Two experts as one: converted expert by expert into one directory, and inspected. Of models, or of adapters."""
+"""Two experts, of models or of adapters, as one: converted expert by expert into one directory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm_convert.families.presets import published_boundary
 from mm_convert.lora.adapter import Adapter
-from mm_convert.read.alike import refuse_unlike
-from mm_convert.read.checkpoint import Checkpoint
-from mm_convert.read.experts import DIFFUSERS, FILE, FOLDERS, INDEX, Pair, experts_json
+from mm_convert.read.experts import DIFFUSERS, FILE, FOLDERS, INDEX, Pair, experts_json, refuse_unlike
 from mm_convert.store.mm import as_json, read_json
 from mm_convert.write.destinations import Folder
 from mm_convert.write.outputs import Files, text_file
 
-PrepareOne = Callable[[Path, Path], tuple[Checkpoint | Adapter, Files]]
+if TYPE_CHECKING:
+    from mm_convert.read.checkpoint import Checkpoint
+
+    PrepareOne = Callable[[Path, Path], tuple[Checkpoint | Adapter, Files]]
 
 
 def prepare_pair(pair: Pair, target: Path, to: str, boundary: float | None, prepare_one: PrepareOne) -> Files:
@@ -44,13 +45,13 @@ def prepare_pair(pair: Pair, target: Path, to: str, boundary: float | None, prep
     if None not in (boundary, pair.boundary) and boundary != pair.boundary:
         raise ValueError(f"{source} says boundary {pair.boundary}, not {boundary}: leave --boundary out")
     known = pair.boundary or boundary
-    if known is None and isinstance(high, Checkpoint):
+    if known is None and not isinstance(high, Adapter):
         known, name = published_boundary(high.content.family, high.config)
         if known:
             files.notes.append(f"the boundary is not said and taken to be {known}, that of the published {name}")
     if known is None:
         files.notes.append("the boundary is not known, so it is not written: give --boundary")
-    if to == "diffusers" and isinstance(high, Checkpoint):
+    if to == "diffusers" and not isinstance(high, Adapter):
         files.outputs.append(text_file(INDEX, as_json(_model_index(source, high, known))))
     elif known is not None:
         files.outputs.append(text_file(FILE, experts_json(known).encode()))

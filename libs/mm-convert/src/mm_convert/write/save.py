@@ -1,4 +1,4 @@
-"""Writing a checkpoint: our own folder, one under published names, MindSpeed-MM's tree, torch DCP, or one file."""
+"""What programs write with: `convert`, from files; `save_checkpoint` and `save_lora`, from memory."""
 
 from __future__ import annotations
 
@@ -7,12 +7,57 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm_convert.lora.names import PEFT
+from mm_convert.lora.reading import read_lora
+from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
 from mm_convert.read.content import identify
 from mm_convert.tensors.mapping import lazy_tensors
+from mm_convert.tensors.stages import Layers
+from mm_convert.write.prepare import prepare_adapter, prepare_conversion
 from mm_convert.write.targets import Target, prepare_target, split_of
 
 if TYPE_CHECKING:
     import torch
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: str = "mm",
+    *,
+    pp_layers: Layers | Mapping[str, Layers] = (),
+    tp_size: int = 1,
+    shard_bytes: int | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    show_progress: bool = False,
+    sha256: bool = False,
+) -> Checkpoint:
+    """Rewrite a checkpoint under the names and with the files of `to`; tensors keep their bytes, but for `dtype`.
+
+    Args:
+        source: anything that `open_checkpoint` reads.
+        target: a folder that does not exist yet (with `overwrite`: or that holds nothing but a checkpoint); a name in
+            .safetensors or .pt makes one file. The same as `source`: published files stay, and what is made of them
+            goes into `mm/` or `release/` beside them.
+        to: "mm" (our own layout), "mindspeed" (MindSpeed-MM's tree), "dcp" (torch DCP with MindSpeed-MM's names), or
+            one of the family's dialects: "original", "diffusers", "transformers".
+        pp_layers: layers of each pipeline stage, flat or one list per virtual stage; by ladder where there are several
+            ({"llm": …, "vit": …}). In our own layout a stage is a file.
+        tp_size: tensor-parallel ranks. In our own layout tensors stay whole, any rank reads its slice of them.
+        shard_bytes: regroup into files of at most so many bytes; None keeps the grouping of the source.
+        dtype: "float32", "bfloat16" or "float16" for all tensors of floating point (needs torch).
+        sha256: note the sum of every written tensor in `mm_convert.json`.
+
+    Returns the source as it was opened; its `notes` say what was dropped. Raises ValueError before anything is
+    written.
+    """
+    checkpoint = open_checkpoint(source)
+    files = prepare_conversion(
+        checkpoint, target, to, pp_layers=pp_layers, tp_size=tp_size, shard_bytes=shard_bytes, dtype=dtype
+    )
+    files.write(overwrite=overwrite, show_progress=show_progress, sha256=sha256)
+    return checkpoint
 
 
 def save_checkpoint(
@@ -50,3 +95,36 @@ def save_checkpoint(
     target = Target(Path(path), to, split_of(content.family, pp_layers, tp_size), shard_bytes=shard_bytes)
     files = prepare_target(target, content, ours, complete, source="memory", source_form="our names")
     files.write(overwrite=overwrite, show_progress=show_progress)
+
+
+def save_lora(
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    alpha: float,
+    *,
+    dropout: float = 0.0,
+    base: str = "",
+    to: str = "mm",
+    overwrite: bool = False,
+) -> Path:
+    """Save the low-rank adapters that are among some tensors, moving one tensor at a time to the CPU.
+
+    Args:
+        path: a folder to make, or one file in .safetensors.
+        tensors: as a model's state_dict has them, `….lora_A.weight` or peft's `….lora_A.default.weight`; all others are
+            left out. A lazy mapping is asked as by `save_checkpoint`.
+        alpha: W becomes W + alpha/rank · B A.
+        dropout: on the input of A in training; recorded in adapter_config.json.
+        base: the model that the adapters are for, a name or a path; recorded for people and for peft.
+        to: "mm" or "peft" (they are one), "diffusers", "comfyui" or "mindspeed".
+
+    Returns the path. Raises ValueError, before anything is written, for a target that exists, for tensors of which none
+    is an adapter, and for adapters of no known family.
+    """
+    factors = lazy_tensors(tensors, (name for name in tensors if ".lora_" in name))
+    if not factors:
+        raise ValueError(f"nothing to write to {path}: none of {len(tensors)} tensors is a LoRA adapter")
+    named = {f"{PEFT}{name.removeprefix(PEFT).replace('.default.', '.')}": factor for name, factor in factors.items()}
+    adapter = dataclasses.replace(read_lora(named, {}, None, "what is to be saved", alpha), base=base, dropout=dropout)
+    prepare_adapter(adapter, None, path, to).write(overwrite=overwrite)
+    return Path(path)

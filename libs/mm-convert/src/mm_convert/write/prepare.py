@@ -1,62 +1,27 @@
-"""From one checkpoint to another."""
+"""What converting would write: a checkpoint in another form, or like another, or with an adapter in it; an adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mm_convert.lora.adapter import Adapter
 from mm_convert.lora.merging import merge
-from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
-from mm_convert.store.mindspeed import TRACKER
+from mm_convert.lora.names import FILES
+from mm_convert.lora.writing import lora_tensors
+from mm_convert.store.mindspeed import TRACKER, rank_files
 from mm_convert.store.mm import FOLDER, MANIFEST, as_json, read_json
 from mm_convert.store.safetensors import refuse_link_out
 from mm_convert.store.torch_file import SUFFIXES
-from mm_convert.tensors.stages import Layers
+from mm_convert.tensors.stages import Layers, Split
 from mm_convert.tensors.views import LazyTensor
-from mm_convert.write.destinations import OneFile
-from mm_convert.write.outputs import Files, Output, copy_file, index_file, safetensors_file, text_file
-from mm_convert.write.targets import Target, cast_all, prepare_target, split_of
+from mm_convert.write.destinations import Folder, OneFile
+from mm_convert.write.outputs import Files, Output, copy_file, describe, index_file, safetensors_file, text_file
+from mm_convert.write.targets import Target, cast_all, prepare_target, release, split_of
 
-
-def convert(
-    source: str | Path,
-    target: str | Path,
-    to: str = "mm",
-    *,
-    pp_layers: Layers | Mapping[str, Layers] = (),
-    tp_size: int = 1,
-    shard_bytes: int | None = None,
-    dtype: str | None = None,
-    overwrite: bool = False,
-    show_progress: bool = False,
-    sha256: bool = False,
-) -> Checkpoint:
-    """Rewrite a checkpoint under the names and with the files of `to`; tensors keep their bytes, but for `dtype`.
-
-    Args:
-        source: anything that `open_checkpoint` reads.
-        target: a folder that does not exist yet (with `overwrite`: or that holds nothing but a checkpoint); a name in
-            .safetensors or .pt makes one file. The same as `source`: published files stay, and what is made of them
-            goes into `mm/` or `release/` beside them.
-        to: "mm" (our own layout), "mindspeed" (MindSpeed-MM's tree), "dcp" (torch DCP with MindSpeed-MM's names), or
-            one of the family's dialects: "original", "diffusers", "transformers".
-        pp_layers: layers of each pipeline stage, flat or one list per virtual stage; by ladder where there are several
-            ({"llm": …, "vit": …}). In our own layout a stage is a file.
-        tp_size: tensor-parallel ranks. In our own layout tensors stay whole, any rank reads its slice of them.
-        shard_bytes: regroup into files of at most so many bytes; None keeps the grouping of the source.
-        dtype: "float32", "bfloat16" or "float16" for all tensors of floating point (needs torch).
-        sha256: note the sum of every written tensor in `mm_convert.json`.
-
-    Returns the source as it was opened; its `notes` say what was dropped. Raises ValueError before anything is
-    written.
-    """
-    checkpoint = open_checkpoint(source)
-    files = prepare_conversion(
-        checkpoint, target, to, pp_layers=pp_layers, tp_size=tp_size, shard_bytes=shard_bytes, dtype=dtype
-    )
-    files.write(overwrite=overwrite, show_progress=show_progress, sha256=sha256)
-    return checkpoint
+if TYPE_CHECKING:
+    from mm_convert.read.checkpoint import Checkpoint
 
 
 def prepare_conversion(
@@ -156,6 +121,44 @@ def prepare_merge(
     if before:
         files.notes.append(f"{base.path} has an adapter merged into it already: {before[-1]['source']}")
     files.manifests[""]["merged"] = [*before, {"source": str(where), "rank": adapter.rank, "alpha": adapter.alpha}]
+    return files
+
+
+def prepare_adapter(
+    adapter: Adapter, source: str | Path | None, target: str | Path, to: str, dtype: str | None = None
+) -> Files:
+    """What writing an adapter in a format would write: a folder, or one file for a target in .safetensors.
+
+    `source` is where the adapter lies; None if it lies in memory.
+    """
+    target = Path(target)
+    here, there = Path(source or "memory").resolve(), target.resolve()
+    if source and (here == there or there in here.parents or here in there.parents):
+        raise ValueError(f"{target} is the adapter itself, or holds it, or lies in it; name another target")
+    tensors, metadata, config = lora_tensors(adapter, to)
+    if dtype is not None:  # of the factors; alpha is no weight
+        tensors |= cast_all({name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}, dtype)
+    more = {"metadata": metadata} if to == "mindspeed" else {}
+    family = adapter.family
+    about = describe(
+        str(here) if source else "memory", family.name, {}, f"LoRA, {adapter.format}", f"LoRA, {to}", **more
+    )
+    files = Files(Folder(target), [], {"": about}, notes=list(adapter.notes))
+    if to == "mindspeed":
+        if target.suffix in (".safetensors", *SUFFIXES):
+            raise ValueError(f"{target}: MindSpeed-MM's adapters are folders; name one")
+        assert family.cuts
+        files.outputs = release(rank_files([tensors], Split(), family.cuts))
+        return files
+    if target.suffix in SUFFIXES:
+        raise ValueError(f"{target}: adapters are written as safetensors; name a folder, or a file in .safetensors")
+    files.needs_torch = dtype is not None
+    if target.suffix == ".safetensors":
+        files.destination, files.outputs = OneFile(target), [safetensors_file(target.name, tensors, metadata)]
+        return files
+    files.outputs = [safetensors_file(FILES[to], tensors, metadata)]
+    if config:
+        files.outputs.append(text_file("adapter_config.json", as_json(config)))
     return files
 
 
