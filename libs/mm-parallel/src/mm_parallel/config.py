@@ -69,10 +69,14 @@ class ParallelConfig:
         if self.schedule not in ("1f1b", "zero_bubble"):
             raise ValueError(f"schedule={self.schedule!r}: there are '1f1b' and 'zero_bubble'")
         whole = self._with_context()
-        by_cp = self.cp is not None and self.ulysses is None and self.ring is None  # then it is called so, as asked
-        context = {"cp": whole.cp} if by_cp else {"ring": whole.ring, "ulysses": whole.ulysses}
-        data = {"dp_replicate": whole.dp_replicate, "dp_shard": whole.dp_shard}
-        sizes = {"pp_layers": whole.pp, **data, **context, "tp": whole.tp}
+        sizes = {
+            "pp_layers": whole.pp,
+            "dp_replicate": whole.dp_replicate,
+            "dp_shard": whole.dp_shard,
+            "ring": whole.ring,
+            "ulysses": whole.ulysses,
+            "tp": whole.tp,
+        }
         asked = {name: size for name, size in sizes.items() if size != 1 and name != "dp_shard"}
         rest = prod(asked.values())
         if self.dp_shard == -1:
@@ -107,9 +111,7 @@ class ParallelConfig:
             ulysses = cp // (ring or 1)
         if ring is None:
             if cp % ulysses:
-                raise ValueError(
-                    f"cp={cp} cannot be ulysses={ulysses} x ring: ulysses must divide {cp} ({_divisors(cp)})"
-                )
+                raise ValueError(f"cp={cp} cannot be ulysses={ulysses} x ring: must divide {cp} ({_divisors(cp)})")
             ring = cp // ulysses
         if ulysses * ring != cp:
             raise ValueError(
