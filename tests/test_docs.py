@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mm_parallel import MemoryConfig, ParallelConfig
 from mm_parallel.testing import spawn
-from mm_parallel.testing.equivalence import FEATURES, SAMPLES, Case, Family, check, combine
+from mm_parallel.testing.equivalence import FEATURES, SAMPLES, Case, Subject, check, combine
 from mm_train import guides
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,7 +111,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def in_layouts_of_two(rank: int, world: int, cases: list[Case]) -> None:
-    check(rank, world, Family(build, small_family()["plan"], batch), cases)
+    check(rank, world, Subject(build, small_family()["plan"], batch), cases)
 
 
 def test_the_family_that_is_added_trains_samples_and_is_cut():

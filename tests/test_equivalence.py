@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from mm_models import build, plan
+from mm_models.families import FAMILIES, family_of
 from mm_models.lora import LoRAConfig, add_lora
 from mm_parallel.testing import spawn
-from mm_parallel.testing.equivalence import SAMPLES, Case, Family, check, every_case
+from mm_parallel.testing.equivalence import SAMPLES, Case, Subject, check, every_case
 
 WAN = {"dim": 48, "ffn_dim": 80, "num_heads": 4, "num_layers": 4, "text_dim": 16, "text_tokens": 8}
 IMAGE = {"in_channels": 36, "image_dim": 24, "image_tokens": 257}
@@ -75,19 +76,19 @@ def from_first_frame() -> dict[str, Tensor]:
     return batch | {"t": t}
 
 
-FAMILIES = {
-    "wan": Family(wan, plan, videos),
-    "wan-image": Family(wan_image, plan, images),
-    "wan-lora": Family(wan_lora, plan, videos),
-    "wan-per-token": Family(wan, plan, from_first_frame),
-    "vace": Family(vace, plan, controlled),
-    "vace-on-frozen": Family(vace_on_frozen, plan, controlled),
+SUBJECTS = {
+    "wan": Subject(wan, plan, videos),
+    "wan-image": Subject(wan_image, plan, images),
+    "wan-lora": Subject(wan_lora, plan, videos),
+    "wan-per-token": Subject(wan, plan, from_first_frame),
+    "vace": Subject(vace, plan, controlled),
+    "vace-on-frozen": Subject(vace_on_frozen, plan, controlled),
 }
 SEED = int(os.environ.get("RANDOM_SEED", 0))
 
 
 def cases_of(number: int, all_of: int, larger: int) -> dict[int, list[Case]]:
-    """Of the family with that number. A scheduled workflow asks for many more `larger` sets, others each time."""
+    """Of the subject with that number. A scheduled workflow asks for many more `larger` sets, others each time."""
     return every_case(SEED + number, int(os.environ.get("RANDOM_LAYOUTS", larger)), all_of)
 
 
@@ -102,8 +103,8 @@ CASES = {
 CHUNK = 10
 
 
-def family(rank: int, world: int, name: str, cases: list[Case]) -> None:
-    check(rank, world, FAMILIES[name], cases)
+def compare(rank: int, world: int, name: str, cases: list[Case]) -> None:
+    check(rank, world, SUBJECTS[name], cases)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +119,12 @@ def family(rank: int, world: int, name: str, cases: list[Case]) -> None:
 def test_as_on_one_device(name, world, first):
     cases = CASES[name][world][first : first + CHUNK]
     if world == 1:
-        check(0, 1, FAMILIES[name], cases)
+        check(0, 1, SUBJECTS[name], cases)
     else:
-        spawn(world, family, name, cases, timeout=180)
+        spawn(world, compare, name, cases, timeout=180)
+
+
+def test_every_family_is_cut():
+    built = {family_of(subject.build().config).name for subject in SUBJECTS.values()}
+    assert built == {family.name for family in FAMILIES}
+    assert CASES.keys() == SUBJECTS.keys()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mm_parallel.testing import TinyLadder, spawn
-from mm_parallel.testing.equivalence import SAMPLES, Case, Family, check, every_case
+from mm_parallel.testing.equivalence import SAMPLES, Case, Subject, check, every_case
 
 CASES = every_case(seed=int(os.environ.get("RANDOM_SEED", 0)), larger=int(os.environ.get("RANDOM_LAYOUTS", 4)))
 CHUNK = 10
@@ -26,12 +26,12 @@ def batch() -> dict[str, Tensor]:
 
 
 def ladder(rank: int, world: int, cases: list[Case]) -> None:
-    check(rank, world, Family(build, lambda model: TinyLadder.plan, batch), cases)
+    check(rank, world, Subject(build, lambda model: TinyLadder.plan, batch), cases)
 
 
 @pytest.mark.parametrize("case", CASES[1], ids=lambda case: case.name)
 def test_one_rank(case):
-    check(0, 1, Family(build, lambda model: TinyLadder.plan, batch), [case])
+    check(0, 1, Subject(build, lambda model: TinyLadder.plan, batch), [case])
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from mm_parallel.guard import Watchdog, agree
 from mm_parallel.testing import spawn
-from mm_parallel.testing.ranks import _PRELOAD
+from mm_parallel.testing.ranks import _ALWAYS
 
 FAST = {"deadline": 2, "interval": 0.2, "silence": 1.5}
 
@@ -135,7 +135,7 @@ class End:
 def run(scenario, world: int, folder: Path) -> list[End]:
     """Runs a function of this file on `world` ranks, and kills none: how each ended within 15 s."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(_ALWAYS)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         where = f"tcp://localhost:{free.getsockname()[1]}"

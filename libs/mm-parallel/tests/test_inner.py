@@ -18,7 +18,7 @@ from mm_parallel import (
 from mm_parallel.mesh import data_rank
 from mm_parallel.recompute import Recomputed
 from mm_parallel.testing import TinyLadder, TwoLadders, assert_same_grads, gradients, spawn
-from mm_parallel.testing.equivalence import SAMPLES, Case, Family, check, every_case
+from mm_parallel.testing.equivalence import SAMPLES, Case, Subject, check, every_case
 
 CASES = every_case(seed=7, larger=8, all_of=1)
 CHUNK = 10
@@ -37,12 +37,12 @@ def batch() -> dict[str, Tensor]:
 
 
 def two_ladders(rank: int, world: int, cases: list[Case]) -> None:
-    check(rank, world, Family(build, lambda model: TwoLadders.plan, batch), cases)
+    check(rank, world, Subject(build, lambda model: TwoLadders.plan, batch), cases)
 
 
 @pytest.mark.parametrize("case", CASES[1], ids=lambda case: case.name)
 def test_one_rank(case):
-    check(0, 1, Family(build, lambda model: TwoLadders.plan, batch), [case])
+    check(0, 1, Subject(build, lambda model: TwoLadders.plan, batch), [case])
 
 
 @pytest.mark.parametrize(

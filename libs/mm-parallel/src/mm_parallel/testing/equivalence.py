@@ -1,7 +1,7 @@
 """Whether a model in some layout trains as on one device: losses, every gradient, and the weights after some steps.
 
-    family = Family(build, lambda model: TinyLadder.plan, batch)
-    check(rank, world, family, cases)
+    subject = Subject(build, lambda model: TinyLadder.plan, batch)
+    check(rank, world, subject, cases)
 
 runs under `spawn`; `every_case` makes the cases: each feature alone, every pair, and a sample of larger sets.
 """
@@ -45,7 +45,7 @@ WEIGHTS = (
 
 
 @dataclass(frozen=True)
-class Family:
+class Subject:
     """A model to check, with four layers or more.
 
     build: () -> the model with its weights, the same on every rank. plan: of that model. batch: () -> named inputs of
@@ -136,23 +136,23 @@ def every_case(seed: int = 0, larger: int = 8, all_of: int = 2) -> dict[int, lis
     return by_ranks
 
 
-def check(rank: int, world: int, family: Family, cases: Iterable[Case], rtol: float = 1e-10) -> None:
+def check(rank: int, world: int, subject: Subject, cases: Iterable[Case], rtol: float = 1e-10) -> None:
     """Trains three steps in each layout and on one device; raises AssertionError naming the case that differs."""
     reference = None
     meshes: dict[ParallelConfig, DeviceMesh | None] = {}  # every mesh has groups, and every group of gloo threads
     for case in cases:
         assert case.ranks == world, (case, world)
-        reference = reference or _train_alone(family)
+        reference = reference or _train_alone(subject)
         if case.parallel not in meshes:
             meshes[case.parallel] = make_mesh(case.parallel, "cpu")
         try:
-            _compare(family, case, meshes[case.parallel], *reference, rtol)
+            _compare(subject, case, meshes[case.parallel], *reference, rtol)
         except BaseException as error:
             raise AssertionError(f"{case}\n{traceback.format_exc()}") from error
 
 
-def _train_alone(family: Family) -> tuple[list[float], list[dict[str, Tensor]], list[float], dict[str, Tensor]]:
-    model, batch = family.build(), dict(family.batch())
+def _train_alone(subject: Subject) -> tuple[list[float], list[dict[str, Tensor]], list[float], dict[str, Tensor]]:
+    model, batch = subject.build(), dict(subject.batch())
     target = batch.pop("target")
     optimizer = _optimizer(model)
     losses, grads, norms = [], [], []
@@ -168,7 +168,7 @@ def _train_alone(family: Family) -> tuple[list[float], list[dict[str, Tensor]], 
 
 
 def _compare(
-    family: Family,
+    subject: Subject,
     case: Case,
     mesh: DeviceMesh | None,
     losses: list[float],
@@ -177,9 +177,9 @@ def _compare(
     weights: dict[str, Tensor],
     rtol: float,
 ) -> None:
-    model, batch = family.build(), dict(family.batch())
+    model, batch = subject.build(), dict(subject.batch())
     target = batch.pop("target")
-    plan, values = family.plan(model), {name: p.detach().clone() for name, p in model.state_dict().items()}
+    plan, values = subject.plan(model), {name: p.detach().clone() for name, p in model.state_dict().items()}
     if case.meta:
         model = model.to("meta")
     cut = (plan, mesh, case.parallel, case.memory)
