@@ -45,7 +45,5 @@ def check_encoders(path: Path | None, folders: Sequence[str], flag: str) -> None
     """Raise ValueError unless a diffusers directory holds these folders."""
     missing = [f"{folder}/" for folder in folders if path is None or not (path / folder).is_dir()]
     if missing:
-        raise ValueError(
-            f"{flag} (got {path}) must be the diffusers directory with {', '.join(f'{folder}/' for folder in folders)}: "
-            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
-        )
+        wanted = ", ".join(f"{folder}/" for folder in folders)
+        raise ValueError(f"{flag} {path} has no {', '.join(missing)}: give the diffusers directory with {wanted}")
