@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,17 @@ def words(file: Path) -> Iterator[tuple[int, str]]:
 def test_no_module_outside_a_room_names_a_family(file):
     named = [(line, text) for line, text in words(file) if NAME.search(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", text))]
     assert not named, f"{file.relative_to(ROOT)} names a family or a task of one: ask mm_models.family instead"
+
+
+def test_no_module_outside_a_room_reads_a_field_of_a_configuration():
+    """Widths and channels are facts of a family too: its record tells what others need of them."""
+    shared = {"dim", "eps", "text_tokens"}  # also names of other things; the rows of text are a flag of mm_infer
+    fields = {field.name for family in FAMILIES for field in dataclasses.fields(family.config)} - shared
+    for file in modules():
+        if "mm_parallel" not in file.parts and "mm_data" not in file.parts:  # they know no configuration
+            attributes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute)]
+            read = [(node.lineno, node.attr) for node in attributes if node.attr in fields]
+            assert not read, f"{file.relative_to(ROOT)} reads {read}: ask mm_models.family instead"
 
 
 def test_names_are_found(tmp_path):

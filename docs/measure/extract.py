@@ -38,7 +38,7 @@ def main(demo: Path) -> None:
     vae, text = WanVAE(encoders), TextEncoder(encoders, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         cache = FeatureCache(Path(folder) / "parts")
-        plan = timed("hash", lambda: cache.plan(samples, geometry, "x"))
+        plan = timed("hash", lambda: cache.find_work(samples, geometry, "x"))
         clips = timed("decode", lambda: [dataset[i] for i in range(len(dataset))])
         videos = [torch.stack([c["video"] for c in clips[i : i + BATCH]]) for i in range(0, len(clips), BATCH)]
         latents = timed("video", lambda: [one for batch in videos for one in vae.encode(batch)])

@@ -156,11 +156,12 @@ def test_images_of_i2v_are_the_clips_own(encoders, manifest, tmp_path):
     assert torch.equal(data[0]["conditions"]["condition"], vae.encode(condition_video(9, first))[0])
     assert torch.equal(data[0]["conditions"]["image"], clip_encoder.encode(first)[0])
 
-    both = Encoders(encoders, replace(preset("wan-tiny-i2v"), image_tokens=514), "flf2v")
+    model = replace(preset("wan-tiny-i2v"), image_tokens=514)
+    both = Encoders(encoders, model, "flf2v")
     features = both.encode([{"id": "", "video": clip[0], "captions": ("one",), "fps": 8, "meta": {}}])[0]
     assert torch.equal(features["condition_both"], vae.encode(condition_video(9, first, last))[0])
     assert torch.equal(features["image"], torch.cat([clip_encoder.encode(first)[0], clip_encoder.encode(last)[0]]))
-    assert features["image"].shape[0] == stored(both.model, "flf2v")["image"]
+    assert features["image"].shape[0] == stored(model, "flf2v")["image"]
 
 
 def test_conditions_of_vace(encoders):
@@ -190,7 +191,7 @@ def test_conditions_of_vace(encoders):
     grey = one(torch.zeros_like(video))
     close(bare["control"], torch.cat([grey, grey]))
     assert (bare["control_mask"] == 255).all()
-    assert {name: bare[name].shape[0] for name in ("control", "control_mask")} == stored(vace.model, "vace")
+    assert {name: bare[name].shape[0] for name in ("control", "control_mask")} == stored(preset("wan-tiny-vace"), "vace")
 
 
 def test_features_are_told_apart_by_task_where_they_differ(encoders):

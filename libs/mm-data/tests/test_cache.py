@@ -94,11 +94,11 @@ def encode(cache, todo):
 
 def test_entries_are_named_by_content_not_by_file_name(tmp_path, samples):
     with FeatureCache(tmp_path / "out") as cache:
-        todo = cache.plan(samples, Geometry(), "encoder")
+        todo = cache.find_work(samples, Geometry(), "encoder")
         assert [s.id for s in todo.to_encode] == ["a/0.mp4", "b/0.mp4"]
         assert [s.id for s in todo.repeated] == ["b/copy.mp4"]
         encode(cache, todo)
-        again = cache.plan(samples, Geometry(), "encoder")
+        again = cache.find_work(samples, Geometry(), "encoder")
         assert not again.to_encode
         assert cache.finish(again) == 3
     dataset = FeatureDataset(tmp_path / "out")
@@ -120,16 +120,16 @@ def test_entries_are_named_by_content_not_by_file_name(tmp_path, samples):
 def test_whatever_decides_the_tensors_makes_them_stale(tmp_path, samples, change):
     common = {"geometry": Geometry(), "encoder": "encoder", "seed": 0}
     with FeatureCache(tmp_path / "out") as cache:
-        encode(cache, cache.plan(samples[:1], **common))
+        encode(cache, cache.find_work(samples[:1], **common))
     cache = FeatureCache(tmp_path / "out")
-    assert not cache.plan(samples[:1], **common).to_encode
+    assert not cache.find_work(samples[:1], **common).to_encode
     asked = samples[:1]
     if "captions" in change:
         asked = [Sample("a/0.mp4", samples[0].path, change.pop("captions"))]
     if "bytes" in change:
         samples[0].path.write_bytes(change.pop("bytes"))
         os.utime(samples[0].path, ns=(1, 1))
-    todo = cache.plan(asked, **(common | change))
+    todo = cache.find_work(asked, **(common | change))
     assert len(todo.to_encode) == 1
     assert todo.stale == 1
     encode(cache, todo)
@@ -155,24 +155,26 @@ def test_entries_keep_their_keys():
 
 def test_moved_files_keep_their_entries(tmp_path, samples):
     with FeatureCache(tmp_path / "out") as cache:
-        encode(cache, cache.plan(samples[:1], Geometry(), "e"))
+        encode(cache, cache.find_work(samples[:1], Geometry(), "e"))
     moved = samples[0].path.rename(tmp_path / "elsewhere.mp4")
     assert (
-        not FeatureCache(tmp_path / "out").plan([Sample("elsewhere.mp4", moved, ("a cat",))], Geometry(), "e").to_encode
+        not FeatureCache(tmp_path / "out")
+        .find_work([Sample("elsewhere.mp4", moved, ("a cat",))], Geometry(), "e")
+        .to_encode
     )
 
 
 def test_unchanged_files_are_not_read_again(tmp_path, samples, monkeypatch):
     with FeatureCache(tmp_path / "out") as cache:
-        encode(cache, cache.plan(samples, Geometry(), "e"))
+        encode(cache, cache.find_work(samples, Geometry(), "e"))
     monkeypatch.setattr("mm_data.cache.fingerprint", lambda path: pytest.fail(f"{path} was read"))
-    assert len(FeatureCache(tmp_path / "out").plan(samples[:2], Geometry(), "e").done) == 2
+    assert len(FeatureCache(tmp_path / "out").find_work(samples[:2], Geometry(), "e").done) == 2
 
 
 def test_failures_are_listed_until_they_succeed(tmp_path, samples):
     gone = Sample("gone.mp4", tmp_path / "gone.mp4", ("x",))
     cache = FeatureCache(tmp_path / "out")
-    todo = cache.plan([*samples, gone], Geometry(), "e")
+    todo = cache.find_work([*samples, gone], Geometry(), "e")
     assert "No such file" in todo.failed[0][1]
     cache.put(todo.keys["a/0.mp4"], entry(), {"id": "a/0.mp4"})
     cache.fail("b/0.mp4", "cut off")
@@ -181,7 +183,7 @@ def test_failures_are_listed_until_they_succeed(tmp_path, samples):
     log = tmp_path / "out" / "failures.jsonl"
     assert {json.loads(line)["id"] for line in log.read_text().splitlines()} == {"b/0.mp4", "gone.mp4"}
     again = FeatureCache(tmp_path / "out")
-    todo = again.plan(samples, Geometry(), "e")
+    todo = again.find_work(samples, Geometry(), "e")
     encode(again, todo)
     with pytest.raises(ValueError, match="has not finished"):
         FeatureDataset(tmp_path / "out")  # extended and not yet finished

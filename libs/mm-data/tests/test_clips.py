@@ -66,7 +66,7 @@ def samples(tmp_path_factory):
 def features(samples, tmp_path_factory):
     path = tmp_path_factory.mktemp("features")
     with FeatureCache(path) as cache:
-        todo = cache.plan(samples, GEOMETRY, "encoder", SEED)
+        todo = cache.find_work(samples, GEOMETRY, "encoder", SEED)
         for clip in VideoDataset(todo.to_encode, GEOMETRY, SEED, on_error="return"):
             if isinstance(clip, Failure):
                 cache.fail(clip.sample.id, clip.reason)

@@ -230,7 +230,7 @@ def test_every_file_and_its_role_decides_the_entry(folder, tmp_path):
     keys = []
 
     def key(one):
-        todo = store.plan([one], VACE, "encoder")
+        todo = store.find_work([one], VACE, "encoder")
         assert not todo.failed
         keys.append(todo.keys[one.id])
         return todo
@@ -249,10 +249,10 @@ def test_every_file_and_its_role_decides_the_entry(folder, tmp_path):
     with store:  # a store remembers all files of an entry
         clip = VideoDataset(todo.to_encode, VACE)[0]
         store.put(todo.keys["s"], {"latents": torch.zeros(1), "text.0": torch.zeros(1, 1)}, clip["meta"])
-    (known,) = FeatureCache(tmp_path / "store").plan([sample(tmp_path)], VACE, "encoder").done
+    (known,) = FeatureCache(tmp_path / "store").find_work([sample(tmp_path)], VACE, "encoder").done
     assert known.contents == todo.to_encode[0].contents
     (tmp_path / "mask.mp4").write_bytes((folder / "mask.mp4").read_bytes())
     with pytest.raises(ValueError, match=r"mask\.mp4 was changed"):
         VideoDataset([known], VACE)[0]
     (tmp_path / "tall.png").unlink()
-    assert "tall.png: No such file" in store.plan([sample(tmp_path)], VACE, "encoder").failed[0][1]
+    assert "tall.png: No such file" in store.find_work([sample(tmp_path)], VACE, "encoder").failed[0][1]

@@ -45,12 +45,12 @@ def test_line_and_loss():
     x = flow.noised(x0, noise, level)
     assert torch.equal(x[0], noise[0])
     for i in range(3):  # going back along the target arrives at x0
-        assert torch.allclose(x[i] - flow.sigmas[index[i]] * flow.target(x0, noise)[i], x0[i], atol=1e-5)
+        assert torch.allclose(x[i] - flow.sigmas[index[i]] * flow.target(x0, noise, level)[i], x0[i], atol=1e-5)
 
-    prediction = flow.target(x0, noise) + torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1, 1)
+    prediction = flow.target(x0, noise, level) + torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1, 1)
     expected = flow.weights[index] * torch.tensor([1.0, 4.0, 9.0])
-    assert torch.allclose(flow.loss(prediction, flow.target(x0, noise), level), expected, rtol=1e-4)
-    half = flow.loss(prediction.bfloat16(), flow.target(x0, noise).bfloat16(), level)
+    assert torch.allclose(flow.loss(prediction, flow.target(x0, noise, level), level), expected, rtol=1e-4)
+    half = flow.loss(prediction.bfloat16(), flow.target(x0, noise, level).bfloat16(), level)
     assert half.dtype == torch.float32
 
 

@@ -33,8 +33,7 @@ class Encoders:
         """S D each; the text encoder is gone again afterwards."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         if new:
-            tokens = self.config.text_tokens
-            encoder = self.family.text_encoder(self.path, device=self.device, dtype=self.dtype, max_length=tokens)
+            encoder = self.family.text_encoder(self.config, self.path, device=self.device, dtype=self.dtype)
             encoded = encoder.encode(new)  # one by one, so that an encoding depends on its prompt alone
             self._texts |= {prompt: text.cpu() for prompt, text in zip(new, encoded, strict=True)}
             del encoder, encoded

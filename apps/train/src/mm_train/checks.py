@@ -6,6 +6,7 @@ A list of named checks. `train` raises what the first one finds; the list can as
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -16,7 +17,7 @@ from mm_data import Geometry
 from mm_models.families import find
 from mm_train.config import Config
 from mm_train.limits import check_limits
-from mm_train.objective import architecture, choose_task, expert_boundary
+from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
 
 When = Literal["at once", "with torch"]
 
@@ -39,7 +40,7 @@ def check(config: Config, when: When = "at once") -> None:
 
 def _model(config: Config) -> None:
     _, preset = find(config.model)
-    _, shape = architecture(config)
+    family, shape = architecture(config)
     if preset.boundary and not config.expert:
         raise ValueError(
             f"{config.model} is two models, for high and for low noise: give --expert high or --expert low, and "
@@ -47,7 +48,8 @@ def _model(config: Config) -> None:
         )
     if config.expert and not preset.boundary:
         raise ValueError(f"--expert {config.expert}: {config.model} is one model, not two experts: leave it out")
-    choose_task(config.model, find(config.model)[0], shape, config.objective.task, "--objective.task")
+    choose_task(config.model, family, shape, config.objective.task, "--objective.task")
+    choose_options(config, family)
 
 
 def _weights(config: Config) -> None:
@@ -135,6 +137,12 @@ def _trained(config: Config) -> None:
         )
 
 
+def _layout(config: Config) -> None:
+    """The layout fits the ranks that were started, and the batch fits the layout."""
+    layout = config.parallel.resolve(int(os.environ.get("WORLD_SIZE", "1")))
+    config.micro_batches(layout.dp_replicate * layout.dp_shard)
+
+
 def _samples(config: Config) -> None:
     s = config.sample
     if not s.prompts and not s.from_validation:
@@ -207,6 +215,7 @@ CHECKS = (
     Check("objective", "at once", _objective),
     Check("learning rate", "at once", _rates),
     Check("what is trained", "at once", _trained),
+    Check("layout", "at once", _layout),
     Check("sample videos", "at once", _samples),
     Check("output", "at once", _output),
     Check("features", "with torch", _features),

@@ -64,24 +64,28 @@ class DataConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """Flow matching, with the numerics of MindSpeed-MM's guides."""
+    """What the model learns to do, and how. An option that is not given is what the model's family trains with."""
 
     task: str = "auto"
     """What the model learns to do; auto: what it was made for. Of Wan: t2v, i2v, flf2v, ti2v or vace (t2v for
     wan2.2-ti2v-5b, which also learns ti2v).
     """
-    shift: float = 5.0
-    """Timestep shift of the training schedule; independent of the shift used for sampling."""
-    range: tuple[float, float] | None = None
-    """Part of the schedule that is trained, as fractions of its 1000 points from noise to data. By default all of it,
-    or the part of the expert that is trained.
-    """
     boundary: float | None = None
     """Noise level (sigma) at which the parts of two experts meet; by default that at which their model was published to
     switch.
     """
-    weighting: Literal["bsmntw", "none"] = "bsmntw"
-    """Loss weight per timestep: a bell around t=500 (DiffSynth, MindSpeed-MM), or none."""
+    shift: float | None = None
+    """Of flow matching: timestep shift of the training schedule, independent of the shift used for sampling; 5 for Wan,
+    as in MindSpeed-MM.
+    """
+    range: tuple[float, float] | None = None
+    """Of flow matching: part of the schedule that is trained, as fractions of its 1000 points from noise to data. By
+    default all of it, or the part of the expert that is trained.
+    """
+    weighting: Literal["bsmntw", "none"] | None = None
+    """Of flow matching: loss weight per timestep. bsmntw is a bell around t=500 (DiffSynth, MindSpeed-MM; the default
+    for Wan), none weighs all alike.
+    """
 
 
 @dataclass
@@ -159,10 +163,10 @@ class SampleConfig:
 
 @dataclass
 class Config:
-    """Train a video model on extracted features."""
+    """Train a model on extracted features, or straight from videos."""
 
     model: str
-    """Preset of mm_models (see --model help in the README)."""
+    """Preset, as wan2.1-t2v-1.3b; the README has a table of them."""
     weights: str = ""
     """Where to start: a diffusers directory, the makers' original files, or a checkpoint of ours; the word `random` for
     a fresh model.

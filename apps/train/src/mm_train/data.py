@@ -111,18 +111,20 @@ def check_features(path: Path, config: Config) -> None:
     """Raise ValueError where the features are not those of the model and its task."""
     dataset, objective = FeatureDataset(path), build_objective(config)
     item, (family, shape) = dataset[0], architecture(config)
-    channels, text = item["latents"].shape[0], item["text"][0].shape[-1]
-    if channels != shape.out_channels or text != shape.text_dim:
+    needed = dict(objective.stored)
+    found = {name: tensor.shape[0] for name, tensor in item["conditions"].items()}
+    found |= {"latents": item["latents"].shape[0], "text": item["text"][0].shape[-1]}
+    sizes = {name: needed.pop(name) for name in ("latents", "text")}
+    if any(found[name] != size for name, size in sizes.items()):
         raise ValueError(
-            f"{path} holds latents of {channels} channels and text of width {text}; "
-            f"{config.model} takes {shape.out_channels} and {shape.text_dim}: extract again with its own encoders"
+            f"{path} holds latents of {found['latents']} channels and text of width {found['text']}; {config.model} "
+            f"takes {sizes['latents']} and {sizes['text']}: extract again with its own encoders"
         )
     if misfit := family.conditioning(shape, objective.task).find_misfit(item["conditions"]):
         raise ValueError(f"{path} {misfit}: extract again with --task {objective.task}")
-    found = {name: tensor.shape[0] for name, tensor in item["conditions"].items()}
     wrong = [
         f"{name} {found.get(name, 'missing')} instead of {size}"
-        for name, size in objective.stored.items()
+        for name, size in needed.items()
         if found.get(name) != size
     ]
     if wrong:

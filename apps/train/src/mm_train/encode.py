@@ -38,12 +38,12 @@ class Encoders:
         """
         family = family_of(model)
         family.fit(model, path)
-        self.model, self.task = model, family.task(model, task)
+        self.multiples, self.task = family.multiples(model, path), family.task(model, task)
         self.conditioning = family.conditioning(model, task)
         self.codec = family.codec(path, device=device, tiling=tiling)
         sees = "image_encoder" in family.encoders(model)
         self.image = family.image_encoder(path, device=device) if sees else None
-        self.text = family.text_encoder(path, device=device, dtype=dtype)
+        self.text = family.text_encoder(model, path, device=device, dtype=dtype)
         self.parts = [part for part in (self.codec, self.text, self.image) if part is not None]
         # tasks without conditions of their own are trained on the same features
         named = [task] if self.conditioning.stored else []
@@ -61,14 +61,14 @@ class Encoders:
 
     def fit_geometry(self, geometry: Geometry) -> Geometry:
         """The geometry with strides that leave whole tokens. Raises ValueError where its size or length does not."""
-        frames, *packed = self.codec.stride
-        rows = packed[0] * self.model.patch_size[1]
+        frames, *sides = self.multiples
+        packed, side = "x".join(map(str, self.codec.stride[1:])), lcm(*sides)
         try:
-            return replace(geometry, stride=lcm(geometry.stride, rows), time_stride=lcm(geometry.time_stride, frames))
+            return replace(geometry, stride=lcm(geometry.stride, side), time_stride=lcm(geometry.time_stride, frames))
         except ValueError as error:
             raise ValueError(
-                f"{error} (the VAE packs {frames} frames after the first, and {packed[0]}x{packed[1]} pixels; of these "
-                f"the model takes {self.model.patch_size[1]}x{self.model.patch_size[2]}: sizes are multiples of {rows})"
+                f"{error} (the VAE packs {frames} frames after the first, and {packed} pixels, of which a token takes "
+                f"several: sizes are multiples of {side})"
             ) from None
 
     @torch.no_grad()

@@ -50,7 +50,7 @@ def encode_all(config: ExtractConfig) -> int:
 
     with FeatureCache(config.output) as cache:
         identified = _identify(selection.kept, cache, rank == 0, world)
-        todo = cache.plan(identified, geometry, encoders.identity, config.seed)
+        todo = cache.find_work(identified, geometry, encoders.identity, config.seed)
         if rank == 0:
             print(f"{config.data.manifest}: {selection}\n{config.output}: {todo}", file=sys.stderr, flush=True)
             for sample, reason in [*selection.dropped, *todo.failed]:

@@ -32,9 +32,18 @@ def expert_boundary(config: Config) -> float | None:
 def build_objective(config: Config) -> Objective:
     """The objective of a run. ValueError for a task that the model was not made for."""
     family, shape = architecture(config)
-    o = config.objective
-    task = choose_task(config.model, family, shape, o.task, "--objective.task")
+    task = choose_task(config.model, family, shape, config.objective.task, "--objective.task")
     boundary = expert_boundary(config) if config.expert else None
-    return family.objective(
-        shape, task, expert=config.expert, boundary=boundary, shift=o.shift, range=o.range, weighting=o.weighting
-    )
+    return family.objective(shape, task, expert=config.expert, boundary=boundary, **choose_options(config, family))
+
+
+def choose_options(config: Config, family: Family) -> dict[str, Any]:
+    """The options of the family's objective: what was asked for, else its own. ValueError for one that it has not."""
+    given = {name: value for name, value in vars(config.objective).items() if value is not None}
+    given = {name: value for name, value in given.items() if name not in ("task", "boundary")}
+    for name in given.keys() - family.objective_options.keys():
+        having = ", ".join(f"--objective.{option}" for option in family.objective_options) or "none"
+        raise ValueError(
+            f"--objective.{name} {given[name]}: {config.model} is trained otherwise; its options: {having}"
+        )
+    return {**family.objective_options, **given}

@@ -61,6 +61,8 @@ class Outcome:
     loss: float
     norm: float
     finite: bool
+    tokens: float
+    operations: float  # floating-point, that training needs
 
 
 @contextmanager
@@ -89,8 +91,8 @@ class Run:
         self.mesh = make_mesh(config.parallel, self.device.type)
         self.data_index, data_ranks = data_rank(self.mesh)
         micro_batches = config.micro_batches(data_ranks)
-        prepare_output(config.run_dir)
         check(config, "with torch")
+        prepare_output(config.run_dir)
         check_shared(config.run_dir)
         self.objective = build_objective(config)
         self.data = training_data(config, self.objective, self.mesh, self.device)
@@ -116,7 +118,7 @@ class Run:
         if self.progress.step == config.steps:
             self.metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
         self.validation = Validation(config, self.objective, self.mesh, self.device)
-        self.speed = Speed(self.parameters, self.device, data_ranks, world)
+        self.speed = Speed(self.parameters, self.device, world)
         self.watch = Watch(config.on_nonfinite)
         self.max_norm = config.optim.clip or math.inf
 
@@ -146,14 +148,15 @@ class Run:
     def outcome(self, batch: MicroBatches, losses: list[Tensor], norm: Tensor) -> Outcome:
         """The step in global numbers; from here on, its samples count as seen."""
         own = torch.cat(losses).cpu().double().sum() if reports_loss(self.mesh) else 0.0
-        summed, signals = all_sum(own, float(self.interrupt.signal), device=self.device)
+        counts = self.speed.count(batch.micro) if reports_loss(self.mesh) else (0.0, 0.0)
+        summed, tokens, operations, signals = all_sum(own, *counts, float(self.interrupt.signal), device=self.device)
         self.interrupt.hear(signals)
         loss = summed / batch.total
         self.progress.cursor = batch.step.cursor_after
         finite = self.watch.finite(loss, norm, losses, batch.step)
-        return Outcome(self.progress.step, loss, float(norm), finite)
+        return Outcome(self.progress.step, loss, float(norm), finite, tokens, operations)
 
-    def report(self, batch: MicroBatches, step: Outcome) -> None:
+    def report(self, step: Outcome) -> None:
         """Tells and keeps what a step was. Raises FloatingPointError if the run must end with a step that is not
         finite, after saving what is before it.
         """
@@ -171,7 +174,7 @@ class Run:
             "seconds": seconds,
             "data_seconds": self.data_seconds,
         }
-        measured, text = self.speed(batch.micro, seconds, self.data_seconds)
+        measured, text = self.speed.measure(step.tokens, step.operations, seconds, self.data_seconds)
         self.metrics.step(row | measured, text)
         self.checkpoints.check()
 

@@ -40,10 +40,11 @@ class Samples:
     ):
         self.config, self.objective, self.options = config, objective, config.sample
         self.family, self.shape = architecture(config)
+        self.stored = self.family.conditioning(self.shape, objective.task).stored
         self.rank, self.ranks = data_rank(mesh)
         self.reports, self.device, self.dtype = reports_loss(mesh), device, dtype
         self.requests: list[SampleRequest] = []
-        if self.options.prompts and objective.stored:
+        if self.options.prompts and self.stored:
             raise ValueError(
                 f"--sample.prompts: {config.model} makes no video of text alone ({objective.task}); give "
                 "--sample.from_validation, which takes captions, images and control from the validation set"
@@ -56,7 +57,7 @@ class Samples:
             self.requests += self._from_validation()
 
     def _encode(self) -> list[Tensor]:
-        encoder = self.family.text_encoder(self.options.encoders, device=self.device, dtype=self.dtype)
+        encoder = self.family.text_encoder(self.shape, self.options.encoders, device=self.device, dtype=self.dtype)
         # "" is what guidance pushes away from
         return [text.cpu() for text in encoder.encode([*self.options.prompts, ""])]
 
@@ -67,7 +68,7 @@ class Samples:
         requests = []
         for i in range(min(self.options.from_validation, len(data))):
             sample = data[i]
-            conditions = {name: sample["conditions"][name][None] for name in self.objective.stored}
+            conditions = {name: sample["conditions"][name][None] for name in self.stored}
             latents, task = sample["latents"], self.objective.task
             conditions = dict(self.family.conditioning(self.shape, task).complete(latents[None], conditions))
             requests.append(SampleRequest(sample["id"], task, sample["text"][0], conditions, tuple(latents.shape)))

@@ -27,7 +27,7 @@ def train(config: Config) -> Path:
                 run.optimizer.step()
                 run.average.update(step.index)
             run.optimizer.zero_grad(set_to_none=True)  # not held while something else needs memory, and never saved
-            run.report(batch, step)
+            run.report(step)
             run.save_if_due(step)
             run.evaluate_if_due(step)
     run.check_finished()

@@ -1,4 +1,4 @@
-"""Validation loss that compares across runs: fixed samples at fixed points, with fixed noise, all weighed alike."""
+"""Validation loss that compares across runs: fixed samples at fixed points, with fixed noise."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.utils.rnn import pad_sequence
 
-from mm_data import FeatureDataset
+from mm_data import Captions, FeatureDataset, Pick
 from mm_data.random import generator
 from mm_models.objective import Objective
 from mm_parallel import Pipeline
@@ -26,7 +25,7 @@ Pair = tuple[int, Any]
 
 
 class Validation:
-    """The objective's mean loss over pairs of samples and points; every pair weighs the same."""
+    """The objective's mean loss over pairs of samples and points, by their weights: for videos every pair weighs 1."""
 
     def __init__(self, config: Config, objective: Objective, mesh: DeviceMesh | None, device: torch.device):
         self.reports = reports_loss(mesh)
@@ -36,7 +35,7 @@ class Validation:
         self.batches: list[list[Pair]] = []  # this rank's
         if config.validation.features is None:
             return
-        self.data = FeatureDataset(config.validation.features)
+        self.data = FeatureDataset(config.validation.features, Captions(first=True))
         points = config.validation.timesteps or objective.points
         chosen = sorted(range(min(len(self.data), config.validation.max_samples)), key=lambda i: self.data.buckets[i])
         batches = []
@@ -54,30 +53,25 @@ class Validation:
     @torch.no_grad()
     def __call__(self, model: nn.Module | Pipeline) -> float:
         model.eval()
-        summed, count = torch.zeros((), dtype=torch.float64), 0
+        summed, weight = (torch.zeros((), dtype=torch.float64) for _ in range(2))
         for turn in range(self.rounds):
             counts = turn < len(self.batches)
-            error = self._error(model, self.batches[turn] if counts else self.filler)
+            losses, weights = self._measure(model, self.batches[turn] if counts else self.filler)
             if counts and self.reports:
-                summed, count = summed + error.cpu().double().sum(), count + len(error)
+                summed, weight = summed + losses.cpu().double().sum(), weight + weights.double().sum()
         model.train()
-        error, number = all_sum(summed, float(count), device=self.device)
-        return error / number
+        loss, total = all_sum(summed, weight, device=self.device)
+        return loss / total
 
-    def _error(self, model: nn.Module | Pipeline, pairs: list[Pair]) -> Tensor:
-        items = [self.data[i] for i, _ in pairs]
+    def _measure(self, model: nn.Module | Pipeline, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
+        """(weighted losses, weights) of the pairs."""
+        batch = self.data.batch([Pick(i, 0) for i, _ in pairs])
         points = [point for _, point in pairs]
-        if empty := [item["id"] for item in items if not item["text"]]:
-            raise ValueError(f"{self.data.path}: sample {empty[0]} has no encoded caption")
-        tensors = {"latents": torch.stack([item["latents"] for item in items])}
-        tensors["text"] = pad_sequence([item["text"][0] for item in items], batch_first=True)
-        for name in items[0]["conditions"]:
-            tensors[name] = torch.stack([item["conditions"][name] for item in items])
 
         def generators(i: int, _: str) -> torch.Generator:
-            return generator(SEED, points[i], items[i]["id"], "validation")
+            return generator(SEED, points[i], batch.ids[i], "validation")
 
-        drawn = self.objective.draw_at(tensors, points, generators)
-        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        drawn = self.objective.draw_at(batch.tensors, points, generators)
+        tensors = {name: tensor.to(self.device) for name, tensor in batch.tensors.items()}
         output = model(**self.objective.inputs(tensors, drawn))
-        return self.objective.losses(output, tensors, drawn)
+        return self.objective.losses(output, tensors, drawn), self.objective.weigh(batch.tensors)

@@ -205,7 +205,7 @@ class FeatureCache:
         with ThreadPoolExecutor(threads) as pool:
             yield from pool.map(identify_one, samples)
 
-    def plan(self, samples: Iterable[Sample], geometry: Geometry, encoder: str, seed: int = 0) -> ToDo:
+    def find_work(self, samples: Iterable[Sample], geometry: Geometry, encoder: str, seed: int = 0) -> ToDo:
         """Compare what `samples` ask for with what is in the store; hashes the files of those not yet identified."""
         keys: dict[str, str] = {}
         done, to_encode, repeated, failed, asked = [], [], [], [], set()

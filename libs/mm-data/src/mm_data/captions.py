@@ -11,11 +11,13 @@ from mm_data import random
 class Captions:
     """In every epoch a sample shows one of its captions, or with probability `dropout` the empty prompt.
 
-    The draw belongs to (`seed`, epoch, sample id). Raises ValueError for a dropout that is no probability.
+    The draw belongs to (`seed`, epoch, sample id). With `first`, nothing is drawn: it is always the first caption, as
+    validation wants it. Raises ValueError for a dropout that is no probability.
     """
 
     seed: int = 0
     dropout: float = 0.0
+    first: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout <= 1:
@@ -33,6 +35,8 @@ class Captions:
 
     def choose(self, count: int, epoch: int, sample_id: str) -> int | None:
         """The number of the caption to show, of `count`; None for the empty prompt."""
+        if self.first:
+            return 0
         draw = (self.seed, epoch, sample_id)
         if random.uniform(*draw, "caption_drop") < self.dropout:
             return None

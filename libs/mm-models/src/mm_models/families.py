@@ -58,19 +58,18 @@ def family_of_weights(checkpoint: str) -> Family:
 
 
 def published_like(config: Any, experts: bool) -> Preset:
-    """The preset that weights are most like: equal in all, or in what they can do and in their VAE.
+    """The preset that weights are most like: first in what they can do, then in their number, then in most fields.
 
     experts: whether there are two of them. Of several that are as near, the first: 480p before 720p.
     """
     family = family_of(config)
 
-    def nearness(candidate: Preset) -> tuple[bool, ...]:
+    def nearness(candidate: Preset) -> tuple[int, ...]:
         other = candidate.config
         return (
-            other.out_channels == config.out_channels,
             family.tasks(other) == family.tasks(config),
             (candidate.boundary is not None) == experts,
-            other == config,
+            sum(getattr(other, name) == value for name, value in vars(config).items()),
         )
 
     return max(family.presets.values(), key=nearness)  # the first of equals

@@ -112,17 +112,21 @@ class Family:
     plan: Callable[[nn.Module], ParallelPlan]
     """How `mm_parallel` may cut it."""
     cost: Callable[[nn.Module], Callable[[Mapping[str, Any]], tuple[int, float]]]
-    """model -> (tensors of a batch -> tokens of one sample, FLOPs of training on it)."""
+    """model -> (tensors of a batch -> its tokens, FLOPs of training on it)."""
     start: Callable[[], Any]
     """The module with `initial`, `missing`, `grow` and `ZERO`: what a model begins with. See `mm_models.wan.start`."""
 
     # What it learns, and from what
     objective: Callable[..., Objective]
-    """(config, task name, part of an expert, options) -> what it is trained to do."""
+    """(config, task name, expert, boundary, and the options below) -> what it is trained to do."""
+    objective_options: Mapping[str, Any]
+    """Options of the objective that a user may set, with what the makers train with."""
     conditioning: Callable[[Any, str], Any]
     """(config, task name) -> `mm_models.diffusion.Conditioning`."""
     codec: Callable[..., Codec]
+    """(repository, device, dtype, tiling)"""
     text_encoder: Callable[..., TextEncoder]
+    """(config, repository, device, dtype): as long as the model reads."""
     image_encoder: Callable[..., ImageEncoder] | None = None
 
     def task(self, config: Any, name: str) -> Task | None:

@@ -20,7 +20,7 @@ class Objective(Protocol):
 
     @property
     def stored(self) -> Mapping[str, int]:
-        """What a sample must hold besides what every sample does: names, and the first size of each."""
+        """What a sample must hold: names, and the size by which each is known (channels, rows, or a width)."""
 
     @property
     def points(self) -> Sequence[Any]:

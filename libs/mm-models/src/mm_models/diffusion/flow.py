@@ -107,8 +107,8 @@ class FlowMatching:
         sigma = level.sigma.view(-1, *[1] * (x0.ndim - 1))
         return (1 - sigma) * x0 + sigma * noise
 
-    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """What the model should predict."""
+    def target(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
+        """What the model should predict, at every level."""
         return noise - x0
 
     def loss(self, prediction: Tensor, target: Tensor, level: Level) -> Tensor:

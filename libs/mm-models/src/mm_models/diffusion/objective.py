@@ -35,7 +35,7 @@ class Schedule(Protocol):
         """The levels at timesteps B; every error weighs 1."""
 
     def noised(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor: ...
-    def target(self, x0: Tensor, noise: Tensor) -> Tensor: ...
+    def target(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor: ...
     def loss(self, prediction: Tensor, target: Tensor, level: Level) -> Tensor:
         """The weighted error of each sample: B, float32."""
 
@@ -71,6 +71,10 @@ class Conditioning(Protocol):
     """
 
     task: str
+
+    @property
+    def always(self) -> Mapping[str, int]:
+        """What every sample holds, whatever the task: channels of `latents`, width of `text`."""
 
     @property
     def stored(self) -> Mapping[str, int]:
@@ -124,7 +128,7 @@ class Diffusion:
 
     @property
     def stored(self) -> Mapping[str, int]:
-        return self.conditioning.stored
+        return {**self.conditioning.always, **self.conditioning.stored}
 
     @property
     def points(self) -> Sequence[int]:
@@ -141,7 +145,7 @@ class Diffusion:
 
     def inputs(self, tensors: Mapping[str, Tensor], drawn: Drawn) -> dict[str, Tensor]:
         clean, level, noise = _aligned(tensors, drawn)
-        stored = {name: tensors[name] for name in self.stored}
+        stored = {name: tensors[name] for name in self.conditioning.stored}
         conditions = self.conditioning.complete(clean, stored)
         noisy = self.conditioning.hold(self.schedule.noised(clean, noise, level), conditions)
         return self.conditioning.inputs(noisy, level.t, tensors["text"], conditions)
@@ -152,7 +156,7 @@ class Diffusion:
     def losses(self, output: Tensor, tensors: Mapping[str, Tensor], drawn: Drawn) -> Tensor:
         clean, level, noise = _aligned(tensors, drawn)
         learned = self.conditioning.learned
-        return self.schedule.loss(learned(output), learned(self.schedule.target(clean, noise)), level)
+        return self.schedule.loss(learned(output), learned(self.schedule.target(clean, noise, level)), level)
 
     def describe(self) -> str:
         return f"{self.task}, {self.schedule.describe()}"

@@ -9,7 +9,7 @@ from mm_models.wan.config import WanConfig
 
 
 class Cost:
-    """`cost(tensors of a batch) -> (tokens of one sample, FLOPs of training on it)`.
+    """`cost(tensors of a batch) -> (its tokens, FLOPs of training on it)`.
 
     Frozen weights cost less in the backward. Adapters are left out, as in every MFU.
     """
@@ -19,8 +19,8 @@ class Cost:
         self.trained, self.control_trained = (_trained_part(model, control) for control in (False, True))
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> tuple[int, float]:
-        tokens = prod(tensors["latents"].shape[2:]) // prod(self.config.patch_size)
-        return tokens, train_flops(self.config, tokens, self.trained, self.control_trained)
+        samples, tokens = len(tensors["latents"]), prod(tensors["latents"].shape[2:]) // prod(self.config.patch_size)
+        return samples * tokens, samples * train_flops(self.config, tokens, self.trained, self.control_trained)
 
 
 def _trained_part(model: nn.Module, control: bool) -> float:

@@ -9,6 +9,7 @@ vace    control: latents of what is kept and of what changes; control_mask: whic
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from mm_models.diffusion.flow import FlowMatching, expert_range
 from mm_models.diffusion.objective import Diffusion, Pixels
+from mm_models.encoders.text import TextEncoder
 from mm_models.wan.config import WanConfig
 from mm_models.wan.tasks import CONDITION, MASK_SIDE, stored
 
@@ -28,6 +30,7 @@ class Conditioning:
 
     def __init__(self, config: WanConfig, task: str) -> None:
         self.config, self.task = config, task
+        self.always = {"latents": config.out_channels, "text": config.text_dim}
         self.stored = stored(config, task)
 
     def encode(self, pixels: Pixels, encode: Encode, see: Encode | None = None) -> list[dict[str, Tensor]]:
@@ -107,6 +110,11 @@ class Conditioning:
     def frames_before(self, conditions: Mapping[str, Tensor]) -> int:
         """VACE's reference frames, which stand before the video."""
         return references_in(conditions["control"]) if "control" in conditions else 0
+
+
+def text_encoder(config: WanConfig, path: Path, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
+    """UMT5, for as many rows as the model reads."""
+    return TextEncoder(path, device, dtype, config.text_tokens)
 
 
 def objective(

@@ -29,8 +29,9 @@ WAN = Family(
     cost=later("mm_models.wan.cost", "Cost"),
     start=start,
     objective=later("mm_models.wan.encode", "objective"),
+    objective_options={"shift": 5.0, "range": None, "weighting": "bsmntw"},
     conditioning=later("mm_models.wan.encode", "Conditioning"),
     codec=later("mm_models.wan.vae", "WanVAE"),
-    text_encoder=later("mm_models.encoders.text", "TextEncoder"),
+    text_encoder=later("mm_models.wan.encode", "text_encoder"),
     image_encoder=later("mm_models.encoders.image", "ImageEncoder"),
 )

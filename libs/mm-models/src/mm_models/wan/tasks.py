@@ -109,5 +109,10 @@ def describe(config: WanConfig) -> dict[str, Any]:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         return {**json.loads(file.read_text(encoding="utf-8"))}
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except FileNotFoundError:
+        raise ValueError(
+            f"{file} does not exist: the encoders are a diffusers directory with vae/, text_encoder/, tokenizer/ (and "
+            "image_encoder/ for models with CLIP)"
+        ) from None
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is not a JSON object: {error}") from error
