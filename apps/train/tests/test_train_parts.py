@@ -248,7 +248,7 @@ def test_help_and_errors_of_the_command(features, tmp_path):
     assert wrong.stderr.startswith("error: --weights nope does not exist")
 
 
-TRAIN, EXTRACT = "mm_train.__main__", "mm_train.extract"
+TRAIN, EXTRACT, EXPORT = "mm_train.__main__", "mm_train.extract", "mm_train.export"
 
 
 @pytest.mark.parametrize(
@@ -260,6 +260,13 @@ TRAIN, EXTRACT = "mm_train.__main__", "mm_train.extract"
         (TRAIN, "--model wan-tiny --weights random --data.features no/where", "is not a directory"),
         (EXTRACT, "--model vace-15b --encoders . --output x --data.manifest y", "did you mean 'vace-14b'"),
         (EXTRACT, "--model vace-14b --encoders . --output x --data.manifest y", "is not a file"),
+        (EXPORT, "no/where --output x", "does not exist"),
+        (
+            TRAIN,
+            "--model wan-tiny --weights random --data.features . --parallel.tp 5",
+            "ranks cannot be laid out as tp=5",
+        ),
+        (TRAIN, "--model wan-tiny --recipe wan2.1-t2v-1.3b-lore", "did you mean 'wan2.1-t2v-1.3b-lora'"),
     ],
 )
 def test_what_needs_no_torch_is_refused_without_it(module, flags, message):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from mm_models import build
+from mm_models.initial import initial_adapter
 from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora, load_lora, lora_state_dict, merge_lora
-from mm_models.wan.start import initial
 
 CONFIG = LoRAConfig(rank=4, alpha=8.0)
 
@@ -105,9 +105,9 @@ def test_bfloat16_base_with_float32_adapters(base, batch):
 def test_on_meta_then_filled_by_name():
     model = add_lora(build("wan-tiny", device="meta"), CONFIG)
     assert all(parameter.is_meta for parameter in model.parameters())
-    a = initial("blocks.0.self_attn.q.lora_A.default.weight", (4, 160), 0)
+    a = initial_adapter("blocks.0.self_attn.q.lora_A.default.weight", (4, 160), 0)
     assert 0 < a.abs().max() <= 160**-0.5
-    assert not initial("blocks.0.self_attn.q.lora_B.default.weight", (160, 4), 0).any()
+    assert not initial_adapter("blocks.0.self_attn.q.lora_B.default.weight", (160, 4), 0).any()
 
 
 def test_mistakes_are_named(base):

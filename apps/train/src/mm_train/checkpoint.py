@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from mm_train.optim import EMA
+from mm_train.resume import latest
 
 # DCP remarks on every save and load of a single process that it is one.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -139,21 +140,6 @@ class Checkpointer:
         progress = json.loads((path / "progress.json").read_text())
         self.newest = progress["step"]
         return progress
-
-
-def latest(directory: Path) -> Path | None:
-    """The checkpoint that `directory`/latest names, or None. Raises FileNotFoundError if it names one that is gone."""
-    tracker = directory / "latest"
-    if not tracker.is_file():
-        return None
-    path = directory / tracker.read_text().strip()
-    if not (path / "progress.json").is_file():
-        there = ", ".join(p.name for p in sorted(directory.glob("step-*"))) or "none"
-        raise FileNotFoundError(
-            f"{tracker} names {path.name}, which is not there or not complete; checkpoints there: {there}. To continue "
-            f"from one of them, write its name into {tracker}; to start anew, choose another --output"
-        )
-    return path
 
 
 def _state(model: nn.Module, optimizer: Optimizer, average: EMA) -> dict[str, Any]:

@@ -210,6 +210,11 @@ class Config:
         """What comes out in the end: weights or an adapter, of one model or of two experts."""
         return self.output / ("adapter" if self.lora.rank else "weights")
 
+    @property
+    def has_frozen(self) -> bool:
+        """Whether a run trains only a part of its model, so that its checkpoints hold only that."""
+        return bool(self.lora.rank) or self.trained != ("*",)
+
     def micro_batches(self, data_ranks: int) -> int:
         """Forwards per optimizer step on each of `data_ranks` ranks."""
         share = data_ranks * self.data.micro_batch

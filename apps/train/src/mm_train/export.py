@@ -10,19 +10,21 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from mm_convert import open_dcp, save_checkpoint, save_lora, write_experts
 from mm_convert.cli.arguments import parse
 from mm_models import build
 from mm_models.families import family_of
-from mm_train.checkpoint import latest
 from mm_train.command import run
 from mm_train.config import Config
 from mm_train.objective import expert_boundary
-from mm_train.start import Start
+from mm_train.resume import latest
+
+if TYPE_CHECKING:  # torch takes seconds, a missing path should not
+    from torch import Tensor
+
+    from mm_train.start import Start
 
 
 @dataclass
@@ -38,7 +40,7 @@ class ExportConfig:
     overwrite: bool = False
 
 
-class Filled(Mapping[str, Tensor]):
+class Filled(Mapping):
     """The tensors that were trained, and for all others those that the run started from."""
 
     def __init__(self, trained: Mapping[str, Tensor], start: Start):
@@ -60,7 +62,7 @@ class Filled(Mapping[str, Tensor]):
 def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = False) -> Path:
     """Write the weights of `checkpoint` to the directory `output` and return it."""
     if not checkpoint.is_dir():
-        raise ValueError(f"{checkpoint} does not exist")
+        raise ValueError(f"{checkpoint} does not exist: name a run, or one of its checkpoints/step-…")
     if experts := [name for name in ("high", "low") if (checkpoint / name / "checkpoints").is_dir()]:
         raise ValueError(
             f"{checkpoint} holds runs of experts: name {' or '.join(str(checkpoint / n) for n in experts)}"
@@ -78,6 +80,8 @@ def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = 
     if lora["rank"]:
         more = {"dropout": lora["dropout"], "base": settings["weights"], "overwrite": overwrite}
         return save_lora(output, tensors, lora["alpha"], **more)
+    from mm_train.start import Start  # torch, only now
+
     model = build(settings["model"], device="meta", **settings["architecture"])
     whole = tensors
     if settings["trained"] != ["*"]:

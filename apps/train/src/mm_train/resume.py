@@ -1,4 +1,4 @@
-"""Whether a command continues the run that its output directory holds."""
+"""Whether a command continues the run that its output directory holds; read without torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_convert.cli.arguments import dump
-from mm_train.checkpoint import latest
 from mm_train.config import Config
-from mm_train.start import has_frozen
 
 # Settings that are part of what a checkpoint means: with another value the rest of the run would be another run.
 FIXED = (
@@ -28,6 +26,21 @@ FIXED = (
 )
 
 
+def latest(directory: Path) -> Path | None:
+    """The checkpoint that `directory`/latest names, or None. Raises FileNotFoundError if it names one that is gone."""
+    tracker = directory / "latest"
+    if not tracker.is_file():
+        return None
+    path = directory / tracker.read_text().strip()
+    if not (path / "progress.json").is_file():
+        there = ", ".join(p.name for p in sorted(directory.glob("step-*"))) or "none"
+        raise FileNotFoundError(
+            f"{tracker} names {path.name}, which is not there or not complete; checkpoints there: {there}. To continue "
+            f"from one of them, write its name into {tracker}; to start anew, choose another --output"
+        )
+    return path
+
+
 def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     """(The checkpoint that this run continues, what was changed since). ValueError where it would be another run."""
     found = latest(config.run_dir / "checkpoints")
@@ -41,7 +54,7 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     saved, now = _flat(tomllib.loads((found / "config.toml").read_text())), _flat(tomllib.loads(dump(config)))
     changed = {key: (saved.get(key), now.get(key)) for key in saved | now if saved.get(key) != now.get(key)}
     # What is trained means nothing without the rest that it was trained beside.
-    fixed = (*FIXED, "weights") if has_frozen(config) else FIXED
+    fixed = (*FIXED, "weights") if config.has_frozen else FIXED
     for key, (old, new) in changed.items():
         average_appears_or_goes = key == "optim.ema" and not (old and new)
         if average_appears_or_goes or any(key == f or key.startswith(f"{f}.") for f in fixed):

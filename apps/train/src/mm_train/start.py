@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from mm_convert import Checkpoint, expert_of, open_checkpoint, open_experts
 from mm_models import build, plan
 from mm_models.families import family_of
+from mm_models.initial import initial_adapter
 from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora
 from mm_parallel import Pipeline, load_parameters, parallelize, verify
@@ -82,7 +83,7 @@ class Start(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self.adapters:
-            return self.family.initial(name, self.shapes[name], self.seed)
+            return initial_adapter(name, self.shapes[name], self.seed)
         published = name.replace(".base_layer.", ".")
         if published in self.grown:
             return self.family.grow(self.config, self._base, published, self.shapes[name])
@@ -114,11 +115,6 @@ class Built(NamedTuple):
     """What a person should know of the values it begins with."""
 
 
-def has_frozen(config: Config) -> bool:
-    """Whether a run trains only a part of its model, so that its checkpoints hold only that."""
-    return bool(config.lora.rank) or config.trained != ("*",)
-
-
 def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, continuing: bool) -> Built:
     """The model of a run.
 
@@ -131,11 +127,11 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
     if config.lora.rank:
         cast_weights(model, dtype)  # a frozen base needs no float32 masters
         add_lora(model, LoRAConfig(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets))
-    elif has_frozen(config):
+    elif config.has_frozen:
         freeze(model, config.trained, dtype)
     sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (True, False)]
     check_space(sizes[1], config)
-    source = None if continuing and not has_frozen(config) else Start(model, config.weights, config.expert, config.seed)
+    source = None if continuing and not config.has_frozen else Start(model, config.weights, config.expert, config.seed)
     if source is not None:
         source.check_open(model)
     run = _cut(model, config, mesh, dtype)

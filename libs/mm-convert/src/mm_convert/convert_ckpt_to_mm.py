@@ -15,23 +15,31 @@ from mm_convert.guides.table import CONVERT_CKPT_TO_MM, VAE
 PROGRAM = "convert_ckpt_to_mm.py"
 
 
-def conversions(mode: str, tp_size: int, paths: dict[str, Path], vae: bool, **fields: Any) -> list[Convert]:
-    """What a command line asks for."""
-    fields |= {"takes": "model", "family": "opensoraplan"}
+def conversions(
+    *,
+    mode: str,
+    tp_size: int,
+    dit_hg_weight_path: Path,
+    dit_mm_save_path: Path,
+    vae: bool,
+    vae_hg_weight_path: Path,
+    vae_mm_save_path: Path,
+    dit_mm_weight_path: Path,
+    dit_merge_save_path: Path,
+    **common: Any,
+) -> list[Convert]:
+    """What a command line asks for: one conversion, or two."""
+    dit = {**common, "takes": "model", "family": "opensoraplan"}
     if mode == "merge":
-        source, target = paths["dit_mm_weight_path"], paths["dit_merge_save_path"]
-        return [Convert(source=source, target=target, source_tp_size=tp_size, **fields)]
-    source, target = paths["dit_hg_weight_path"], paths["dit_mm_save_path"]
-    both = [Convert(source=source, target=target, published=True, tp_size=tp_size, **fields)]
-    if vae:
-        source, target = paths["vae_hg_weight_path"], paths["vae_mm_save_path"]
-        both.append(Convert(source=source, target=target, part="ema_state_dict", **fields | VAE))
-    return both
+        return [Convert(source=dit_mm_weight_path, target=dit_merge_save_path, source_tp_size=tp_size, **dit)]
+    split = Convert(source=dit_hg_weight_path, target=dit_mm_save_path, tp_size=tp_size, published=True, **dit)
+    if not vae:
+        return [split]
+    common = {**common, **VAE, "part": "ema_state_dict"}
+    return [split, Convert(source=vae_hg_weight_path, target=vae_mm_save_path, **common)]
 
 
-def run(fields: dict[str, Any]) -> None:
-    paths = {name: fields.pop(name) for name in list(fields) if name.endswith("_path")}
-    asked = conversions(paths=paths, **fields)
+def run(asked: list[Convert]) -> None:
     prepared = [(prepare(options), options) for options in asked]
     for files, options in prepared:
         files.refuse(options.overwrite)  # all are looked at before the first, which is long
@@ -44,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     dashed = [word.partition("=") for word in argv]  # the guide's table has underscores, its command dashes
     argv = [f"--{flag[2:].replace('-', '_')}{e}{v}" if flag[:2] == "--" else flag + e + v for flag, e, v in dashed]
     argv = [word.lower() if word in ("True", "False") else word for word in argv]  # as the guide writes its defaults
-    fields = read(CONVERT_CKPT_TO_MM, argv, dict, prog=PROGRAM)
-    report_errors(PROGRAM, lambda: run(fields))
+    asked = read(CONVERT_CKPT_TO_MM, argv, conversions, prog=PROGRAM)
+    report_errors(PROGRAM, lambda: run(asked))
 
 
 if __name__ == "__main__":

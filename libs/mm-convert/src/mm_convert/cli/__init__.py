@@ -31,7 +31,7 @@ options: -h, --help, --version
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command. Exit code 0: done; 1: it could not be done; 2: it was not said rightly."""
+    """Run one command. Exit code 0: done; 1: it could not be done; 2: the command line is wrong."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")

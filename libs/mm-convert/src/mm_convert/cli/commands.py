@@ -34,6 +34,7 @@ class Diff:
 
 
 def run_inspect(options: Inspect) -> None:
+    """Print what lies at a path: a pair of experts, an adapter or a model."""
     print(inspect_pair(options.path) or inspect_adapter(options.path) or inspect(options.path))
 
 

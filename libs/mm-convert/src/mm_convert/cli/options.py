@@ -22,31 +22,31 @@ class Convert:
     """Rewrite a checkpoint, or a LoRA adapter, under other names and in other files; tensors keep their bytes."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    "of all tensors of floating point in the target (needs torch); null: each keeps its own"
+    "dtype of all floating-point tensors in the target (needs torch); null: each keeps its own"
     overwrite: bool = False
-    "replace the target if it holds a checkpoint and nothing else"
+    "replace the target, if it holds a checkpoint and nothing else"
     dry_run: bool = False
-    "only say what would be written: files, sizes, memory and disk"
+    "only print what would be written: files, sizes, memory and disk"
     sha256: bool = False
-    "note the sum of every written tensor in mm_convert.json"
+    "record the sum of every written tensor in mm_convert.json"
     source: Path = field(metadata=POSITIONAL)
     "anything that inspect reads"
     target: Path = field(metadata=POSITIONAL)
-    "the folder to make; a name in .safetensors or .pt makes one file"
+    "folder to make; a name that ends in .safetensors or .pt makes one file"
     to: Form | None = "mm"
-    "mm (ours), mindspeed, dcp, or names: original, diffusers, transformers; of LoRA: mm, diffusers, comfyui, mindspeed"
+    "mm (ours), mindspeed, dcp, or names: original, diffusers, transformers; LoRA: mm, diffusers, comfyui, mindspeed"
     shard_gb: float | None = None
-    "regroup into files of at most so many GB (10^9 bytes); null: the source's grouping"
+    "regroup into files of at most this many GB (10^9 bytes); null: keep the source's grouping"
     pp_layers: Layers = field(default_factory=list)
-    "layers of each pipeline stage, flat or one list per virtual stage (of Qwen, the language layers)"
+    "layers of each pipeline stage, flat or one list per virtual stage (for Qwen: language layers)"
     vit_pp_layers: Layers = field(default_factory=list)
-    "of Qwen: vision layers of each pipeline stage"
+    "for Qwen: vision layers of each pipeline stage"
     tp_size: int = 1
-    "tensor-parallel ranks"
+    "number of tensor-parallel ranks"
     lora_alpha: float | None = None
-    "of a LoRA adapter whose file does not say it"
+    "alpha of a LoRA adapter, if its file does not say it"
     boundary: float | None = None
-    "of two experts whose files do not say it: the noise level from which on the high-noise one generates"
+    "for two experts whose files do not say it: the noise level from which on the high-noise one generates"
 
     # What only commands of MindSpeed-MM's guides say.
     takes: Literal["anything", "model", "adapter"] = "anything"

@@ -7,10 +7,12 @@ from typing import Any
 
 
 def is_count(value: Any) -> bool:
+    """A whole number above 0."""
     return type(value) is int and value > 0
 
 
 def is_small(value: Any) -> bool:
+    """A number between 0 and 1, as an eps."""
     return type(value) in (int, float) and 0 < value < 1
 
 

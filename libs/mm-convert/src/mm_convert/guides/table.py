@@ -44,9 +44,9 @@ class Command:
 
 WRITING = (Flag("dtype"), Flag("overwrite"), Flag("dry_run"), Flag("sha256"))  # of every command that writes
 
-_LISTS = "How a checkpoint is split. Lists are flat, or one list per virtual stage; [] for both: no stages."
+_LISTS = "How a checkpoint is split. A list is flat, or holds one list per virtual stage; [] for both: no stages."
 GROUPS = {  # table of options -> what its help says
-    "cfg": "Where from, where to.",
+    "cfg": "Source and target.",
     "cfg.hf_config": "A model of the hub.",
     "cfg.parallel_config": _LISTS,
     "cfg.source_parallel_config": _LISTS,
@@ -56,13 +56,13 @@ GROUPS = {  # table of options -> what its help says
 # --- what several commands have
 
 _LAYOUT = "mm: our own files; mindspeed: MindSpeed-MM's tree, names and slices"
-_OR_SAME = "mm: our own files; mindspeed: MindSpeed-MM's tree; null: as the source"
+_OR_SAME = "mm: our own files; mindspeed: MindSpeed-MM's tree; null: mindspeed if the source is, else mm"
 _LISTED = "[10,10,10,10], or one list per virtual stage: [[5,5,5,5],[5,5,5,5]]; []: no stages"
-_SPLITTABLE = "our own folder, a MindSpeed-MM tree, or a torch DCP folder; however it is split"
-_LIKE = "the published model, whose names, grouping into files, config.json and tokenizer are taken; null: its names"
+_SPLITTABLE = "our own folder, a MindSpeed-MM tree, or a torch DCP folder, split in any way"
+_LIKE = "published model that gives names, grouping into files, config.json and tokenizer; null: names"
 
 _SOURCE = Flag("source", "cfg.source_path", _SPLITTABLE)
-_TARGET = Flag("target", "cfg.target_path", "the folder to make")
+_TARGET = Flag("target", "cfg.target_path", "folder to make")
 _TO = Flag("to", "cfg.target_layout", _LAYOUT, Layout)
 _TO_OR_SAME = Flag("to", "cfg.target_layout", _OR_SAME, Layout | None, None)
 _PP = Flag(
@@ -79,21 +79,21 @@ def _model(family: str, **fixed: Any) -> dict[str, Any]:
 
 
 def _hf_to_mm(family: str, split: Flag) -> Command:
-    published = "published files, of any names; of two experts (A14B), the folder of one"
-    target = "the folder to make; the same as source_path: published files stay, the others go beside them"
+    published = "published files, under any names; for two experts (A14B), the folder of one"
+    target = "folder to make; if it is source_path, published files stay and the others go beside them"
     return Command(
-        "Published files to our own layout, or to MindSpeed-MM's.",
+        "Convert published files to our own layout, or to MindSpeed-MM's.",
         (_SOURCE._replace(help=published), _TARGET._replace(help=target), _TO, split),
         _model(family, published=True),
     )
 
 
 def _mm_to_hf(family: str, to: str) -> Command:
-    made = "our own folder, a MindSpeed-MM tree, a torch DCP folder, or a run of mm_train; however it is split"
-    target = "the folder to make; a name in .pt or .safetensors makes one file"
+    made = "our own folder, a MindSpeed-MM tree, a torch DCP folder, or a run of mm_train, split in any way"
+    target = "folder to make; a name that ends in .pt or .safetensors makes one file"
     like = Flag("like", "cfg.hf_dir", f"{_LIKE} alone", also=("cfg.hf_path",))
     return Command(
-        "Our own layout, or MindSpeed-MM's, to published names and files.",
+        "Convert our own layout, or MindSpeed-MM's, to published names and files.",
         (_SOURCE._replace(help=made), _TARGET._replace(help=target), like),
         _model(family, to=to),
     )
@@ -101,7 +101,7 @@ def _mm_to_hf(family: str, to: str) -> Command:
 
 def _resplit(family: str, split: Flag, like: str = "") -> Command:
     return Command(
-        f"The same weights, split otherwise{like}; the present split is seen from the files.",
+        f"Split the same weights otherwise{like}; the present split is read from the files.",
         (_SOURCE, _TARGET, _TO_OR_SAME, split),
         _model(family),
     )
@@ -109,7 +109,7 @@ def _resplit(family: str, split: Flag, like: str = "") -> Command:
 
 def _mm_to_dcp(family: str) -> Command:
     return Command(
-        "To a torch DCP folder with MindSpeed-MM's names, of which every rank reads its own part.",
+        "Write a torch DCP folder with MindSpeed-MM's names; every rank reads its own part of it.",
         (_SOURCE._replace(help="any checkpoint of this family"), _TARGET),
         _model(family, to="dcp"),
     )
@@ -117,13 +117,13 @@ def _mm_to_dcp(family: str) -> Command:
 
 def _layerzero_to_mm(family: str) -> Command:
     to = _TO_OR_SAME._replace(help="mm, null: our own files; mindspeed: MindSpeed-MM's tree", means={None: "mm"})
-    begin = "what the names of the model begin with, if with something else than predictor or model"
-    average = "the moving average of the weights instead of the last ones"
+    begin = "what the names of the model begin with, if not with predictor or model"
+    average = "take the moving average of the weights instead of the last ones"
     return Command(
-        "A sharded training checkpoint (torch DCP, or joined by MindSpeed's convert_to_megatron.py) to our own layout.",
+        "Convert a sharded training checkpoint (torch DCP, or joined by MindSpeed's convert_to_megatron.py).",
         (
             *(_SOURCE, _TARGET, to, _PP),
-            Flag("iteration", "", "the training step to take; null: the newest"),
+            Flag("iteration", "", "training step to take; null: the newest"),
             Flag("prefix", "", begin),
             Flag("part", "ema_model", average, bool, False, {True: "ema", False: "model"}),
         ),
@@ -146,10 +146,10 @@ def _wan_like(family: str, to: str) -> dict[str, Command]:
 
 _WAN_LORA = {"takes": "adapter", "family": "wan"}
 _FORMAT = Literal["diffusers", "comfyui", "peft"]
-_AS_BASE = "mm: our own files; mindspeed: MindSpeed-MM's tree; null: as the base if that is MindSpeed-MM's, else ours"
-_OF_FILES = "as trained; null: from the files, which must say it then. Compared with them where they do."
+_AS_BASE = "mm: our own files; mindspeed: MindSpeed-MM's tree; null: mindspeed if the base is, else mm"
+_OF_FILES = "as trained, compared with the files if they say it; null: the files must say it"
 _TO_ADAPTER = "mm: a folder that peft reads too; mindspeed: MindSpeed-MM's tree and names"
-_ALPHA = Flag("lora_alpha", "", "as trained, where the file does not say it")
+_ALPHA = Flag("lora_alpha", "", "as trained, if the file does not say it")
 _ADAPTER = (_SOURCE._replace(help="the adapter, in any format: a file or folder"), _TARGET)
 
 _LORA = {
@@ -159,18 +159,18 @@ _LORA = {
             _SOURCE._replace(help="the base: any checkpoint of the family"),
             Flag("lora", "cfg.lora_path", "the adapter, in any format", Path, REQUIRED),
             *(_TARGET, _TO_OR_SAME._replace(help=_AS_BASE), _PP),
-            Flag("lora_rank", "", "as trained; null: from the files. Compared with them."),
+            Flag("lora_rank", "", "as trained, compared with the files; null: from the files"),
             Flag("lora_alpha", "", _OF_FILES),
         ),
         _model("wan"),
     ),
     "lora_hf_to_mm": Command(
-        "A published adapter (diffusers, ComfyUI, DiffSynth, peft) to our own format, or to MindSpeed-MM's.",
+        "Convert a published adapter (diffusers, ComfyUI, kohya, DiffSynth, peft) to our format or MindSpeed-MM's.",
         (*_ADAPTER, Flag("to", "target_layout", _TO_ADAPTER, Layout), _ALPHA),
         _WAN_LORA,
     ),
     "lora_mm_to_hf": Command(
-        "Our adapter, or MindSpeed-MM's, to a published format; a target in .safetensors makes one file.",
+        "Convert our adapter, or MindSpeed-MM's, to a published format; a target in .safetensors makes one file.",
         (*_ADAPTER, Flag("to", "", "the format", _FORMAT, "diffusers"), _ALPHA),
         _WAN_LORA,
     ),
@@ -184,21 +184,21 @@ def _qwen_split(table: str, of: str = "") -> tuple[Flag, Flag, Flag]:
     return (
         Flag(f"{of}pp_layers", f"cfg.{table}.llm_pp_layers", "language layers of each pipeline stage"),
         Flag(f"{of}vit_pp_layers", f"cfg.{table}.vit_pp_layers", "vision layers of each pipeline stage"),
-        Flag(f"{of}tp_size", f"cfg.{table}.tp_size", "tensor-parallel ranks"),
+        Flag(f"{of}tp_size", f"cfg.{table}.tp_size", "number of tensor-parallel ranks"),
     )
 
 
 _HUB = Flag("source", "cfg.hf_config.hf_dir", "its folder, with *.safetensors and config.json", Path, REQUIRED)
-_OURS = Flag("source", "cfg.mm_dir", "our own folder, or a MindSpeed-MM tree; however it is split")
+_OURS = Flag("source", "cfg.mm_dir", "our own folder, or a MindSpeed-MM tree, split in any way")
 
 _QWEN = {
     "hf_to_mm": Command(
-        "Published files to our own layout, or to MindSpeed-MM's.",
+        "Convert published files to our own layout, or to MindSpeed-MM's.",
         (_TARGET._replace(name="cfg.mm_dir"), _HUB, *_qwen_split("parallel_config"), _TO),
         _model("qwen2.5-vl", published=True),
     ),
     "mm_to_hf": Command(
-        "To the files of the hub. How mm_dir is split is seen from it; parallel_config, if given, must agree.",
+        "Convert to the files of the hub. The split is read from mm_dir; parallel_config, if given, must agree.",
         (
             *(_OURS, _TARGET._replace(name="cfg.save_hf_dir"), _HUB._replace(field="like")),
             *_qwen_split("parallel_config", of="source_"),
@@ -206,7 +206,7 @@ _QWEN = {
         _model("qwen2.5-vl"),
     ),
     "resplit": Command(
-        "The same weights, split otherwise. The present split is seen; source_parallel_config, if given, must agree.",
+        "Split the same weights otherwise. The present split is read; source_parallel_config, if given, must agree.",
         (
             *(_OURS._replace(name="cfg.source_dir"), _TARGET._replace(name="cfg.target_dir")),
             *_qwen_split("source_parallel_config", of="source_"),
@@ -222,11 +222,11 @@ VAE = _model("opensoraplan-vae")
 _EMA = {True: "ema_state_dict", False: "state_dict"}
 
 _VAE_CONVERT = Command(
-    "The VAE of Open-Sora-Plan 1.2.",
+    "Convert the VAE of Open-Sora-Plan 1.2.",
     (
         *(_SOURCE._replace(help="checkpoint.ckpt of the VAE, or its folder"), _TARGET),
         _TO._replace(help="mm: our own files; mindspeed: casualvae_mm.pt"),
-        Flag("part", "use_ema_model", "take the moving average, where the file has one", bool, True, _EMA),
+        Flag("part", "use_ema_model", "take the moving average, if the file has one", bool, True, _EMA),
     ),
     VAE,
 )
@@ -250,11 +250,11 @@ CONVERTERS: dict[str, dict[str, Command]] = {
 # --- the older scripts
 
 _PUBLISHED = "the published transformer folder"
-_BESIDE = "the folder to make; convert_to_mm may name source_path: what is made stands beside the published files"
+_BESIDE = "folder to make; convert_to_mm may name source_path: what is made stands beside the published files"
 _STAGES = "layers of each pipeline stage: [7,8,8,7], or one list per virtual stage: [[7,8],[7,8]]"
 
 CONVERT_CKPT = Command(
-    "Published Wan files to our own layout or MindSpeed-MM's, and back.",
+    "Convert published Wan files to our own layout or MindSpeed-MM's, and back.",
     (
         Flag("mode", "", "the direction", Literal["convert_to_mm", "convert_to_hf"], REQUIRED),
         Flag("source", "source_path", f"convert_to_mm: {_PUBLISHED}; convert_to_hf: what was trained"),
@@ -272,17 +272,21 @@ _VAE_FILE, _DIT_FILE = _RAW / "vae/checkpoint.ckpt", _RAW / "93x480p/diffusion_p
 _MODE = "split: from the published files, for tp_size ranks; merge: ranks into one"
 
 CONVERT_CKPT_TO_MM = Command(
-    "Open-Sora-Plan 1.2: published files to our own layout or MindSpeed-MM's, and its ranks joined again.",
+    "Convert Open-Sora-Plan 1.2 to our own layout or MindSpeed-MM's, and join its ranks again.",
     (
         Flag("mode", "", _MODE, Literal["split", "merge"], "split"),
-        Flag("tp_size", "", "split: tensor-parallel ranks to make; merge: those that there are, if given"),
+        Flag(
+            "tp_size",
+            "",
+            "split: number of tensor-parallel ranks to make; merge: number of those that there are, if given",
+        ),
         Flag("dit_hg_weight_path", "", "split: the published transformer, a file or folder", Path, _DIT_FILE),
-        Flag("dit_mm_save_path", "", "split: the folder to make of it", Path, _OSP / "93x480p"),
+        Flag("dit_mm_save_path", "", "split: folder to make of it", Path, _OSP / "93x480p"),
         Flag("vae", "vae_convert", "split: convert the VAE too", bool, True),
         Flag("vae_hg_weight_path", "", "split: the published VAE", Path, _VAE_FILE),
-        Flag("vae_mm_save_path", "", "split: the folder to make of it", Path, Path("ckpt/vae")),
+        Flag("vae_mm_save_path", "", "split: folder to make of it", Path, Path("ckpt/vae")),
         Flag("dit_mm_weight_path", "", "merge: what is split", Path, _OSP / "93x480p"),
-        Flag("dit_merge_save_path", "", "merge: the folder to make", Path, _OSP / "merge"),
+        Flag("dit_merge_save_path", "", "merge: folder to make", Path, _OSP / "merge"),
         _TO._replace(name="target_layout"),
     ),
 )

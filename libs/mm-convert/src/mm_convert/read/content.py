@@ -19,6 +19,8 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class Content:
+    """What a set of tensors was found to be."""
+
     family: Family
     dialect: str
     names: dict[str, str]  # name as found -> our name

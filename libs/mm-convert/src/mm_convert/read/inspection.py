@@ -12,9 +12,10 @@ from typing import Any
 from mm_convert.families.presets import name_preset, published_boundary
 from mm_convert.lora.names import is_lora
 from mm_convert.lora.reading import open_lora
+from mm_convert.read.alike import mixed, refuse_unlike
 from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
 from mm_convert.read.content import fingerprint
-from mm_convert.read.experts import mixed, open_experts, refuse_unlike
+from mm_convert.read.experts import open_experts
 from mm_convert.read.source import find
 from mm_convert.tensors.views import LazyTensor
 

@@ -43,6 +43,7 @@ def newest(path: Path) -> Path | None:
 
 
 def is_tree(folder: Path) -> bool:
+    """Whether ranks lie in a folder."""
     return any(folder.glob("mp_rank_*"))
 
 

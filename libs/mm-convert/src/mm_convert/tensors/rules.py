@@ -22,6 +22,8 @@ LETTERS = ("i", "j")
 
 @dataclass(frozen=True)
 class Row:
+    """One tensor of a family."""
+
     names: Mapping[str, str]  # dialect -> name, with {i} or {j} for the layer number
     shape: str  # sides, separated by spaces
     group: str = ""  # rows of a named group are present together or not at all
@@ -83,6 +85,7 @@ class Table:
 
 
 def letter_of(pattern: str) -> str:
+    """Of the layer number in a pattern; "" if it has none."""
     return next((letter for letter in LETTERS if f"{{{letter}}}" in pattern), "")
 
 

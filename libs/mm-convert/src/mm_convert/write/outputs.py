@@ -133,6 +133,8 @@ def describe(source: str, family: str, config: Mapping[str, Any], from_: str, to
 
 
 def copy_file(source: Path) -> Output:
+    """A file as it is, under its own name."""
+
     def write(path: Path, progress: Callable[[int], None]) -> None:
         shutil.copyfile(source, path)
         progress(path.stat().st_size)
@@ -141,6 +143,8 @@ def copy_file(source: Path) -> Output:
 
 
 def text_file(name: str, content: bytes, text: str = "") -> Output:
+    """A file of these bytes; `text` is what is said of it, if not its size."""
+
     def write(path: Path, progress: Callable[[int], None]) -> None:
         path.write_bytes(content)
         progress(len(content))
@@ -149,6 +153,7 @@ def text_file(name: str, content: bytes, text: str = "") -> Output:
 
 
 def safetensors_file(name: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> Output:
+    """One safetensors file; `metadata` is the free text of its header."""
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     return Output(name, nbytes, lambda path, progress: write_file(path, tensors, metadata, progress))
 
@@ -166,12 +171,14 @@ def safetensors_files(
 
 
 def index_file(name: str, shards: Mapping[str, Mapping[str, LazyTensor]]) -> Output:
+    """The index of the hub: which tensor is in which file."""
     total = sum(tensor.nbytes for shard in shards.values() for tensor in shard.values())
     weight_map = {tensor: file for file, shard in shards.items() for tensor in shard}
     return text_file(name, as_json({"metadata": {"total_size": total}, "weight_map": weight_map}))
 
 
 def torch_file(name: str, tensors: Mapping[str, LazyTensor]) -> Output:
+    """One file that torch.load reads."""
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     return Output(name, nbytes, lambda path, progress: write_torch_file(path, tensors, progress))
 

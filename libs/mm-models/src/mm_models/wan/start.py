@@ -4,12 +4,11 @@ A parameter depends on (seed, name) alone, so every rank can draw its own part o
 """
 
 from collections.abc import Callable, Collection, Sequence
-from hashlib import blake2b
-from math import sqrt
 
 import torch
 from torch import Tensor, nn
 
+from mm_models.initial import generator
 from mm_models.wan.config import WanConfig
 
 ZERO = ("head.head.weight", "*.after_proj.weight")
@@ -23,24 +22,20 @@ def initial(name: str, shape: Sequence[int], seed: int) -> Tensor:
 
     Linears and the patch embedding are Xavier-uniform, text and time embedding N(0, 0.02), modulation tables
     N(0, 1)/√dim; biases, positions and the last projection are zero, norms one. The projections before and behind
-    VACE's control blocks are zero, so that control changes nothing at first. Adapters start as peft's do: A random, B
-    zero.
+    VACE's control blocks are zero, so that control changes nothing at first.
     """
-    key = blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(key, "big") >> 1)
+    random = generator(seed, name)
     weight = torch.empty(tuple(shape), device="cpu")
-    if ".lora_A." in name:
-        return nn.init.kaiming_uniform_(weight, a=sqrt(5), generator=generator)
     zero = (".bias", ".emb_pos", "head.head.weight", ".before_proj.weight", ".after_proj.weight")
-    if name.endswith(zero) or ".lora_B." in name:
+    if name.endswith(zero):
         return weight.zero_()
     if name.endswith("modulation"):
-        return weight.normal_(0, weight.shape[-1] ** -0.5, generator=generator)
+        return weight.normal_(0, weight.shape[-1] ** -0.5, generator=random)
     if weight.ndim == 1:  # the weight of a norm
         return weight.fill_(1)
     if name.startswith(("text_embedding.", "time_embedding.")):
-        return weight.normal_(0, 0.02, generator=generator)
-    nn.init.xavier_uniform_(weight.flatten(1), generator=generator)
+        return weight.normal_(0, 0.02, generator=random)
+    nn.init.xavier_uniform_(weight.flatten(1), generator=random)
     return weight
 
 
