@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from mm_data import Geometry
 from mm_models.families import find
 from mm_train.config import Config
-from mm_train.limits import check_limits
+from mm_train.limits import check_encoders, check_limits
 from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
 
 When = Literal["at once", "with torch"]
@@ -85,11 +85,11 @@ def _data(config: Config) -> None:
             raise ValueError(f"--data.{name} is for --data.manifest: features were encoded by mm_train.extract")
     elif not data.manifest.is_file():
         raise ValueError(f"--data.manifest {data.manifest} is not a file: give a data.txt, data.json or .jsonl")
-    elif data.encoders is None or not data.encoders.is_dir():
-        raise ValueError(
-            "--data.manifest needs --data.encoders, the diffusers directory with vae/, text_encoder/ and "
-            f"tokenizer/ (got {data.encoders})"
-        )
+    elif data.encoders is None:
+        raise ValueError("--data.manifest needs --data.encoders, the diffusers directory of the encoders")
+    else:
+        family, shape = architecture(config)
+        check_encoders(data.encoders, family.encoders(shape), "--data.encoders")
     for flag, path in (("data.features", data.features), ("validation.features", config.validation.features)):
         if path is not None and not path.is_dir():
             raise ValueError(
@@ -158,11 +158,7 @@ def _samples(config: Config) -> None:
         )
     family, shape = architecture(config)
     folders = [part for part in family.encoders(shape) if part != "image_encoder"]  # what it saw lies in the features
-    if s.encoders is None or not all((s.encoders / part).is_dir() for part in folders):
-        raise ValueError(
-            f"sample videos need --sample.encoders, the diffusers directory with {'/, '.join(folders)}/ "
-            f"(got {s.encoders})"
-        )
+    check_encoders(s.encoders, folders, "sample videos: --sample.encoders")
     time, rows, columns = family.multiples(shape, s.encoders)
     if s.frames % time != 1 % time:
         below = (s.frames - 1) // time * time + 1

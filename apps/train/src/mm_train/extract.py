@@ -14,7 +14,7 @@ from mm_convert.cli.arguments import parse
 from mm_data import Geometry
 from mm_models.families import find
 from mm_train.command import run
-from mm_train.limits import check_limits, limited
+from mm_train.limits import check_encoders, check_limits, limited
 from mm_train.objective import choose_task
 
 
@@ -52,14 +52,11 @@ class ExtractConfig:
     def check(self) -> None:
         """ValueError for what cannot work, found without torch."""
         family, preset = find(self.model)
-        if not self.encoders.is_dir():
-            raise ValueError(
-                f"--encoders {self.encoders} is not a directory; it should hold vae/, text_encoder/ and tokenizer/"
-            )
         if not self.data.manifest.is_file():
             raise ValueError(
                 f"--data.manifest {self.data.manifest} is not a file: give a data.txt, data.json or .jsonl"
             )
+        check_encoders(self.encoders, family.encoders(preset.config), "--encoders")
         check_limits(self)
         choose_task(self.model, family, preset.config, self.task, "--task")
 

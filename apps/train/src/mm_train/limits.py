@@ -1,8 +1,10 @@
-"""Limits of numbers, stated with the field that they belong to."""
+"""What a value must be: limits of numbers, stated with the field that they belong to, and folders of encoders."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -37,3 +39,13 @@ def _say(least: float | None, above: float | None, below: float | None) -> str:
     if above is not None:
         return "be positive" if above == 0 else f"be more than {above}"
     return f"be at least {least}"
+
+
+def check_encoders(path: Path | None, folders: Sequence[str], flag: str) -> None:
+    """Raise ValueError unless a diffusers directory holds these folders."""
+    missing = [f"{folder}/" for folder in folders if path is None or not (path / folder).is_dir()]
+    if missing:
+        raise ValueError(
+            f"{flag} (got {path}) must be the diffusers directory with {', '.join(f'{folder}/' for folder in folders)}: "
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        )
