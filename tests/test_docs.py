@@ -121,11 +121,28 @@ def test_the_family_that_is_added_trains_samples_and_is_cut():
     assert page["latents"].isfinite().all()
     assert all(parameter.grad is not None for parameter in page["model"].parameters())
     tokens, flops = page["TINY"].cost(page["model"])(page["tensors"])
-    assert (tokens, flops) == (
-        3 * 8 * 8,
-        pytest.approx(6 * 192 * sum(p.numel() for p in page["model"].blocks.parameters())),
-    )
+    assert tokens == 2 * 3 * 8 * 8
+    assert flops == pytest.approx(6 * tokens * sum(p.numel() for p in page["model"].blocks.parameters()))
     assert page["TINY"].describe(page["config"])["dim"] == 24
+    starts = [page["initial"](name, (8,), seed=0) for name, p in page["model"].named_parameters() if p.ndim == 2]
+    assert len({tuple(start.tolist()) for start in starts}) == len(starts) > 20
     cases = [case for name in FEATURES if (case := combine((name,))) and case.ranks == 2]
     assert len(cases) > 5
     spawn(2, in_layouts_of_two, cases, timeout=180)
+
+
+def test_the_family_that_is_added_computes_in_the_dtype_that_is_asked_for():
+    """Masters in float32, matrix products in bfloat16; time and the residual stream stay wide."""
+    model = build().float()
+    model.compute_dtype = torch.bfloat16
+    taken: dict[str, torch.dtype] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs, name=name: taken.update({name: inputs[0].dtype}))
+    inputs = {name: tensor.float() for name, tensor in batch().items() if name != "target"}
+    assert model(**inputs).dtype == torch.float32
+    assert model.layer(0, model.stem(**inputs)).x.dtype == torch.float32
+    assert taken.pop("time") == torch.float32
+    assert "blocks.0.q" in taken
+    assert set(taken.values()) == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

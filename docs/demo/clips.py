@@ -2,7 +2,7 @@
 
     python docs/demo/clips.py DIR
 
-writes DIR/videos/*.mp4, DIR/data.json (training, the format of the guides) and DIR/data.txt (names it), the same for
+writes DIR/videos/*.mp4, DIR/data.json (training, MindSpeed-MM's format) and DIR/data.txt (names it), the same for
 a small validation set (validation.json, validation.txt), and DIR/held_out.txt: one prompt per line for the combinations
 of colour, shape and direction that no training clip shows. Every file is a function of the seed alone.
 """

@@ -6,7 +6,7 @@ Half of each picture is masked: in the source video it is grey. What belongs the
 moving left"), or the caption leaves the colour out, and a reference picture shows it: the shape, large and still. The
 other half shows another shape, of which nothing is said: it is to be kept.
 
-DIR/videos, sources, masks and references are listed by data.json and .txt (for training, in the format of the guides)
+DIR/videos, sources, masks and references are listed by data.json and .txt (for training, in MindSpeed-MM's format)
 and validation.json and .txt. What is asked for in the end is words.json and references.json, each with the twelve
 combinations that no training clip shows, and for mm_infer the lists words.txt (prompts), words_video.txt, ...
 """
