@@ -114,7 +114,7 @@ class Family:
     cost: Callable[[nn.Module], Callable[[Mapping[str, Any]], tuple[int, float]]]
     """model -> (tensors of a batch -> its tokens, FLOPs of training on it)."""
     start: Callable[[], Any]
-    """The module with `initial`, `missing`, `grow` and `ZERO`: what a model begins with. See `mm_models.wan.start`."""
+    """The module with `initial`, `missing`, `grow`, `ZERO` and `GROWN`; see `mm_models.wan.start`."""
 
     # What it learns, and from what
     objective: Callable[..., Objective]

@@ -33,7 +33,7 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     """Wraps the targets of `model` in place; only the adapters can be trained from then on. Returns the model.
 
     B is zero at first, so the model computes what it did before. Adapters are at least float32, whatever the base is,
-    and lie on its device (so they may be on meta: see `mm_models.initial`).
+    and lie on its device (so they may be on meta: see `mm_models.initial.initial_adapter`).
 
     Raises:
         ValueError: a target that names no linear of this model, or a model that has adapters already.
