@@ -25,6 +25,7 @@ SHORTER = {  # than the flags of the demo, which the commands have as well
 }
 
 
+@pytest.mark.long
 def test_the_demo_runs_to_its_report(tmp_path):
     command = [sys.executable, "docs/demo/run.py", "--steps", "4", "--repeats", "1", "--output", str(tmp_path / "demo")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

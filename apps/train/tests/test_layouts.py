@@ -43,6 +43,7 @@ def command(features: Path, output: Path, steps: int, *flags: str) -> list[str]:
     return arguments(features, output, *shared, "--steps", str(steps), *flags)
 
 
+@pytest.mark.long
 def test_a_run_goes_through_every_layout_with_the_losses_of_one_device(features, tmp_path):
     total = STEPS * len(LAYOUTS)
     train(config(features, tmp_path / "one", *command(features, tmp_path / "one", total)[8:]))
