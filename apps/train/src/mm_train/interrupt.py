@@ -8,8 +8,10 @@ import signal
 class Interrupt:
     """Notes the first signal while it is entered; `stop` is set when any rank has got one, see `hear`."""
 
-    def __enter__(self) -> Interrupt:
+    def __init__(self) -> None:
         self.signal, self.stop = 0, False
+
+    def __enter__(self) -> Interrupt:
         self.before = {s: signal.signal(s, self._on) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 

@@ -76,8 +76,8 @@ def prepare(config: Config) -> Iterator[Run]:
     with Watchdog(deadline=config.deadline) as guard:
         guard.at("preparing", deadline=math.inf)  # weights may take long to read
         agree(dump(config), "the configuration")
-        with Interrupt() as interrupt:
-            run = Run(config, rank, world, guard, interrupt)
+        run = Run(config, rank, world, guard)
+        with run.interrupt:  # only from here on is there something to end cleanly
             yield run
             run.finish()
 
@@ -85,8 +85,8 @@ def prepare(config: Config) -> Iterator[Run]:
 class Run:
     """One training run on this rank. `model` is called, `parameters` is the module that holds this rank's weights."""
 
-    def __init__(self, config: Config, rank: int, world: int, guard: Watchdog, interrupt: Interrupt):
-        self.config, self.rank, self.guard, self.interrupt = config, rank, guard, interrupt
+    def __init__(self, config: Config, rank: int, world: int, guard: Watchdog):
+        self.config, self.rank, self.guard, self.interrupt = config, rank, guard, Interrupt()
         self.device = accelerator()
         self.mesh = make_mesh(config.parallel, self.device.type)
         self.data_index, data_ranks = data_rank(self.mesh)
