@@ -242,10 +242,9 @@ def summarize(
     """What is about to happen, in a few lines. found, changed: the checkpoint that is continued, and settings that were
     changed since.
     """
-    task, _, rest = objective.describe().partition(", ")
     lines = [
         f"model      {config.model}: {built.size:,} parameters, {built.trained:,} trained, matrices in {config.dtype}",
-        f"task       {task}{f', expert {config.expert}' if config.expert else ''}, {rest}",
+        f"task       {objective.task}{f', expert {config.expert}' if config.expert else ''}, {objective.describe()}",
         f"weights    {f'{found} (continuing)' if found else config.weights}{built.notes}",
         *(f"changed    {change}" for change in changed),
         f"data       {len(data.ids):,} samples in {len(set(data.buckets))} shapes, {data.name}",

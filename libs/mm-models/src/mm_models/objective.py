@@ -42,4 +42,4 @@ class Objective(Protocol):
         """B, float32: the loss of each sample, already multiplied by its weight."""
 
     def describe(self) -> str:
-        """What is trained on, in words, for the reader of a log."""
+        """What is trained on, besides the task, in words for the reader of a log."""

@@ -159,7 +159,7 @@ class Diffusion:
         return self.schedule.loss(learned(output), learned(self.schedule.target(clean, noise, level)), level)
 
     def describe(self) -> str:
-        return f"{self.task}, {self.schedule.describe()}"
+        return self.schedule.describe()
 
     @staticmethod
     def _noise(tensors: Mapping[str, Tensor], generators: Generators) -> Tensor:
