@@ -1,5 +1,6 @@
 """A ladder inside another's stem, with a plan of its own: the numbers of one device in every layout."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,7 @@ from mm_parallel.recompute import Recomputed
 from mm_parallel.testing import TinyLadder, TwoLadders, assert_same_grads, gradients, spawn
 from mm_parallel.testing.equivalence import SAMPLES, Case, Subject, check, every_case
 
-CASES = every_case(seed=7, larger=8, all_of=1)
+CASES = every_case(7 + int(os.environ.get("RANDOM_SEED", 0)), int(os.environ.get("RANDOM_LAYOUTS", 4)), all_of=1)
 CHUNK = 10
 
 
