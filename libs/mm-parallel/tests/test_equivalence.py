@@ -35,7 +35,8 @@ def test_one_rank(case):
 
 
 @pytest.mark.parametrize(
-    ("world", "first"), [(world, first) for world in (2, 4, 8) for first in range(0, len(CASES[world]), CHUNK)]
+    ("world", "first"),
+    [(world, first) for world in sorted(CASES) if world > 1 for first in range(0, len(CASES[world]), CHUNK)],
 )
 def test_several_ranks(world, first):
     spawn(world, ladder, CASES[world][first : first + CHUNK], timeout=120)
