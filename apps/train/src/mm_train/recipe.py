@@ -12,13 +12,13 @@ import io
 import os
 import sys
 import tomllib
-from difflib import get_close_matches
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from mm_convert.cli.arguments import parse
+from mm_models.families import suggest
 from mm_train import guides
 from mm_train.config import Config
 
@@ -73,7 +73,7 @@ def _recipe(argv: list[str]) -> list[Path]:
     known = sorted(p.stem for p in RECIPES.glob("*.toml"))
     recipe = chosen.get("recipe", "")
     if recipe and recipe not in known:
-        sys.stderr.write(f"error: unknown recipe '{recipe}'{_near(recipe, known)}; there are {', '.join(known)}\n")
+        sys.stderr.write(f"error: unknown recipe '{recipe}'{suggest(recipe, known)}; there are {', '.join(known)}\n")
         sys.exit(2)
     name = recipe or chosen.get("model", "")
     return [RECIPES / f"{name}.toml"] if name in known else []
@@ -83,8 +83,3 @@ def _values(argv: list[str], flag: str) -> list[str]:
     """What follows `--flag`, each time it is given."""
     spaced = [value for word, value in pairwise(argv) if word == f"--{flag}"]
     return spaced + [word.partition("=")[2] for word in argv if word.startswith(f"--{flag}=")]
-
-
-def _near(name: str, known: list[str]) -> str:
-    close = get_close_matches(name, known, n=1)
-    return f", did you mean '{close[0]}'?" if close else ""

@@ -33,7 +33,7 @@ def find(name: str) -> tuple[Family, Preset]:
     for family in FAMILIES:
         if name in family.presets:
             return family, family.presets[name]
-    raise ValueError(f"there is no preset {name!r}{_suggest(name, presets())}; there are {', '.join(presets())}")
+    raise ValueError(f"there is no preset {name!r}{suggest(name, presets())}; there are {', '.join(presets())}")
 
 
 def boundary(name: str) -> float | None:
@@ -111,7 +111,7 @@ def override(name: str, config: Any, overrides: dict[str, Any]) -> Any:
     known = [field.name for field in fields(config)]
     for field in overrides:
         if field not in known:
-            raise ValueError(f"{name} has no field {field!r}{_suggest(field, known)}; there are {', '.join(known)}")
+            raise ValueError(f"{name} has no field {field!r}{suggest(field, known)}; there are {', '.join(known)}")
     return replace(config, **overrides)
 
 
@@ -127,6 +127,7 @@ def _names() -> str:
     return ", ".join(family.name for family in FAMILIES)
 
 
-def _suggest(word: str, known: list[str] | tuple[str, ...]) -> str:
+def suggest(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """`, did you mean 'x'?` for the known word that is nearest; empty where none is near."""
     close = get_close_matches(word, known, n=1)
     return f", did you mean {close[0]!r}?" if close else ""
