@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import mm_data
+from mm_convert import open_file
 from mm_data.geometry import clip_rate, crop_box, resample
 from mm_data.video import VideoInfo, probe, read_video
 
@@ -59,7 +60,7 @@ def _is_empty(value: Any) -> bool:
 
 def _named(value: Picture | Video) -> dict[str, str]:
     if isinstance(value, str | Path):
-        with open(value, "rb") as file:
+        with open_file(value) as file:
             digest = sha256()
             while block := file.read(1 << 20):
                 digest.update(block)

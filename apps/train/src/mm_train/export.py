@@ -6,13 +6,12 @@ Reads one tensor at a time and needs no process group, whatever layout the check
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_convert import open_dcp, save_checkpoint, save_lora, write_experts
+from mm_convert import open_dcp, read_toml, save_checkpoint, save_lora, write_experts
 from mm_convert.cli.arguments import parse
 from mm_models import build
 from mm_models.families import family_of
@@ -72,7 +71,7 @@ def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = 
     checkpoint = latest(checkpoint) or checkpoint
     if not (checkpoint / "progress.json").is_file():
         raise ValueError(f"{checkpoint} is not a complete training checkpoint: it has no progress.json")
-    settings: dict[str, Any] = tomllib.loads((checkpoint / "config.toml").read_text())
+    settings: dict[str, Any] = read_toml(checkpoint / "config.toml")
     if ema and not settings["optim"]["ema"]:
         raise ValueError(f"{checkpoint} holds no moving average (the run kept no --optim.ema)")
     tensors = open_dcp(checkpoint, "ema" if ema else "model")

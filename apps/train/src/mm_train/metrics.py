@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mm_convert import read_text
+
 
 class Metrics:
     """Writes on the first rank only; on the others every method does nothing.
@@ -72,7 +74,7 @@ def _keep_steps(path: Path, last: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in read_text(path, limit=2**32).splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

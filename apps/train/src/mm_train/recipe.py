@@ -11,12 +11,12 @@ import contextlib
 import io
 import os
 import sys
-import tomllib
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mm_convert import read_toml
 from mm_convert.cli.arguments import parse
 from mm_models.families import suggest
 from mm_train import guides
@@ -65,7 +65,7 @@ def _recipe(argv: list[str]) -> list[Path]:
     chosen: dict[str, str] = {}
     for file in _values(argv, "config"):
         with contextlib.suppress(OSError, ValueError):  # `parse` reads it again, and says what is wrong with it
-            written = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+            written = read_toml(file)
             chosen |= {k: v for k, v in written.items() if k in ("model", "recipe") and isinstance(v, str)}
     for flag in ("model", "recipe"):
         for value in _values(argv, flag):

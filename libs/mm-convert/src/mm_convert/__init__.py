@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 from mm_convert.__about__ import __version__
 
 if TYPE_CHECKING:
+    from mm_convert.files import open_file, read_bytes, read_json, read_text, read_toml
     from mm_convert.lora.reading import open_lora
     from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
     from mm_convert.read.experts import expert_of, open_experts, write_experts
     from mm_convert.read.inspection import diff, inspect
     from mm_convert.store.dcp import open_dcp
+    from mm_convert.store.dcp_load import load_dcp
     from mm_convert.write.save import convert, save_checkpoint, save_lora
 
 __all__ = [
@@ -22,10 +24,16 @@ __all__ = [
     "diff",
     "expert_of",
     "inspect",
+    "load_dcp",
     "open_checkpoint",
     "open_dcp",
     "open_experts",
+    "open_file",
     "open_lora",
+    "read_bytes",
+    "read_json",
+    "read_text",
+    "read_toml",
     "save_checkpoint",
     "save_lora",
     "write_experts",
@@ -40,8 +48,14 @@ _HOME = {
     "write_experts": "read.experts",
     "diff": "read.inspection",
     "inspect": "read.inspection",
+    "load_dcp": "store.dcp_load",
     "open_dcp": "store.dcp",
+    "open_file": "files",
     "open_lora": "lora.reading",
+    "read_bytes": "files",
+    "read_json": "files",
+    "read_text": "files",
+    "read_toml": "files",
     "save_checkpoint": "write.save",
     "save_lora": "write.save",
 }

@@ -47,12 +47,14 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from mm_convert.cli.toml import dump, template
+from mm_convert.files import parse_toml, read_text
 
 __all__ = ["REQUIRED", "Option", "dump", "nearest", "options_of", "parse", "parse_options"]
 
 T = TypeVar("T")
 
 REQUIRED = dataclasses.MISSING
+_MAX_FILE = 2**18  # bytes of a file of options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,11 +270,11 @@ def _read_file(
     parser: _Parser, path: Path, known: Mapping[str, Option], reword: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, limit=_MAX_FILE)
+    except (OSError, ValueError) as error:
         parser.error(f"cannot read {path}: {error}")
     try:
-        tables = tomllib.loads(text)
+        tables = parse_toml(text)
     except tomllib.TOMLDecodeError as error:
         tables = _yaml(text)  # as MindSpeed-MM's users have them
         if tables is None:
@@ -299,10 +301,19 @@ def _read_file(
     return {name: _check(parser, path, option, value) for name, option, value in _choose(tables, known)}
 
 
+class _Yaml(yaml.SafeLoader):
+    """Without aliases, by which a short text can hold a list of billions."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
+
+
 def _yaml(text: str) -> dict[str, Any] | None:
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError:
+        content = yaml.load(text, _Yaml)
+    except (yaml.YAMLError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 

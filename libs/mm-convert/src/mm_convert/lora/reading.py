@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mm_convert.files import read_json
 from mm_convert.lora.adapter import Adapter, LowRank
 from mm_convert.lora.names import FILES, Names, is_lora, join_first, read_names
 from mm_convert.lora.strength import find_alphas
 from mm_convert.read.source import Source, find
-from mm_convert.store.mm import MANIFEST, read_json
+from mm_convert.store.mm import MANIFEST
 from mm_convert.tensors.rules import Row, Sizes
 from mm_convert.tensors.views import LazyTensor
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from collections.abc import Mapping
 from math import isclose, isfinite, sqrt
 from typing import Any
 
+from mm_convert.files import parse_json
 from mm_convert.lora.names import Names
 from mm_convert.tensors.views import LazyTensor
 
@@ -100,8 +100,8 @@ def _why(names: Names) -> str:
 def _of_prefix(text: str, prefix: str, place: str) -> dict[str, Any]:
     """The settings of diffusers' JSON for one model; diffusers writes the prefix of its tensors before their names."""
     try:
-        config = {**json.loads(text)}
-    except (ValueError, TypeError, RecursionError) as error:
+        config = {**parse_json(text)}
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{place} is not a JSON object: {error}") from error
     return {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)} or config
 
