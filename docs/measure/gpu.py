@@ -140,7 +140,7 @@ def parity(tiny: bool) -> dict:
         model.to(where).zero_grad()
         out = model(**{name: x.to(where) for name, x in inputs.items()})
         out.square().mean().backward()
-        results.append([out.detach().cpu(), *(p.grad.cpu() for p in model.parameters())])
+        results.append([out.detach().cpu(), *(p.grad.to("cpu", copy=True) for p in model.parameters())])
     errors = [float((b - a).norm() / a.norm().clamp(min=1e-12)) for a, b in zip(*results, strict=True)]
     return {"output": errors[0], "worst gradient": max(errors[1:])}
 
