@@ -133,7 +133,11 @@ def parity(tiny: bool) -> dict:
     from mm_models import build
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(0)
     model = build("wan-tiny", **TINY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.05)  # a fresh head is zero, and so would all be that is compared
     inputs = {"video": torch.randn(2, 16, 3, 8, 10), "t": torch.tensor([500.0, 20.0]), "text": torch.randn(2, 9, 32)}
     results = []
     for where in ("cpu", device()):
@@ -229,7 +233,7 @@ def step(tiny: bool, case: str) -> dict:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append((float(loss), float(norm)))
+        losses.append((float(loss.detach()), float(norm)))
         times.append(time.perf_counter() - started)
     seconds = median(times[len(shapes) :: len(shapes)])  # of the first bucket, without the first round
     tokens = shapes[0][2] * shapes[0][3] * shapes[0][4] // 4
@@ -322,7 +326,12 @@ def main() -> int:
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {row["name"] for row in rows if "error" not in row}
     started, failed = time.perf_counter(), []
-    for part in args.parts.split(","):
+    parts = args.parts.split(",")
+    if unknown := set(parts) - {of for of, *_ in todo.values()}:
+        parser.error(
+            f"--parts {', '.join(sorted(unknown))}: there are {', '.join(dict.fromkeys(of for of, *_ in todo.values()))}"
+        )
+    for part in parts:
         for name, (of, limit, *_) in todo.items():
             left = args.budget - (time.perf_counter() - started)
             if of != part or name in done or left < 10:
