@@ -2,7 +2,7 @@
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -22,7 +22,7 @@ from mm_data.pixels import lay_on_white
 HIDDEN_FRAMES = {"vp8", "libvpx"}
 # FFmpeg's own decoders of these leave out the alpha that Matroska stores beside each frame.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-# Formats of one picture or several. Their frames build on each other, whatever their packets say of key frames.
+# Formats, and codecs, of one picture or several. Frames build on earlier ones, whatever packets say of key frames.
 ANIMATIONS = {"gif", "apng"}
 HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ITU-T H.273
 
@@ -62,6 +62,7 @@ class VideoInfo:
     timestamps: np.ndarray = field(repr=False)  # seconds of each frame, float64, increasing, the first is 0
     pts: list[int] | None = field(repr=False)  # the same in the container's units; None: frames can only be counted
     keys: list[int] = field(repr=False)  # pts of the key frames, increasing
+    key_sizes: list[int] = field(repr=False)  # bytes of their packets
 
     @property
     def num_frames(self) -> int:
@@ -89,6 +90,20 @@ class Opened(NamedTuple):
         for packet in self.packets():
             yield from self.decoder.decode(packet)
 
+    def decode_from(self, info: "VideoInfo", place: int) -> Iterator[av.VideoFrame]:
+        """After a seek: the frames from the key frame of this place on, or the next; none if it landed elsewhere.
+
+        Without the pictures shown before it, which in an open GOP need earlier ones.
+        """
+        here = slice(place, place + 2)
+        keys, landed = list(zip(info.keys[here], info.key_sizes[here], strict=True)), False
+        for packet in self.packets():
+            if packet.pts is None or packet.pts >= info.keys[place]:
+                if not landed and (packet.pts, packet.size) not in keys:
+                    return  # too late; or packets have other time stamps after a seek, as in some ASF
+                landed = True
+                yield from self.decoder.decode(packet)
+
     def seek(self, pts: int) -> None:
         self.container.seek(pts, stream=self.stream, backward=True)
         self.decoder.flush_buffers()
@@ -101,7 +116,7 @@ def scan(path: Path) -> VideoInfo:
     """
     pts: list[int | None] = []
     dts: list[int] = []
-    keys: list[int] = []
+    keys: list[tuple[int, int]] = []
     with _open(path) as video:
         for packet in video.packets():  # one at a time: together they are as large as the file
             if not packet.size or packet.is_discard:
@@ -112,14 +127,14 @@ def scan(path: Path) -> VideoInfo:
             if packet.dts is not None:
                 dts.append(packet.dts)
             if packet.is_keyframe and packet.pts is not None:
-                keys.append(packet.pts)
+                keys.append((packet.pts, packet.size))
         if not pts:
             raise ValueError(f"{path} holds no frames, though its header promises {video.stream.frames}")
-        kind = video.container.format.name
-        if kind in ANIMATIONS:
-            keys = []
-            if len(pts) == 1:
-                _refuse_picture(path)
+        if video.container.format.name in ANIMATIONS and len(pts) == 1:
+            _refuse_picture(path)
+        if video.decoder.name in ANIMATIONS:
+            keys.clear()
+    keys.sort()
     with _open(path) as video:
         decoded = video.decode()
         first = next(decoded, None)
@@ -153,7 +168,8 @@ def scan(path: Path) -> VideoInfo:
             notes=_notes(first),
             timestamps=times,
             pts=pts if _are_distinct(pts) and pts == sorted(pts) else None,
-            keys=sorted(keys),
+            keys=[pts for pts, _ in keys],
+            key_sizes=[size for _, size in keys],
         )
 
 
@@ -164,11 +180,10 @@ def frames(info: VideoInfo, order: list[int], on_white: bool = True) -> Iterator
     time stamps, all come again, counted: the later one of an index is right.
     """
     try:
-        with _open(info.path) as video:
-            for index, frame in _decode(video, info, order):
-                if frame.is_corrupt:
-                    raise ValueError(f"{info.path}: frame {index} of {info.num_frames} is damaged")
-                yield index, info.orientation.apply(_to_rgb(frame, on_white))
+        for index, frame in _count(info, order) if info.pts is None else _find(info, order):
+            if frame.is_corrupt:
+                raise ValueError(f"{info.path}: frame {index} of {info.num_frames} is damaged")
+            yield index, info.orientation.apply(_to_rgb(frame, on_white))
     except _Disorder:
         yield from frames(replace(info, pts=None), order, on_white)
 
@@ -177,52 +192,61 @@ class _Disorder(Exception):
     """The decoder shows frames in another order than their time stamps have."""
 
 
-def _decode(video: Opened, info: VideoInfo, order: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-    """(index, frame) of the wanted frames, with a seek wherever a later key frame saves decoding."""
-    if info.pts is None:
-        wanted = set(order)
+def _count(info: VideoInfo, order: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+    """(index, frame) of the wanted frames, counted from the start."""
+    wanted = set(order)
+    with _open(info.path) as video:
         for index, frame in enumerate(video.decode()):
             if index in wanted:
                 yield index, frame
             if index >= order[-1]:
                 return
-        return
+
+
+def _find(info: VideoInfo, order: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+    """(index, frame) of the wanted frames, by time stamps; with a seek wherever a later key frame saves decoding."""
     number = {pts: index for index, pts in enumerate(info.pts)}
-    for run in _split_at_keys(info, order):
-        left = set(run)
-        start = bisect_right(info.keys, info.pts[run[0]]) - 1
-        # A seek may land late where decoding order is not showing order: then one key frame earlier, then the start.
-        for attempt in sorted({start, max(start - 1, -1), -1}, reverse=True):
-            target = info.keys[attempt] if attempt >= 0 else min(info.pts[0], 0)
-            video.seek(target)
-            landed, last = attempt < 0, -1
-            try:
-                for frame in _from_key(video, target if attempt >= 0 else None):
-                    index = number.get(frame.pts)
-                    if not landed and not (frame.key_frame and index is not None and index <= run[0]):
-                        break  # late, or at what the container calls a key frame and the decoder does not
-                    landed = True
-                    if index is not None and index < last:
-                        raise _Disorder
-                    last = last if index is None else index
-                    if index in left:
-                        left.remove(index)
-                        yield index, frame
-                    if not left:
+    with _open(info.path) as video:
+        for run in _split_at_keys(info, order):
+            left = set(run)
+            start = bisect_right(info.keys, info.pts[run[0]]) - 1
+            # A seek may land late where decoding order is not showing order: then one key frame earlier.
+            for place in range(start, max(start - 2, -1), -1):
+                try:
+                    video.seek(info.keys[place])
+                    if (yield from _find_here(video.decode_from(info, place), number, left, key_first=True)):
                         break
-            except av.FFmpegError:
-                if attempt < 0:
-                    raise
-                continue  # in an open GOP pictures may refer to what lies before the key frame
-            if landed:
-                break
+                except av.FFmpegError:
+                    continue  # in an open GOP pictures may refer to what lies before the key frame
+            else:
+                with _open(info.path) as fresh:  # a seek to the start may land late, too
+                    yield from _find_here(fresh.decode(), number, left, key_first=False)
 
 
-def _from_key(video: Opened, key: int | None) -> Iterator[av.VideoFrame]:
-    """Decode on from a key frame, without the pictures shown before it: in an open GOP they need earlier ones."""
-    for packet in video.packets():
-        if key is None or packet.pts is None or packet.pts >= key:
-            yield from video.decoder.decode(packet)
+def _find_here(
+    decoded: Iterator[av.VideoFrame], number: dict[int, int], left: set[int], key_first: bool
+) -> Generator[tuple[int, av.VideoFrame], None, bool]:
+    """(index, frame) of those `left`, which it takes out, until there are none.
+
+    Returns False where nothing was decoded; or, with `key_first`, the first frame is no key frame, as it may be only by
+    the container's word, or comes too late.
+    """
+    first, last = min(left), -1
+    for frame in decoded:
+        index = number.get(frame.pts)
+        if key_first and last < 0 and not (frame.key_frame and index is not None and index <= first):
+            return False
+        if index is None:
+            continue
+        if index < last:
+            raise _Disorder
+        last = index
+        if index in left:
+            left.remove(index)
+            yield index, frame
+        if not left:
+            break
+    return last >= 0
 
 
 def _split_at_keys(info: VideoInfo, order: list[int]) -> Iterator[list[int]]:
