@@ -1,5 +1,6 @@
 """Every kind of file gives its frames in the order of showing, upright, in their colours; or says what it is."""
 
+import importlib.util
 import sys
 from fractions import Fraction
 from itertools import product
@@ -329,3 +330,22 @@ def test_palettes(tmp_path):
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
     check_order(tmp_path / "a.mov", list(range(6)))
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("decord"), reason="decord is not installed")
+def test_decord_shows_the_same_or_is_refused(tmp_path):
+    plain = write_clip(tmp_path / "a.mp4", 20, options=B_FRAMES)
+    for path in (
+        write_clip(tmp_path / "a.ts", 20, options=B_FRAMES),
+        write_clip(tmp_path / "a.avi", 20, options=B_FRAMES),
+        write_frames(tmp_path / "a.mov", [transparent(n) for n in range(6)], "qtrle", "argb"),
+        with_matrix(plain, -1, 0, 0, 1),
+    ):
+        with pytest.raises(ValueError, match="decord does not read .*: use backend pyav"):
+            read_video(path, backend="decord")
+    for path in (
+        with_matrix(plain, 0, 1, -1, 0),
+        write_yuv(tmp_path / "b.mp4", (120, 100, 160), 1, True),
+        write_clip(tmp_path / "a.mkv", 20, times=[n / 24 - 0.25 for n in range(20)]),
+    ):
+        np.testing.assert_array_equal(read_video(path, backend="decord").frames, read_video(path).frames)

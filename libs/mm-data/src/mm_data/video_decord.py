@@ -12,9 +12,11 @@ import numpy as np
 from mm_data.files import open_regular
 from mm_data.video_pyav import VideoInfo
 
+NO_INDEX = ("mpegts", "mpeg")  # decord seeks to the start, and lands some frames after it
+
 
 def frames(info: VideoInfo, order: list[int], on_white: bool = True) -> Iterator[tuple[int, np.ndarray]]:
-    """As `video_pyav.frames`. Refuses what decord shows otherwise: transparency, mirrors, another number of frames."""
+    """As `video_pyav.frames`. Refuses what decord shows otherwise."""
     try:
         import decord
     except ImportError as error:
@@ -24,6 +26,7 @@ def frames(info: VideoInfo, order: list[int], on_white: bool = True) -> Iterator
         (info.orientation.is_reflection, "mirrored frames"),
         (info.pts is None, "frames whose time stamps do not tell their order"),
         (not info.is_best, "the main video of several"),
+        (info.container in NO_INDEX, f"files without an index ({info.container}) from their start"),
     ):
         if refused:
             raise ValueError(f"{info.path}: decord does not read {what}: use backend pyav")

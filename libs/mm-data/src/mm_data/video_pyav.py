@@ -51,6 +51,7 @@ class VideoInfo:
     """What a video file holds. Height and width are those of the frames when upright, in pixels as stored."""
 
     path: Path
+    container: str  # FFmpeg's name of the format
     codec: str
     height: int
     width: int
@@ -158,6 +159,7 @@ def scan(path: Path) -> VideoInfo:
         aspect = Fraction(video.stream.sample_aspect_ratio or 1)
         return VideoInfo(
             path=path,
+            container=video.container.format.name,
             codec=video.stream.codec_context.name,
             height=first.width if orientation.transposed else first.height,
             width=first.height if orientation.transposed else first.width,
