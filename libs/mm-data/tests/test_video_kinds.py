@@ -341,10 +341,10 @@ def test_decord_shows_the_same_or_is_refused(tmp_path):
         write_frames(tmp_path / "a.mov", [transparent(n) for n in range(6)], "qtrle", "argb"),
         with_matrix(plain, -1, 0, 0, 1),
     ):
-        with pytest.raises(ValueError, match="decord does not read .*: use backend pyav"):
+        with pytest.raises(ValueError, match=r"decord does not read .*: use backend pyav"):
             read_video(path, backend="decord")
     for path in (
-        with_matrix(plain, 0, 1, -1, 0),
+        with_matrix(plain, -1, 0, 0, -1),
         write_yuv(tmp_path / "b.mp4", (120, 100, 160), 1, True),
         write_clip(tmp_path / "a.mkv", 20, times=[n / 24 - 0.25 for n in range(20)]),
     ):

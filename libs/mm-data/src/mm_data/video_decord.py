@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from mm_data.files import open_regular
-from mm_data.video_pyav import VideoInfo
+from mm_data.video_pyav import Orientation, VideoInfo
 
+UPSIDE_DOWN = Orientation(mirrored=True, upside_down=True)
 NO_INDEX = ("mpegts", "mpeg")  # decord seeks to the start, and lands some frames after it
 
 
@@ -23,7 +24,7 @@ def frames(info: VideoInfo, order: list[int], on_white: bool = True) -> Iterator
         raise ValueError("backend decord is not installed: pip install decord (x86 only), or use pyav") from error
     for refused, what in (
         (info.has_alpha, "transparent frames"),
-        (info.orientation.is_reflection, "mirrored frames"),
+        (info.orientation not in (Orientation(), UPSIDE_DOWN), "frames that are mirrored or on their side"),
         (info.pts is None, "frames whose time stamps do not tell their order"),
         (not info.is_best, "the main video of several"),
         (info.container in NO_INDEX, f"files without an index ({info.container}) from their start"),

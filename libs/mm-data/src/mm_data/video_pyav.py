@@ -34,11 +34,6 @@ class Orientation(NamedTuple):
     mirrored: bool = False
     upside_down: bool = False
 
-    @property
-    def is_reflection(self) -> bool:
-        """Whether it is none of the four quarter turns."""
-        return sum(self) % 2 == 1
-
     def apply(self, picture: np.ndarray) -> np.ndarray:
         """H W C -> the same, or W H C where it is transposed."""
         if self.transposed:
