@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mm_data.loader import Loader, Step, build_loader
     from mm_data.manifest import Control, Sample, read_manifest
     from mm_data.order import Order
-    from mm_data.selection import Selection, for_task, select
+    from mm_data.selection import Selection, check_samples, for_task, select
     from mm_data.video import VideoClip, VideoInfo, probe, read_video
     from mm_data.video_write import made_with, write_video
 
@@ -47,6 +47,7 @@ __all__ = [
     "VideoInfo",
     "area_size",
     "build_loader",
+    "check_samples",
     "content_key",
     "crop_to",
     "for_task",
@@ -74,7 +75,7 @@ _HOMES = {
     "loader": ("Loader", "Step", "build_loader"),
     "manifest": ("Control", "Sample", "read_manifest"),
     "order": ("Order",),
-    "selection": ("Selection", "for_task", "select"),
+    "selection": ("Selection", "check_samples", "for_task", "select"),
     "video": ("VideoClip", "VideoInfo", "probe", "read_video"),
     "video_write": ("made_with", "write_video"),
 }
