@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mm_data.captions import Captions
     from mm_data.clips import ClipBatch, ClipDataset, ClipShape, survey
     from mm_data.datasets import Clip, Failure, VideoDataset
+    from mm_data.decoding import decode
     from mm_data.features import FeatureDataset
     from mm_data.images import area_size, crop_to, pad_to, read_image
     from mm_data.keys import content_key
@@ -50,6 +51,7 @@ __all__ = [
     "check_samples",
     "content_key",
     "crop_to",
+    "decode",
     "for_task",
     "made_with",
     "pad_to",
@@ -69,6 +71,7 @@ _HOMES = {
     "captions": ("Captions",),
     "clips": ("ClipBatch", "ClipDataset", "ClipShape", "survey"),
     "datasets": ("Clip", "Failure", "VideoDataset"),
+    "decoding": ("decode",),
     "features": ("FeatureDataset",),
     "images": ("area_size", "crop_to", "pad_to", "read_image"),
     "keys": ("content_key",),
