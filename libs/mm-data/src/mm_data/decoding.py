@@ -92,10 +92,11 @@ class _Decoder:
             answer = pickle.loads(self.connection.recv_bytes())  # of our own child
         except (EOFError, OSError):
             self.close()
-            if -self.process.exitcode not in CRASHES:
-                raise ChildProcessError(_why_ended(sample, self.process.exitcode)) from None
+            code = self.process.exitcode
+            if -code not in CRASHES:
+                raise ChildProcessError(_why_ended(sample, code)) from None
             self.start()
-            name = signal.Signals(-self.process.exitcode).name
+            name = signal.Signals(-code).name
             return Failure(sample, f"{shorten(str(sample.path), 200)} crashes the decoder ({name}): leave it out")
         if isinstance(answer, str):
             raise RuntimeError(f"while decoding {sample.id}: {answer}")
