@@ -110,7 +110,8 @@ class Watchdog:
             else:
                 self._fail(error)
         except dist.DistError:
-            self._end(None, _STORE_GONE, stacks=False)
+            if not self._failed:  # a rank that failed ends by its own error, whatever has become of the store
+                self._end(None, _STORE_GONE, stacks=False)
 
     def _finish(self) -> None:
         assert self._thread is not None
@@ -138,17 +139,21 @@ class Watchdog:
                 # if even this thread is stuck (a lost host, Python's lock never given back), C ends the process
                 faulthandler.dump_traceback_later(2 * self._silence + self._interval, exit=True, file=sys.__stderr__)
                 if self._failed:
-                    time.sleep(self._silence)
-                    self._end(None, f"rank {self._rank} failed, but has not ended", stacks=True)
+                    self._end_late()
                 self._look(board)
                 self._wake.wait(self._interval)
                 self._wake.clear()
         except dist.DistError:
-            if self._failed:  # then others are gone, too, and the process is about to end
-                time.sleep(self._silence)
+            if self._failed:  # the others heard of it, and are gone
+                self._end_late()
             self._end(None, _STORE_GONE, stacks=False)
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+    def _end_late(self) -> None:
+        """Ends this rank, which failed, if it does not end by itself."""
+        time.sleep(self._silence)
+        self._end(None, f"rank {self._rank} failed, but has not ended", stacks=True)
 
     def _look(self, board: Board) -> None:
         if (told := board.read_cause()) is not None and not self._failed:
