@@ -271,7 +271,8 @@ def _print_help(
         table = name.rpartition(".")[0]
         if table not in tables:
             tables[table] = parser.add_argument_group(table, groups.get(table) or None)
-        unset = "required" if values[name] is REQUIRED else f"default: {values[name]}"
+        value = "null" if values[name] is None else values[name]
+        unset = "required" if value is REQUIRED else f"default: {value}"
         said = f"{option.help} ({unset}; takes {describe(option.hint)})".replace("%", "%%")
         flag = {"metavar": name.upper()} if option.positional else {"metavar": "…"}
         tables[table].add_argument(name if option.positional else f"--{name}", help=said, **flag)

@@ -13,6 +13,7 @@ In a union the first member that fits wins, and what stands in brackets is a lis
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import operator
@@ -26,8 +27,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union
 
 NULL = "null"
-_OPERATORS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
-_WORDS = {">=": "at least", ">": "more than", "<=": "at most", "<": "less than"}
+_OPERATORS = {"!=": operator.ne, ">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+_WORDS = {"!=": "not", ">=": "at least", ">": "more than", "<=": "at most", "<": "less than"}
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
@@ -72,6 +73,15 @@ def check_fields(fields_of: type, values: Mapping[str, Any], prefix: str = "") -
         name: check_value(f"{prefix}{name}", value, hints[name]) if name in hints else value
         for name, value in values.items()
     }
+
+
+def check_config(config: Any, prefix: str = "") -> None:
+    """ValueError for the first value of a dataclass, or of those in it, that its field does not take."""
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        if dataclasses.is_dataclass(hint):
+            check_config(getattr(config, name), f"{prefix}{name}.")
+        else:
+            check_value(f"{prefix}{name}", getattr(config, name), hint)
 
 
 def describe(hint: Any) -> str:
