@@ -36,6 +36,8 @@ def read_tables(path: Path) -> dict[str, Any]:
         if not isinstance(tables, dict) or not all(isinstance(key, str) for key in tables):
             raise ValueError(f"{path} is not TOML: {error}") from None
         return tables
+    except ValueError as error:  # a number of 5,000 digits
+        raise ValueError(f"{path} is not TOML: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -40,7 +40,7 @@ class Limit(NamedTuple):
     bound: str
 
     def allows(self, value: float) -> bool:
-        return _OPERATORS[self.sign](value, float(self.bound))
+        return _OPERATORS[self.sign](value, json.loads(self.bound))  # not float, which rounds 2^63-1
 
     def __str__(self) -> str:
         return f"{_WORDS[self.sign]} {self.bound}"
@@ -268,7 +268,7 @@ def _list(text: str) -> list:
 def _table(text: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # also a number of 5,000 digits
         raise _Unfit from None
 
 
