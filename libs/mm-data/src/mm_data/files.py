@@ -3,9 +3,10 @@
 import contextlib
 import hashlib
 import os
+import stat
 import uuid
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 TEMPORARY = ".tmp-"
 
@@ -34,6 +35,32 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.fsync(directory)  # the new name itself must survive a power cut
     finally:
         os.close(directory)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, unbuffered. ValueError, naming it, unless it is a regular one that can be read.
+
+    A FIFO or a device is refused at once: who opens or reads one may wait for ever.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # looked at before it is opened: opening a device may do something
+            raise ValueError(f"{path} is not a regular file but {_kind(os.stat(path).st_mode)}")
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be opened: {error.strerror}") from error
+    file = os.fdopen(descriptor, "rb", buffering=0)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):  # exchanged in between
+        file.close()
+        raise ValueError(f"{path} is not a regular file but {_kind(mode)}")
+    return file
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 class Content(NamedTuple):
