@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_convert import Checkpoint, open_checkpoint, open_experts, open_lora
+from mm_convert.cli.terminal import one_line
 from mm_models.families import family_of_weights, find, published_like
 from mm_models.family import Family, Published
 
@@ -123,7 +124,7 @@ class Transformer:
         import torch
 
         for note in self.lora.notes:
-            print(f"{path}: {note}", file=sys.stderr)
+            print(one_line(f"{path}: {note}"), file=sys.stderr)
         try:
             self._adapt(self._empty(self.config, torch.float32))
         except ValueError as error:

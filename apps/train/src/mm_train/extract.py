@@ -14,6 +14,7 @@ from mm_convert.cli.arguments import parse
 from mm_data import Geometry
 from mm_models.families import find
 from mm_train.command import run
+from mm_train.interrupt import ending_signals
 from mm_train.limits import check_encoders, check_limits, limited
 from mm_train.objective import choose_task
 
@@ -76,7 +77,8 @@ def extract(config: ExtractConfig) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     def work() -> None:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for ending in ending_signals():
+            signal.signal(ending, signal.default_int_handler)
         config = parse(ExtractConfig, argv, prog="python -m mm_train.extract", description=ExtractConfig.__doc__)
         try:
             extract(config)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from mm_convert.cli.terminal import one_line
 from mm_data import Clip, Failure, FeatureCache, Sample, VideoDataset, for_task, read_manifest, select
 from mm_data.transforms import to_model_range, to_uint8
 from mm_models import preset
@@ -52,7 +53,8 @@ def encode_all(config: ExtractConfig) -> int:
         identified = _identify(selection.kept, cache, rank == 0, world)
         todo = cache.find_work(identified, geometry, encoders.identity, config.seed)
         if rank == 0:
-            print(f"{config.data.manifest}: {selection}\n{config.output}: {todo}", file=sys.stderr, flush=True)
+            for name, what in ((config.data.manifest, selection), (config.output, todo)):
+                print(f"{one_line(name)}: {what}", file=sys.stderr, flush=True)
             for sample, reason in [*selection.dropped, *todo.failed]:
                 cache.fail(sample.id, str(reason))
             if not cache.has_empty_text(encoders.identity):
@@ -73,7 +75,7 @@ def encode_all(config: ExtractConfig) -> int:
             found = cache.finish(todo)
             missing = len(samples) - found
             why = f", {missing} left out: {config.output / 'failures.jsonl'} says why" if missing else ""
-            print(f"{found} of {len(samples)} samples in {config.output}{why}", file=sys.stderr)
+            print(one_line(f"{found} of {len(samples)} samples in {config.output}{why}"), file=sys.stderr)
             if not found:
                 raise ValueError(f"not one sample of {config.data.manifest} could be used{why}")
         return missing if rank == 0 else 0
@@ -167,7 +169,7 @@ class Progress:
             )
 
     def say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(one_line(text), file=sys.stderr)
 
     def close(self) -> None:
         self.bar.close()

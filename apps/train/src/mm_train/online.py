@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from mm_convert.cli.terminal import one_line
 from mm_data import Batch, Captions, Clip, ClipBatch, ClipDataset, Step, for_task, read_manifest, select, survey
 from mm_parallel.encoders import interleave, share_encoding
 from mm_train.config import Config
@@ -42,7 +43,8 @@ def find_clips(config: Config, encoders: Encoders) -> ClipDataset:
         report = config.run_dir / "failures.jsonl"
         report.write_text("".join(json.dumps({"id": s.id, "reason": str(reason)}) + "\n" for s, reason in left_out))
         why = f", {len(left_out)} left out: {report} says why" if left_out else ""
-        print(f"{len(dataset)} of {len(samples)} samples of {manifest} can be used{why}", file=sys.stderr, flush=True)
+        said = f"{len(dataset)} of {len(samples)} samples of {manifest} can be used{why}"
+        print(one_line(said), file=sys.stderr, flush=True)
     return dataset
 
 

@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mm_convert.cli.terminal import COMMANDS
+
 
 def dump(config: Any) -> str:
     """The configuration, a dataclass or a mapping, as TOML that `--config` reads back to an equal one.
 
-    None is written as "null".
+    None is written as "null". ValueError for a text with half characters, as names of files in another encoding have.
     """
     lines: list[str] = []
     _dump_table(_fields(config), "", lines)
@@ -64,7 +66,10 @@ def _toml(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, str | Path):
-        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+        if re.search("[\ud800-\udfff]", str(value)):
+            raise ValueError(f"{str(value)!r} is not UTF-8 text, which a configuration is: give it another name")
+        written = json.dumps(str(value), ensure_ascii=False)
+        return COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", written)  # nothing that a terminal obeys
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, Sequence):
