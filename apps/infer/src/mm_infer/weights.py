@@ -16,6 +16,7 @@ from mm_convert import Checkpoint, open_checkpoint, open_experts, open_lora
 from mm_convert.cli.terminal import one_line
 from mm_models.families import family_of_weights, find, published_like
 from mm_models.family import Family, Published
+from mm_models.folder import check_parts
 
 if TYPE_CHECKING:
     import torch
@@ -189,10 +190,11 @@ def _config(path: Path, family: Family, checkpoint: Checkpoint, model: str | Non
 
 
 def find_encoders(weights: Path, encoders: Path | None, wanted: tuple[str, ...]) -> Path:
-    """The diffusers directory that has these folders. ValueError that says what is missing where."""
+    """The diffusers directory that has these folders. ValueError that says what is missing where, or is wrong there."""
     repository = weights if encoders is None else encoders
     missing = [f"{name}/" for name in wanted if not (repository / name).is_dir()]
     if not missing:
+        check_parts(repository, wanted)
         return repository
     if encoders is None and len(missing) == len(wanted):
         raise ValueError(f"{weights} is a transformer alone: name the diffusers directory of the encoders as well")

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a terminal that is closed: the first ends a run cleanly after its step, the second acts at once."""
+"""Ctrl-C, SIGTERM, a closed terminal: the first ends a run cleanly after its step, the second acts at once."""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from mm_models.folder import check_parts
+
 
 def limited(default: Any, *, least: float | None = None, above: float | None = None, below: float | None = None) -> Any:
     """A field of a dataclass whose value (or each number of it) must be at least, above or below these."""
@@ -42,8 +44,9 @@ def _say(least: float | None, above: float | None, below: float | None) -> str:
 
 
 def check_encoders(path: Path | None, folders: Sequence[str], flag: str) -> None:
-    """Raise ValueError unless a diffusers directory holds these folders."""
+    """Raise ValueError unless a diffusers directory holds these folders, and nothing in them must not be done."""
     missing = [f"{folder}/" for folder in folders if path is None or not (path / folder).is_dir()]
     if missing:
         wanted = ", ".join(f"{folder}/" for folder in folders)
         raise ValueError(f"{flag} {path} has no {', '.join(missing)}: give the diffusers directory with {wanted}")
+    check_parts(path, folders)
