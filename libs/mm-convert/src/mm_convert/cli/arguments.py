@@ -124,6 +124,7 @@ def parse_options(
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     known = {option.name: option for option in options}
+    _refuse_other_encodings(parser, argv)
     _refuse_unknown_flags(parser, argv, known)
 
     values: dict[str, Any] = {}
@@ -230,6 +231,12 @@ def _field_docs(cls: type) -> dict[str, str]:
             if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
                 docs[field.target.id] = " ".join(str(doc.value.value).split())
     return docs
+
+
+def _refuse_other_encodings(parser: _Parser, argv: list[str]) -> None:
+    for word in argv:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):  # so Python holds bytes that are no UTF-8
+            parser.error(f"{word!r} is not UTF-8 text, as configurations and records are: give it another name")
 
 
 def _refuse_unknown_flags(parser: _Parser, argv: list[str], known: Mapping[str, Option]) -> None:

@@ -43,7 +43,7 @@ def tasks_unasked(config: WanConfig, repository: Path) -> tuple[Task, ...]:
     """Those that may be meant when none is named: an image means ti2v only where the weights were published for it."""
     index = repository / "model_index.json"
     keeps_first = config.out_channels == HIGH_VAE_CHANNELS or (
-        index.is_file() and bool(read_json(index).get("expand_timesteps"))
+        index.exists() and bool(read_json(index).get("expand_timesteps"))
     )
     return tuple(task for task in tasks(config) if task is not TI2V or keeps_first)
 
