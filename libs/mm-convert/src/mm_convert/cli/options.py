@@ -43,6 +43,8 @@ class Convert:
     "for Qwen: vision layers of each pipeline stage"
     tp_size: int = 1
     "number of tensor-parallel ranks"
+    lora: Path | None = None
+    "a LoRA adapter to merge into the source (needs torch); of two experts into both, or a pair of adapters"
     lora_alpha: float | None = None
     "alpha of a LoRA adapter, if its file does not say it"
     boundary: float | None = None
@@ -71,10 +73,8 @@ class Convert:
     "the same of tensor-parallel ranks"
     like: Path | None = None
     "the published model, whose names, files and config.json the target gets"
-    lora: Path | None = None
-    "an adapter to be merged into the source"
     lora_rank: int | None = None
-    "its rank; must agree with its factors"
+    "rank of the adapter to merge; must agree with its factors"
 
     def __post_init__(self) -> None:
         if self.shard_gb is not None and self.shard_gb <= 0:
