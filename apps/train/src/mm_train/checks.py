@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 from mm_data import Geometry
 from mm_models.families import find
+from mm_train.adapter import check_adapter
 from mm_train.config import Config
 from mm_train.limits import check_encoders, check_limits
 from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
@@ -211,6 +212,7 @@ CHECKS = (
     Check("objective", "at once", _objective),
     Check("learning rate", "at once", _rates),
     Check("what is trained", "at once", _trained),
+    Check("adapter", "at once", check_adapter),
     Check("layout", "at once", _layout),
     Check("sample videos", "at once", _samples),
     Check("output", "at once", _output),
