@@ -49,6 +49,7 @@ def _check(config: Config) -> tuple[list[Request], Weights]:
         config.encoders,
         model=config.model,
         lora=config.lora,
+        lora_alpha=config.lora_alpha,
         boundary=config.boundary,
         text_tokens=config.text_tokens,
     )

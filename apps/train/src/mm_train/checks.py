@@ -17,6 +17,7 @@ from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
 from mm_models.folder import check_parts
+from mm_train.adapter import check_adapter
 from mm_train.config import Config
 from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
 
@@ -233,6 +234,7 @@ CHECKS = (
     Check("objective", "at once", _objective),
     Check("learning rate", "at once", _rates),
     Check("what is trained", "at once", _trained),
+    Check("adapter", "at once", check_adapter),
     Check("layout", "at once", _layout),
     Check("sample videos", "at once", _samples),
     Check("output", "at once", _output),

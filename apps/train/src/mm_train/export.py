@@ -80,7 +80,7 @@ def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = 
     tensors = open_dcp(checkpoint, "ema" if ema else "model")
     lora = settings["lora"]
     if lora["rank"]:
-        more = {"dropout": lora["dropout"], "base": settings["weights"], "overwrite": overwrite}
+        more = {"dropout": lora["dropout"], "base": Path(settings["weights"]), "overwrite": overwrite}
         return save_lora(output, tensors, lora["alpha"], **more)
     from mm_train.start import Start  # torch, only now
 
