@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from mm_convert import replace_file
 from mm_data import Batch, Captions, Clip, ClipBatch, ClipDataset, Step, for_task, read_manifest, select, survey
 from mm_parallel.encoders import interleave, share_encoding
 from mm_train.config import Config
@@ -40,7 +41,7 @@ def find_clips(config: Config, encoders: Encoders) -> ClipDataset:
     left_out = [*selection.dropped, *dataset.unusable]
     if rank == 0:
         report = config.run_dir / "failures.jsonl"
-        report.write_text("".join(json.dumps({"id": s.id, "reason": str(reason)}) + "\n" for s, reason in left_out))
+        replace_file(report, "".join(json.dumps({"id": s.id, "reason": str(reason)}) + "\n" for s, reason in left_out))
         why = f", {len(left_out)} left out: {report} says why" if left_out else ""
         print(f"{len(dataset)} of {len(samples)} samples of {manifest} can be used{why}", file=sys.stderr, flush=True)
     return dataset

@@ -11,6 +11,7 @@ renamed. Only changes below the folder of a run count.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -19,7 +20,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -32,12 +33,15 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 @dataclass(frozen=True)
 class Scenario:
     """program: "module:function", called with a list of arguments. start: a folder that each run gets a copy of, as
-    its working directory.
+    its working directory. ignored: files whose names have this in them do not count. warm: "module:function", called
+    once with the arguments, before the first fork: what need not be done again by every run.
     """
 
     program: str
     argv: list[str]
     start: str
+    ignored: str = "\0"
+    warm: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,17 @@ def _serve(told: str) -> None:
     scenarios, work, imports = json.loads(told)
     for name in imports:
         importlib.import_module(name)
-    assert len(os.listdir("/proc/self/task")) == 1, "no fork once threads have started"
     results = [_kill_all(Scenario(**scenario), Path(work, str(i))) for i, scenario in enumerate(scenarios)]
     print(json.dumps(results))
 
 
 def _kill_all(scenario: Scenario, work: Path) -> tuple[list[tuple[str, str, str, int, str]], str]:
     kills = []
+    if scenario.warm:
+        _find(scenario.warm)(scenario.argv)
+    assert len(os.listdir("/proc/self/task")) == 1, "no fork once threads have started"
+    gc.disable()
+    gc.freeze()
     for number in count(1):
         run, killed = work / f"{number:03d}", work / f"{number:03d}-killed"
         shutil.copytree(scenario.start, run)
@@ -113,10 +121,9 @@ def _run_here(scenario: Scenario, folder: Path, log: Path, kill_before: int) -> 
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.chdir(folder)
-        module, _, function = scenario.program.partition(":")
-        program = getattr(importlib.import_module(module), function)
+        program = _find(scenario.program)
         if kill_before:
-            _kill_before(kill_before, str(folder))
+            _kill_before(kill_before, str(folder), scenario.ignored)
         program(scenario.argv)
         code = 0
     except SystemExit as end:
@@ -131,7 +138,12 @@ def _run_here(scenario: Scenario, folder: Path, log: Path, kill_before: int) -> 
         os._exit(code)
 
 
-def _kill_before(number: int, folder: str) -> None:
+def _find(name: str) -> Callable[[list[str]], Any]:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _kill_before(number: int, folder: str, ignored: str) -> None:
     """From here on, this process dies before its change of this number, and says on stderr what it was."""
     changes = count(1)
 
@@ -145,7 +157,9 @@ def _kill_before(number: int, folder: str) -> None:
         else:
             return
         name = os.path.abspath(os.fsdecode(path)) if not isinstance(path, int) else folder
-        if name.startswith(folder) and next(changes) == number:
+        if not name.startswith(folder) or ignored in name or (event == "os.mkdir" and os.path.isdir(name)):
+            return
+        if next(changes) == number:
             os.write(2, f"\n{event} {os.path.relpath(name, folder)} {arguments[1] or ''}\n".encode())
             os.kill(os.getpid(), signal.SIGKILL)
 
