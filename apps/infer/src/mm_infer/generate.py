@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from mm_convert import expert_of
+from mm_convert.cli.terminal import one_line
 from mm_data import made_with, write_video
 from mm_infer.__about__ import __version__
 from mm_infer.config import Config, Options
@@ -47,9 +48,7 @@ class Job:
     alone: Path | None = None  # the folder of an expert without the other
 
 
-def prepare(
-    config: Config, requests: list[Request], weights: Weights, share: Share, rank: int, held: ExitStack
-) -> Job:
+def prepare(config: Config, requests: list[Request], weights: Weights, share: Share, rank: int, held: ExitStack) -> Job:
     """Checks all that can be checked without reading a tensor. ValueError or OSError with the way out.
 
     The output is claimed until `held` is left.
@@ -162,7 +161,7 @@ def _enough_memory(options: Options) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    tqdm.write(text)  # around a bar, if there is one
+    tqdm.write(one_line(text))  # around a bar, if there is one
     sys.stdout.flush()
 
 
