@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from mm_convert.cli.arguments import parse
 from mm_convert.cli.terminal import escaped_output, one_line
@@ -31,9 +31,9 @@ def _generate(config: Config) -> None:
     from mm_infer import generate  # torch, only now that the command makes sense
     from mm_infer.ranks import distributed, share
 
-    with distributed() as rank, _exit_code(2, ValueError):
+    with distributed() as rank, ExitStack() as held, _exit_code(2, ValueError):
         with _exit_code(2, OSError):
-            job = generate.prepare(config, requests, weights, share(config.parallel), rank)
+            job = generate.prepare(config, requests, weights, share(config.parallel), rank, held)
         with _exit_code(1, OSError, FloatingPointError, MemoryError):  # a full disk, broken weights, a huge video
             generate.run(job)
 

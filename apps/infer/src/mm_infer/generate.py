@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mm_infer.__about__ import __version__
 from mm_infer.config import Config, Options
 from mm_infer.inputs import Given
 from mm_infer.lists import Request
-from mm_infer.ranks import Share
+from mm_infer.ranks import Share, claim_output
 from mm_infer.sample import Sampler
 from mm_infer.settle import start_of
 from mm_infer.weights import Weights
@@ -48,8 +48,11 @@ class Job:
     alone: Path | None = None  # the folder of an expert without the other
 
 
-def prepare(config: Config, requests: list[Request], weights: Weights, share: Share, rank: int) -> Job:
-    """Checks all that can be checked without reading a tensor. ValueError or OSError with the way out."""
+def prepare(config: Config, requests: list[Request], weights: Weights, share: Share, rank: int, held: ExitStack) -> Job:
+    """Checks all that can be checked without reading a tensor. ValueError or OSError with the way out.
+
+    The output is claimed until `held` is left.
+    """
     first, step = share.prompts
     files = {config.output / f"video_{i}.mp4": requests[i] for i in range(first, len(requests), step)}
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
@@ -57,6 +60,7 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
         weights, None, dtype, config.offload, vae_tiling=config.vae_tiling, mesh=share.mesh, pair=share.pair
     )
     videos = {file: _video(config, sampler, request) for file, request in files.items()}
+    claim_output(config.output, held)
     there = share.decide(lambda: [] if config.overwrite else [file for file in files if file.exists()])
     written = _last_change(config.weights, config.encoders, config.lora)
     others = share.decide(lambda: [f for f in there if not _is_made(f, videos[f].made_with, written)])
@@ -66,8 +70,7 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
             f"{others[0]} is already there{more}, made otherwise or from weights that have changed since: "
             "choose another --output, or replace with --overwrite true"
         )
-    config.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=config.output):  # better now than after the first video
+    with tempfile.TemporaryFile(dir=config.output, prefix=".tmp-", suffix=".mp4"):  # better now than after a video
         pass
     todo = {file: video for file, video in videos.items() if file not in there}
     alone = config.weights if expert_of(config.weights) else None

@@ -210,7 +210,10 @@ def _output(config: Config) -> None:
         raise ValueError(f"{other[0]} belongs to {kinds[0]}, and this run trains {kinds[1]}: choose another --output")
     if not config.expert or not (made / "experts.json").exists():
         return
-    said, wanted = json.loads((made / "experts.json").read_text()).get("boundary"), expert_boundary(config)
+    said, wanted = (
+        json.loads((made / "experts.json").read_text(encoding="utf-8")).get("boundary"),
+        expert_boundary(config),
+    )
     if said != wanted:
         raise ValueError(
             f"{made} holds experts that part at noise level {said}; this run would part at {wanted}. Give "

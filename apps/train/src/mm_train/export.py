@@ -74,7 +74,7 @@ def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = 
     checkpoint = latest(checkpoint) or checkpoint
     if not (checkpoint / "progress.json").is_file():
         raise ValueError(f"{checkpoint} is not a complete training checkpoint: it has no progress.json")
-    settings: dict[str, Any] = tomllib.loads((checkpoint / "config.toml").read_text())
+    settings: dict[str, Any] = tomllib.loads((checkpoint / "config.toml").read_text(encoding="utf-8"))
     if ema and not settings["optim"]["ema"]:
         raise ValueError(f"{checkpoint} holds no moving average (the run kept no --optim.ema)")
     tensors = open_dcp(checkpoint, "ema" if ema else "model")
