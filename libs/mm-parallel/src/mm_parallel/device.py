@@ -3,7 +3,6 @@
 import gc
 import importlib
 import importlib.util
-import os
 import resource
 import sys
 import warnings
@@ -12,6 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+
+from mm_parallel.launch import read_launch
 
 BACKENDS = ("gloo", "nccl", "hccl")
 """What an error of communication may name."""
@@ -69,14 +70,21 @@ def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> tuple[int, i
     """Joins the process group that torchrun describes in the environment; returns (rank, world, local rank).
 
     Without torchrun there is no process group and the answer is (0, 1, 0). Each process takes the accelerator of its
-    local rank. Raises ValueError when this host has fewer accelerators than local ranks.
+    local rank. Raises ValueError when this host has fewer accelerators than local ranks, and as `read_launch` does.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    rank, world, said, joins = read_launch()
+    local = said or 0
+    if not joins:
         return 0, 1, 0
-    rank, world, local = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     here = device()
     if here.type != "cpu":
-        if local >= (count := torch.accelerator.device_count()):
+        count = torch.accelerator.device_count()
+        if said is None and world > 1 and count > 1:
+            raise ValueError(
+                f"the environment says RANK={rank}, but not LOCAL_RANK, and this host shows {count} of type "
+                f"{here.type}: start with torchrun, which says which of them is whose"
+            )
+        if local >= count:
             raise ValueError(
                 f"local rank {local} needs its own device, but this host shows {count} of type {here.type}: "
                 f"start at most {count} processes per host (torchrun --nproc_per_node {count})"
