@@ -13,9 +13,12 @@ class Unfit(ValueError):
     """A sound video that this geometry cannot use. `kind` is one of a few words that a report counts."""
 
     def __init__(self, kind: str, detail: str):
-        super().__init__(f"{kind}: {detail}")
+        super().__init__(kind, detail)  # what it is pickled by, for other ranks
         self.kind = kind
         self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.detail}"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import gc
 import importlib
 import importlib.util
+import os
 import resource
 import sys
 import warnings
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from mm_parallel.launch import read_launch
+from mm_parallel.launch import Launch, read_launch
 
 BACKENDS = ("gloo", "nccl", "hccl")
 """What an error of communication may name."""
@@ -66,20 +67,29 @@ def backend(device: torch.device) -> str:
     return own if device.type == "cpu" else f"cpu:gloo,{device.type}:{own}"
 
 
-def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> tuple[int, int, int]:
+def init_distributed(
+    timeout: timedelta = timedelta(minutes=10),
+    store: dist.Store | None = None,
+) -> tuple[int, int, int]:
     """Joins the process group that torchrun describes in the environment; returns (rank, world, local rank).
 
     Without torchrun there is no process group and the answer is (0, 1, 0). Each process takes the accelerator of its
-    local rank. Raises ValueError when this host has fewer accelerators than local ranks, and as `read_launch` does.
+    local rank. store: where the ranks meet, if they have met. Raises ValueError when this host has fewer accelerators
+    than local ranks, and as `read_launch` does.
     """
-    rank, world, said, joins = read_launch()
-    local = said or 0
-    if not joins:
+    if dist.is_initialized():
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        launch = Launch(dist.get_rank(), dist.get_world_size(), local, joins=True)
+    else:
+        launch = read_launch()
+    if launch.ranks is None:
         return 0, 1, 0
+    rank, world = launch.ranks
+    local = launch.local or 0
     here = device()
     if here.type != "cpu":
         count = torch.accelerator.device_count()
-        if said is None and world > 1 and count > 1:
+        if launch.local is None and world > 1 and count > 1:
             raise ValueError(
                 f"the environment says RANK={rank}, but not LOCAL_RANK, and this host shows {count} of type "
                 f"{here.type}: start with torchrun, which says which of them is whose"
@@ -91,7 +101,8 @@ def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> tuple[int, i
             )
         torch.accelerator.set_device_index(local)
     if not dist.is_initialized():
-        dist.init_process_group(backend(here), timeout=timeout)
+        met = {} if store is None else {"store": store, "rank": rank, "world_size": world}
+        dist.init_process_group(backend(here), timeout=timeout, **met)
     return rank, world, local
 
 

@@ -16,6 +16,11 @@ class Launch(NamedTuple):
     joins: bool = False
     """Whether there is a process group to join."""
 
+    @property
+    def ranks(self) -> tuple[int, int] | None:
+        """(rank, world) of a process that has others to join, or None."""
+        return (self.rank, self.world) if self.joins else None
+
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """What the environment says of this process.
