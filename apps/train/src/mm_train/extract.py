@@ -17,6 +17,7 @@ from mm_models.families import find
 from mm_parallel.launch import read_launch
 from mm_train.checks import check_encoders
 from mm_train.command import run
+from mm_train.interrupt import ending_signals
 from mm_train.objective import choose_task
 
 
@@ -78,7 +79,8 @@ def extract(config: ExtractConfig) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     def work() -> None:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for ending in ending_signals():
+            signal.signal(ending, signal.default_int_handler)
         read_launch()
         config = parse(ExtractConfig, argv, prog="python -m mm_train.extract", description=ExtractConfig.__doc__)
         try:
