@@ -11,6 +11,7 @@ from mm_infer.inputs import Given
 from mm_infer.lists import Request, read_requests
 from mm_infer.settle import check
 from mm_infer.weights import Weights
+from mm_parallel.launch import read_launch
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,6 +41,7 @@ def _generate(config: Config) -> None:
 
 def _check(config: Config) -> tuple[list[Request], Weights]:
     """What is asked for, and the weights, with all that can be known of both without torch, which takes seconds."""
+    read_launch()
     requests = read_requests(config)
     blocked = next((path for path in (config.output, *config.output.parents) if path.exists()), config.output)
     if blocked.exists() and not blocked.is_dir():

@@ -6,6 +6,7 @@ import os
 import sys
 
 from mm_convert.cli.terminal import one_line
+from mm_parallel.launch import read_launch
 from mm_train.checks import check
 from mm_train.command import run
 from mm_train.recipe import load_config
@@ -13,6 +14,7 @@ from mm_train.recipe import load_config
 
 def main(argv: list[str] | None = None) -> None:
     def work() -> None:
+        read_launch()
         config = load_config(argv)
         check(config)
         from mm_parallel.device import leave  # only now: torch takes seconds, a typo or a missing path should not

@@ -14,6 +14,7 @@ from mm_convert.cli.arguments import parse
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
+from mm_parallel.launch import read_launch
 from mm_train.checks import check_encoders
 from mm_train.command import run
 from mm_train.interrupt import ending_signals
@@ -80,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     def work() -> None:
         for ending in ending_signals():
             signal.signal(ending, signal.default_int_handler)
+        read_launch()
         config = parse(ExtractConfig, argv, prog="python -m mm_train.extract", description=ExtractConfig.__doc__)
         try:
             extract(config)
