@@ -20,7 +20,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mm_parallel.guard import Watchdog, agree, join, tell_absence
+from mm_parallel.absence import absence_told
+from mm_parallel.guard import Watchdog, agree, join
 from mm_parallel.testing import spawn
 from mm_parallel.testing.ranks import _ALWAYS
 
@@ -147,23 +148,29 @@ def the_host_never_comes(rank: int) -> None:
         comes(rank)
 
 
+def refuse() -> None:
+    with absence_told():
+        sys.stderr.write("no.toml is not there")
+        sys.exit(2)
+
+
 def one_cannot_come(rank: int) -> None:
     if rank == 1:
-        tell_absence("no.toml is not there")
+        refuse()
     else:
         comes(rank)
 
 
 def the_host_cannot_come(rank: int) -> None:
     if rank == 0:
-        tell_absence("no.toml is not there")
+        refuse()
     else:
         time.sleep(1)
         comes(rank)
 
 
 def none_can_come(rank: int) -> None:
-    sys.stderr.write(f"{tell_absence('no.toml is not there')}")
+    refuse()
 
 
 def one_fails_while_it_joins(rank: int) -> None:
@@ -363,15 +370,16 @@ def test_a_rank_that_never_comes_is_named(tmp_path):
 @pytest.mark.parametrize(("scenario", "culprit"), [(one_cannot_come, 1), (the_host_cannot_come, 0)])
 def test_a_rank_that_cannot_come_says_why(tmp_path, scenario, culprit):
     ends = run(scenario, 3, tmp_path)
-    assert [end.code for end in ends] == [int(rank != culprit) for rank in range(3)]
+    assert [end.code for end in ends] == [2 if rank == culprit else 1 for rank in range(3)]
+    assert ends[culprit].said == "no.toml is not there"
     for end in others(ends, culprit):
         assert f"ConnectionError: rank {culprit} failed before it joined the others: no.toml is not there" in end.said
 
 
 def test_ranks_that_all_cannot_come_end_at_once_and_one_says_why(tmp_path):
     ends = run(none_can_come, 3, tmp_path)
-    assert [end.code for end in ends] == [0, 0, 0]
-    assert "False" in [end.said for end in ends]
+    assert [end.code for end in ends] == [2, 2, 2]
+    assert [end.said for end in ends] == ["no.toml is not there", "", ""]
 
 
 def test_without_its_host_nobody_waits_for_ever(tmp_path):

@@ -7,12 +7,27 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from mm_parallel.absence import absence_told
+
+T = TypeVar("T")
 
 
-def run(work: Callable[[], object]) -> None:
+def run(read: Callable[[], T], work: Callable[[T], object]) -> None:
+    """A program of one rank or several: `read` says what is asked for, without torch, and `work` does it.
+
+    Where one rank cannot read it, the others end, too. Exit codes: see `report`.
+    """
+    with absence_told():
+        asked = report(read)
+    report(lambda: work(asked))
+
+
+def report(work: Callable[[], T]) -> T:
     """Exit code 0: done; 2: it was asked for what cannot be; 1: it failed on the way; 130: it was interrupted."""
     try:
-        work()
+        return work()
     except ValueError as error:
         _leave(f"error: {error}", 2)
     except (OSError, FloatingPointError) as error:
@@ -44,7 +59,7 @@ def check_shared(path: Path) -> None:
         )
 
 
-def _leave(message: str, code: int) -> None:
+def _leave(message: str, code: int) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     if message:
         sys.stderr.write(f"{f'[rank {rank}] ' if rank != '0' else ''}{message}\n")

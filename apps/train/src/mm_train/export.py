@@ -16,7 +16,7 @@ from mm_convert import open_dcp, save_checkpoint, save_lora, write_experts
 from mm_convert.cli.arguments import parse
 from mm_models import build
 from mm_models.families import family_of
-from mm_train.command import run
+from mm_train.command import report
 from mm_train.config import Config
 from mm_train.objective import expert_boundary
 from mm_train.resume import latest
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(ExportConfig, argv, prog="python -m mm_train.export")
         print(export(config.checkpoint, config.output, config.ema, config.overwrite))
 
-    run(work)
+    report(work)
 
 
 if __name__ == "__main__":
