@@ -31,7 +31,7 @@ def absence_told() -> Iterator[None]:
         from mm_parallel.guard.join import tell_absence  # torch, only now
 
         heard = tell_absence(reason, 5)
-        if rank != "0" and not (heard or "").endswith(reason):
+        if rank != "0" and heard != reason:
             sys.stderr.write(said.getvalue())
         if heard is None:
             tell_absence(reason, 55)

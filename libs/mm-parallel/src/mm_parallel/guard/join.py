@@ -116,18 +116,21 @@ def _missing(board: Board, what: str) -> str:
 def tell_absence(reason: str, patience: float) -> str | None:
     """Tells the ranks that wait for this one in `join` that it will not come.
 
-    Returns what another told before, if any; None if the store cannot be reached within `patience` seconds. Rank 0,
-    which may host the store, stays until all have heard it, a minute at most.
+    Returns what rank 0 says within `patience` seconds: its host, the reason why it cannot come either, or nothing; None
+    if the store cannot be reached in that time. Rank 0, which may host the store, stays until all have heard it, a
+    minute at most.
     """
     try:
         ranks = ranks_of_environment()
         if ranks is None or ranks[1] == 1:
             return None
+        until = time.monotonic() + patience
         board = open_board(connect(*ranks, patience), *ranks, "roll")
-        told = board.read_cause()
         board.tell(f"rank {ranks[0]} failed before it joined the others: {reason}")
-        board.come(socket.gethostname())
+        board.come(reason)
+        while (word := board.read_word(0)) is None and time.monotonic() < until:
+            time.sleep(_BETWEEN)
         board.leave(_ABSENT)
     except (ValueError, ConnectionError, dist.DistError):
         return None
-    return told["cause"] if told else ""
+    return word or ""
