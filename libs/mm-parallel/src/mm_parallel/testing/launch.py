@@ -29,7 +29,7 @@ def launch(world: int, fn: Callable[..., Any], *args: Any, within: float = 30) -
     """Calls `fn(rank, *args)` in `world` new processes, which are to join by themselves: how each ended, by rank.
 
     `fn` is a top-level function of an importable module or of a test file; arguments are pickled. Each rank computes on
-    one thread. Nobody is ended when another fails; what still runs, or is stopped, after `within` seconds is killed.
+    one thread. Nobody is ended when another fails; what still runs after `within` seconds is killed, and what is stopped in the end.
     """
     context = multiprocessing.get_context("forkserver")
     function = (fn.__module__, inspect.getfile(fn), fn.__qualname__)
@@ -45,14 +45,24 @@ def launch(world: int, fn: Callable[..., Any], *args: Any, within: float = 30) -
             ranks[-1].start()
         deadline = time.monotonic() + within
         try:
-            for process in ranks:
-                process.join(max(0, deadline - time.monotonic()))
+            while any(map(_runs, ranks)) and time.monotonic() < deadline:
+                time.sleep(0.02)
             codes = [process.exitcode for process in ranks]
         finally:
             for process in ranks:
                 process.kill()
                 process.join()
         return [End(code, Path(folder, str(rank)).read_text()) for rank, code in enumerate(codes)]
+
+
+def _runs(process: Any) -> bool:
+    """Whether it neither has ended nor is stopped."""
+    if process.exitcode is not None:
+        return False
+    try:
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T"
+    except OSError:
+        return True  # it has just ended, or this is no Linux
 
 
 def _run(folder: str, rank: int, world: int, port: int, function: tuple, args: bytes) -> None:
