@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from mm_convert.cli.arguments import parse
+from mm_convert.cli.terminal import escaped_output, one_line
 from mm_infer.config import Config
 from mm_infer.inputs import Given
 from mm_infer.lists import Request, read_requests
@@ -15,28 +16,32 @@ from mm_parallel.absence import absence_told
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 2 for a command that cannot work, found before anything is loaded; 130 after Ctrl-C."""
-    with absence_told():  # of several ranks, the others end, too
-        config = parse(Config, argv, prog="mm_infer")
-        with _exit_code(2, ValueError, OSError):
-            requests, weights = _check(config)
-    try:
-        from mm_infer import generate  # torch, only now that the command makes sense
-        from mm_infer.ranks import distributed, share
+    with escaped_output():
+        with absence_told():  # of several ranks, the others end, too
+            config = parse(Config, argv, prog="mm_infer")
+            with _exit_code(2, ValueError, OSError):
+                requests, weights = _check(config)
+        try:
+            _generate(config, requests, weights)
+        except KeyboardInterrupt:
+            made = "the videos named above are complete, the same command makes the others"
+            print(f"mm_infer: stopped; {made}", file=sys.stderr)
+            sys.exit(130)
 
-        with (
-            _exit_code(2, ValueError),
-            _exit_code(1, OSError, FloatingPointError, MemoryError),  # a full disk, broken weights, a huge video
-            distributed(config.deadline) as (rank, guard),
-        ):
-            guard.at("preparing", config.patience)
-            with _refusing():
-                job = generate.prepare(config, requests, weights, share(config.parallel), rank)
-            generate.run(job, guard, config.patience)
-    except KeyboardInterrupt:
-        print(
-            "mm_infer: stopped; the videos named above are complete, the same command makes the others", file=sys.stderr
-        )
-        sys.exit(130)
+
+def _generate(config: Config, requests: list[Request], weights: Weights) -> None:
+    from mm_infer import generate  # torch, only now that the command makes sense
+    from mm_infer.ranks import distributed, share
+
+    with (
+        _exit_code(2, ValueError),
+        _exit_code(1, OSError, FloatingPointError, MemoryError),  # a full disk, broken weights, a huge video
+        distributed(config.deadline) as (rank, guard),
+    ):
+        guard.at("preparing", config.patience)
+        with _refusing():
+            job = generate.prepare(config, requests, weights, share(config.parallel), rank)
+        generate.run(job, guard, config.patience)
 
 
 def _check(config: Config) -> tuple[list[Request], Weights]:
@@ -64,7 +69,7 @@ def _exit_code(code: int, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        print(f"mm_infer: error: {error}", file=sys.stderr)
+        print(f"mm_infer: error: {one_line(error)}", file=sys.stderr)
         sys.exit(code)
 
 

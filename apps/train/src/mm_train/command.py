@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from mm_convert.cli.terminal import escaped_output, one_line
 from mm_parallel.absence import absence_told
 
 T = TypeVar("T")
@@ -17,15 +18,22 @@ T = TypeVar("T")
 def run(read: Callable[[], T], work: Callable[[T], object]) -> None:
     """A program of one rank or several: `read` says what is asked for, without torch, and `work` does it.
 
-    Where one rank cannot read it, the others end, too. Exit codes: see `report`.
+    Where one rank cannot read it, the others end, too. Exit code 0: done; 2: it was asked for what cannot be; 1: it
+    failed on the way; 130: it was interrupted.
     """
-    with absence_told():
-        asked = report(read)
-    report(lambda: work(asked))
+    with escaped_output():
+        with absence_told():
+            asked = _report(read)
+        _report(lambda: work(asked))
 
 
-def report(work: Callable[[], T]) -> T:
-    """Exit code 0: done; 2: it was asked for what cannot be; 1: it failed on the way; 130: it was interrupted."""
+def run_alone(work: Callable[[], object]) -> None:
+    """The same for a program of one process."""
+    with escaped_output():
+        _report(work)
+
+
+def _report(work: Callable[[], T]) -> T:
     try:
         return work()
     except ValueError as error:
@@ -62,5 +70,5 @@ def check_shared(path: Path) -> None:
 def _leave(message: str, code: int) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     if message:
-        sys.stderr.write(f"{f'[rank {rank}] ' if rank != '0' else ''}{message}\n")
+        sys.stderr.write(f"{f'[rank {rank}] ' if rank != '0' else ''}{one_line(message)}\n")
     sys.exit(code)
