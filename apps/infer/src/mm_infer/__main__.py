@@ -12,16 +12,17 @@ from mm_infer.lists import Request, read_requests
 from mm_infer.settle import check
 from mm_infer.weights import Weights
 from mm_parallel.absence import absence_told
+from mm_parallel.launch import read_launch
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 2 for a command that cannot work, found before anything is loaded; 130 after Ctrl-C."""
     with escaped_output():
-        with absence_told():  # of several ranks, the others end, too
-            config = parse(Config, argv, prog="mm_infer")
-            with _exit_code(2, ValueError, OSError):
-                requests, weights = _check(config)
         try:
+            with absence_told():  # of several ranks, the others end, too
+                config = parse(Config, argv, prog="mm_infer")
+                with _exit_code(2, ValueError, OSError):
+                    requests, weights = _check(config)
             _generate(config, requests, weights)
         except KeyboardInterrupt:
             made = "the videos named above are complete, the same command makes the others"
@@ -46,6 +47,7 @@ def _generate(config: Config, requests: list[Request], weights: Weights) -> None
 
 def _check(config: Config) -> tuple[list[Request], Weights]:
     """What is asked for, and the weights, with all that can be known of both without torch, which takes seconds."""
+    read_launch()
     requests = read_requests(config)
     blocked = next((path for path in (config.output, *config.output.parents) if path.exists()), config.output)
     if blocked.exists() and not blocked.is_dir():

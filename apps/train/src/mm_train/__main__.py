@@ -6,6 +6,7 @@ import os
 import sys
 
 from mm_convert.cli.terminal import one_line
+from mm_parallel.launch import read_launch
 from mm_train.checks import check
 from mm_train.command import run
 from mm_train.config import Config
@@ -14,6 +15,7 @@ from mm_train.recipe import load_config
 
 def main(argv: list[str] | None = None) -> None:
     def read() -> Config:
+        read_launch()
         config = load_config(argv)
         check(config)
         return config

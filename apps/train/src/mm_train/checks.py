@@ -6,7 +6,6 @@ A list of named checks. `train` raises what the first one finds; the list can as
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -17,6 +16,7 @@ from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
 from mm_models.folder import check_parts
+from mm_parallel.launch import read_launch
 from mm_train.config import Config
 from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
 
@@ -161,7 +161,7 @@ def _trained(config: Config) -> None:
 
 def _layout(config: Config) -> None:
     """The layout fits the ranks that were started, and the batch fits the layout."""
-    layout = config.parallel.resolve(int(os.environ.get("WORLD_SIZE", "1")))
+    layout = config.parallel.resolve(read_launch().world)
     config.micro_batches(layout.dp_replicate * layout.dp_shard)
 
 

@@ -14,6 +14,7 @@ from mm_convert.cli.arguments import parse
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
+from mm_parallel.launch import read_launch
 from mm_train.checks import check_encoders
 from mm_train.command import run
 from mm_train.interrupt import ending_signals
@@ -82,6 +83,7 @@ def extract(config: ExtractConfig) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     def read() -> ExtractConfig:
+        read_launch()
         config = parse(ExtractConfig, argv, prog="python -m mm_train.extract", description=ExtractConfig.__doc__)
         config.check()
         return config

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import tomllib
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from mm_convert.cli.arguments import parse
 from mm_convert.cli.terminal import one_line
+from mm_convert.cli.toml import read_tables
 from mm_models.families import suggest
 from mm_train import guides
 from mm_train.config import Config
@@ -53,8 +53,8 @@ def _recipe(argv: list[str]) -> list[Path]:
     """The recipe file has to be known before the flags are parsed, as its values lie below theirs."""
     chosen: dict[str, str] = {}
     for file in _values(argv, "config"):
-        with contextlib.suppress(OSError, ValueError):  # `parse` reads it again, and says what is wrong with it
-            written = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        with contextlib.suppress(ValueError):  # `parse` reads it again, and says what is wrong with it
+            written = read_tables(Path(file))
             chosen |= {k: v for k, v in written.items() if k in ("model", "recipe") and isinstance(v, str)}
     for flag in ("model", "recipe"):
         for value in _values(argv, flag):

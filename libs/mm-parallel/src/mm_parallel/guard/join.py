@@ -17,10 +17,11 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from mm_parallel.device import init_distributed, ranks_of_environment
+from mm_parallel.device import init_distributed
 from mm_parallel.guard.diagnosis import ranks_of
 from mm_parallel.guard.heartbeat import Board, open_board
 from mm_parallel.guard.watchdog import Watchdog
+from mm_parallel.launch import read_launch
 
 _BETWEEN = 0.1  # seconds between two looks at who has come
 _ABSENT = 60  # seconds for which a rank that cannot come stays, if it hosts the store
@@ -49,7 +50,7 @@ def join(
     the environment does not say where to meet, and as `init_distributed`.
     """
     times = {"deadline": deadline, "interval": interval, "silence": silence}
-    ranks = None if dist.is_initialized() else ranks_of_environment()
+    ranks = None if dist.is_initialized() else read_launch().ranks
     if ranks is None:
         with Watchdog(**times) as guard:
             yield guard
@@ -121,7 +122,7 @@ def tell_absence(reason: str, patience: float) -> str | None:
     minute at most.
     """
     try:
-        ranks = ranks_of_environment()
+        ranks = read_launch().ranks
         if ranks is None or ranks[1] == 1:
             return None
         until = time.monotonic() + patience
