@@ -15,7 +15,7 @@ from mm_convert import open_dcp, save_checkpoint, save_lora, write_experts
 from mm_convert.cli.arguments import parse, read_config
 from mm_convert.cli.terminal import one_line
 from mm_models import build
-from mm_train.command import run
+from mm_train.command import run_alone
 from mm_train.config import Config
 from mm_train.objective import architecture, expert_boundary
 from mm_train.resume import latest
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(ExportConfig, argv, prog="python -m mm_train.export")
         print(one_line(export(config.checkpoint, config.output, config.ema, config.overwrite)))
 
-    run(work)
+    run_alone(work)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,10 @@ class ExtractConfig:
     """Of the text encoder; the VAE and CLIP run in float32."""
     tiling: bool = False
     """Let the VAE work in tiles: less memory, slightly other numbers at the seams."""
+    deadline: float = limited(1800, least=10)
+    """On several ranks: seconds that the clips of one batch may take; then all end and say which rank hangs, and
+    where.
+    """
 
     def check(self) -> None:
         """ValueError for what cannot work, found without torch."""
@@ -78,11 +82,13 @@ def extract(config: ExtractConfig) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    def work() -> None:
-        for ending in ending_signals():
-            signal.signal(ending, signal.default_int_handler)
+    def read() -> ExtractConfig:
         read_launch()
         config = parse(ExtractConfig, argv, prog="python -m mm_train.extract", description=ExtractConfig.__doc__)
+        config.check()
+        return config
+
+    def work(config: ExtractConfig) -> None:
         try:
             extract(config)
             from mm_parallel.device import leave
@@ -91,7 +97,9 @@ def main(argv: list[str] | None = None) -> None:
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; what was encoded is kept, the same command continues") from None
 
-    run(work)
+    for ending in ending_signals():
+        signal.signal(ending, signal.default_int_handler)
+    run(read, work)
 
 
 if __name__ == "__main__":
