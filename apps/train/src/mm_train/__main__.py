@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 
-from mm_convert.cli.terminal import one_line
+from mm_convert.cli.terminal import escaped_output, one_line
 from mm_train.checks import check
 from mm_train.command import run
 from mm_train.recipe import load_config
 
 
+@escaped_output()
 def main(argv: list[str] | None = None) -> None:
     def work() -> None:
         config = load_config(argv)
