@@ -175,6 +175,9 @@ class _Words(NamedTuple):
 
 def _split(argv: list[str], known: Mapping[str, Option]) -> _Words:
     """The words of a command line by the options that they belong to. ValueError for one that belongs to none."""
+    for word in argv:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):  # so Python holds bytes that are no UTF-8
+            raise ValueError(f"{word!r} is not UTF-8 text, as configurations and records are: give it another name")
     positional = [name for name, option in known.items() if option.positional]
     flags = known.keys() - positional | {"config", "print_config", "help"}
     given: dict[str, tuple[str, str]] = {}
