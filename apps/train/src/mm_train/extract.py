@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from mm_convert.cli.arguments import parse
+from mm_convert.cli.arguments import dump, parse
+from mm_convert.cli.terminal import escaped_output
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
@@ -51,7 +52,7 @@ class ExtractConfig:
     """Of the text encoder; the VAE and CLIP run in float32."""
     tiling: bool = False
     """Let the VAE work in tiles: less memory, slightly other numbers at the seams."""
-    deadline: float = limited(1800, least=10)
+    deadline: Annotated[float, ">= 10", "<= 604800"] = 1800
     """On several ranks: seconds that the clips of one batch may take; then all end and say which rank hangs, and
     where.
     """
@@ -65,6 +66,7 @@ class ExtractConfig:
             )
         check_encoders(self.encoders, family.encoders(preset.config), "--encoders")
         check_config(self, "--")
+        dump(self)  # ValueError for a name that no configuration could hold
         choose_task(self.model, family, preset.config, self.task, "--task")
 
     @property
@@ -81,6 +83,7 @@ def extract(config: ExtractConfig) -> int:
     return encode_all(config)
 
 
+@escaped_output()
 def main(argv: list[str] | None = None) -> None:
     def read() -> ExtractConfig:
         read_launch()
