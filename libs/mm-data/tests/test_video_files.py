@@ -94,9 +94,9 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket.mp4"))
         for path, kind in ((tmp_path / "pipe.mp4", "a FIFO"), (tmp_path / "socket.mp4", "a socket")):
-            with pytest.raises(ValueError, match=f"{path.name} is not a regular file but {kind}"):
+            with pytest.raises(ValueError, match=f"{path.name} is {kind}, not a regular file"):
                 probe(path)
-    with pytest.raises(ValueError, match="/dev/zero is not a regular file but a device"):
+    with pytest.raises(ValueError, match="/dev/zero is a device, not a regular file"):
         probe("/dev/zero")
 
 

@@ -38,23 +38,23 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading, unbuffered. ValueError, naming it, unless it is a regular one that can be read.
+    """Open a file for reading. ValueError, naming it, unless it is a regular one that can be read.
 
     A FIFO or a device is refused at once: who opens or reads one may wait for ever.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # looked at before it is opened: opening a device may do something
-            raise ValueError(f"{path} is not a regular file but {_kind(os.stat(path).st_mode)}")
+            raise ValueError(f"{path} is {_kind(os.stat(path).st_mode)}, not a regular file")
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be opened: {error.strerror}") from error
-    file = os.fdopen(descriptor, "rb", buffering=0)
+    file = os.fdopen(descriptor, "rb")
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):  # exchanged in between
         file.close()
-        raise ValueError(f"{path} is not a regular file but {_kind(mode)}")
+        raise ValueError(f"{path} is {_kind(mode)}, not a regular file")
     return file
 
 
