@@ -34,7 +34,10 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def read_mask(path: str | Path) -> np.ndarray:
     """H W 1 uint8, upright: grey values, whatever is transparent. Raises ValueError as `read_image`."""
-    return to_grey(np.asarray(_read(Path(path)).convert("RGB")))
+    picture = _read(Path(path))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")  # not at once to RGB, where Pillow warns of palettes
+    return to_grey(np.asarray(picture.convert("RGB")))
 
 
 def _read(path: Path) -> Image.Image:
