@@ -93,9 +93,9 @@ def test_only_pictures_are_opened(tmp_path):
         "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
     )
     for name, message in {
-        "pipe.png": "pipe.png is a FIFO, not a regular file",
+        "pipe.png": r"pipe.png is a named pipe \(FIFO\), not a file",
         "gs.png": "gs.png is not a picture of a known kind",  # Pillow would start Ghostscript
-        "http://example.com/a.png": "does not exist",
+        "http://example.com/a.png": "is not there",
     }.items():
         with pytest.raises(ValueError, match=message):
             read_image(name if "://" in name else tmp_path / name)
@@ -130,7 +130,7 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path):
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     Image.fromarray(np.zeros((4, 4), np.int32)).save(tmp_path / "wide.tiff")
     for name, message in {
-        "none.png": "does not exist",
+        "none.png": "is not there",
         ".": "is a folder",
         "cut.jpg": "cut.jpg cannot be read as a picture",
         "cut.png": "cut.png cannot be read as a picture",

@@ -81,7 +81,7 @@ def test_a_name_means_nothing_to_ffmpeg(tmp_path, listener, monkeypatch):
     names += [f"http://127.0.0.1:{listener.port}/a.mp4", f"tcp://127.0.0.1:{listener.port}", "concat:one.mp4|one.mp4"]
     names += ["subfile,,start,0,end,0,,:one.mp4", "crypto:one.mp4", "lavfi:testsrc", "per%03d.mp4", "*.mp4"]
     for name in names:
-        with pytest.raises(ValueError, match="does not exist"):
+        with pytest.raises(ValueError, match="is not there"):
             probe(name)
         if "/" not in name:  # and it is what it holds where there is such a file
             write_clip(tmp_path / "written.mp4", 7).rename(name)
@@ -93,10 +93,10 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket.mp4"))
-        for path, kind in ((tmp_path / "pipe.mp4", "a FIFO"), (tmp_path / "socket.mp4", "a socket")):
-            with pytest.raises(ValueError, match=f"{path.name} is {kind}, not a regular file"):
+        for path, kind in ((tmp_path / "pipe.mp4", "a named pipe"), (tmp_path / "socket.mp4", "a socket")):
+            with pytest.raises(ValueError, match=f"{path.name} is {kind}"):
                 probe(path)
-    with pytest.raises(ValueError, match="/dev/zero is a device, not a regular file"):
+    with pytest.raises(ValueError, match="/dev/zero is a device"):
         probe("/dev/zero")
 
 

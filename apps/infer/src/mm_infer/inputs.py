@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import mm_data
-from mm_data.files import open_regular
+from mm_data.files import open_file
 from mm_data.geometry import clip_rate, crop_box, resample
 from mm_data.pixels import to_grey
 from mm_data.video import VideoInfo, probe, read_video
@@ -62,7 +62,7 @@ def _is_empty(value: Any) -> bool:
 
 def _named(value: Picture | Video) -> dict[str, str]:
     if isinstance(value, str | Path):
-        with open_regular(Path(value)) as file:
+        with open_file(Path(value)) as file:
             return {"path": str(value), "sha256": file_digest(file, "sha256").hexdigest()}
     return {"sha256": sha256(_array(value).tobytes()).hexdigest()}
 

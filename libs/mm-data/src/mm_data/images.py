@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mm_data.files import open_regular
+from mm_data.files import find_fault, open_file
 from mm_data.pixels import lay_on_white, to_grey
 
 # What has a mark at its beginning comes first. Not what Pillow gives to other programs (eps), nor rare kinds of text.
@@ -44,7 +44,9 @@ def _read(path: Path) -> Image.Image:
     """A picture of 8 bits, upright and in memory."""
     Image.init()
     known = [name for name in FORMATS if name in Image.OPEN]  # AVIF came late
-    with open_regular(path) as file:
+    if fault := find_fault(path):
+        raise ValueError(fault)
+    with open_file(path) as file:
         try:
             with Image.open(file, formats=known) as picture:
                 frames, kind = getattr(picture, "n_frames", 1), picture.format

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mm_data.files import open_regular
+from mm_data.files import open_file
 from mm_data.video_pyav import Orientation, VideoInfo
 
 UPSIDE_DOWN = Orientation(mirrored=True, upside_down=True)
@@ -32,7 +32,7 @@ def frames(info: VideoInfo, order: list[int], on_white: bool = True) -> Iterator
         if refused:
             raise ValueError(f"{info.path}: decord does not read {what}: use backend pyav")
     wanted = set(order)
-    with open_regular(info.path) as file:  # by its number: a name may mean something else to FFmpeg
+    with open_file(info.path) as file:  # by its number: a name may mean something else to FFmpeg
         try:
             reader = decord.VideoReader(f"/dev/fd/{file.fileno()}", ctx=decord.cpu(0), num_threads=1)
             if len(reader) != info.num_frames:

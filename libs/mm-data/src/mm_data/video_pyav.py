@@ -15,7 +15,7 @@ import av
 import numpy as np
 from av.stream import Disposition
 
-from mm_data.files import open_regular
+from mm_data.files import find_fault, open_file
 from mm_data.pixels import lay_on_white
 
 # Codecs with packets that are decoded but never shown: only decoding tells how many frames there are.
@@ -317,7 +317,7 @@ def _open(path: Path) -> Iterator[Opened]:
     concat:, %03d), and a playlist, or whatever else names other files, opens none of them.
     """
     _check_file(path)
-    with open_regular(path) as file:
+    with open_file(path) as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise ValueError(f"{path} is empty (0 bytes)")
         try:
@@ -357,8 +357,10 @@ def _refuse_picture(path: Path) -> None:
 
 
 def _check_file(path: Path) -> None:
-    """ValueError for a folder."""
+    """ValueError for what cannot be opened as a file."""
     if path.is_dir():
         images = sum(p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") for p in path.iterdir())
         hint = f"it holds {images} images; join them into a video first" if images else "give a video file"
         raise ValueError(f"{path} is a folder: {hint}")
+    if fault := find_fault(path):
+        raise ValueError(fault)

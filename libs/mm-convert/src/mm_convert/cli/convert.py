@@ -90,8 +90,6 @@ def _prepare_model(options: Convert) -> tuple[Checkpoint, Files]:
 
 def _prepare_merge(options: Convert) -> Files:
     assert options.lora
-    if options.lora_rank is not None and options.lora_rank < 1:
-        raise ValueError(f"LoRA rank can not be {options.lora_rank}: it is at least 1")
     base = _open(options)
     adapter = open_lora(options.lora, alpha=options.lora_alpha, rank=options.lora_rank)
     to, where = _form(options, base), options.lora.resolve()
