@@ -42,6 +42,12 @@ from mm_train.encode import Encoders
 from mm_train.extract import ExtractConfig
 from mm_train.ranks import map_over_ranks
 
+ADVICE = {
+    "HDR": "their colours are taken as they are stored, which looks pale; tone-map the files first to train on colours "
+    "as they are seen",
+    "interlaced": "a frame holds two moments, and what moves has combs; deinterlace the files first (FFmpeg's bwdif)",
+}
+
 
 def encode_all(config: ExtractConfig) -> int:
     """Run the extraction; returns how many samples of the manifest have no features in the end."""
@@ -86,6 +92,12 @@ def encode_all(config: ExtractConfig) -> int:
             missing = len(samples) - found
             why = f", {missing} left out: {config.output / 'failures.jsonl'} says why" if missing else ""
             print(f"{found} of {len(samples)} samples in {config.output}{why}", file=sys.stderr)
+            for note, names in cache.notes(todo).items():
+                advice = ADVICE["interlaced" if note == "interlaced" else "HDR"]
+                print(
+                    f"note: {note}: {len(names)} sample{'s' * (len(names) != 1)}, e.g. {shorten(names[0])}: {advice}",
+                    file=sys.stderr,
+                )
             if not found:
                 raise ValueError(f"not one sample of {config.data.manifest} could be used{why}")
         return missing if rank == 0 else 0

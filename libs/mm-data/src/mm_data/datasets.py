@@ -18,7 +18,7 @@ from mm_data.images import read_image
 from mm_data.layout import Layout, lay_out
 from mm_data.manifest import Control, Sample
 from mm_data.transforms import crop_resize, pad_to, to_mask, to_model_range
-from mm_data.video import VideoInfo, read_video
+from mm_data.video import VideoInfo, decoder_identity, read_video
 
 
 class Clip(TypedDict):
@@ -111,8 +111,11 @@ class VideoDataset(Dataset):
                 "source": list(video.stamp),
                 "sha256": video.sha256,
                 "frames": chosen.tolist(),
+                "decoder": decoder_identity(self.backend),
             },
         )
+        if notes := {note for info in (layout.video, *layout.control.values()) for note in info.notes}:
+            clip["meta"]["notes"] = sorted(notes)
         if sample.control:
             self._add_control(clip, sample.control, layout, chosen)
             clip["meta"]["control"] = [[*content.stamp, content.sha256] for content in rest]

@@ -7,9 +7,11 @@ and trusts headers where PyAV checks.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import av
 import numpy as np
 
 from mm_data import video_decord, video_pyav
@@ -73,6 +75,14 @@ def read_video(
             f"decoded, the first is frame {missing[0]} of {info.num_frames}"
         )
     return VideoClip(np.stack([frames[index] for index in wanted.tolist()]), info.fps, info.timestamps[wanted])
+
+
+def decoder_identity(backend: Literal["pyav", "decord"] = "pyav") -> str:
+    """What decides the pixels of a file: the decoder and its version, with those of FFmpeg's libraries in it."""
+    if backend == "decord":
+        return f"decord {version('decord')}"
+    names = ("libavformat", "libavcodec", "libswscale")
+    return " ".join([f"PyAV {av.__version__}", *(f"{n} {'.'.join(map(str, av.library_versions[n]))}" for n in names)])
 
 
 def _resolve(indices: Sequence[int] | slice | None, info: VideoInfo) -> np.ndarray:

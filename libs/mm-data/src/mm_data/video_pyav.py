@@ -24,7 +24,7 @@ HIDDEN_FRAMES = {"vp8", "libvpx"}
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # Formats, and codecs, of one picture or several. Frames build on earlier ones, whatever packets say of key frames.
 ANIMATIONS = {"gif", "apng"}
-HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ITU-T H.273
+HDR = {16: "HDR (PQ)", 18: "HDR (HLG)"}  # transfer characteristics of ITU-T H.273
 
 
 class Orientation(NamedTuple):
@@ -295,7 +295,7 @@ def _has_alpha(frame: av.VideoFrame) -> bool:
 
 
 def _notes(frame: av.VideoFrame) -> tuple[str, ...]:
-    notes = [f"HDR ({HDR[frame.color_trc]})"] if frame.color_trc in HDR else []
+    notes = [HDR[frame.color_trc]] if frame.color_trc in HDR else []
     if any(data.type.name.startswith("DOVI") for data in frame.side_data):
         notes.append("Dolby Vision")
     if frame.interlaced_frame:
