@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from mm_convert import expert_of
+from mm_convert.cli.terminal import one_line
 from mm_data import made_with, write_video
 from mm_infer.__about__ import __version__
 from mm_infer.config import Config, Options
@@ -81,6 +82,8 @@ def _video(config: Config, sampler: Sampler, request: Request) -> Video:
         raise ValueError("parallel.guidance 2 shares two passes, but guidance 1 makes one: leave either out")
     record: dict[str, Any] = {"prompt": request.prompt} | given.record() | dataclasses.asdict(options)
     record |= {name: getattr(config, name) for name in ("weights", "encoders", "model", "lora", "text_tokens")}
+    if config.lora_alpha is not None:
+        record["lora_alpha"] = config.lora_alpha
     record |= {"vae_tiling": config.vae_tiling, "boundary": sampler.weights.boundary}
     record |= {"dtype": str(sampler.dtype).removeprefix("torch."), "mm_infer": __version__, "torch": torch.__version__}
     return Video(request.prompt, given, options, {k: str(v) if isinstance(v, Path) else v for k, v in record.items()})
@@ -157,7 +160,7 @@ def _enough_memory(options: Options) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    tqdm.write(text)  # around a bar, if there is one
+    tqdm.write(one_line(text))  # around a bar, if there is one
     sys.stdout.flush()
 
 

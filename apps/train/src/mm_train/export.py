@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from mm_convert import open_dcp, save_checkpoint, save_lora, write_experts
 from mm_convert.cli.arguments import parse
+from mm_convert.cli.terminal import one_line
+from mm_convert.cli.values import check_fields
 from mm_models import build
-from mm_models.families import family_of
+from mm_models.families import find
 from mm_train.command import run
 from mm_train.config import Config
 from mm_train.objective import expert_boundary
@@ -78,15 +80,17 @@ def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = 
     tensors = open_dcp(checkpoint, "ema" if ema else "model")
     lora = settings["lora"]
     if lora["rank"]:
-        more = {"dropout": lora["dropout"], "base": settings["weights"], "overwrite": overwrite}
+        more = {"dropout": lora["dropout"], "base": Path(settings["weights"]), "overwrite": overwrite}
         return save_lora(output, tensors, lora["alpha"], **more)
     from mm_train.start import Start  # torch, only now
 
-    model = build(settings["model"], device="meta", **settings["architecture"])
+    family = find(settings["model"])[0]
+    fields = check_fields(family.config, settings["architecture"], f"{checkpoint / 'config.toml'}: architecture.")
+    model = build(settings["model"], device="meta", **fields)
     whole = tensors
     if settings["trained"] != ["*"]:
         whole = Filled(tensors, Start(model, settings["weights"], settings.get("expert"), settings["seed"]))
-    save_checkpoint(output, whole, family_of(model.config).describe(model.config), overwrite=overwrite)
+    save_checkpoint(output, whole, family.describe(model.config), overwrite=overwrite)
     return output
 
 
@@ -109,7 +113,7 @@ def export_final(config: Config, checkpoint: Path, leader: bool) -> Path:
 def main(argv: list[str] | None = None) -> None:
     def work() -> None:
         config = parse(ExportConfig, argv, prog="python -m mm_train.export")
-        print(export(config.checkpoint, config.output, config.ema, config.overwrite))
+        print(one_line(export(config.checkpoint, config.output, config.ema, config.overwrite)))
 
     run(work)
 
