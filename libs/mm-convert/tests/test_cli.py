@@ -80,10 +80,10 @@ def test_dropped_tensors_are_reported(run, toys, tmp_path):
         (["WanConverter", "hf_to_m"], "did you mean WanConverter hf_to_mm?"),
         (["WanConverter", "hf_to_mm", "--cfg.sorce_path", "x"], "did you mean --cfg.source_path?"),
         (["WanConverter", "hf_to_mm", "--cfg.source_path", "x"], "required: --cfg.target_path"),
-        (["convert", "a", "b", "--to", "difusers"], "Got value: difusers"),
-        (["convert", "a", "b", "--shard_gb", "0"], "must hold something"),
+        (["convert", "a", "b", "--to", "difusers"], "--to is difusers; it takes one of mm, mindspeed"),
+        (["convert", "a", "b", "--shard_gb", "0"], "--shard_gb is 0; it takes a number (more than 0), or null"),
         (["convert", "a"], "required: target"),
-        (["convert", "a", "b", "c"], "unrecognized"),
+        (["convert", "a", "b", "c"], "'c' belongs to no option"),
     ],
 )
 def test_what_is_said_wrongly_exits_with_2(line, words, run, tmp_path, monkeypatch):

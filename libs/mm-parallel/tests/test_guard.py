@@ -1,6 +1,7 @@
 """Every process ends within seconds with a message that names the rank and the cause. Real processes, real deaths."""
 
 import ctypes
+import inspect
 import math
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mm_parallel.guard import Watchdog, agree
+from mm_parallel.guard import Watchdog, agree, join, tell_absence
 from mm_parallel.testing import spawn
 from mm_parallel.testing.ranks import _ALWAYS
 
@@ -126,14 +127,83 @@ def all_is_well(rank: int, watch: Watchdog) -> None:
     time.sleep(rank / 2)
 
 
+def clocks_are_an_hour_apart(rank: int, watch: Watchdog) -> None:
+    one_sleeps(rank, watch)
+
+
+def comes(rank: int) -> None:
+    with join(**FAST, start=4) as watch:
+        watch.at("step 1")
+        together()
+
+
+def one_never_comes(rank: int) -> None:
+    if rank != 1:
+        comes(rank)
+
+
+def the_host_never_comes(rank: int) -> None:
+    if rank:
+        comes(rank)
+
+
+def one_cannot_come(rank: int) -> None:
+    if rank == 1:
+        tell_absence("no.toml is not there")
+    else:
+        comes(rank)
+
+
+def the_host_cannot_come(rank: int) -> None:
+    if rank == 0:
+        tell_absence("no.toml is not there")
+    else:
+        time.sleep(1)
+        comes(rank)
+
+
+def none_can_come(rank: int) -> None:
+    sys.stderr.write(f"{tell_absence('no.toml is not there')}")
+
+
+def one_fails_while_it_joins(rank: int) -> None:
+    if rank == 1:
+        dist.init_process_group = lambda *_, **__: sys.exit("its network is down")
+    comes(rank)
+
+
+def one_is_killed_while_it_joins(rank: int) -> None:
+    if rank == 1:
+        dist.init_process_group = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    comes(rank)
+
+
+def one_is_stopped(rank: int) -> None:
+    with join(**FAST, start=4) as watch:
+        watch.at("step 4")
+        time.sleep(0.5)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        together()
+
+
+def one_is_interrupted(rank: int) -> None:
+    with join(**FAST, start=4) as watch:
+        watch.at("step 4")
+        together()
+        if rank == 1:
+            raise KeyboardInterrupt
+        together()
+
+
 @dataclass
 class End:
     code: int
     said: str
 
 
-def run(scenario, world: int, folder: Path) -> list[End]:
-    """Runs a function of this file on `world` ranks, and kills none: how each ended within 15 s."""
+def run(scenario, world: int, folder: Path, within: float = 15) -> list[End]:
+    """Runs a function of this file on `world` ranks, and kills none: how each ended within some seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_ALWAYS)
     with socket.socket() as free:
@@ -146,7 +216,7 @@ def run(scenario, world: int, folder: Path) -> list[End]:
         process = context.Process(target=runpy.run_path, args=(__file__, given, "rank"))
         process.start()
         ranks.append(process)
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + within
     try:
         for process in ranks:
             process.join(max(0, deadline - time.monotonic()))
@@ -160,6 +230,13 @@ def run(scenario, world: int, folder: Path) -> list[End]:
 def main(rank: int, world: int, where: str, err: str, scenario: str) -> None:
     os.dup2(os.open(err, os.O_CREAT | os.O_WRONLY), 2)
     torch.set_num_threads(1)
+    if "watch" not in inspect.signature(globals()[scenario]).parameters:  # it joins by itself
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost"}
+        os.environ["MASTER_PORT"] = where.rpartition(":")[2]
+        return globals()[scenario](rank)
+    if scenario == "clocks_are_an_hour_apart":
+        now = time.time
+        time.time = lambda: now() + 3600 * rank
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     with Watchdog(**FAST) as watch:
         globals()[scenario](rank, watch)
@@ -253,6 +330,68 @@ def test_a_failed_rank_that_does_not_end_is_ended(tmp_path):
     assert [end.code for end in ends] == [1, 1]
     assert "ValueError: first" in ends[1].said
     assert "rank 1 failed, but has not ended" in ends[1].said
+
+
+def test_ranks_whose_clocks_differ_name_the_one_that_hangs(tmp_path):
+    ends = run(clocks_are_an_hour_apart, 3, tmp_path)
+    assert [end.code for end in ends] == [1, 1, 1]
+    for end in ends:
+        assert re.search(r"rank 1 hangs: no progress for 2\.\d s, rank 1 in step 5, one_sleeps", end.said)
+
+
+def test_a_stopped_rank_is_named(tmp_path):
+    ends = run(one_is_stopped, 3, tmp_path, within=8)
+    assert [end.code for end in ends] == [1, None, 1]  # it is still stopped
+    for end in others(ends, 1):
+        assert "rank 1 is gone or stopped: no heartbeat for 1.5 s; it was last heard in step 4" in end.said
+
+
+def test_a_rank_that_is_interrupted_ends_all_as_that_does(tmp_path):
+    ends = run(one_is_interrupted, 2, tmp_path)
+    assert ends[0].code == 130
+    assert "rank 1 was interrupted; this rank was in step 4" in ends[0].said
+    assert "KeyboardInterrupt" in ends[1].said
+
+
+def test_a_rank_that_never_comes_is_named(tmp_path):
+    ends = run(one_never_comes, 3, tmp_path)
+    assert [end.code for end in ends] == [1, 0, 1]
+    for end in others(ends, 1):
+        assert "ConnectionError: rank 1 of 3 did not come within 4 s (ranks 0, 2 came)" in end.said
+
+
+@pytest.mark.parametrize(("scenario", "culprit"), [(one_cannot_come, 1), (the_host_cannot_come, 0)])
+def test_a_rank_that_cannot_come_says_why(tmp_path, scenario, culprit):
+    ends = run(scenario, 3, tmp_path)
+    assert [end.code for end in ends] == [int(rank != culprit) for rank in range(3)]
+    for end in others(ends, culprit):
+        assert f"ConnectionError: rank {culprit} failed before it joined the others: no.toml is not there" in end.said
+
+
+def test_ranks_that_all_cannot_come_end_at_once_and_one_says_why(tmp_path):
+    ends = run(none_can_come, 3, tmp_path)
+    assert [end.code for end in ends] == [0, 0, 0]
+    assert "False" in [end.said for end in ends]
+
+
+def test_without_its_host_nobody_waits_for_ever(tmp_path):
+    ends = run(the_host_never_comes, 2, tmp_path)
+    assert ends[1].code == 1
+    assert re.search(
+        r"rank 1 of 2 cannot reach the store at localhost:\d+ .* rank 0 hosts it\) within 4 s", ends[1].said
+    )
+
+
+def test_a_rank_that_fails_while_it_joins_is_named(tmp_path):
+    ends = run(one_fails_while_it_joins, 2, tmp_path)
+    assert [end.code for end in ends] == [1, 1]
+    assert "rank 1 failed: SystemExit: its network is down; this rank was in joining the process group" in ends[0].said
+
+
+def test_a_rank_that_is_killed_while_it_joins_is_named(tmp_path):
+    ends = run(one_is_killed_while_it_joins, 2, tmp_path)
+    assert [end.code for end in ends] == [1, -signal.SIGKILL]
+    assert "rank 1 is gone or stopped: no heartbeat for 1.5 s" in ends[0].said
 
 
 def test_no_alarm_when_ranks_take_their_time_and_end_at_different_times(tmp_path):

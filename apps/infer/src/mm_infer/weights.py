@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_convert import Checkpoint, open_checkpoint, open_experts, open_lora
+from mm_convert.cli.values import check_fields, check_value
+from mm_infer.config import Boundary
 from mm_models.families import family_of_weights, find, published_like
 from mm_models.family import Family, Published
 
@@ -159,8 +161,7 @@ def _experts(
         if boundary is not None:
             raise ValueError(f"boundary {boundary} is for two experts, but {path} holds one model: leave it out")
         return (Transformer(path, model, lora, alpha),), None
-    if boundary is not None and not 0 < boundary < 1:
-        raise ValueError(f"boundary {boundary}: must be a noise level between 0 and 1, as 0.875")
+    check_value("boundary", boundary, Boundary)
     adapters = (loras.high, loras.low) if loras else (lora, lora)
     high, low = (
         Transformer(folder, model, adapter, alpha)
@@ -174,7 +175,8 @@ def _experts(
 def _config(path: Path, family: Family, checkpoint: Checkpoint, model: str | None) -> Any:
     """The architecture that the files say, or that of the preset if they do not contradict it."""
     known = {field.name for field in fields(family.config)}
-    read = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint.config.items() if k in known}
+    read = {name: value for name, value in checkpoint.config.items() if name in known}
+    read = check_fields(family.config, read, f"{path}: ")
     if model is None:
         if "num_heads" in known - read.keys():
             raise ValueError(f"{path}: the tensors do not say the number of heads: name the preset (model)")

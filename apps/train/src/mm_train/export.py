@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from mm_convert import open_dcp, save_checkpoint, save_lora, write_experts
 from mm_convert.cli.arguments import parse
+from mm_convert.cli.values import check_fields
 from mm_models import build
-from mm_models.families import family_of
+from mm_models.families import find
 from mm_train.command import run
 from mm_train.config import Config
 from mm_train.objective import expert_boundary
@@ -82,11 +83,13 @@ def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = 
         return save_lora(output, tensors, lora["alpha"], **more)
     from mm_train.start import Start  # torch, only now
 
-    model = build(settings["model"], device="meta", **settings["architecture"])
+    family = find(settings["model"])[0]
+    fields = check_fields(family.config, settings["architecture"], f"{checkpoint / 'config.toml'}: architecture.")
+    model = build(settings["model"], device="meta", **fields)
     whole = tensors
     if settings["trained"] != ["*"]:
         whole = Filled(tensors, Start(model, settings["weights"], settings.get("expert"), settings["seed"]))
-    save_checkpoint(output, whole, family_of(model.config).describe(model.config), overwrite=overwrite)
+    save_checkpoint(output, whole, family.describe(model.config), overwrite=overwrite)
     return output
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from mm_convert.cli.arguments import parse
+from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
+from mm_train.checks import check_encoders
 from mm_train.command import run
-from mm_train.limits import check_encoders, check_limits, limited
 from mm_train.objective import choose_task
 
 
@@ -22,7 +23,7 @@ from mm_train.objective import choose_task
 class Data:
     manifest: Path
     """data.txt, data.json or .jsonl in the format of MindSpeed-MM."""
-    workers: int = limited(2, least=0)
+    workers: Annotated[int, ">= 0", "<= 256"] = 2
     """Decoding processes per rank."""
 
 
@@ -40,9 +41,9 @@ class ExtractConfig:
     task: str = "auto"
     """What the features are for; auto: what the model was made for. Of Wan: t2v, i2v, flf2v, ti2v or vace."""
     geometry: Geometry = field(default_factory=Geometry)
-    batch: int = limited(1, least=1)
+    batch: Annotated[int, ">= 1"] = 1
     """Clips of one shape that are encoded together."""
-    seed: int = 42
+    seed: Annotated[int, ">= 0", "<= 9223372036854775807"] = 42
     """Of the random frame windows."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the text encoder; the VAE and CLIP run in float32."""
@@ -57,7 +58,7 @@ class ExtractConfig:
                 f"--data.manifest {self.data.manifest} is not a file: give a data.txt, data.json or .jsonl"
             )
         check_encoders(self.encoders, family.encoders(preset.config), "--encoders")
-        check_limits(self)
+        check_config(self, "--")
         choose_task(self.model, family, preset.config, self.task, "--task")
 
     @property

@@ -2,7 +2,8 @@
 
 Decoding runs in worker processes while the device encodes; ranks of torchrun share the samples. What is in the cache
 already (same bytes, same geometry, same encoders) is not encoded again, so a killed extraction continues where it
-was. A file that cannot be decoded goes to failures.jsonl and the run goes on.
+was. Whatever is left out, before decoding or in it, stands in failures.jsonl with its reason, and the run goes on; what
+fails of encoding or writing ends it.
 """
 
 from __future__ import annotations
@@ -12,15 +13,27 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from mm_data import Clip, Failure, FeatureCache, Sample, VideoDataset, for_task, read_manifest, select
-from mm_data.transforms import to_model_range, to_uint8
+from mm_data import (
+    Clip,
+    Failure,
+    FeatureCache,
+    Sample,
+    VideoDataset,
+    check_samples,
+    decode,
+    for_task,
+    read_manifest,
+    select,
+)
+from mm_data.files import shorten
 from mm_models import preset
 from mm_parallel.device import device as accelerator
 from mm_parallel.device import init_distributed
@@ -46,31 +59,30 @@ def encode_all(config: ExtractConfig) -> int:
     if rank == 0 and unread:
         print(f"note: {task} uses no sources, masks or references: {unread} samples have them", file=sys.stderr)
     geometry = encoders.fit_geometry(config.geometry)
-    selection = select(samples, geometry)
+    selection = select(samples, geometry, map_over_ranks(samples, partial(check_samples, geometry=geometry)))
 
     with FeatureCache(config.output) as cache:
         identified = _identify(selection.kept, cache, rank == 0, world)
         todo = cache.find_work(identified, geometry, encoders.identity, config.seed)
         if rank == 0:
             print(f"{config.data.manifest}: {selection}\n{config.output}: {todo}", file=sys.stderr, flush=True)
-            for sample, reason in [*selection.dropped, *todo.failed]:
-                cache.fail(sample.id, str(reason))
             if not cache.has_empty_text(encoders.identity):
                 cache.put_empty_text(encoders.empty_text, encoders.identity)
         dataset = VideoDataset(todo.to_encode, geometry, config.seed, on_error="return")
         progress = Progress(len(todo.to_encode), leader=rank == 0, world=world)
         # Shared out by key, not by place: a rank that sees the store a moment later must not shift everybody's share.
         own = [i for i, sample in enumerate(todo.to_encode) if int(todo.keys[sample.id][:8], 16) % world == rank]
-        for clips in batches(dataset, own, config, lambda failure: _fail(cache, progress, failure)):
-            for clip, features in zip(clips, encoders.encode(clips), strict=True):
-                cache.put(todo.keys[clip["id"]], features, clip["meta"])
-            progress.advance(len(clips))
+        with closing(batches(dataset, own, config, lambda failure: _fail(cache, progress, failure))) as decoded:
+            for clips in decoded:
+                for clip, features in zip(clips, encoders.encode(clips), strict=True):
+                    cache.put(todo.keys[clip["id"]], features, clip["meta"])
+                progress.advance(len(clips))
         progress.close()
         cache.flush()
         if world > 1:
             dist.barrier()
         if rank == 0:
-            found = cache.finish(todo)
+            found = cache.finish(todo, selection.dropped)
             missing = len(samples) - found
             why = f", {missing} left out: {config.output / 'failures.jsonl'} says why" if missing else ""
             print(f"{found} of {len(samples)} samples in {config.output}{why}", file=sys.stderr)
@@ -81,55 +93,22 @@ def encode_all(config: ExtractConfig) -> int:
 
 def batches(dataset: VideoDataset, indices: Sequence[int], config: ExtractConfig, on_failure) -> Iterator[list[Clip]]:
     """Clips of one shape, up to config.batch of them, decoded ahead by the workers in the order of the manifest."""
-    loader = DataLoader(
-        Subset(dataset, indices),
-        batch_size=None,
-        collate_fn=_pack,
-        num_workers=min(config.data.workers, len(indices)),
-        prefetch_factor=2 if config.data.workers and len(indices) else None,
-    )
     waiting: dict[torch.Size, list[Clip]] = defaultdict(list)
-    for item in loader:
-        if isinstance(item, Failure):
-            on_failure(item)
-            continue
-        clip = _unpack(item)
-        same = waiting[clip["video"].shape]
-        same.append(clip)
-        if len(same) == config.batch:
-            yield waiting.pop(clip["video"].shape)
+    with closing(decode(dataset, indices, config.data.workers)) as decoded:
+        for clip in decoded:
+            if isinstance(clip, Failure):
+                on_failure(clip)
+                continue
+            same = waiting[clip["video"].shape]
+            same.append(clip)
+            if len(same) == config.batch:
+                yield waiting.pop(clip["video"].shape)
     yield from waiting.values()
-
-
-def _pack(item: Clip | Failure) -> Clip | Failure:
-    """A clip as bytes, as its files had it: a quarter of the shared memory between a worker and this process."""
-    if isinstance(item, Failure):
-        return item
-    packed = dict(item)
-    for name in ("video", "source"):
-        if name in item:
-            packed[name] = torch.from_numpy(to_uint8(item[name]))
-    if "source" in item and not item["source"].any():  # there is none, and this grey lies between two bytes
-        del packed["source"]
-    if "mask" in item:
-        packed["mask"] = (item["mask"] * 255).round().byte()
-    return packed
-
-
-def _unpack(packed: Clip) -> Clip:
-    """The very numbers again."""
-    clip = dict(packed)
-    for name in ("video", "source"):
-        if name in packed:
-            clip[name] = to_model_range(packed[name].numpy())
-    if "mask" in packed:
-        clip["mask"] = packed["mask"].float() / 255
-    return clip
 
 
 def _fail(cache: FeatureCache, progress: Progress, failure: Failure) -> None:
     cache.fail(failure.sample.id, failure.reason)
-    progress.say(f"skipped {failure.sample.id}: {failure.reason}")
+    progress.say(f"skipped {shorten(failure.sample.id)}: {shorten(failure.reason, 500)}")
     progress.advance(1)
 
 

@@ -19,14 +19,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mm_data.files import TEMPORARY, Content, file_stamp, fingerprint, write_atomic
-from mm_data.geometry import Geometry
+from mm_data.files import (
+    TEMPORARY,
+    Content,
+    file_stamp,
+    fingerprint,
+    open_file,
+    parse_json,
+    read_text,
+    write_atomic,
+)
+from mm_data.geometry import Geometry, Unfit
 from mm_data.keys import content_key, hash_control
 from mm_data.manifest import Sample
+from mm_data.shards import Shards, read_metadata
 
 FORMAT = "mm-data features 1"
 
@@ -77,6 +86,7 @@ class FeatureCache:
         self._pending_bytes = 0
         self._entries: dict[str, tuple[Path, dict]] = {}  # key -> shard, meta
         self._seen: set[Path] = set()
+        self._shards = Shards()
         self.refresh()
 
     def __enter__(self) -> "FeatureCache":
@@ -95,15 +105,8 @@ class FeatureCache:
     def refresh(self) -> None:
         """Look for entries committed by others since this process last looked."""
         for shard in sorted(set(self.path.glob("shards/*.safetensors")) - self._seen):
-            try:
-                with safe_open(shard, "pt") as file:
-                    metadata = file.metadata()
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{shard} is damaged ({error}): delete it and extract again, only its samples are lost"
-                ) from error
-            for key, meta in metadata.items():
-                self._entries.setdefault(key, (shard, json.loads(meta)))
+            for key, meta in read_metadata(shard).items():
+                self._entries.setdefault(key, (shard, parse_json(meta, shard)))
             self._seen.add(shard)
 
     def put(self, key: str, tensors: Mapping[str, Tensor], meta: Mapping) -> None:
@@ -135,8 +138,8 @@ class FeatureCache:
         if key in self._pending:
             return dict(self._pending[key][0])
         shard, meta = self._entries[key]
-        with safe_open(shard, "pt") as file:
-            return {name: file.get_tensor(f"{key}/{name}") for name in meta["shapes"]}
+        tensors = self._shards.read(shard, [f"{key}/{name}" for name in meta["shapes"]])
+        return {name: tensors[f"{key}/{name}"] for name in meta["shapes"]}
 
     def meta(self, key: str) -> dict:
         """The description of an entry: what was given to `put`, and `shapes`."""
@@ -163,7 +166,7 @@ class FeatureCache:
         """
         log = self.path / "failures" / f"{self._writer}.jsonl"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a") as file:
+        with open(log, "a", encoding="utf-8") as file:
             file.write(json.dumps({"id": sample_id, "reason": reason}) + "\n")
 
     def failures(self) -> dict[str, str]:
@@ -171,8 +174,9 @@ class FeatureCache:
         found = {}
         for log in [self.path / "failures.jsonl", *sorted(self.path.glob("failures/*.jsonl"))]:
             # the last piece is empty, or a line that was cut off by a kill
-            lines = log.read_text().split("\n")[:-1] if log.exists() else []
-            found.update({record["id"]: record["reason"] for record in map(json.loads, lines)})
+            lines = read_text(log).split("\n")[:-1] if log.exists() else []
+            records = [parse_json(line, log, number) for number, line in enumerate(lines, 1)]
+            found.update({record["id"]: record["reason"] for record in records})
         return found
 
     def identify(self, samples: Iterable[Sample], threads: int = 8) -> Iterator[Sample]:
@@ -199,7 +203,7 @@ class FeatureCache:
                 return sample
             try:
                 return replace(sample, contents=tuple(map(content, sample.files)))
-            except OSError:
+            except (OSError, ValueError):  # gone, or no file any more: `find_work` says which
                 return sample
 
         with ThreadPoolExecutor(threads) as pool:
@@ -221,11 +225,13 @@ class FeatureCache:
         stale = len(self._entries.keys() - asked - {content_key("", None, encoder)})
         return ToDo(encoder, keys, done, to_encode, repeated, failed, stale)
 
-    def finish(self, todo: ToDo | None = None) -> int:
+    def finish(self, todo: ToDo | None = None, dropped: Iterable[tuple[Sample, Unfit]] = ()) -> int:
         """Publish `dataset.jsonl`: the samples of `todo` that are in the store; without it, all entries, by id.
 
-        Returns how many. Call it once, when no other process writes any more: it also removes what killed writers left
-        behind. Raises ValueError if there is no `todo`, and the store holds a sample in two versions.
+        Returns how many. All other samples stand in `failures.jsonl`, each with its reason: those of `todo` that
+        failed, and those that were `dropped` before there was a plan (`Selection.dropped`). Call it once, when no other
+        process writes any more: it also removes what killed writers left behind. Raises ValueError if there is no
+        `todo`, and the store holds a sample in two versions.
         """
         self.flush()
         self.refresh()
@@ -238,6 +244,7 @@ class FeatureCache:
         there = {line.get("id") for line in lines}
         failures = self.failures() | ({sample.id: reason for sample, reason in todo.failed} if todo else {})
         missing = {k: v for k, v in failures.items() if k not in there and (todo is None or k in todo)}
+        missing |= {sample.id: str(reason) for sample, reason in dropped}
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / "failures.jsonl", _jsonl({"id": k, "reason": v} for k, v in sorted(missing.items())))
         write_atomic(self.path / "dataset.jsonl", _jsonl(lines))
@@ -271,9 +278,11 @@ class FeatureCache:
 def _why_unreadable(files: Sequence[Path]) -> str:
     for path in files:
         try:
-            path.open("rb").close()
+            open_file(path).close()
         except OSError as error:
             return f"{path}: {error.strerror}"
+        except ValueError as error:
+            return str(error)
     return f"{', '.join(map(str, files))}: could not be read to the end"
 
 

@@ -1,5 +1,6 @@
 """Videos as clips of pixels, by index."""
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mm_data import random
-from mm_data.files import Content, file_stamp, fingerprint
+from mm_data.files import Content, file_stamp, fingerprint, shorten
 from mm_data.geometry import Geometry, crop_box
 from mm_data.images import pad_to, read_image
 from mm_data.layout import Layout, lay_out
@@ -42,12 +43,23 @@ class Failure:
     reason: str
 
 
+def describe(error: Exception, sample: Sample) -> str:
+    """Why a sample cannot be used, after what went wrong with its files. Raises the error again where that is ours."""
+    if isinstance(error, AssertionError) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+        raise error
+    if isinstance(error, ValueError | OSError) and str(error):
+        return str(error)
+    files = ", ".join(shorten(str(file), 200) for file in sample.files)
+    return f"{files}: damaged, or not what it seems ({type(error).__name__}: {shorten(str(error), 500)})"
+
+
 class VideoDataset(Dataset):
     """Clips, decoded when asked for: `dataset[i]` is a Clip; of a VACE sample with source, mask and references.
 
     Which frames a random window takes is drawn from `seed` and the content of the file: equal files give equal clips
     under whatever name. With on_error="return" a sample that cannot be used is returned as a Failure; with "raise" it
-    raises ValueError. Decoding is work, so use a DataLoader with worker processes, and give it collate_fn=list.
+    raises ValueError. Whatever goes wrong with a file is its own fault, out of whichever library it comes. Decoding is
+    work: `decode` shares it out to processes.
     """
 
     def __init__(
@@ -73,10 +85,11 @@ class VideoDataset(Dataset):
         sample = self.samples[index]
         try:
             return self._decode(sample)
-        except (ValueError, OSError, MemoryError) as error:
+        except Exception as error:
+            reason = describe(error, sample)
             if self.on_error == "return":
-                return Failure(sample, str(error) or type(error).__name__)
-            raise ValueError(f"sample {sample.id}: {error}") from error
+                return Failure(sample, reason)
+            raise ValueError(f"sample {sample.id}: {reason}") from error
 
     def _decode(self, sample: Sample) -> Clip:
         layout = lay_out(sample, self.geometry)

@@ -1,7 +1,8 @@
 """Reading videos: `probe` tells what a file holds, `read_video` gives exactly the frames asked for.
 
-Frames are numbered in the order in which they are shown, from 0. PyAV (FFmpeg inside the wheel, also on ARM) is the
-default; decord is used when asked for: it has no ARM wheel, is not maintained, and trusts headers where PyAV checks.
+Frames are numbered in the order in which the decoder shows them, from 0, whatever their time stamps say. PyAV (FFmpeg
+inside the wheel, also on ARM) is the default; decord is used when asked for: it has no ARM wheel, is not maintained,
+and trusts headers where PyAV checks.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,19 +40,22 @@ def read_video(
     *,
     backend: Literal["pyav", "decord"] = "pyav",
     each: Callable[[np.ndarray], np.ndarray] | None = None,
+    on_white: bool = True,
 ) -> VideoClip:
     """The frames with these indices (any order, repeats allowed; None: all), decoded from the key frame before each.
 
     `path` may be what `probe` gave, which saves looking again. `each` is applied to every frame (H W 3 uint8) as soon
-    as it is decoded, e.g. to shrink it before the next one needs memory. Raises ValueError, naming the file, if it is
-    no video, is damaged where it must be read, or has no such frame.
+    as it is decoded, e.g. to shrink it before the next one needs memory. What is transparent lies on white; without
+    `on_white` alpha is left out, and colours are as they are stored. Raises ValueError, naming the file, if it is no
+    video, is damaged where it must be read, or has no such frame.
     """
     if backend not in ("pyav", "decord"):
         raise ValueError(f"unknown video backend {backend!r}: use pyav or decord")
     info = path if isinstance(path, VideoInfo) else probe(path)
     wanted = _resolve(indices, info)
     order = sorted(set(wanted.tolist()))
-    decoded = video_pyav.frames(info, order) if backend == "pyav" else video_decord.frames(info, order)
+    decode = video_pyav.frames if backend == "pyav" else video_decord.frames
+    decoded = decode(info, order, on_white)
     frames: dict[int, np.ndarray] = {}
     for index, picture in decoded:
         if picture.shape != (info.height, info.width, 3):

@@ -65,11 +65,33 @@ def backend(device: torch.device) -> str:
     return own if device.type == "cpu" else f"cpu:gloo,{device.type}:{own}"
 
 
-def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> tuple[int, int, int]:
+def ranks_of_environment() -> tuple[int, int] | None:
+    """(rank, world) as torchrun puts them into the environment; None for a process that is alone.
+
+    Schedulers set RANK and WORLD_SIZE for a single process, too, without a place to meet: it is alone. Raises
+    ValueError where several ranks are not told where to meet.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    rank, world = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE"))
+    absent = [key for key in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(key)]
+    if absent and world > 1:
+        raise ValueError(
+            f"RANK {rank} of WORLD_SIZE {world}, but no {' and no '.join(absent)} to meet the others at: start the ranks "
+            "with torchrun, which sets all of them, or unset RANK and WORLD_SIZE to work alone"
+        )
+    return None if absent else (rank, world)
+
+
+def init_distributed(
+    timeout: timedelta = timedelta(minutes=10),  # noqa: B008 (immutable)
+    store: dist.Store | None = None,
+) -> tuple[int, int, int]:
     """Joins the process group that torchrun describes in the environment; returns (rank, world, local rank).
 
     Without torchrun there is no process group and the answer is (0, 1, 0). Each process takes the accelerator of its
-    local rank. Raises ValueError when this host has fewer accelerators than local ranks.
+    local rank. store: where the ranks meet, if they have met. Raises ValueError when this host has fewer accelerators
+    than local ranks, and as `ranks_of_environment`.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return 0, 1, 0
@@ -83,7 +105,10 @@ def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> tuple[int, i
             )
         torch.accelerator.set_device_index(local)
     if not dist.is_initialized():
-        dist.init_process_group(backend(here), timeout=timeout)
+        if ranks_of_environment() is None:
+            return 0, 1, 0
+        met = {} if store is None else {"store": store, "rank": rank, "world_size": world}
+        dist.init_process_group(backend(here), timeout=timeout, **met)
     return rank, world, local
 
 

@@ -92,8 +92,6 @@ def _prepare_model(options: Convert) -> tuple[Checkpoint, Files]:
 
 def _prepare_merge(options: Convert) -> tuple[Checkpoint, Files]:
     assert options.lora
-    if options.lora_rank is not None and options.lora_rank < 1:
-        raise ValueError(f"LoRA rank can not be {options.lora_rank}: it is at least 1")
     base = _open(options)
     adapter = open_lora(options.lora, alpha=options.lora_alpha, rank=options.lora_rank)
     files = prepare_merge(

@@ -1,13 +1,67 @@
-"""A configuration as TOML that can be read back."""
+"""A configuration as TOML that can be read back; YAML is read, too, as MindSpeed-MM's users have it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import yaml
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """The tables of a file. ValueError, with its name, for one that cannot be read, or is neither TOML nor YAML."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that editors on Windows write
+    except UnicodeDecodeError as error:
+        why = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"cannot read {path}: it is not UTF-8 text ({why}): save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    except tomllib.TOMLDecodeError as error:
+        try:
+            tables = yaml.load(text, _Loader)  # a SafeLoader
+        except (yaml.YAMLError, RecursionError):
+            tables = None
+        except ValueError as refused:
+            raise ValueError(f"{path}: {refused}") from None
+        if not isinstance(tables, dict) or not all(isinstance(key, str) for key in tables):
+            raise ValueError(f"{path} is not TOML: {error}") from None
+        return tables
+    except ValueError as error:  # a number of 5,000 digits
+        raise ValueError(f"{path} is not TOML: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its surprises: of words that are not quoted, only null, true, false and numbers are not text."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):  # a few lines of them can stand for a billion
+            raise ValueError(f"line {line}: a configuration takes no aliases (*{event.anchor})")
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and not event.value:
+            raise ValueError(f"line {line}: a key has no value; null is none, and text that begins with # is quoted")
+        return super().compose_node(parent, index)
+
+
+for _tag, _pattern in {
+    "null": "null",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": "[-+]?(?:0|[1-9][0-9]*)",
+    "float": r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN)",
+}.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), None)
 
 
 def dump(config: Any) -> str:
