@@ -327,10 +327,9 @@ def main() -> int:
     done = {row["name"] for row in rows if "error" not in row}
     started, failed = time.perf_counter(), []
     parts = args.parts.split(",")
-    if unknown := set(parts) - {of for of, *_ in todo.values()}:
-        parser.error(
-            f"--parts {', '.join(sorted(unknown))}: there are {', '.join(dict.fromkeys(of for of, *_ in todo.values()))}"
-        )
+    known = list(dict.fromkeys(of for of, *_ in todo.values()))
+    if unknown := set(parts) - set(known):
+        parser.error(f"--parts {', '.join(sorted(unknown))}: there are {', '.join(known)}")
     for part in parts:
         for name, (of, limit, *_) in todo.items():
             left = args.budget - (time.perf_counter() - started)

@@ -226,11 +226,12 @@ ODD += [
     "2001-01-01",
     "==UNSET==",
     "-x",
-    "\ud800",
     "=",
     "",
 ]
-typed = (st.sampled_from(ODD) | st.text(st.characters(exclude_characters="\0"))).filter(lambda text: text != "null")
+typed = (st.sampled_from(ODD) | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))).filter(
+    lambda text: text != "null"
+)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from mm_convert.cli.arguments import parse
+from mm_convert.cli.terminal import escaped_output, one_line
 from mm_infer.config import Config
 from mm_infer.inputs import Given
 from mm_infer.lists import Request, read_requests
@@ -14,23 +15,27 @@ from mm_infer.weights import Weights
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 2 for a command that cannot work, found before anything is loaded; 130 after Ctrl-C."""
-    config = parse(Config, argv, prog="mm_infer")
-    try:
-        with _exit_code(2, ValueError, OSError):
-            requests, weights = _check(config)
-        from mm_infer import generate  # torch, only now that the command makes sense
-        from mm_infer.ranks import distributed, share
+    with escaped_output():
+        config = parse(Config, argv, prog="mm_infer")
+        try:
+            _generate(config)
+        except KeyboardInterrupt:
+            made = "the videos named above are complete, the same command makes the others"
+            print(f"mm_infer: stopped; {made}", file=sys.stderr)
+            sys.exit(130)
 
-        with distributed() as rank:
-            with _exit_code(2, ValueError, OSError):
-                job = generate.prepare(config, requests, weights, share(config.parallel), rank)
-            with _exit_code(1, OSError, FloatingPointError, MemoryError):  # a full disk, broken weights, a huge video
-                generate.run(job)
-    except KeyboardInterrupt:
-        print(
-            "mm_infer: stopped; the videos named above are complete, the same command makes the others", file=sys.stderr
-        )
-        sys.exit(130)
+
+def _generate(config: Config) -> None:
+    with _exit_code(2, ValueError, OSError):
+        requests, weights = _check(config)
+    from mm_infer import generate  # torch, only now that the command makes sense
+    from mm_infer.ranks import distributed, share
+
+    with distributed() as rank, _exit_code(2, ValueError):
+        with _exit_code(2, OSError):
+            job = generate.prepare(config, requests, weights, share(config.parallel), rank)
+        with _exit_code(1, OSError, FloatingPointError, MemoryError):  # a full disk, broken weights, a huge video
+            generate.run(job)
 
 
 def _check(config: Config) -> tuple[list[Request], Weights]:
@@ -59,7 +64,7 @@ def _exit_code(code: int, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        print(f"mm_infer: error: {error}", file=sys.stderr)
+        print(f"mm_infer: error: {one_line(error)}", file=sys.stderr)
         sys.exit(code)
 
 

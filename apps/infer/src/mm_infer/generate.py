@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from mm_convert import expert_of
+from mm_convert.cli.terminal import one_line
 from mm_data import made_with, write_video
 from mm_infer.__about__ import __version__
 from mm_infer.config import Config, Options
@@ -159,7 +160,7 @@ def _enough_memory(options: Options) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    tqdm.write(text)  # around a bar, if there is one
+    tqdm.write(one_line(text))  # around a bar, if there is one
     sys.stdout.flush()
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_convert import Checkpoint, open_checkpoint, open_experts, open_lora
+from mm_convert.cli.terminal import one_line
 from mm_convert.cli.values import check_fields, check_value
 from mm_infer.config import Boundary
 from mm_models.families import family_of_weights, find, published_like
 from mm_models.family import Family, Published
+from mm_models.folder import check_parts
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +130,7 @@ class Transformer:
         import torch
 
         for note in self.lora.notes:
-            print(f"{path}: {note}", file=sys.stderr)
+            print(one_line(f"{path}: {note}"), file=sys.stderr)
         try:
             self._adapt(self._empty(self.config, torch.float32))
         except ValueError as error:
@@ -194,10 +196,11 @@ def _config(path: Path, family: Family, checkpoint: Checkpoint, model: str | Non
 
 
 def find_encoders(weights: Path, encoders: Path | None, wanted: tuple[str, ...]) -> Path:
-    """The diffusers directory that has these folders. ValueError that says what is missing where."""
+    """The diffusers directory that has these folders. ValueError that says what is missing where, or is wrong there."""
     repository = weights if encoders is None else encoders
     missing = [f"{name}/" for name in wanted if not (repository / name).is_dir()]
     if not missing:
+        check_parts(repository, wanted)
         return repository
     if encoders is None and len(missing) == len(wanted):
         raise ValueError(f"{weights} is a transformer alone: name the diffusers directory of the encoders as well")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from mm_convert.cli.terminal import one_line
 from mm_train.checks import check
 from mm_train.command import run
 from mm_train.recipe import load_config
@@ -19,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
 
         written = train(config)
         if os.environ.get("RANK", "0") == "0":
-            print(f"done: {written}", file=sys.stderr)
+            print(f"done: {one_line(written)}", file=sys.stderr)
         leave()
 
     run(work)

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
+from mm_models.folder import check_parts
 from mm_train.adapter import check_adapter
 from mm_train.config import Config
 from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
@@ -40,11 +41,12 @@ def check(config: Config, when: When = "at once") -> None:
 
 
 def check_encoders(path: Path | None, folders: Sequence[str], flag: str) -> None:
-    """Raise ValueError unless a diffusers directory holds these folders."""
+    """Raise ValueError unless a diffusers directory holds these folders, and nothing in them must not be done."""
     missing = [f"{folder}/" for folder in folders if path is None or not (path / folder).is_dir()]
     if missing:
         wanted = ", ".join(f"{folder}/" for folder in folders)
         raise ValueError(f"{flag} {path} has no {', '.join(missing)}: give the diffusers directory with {wanted}")
+    check_parts(path, folders)
 
 
 def _limits(config: Config) -> None:

@@ -8,17 +8,20 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from mm_convert.cli.terminal import escaped_output, one_line
+
 
 def run(work: Callable[[], object]) -> None:
     """Exit code 0: done; 2: it was asked for what cannot be; 1: it failed on the way; 130: it was interrupted."""
-    try:
-        work()
-    except ValueError as error:
-        _leave(f"error: {error}", 2)
-    except (OSError, FloatingPointError) as error:
-        _leave(f"error: {error}", 1)
-    except KeyboardInterrupt as stop:
-        _leave("" if os.environ.get("RANK", "0") != "0" else str(stop) or "stopped", 130)  # all ranks stop alike
+    with escaped_output():
+        try:
+            work()
+        except ValueError as error:
+            _leave(f"error: {error}", 2)
+        except (OSError, FloatingPointError) as error:
+            _leave(f"error: {error}", 1)
+        except KeyboardInterrupt as stop:
+            _leave("" if os.environ.get("RANK", "0") != "0" else str(stop) or "stopped", 130)  # all ranks stop alike
 
 
 def prepare_output(path: Path) -> None:
@@ -47,5 +50,5 @@ def check_shared(path: Path) -> None:
 def _leave(message: str, code: int) -> None:
     rank = os.environ.get("RANK", "0")
     if message:
-        sys.stderr.write(f"{f'[rank {rank}] ' if rank != '0' else ''}{message}\n")
+        sys.stderr.write(f"{f'[rank {rank}] ' if rank != '0' else ''}{one_line(message)}\n")
     sys.exit(code)

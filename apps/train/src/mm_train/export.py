@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm_convert import open_dcp, save_checkpoint, save_lora, write_experts
 from mm_convert.cli.arguments import parse
+from mm_convert.cli.terminal import one_line
 from mm_convert.cli.values import check_fields
 from mm_models import build
 from mm_models.families import find
@@ -112,7 +113,7 @@ def export_final(config: Config, checkpoint: Path, leader: bool) -> Path:
 def main(argv: list[str] | None = None) -> None:
     def work() -> None:
         config = parse(ExportConfig, argv, prog="python -m mm_train.export")
-        print(export(config.checkpoint, config.output, config.ema, config.overwrite))
+        print(one_line(export(config.checkpoint, config.output, config.ema, config.overwrite)))
 
     run(work)
 

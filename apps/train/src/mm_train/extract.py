@@ -16,6 +16,7 @@ from mm_data import Geometry
 from mm_models.families import find
 from mm_train.checks import check_encoders
 from mm_train.command import run
+from mm_train.interrupt import ending_signals
 from mm_train.objective import choose_task
 
 
@@ -77,7 +78,8 @@ def extract(config: ExtractConfig) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     def work() -> None:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for ending in ending_signals():
+            signal.signal(ending, signal.default_int_handler)
         config = parse(ExtractConfig, argv, prog="python -m mm_train.extract", description=ExtractConfig.__doc__)
         try:
             extract(config)

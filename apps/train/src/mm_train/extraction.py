@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from mm_convert.cli.terminal import one_line
 from mm_data import (
     Clip,
     Failure,
@@ -65,7 +66,8 @@ def encode_all(config: ExtractConfig) -> int:
         identified = _identify(selection.kept, cache, rank == 0, world)
         todo = cache.find_work(identified, geometry, encoders.identity, config.seed)
         if rank == 0:
-            print(f"{config.data.manifest}: {selection}\n{config.output}: {todo}", file=sys.stderr, flush=True)
+            for name, what in ((config.data.manifest, selection), (config.output, todo)):
+                print(f"{one_line(name)}: {what}", file=sys.stderr, flush=True)
             if not cache.has_empty_text(encoders.identity):
                 cache.put_empty_text(encoders.empty_text, encoders.identity)
         dataset = VideoDataset(todo.to_encode, geometry, config.seed, on_error="return")
@@ -85,7 +87,7 @@ def encode_all(config: ExtractConfig) -> int:
             found = cache.finish(todo, selection.dropped)
             missing = len(samples) - found
             why = f", {missing} left out: {config.output / 'failures.jsonl'} says why" if missing else ""
-            print(f"{found} of {len(samples)} samples in {config.output}{why}", file=sys.stderr)
+            print(one_line(f"{found} of {len(samples)} samples in {config.output}{why}"), file=sys.stderr)
             if not found:
                 raise ValueError(f"not one sample of {config.data.manifest} could be used{why}")
         return missing if rank == 0 else 0
@@ -146,7 +148,7 @@ class Progress:
             )
 
     def say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(one_line(text), file=sys.stderr)
 
     def close(self) -> None:
         self.bar.close()

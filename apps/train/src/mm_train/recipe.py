@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_convert.cli.arguments import parse
+from mm_convert.cli.terminal import one_line
 from mm_models.families import suggest
 from mm_train import guides
 from mm_train.config import Config
@@ -41,7 +42,7 @@ def _load(argv: list[str] | None) -> Config:
     try:
         argv, said = guides.arguments(sys.argv[1:] if argv is None else argv)
     except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         sys.exit(2)
 
     def reword(tables: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def _load(argv: list[str] | None) -> Config:
         Config, argv, prog="python -m mm_train", description=Config.__doc__, defaults=_recipe(argv), reword=reword
     )
     for note in dict.fromkeys(said + notes):
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {one_line(note)}", file=sys.stderr)
     return config
 
 
@@ -73,7 +74,8 @@ def _recipe(argv: list[str]) -> list[Path]:
     known = sorted(p.stem for p in RECIPES.glob("*.toml"))
     recipe = chosen.get("recipe", "")
     if recipe and recipe not in known:
-        sys.stderr.write(f"error: unknown recipe '{recipe}'{suggest(recipe, known)}; there are {', '.join(known)}\n")
+        said = f"unknown recipe '{recipe}'{suggest(recipe, known)}; there are {', '.join(known)}"
+        sys.stderr.write(f"error: {one_line(said)}\n")
         sys.exit(2)
     name = recipe or chosen.get("model", "")
     return [RECIPES / f"{name}.toml"] if name in known else []

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mm_convert.cli.arguments import dump
+from mm_convert.cli.terminal import one_line
 from mm_models.objective import Objective
 from mm_parallel.device import device as accelerator
 from mm_parallel.device import init_distributed, reset_max_memory, synchronize
@@ -189,7 +190,7 @@ class Run:
         if stops:
             raise FloatingPointError(why)
         self.progress.skipped += 1
-        self.metrics.say(f"{why}. Skipped")
+        self.metrics.say(f"{one_line(why)}. Skipped")
 
     def save_if_due(self, step: Outcome) -> None:
         if step.finite and self.progress.step % self.config.checkpoint.every == 0:
@@ -226,7 +227,7 @@ class Run:
             self.metrics.event({"step": step, "validation_loss": self.validation(self.model)})
         if self.samples.due(step):
             self.guard.at(f"samples after step {step}", deadline=math.inf)
-            self.metrics.say(f"step {step} | samples in {self.samples(self.model, self.average, step)}")
+            self.metrics.say(f"step {step} | samples in {one_line(self.samples(self.model, self.average, step))}")
 
 
 def summarize(
@@ -252,4 +253,4 @@ def summarize(
         f"ranks      {ranks}",
         f"step       {config.data.global_batch} samples = {step}",
     ]
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))

@@ -8,6 +8,7 @@ from typing import Any
 from mm_convert.cli import report_errors
 from mm_convert.cli.convert import convert
 from mm_convert.cli.options import Convert, read
+from mm_convert.cli.terminal import escaped_output
 from mm_convert.guides.table import CONVERT_CKPT
 
 FIXED = {
@@ -25,8 +26,9 @@ def run(mode: str, **fields: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    fields = read(CONVERT_CKPT, argv, dict, prog="convert_ckpt.py")
-    report_errors("convert_ckpt.py", lambda: run(**fields))
+    with escaped_output():
+        fields = read(CONVERT_CKPT, argv, dict, prog="convert_ckpt.py")
+        report_errors("convert_ckpt.py", lambda: run(**fields))
 
 
 if __name__ == "__main__":

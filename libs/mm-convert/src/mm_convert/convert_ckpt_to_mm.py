@@ -10,6 +10,7 @@ from typing import Any
 from mm_convert.cli import report_errors
 from mm_convert.cli.convert import prepare, write
 from mm_convert.cli.options import Convert, read
+from mm_convert.cli.terminal import escaped_output
 from mm_convert.guides.table import CONVERT_CKPT_TO_MM, VAE
 
 PROGRAM = "convert_ckpt_to_mm.py"
@@ -52,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     dashed = [word.partition("=") for word in argv]  # the guide's table has underscores, its command dashes
     argv = [f"--{flag[2:].replace('-', '_')}{e}{v}" if flag[:2] == "--" else flag + e + v for flag, e, v in dashed]
     argv = [word.lower() if word in ("True", "False") else word for word in argv]  # as the guide writes its defaults
-    asked = read(CONVERT_CKPT_TO_MM, argv, conversions, prog=PROGRAM)
-    report_errors(PROGRAM, lambda: run(asked))
+    with escaped_output():
+        asked = read(CONVERT_CKPT_TO_MM, argv, conversions, prog=PROGRAM)
+        report_errors(PROGRAM, lambda: run(asked))
 
 
 if __name__ == "__main__":

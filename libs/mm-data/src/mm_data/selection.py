@@ -55,7 +55,7 @@ class Selection:
                 f"  kept, but shorter than num_frames={self.geometry.num_frames}: {len(short)}, the shortest gives a "
                 f"clip of {short[least]}: {shorten(least)}; a larger min_frames leaves them out"
             )
-        return "\n".join(lines)
+        return "\n".join(line.replace("\n", "\\n") for line in lines)
 
 
 def check_samples(samples: Sequence[Sample], geometry: Geometry, threads: int = 8) -> list[Sample | Unfit]:

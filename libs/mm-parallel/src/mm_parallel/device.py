@@ -77,14 +77,14 @@ def ranks_of_environment() -> tuple[int, int] | None:
     absent = [key for key in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(key)]
     if absent and world > 1:
         raise ValueError(
-            f"RANK {rank} of WORLD_SIZE {world}, but no {' and no '.join(absent)} to meet the others at: start the ranks "
-            "with torchrun, which sets all of them, or unset RANK and WORLD_SIZE to work alone"
+            f"RANK {rank} of WORLD_SIZE {world}, but no {' and no '.join(absent)} to meet the others at: start the "
+            "ranks with torchrun, which sets all of them, or unset RANK and WORLD_SIZE to work alone"
         )
     return None if absent else (rank, world)
 
 
 def init_distributed(
-    timeout: timedelta = timedelta(minutes=10),  # noqa: B008 (immutable)
+    timeout: timedelta = timedelta(minutes=10),
     store: dist.Store | None = None,
 ) -> tuple[int, int, int]:
     """Joins the process group that torchrun describes in the environment; returns (rank, world, local rank).

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+from mm_convert.cli.terminal import escaped_output, one_line
+
 USAGE = """\
 usage: mm-convert COMMAND [options]        (mm-convert COMMAND --help says more)
 
@@ -32,7 +34,11 @@ options: -h, --help, --version
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Exit code 0: done; 1: it could not be done; 2: the command line is wrong."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    with escaped_output():
+        _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         sys.exit(0 if argv else 2)
@@ -52,7 +58,7 @@ def report_errors(program: str, action: Callable[[], None]) -> None:
     try:
         action()
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{program}: error: {error}")
+        sys.exit(f"{program}: error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.stderr.write(f"\n{program}: interrupted; what was not finished is not there\n")
         sys.exit(130)

@@ -43,6 +43,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from mm_convert.cli.terminal import one_line
 from mm_convert.cli.toml import dump, read_tables, template
 from mm_convert.cli.values import check_value, describe, read_text
 
@@ -138,7 +139,7 @@ def parse_options(
             raise ValueError(f"the following arguments are required: {said}")
         made = None if missing else make(values)
     except ValueError as error:
-        sys.stderr.write(f"{prog}: error: {error}\n")
+        sys.stderr.write(f"{prog}: error: {one_line(error)}\n")
         sys.exit(2)
     if words.printing is None:
         return made
@@ -174,6 +175,9 @@ class _Words(NamedTuple):
 
 def _split(argv: list[str], known: Mapping[str, Option]) -> _Words:
     """The words of a command line by the options that they belong to. ValueError for one that belongs to none."""
+    for word in argv:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):  # so Python holds bytes that are no UTF-8
+            raise ValueError(f"{word!r} is not UTF-8 text, as configurations and records are: give it another name")
     positional = [name for name, option in known.items() if option.positional]
     flags = known.keys() - positional | {"config", "print_config", "help"}
     given: dict[str, tuple[str, str]] = {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from mm_convert.cli.arguments import nearest, parse
 from mm_convert.cli.convert import convert
 from mm_convert.cli.options import POSITIONAL, Convert, Form, read
+from mm_convert.cli.terminal import one_line
 from mm_convert.guides.table import CONVERTERS, Command, Flag
 from mm_convert.read.inspection import diff, inspect, inspect_adapter, inspect_pair
 
@@ -45,7 +46,7 @@ def run_diff(options: Diff) -> None:
         compared += 1
         if difference:
             differing += 1
-            print(f"{difference.name}: {difference.what}", flush=True)  # a large model takes minutes
+            print(one_line(f"{difference.name}: {difference.what}"), flush=True)  # a large model takes minutes
     print(f"{compared} tensors, " + (f"{differing} differ" if differing else "all equal"))
     sys.exit(1 if differing else 0)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_convert.cli.options import Convert, Layers
+from mm_convert.cli.terminal import one_line
 from mm_convert.lora.adapter import Adapter
 from mm_convert.lora.reading import find_lora, open_lora
 from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
@@ -26,7 +27,7 @@ def convert(options: Convert) -> None:
 def write(files: Files, options: Convert) -> None:
     """Write the files, or only list them."""
     for note in files.notes:
-        sys.stderr.write(f"note: {note}\n")
+        sys.stderr.write(f"note: {one_line(note)}\n")
     if options.dry_run:
         files.refuse(options.overwrite)
         print(files)

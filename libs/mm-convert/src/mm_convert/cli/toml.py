@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 import yaml
 
+from mm_convert.cli.terminal import COMMANDS
+
 
 def read_tables(path: Path) -> dict[str, Any]:
     """The tables of a file. ValueError, with its name, for one that cannot be read, or is neither TOML nor YAML."""
@@ -67,7 +69,7 @@ for _tag, _pattern in {
 def dump(config: Any) -> str:
     """The configuration, a dataclass or a mapping, as TOML that `--config` reads back to an equal one.
 
-    None is written as "null".
+    None is written as "null". ValueError for a text with half characters, as names of files in another encoding have.
     """
     lines: list[str] = []
     _dump_table(_fields(config), "", lines)
@@ -118,7 +120,10 @@ def _toml(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, str | Path):
-        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+        if re.search("[\ud800-\udfff]", str(value)):
+            raise ValueError(f"{str(value)!r} is not UTF-8 text, which a configuration is: give it another name")
+        written = json.dumps(str(value), ensure_ascii=False)
+        return COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", written)  # nothing that a terminal obeys
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, Sequence):

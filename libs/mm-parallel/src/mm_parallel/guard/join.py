@@ -33,7 +33,7 @@ def join(
     start: float = 300,
     interval: float = 2,
     silence: float = 30,
-    timeout: timedelta = timedelta(hours=6),  # noqa: B008 (immutable)
+    timeout: timedelta = timedelta(hours=6),
 ) -> Iterator[Watchdog]:
     """Joins the process group that torchrun describes in the environment, under a watchdog from the first moment on.
 

@@ -202,11 +202,10 @@ class Watchdog:
     def _end(self, board: Board | None, cause: str, stacks: bool, code: int = 1) -> None:
         self._ending.acquire()  # never given back: one message, from whoever comes first
         got = f", where it got {self._error}" if self._error else ""
-        err = sys.__stderr__ or sys.stderr
-        err.write(f"[rank {self._rank}] {cause}; this rank was in {self._phase.name}{got}\n")
-        err.flush()
+        sys.stderr.write(f"[rank {self._rank}] {cause}; this rank was in {self._phase.name}{got}\n")
+        sys.stderr.flush()
         if stacks:
-            faulthandler.dump_traceback(err)
+            faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
         try:
             if board is not None:
                 board.leave(self._silence)
