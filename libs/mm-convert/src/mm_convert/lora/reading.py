@@ -13,7 +13,7 @@ from mm_convert.lora.names import FILES, Names, is_lora, join_first, read_names
 from mm_convert.lora.strength import find_alphas
 from mm_convert.read.experts import FOLDERS
 from mm_convert.read.source import Source, find
-from mm_convert.store.mm import MANIFEST, read_json
+from mm_convert.store.mm import MANIFEST, name_of, read_json
 from mm_convert.store.safetensors import read_file
 from mm_convert.tensors.rules import Row, Sizes
 from mm_convert.tensors.views import LazyTensor
@@ -72,14 +72,16 @@ def find_source(path: Path) -> Source:
 
 
 def _said_beside(source: Source) -> dict[str, str]:
-    """Rank and alpha, which MindSpeed-MM's tree has no place for, nor a checkpoint of mm_train."""
+    """Rank, alpha and base, which MindSpeed-MM's tree has no place for, nor the tensors of a run of mm_train."""
     settings = source.folder / "config.toml"
     if source.layout == "dcp" and settings.is_file():
         try:
-            lora = tomllib.loads(settings.read_text(encoding="utf-8")).get("lora", {})
+            said = tomllib.loads(settings.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{settings} is not TOML: {error}") from error
-        return {name: str(lora[name]) for name in ("rank", "alpha") if name in lora}
+        lora = said["lora"] if isinstance(said.get("lora"), dict) else {}
+        numbers = {name: str(lora[name]) for name in ("rank", "alpha") if name in lora}
+        return numbers | {"base": name_of(Path(str(said.get("weights", ""))))}
     for folder in (source.folder, source.folder.parent) if source.layout == "mindspeed" else ():
         if (folder / MANIFEST).exists():
             return dict(read_json(folder / MANIFEST).get("metadata", {}))
