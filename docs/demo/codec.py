@@ -20,6 +20,8 @@ import torch
 from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 from torch import nn
 
+from mm_models.encoders.loading import load_strictly
+
 STAGES = (  # until this part of the time: clips per batch, width of the window in pixels, frames, weight of the KL
     (0.25, 16, 32, 1, 1e-4),  # how things look: an image codec; trained on clips at once, it would not start to learn
     (0.7, 2, 32, clips.FRAMES, 1e-4),  # how they move; a small window sees as many edges for a quarter of the price
@@ -218,7 +220,7 @@ def sheet(rows: list[np.ndarray], path: Path, scale: int = 2) -> None:
 
 
 def report(folder: Path, path: Path | None) -> None:
-    codec = wan.AutoencoderKLWan.from_pretrained(folder)
+    codec = load_strictly(wan.AutoencoderKLWan, folder, torch.float32)
     video = demo_clips()
     began = time.time()
     restored = reconstruct(codec, video)

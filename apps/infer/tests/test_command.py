@@ -168,10 +168,10 @@ def refused(argv: list[str], capsys, *messages: str, code: int = 2) -> None:
         (["--promt", "x"], ["--promt", "did you mean --prompt?"]),
         (["--frames", "80"], ["frames 80", "77 or 81"]),
         (["--height", "100"], ["height 100", "96 or 112"]),
-        (["--steps", "0"], ["at least one step"]),
-        (["--guidance", "0.5"], ["guidance 0.5"]),
+        (["--steps", "0"], ["--steps is 0", "at least 1"]),
+        (["--guidance", "0.5"], ["--guidance is 0.5", "at least 1"]),
         (["--sampler", "dpm"], ["unipc", "euler"]),
-        (["--seed", "-1"], ["seed -1"]),
+        (["--seed", "-1"], ["--seed is -1", "at least 0"]),
         (["--prompt", "x"], ["either --prompt or --prompt_file"]),
         (["--prompt_file", "nowhere.txt"], ["nowhere.txt"]),
         (["--prompt_file", "/dev/null"], ["holds no lines"]),
@@ -226,6 +226,20 @@ def test_a_lora_of_another_model_is_refused(asked, tmp_path, capsys):
     model = add_lora(build("wan-tiny", num_layers=1), LoRAConfig(rank=2))
     asked += ["--lora", str(save_lora(tmp_path / "lora", model.state_dict(), 16.0)), "--output", str(tmp_path / "out")]
     refused(asked, capsys, "lora")
+
+
+def test_the_alpha_of_a_lora_that_says_none(asked, tmp_path, capsys):
+    sizes = {"dim": 40, "num_heads": 2, "ffn_dim": 48, "num_layers": 3, "text_dim": 32}
+    model = add_lora(build("wan-tiny", **sizes), LoRAConfig(rank=2))
+    lora = save_lora(tmp_path / "lora", model.state_dict(), 16.0)
+    file = lora / "adapter_model.safetensors"
+    save_file(load_file(file), file)  # without its header
+    (lora / "adapter_config.json").unlink()
+    asked += ["--output", str(tmp_path / "out")]
+    refused([*asked, "--lora", str(lora)], capsys, "does not say its alpha", "--lora_alpha", "the rank is 2")
+    refused([*asked, "--lora_alpha", "8"], capsys, "lora_alpha 8", "name it")
+    main([*asked, "--lora", str(lora), "--lora_alpha", "8"])
+    assert made_with(tmp_path / "out/video_0.mp4")["lora_alpha"] == 8
 
 
 def without_torch(argv: list[str]) -> subprocess.CompletedProcess:

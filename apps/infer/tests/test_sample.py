@@ -72,9 +72,13 @@ def test_equals_the_pipeline_of_diffusers(pipeline, sampler, guidance, grid):
     assert np.abs(ours.frames.numpy() - frames * 255).max() <= 1  # half a step of rounding, and the latents' difference
 
 
-def test_euler_and_flow_shift(pipeline, sampler):
-    latents, _ = reference(pipeline, 5.0, FlowMatchEulerDiscreteScheduler(shift=5.0))
-    asked = {"negative_prompt": "blurry", "flow_shift": 5.0, "grid": "diffusers", "seed": 7, **SMALL}
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_euler_and_flow_shift(pipeline, sampler, shift):
+    theirs = FlowMatchEulerDiscreteScheduler.from_config(
+        UniPCMultistepScheduler.load_config(pipeline, subfolder="scheduler"), shift=shift
+    )
+    latents, _ = reference(pipeline, 5.0, theirs)
+    asked = {"negative_prompt": "blurry", "flow_shift": shift, "grid": "diffusers", "seed": 7, **SMALL}
     assert difference(sampler(PROMPT, sampler="euler", **asked).latents, latents) <= 1e-4
 
 

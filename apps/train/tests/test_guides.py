@@ -1,11 +1,13 @@
 """What a reader of MindSpeed-MM's guides writes, and the layout that it is here."""
 
+import math
 import subprocess
 import sys
 from dataclasses import fields
 
 import pytest
 
+from mm_convert.cli.values import check_fields
 from mm_parallel import MemoryConfig, ParallelConfig
 from mm_train.guides import arguments, from_guides, table, translate
 from mm_train.guides.names import NAMES
@@ -139,7 +141,7 @@ REFUSED = [
         "_size 1 must equal the length of pipeline_num_layers, which has 2 virtual stages of 4 ranks",
     ),
     ({"num_layers_per_virtual_pipeline_stage": 2}, "deprecated"),
-    ({"pipeline_num_layers": 4}, "must be a list"),
+    ({"pipeline_num_layers": 4}, "it takes a list"),
     ({"zero3_size": 8, "sharding_size": 8}, "give one of them"),
     ({"zero3_size": 8, "CP": 3}, "zero3_size 8 must be a multiple of context_parallel_size 3"),
     ({"recompute_granularity": "selective"}, "selective is not supported"),
@@ -239,6 +241,47 @@ def test_names_whose_value_carries_over():
             value = values.get(field, 3)
             parallel, memory, _ = translate({row.guides: value})
             assert (parallel if row.section == "parallel" else memory)[field] == value, row
+
+
+ODD = [
+    "x",
+    "",
+    "#1",
+    "~",
+    "1e5",
+    "0x10",
+    "nan",
+    "7" * 5000,
+    "[" * 5000,
+    "[1",
+    "[[1], 2]",
+    '["x"]',
+    "[[[1]]]",
+    "{}",
+    "null",
+]
+ODD += ["-7", "0", "1.5", "true", 1.5, -7, [], ["x"], [[1, [2]]], {"a": 1}, math.nan, None, "1_000", "12:30"]
+
+
+@pytest.mark.parametrize("row", [row for row in NAMES if row.ours], ids=lambda row: row.guides)
+def test_odd_values_are_refused_by_name_or_taken(row):
+    for value in ODD:
+        for settings in ({row.guides: value}, {row.guides: value, "context_parallel_size": 2, "sharding_size": 4}):
+            refused = ""
+            try:
+                parallel, memory, _ = translate(settings)
+                check_fields(ParallelConfig, parallel)
+                check_fields(MemoryConfig, memory)
+            except ValueError as error:
+                refused = str(error)
+            assert not refused or any(name in refused for name in settings), (settings, refused)
+
+
+@pytest.mark.parametrize("field", ["cp", "ulysses", "ring"])
+@pytest.mark.parametrize("value", ["x", "{}", "[1]", "0", "1.5"])
+def test_our_own_names_beside_theirs_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=f"parallel.{field} is "):
+        from_guides("parallel", {field: value, "zero3_size": 8})
 
 
 def test_every_row_names_fields_that_are_there():

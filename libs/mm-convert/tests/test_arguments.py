@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm_convert.cli.arguments import dump, parse
+from mm_convert.cli.values import check_fields
 
 
 @dataclass
@@ -108,8 +110,8 @@ def test_what_is_printed_reads_back(tmp_path, capsys):
     assert read("--config", tmp_path / "printed.toml") == read(*argv)
 
 
-texts = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: text not in ("null", "==UNSET=="))
-floats = st.floats(allow_nan=False)
+texts = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: text != "null")
+floats = st.floats(allow_nan=False, allow_infinity=False)
 
 
 @settings(max_examples=25, deadline=None)
@@ -144,13 +146,13 @@ def test_any_configuration_reads_back(tmp_path_factory, config):
         (["--model", "a", "--optim", "{}"], "did you mean --optim.lr?"),
         (["--model", "a", "--adapter.rnk", "3"], "did you mean --adapter.rank?"),
         (["--model", "a", "--mod", "b"], "unknown option --mod"),  # no abbreviations
-        (["--model", "a", "--optim.lr", "fast"], "optim.lr: Expected a float. Got value: fast"),
-        (["--model", "a", "--clip", "x"], "clip: Expected one of float, null. Got value: x"),
-        (["--model", "a", "--kind", "c"], "kind: Expected a Literal['a', 'b']. Got value: c"),
+        (["--model", "a", "--optim.lr", "fast"], "--optim.lr is fast; it takes a number"),
+        (["--model", "a", "--clip", "x"], "--clip is x; it takes a number, or null"),
+        (["--model", "a", "--kind", "c"], "--kind is c; it takes one of a, b"),
         (["--model", "a", "--clip", "7"], "clip must not be 7"),
         (["--model", "a", "stray"], "stray"),
-        (["--model"], "--model: expected one argument"),
-        (["--config"], "--config needs a file"),
+        (["--model"], "--model has no value; it takes text"),
+        (["--config"], "--config has no value; it takes a file"),
         (["--config", "nowhere.toml"], "cannot read nowhere.toml"),
         ([], "required: --model"),
     ],
@@ -168,8 +170,8 @@ def test_mistakes_on_the_command_line(argv, words, capsys):
         ("lr = 3", "unknown key lr, did you mean optim.lr?"),
         ("[adapter]\nrnk = 3", "unknown key adapter.rnk, did you mean adapter.rank?"),
         ("optim = 3", "optim is a table ([optim]), not the value 3"),
-        ("[optim]\nlr = 'x'", "optim.lr: Expected a float. Got value: x"),
-        ("model = 3", "model: Expected a str. Got value: 3"),
+        ("[optim]\nlr = 'x'", "optim.lr is 'x'; it takes a number"),
+        ("model = 3", "model is 3; it takes text"),
         ("model = ", "is not TOML"),
     ],
 )
@@ -205,3 +207,154 @@ def test_special_floats_are_written_as_toml_has_them():
 @pytest.mark.parametrize("flags", [("--prompts", "a"), ("--stages", "x"), ("--optim.betas", "0.9")])
 def test_how_a_list_is_written_is_said(capsys, flags):
     assert 'a list is written ["a", "b"]' in fails(capsys, "--model", "x", *flags)
+
+
+# --- text comes out as it was typed
+
+ODD = ["#1.png", "~", "---", "&a", "*a", "!x", "{", "[", "a: b", "null ", " null", "NULL", "Null", "None", "yes", "no"]
+ODD += ["on", "off", "true", "1_000", "0x10", "1e5", "12:30", "1", ".5", ".inf", ".nan", "- a", "? a", "|", ">", "%a"]
+ODD += [
+    "@a",
+    "`a",
+    "'a",
+    '"a',
+    "'a'",
+    '"a"',
+    "a #b",
+    "a\nb",
+    "{a: 1}",
+    "2001-01-01",
+    "==UNSET==",
+    "-x",
+    "=",
+    "",
+]
+typed = (st.sampled_from(ODD) | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))).filter(
+    lambda text: text != "null"
+)
+
+
+@dataclass
+class Texts:
+    note: str | None = None
+    plain: str = ""
+    image: Path | None = None
+    images: Path | list[Path] | None = None
+    prompts: list[str] | None = None
+    words: tuple[str, ...] = ()
+    either: int | str | None = None
+
+
+@settings(max_examples=150, deadline=None)
+@given(typed)
+def test_text_comes_out_as_typed(text):
+    def take(name, written=text):
+        return getattr(parse(Texts, [f"--{name}={written}"], prog="toy"), name)
+
+    assert take("note") == take("plain") == text
+    if text:
+        assert take("image") == Path(text)
+        assert text.startswith("[") or take("images") == Path(text)
+    listed = json.dumps([text, "b"])
+    assert take("prompts", listed) == [text, "b"]
+    assert take("words", listed) == (text, "b")
+    if text and not set(text) & set("[],'\"") and text == text.strip():  # in brackets, but not quoted
+        assert take("prompts", f"[{text}, b]") == [text, "b"]
+        assert take("images", f"[{text}]") == [Path(text)]
+    if not text.startswith("--") or not text[2:3].isalpha():
+        assert parse(Texts, ["--note", text], prog="toy").note == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(typed.filter(lambda text: text.isascii() or text.encode("utf-8", "ignore").decode() == text))
+def test_text_of_a_file_comes_out_as_written(tmp_path_factory, text):
+    file = tmp_path_factory.mktemp("text") / "my.toml"
+    config = Texts(text, text, Path(text) if text else None, [Path(text)] if text else None, [text], (text,), text)
+    file.write_text(dump(config), encoding="utf-8", newline="")
+    assert parse(Texts, ["--config", str(file)], prog="toy") == config
+
+
+@pytest.mark.parametrize("text", ["~", "yes", "1_000", "0x10", "12:30", "010", "&", "2001-01-01"])
+def test_yaml_has_no_surprises(text, tmp_path):
+    (tmp_path / "my.yaml").write_text(f"note: {text}\nimage: {text}\nprompts: [{text}, b]\nplain: x\n")
+    if text == "&":
+        text = "x"
+        (tmp_path / "my.yaml").write_text("note: &a x\nimage: x\nprompts: [x, b]\nplain: x\n")
+    assert parse(Texts, ["--config", str(tmp_path / "my.yaml")], prog="toy") == Texts(
+        text, "x", Path(text), None, [text, "b"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("note: # 1.png", "line 1: a key has no value"),
+        ("note: &a x\nplain: *a", "line 2: a configuration takes no aliases (*a)"),
+        ("note: null\nplain: null", "plain is None; it takes text"),
+        ("plain: 1e5", "plain is 100000.0; it takes text"),
+        ("note: " + "[" * 2000, "is not TOML"),
+        ("note = " + "[" * 2000, "nested too deeply"),
+    ],
+)
+def test_what_a_file_says_of_nothing(text, words, tmp_path, capsys):
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        parse(Texts, ["--config", str(tmp_path / "my.yaml")], prog="toy")
+    assert words in capsys.readouterr().err
+
+
+@dataclass
+class Numbers:
+    whole: Annotated[int, ">= 1", "<= 9"] = 1
+    rate: Annotated[float, "> 0", "< 1"] = 0.5
+    any_rate: float = 0.0
+    pair: tuple[Annotated[float, ">= 0"], float] = (0.0, 0.0)
+    shard: Literal[-1] | Annotated[int, ">= 1"] = -1
+    maybe: Annotated[int | None, ">= 0"] = None
+    fast: bool = False
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *(
+            f"--whole={text}"
+            for text in ("0", "10", "1.0", "1e0", "0x1", "01:00", "one", "", " 1", "true", "null", "[1]")
+        ),
+        *(f"--rate={text}" for text in ("0", "1", "-1", "nan", "inf", "-inf", "1e999", "0x1", "1:00", "half", "")),
+        *(f"--any_rate={text}" for text in ("nan", "inf", "-Infinity", "1e400")),
+        *(
+            f"--pair={text}"
+            for text in ("[1]", "[1,2,3]", "[-1,0]", "[nan,0]", "1", "[1,2", "[1,,2]", "[1,2]]", '["1",2]')
+        ),
+        *(f"--shard={text}" for text in ("0", "-2")),
+        *(f"--maybe={text}" for text in ("-1", "none", "~", "Null")),
+        *(f"--fast={text}" for text in ("yes", "1", "on", "")),
+    ],
+)
+def test_numbers_that_do_not_fit_are_named(argv, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(Numbers, [argv], prog="toy")
+    error = capsys.readouterr().err
+    assert error.startswith(f"toy: error: {argv.partition('=')[0]} is ")
+    assert "it takes" in error
+    assert error.count("\n") == 1
+
+
+def test_numbers_that_fit():
+    argv = ["--whole=+9", "--rate=.5e0", "--pair", "[1, 2_0.5]", "--shard", "3", "--maybe", "null", "--fast", "True"]
+    assert parse(Numbers, argv, prog="toy") == Numbers(9, 0.5, 0.0, (1.0, 20.5), 3, None, True)
+    assert parse(Numbers, ["--shard", "-1", "--maybe", "0", "--any_rate", "-1e5"], prog="toy") == Numbers(
+        maybe=0, any_rate=-1e5
+    )
+
+
+def test_a_file_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "my.toml").write_text('note = "é"\n', encoding="utf-8-sig")
+    assert parse(Texts, ["--config", str(tmp_path / "my.toml")], prog="toy").note == "é"
+
+
+def test_what_a_number_takes_is_said():
+    with pytest.raises(ValueError, match=r"--rate is 7; it takes a number \(more than 0, less than 1\)$"):
+        check_fields(Numbers, {"rate": 7}, "--")
+    assert check_fields(Numbers, {"pair": [1, 2], "other": 3}) == {"pair": (1.0, 2.0), "other": 3}

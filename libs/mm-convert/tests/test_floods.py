@@ -15,7 +15,6 @@ import pytest
 
 from mm_convert import convert, open_checkpoint, open_experts, open_file, open_lora, read_json, read_text, read_toml
 from mm_convert.cli import main
-from mm_convert.cli.arguments import parse
 from mm_convert.files import MAX_DEPTH, parse_json
 from mm_convert.lora.names import FILES
 from mm_convert.store.dcp import Index
@@ -242,17 +241,6 @@ def test_deep_toml_is_one_clear_line(case, tmp_path):
 def test_toml_of_usual_depth_is_read(tmp_path):
     (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbf" + TOML[-1].encode())
     assert read_toml(tmp_path / "a.toml") == {"a": "a." * 99}
-
-
-@pytest.mark.parametrize("level", ["&a{i} [*a{j}, *a{j}]", "&a{i} {{x: *a{j}, y: *a{j}}}"])
-def test_a_small_yaml_of_billions_is_refused(level, tmp_path, capsys):
-    from mm_convert.cli.commands import Inspect
-
-    lines = ["path: x", "a0: &a0 1", *(f"a{i}: " + level.format(i=i, j=i - 1) for i in range(1, 60))]
-    (tmp_path / "a.yaml").write_text("\n".join(lines))
-    with within(5), pytest.raises(SystemExit):
-        parse(Inspect, ["--config", str(tmp_path / "a.yaml")], prog="test")
-    assert "a.yaml is not TOML" in capsys.readouterr().err
 
 
 # --- pickles

@@ -1,9 +1,13 @@
 """Lists in the guides' formats, and messages for those that are not."""
 
 import json
+import os
 import re
+from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mm_data import Geometry, read_manifest, select
 
@@ -155,3 +159,147 @@ def test_the_report_tells_of_short_clips(tmp_path):
     assert "shorter than num_frames=81: 2, the shortest gives a clip of 17: videos/3.mp4[0:20]" in str(report)
     assert "shorter" not in str(select(samples, Geometry(num_frames=17)))
     assert str(select(samples[:1], Geometry())) == "1 sample, 1 kept, 0 dropped"
+
+
+def read(tmp_path, record, name="data.json"):
+    text = record if isinstance(record, str) else json.dumps(record)
+    (tmp_path / name).write_text(f"[{text}]" if name == "data.json" else text, encoding="utf-8")
+    return read_manifest(tmp_path / name)[0]
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ('"num_frames": 48.0, "fps": 24.0, "resolution": {"height": 64.0, "width": 96.0}', (48, 24, 64, 96, None)),
+        ('"num_frames": NaN, "fps": NaN, "duration": 2.0, "resolution": NaN, "cut": NaN', (None,) * 5),
+        ('"num_frames": 0, "fps": 0, "resolution": {"height": 0, "width": -1}', (None,) * 5),
+        ('"num_frames": -192153584101141, "fps": 24, "duration": 2', (48, 24, None, None, None)),  # of OpenCV
+        ('"num_frames": 81, "cut": [0.0, 17.0]', (81, None, None, None, (0, 17))),
+        ('"hash": ' + "7" * 5000, (None,) * 5),  # more digits than Python reads, of what is not read here
+    ],
+)
+def test_numbers_are_read_as_pandas_and_opencv_write_them(tmp_path, facts, expected):
+    sample = read(tmp_path, f'{{"path": "a.mp4", "cap": ["x"], {facts}}}')
+    assert (sample.num_frames, sample.fps, sample.height, sample.width, sample.cut) == expected
+    assert all(isinstance(n, int) for n in (sample.num_frames, sample.height, *(sample.cut or ())) if n is not None)
+
+
+@pytest.mark.parametrize(
+    ("fact", "message"),
+    [
+        ('"duration": Infinity', "sample 0: duration is Infinity"),
+        ('"fps": -Infinity', "sample 0: fps is -Infinity"),
+        ('"fps": 1e400', "sample 0: fps is 1e400"),
+        ('"num_frames": ' + "7" * 5000, f"sample 0: num_frames is {'7' * 40}... (5,000 characters)"),
+        ('"num_frames": 9223372036854775809', "sample 0: num_frames is 9223372036854775809"),
+        ('"num_frames": 48.5', "sample 0: num_frames is 48.5; it must be a whole number"),
+        ('"num_frames": true', "sample 0: num_frames is True"),
+        ('"resolution": {"width": [1]}', "sample 0: width is [1]"),
+        ('"cut": [0, NaN]', "sample 0: cut is [0, None]"),
+        ('"cut": [0, 1e400]', "sample 0: cut is [0, 1e400]"),
+        ('"text": 1e400', "sample 0: text is 1e400"),
+        ('"cap": ["x", null]', "sample 0: cap is ['x', None]"),
+        ('"fps": ' + "[" * 2000 + "]" * 2000, "line 1: lists and objects nested more than 64 deep"),
+        ('"fps": ' + "[" * 100 + "]" * 100, "line 1: lists and objects nested more than 64 deep"),
+    ],
+)
+def test_odd_values_are_refused_with_file_and_position(tmp_path, fact, message):
+    with pytest.raises(ValueError, match=re.escape(f"data.json, {message}")):
+        read(tmp_path, f'{{"path": "a.mp4", {fact}}}')
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+FACTS = ("cap", "caption", "num_frames", "fps", "duration", "resolution", "cut", "src_ref_images", "path", "video")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    record=st.fixed_dictionaries({"path": st.text(max_size=8)}, optional=dict.fromkeys(FACTS[:-2], JSON_VALUES))
+    | st.dictionaries(st.sampled_from(FACTS), JSON_VALUES, max_size=5),
+    height=st.integers() | st.floats(),
+)
+def test_whatever_a_list_says_is_a_sample_or_one_clear_line(tmp_path_factory, record, height):
+    """…and no sample that was read makes choosing among them fail."""
+    folder = tmp_path_factory.mktemp("any")
+    if record.get("resolution") is None:
+        record["resolution"] = {"height": height, "width": 96}
+    try:
+        sample = read(folder, record)
+    except ValueError as error:
+        refusal = str(error)
+    else:
+        refusal = ""
+    if refusal:
+        assert refusal.startswith(f"{folder / 'data.json'}, sample 0: ")
+        assert "\n" not in refusal
+        return
+    (folder / "there.mp4").write_bytes(b"no video")
+    chosen = select([replace(sample, path=folder / "there.mp4", control=None)], Geometry(num_frames=33, min_frames=17))
+    assert "1 sample, " in str(chosen)
+    assert all(n is None or n > 0 for n in (sample.num_frames, sample.fps, sample.height, sample.width))
+
+
+@pytest.mark.parametrize("key", ["cap", "caption", "text", "prompt"])
+def test_captions_stand_under_the_keys_of_the_common_tools(tmp_path, key):
+    assert read(tmp_path, {"path": "a.mp4", key: "a cat"}).captions == ("a cat",)
+    assert read(tmp_path, {"path": "a.mp4", "prompt": None, "text": "", key: ["a cat", " "]}).captions == ("a cat",)
+    assert read(tmp_path, {"path": "a.mp4", key: "a cat", "cap": "a cat"}).captions == ("a cat",)
+    other = "caption" if key == "cap" else "cap"
+    with pytest.raises(ValueError, match=r"sample 0: both .*\('a cat'\) and .*\('a dog'\)|sample 0: both .*dog.* and"):
+        read(tmp_path, {"path": "a.mp4", key: "a cat", other: "a dog"})
+
+
+def test_every_sample_has_an_id_of_its_own(tmp_path):
+    """…also where a file is called as we number those of one name."""
+    names = ["a", "a#2", "a", "a", "a#2", "a[0:4]"]
+    text = json.dumps([{"path": name} for name in names] + [{"path": "a", "cut": [0, 4]}])
+    (tmp_path / "data.json").write_text(text)
+    ids = [sample.id for sample in read_manifest(tmp_path / "data.json")]
+    assert ids == ["a", "a#2", "a#3", "a#4", "a#2#2", "a[0:4]", "a[0:4]#2"]
+
+
+def test_lists_are_read_with_a_byte_order_mark_and_only_from_files(tmp_path):
+    for name, text in (("a.json", '[{"path": "1"}]'), ("a.jsonl", '{"path": "1"}\n'), ("a.txt", f"{tmp_path},a.json")):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert [sample.id for sample in read_manifest(tmp_path / name)] == ["1"]
+        os.mkfifo(tmp_path / f"pipe{name[1:]}")
+        with pytest.raises(ValueError, match=r"is a named pipe \(FIFO\), not a file"):
+            read_manifest(tmp_path / f"pipe{name[1:]}")
+    (tmp_path / "a.json").write_text('[{"path": "1"},]')
+    with pytest.raises(ValueError, match=r"a\.json, line 1: not JSON"):
+        read_manifest(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('[{"path": "1"}\n] x')
+    with pytest.raises(ValueError, match=r"a\.json, line 2: not JSON: Extra data"):
+        read_manifest(tmp_path / "a.json")
+    (tmp_path / "a.jsonl").write_bytes(b'{"path": "' + b"x" * (17 << 20))
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: it has more than 16,777,216 bytes"):
+        read_manifest(tmp_path / "a.jsonl")
+
+
+def test_odd_paths_are_dropped_with_their_reason(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_bytes(b"video")
+    odd = {
+        "folder": ("no_file", "is a folder"),
+        "pipe": ("no_file", "is a named pipe (FIFO)"),
+        "x" * 5000: ("missing_file", "File name too long"),
+        "\0": ("missing_file", "holds a NUL"),
+        "\ud83d": ("missing_file", "half a character"),
+        "file/inside": ("missing_file", "Not a directory"),
+        "\x1b[2Jgone": ("missing_file", r"\x1b[2Jgone is not there"),
+    }
+    (tmp_path / "data.json").write_text(json.dumps([{"path": path, "cap": "x"} for path in odd]))
+    chosen = select(read_manifest(tmp_path / "data.json"), Geometry())
+    assert not chosen.kept
+    for (sample, reason), (path, (kind, detail)) in zip(chosen.dropped, odd.items(), strict=True):
+        assert (sample.id, reason.kind) == (path, kind)
+        assert detail in reason.detail
+        assert len(reason.detail) < 300
+    assert "\x1b" not in str(chosen)
+    (half,) = select([replace(read(tmp_path, {"path": "file", "cap": "x"}), captions=("\ud83d",))], Geometry()).dropped
+    assert str(half[1]).startswith("bad_caption: cap holds half a character")

@@ -124,7 +124,7 @@ def test_what_is_no_video_is_refused_with_the_way_out(tmp_path):
         probe(tmp_path / "empty.mp4")
     with pytest.raises(ValueError, match="holds 1 images; join them"):
         probe(tmp_path / "pictures")
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="is not there"):
         probe(tmp_path / "none.mp4")
 
 

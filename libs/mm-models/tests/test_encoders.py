@@ -122,16 +122,16 @@ def test_missing_files_and_tensors(copy, file, load):
     name = next(name for name in tensors if name.endswith("weight") and "norm" not in name)
 
     save_file({other: tensor for other, tensor in tensors.items() if other != name}, copy / file, {"format": "pt"})
-    with pytest.raises((ValueError, RuntimeError), match=name.replace(".", r"\.")):
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         load(copy)
     save_file(tensors | {"spare.weight": torch.zeros(1)}, copy / file, {"format": "pt"})
-    with pytest.raises((ValueError, RuntimeError), match=r"spare\.weight"):
+    with pytest.raises(ValueError, match=r"spare\.weight"):
         load(copy)
     save_file(tensors | {name: torch.zeros(3, 3)}, copy / file, {"format": "pt"})
-    with pytest.raises((ValueError, RuntimeError), match=name.replace(".", r"\.")):
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         load(copy)
     (copy / file).unlink()
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ValueError, match=r"has neither .*safetensors"):
         load(copy)
 
 

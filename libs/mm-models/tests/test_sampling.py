@@ -54,6 +54,21 @@ def test_grids():
     assert unipc.sigmas.tolist() == pytest.approx(list(3 * u / (1 + 2 * u)), abs=1e-6)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+def test_eulers_levels_are_those_of_diffusers(shift, steps):
+    """Also the last one before 0, of which diffusers shifts the end of its training schedule a second time."""
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs.set_timesteps(steps)
+    ours = scheduler("euler", steps, shift, "diffusers", "cpu")
+    assert torch.equal(ours.sigmas, theirs.sigmas)
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+    end = shift * 0.001 / (1 + (shift - 1) * 0.001)
+    levels = np.linspace(1, end, steps)
+    expected = [*(shift * levels / (1 + (shift - 1) * levels)), 0]
+    assert ours.sigmas.tolist() == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("sampler", ["unipc", "euler"])
 @pytest.mark.parametrize("grid", ["guides", "diffusers"])
 @pytest.mark.parametrize("guidance", [1.0, 5.0])

@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from mm_convert.cli.values import check_config
 
 Sampling = Literal["unipc", "euler"]
 Grid = Literal["guides", "diffusers"]
+Boundary = Annotated[float, "> 0", "< 1"] | None
+Scale = Annotated[float, ">= 1"]
 
 
 @dataclass(kw_only=True)
@@ -16,49 +20,35 @@ class Options:
     "t2v text, i2v image, flf2v first and last image, ti2v a clean first frame, v2v video, vace control to video (default: by the model and by what is given)"  # noqa: E501
     negative_prompt: str | None = None
     "what to stay away from; not used with guidance 1 (default: MindSpeed-MM's list, in Chinese for Wan2.2)"
-    height: int | None = None
+    height: Annotated[int, ">= 1"] | None = None
     "pixels, a multiple of 16 (32 for Wan2.2 5B); default 480, 704 for the 5B, 720 for 14B t2v, flf2v, VACE and A14B; with an image or a source video its shape, in about that area"  # noqa: E501
-    width: int | None = None
+    width: Annotated[int, ">= 1"] | None = None
     "pixels, likewise; default 832, 1280"
-    frames: int | None = None
+    frames: Annotated[int, ">= 1"] | None = None
     "4k+1 frames; default 81, 121 for Wan2.2 5B, at most those of a source video"
-    fps: float | None = None
+    fps: Annotated[float, "> 0", "<= 240"] | None = None
     "frames per second of the mp4, and of what is taken from a source video; default 16, 24 for Wan2.2 5B"
-    steps: int | None = None
+    steps: Annotated[int, ">= 1", "<= 1000"] | None = None
     "denoising steps; each runs the model twice, or once with guidance 1; default 50, 40 for i2v and A14B"
-    guidance: float | tuple[float, float] | None = None
+    guidance: Scale | tuple[Scale, Scale] | None = None
     "weight of the prompt against the negative prompt, 1 leaves that out; two experts may have two, [high, low]; default 5, flf2v 5.5, A14B [4, 3], A14B i2v 3.5"  # noqa: E501
-    flow_shift: float | None = None
+    flow_shift: Annotated[float, "> 0"] | None = None
     "bends the steps towards noise; default 3 for 480p and 5 for 720p, whichever the size is nearer to; flf2v and VACE 16, A14B 12, A14B i2v and 5B 5"  # noqa: E501
     sampler: Sampling = "unipc"
     "solver"
     grid: Grid = "guides"
     "noise levels of the steps: as in MindSpeed-MM and diffusers before 0.37, or as in later diffusers"
-    seed: int = 0
+    seed: Annotated[int, ">= 0", "<= 9223372036854775807"] = 0
     "of the initial noise, the same for every prompt"
     clip_crop: bool = False
     "i2v, flf2v with CLIP: it sees the middle square of an image, as in diffusers; by default all of it, squashed, as in MindSpeed-MM and in training"  # noqa: E501
-    strength: float | None = None
+    strength: Annotated[float, "> 0", "<= 1"] | None = None
     "v2v: part of the steps that are made, 1 leaves nothing of the video; default 0.7"
-    control_scale: float | None = None
+    control_scale: Annotated[float, ">= 0"] | None = None
     "vace: strength of the control; default 1"
 
     def __post_init__(self) -> None:
-        for name in ("frames", "height", "width"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps {self.steps}: at least one step is needed")
-        if self.guidance is not None and (len(self.scales) != 2 or not min(self.scales) >= 1):
-            raise ValueError(f"guidance {self.guidance}: must be 1 (no guidance) or more; one number, or high and low")
-        if self.flow_shift is not None and not self.flow_shift > 0:
-            raise ValueError(f"flow_shift {self.flow_shift}: must be more than 0 (1 bends nothing)")
-        if self.fps is not None and not self.fps > 0:
-            raise ValueError(f"fps {self.fps}: must be more than 0")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed {self.seed}: must be from 0 to 2^63-1")
-        if self.strength is not None and not 0 < self.strength <= 1:
-            raise ValueError(f"strength {self.strength}: must be more than 0 and at most 1")
+        check_config(self)
 
     @property
     def scales(self) -> tuple[float, float]:
@@ -70,11 +60,11 @@ class Options:
 class Ranks:
     """How many of torchrun's ranks make one video together; what is left of them makes others."""
 
-    cp: int | None = None
+    cp: Annotated[int, ">= 1"] | None = None
     "ranks that share the tokens of a video: Ulysses, or ulysses x ring"
-    ulysses: int | None = None
+    ulysses: Annotated[int, ">= 1"] | None = None
     "of these, ranks that exchange tokens for heads"
-    ring: int | None = None
+    ring: Annotated[int, ">= 1"] | None = None
     "of these, ranks that pass keys and values around"
     guidance: Literal[1, 2] = 1
     "2: the passes with the prompt and with the negative prompt run at the same time, on ranks of their own"
@@ -116,18 +106,22 @@ class Config(Options):
     references_file: Path | None = None
     "text file with one line of images for each prompt, as a.png, b.png"
     lora: Path | None = None
-    "LoRA to put on the transformer: a file or directory written by mm_train; of two experts on both, or a directory with a high_noise_model/ and a low_noise_model/"  # noqa: E501
-    boundary: float | None = None
+    "LoRA to put on the transformer: a file or directory, of any format that mm-convert reads; of two experts on both, or a directory with a high_noise_model/ and a low_noise_model/"  # noqa: E501
+    lora_alpha: Annotated[float, "!= 0"] | None = None
+    "alpha of the LoRA, where its files do not say it"
+    boundary: Boundary = None
     "of two experts: noise level from which on the first one works; by default what the directory says, or 0.9 for i2v, 0.875"  # noqa: E501
     offload: bool | None = None
     "of two experts, keep the idle one in the host's memory; by default on an accelerator"
     dtype: Literal["bfloat16", "float32"] | None = None
     "of transformer and text encoder; by default bfloat16 on an accelerator, float32 on a CPU, as VAE and CLIP always are"  # noqa: E501
-    text_tokens: int | None = None
+    text_tokens: Annotated[int, ">= 1"] | None = None
     "rows of text that the model attends to; by default those it was trained with (512, or what the weights say)"
     vae_tiling: bool = False
     "encode and decode in tiles: less memory, faint seams"
     parallel: Ranks = field(default_factory=Ranks)
+    deadline: Annotated[float, ">= 10", "<= 604800"] = 1800
+    "on several ranks: seconds that a step of a video may take; then all end and say which rank hangs, and where"
     overwrite: bool = False
     "replace videos that are already in the output folder; without it, those that the same command made are kept"
 
@@ -140,6 +134,11 @@ class Config(Options):
                 raise ValueError(f"give either --{one} or --{one}_file")
         if self.parallel.guidance == 2 and self.guidance is not None and max(self.scales) == 1:
             raise ValueError("parallel.guidance 2 shares two passes, but guidance 1 makes one: leave either out")
+
+    @property
+    def patience(self) -> float:
+        """Seconds that the rest may take: weights to read, what a video is made from to encode, a video to decode."""
+        return 10 * self.deadline
 
     @property
     def options(self) -> Options:

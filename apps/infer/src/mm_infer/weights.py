@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_convert import Checkpoint, open_checkpoint, open_experts, open_lora
+from mm_convert.cli.terminal import one_line
+from mm_convert.cli.values import check_fields, check_value
+from mm_infer.config import Boundary
 from mm_models.families import family_of_weights, find, published_like
 from mm_models.family import Family, Published
+from mm_models.folder import check_parts
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +53,7 @@ class Weights:
         *,
         model: str | None = None,
         lora: Path | str | None = None,
+        lora_alpha: float | None = None,
         text_tokens: int | None = None,
         boundary: float | None = None,
     ) -> None:
@@ -61,7 +66,9 @@ class Weights:
         self.path = path = must_exist(Path(path), "weights")
         encoders = None if encoders is None else must_exist(Path(encoders), "encoders")
         lora = None if lora is None else must_exist(Path(lora), "lora")
-        self.experts, said = _experts(path, model, lora, boundary)
+        if lora is None and lora_alpha is not None:
+            raise ValueError(f"lora_alpha {lora_alpha} is that of an adapter: name it (lora), or leave it out")
+        self.experts, said = _experts(path, model, lora, lora_alpha, boundary)
         family, config = self.experts[0].family, self.experts[0].config
         two = len(self.experts) > 1
         like = named if named and (named.boundary is not None) == two else published_like(config, two)
@@ -98,9 +105,9 @@ class Weights:
 class Transformer:
     """A checkpoint whose names and shapes are known to be those of a model, and whose tensors are not read yet."""
 
-    def __init__(self, path: Path, model: str | None, lora: Path | None) -> None:
+    def __init__(self, path: Path, model: str | None, lora: Path | None, alpha: float | None) -> None:
         """ValueError unless the files hold exactly the tensors of a model."""
-        self.checkpoint, self.lora = open_checkpoint(path), None if lora is None else open_lora(lora)
+        self.checkpoint, self.lora = open_checkpoint(path), None if lora is None else open_lora(lora, alpha=alpha)
         self.family = family_of_weights(self.checkpoint.family)
         self.config = _config(path, self.family, self.checkpoint, model)
         if self.lora is not None:
@@ -123,7 +130,7 @@ class Transformer:
         import torch
 
         for note in self.lora.notes:
-            print(f"{path}: {note}", file=sys.stderr)
+            print(one_line(f"{path}: {note}"), file=sys.stderr)
         try:
             self._adapt(self._empty(self.config, torch.float32))
         except ValueError as error:
@@ -145,7 +152,7 @@ class Transformer:
 
 
 def _experts(
-    path: Path, model: str | None, lora: Path | None, boundary: float | None
+    path: Path, model: str | None, lora: Path | None, alpha: float | None, boundary: float | None
 ) -> tuple[tuple[Transformer, ...], float | None]:
     """The one or two that lie there, and the boundary that is asked for or said in the files."""
     pair = open_experts(path)
@@ -155,12 +162,12 @@ def _experts(
             raise ValueError(f"lora {lora} is for two experts, but {path} holds one model: name one of its folders")
         if boundary is not None:
             raise ValueError(f"boundary {boundary} is for two experts, but {path} holds one model: leave it out")
-        return (Transformer(path, model, lora),), None
-    if boundary is not None and not 0 < boundary < 1:
-        raise ValueError(f"boundary {boundary}: must be a noise level between 0 and 1, as 0.875")
+        return (Transformer(path, model, lora, alpha),), None
+    check_value("boundary", boundary, Boundary)
     adapters = (loras.high, loras.low) if loras else (lora, lora)
     high, low = (
-        Transformer(folder, model, adapter) for folder, adapter in zip((pair.high, pair.low), adapters, strict=True)
+        Transformer(folder, model, adapter, alpha)
+        for folder, adapter in zip((pair.high, pair.low), adapters, strict=True)
     )
     if high.config != low.config:
         raise ValueError(f"{path}: the two experts differ: {high.config}, {low.config}")
@@ -170,7 +177,8 @@ def _experts(
 def _config(path: Path, family: Family, checkpoint: Checkpoint, model: str | None) -> Any:
     """The architecture that the files say, or that of the preset if they do not contradict it."""
     known = {field.name for field in fields(family.config)}
-    read = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint.config.items() if k in known}
+    read = {name: value for name, value in checkpoint.config.items() if name in known}
+    read = check_fields(family.config, read, f"{path}: ")
     if model is None:
         if "num_heads" in known - read.keys():
             raise ValueError(f"{path}: the tensors do not say the number of heads: name the preset (model)")
@@ -188,10 +196,11 @@ def _config(path: Path, family: Family, checkpoint: Checkpoint, model: str | Non
 
 
 def find_encoders(weights: Path, encoders: Path | None, wanted: tuple[str, ...]) -> Path:
-    """The diffusers directory that has these folders. ValueError that says what is missing where."""
+    """The diffusers directory that has these folders. ValueError that says what is missing where, or is wrong there."""
     repository = weights if encoders is None else encoders
     missing = [f"{name}/" for name in wanted if not (repository / name).is_dir()]
     if not missing:
+        check_parts(repository, wanted)
         return repository
     if encoders is None and len(missing) == len(wanted):
         raise ValueError(f"{weights} is a transformer alone: name the diffusers directory of the encoders as well")

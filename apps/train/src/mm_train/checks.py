@@ -5,18 +5,21 @@ A list of named checks. `train` raises what the first one finds; the list can as
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from mm_convert import read_json
+from mm_convert.cli.toml import dump
+from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
+from mm_models.folder import check_parts
+from mm_parallel.launch import read_launch
+from mm_train.adapter import check_adapter
 from mm_train.config import Config
-from mm_train.limits import check_encoders, check_limits
 from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
 
 When = Literal["at once", "with torch"]
@@ -36,6 +39,20 @@ def check(config: Config, when: When = "at once") -> None:
     for one in CHECKS:
         if one.when == when:
             one.run(config)
+
+
+def check_encoders(path: Path | None, folders: Sequence[str], flag: str) -> None:
+    """Raise ValueError unless a diffusers directory holds these folders, and nothing in them must not be done."""
+    missing = [f"{folder}/" for folder in folders if path is None or not (path / folder).is_dir()]
+    if missing:
+        wanted = ", ".join(f"{folder}/" for folder in folders)
+        raise ValueError(f"{flag} {path} has no {', '.join(missing)}: give the diffusers directory with {wanted}")
+    check_parts(path, folders)
+
+
+def _limits(config: Config) -> None:
+    """Of a configuration that no command line has read."""
+    check_config(config, "--")
 
 
 def _model(config: Config) -> None:
@@ -100,18 +117,25 @@ def _data(config: Config) -> None:
 
 def _objective(config: Config) -> None:
     low, high = config.objective.range or (0, 1)
-    if not 0 <= low < high <= 1:
+    if not low < high:
         raise ValueError(f"--objective.range is [{low}, {high}]; it must satisfy 0 <= low < high <= 1")
-    if config.objective.boundary is not None and not (config.expert and 0 < config.objective.boundary < 1):
-        raise ValueError(
-            f"--objective.boundary {config.objective.boundary}: it is for --expert high or low, and a noise level "
-            "between 0 and 1"
-        )
+    if config.objective.boundary is not None and not config.expert:
+        raise ValueError(f"--objective.boundary {config.objective.boundary}: it is for --expert high or low")
 
 
 def _rates(config: Config) -> None:
     if config.optim.warmup >= config.steps > 1:
         raise ValueError(f"--optim.warmup {config.optim.warmup} takes the whole run of {config.steps} steps")
+    if config.optim.schedule != "constant" and config.optim.min_lr > config.optim.lr:
+        raise ValueError(
+            f"--optim.min_lr {config.optim.min_lr} is more than --optim.lr {config.optim.lr}, and the "
+            f"{config.optim.schedule} schedule falls from one to the other: give a smaller one, or leave it out"
+        )
+    if config.optim.schedule == "constant" and config.optim.min_lr:
+        raise ValueError(
+            f"--optim.min_lr {config.optim.min_lr} is where a schedule ends, and --optim.schedule is constant: "
+            "give cosine or linear, or leave it out"
+        )
 
 
 def _trained(config: Config) -> None:
@@ -139,7 +163,7 @@ def _trained(config: Config) -> None:
 
 def _layout(config: Config) -> None:
     """The layout fits the ranks that were started, and the batch fits the layout."""
-    layout = config.parallel.resolve(int(os.environ.get("WORLD_SIZE", "1")))
+    layout = config.parallel.resolve(read_launch().world)
     config.micro_batches(layout.dp_replicate * layout.dp_shard)
 
 
@@ -195,6 +219,11 @@ def _output(config: Config) -> None:
         )
 
 
+def _text(config: Config) -> None:
+    """A checkpoint keeps the configuration as text."""
+    dump(config)
+
+
 def _features(config: Config) -> None:
     from mm_train.data import check_features  # torch, only now
 
@@ -204,16 +233,18 @@ def _features(config: Config) -> None:
 
 
 CHECKS = (
-    Check("limits", "at once", check_limits),
+    Check("limits", "at once", _limits),
     Check("model", "at once", _model),
     Check("weights", "at once", _weights),
     Check("data", "at once", _data),
     Check("objective", "at once", _objective),
     Check("learning rate", "at once", _rates),
     Check("what is trained", "at once", _trained),
+    Check("adapter", "at once", check_adapter),
     Check("layout", "at once", _layout),
     Check("sample videos", "at once", _samples),
     Check("output", "at once", _output),
+    Check("text", "at once", _text),
     Check("features", "with torch", _features),
 )
 

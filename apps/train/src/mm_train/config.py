@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from mm_data import Geometry
 from mm_parallel import MemoryConfig, ParallelConfig
-from mm_train.limits import limited
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class DataConfig:
     encoders: Path | None = None
     """For a manifest: diffusers directory with vae/, text_encoder/, tokenizer/ (and image_encoder/ with CLIP)."""
     geometry: Geometry = field(default_factory=Geometry)
-    encode_every: int = limited(8, least=0)
+    encode_every: Annotated[int, ">= 0"] = 8
     """For a manifest: so many steps are encoded at a time; then the encoders go back to the host, until the next. 0
     leaves them on the device.
     """
@@ -48,17 +47,17 @@ class DataConfig:
     """For a manifest: ranks that work on the same samples encode a part of them each."""
     tiling: bool = False
     """For a manifest: let the VAE work in tiles, with less memory and slightly other numbers at the seams."""
-    global_batch: int = limited(8, least=1)
+    global_batch: Annotated[int, ">= 1"] = 8
     """Samples per optimizer step, over all ranks. Part of the sample stream: a resume keeps it."""
-    micro_batch: int = limited(1, least=1)
+    micro_batch: Annotated[int, ">= 1"] = 1
     """Samples per forward on one rank; the rest of the global batch is accumulated."""
     small_buckets: Literal["repeat", "drop"] = "repeat"
     """Shapes with fewer samples than a global batch: repeat their samples within a step, or leave these shapes out.
     Part of the sample stream: a resume keeps it.
     """
-    text_dropout: float = limited(0.0, least=0, below=1)
+    text_dropout: Annotated[float, ">= 0", "< 1"] = 0.0
     """Probability of training a sample on the empty prompt (needed for guidance; 0.1 is usual)."""
-    workers: int = limited(2, least=0)
+    workers: Annotated[int, ">= 0", "<= 256"] = 2
     """Loader threads per rank."""
 
 
@@ -70,15 +69,15 @@ class ObjectiveConfig:
     """What the model learns to do; auto: what it was made for. Of Wan: t2v, i2v, flf2v, ti2v or vace (t2v for
     wan2.2-ti2v-5b, which also learns ti2v).
     """
-    boundary: float | None = None
+    boundary: Annotated[float, "> 0", "< 1"] | None = None
     """Noise level (sigma) at which the parts of two experts meet; by default that at which their model was published to
     switch.
     """
-    shift: float | None = None
+    shift: Annotated[float, "> 0"] | None = None
     """Of flow matching: timestep shift of the training schedule, independent of the shift used for sampling; 5 for Wan,
     as in MindSpeed-MM.
     """
-    range: tuple[float, float] | None = None
+    range: tuple[Annotated[float, ">= 0", "<= 1"], Annotated[float, ">= 0", "<= 1"]] | None = None
     """Of flow matching: part of the schedule that is trained, as fractions of its 1000 points from noise to data. By
     default all of it, or the part of the expert that is trained.
     """
@@ -92,18 +91,18 @@ class ObjectiveConfig:
 class OptimConfig:
     """AdamW. Biases and one-dimensional parameters are not decayed."""
 
-    lr: float = limited(1e-5, least=0)
-    min_lr: float = limited(0.0, least=0)
-    """Where the cosine and linear schedules end."""
+    lr: Annotated[float, ">= 0", "<= 1"] = 1e-5
+    min_lr: Annotated[float, ">= 0", "<= 1"] = 0.0
+    """Where the cosine and linear schedules end; not above lr."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup: int = limited(0, least=0)
+    warmup: Annotated[int, ">= 0"] = 0
     """Steps over which the learning rate rises linearly from 0."""
-    weight_decay: float = limited(0.01, least=0)
-    betas: tuple[float, float] = limited((0.9, 0.999), least=0, below=1)
-    eps: float = limited(1e-8, above=0)
-    clip: float = limited(1.0, least=0)
+    weight_decay: Annotated[float, ">= 0"] = 0.01
+    betas: tuple[Annotated[float, ">= 0", "< 1"], Annotated[float, ">= 0", "< 1"]] = (0.9, 0.999)
+    eps: Annotated[float, "> 0"] = 1e-8
+    clip: Annotated[float, ">= 0"] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
-    ema: float = limited(0.0, least=0, below=1)
+    ema: Annotated[float, ">= 0", "< 1"] = 0.0
     """Decay of the moving average of the weights; 0 keeps none."""
 
 
@@ -111,18 +110,22 @@ class OptimConfig:
 class LoRAOptions:
     """Low-rank adapters instead of full training, when rank is above 0."""
 
-    rank: int = limited(0, least=0)
-    alpha: float = limited(16.0, above=0)
-    dropout: float = limited(0.0, least=0, below=1)
+    rank: Annotated[int, ">= 0"] = 0
+    alpha: Annotated[float, "> 0"] = 16.0
+    dropout: Annotated[float, ">= 0", "< 1"] = 0.0
     targets: tuple[str, ...] = ("q", "k", "v", "o", "ffn.0", "ffn.2")
     """Names of the linears that get an adapter (matched as peft does, by suffix)."""
+    weights: Path | None = None
+    """An adapter to go on from, in any format that mm-convert reads; by default they are fresh. Rank, alpha and targets
+    must be its own.
+    """
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = limited(500, least=1)
+    every: Annotated[int, ">= 1"] = 500
     """Steps between checkpoints; one more is written at the end."""
-    keep: int = limited(3, least=0)
+    keep: Annotated[int, ">= 0"] = 3
     """How many of the newest are kept; 0 keeps all."""
     resume: Literal["auto", "never"] = "auto"
     """auto continues the run found in the output directory; never refuses a directory that holds one."""
@@ -132,12 +135,12 @@ class CheckpointConfig:
 class ValidationConfig:
     features: Path | None = None
     """Features of the validation set; none, no validation."""
-    every: int = limited(500, least=1)
-    timesteps: tuple[int, ...] = limited((), above=0, below=1000)
+    every: Annotated[int, ">= 1"] = 500
+    timesteps: tuple[Annotated[int, "> 0", "< 1000"], ...] = ()
     """t in 0..1000 at which every sample is measured, each with its own fixed noise; by default the middles of five
     equal parts of what is trained (100, 300, 500, 700, 900 where that is everything).
     """
-    max_samples: int = limited(64, least=1)
+    max_samples: Annotated[int, ">= 1"] = 64
 
 
 @dataclass
@@ -146,19 +149,20 @@ class SampleConfig:
 
     prompts: tuple[str, ...] = ()
     """Texts to make videos from."""
-    from_validation: int = limited(0, least=0)
+    from_validation: Annotated[int, ">= 0"] = 0
     """How many samples of the validation set are made again, from their captions and conditions (images, control)."""
-    every: int = limited(500, least=1)
+    every: Annotated[int, ">= 1"] = 500
     encoders: Path | None = None
     """Diffusers directory with vae/, text_encoder/ and tokenizer/."""
-    height: int = limited(480, least=1)
-    width: int = limited(832, least=1)
-    frames: int = limited(81, least=1)
-    steps: int = limited(50, least=1)
-    guidance: float = 5.0
-    flow_shift: float = 3.0
-    seed: int = 0
-    fps: int = 16
+    height: Annotated[int, ">= 1"] = 480
+    width: Annotated[int, ">= 1"] = 832
+    frames: Annotated[int, ">= 1"] = 81
+    steps: Annotated[int, ">= 1"] = 50
+    guidance: Annotated[float, ">= 1"] = 5.0
+    """Weight of the prompt against the empty one; 1 leaves that out."""
+    flow_shift: Annotated[float, "> 0"] = 3.0
+    seed: Annotated[int, ">= 0", "<= 9223372036854775807"] = 0
+    fps: Annotated[int, ">= 1", "<= 240"] = 16
 
 
 @dataclass
@@ -181,13 +185,13 @@ class Config:
     """Patterns of the names of parameters that are trained; the others stay as they are, e.g. ["vace_*"]."""
     architecture: dict[str, Any] = field(default_factory=dict)
     """Fields of the preset to replace, e.g. --architecture '{"num_layers": 4}'."""
-    steps: int = limited(5000, least=1)
+    steps: Annotated[int, ">= 1"] = 5000
     """Optimizer steps of the whole run."""
-    seed: int = 42
+    seed: Annotated[int, ">= 0", "<= 9223372036854775807"] = 42
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the matrix multiplications; master weights, moments, norms and modulation stay float32."""
-    deadline: float = limited(600, least=10)
-    """Seconds that a step may take; then the run ends and says which rank hangs, and where."""
+    deadline: Annotated[float, ">= 10", "<= 604800"] = 600
+    """Seconds that a step may take, up to a week; then the run ends and says which rank hangs, and where."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a non-finite loss or gradient does."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -199,6 +203,11 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a part of the preparation may take: weights and lists of videos may be long to read."""
+        return max(3600, 10 * self.deadline)
 
     @property
     def run_dir(self) -> Path:

@@ -8,13 +8,17 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from mm_convert.cli.arguments import parse
+from mm_convert.cli.arguments import dump, parse
+from mm_convert.cli.terminal import escaped_output
+from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
+from mm_parallel.launch import read_launch
+from mm_train.checks import check_encoders
 from mm_train.command import run
-from mm_train.limits import check_encoders, check_limits, limited
+from mm_train.interrupt import ending_signals
 from mm_train.objective import choose_task
 
 
@@ -22,7 +26,7 @@ from mm_train.objective import choose_task
 class Data:
     manifest: Path
     """data.txt, data.json or .jsonl in the format of MindSpeed-MM."""
-    workers: int = limited(2, least=0)
+    workers: Annotated[int, ">= 0", "<= 256"] = 2
     """Decoding processes per rank."""
 
 
@@ -40,14 +44,18 @@ class ExtractConfig:
     task: str = "auto"
     """What the features are for; auto: what the model was made for. Of Wan: t2v, i2v, flf2v, ti2v or vace."""
     geometry: Geometry = field(default_factory=Geometry)
-    batch: int = limited(1, least=1)
+    batch: Annotated[int, ">= 1"] = 1
     """Clips of one shape that are encoded together."""
-    seed: int = 42
+    seed: Annotated[int, ">= 0", "<= 9223372036854775807"] = 42
     """Of the random frame windows."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the text encoder; the VAE and CLIP run in float32."""
     tiling: bool = False
     """Let the VAE work in tiles: less memory, slightly other numbers at the seams."""
+    deadline: Annotated[float, ">= 10", "<= 604800"] = 1800
+    """On several ranks: seconds that the clips of one batch may take; then all end and say which rank hangs, and
+    where.
+    """
 
     def check(self) -> None:
         """ValueError for what cannot work, found without torch."""
@@ -57,7 +65,8 @@ class ExtractConfig:
                 f"--data.manifest {self.data.manifest} is not a file: give a data.txt, data.json or .jsonl"
             )
         check_encoders(self.encoders, family.encoders(preset.config), "--encoders")
-        check_limits(self)
+        check_config(self, "--")
+        dump(self)  # ValueError for a name that no configuration could hold
         choose_task(self.model, family, preset.config, self.task, "--task")
 
     @property
@@ -74,10 +83,15 @@ def extract(config: ExtractConfig) -> int:
     return encode_all(config)
 
 
+@escaped_output()
 def main(argv: list[str] | None = None) -> None:
-    def work() -> None:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    def read() -> ExtractConfig:
+        read_launch()
         config = parse(ExtractConfig, argv, prog="python -m mm_train.extract", description=ExtractConfig.__doc__)
+        config.check()
+        return config
+
+    def work(config: ExtractConfig) -> None:
         try:
             extract(config)
             from mm_parallel.device import leave
@@ -86,7 +100,9 @@ def main(argv: list[str] | None = None) -> None:
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; what was encoded is kept, the same command continues") from None
 
-    run(work)
+    for ending in ending_signals():
+        signal.signal(ending, signal.default_int_handler)
+    run(read, work)
 
 
 if __name__ == "__main__":

@@ -2,38 +2,66 @@
 
 Decoding runs in worker processes while the device encodes; ranks of torchrun share the samples. What is in the cache
 already (same bytes, same geometry, same encoders) is not encoded again, so a killed extraction continues where it
-was. A file that cannot be decoded goes to failures.jsonl and the run goes on.
+was. Whatever is left out, before decoding or in it, stands in failures.jsonl with its reason, and the run goes on; what
+fails of encoding or writing ends it.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from mm_data import Clip, Failure, FeatureCache, Sample, VideoDataset, for_task, read_manifest, select
-from mm_data.transforms import to_model_range, to_uint8
+from mm_convert.cli.terminal import one_line
+from mm_data import (
+    Clip,
+    Failure,
+    FeatureCache,
+    Sample,
+    VideoDataset,
+    check_samples,
+    decode,
+    for_task,
+    read_manifest,
+    select,
+)
+from mm_data.files import shorten
 from mm_models import preset
 from mm_parallel.device import device as accelerator
-from mm_parallel.device import init_distributed
+from mm_parallel.guard import Watchdog, join
 from mm_train.command import prepare_output
 from mm_train.encode import Encoders
 from mm_train.extract import ExtractConfig
 from mm_train.ranks import map_over_ranks
 
+ADVICE = {
+    "HDR": "their colours are taken as they are stored, which looks pale; tone-map the files first to train on colours "
+    "as they are seen",
+    "interlaced": "a frame holds two moments, and what moves has combs; deinterlace the files first (FFmpeg's bwdif)",
+}
+
 
 def encode_all(config: ExtractConfig) -> int:
     """Run the extraction; returns how many samples of the manifest have no features in the end."""
+    with join(deadline=config.deadline) as guard:  # leaving it waits for all ranks, which need not be equally fast
+        publish = _encode_share(config, guard)
+    return publish()
+
+
+def _encode_share(config: ExtractConfig, guard: Watchdog) -> Callable[[], int]:
+    """Encodes this rank's part; returns what is to be done when all ranks have."""
+    guard.at("preparing", deadline=math.inf)  # every file is hashed, and encoders are read
     prepare_output(config.output)
-    rank, world, _ = init_distributed(timeout=timedelta(days=1))  # ranks meet at the end, and need not be equally fast
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = accelerator()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Leave the workers their cores: the threads of one operation spin while one of them waits for a core.
@@ -46,90 +74,64 @@ def encode_all(config: ExtractConfig) -> int:
     if rank == 0 and unread:
         print(f"note: {task} uses no sources, masks or references: {unread} samples have them", file=sys.stderr)
     geometry = encoders.fit_geometry(config.geometry)
-    selection = select(samples, geometry)
+    selection = select(samples, geometry, map_over_ranks(samples, partial(check_samples, geometry=geometry)))
 
     with FeatureCache(config.output) as cache:
         identified = _identify(selection.kept, cache, rank == 0, world)
         todo = cache.find_work(identified, geometry, encoders.identity, config.seed)
         if rank == 0:
-            print(f"{config.data.manifest}: {selection}\n{config.output}: {todo}", file=sys.stderr, flush=True)
-            for sample, reason in [*selection.dropped, *todo.failed]:
-                cache.fail(sample.id, str(reason))
+            for name, what in ((config.data.manifest, selection), (config.output, todo)):
+                print(f"{one_line(name)}: {what}", file=sys.stderr, flush=True)
             if not cache.has_empty_text(encoders.identity):
                 cache.put_empty_text(encoders.empty_text, encoders.identity)
         dataset = VideoDataset(todo.to_encode, geometry, config.seed, on_error="return")
         progress = Progress(len(todo.to_encode), leader=rank == 0, world=world)
         # Shared out by key, not by place: a rank that sees the store a moment later must not shift everybody's share.
         own = [i for i, sample in enumerate(todo.to_encode) if int(todo.keys[sample.id][:8], 16) % world == rank]
-        for clips in batches(dataset, own, config, lambda failure: _fail(cache, progress, failure)):
-            for clip, features in zip(clips, encoders.encode(clips), strict=True):
-                cache.put(todo.keys[clip["id"]], features, clip["meta"])
-            progress.advance(len(clips))
+        guard.at("the first clips")
+        with closing(batches(dataset, own, config, lambda failure: _fail(cache, progress, failure))) as decoded:
+            for clips in decoded:
+                guard.at(f"the clips from {clips[0]['id']} on")
+                for clip, features in zip(clips, encoders.encode(clips), strict=True):
+                    cache.put(todo.keys[clip["id"]], features, clip["meta"])
+                progress.advance(len(clips))
         progress.close()
-        cache.flush()
-        if world > 1:
-            dist.barrier()
-        if rank == 0:
-            found = cache.finish(todo)
-            missing = len(samples) - found
-            why = f", {missing} left out: {config.output / 'failures.jsonl'} says why" if missing else ""
-            print(f"{found} of {len(samples)} samples in {config.output}{why}", file=sys.stderr)
-            if not found:
-                raise ValueError(f"not one sample of {config.data.manifest} could be used{why}")
-        return missing if rank == 0 else 0
+        guard.at("the last features", deadline=math.inf)
+
+    def publish() -> int:
+        found = cache.finish(todo, selection.dropped)
+        missing = len(samples) - found
+        why = f", {missing} left out: {config.output / 'failures.jsonl'} says why" if missing else ""
+        print(one_line(f"{found} of {len(samples)} samples in {config.output}{why}"), file=sys.stderr)
+        for note, names in cache.notes(todo).items():
+            many = f"{len(names)} sample{'s' * (len(names) != 1)}, e.g. {names[0]}"
+            advice = ADVICE["interlaced" if note == "interlaced" else "HDR"]
+            print(one_line(f"note: {note}: {many}: {advice}"), file=sys.stderr)
+        if not found:
+            raise ValueError(f"not one sample of {config.data.manifest} could be used{why}")
+        return missing
+
+    return publish if rank == 0 else lambda: 0
 
 
 def batches(dataset: VideoDataset, indices: Sequence[int], config: ExtractConfig, on_failure) -> Iterator[list[Clip]]:
     """Clips of one shape, up to config.batch of them, decoded ahead by the workers in the order of the manifest."""
-    loader = DataLoader(
-        Subset(dataset, indices),
-        batch_size=None,
-        collate_fn=_pack,
-        num_workers=min(config.data.workers, len(indices)),
-        prefetch_factor=2 if config.data.workers and len(indices) else None,
-    )
     waiting: dict[torch.Size, list[Clip]] = defaultdict(list)
-    for item in loader:
-        if isinstance(item, Failure):
-            on_failure(item)
-            continue
-        clip = _unpack(item)
-        same = waiting[clip["video"].shape]
-        same.append(clip)
-        if len(same) == config.batch:
-            yield waiting.pop(clip["video"].shape)
+    with closing(decode(dataset, indices, config.data.workers)) as decoded:
+        for clip in decoded:
+            if isinstance(clip, Failure):
+                on_failure(clip)
+                continue
+            same = waiting[clip["video"].shape]
+            same.append(clip)
+            if len(same) == config.batch:
+                yield waiting.pop(clip["video"].shape)
     yield from waiting.values()
-
-
-def _pack(item: Clip | Failure) -> Clip | Failure:
-    """A clip as bytes, as its files had it: a quarter of the shared memory between a worker and this process."""
-    if isinstance(item, Failure):
-        return item
-    packed = dict(item)
-    for name in ("video", "source"):
-        if name in item:
-            packed[name] = torch.from_numpy(to_uint8(item[name]))
-    if "source" in item and not item["source"].any():  # there is none, and this grey lies between two bytes
-        del packed["source"]
-    if "mask" in item:
-        packed["mask"] = (item["mask"] * 255).round().byte()
-    return packed
-
-
-def _unpack(packed: Clip) -> Clip:
-    """The very numbers again."""
-    clip = dict(packed)
-    for name in ("video", "source"):
-        if name in packed:
-            clip[name] = to_model_range(packed[name].numpy())
-    if "mask" in packed:
-        clip["mask"] = packed["mask"].float() / 255
-    return clip
 
 
 def _fail(cache: FeatureCache, progress: Progress, failure: Failure) -> None:
     cache.fail(failure.sample.id, failure.reason)
-    progress.say(f"skipped {failure.sample.id}: {failure.reason}")
+    progress.say(f"skipped {shorten(failure.sample.id)}: {shorten(failure.reason, 500)}")
     progress.advance(1)
 
 
@@ -167,7 +169,7 @@ class Progress:
             )
 
     def say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(one_line(text), file=sys.stderr)
 
     def close(self) -> None:
         self.bar.close()

@@ -1,8 +1,14 @@
-"""Ctrl-C and SIGTERM: the first ends a run cleanly after its step, the second acts at once."""
+"""Ctrl-C, SIGTERM, a closed terminal: the first ends a run cleanly after its step, the second acts at once."""
 
 from __future__ import annotations
 
 import signal
+
+
+def ending_signals() -> list[signal.Signals]:
+    """What asks a program to end. Under nohup a closed terminal does not."""
+    asked = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    return [s for s in asked if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
 
 
 class Interrupt:
@@ -12,7 +18,7 @@ class Interrupt:
         self.signal, self.stop = 0, False
 
     def __enter__(self) -> Interrupt:
-        self.before = {s: signal.signal(s, self._on) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {s: signal.signal(s, self._on) for s in ending_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mm_convert.cli.values import check_fields
 from mm_models.families import find, override
 from mm_models.family import Family
 from mm_models.objective import Objective
@@ -11,9 +12,10 @@ from mm_train.config import Config
 
 
 def architecture(config: Config) -> tuple[Family, Any]:
-    """The family of a run's model, and its configuration. ValueError for an unknown name or field."""
+    """The family of a run's model, and its configuration. ValueError for an unknown name or field, or a wrong value."""
     family, preset = find(config.model)
-    return family, override(config.model, preset.config, config.architecture)
+    fields = check_fields(family.config, config.architecture, "--architecture: ")
+    return family, override(config.model, preset.config, fields)
 
 
 def choose_task(model: str, family: Family, shape: Any, asked: str, flag: str) -> str:

@@ -14,7 +14,21 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from mm_data import Batch, Captions, Clip, ClipBatch, ClipDataset, Step, for_task, read_manifest, select, survey
+from mm_convert import replace_file
+from mm_convert.cli.terminal import one_line
+from mm_data import (
+    Batch,
+    Captions,
+    Clip,
+    ClipBatch,
+    ClipDataset,
+    Step,
+    check_samples,
+    for_task,
+    read_manifest,
+    select,
+    survey,
+)
 from mm_parallel.encoders import interleave, share_encoding
 from mm_train.config import Config
 from mm_train.encode import Encoders
@@ -26,7 +40,7 @@ def find_clips(config: Config, encoders: Encoders) -> ClipDataset:
     manifest = config.data.manifest
     samples = for_task(read_manifest(manifest), controls=encoders.task.reads_control)
     geometry = encoders.fit_geometry(config.data.geometry)
-    selection = select(samples, geometry)
+    selection = select(samples, geometry, map_over_ranks(samples, partial(check_samples, geometry=geometry)))
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     silent = rank > 0 or not sys.stderr.isatty()
     with tqdm(total=len(selection.kept), unit="clip", desc="looking into videos", disable=silent) as bar:
@@ -40,9 +54,11 @@ def find_clips(config: Config, encoders: Encoders) -> ClipDataset:
     left_out = [*selection.dropped, *dataset.unusable]
     if rank == 0:
         report = config.run_dir / "failures.jsonl"
-        report.write_text("".join(json.dumps({"id": s.id, "reason": str(reason)}) + "\n" for s, reason in left_out))
+        lines = [json.dumps({"id": sample.id, "reason": str(reason)}) + "\n" for sample, reason in left_out]
+        replace_file(report, "".join(lines))
         why = f", {len(left_out)} left out: {report} says why" if left_out else ""
-        print(f"{len(dataset)} of {len(samples)} samples of {manifest} can be used{why}", file=sys.stderr, flush=True)
+        said = f"{len(dataset)} of {len(samples)} samples of {manifest} can be used{why}"
+        print(one_line(said), file=sys.stderr, flush=True)
     return dataset
 
 

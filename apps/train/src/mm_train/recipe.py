@@ -8,16 +8,15 @@ Precedence: defaults of the dataclasses < ``recipes/<recipe>.toml`` < ``--config
 from __future__ import annotations
 
 import contextlib
-import io
-import os
 import sys
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mm_convert import read_toml
 from mm_convert.cli.arguments import parse
+from mm_convert.cli.terminal import one_line
+from mm_convert.cli.toml import read_tables
 from mm_models.families import suggest
 from mm_train import guides
 from mm_train.config import Config
@@ -26,22 +25,12 @@ RECIPES = Path(str(resources.files("mm_train") / "recipes"))
 
 
 def load_config(argv: list[str] | None = None) -> Config:
-    """Config from the command line, its TOML file, and the recipe that either of them selects.
-
-    What is wrong with it is told by the first rank alone.
-    """
-    if os.environ.get("RANK", "0") == "0":
-        return _load(argv)
-    with contextlib.redirect_stderr(io.StringIO()):
-        return _load(argv)
-
-
-def _load(argv: list[str] | None) -> Config:
+    """Config from the command line, its TOML file, and the recipe that either of them selects."""
     notes: list[str] = []
     try:
         argv, said = guides.arguments(sys.argv[1:] if argv is None else argv)
     except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         sys.exit(2)
 
     def reword(tables: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +45,7 @@ def _load(argv: list[str] | None) -> Config:
         Config, argv, prog="python -m mm_train", description=Config.__doc__, defaults=_recipe(argv), reword=reword
     )
     for note in dict.fromkeys(said + notes):
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {one_line(note)}", file=sys.stderr)
     return config
 
 
@@ -64,8 +53,8 @@ def _recipe(argv: list[str]) -> list[Path]:
     """The recipe file has to be known before the flags are parsed, as its values lie below theirs."""
     chosen: dict[str, str] = {}
     for file in _values(argv, "config"):
-        with contextlib.suppress(OSError, ValueError):  # `parse` reads it again, and says what is wrong with it
-            written = read_toml(file)
+        with contextlib.suppress(ValueError):  # `parse` reads it again, and says what is wrong with it
+            written = read_tables(Path(file))
             chosen |= {k: v for k, v in written.items() if k in ("model", "recipe") and isinstance(v, str)}
     for flag in ("model", "recipe"):
         for value in _values(argv, flag):
@@ -73,7 +62,8 @@ def _recipe(argv: list[str]) -> list[Path]:
     known = sorted(p.stem for p in RECIPES.glob("*.toml"))
     recipe = chosen.get("recipe", "")
     if recipe and recipe not in known:
-        sys.stderr.write(f"error: unknown recipe '{recipe}'{suggest(recipe, known)}; there are {', '.join(known)}\n")
+        said = f"unknown recipe '{recipe}'{suggest(recipe, known)}; there are {', '.join(known)}"
+        sys.stderr.write(f"error: {one_line(said)}\n")
         sys.exit(2)
     name = recipe or chosen.get("model", "")
     return [RECIPES / f"{name}.toml"] if name in known else []

@@ -9,15 +9,19 @@ from mm_convert.__about__ import __version__
 
 if TYPE_CHECKING:
     from mm_convert.files import open_file, read_bytes, read_json, read_text, read_toml
+    from mm_convert.lora.adapter import Adapter
     from mm_convert.lora.reading import open_lora
     from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
     from mm_convert.read.experts import expert_of, open_experts, write_experts
     from mm_convert.read.inspection import diff, inspect
     from mm_convert.store.dcp import open_dcp
     from mm_convert.store.dcp_load import load_dcp
+    from mm_convert.write.install import replace_file
+    from mm_convert.write.lock import lock_output
     from mm_convert.write.save import convert, save_checkpoint, save_lora
 
 __all__ = [
+    "Adapter",
     "Checkpoint",
     "__version__",
     "convert",
@@ -25,6 +29,7 @@ __all__ = [
     "expert_of",
     "inspect",
     "load_dcp",
+    "lock_output",
     "open_checkpoint",
     "open_dcp",
     "open_experts",
@@ -34,12 +39,14 @@ __all__ = [
     "read_json",
     "read_text",
     "read_toml",
+    "replace_file",
     "save_checkpoint",
     "save_lora",
     "write_experts",
 ]
 
 _HOME = {
+    "Adapter": "lora.adapter",
     "Checkpoint": "read.checkpoint",
     "open_checkpoint": "read.checkpoint",
     "convert": "write.save",
@@ -56,6 +63,8 @@ _HOME = {
     "read_json": "files",
     "read_text": "files",
     "read_toml": "files",
+    "lock_output": "write.lock",
+    "replace_file": "write.install",
     "save_checkpoint": "write.save",
     "save_lora": "write.save",
 }

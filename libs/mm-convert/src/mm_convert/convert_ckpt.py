@@ -8,6 +8,7 @@ from typing import Any
 from mm_convert.cli import report_errors
 from mm_convert.cli.convert import convert
 from mm_convert.cli.options import Convert, read
+from mm_convert.cli.terminal import escaped_output
 from mm_convert.guides.table import CONVERT_CKPT
 
 FIXED = {
@@ -24,6 +25,7 @@ def run(mode: str, **fields: Any) -> None:
     convert(Convert(**fields | FIXED[mode]))
 
 
+@escaped_output()
 def main(argv: Sequence[str] | None = None) -> None:
     fields = read(CONVERT_CKPT, argv, dict, prog="convert_ckpt.py")
     report_errors("convert_ckpt.py", lambda: run(**fields))

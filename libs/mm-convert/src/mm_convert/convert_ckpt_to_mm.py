@@ -10,6 +10,7 @@ from typing import Any
 from mm_convert.cli import report_errors
 from mm_convert.cli.convert import prepare, write
 from mm_convert.cli.options import Convert, read
+from mm_convert.cli.terminal import escaped_output
 from mm_convert.guides.table import CONVERT_CKPT_TO_MM, VAE
 
 PROGRAM = "convert_ckpt_to_mm.py"
@@ -47,6 +48,7 @@ def run(asked: list[Convert]) -> None:
         write(files, options)
 
 
+@escaped_output()
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     dashed = [word.partition("=") for word in argv]  # the guide's table has underscores, its command dashes

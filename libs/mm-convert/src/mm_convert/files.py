@@ -32,6 +32,13 @@ _KINDS = {
 }
 
 
+class TooDeep(ValueError):
+    """Lists and tables in one another, more of them than any file needs."""
+
+    def __init__(self) -> None:
+        super().__init__(f"its lists and tables are nested more than {MAX_DEPTH} deep")
+
+
 def refuse_special(path: str | Path) -> None:
     """Raises ValueError for what is there and is neither a regular file nor a directory, OSError for what is not."""
     mode = os.stat(path).st_mode
@@ -109,7 +116,7 @@ def parse_json(raw: bytes | str, pairs: Callable[[list[tuple[str, Any]]], Any] |
     try:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs)
     except RecursionError as error:
-        raise ValueError(f"its lists and tables are nested more than {MAX_DEPTH} deep") from error
+        raise TooDeep from error
     refuse_deep(value)
     return value
 
@@ -119,13 +126,13 @@ def _count_parts(data: bytes) -> int:
 
 
 def refuse_deep(value: Any) -> None:
-    """Raises ValueError for lists and tables in one another, more than `MAX_DEPTH` of them."""
+    """Raises TooDeep for more than `MAX_DEPTH` lists and tables in one another."""
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(MAX_DEPTH):
         inside = (inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer))
         level = [inner for inner in inside if isinstance(inner, (dict, list))]
     if level:
-        raise ValueError(f"its lists and tables are nested more than {MAX_DEPTH} deep")
+        raise TooDeep
 
 
 class _Brief(reprlib.Repr):
@@ -140,22 +147,21 @@ def brief(value: Any) -> str:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """A TOML file. Raises ValueError (`tomllib.TOMLDecodeError` is one) for anything else, naming it."""
+    """A TOML file. Raises ValueError for anything else, naming it."""
+    text = read_text(path)
     try:
-        return parse_toml(read_text(path))
-    except tomllib.TOMLDecodeError as error:
+        return parse_toml(text)
+    except ValueError as error:  # also a number of 5,000 digits
         raise ValueError(f"{path} is not TOML: {error}") from error
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """A TOML text. Raises TOMLDecodeError for what is none, or is nested too deep."""
+    """A TOML text. Raises ValueError for what is none: TOMLDecodeError, or TooDeep."""
+    if _LONG_KEY.search(_TOML_STRING.sub("x", text)):
+        raise TooDeep
     try:
-        if _LONG_KEY.search(_TOML_STRING.sub("x", text)):
-            raise ValueError("a key has too many parts")
         tables = tomllib.loads(text)
-        refuse_deep(tables)
-    except tomllib.TOMLDecodeError:
-        raise
-    except (RecursionError, ValueError) as error:
-        raise tomllib.TOMLDecodeError(f"its lists and tables are nested more than {MAX_DEPTH} deep") from error
+    except RecursionError as error:
+        raise TooDeep from error
+    refuse_deep(tables)
     return tables

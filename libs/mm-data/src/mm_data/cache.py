@@ -14,19 +14,31 @@ trained on by accident.
 import json
 import os
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mm_data.files import TEMPORARY, Content, file_stamp, fingerprint, write_atomic
-from mm_data.geometry import Geometry
+from mm_data.files import (
+    TEMPORARY,
+    Content,
+    file_stamp,
+    fingerprint,
+    open_file,
+    parse_json,
+    read_text,
+    write_atomic,
+)
+from mm_data.geometry import Geometry, Unfit
 from mm_data.keys import content_key, hash_control
 from mm_data.manifest import Sample
+from mm_data.shards import Shards, read_metadata
+from mm_data.video import decoder_identity
 
 FORMAT = "mm-data features 1"
 
@@ -38,22 +50,26 @@ class ToDo:
     """
 
     encoder: str
+    decoder: str
     keys: dict[str, str]
     done: list[Sample]
     to_encode: list[Sample]  # one sample per missing entry: the same video with the same captions is encoded once
     repeated: list[Sample]  # share the entry of a sample in `to_encode`
     failed: list[tuple[Sample, str]]  # cannot be opened, with the reason
-    stale: int  # entries in the store that no sample asks for: another encoder, geometry, caption or file
+    stale: int  # entries in the store that no sample asks for: another encoder, decoder, geometry, caption or file
+    other_decoders: dict[str, int]  # how many of them come from which other decoder
 
     def __contains__(self, sample_id: str) -> bool:
         return sample_id in self.keys or any(sample.id == sample_id for sample, _ in self.failed)
 
     def __str__(self) -> str:
         total = len(self.keys) + len(self.failed)
+        others = "".join(f", {count} from {decoder}" for decoder, count in sorted(self.other_decoders.items()))
         return (
             f"{total} sample{'s' * (total != 1)}: {len(self.done)} in the store, {len(self.to_encode)} to encode, "
             f"{len(self.repeated)} repeated, {len(self.failed)} unreadable; "
-            f"{self.stale} stale {'entry' if self.stale == 1 else 'entries'}"
+            f"{self.stale} stale {'entry' if self.stale == 1 else 'entries'}{others}"
+            + (f"; videos are decoded by {self.decoder} now" if others else "")
         )
 
 
@@ -77,6 +93,7 @@ class FeatureCache:
         self._pending_bytes = 0
         self._entries: dict[str, tuple[Path, dict]] = {}  # key -> shard, meta
         self._seen: set[Path] = set()
+        self._shards = Shards()
         self.refresh()
 
     def __enter__(self) -> "FeatureCache":
@@ -95,20 +112,13 @@ class FeatureCache:
     def refresh(self) -> None:
         """Look for entries committed by others since this process last looked."""
         for shard in sorted(set(self.path.glob("shards/*.safetensors")) - self._seen):
-            try:
-                with safe_open(shard, "pt") as file:
-                    metadata = file.metadata()
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{shard} is damaged ({error}): delete it and extract again, only its samples are lost"
-                ) from error
-            for key, meta in metadata.items():
-                self._entries.setdefault(key, (shard, json.loads(meta)))
+            for key, meta in read_metadata(shard).items():
+                self._entries.setdefault(key, (shard, parse_json(meta, shard)))
             self._seen.add(shard)
 
     def put(self, key: str, tensors: Mapping[str, Tensor], meta: Mapping) -> None:
-        """Add an entry (any device; copied to the CPU). `meta` is JSON: `id`, the sample's, is required; `captions`
-        and `source` are kept for people and `plan`.
+        """Add an entry (any device; copied to the CPU). `meta` is JSON: `id`, the sample's, is required; the rest of
+        what a `Clip` has is kept for people, `find_work` and `notes`.
         """
         if "id" not in meta:
             raise ValueError(f"entry {key}: meta must hold the sample's id, it has {sorted(meta)}")
@@ -135,12 +145,20 @@ class FeatureCache:
         if key in self._pending:
             return dict(self._pending[key][0])
         shard, meta = self._entries[key]
-        with safe_open(shard, "pt") as file:
-            return {name: file.get_tensor(f"{key}/{name}") for name in meta["shapes"]}
+        tensors = self._shards.read(shard, [f"{key}/{name}" for name in meta["shapes"]])
+        return {name: tensors[f"{key}/{name}"] for name in meta["shapes"]}
 
     def meta(self, key: str) -> dict:
         """The description of an entry: what was given to `put`, and `shapes`."""
         return self._pending[key][1] if key in self._pending else self._entries[key][1]
+
+    def notes(self, todo: ToDo) -> dict[str, list[str]]:
+        """What the videos of entries are, as `VideoInfo.notes`, with the samples that are so, in their order."""
+        found: dict[str, list[str]] = {}
+        for sample_id, key in todo.keys.items():
+            for note in self.meta(key).get("notes", ()) if key in self else ():
+                found.setdefault(note, []).append(sample_id)
+        return found
 
     def flush(self) -> None:
         """Commit what was put since the last commit. After it returns, the entries survive kill -9 and a power cut."""
@@ -163,7 +181,7 @@ class FeatureCache:
         """
         log = self.path / "failures" / f"{self._writer}.jsonl"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a") as file:
+        with open(log, "a", encoding="utf-8") as file:
             file.write(json.dumps({"id": sample_id, "reason": reason}) + "\n")
 
     def failures(self) -> dict[str, str]:
@@ -171,8 +189,9 @@ class FeatureCache:
         found = {}
         for log in [self.path / "failures.jsonl", *sorted(self.path.glob("failures/*.jsonl"))]:
             # the last piece is empty, or a line that was cut off by a kill
-            lines = log.read_text().split("\n")[:-1] if log.exists() else []
-            found.update({record["id"]: record["reason"] for record in map(json.loads, lines)})
+            lines = read_text(log).split("\n")[:-1] if log.exists() else []
+            records = [parse_json(line, log, number) for number, line in enumerate(lines, 1)]
+            found.update({record["id"]: record["reason"] for record in records})
         return found
 
     def identify(self, samples: Iterable[Sample], threads: int = 8) -> Iterator[Sample]:
@@ -199,14 +218,26 @@ class FeatureCache:
                 return sample
             try:
                 return replace(sample, contents=tuple(map(content, sample.files)))
-            except OSError:
+            except (OSError, ValueError):  # gone, or no file any more: `find_work` says which
                 return sample
 
         with ThreadPoolExecutor(threads) as pool:
             yield from pool.map(identify_one, samples)
 
-    def find_work(self, samples: Iterable[Sample], geometry: Geometry, encoder: str, seed: int = 0) -> ToDo:
-        """Compare what `samples` ask for with what is in the store; hashes the files of those not yet identified."""
+    def find_work(
+        self,
+        samples: Iterable[Sample],
+        geometry: Geometry,
+        encoder: str,
+        seed: int = 0,
+        *,
+        backend: Literal["pyav", "decord"] = "pyav",
+    ) -> ToDo:
+        """Compare what `samples` ask for with what is in the store; hashes the files of those not yet identified.
+
+        `backend` decodes them. Another version of it may give other pixels: what comes from one is stale.
+        """
+        decoder = decoder_identity(backend)
         keys: dict[str, str] = {}
         done, to_encode, repeated, failed, asked = [], [], [], [], set()
         for sample in self.identify(samples):
@@ -214,18 +245,22 @@ class FeatureCache:
                 failed.append((sample, _why_unreadable(sample.files)))
                 continue
             video, control = sample.contents[0].sha256, hash_control(sample)
-            key = content_key(video, geometry, encoder, sample.captions, sample.cut, seed, control)
+            key = content_key(video, geometry, encoder, sample.captions, sample.cut, seed, control, decoder)
             keys[sample.id] = key
             (done if key in self else repeated if key in asked else to_encode).append(sample)
             asked.add(key)
-        stale = len(self._entries.keys() - asked - {content_key("", None, encoder)})
-        return ToDo(encoder, keys, done, to_encode, repeated, failed, stale)
+        stale = self._entries.keys() - asked - {content_key("", None, encoder)}
+        others = Counter(self.meta(key).get("decoder", "an unknown decoder") for key in stale)
+        del others[decoder]
+        return ToDo(encoder, decoder, keys, done, to_encode, repeated, failed, len(stale), dict(others))
 
-    def finish(self, todo: ToDo | None = None) -> int:
+    def finish(self, todo: ToDo | None = None, dropped: Iterable[tuple[Sample, Unfit]] = ()) -> int:
         """Publish `dataset.jsonl`: the samples of `todo` that are in the store; without it, all entries, by id.
 
-        Returns how many. Call it once, when no other process writes any more: it also removes what killed writers left
-        behind. Raises ValueError if there is no `todo`, and the store holds a sample in two versions.
+        Returns how many. All other samples stand in `failures.jsonl`, each with its reason: those of `todo` that
+        failed, and those that were `dropped` before there was a plan (`Selection.dropped`). Call it once, when no other
+        process writes any more: it also removes what killed writers left behind. Raises ValueError if there is no
+        `todo`, and the store holds a sample in two versions.
         """
         self.flush()
         self.refresh()
@@ -238,6 +273,7 @@ class FeatureCache:
         there = {line.get("id") for line in lines}
         failures = self.failures() | ({sample.id: reason for sample, reason in todo.failed} if todo else {})
         missing = {k: v for k, v in failures.items() if k not in there and (todo is None or k in todo)}
+        missing |= {sample.id: str(reason) for sample, reason in dropped}
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / "failures.jsonl", _jsonl({"id": k, "reason": v} for k, v in sorted(missing.items())))
         write_atomic(self.path / "dataset.jsonl", _jsonl(lines))
@@ -271,9 +307,11 @@ class FeatureCache:
 def _why_unreadable(files: Sequence[Path]) -> str:
     for path in files:
         try:
-            path.open("rb").close()
+            open_file(path).close()
         except OSError as error:
             return f"{path}: {error.strerror}"
+        except ValueError as error:
+            return str(error)
     return f"{', '.join(map(str, files))}: could not be read to the end"
 
 

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from mm_data.batch import Pick
 from mm_data.captions import OWN, Captions
-from mm_data.datasets import Clip, VideoDataset
+from mm_data.datasets import Clip, VideoDataset, describe
 from mm_data.geometry import Geometry
 from mm_data.images import read_image
 from mm_data.layout import lay_out
@@ -56,8 +56,8 @@ def survey(
             references = sample.control.references if sample.control else ()
             for reference in references:
                 read_image(reference)
-        except (ValueError, OSError, MemoryError) as error:
-            return str(error) or type(error).__name__
+        except Exception as error:
+            return describe(error, sample)
         return ClipShape(layout.length, *layout.size, len(references))
 
     found = []

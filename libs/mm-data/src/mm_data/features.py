@@ -1,14 +1,12 @@
 """Encoded features, by index: what training reads."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypedDict
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -16,6 +14,8 @@ from mm_data import mindspeed
 from mm_data.batch import Batch, Pick
 from mm_data.cache import FORMAT
 from mm_data.captions import OWN, Captions
+from mm_data.files import parse_json, read_lines
+from mm_data.shards import Shards
 
 
 class Features(TypedDict):
@@ -116,10 +116,19 @@ class ShardRecord:
     shapes: dict[str, tuple[int, ...]]
     shard: Path
     key: str
+    shards: Shards = field(repr=False, compare=False)
 
     def load(self) -> dict[str, Tensor]:
-        with safe_open(self.shard, "pt") as file:
-            return {name: file.get_tensor(f"{self.key}/{name}") for name in self.shapes}
+        """The tensors. Raises ValueError, naming the shard, where they are no longer what dataset.jsonl says."""
+        found = self.shards.read(self.shard, [f"{self.key}/{name}" for name in self.shapes])
+        tensors = {name: found[f"{self.key}/{name}"] for name in self.shapes}
+        for name, shape in self.shapes.items():
+            if tensors[name].shape != shape:
+                raise ValueError(
+                    f"{self.shard}: {name} of sample {self.id} has shape {list(tensors[name].shape)}, dataset.jsonl "
+                    f"says {list(shape)}: they are of two extractions, so extract again"
+                )
+        return tensors
 
 
 def _read_index(path: Path) -> tuple[list[ShardRecord], ShardRecord | None]:
@@ -136,18 +145,28 @@ def _read_index(path: Path) -> tuple[list[ShardRecord], ShardRecord | None]:
             else f"no features here; {expected}"
         )
         raise ValueError(f"{path} has no dataset.jsonl: {why}")
-    header, *lines = [json.loads(line) for line in index.read_text().splitlines()] or [{}]
-    if header.get("format") != FORMAT:
+    shards = Shards()
+    lines = ((number, parse_json(line, index, number)) for number, line in read_lines(index))
+    _, header = next(lines, (1, None))
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{index}: expected {FORMAT!r} in its first line")
-    if not lines:
+    records = [_record(path, line, shards, f"{index}, line {number}") for number, line in lines]
+    if not records:
         raise ValueError(f"{index} lists no samples: {path / 'failures.jsonl'} says why each failed")
-    empty = header["empty_text"]
-    return [_record(path, line) for line in lines], _record(path, {"id": "", **empty}) if empty else None
+    empty = header.get("empty_text")
+    return records, _record(path, {"id": "", **empty}, shards, f"{index}, line 1") if empty else None
 
 
-def _record(path: Path, line: dict) -> ShardRecord:
-    shapes = {name: tuple(shape) for name, shape in line["shapes"].items()}
-    return ShardRecord(line["id"], shapes, path / line["shard"], line["key"])
+def _record(path: Path, line: dict, shards: Shards, where: str) -> ShardRecord:
+    """`where` names file and line for messages."""
+    try:
+        shapes = {name: tuple(shape) for name, shape in line["shapes"].items()}
+        return ShardRecord(line["id"], shapes, path / line["shard"], line["key"], shards)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{where}: no sample of a feature store ({type(error).__name__}: {error}); the same extraction again "
+            "writes this file anew"
+        ) from error
 
 
 def _conditions(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from math import sqrt
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -13,9 +13,12 @@ class Unfit(ValueError):
     """A sound video that this geometry cannot use. `kind` is one of a few words that a report counts."""
 
     def __init__(self, kind: str, detail: str):
-        super().__init__(f"{kind}: {detail}")
+        super().__init__(kind, detail)  # what it is pickled by, for other ranks
         self.kind = kind
         self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.detail}"
 
 
 @dataclass(frozen=True)
@@ -39,20 +42,20 @@ class Geometry:
     number of tokens. No aspect is refused, nor any size unless `min_area` is given.
     """
 
-    num_frames: int = 81
-    min_frames: int = 1
-    fps: float | None = None
+    num_frames: Annotated[int, ">= 1"] = 81
+    min_frames: Annotated[int, ">= 1"] = 1
+    fps: Annotated[float, "> 0"] | None = None
     window: Literal["random", "start", "center"] = "random"
-    max_height: int = 480
-    max_width: int = 832
+    max_height: Annotated[int, ">= 1"] = 480
+    max_width: Annotated[int, ">= 1"] = 832
     dynamic: bool = False
-    max_area: int | None = None  # of a dynamic size; None: max_height x max_width
-    min_area: int | None = None  # None: a quarter of the largest area
-    max_aspect: float = 2.0
-    stride: int = 16
+    max_area: Annotated[int, ">= 1"] | None = None  # of a dynamic size; None: max_height x max_width
+    min_area: Annotated[int, ">= 0"] | None = None  # None: a quarter of the largest area
+    max_aspect: Annotated[float, ">= 1"] = 2.0
+    stride: Annotated[int, ">= 1"] = 16
     rule: Literal["window", "vace"] = "window"
     keep_last: bool = False
-    time_stride: int = 4
+    time_stride: Annotated[int, ">= 1"] = 4
 
     def __post_init__(self) -> None:
         for name, least, why in (
@@ -84,7 +87,9 @@ class Geometry:
             raise ValueError(
                 f"max_area={self.max_area} is less than one tile of stride {self.stride}: {self.stride**2}"
             )
-        if self.max_aspect < 1:
+        if self.min_area is not None and self.min_area < 0:
+            raise ValueError(f"min_area={self.min_area} must be at least 0, which refuses no size")
+        if not self.max_aspect >= 1:
             raise ValueError(f"max_aspect={self.max_aspect} must be at least 1, e.g. 2 for 2:1 to 1:2")
 
     def area_range(self) -> tuple[int, int]:

@@ -5,8 +5,11 @@
                  {"path": "videos/1.mp4", "cap": "a cat", "num_frames": 81, "fps": 24, "resolution": {"height": 480,
                  "width": 832}, "cut": [0, 81]}
 
-Only `path` is required here. `cap` may be a list, of which training draws one. Facts that are absent are read from the
-file when it is decoded.
+Only `path` is required here. `cap` may be a list, of which training draws one. Other tools call it `caption`, `text` or
+`prompt`, and so may a list. Facts that are absent are read from the file when it is decoded.
+
+Numbers may be as pandas writes them: 48.0 is 48, and NaN is absent, as null is. So are counts, sizes and rates below 1,
+which OpenCV gives where it knows none.
 
 A sample of VACE has `video` in place of `path`, and beside it, each of them absent or null where there is none:
 
@@ -15,14 +18,25 @@ A sample of VACE has `video` in place of `path`, and beside it, each of them abs
 """
 
 import json
-from collections import Counter
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mm_data.files import Content
+from mm_data.files import (
+    Content,
+    json_error,
+    parse_json,
+    parse_json_at,
+    read_lines,
+    read_text,
+    shorten,
+    show,
+    skip_space,
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,35 @@ class Sample:
 
 
 CONTROL_KEYS = ("src_video", "src_video_mask", "src_ref_images")
+# MindSpeed-MM's name, and those in the lists of musubi-tuner, VideoX-Fun and the hub, and DiffSynth
+CAPTION_KEYS = ("cap", "caption", "text", "prompt")
+LARGEST = 2**63  # of any number of frames, pixels, seconds
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A number of JSON that no machine number holds, as it is written: Infinity, 1e400, or thousands of digits."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return shorten(self.text, 40)
+
+
+def _parse_int(text: str) -> int | Unread:
+    return int(text) if len(text) < 100 else Unread(text)  # Python reads no more than 4,300 digits
+
+
+def _parse_float(text: str) -> float | Unread:
+    return value if math.isfinite(value := float(text)) else Unread(text)
+
+
+def _parse_constant(name: str) -> Unread | None:
+    """`name`: NaN, Infinity or -Infinity, which JSON does not have, and Python and pandas write."""
+    return None if name == "NaN" else Unread(name)
+
+
+_DECODER = json.JSONDecoder(parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_constant)
 
 
 def read_manifest(path: str | Path) -> list[Sample]:
@@ -74,7 +117,7 @@ def read_manifest(path: str | Path) -> list[Sample]:
     not opened, nor looked for.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         inside = sorted(p.name for p in path.iterdir() if p.suffix in (".txt", ".json", ".jsonl"))
         hint = (
             f"did you mean {path / inside[0]}?"
@@ -82,7 +125,7 @@ def read_manifest(path: str | Path) -> list[Sample]:
             else "write a data.json that lists its videos with their captions"
         )
         raise ValueError(f"{path} is a folder, not a manifest: {hint}")
-    if not path.exists():
+    if not os.path.exists(path):
         raise ValueError(f"{path} does not exist: give a data.txt, data.json or .jsonl")
     if path.suffix == ".txt":
         sets = _read_sets(path)
@@ -92,15 +135,31 @@ def read_manifest(path: str | Path) -> list[Sample]:
         raise ValueError(
             f"{path}: a manifest is a .txt, .json or .jsonl file, not {path.suffix or 'one without a suffix'}"
         )
-    count: Counter[str] = Counter()
-    samples = []
+    names = _Names()
+    samples: list[Sample] = []
     for folder, annotation in sets:
-        records = _read_records(annotation)
-        if not records:
+        before = len(samples)
+        for where, record in _read_records(annotation):
+            samples.append(_sample(record, folder, where, names))
+        if len(samples) == before:
             raise ValueError(f"{annotation} lists no samples")
-        for where, record in records:
-            samples.append(_sample(record, folder, where, count))
     return samples
+
+
+class _Names:
+    """Makes every name its own: the second `a.mp4` is `a.mp4#2`, unless a file is called so."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, int] = {}  # name -> the last number that was tried for it
+
+    def own(self, name: str) -> str:
+        count, unique = self.given.get(name, 0) + 1, name
+        if count > 1:
+            while (unique := f"{name}#{count}") in self.given:
+                count += 1
+            self.given[unique] = 1
+        self.given[name] = count
+        return unique
 
 
 def _read_sets(path: Path) -> list[tuple[Path, Path]]:
@@ -108,30 +167,31 @@ def _read_sets(path: Path) -> list[tuple[Path, Path]]:
     existing paths.
     """
     sets = []
-    for number, line in enumerate(_read_lines(path), 1):
+    for number, line in read_lines(path):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
         parts = line.split(",")
+        shown = show(line)
         pairs = [(_find(",".join(parts[:i]), path), _find(",".join(parts[i:]), path)) for i in range(1, len(parts))]
         if not pairs:
             raise ValueError(
-                f"{path}, line {number}: {line!r} has no comma; each line is `folder,annotation`, "
+                f"{path}, line {number}: {shown} has no comma; each line is `folder,annotation`, "
                 "e.g. `/data/cats,/data/cats/data.json`"
             )
-        good = [(folder, annotation) for folder, annotation in pairs if folder.is_dir() and annotation.is_file()]
+        good = [(folder, file) for folder, file in pairs if os.path.isdir(folder) and os.path.isfile(file)]
         if len(good) != 1:
             tried = "; ".join(
-                f"{folder} is {'a' if folder.is_dir() else 'no'} folder, "
-                f"{annotation} is {'a' if annotation.is_file() else 'no'} file"
-                for folder, annotation in (good or pairs)
+                f"{shorten(str(folder))} is {'a' if os.path.isdir(folder) else 'no'} folder, "
+                f"{shorten(str(file))} is {'a' if os.path.isfile(file) else 'no'} file"
+                for folder, file in (good or pairs)[:4]
             )
             why = (
                 "can be read in more than one way"
                 if good
                 else "does not name a folder and an annotation file that exist"
             )
-            raise ValueError(f"{path}, line {number}: {line!r} {why}: {tried}")
+            raise ValueError(f"{path}, line {number}: {shown} {why}: {tried}")
         sets += good
     if not sets:
         raise ValueError(f"{path} lists no data sets: each line is `folder,annotation`")
@@ -140,87 +200,121 @@ def _read_sets(path: Path) -> list[tuple[Path, Path]]:
 
 def _find(text: str, manifest: Path) -> Path:
     """Relative paths are looked for where the command runs, as MindSpeed-MM does, and then beside data.txt."""
-    found = Path(text.strip()).expanduser()
+    found = Path(os.path.expanduser(text.strip()))
     beside = manifest.parent / found
-    return found if found.exists() or not beside.exists() else beside
+    return found if os.path.exists(found) or not os.path.exists(beside) else beside
 
 
-def _read_records(path: Path) -> list[tuple[str, Any]]:
+def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
     """(where, object) of each sample; `where` names file and position for messages."""
-    lines = _read_lines(path)
     if path.suffix == ".jsonl":
-        return [(f"{path}, line {n}", _json(path, line, n)) for n, line in enumerate(lines, 1) if line.strip()]
-    records = _json(path, "\n".join(lines), 1)
-    if not isinstance(records, list):
-        raise ValueError(f"{path}: expected a list of objects, found {type(records).__name__}")
-    return [(f"{path}, sample {n}", record) for n, record in enumerate(records)]
+        for number, line in read_lines(path):
+            if line.strip():
+                yield f"{path}, line {number}", parse_json(line, path, number, _DECODER)
+        return
+    text = read_text(path)
+    place = skip_space(text, 0)
+    if not text.startswith("[", place):
+        found = parse_json(text, path, decoder=_DECODER)
+        raise ValueError(f"{path}: expected a list of objects, found {type(found).__name__}")
+    place = skip_space(text, place + 1)
+    number = 0
+    while not (number == 0 and text.startswith("]", place)):  # one by one: they take ten times the memory of the text
+        record, end = parse_json_at(text, place, path, decoder=_DECODER)
+        yield f"{path}, sample {number}", record
+        number, place = number + 1, skip_space(text, end)
+        if not text.startswith(",", place):
+            break
+        place = skip_space(text, place + 1)
+    if not text.startswith("]", place):
+        raise json_error(path, json.JSONDecodeError("Expecting ',' or ']'", text, place), 1)
+    if (rest := skip_space(text, place + 1)) < len(text):
+        raise json_error(path, json.JSONDecodeError("Extra data", text, rest), 1)
 
 
-def _read_lines(path: Path) -> list[str]:
-    """Lines as an editor counts them: str.splitlines would also cut at U+2028 and U+0085, which captions may hold."""
-    try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
-        ) from error
-
-
-def _json(path: Path, text: str, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {first_line + error.lineno - 1}: not JSON: {error.msg}") from error
-
-
-def _sample(record: Any, folder: Path, where: str, count: Counter[str]) -> Sample:
-    def get(name: str, kind: type | tuple[type, ...], default: Any = None, of: dict | None = None) -> Any:
-        value = (record if of is None else of).get(name)
+def _sample(record: Any, folder: Path, where: str, names: _Names) -> Sample:
+    def get(name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        value = record.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise ValueError(f"{where}: {name} is {value!r}")
+            raise ValueError(f"{where}: {name} is {show(value)}")
         return default if value is None else value
 
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected an object with path and cap, found {record!r}")
+        raise ValueError(f"{where}: expected an object with path and cap, found {show(record)}")
     for key in record:
         if key.startswith("src") and key not in CONTROL_KEYS:
-            near = get_close_matches(key, CONTROL_KEYS, n=1)
-            raise ValueError(f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+            near = get_close_matches(key[:80], CONTROL_KEYS, n=1)
+            raise ValueError(f"{where}: unknown key {show(key)}" + (f", did you mean {near[0]!r}?" if near else ""))
     path, video = get("path", str), get("video", str)
     if path and video:
-        raise ValueError(f"{where}: both path ({path!r}) and video ({video!r}, of VACE): keep one of them")
+        raise ValueError(f"{where}: both path ({show(path)}) and video ({show(video)}, of VACE): keep one of them")
     control = _control(get, folder, where)
     if path and control != Control():
         raise ValueError(
-            f"{where}: the src_ keys belong to a sample of VACE: name its video {path!r} `video`, not path"
+            f"{where}: the src_ keys belong to a sample of VACE: name its video {show(path)} `video`, not path"
         )
     if not (name := path or video):
         raise ValueError(f"{where}: no path (of a plain sample) and no video (of VACE)")
-    captions = get("cap", (str, list), [])
-    captions = [captions] if isinstance(captions, str) else captions
-    if not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{where}: cap is {captions!r}; it must be a string or a list of strings")
-    fps = get("fps", (int, float))
-    frames = get("num_frames", int)
-    if frames is None and fps and (duration := get("duration", (int, float))):
-        frames = round(fps * duration)
+    fps, duration = (_number(record.get(key), key, where) for key in ("fps", "duration"))
+    frames = _count(record.get("num_frames"), "num_frames", where)
+    if frames is None and fps and duration:
+        frames = max(1, round(fps * duration))
     resolution = get("resolution", dict, {})
-    cut = get("cut", list)
-    if cut is not None and (len(cut) != 2 or not all(isinstance(c, int) for c in cut) or not 0 <= cut[0] < cut[1]):
-        raise ValueError(f"{where}: cut is {cut!r}; it must be [first, end) in frames with 0 <= first < end")
-    file, name = name, name if cut is None else f"{name}[{cut[0]}:{cut[1]}]"
-    count[name] += 1
+    cut = _cut(get("cut", list), where)
     return Sample(
-        id=name if count[name] == 1 else f"{name}#{count[name]}",
-        path=folder / file,
-        captions=tuple(caption for caption in captions if caption.strip()),
+        id=names.own(name if cut is None else f"{name}[{cut[0]}:{cut[1]}]"),
+        path=folder / name,
+        captions=_captions(record, where),
         num_frames=frames,
         fps=fps,
-        height=get("height", int, of=resolution),
-        width=get("width", int, of=resolution),
-        cut=tuple(cut) if cut else None,
+        height=_count(resolution.get("height"), "height", where),
+        width=_count(resolution.get("width"), "width", where),
+        cut=cut,
         control=control if video else None,
     )
+
+
+def _number(value: Any, name: str, where: str) -> float | None:
+    """None where the list says nothing, or gives the zero or less of a tool that knows nothing."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > LARGEST:
+        raise ValueError(f"{where}: {name} is {show(value)}, which is no number that it can be")
+    return value if value > 0 else None
+
+
+def _count(value: Any, name: str, where: str) -> int | None:
+    number = _number(value, name, where)
+    if number is None:
+        return None
+    if number != int(number):
+        raise ValueError(f"{where}: {name} is {show(value)}; it must be a whole number")
+    return int(number)
+
+
+def _cut(value: list | None, where: str) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    whole = [one for one in value if isinstance(one, int | float) and not isinstance(one, bool) and one == int(one)]
+    if len(value) != 2 or len(whole) != 2 or not 0 <= whole[0] < whole[1] <= LARGEST:
+        raise ValueError(f"{where}: cut is {show(value)}; it must be [first, end) in frames with 0 <= first < end")
+    return int(whole[0]), int(whole[1])
+
+
+def _captions(record: dict, where: str) -> tuple[str, ...]:
+    """Those that are not blank, under whichever key they stand."""
+    found = {}
+    for key in CAPTION_KEYS:
+        value = record.get(key)
+        captions = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(caption, str) for caption in captions):
+            raise ValueError(f"{where}: {key} is {show(value)}; it must be a string or a list of strings")
+        if shown := tuple(caption for caption in captions if caption.strip()):
+            found[key] = shown
+    if len(set(found.values())) > 1:
+        told = " and ".join(f"{key} ({show(captions[0])})" for key, captions in found.items())
+        raise ValueError(f"{where}: both {told}: keep the one that is the caption")
+    return next(iter(found.values()), ())
 
 
 def _control(get: Callable[..., Any], folder: Path, where: str) -> Control:
@@ -228,7 +322,7 @@ def _control(get: Callable[..., Any], folder: Path, where: str) -> Control:
     references = get("src_ref_images", (str, list), [])
     references = [references] if isinstance(references, str) else references
     if not all(isinstance(reference, str) and reference for reference in references):
-        raise ValueError(f"{where}: src_ref_images is {references!r}; it must be a list of paths, or null")
+        raise ValueError(f"{where}: src_ref_images is {show(references)}; it must be a list of paths, or null")
     source, mask = get("src_video", str), get("src_video_mask", str)
     return Control(
         source=folder / source if source else None,

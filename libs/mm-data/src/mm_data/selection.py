@@ -1,24 +1,29 @@
-"""Which samples of a manifest suit a geometry, judged by what the annotation says; and the report of those that do not.
+"""Which samples of a manifest suit a geometry, as far as that shows early; and the report of those that do not.
 
-Nothing is left out in silence: every dropped sample has a reason, and the report counts them.
+Nothing is left out in silence: every dropped sample has a reason, and the report counts them. Annotations are often
+wrong (sizes before rotation, lengths of another cut), so none is left out for what its annotation says: the file is
+asked, and believed.
 
 Differences to MindSpeed-MM: missing files are found here, not in the middle of a run. Short clips are dropped by rule,
 not by chance. Shapes with few samples are kept, see `mm_data.order`; there all with fewer than four global batches are
 dropped, so that a set of ten clips ends in an obscure error.
 """
 
+import os
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from mm_data.files import find_fault, shorten
 from mm_data.geometry import Geometry, Unfit, clip_length, output_size
-from mm_data.layout import check_control
+from mm_data.layout import check_control, lay_out
 from mm_data.manifest import Sample
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Samples that can be used as far as the annotation tells, and the others, each with its reason."""
+    """Samples that can be used as far as is known yet, and the others, each with its reason."""
 
     kept: list[Sample]
     dropped: list[tuple[Sample, Unfit]]
@@ -43,30 +48,49 @@ class Selection:
         lines = [f"{total} sample{'s' * (total != 1)}, {len(self.kept)} kept, {len(self.dropped)} dropped"]
         for kind, count in self.counts.items():
             sample, reason = next(pair for pair in self.dropped if pair[1].kind == kind)
-            lines.append(f"  {kind}: {count}, e.g. {sample.id}: {reason.detail}")
+            lines.append(f"  {kind}: {count}, e.g. {shorten(sample.id)}: {shorten(reason.detail, 500)}")
         if short:
             least = min(short, key=short.__getitem__)
             lines.append(
                 f"  kept, but shorter than num_frames={self.geometry.num_frames}: {len(short)}, the shortest gives a "
-                f"clip of {short[least]}: {least}; a larger min_frames leaves them out"
+                f"clip of {short[least]}: {shorten(least)}; a larger min_frames leaves them out"
             )
-        return "\n".join(lines)
+        return "\n".join(line.replace("\n", "\\n") for line in lines)
 
 
-def select(samples: Sequence[Sample], geometry: Geometry) -> Selection:
-    """Split samples by whether they suit `geometry`. What an annotation leaves out is not judged here but at decoding.
+def check_samples(samples: Sequence[Sample], geometry: Geometry, threads: int = 8) -> list[Sample | Unfit]:
+    """Each sample, or why it does not suit `geometry`. Files are looked at `threads` at a time.
 
-    Reasons: missing_file, mask_without_source, no_caption, no_resolution, resolution_too_small, aspect_mismatch,
-    too_short. Of the files of a VACE sample all must be there.
+    A sample whose annotation says that it does not suit comes back with the facts of its file, where these do. What an
+    annotation leaves out is not judged here but at decoding.
+
+    Reasons: missing_file, no_file, mask_without_source, no_caption, bad_caption, no_resolution, resolution_too_small,
+    aspect_mismatch, too_short, and of VACE's source and mask length_mismatch and shape_mismatch. Of the files of a VACE
+    sample all must be there.
     """
-    kept, dropped = [], []
-    for sample in samples:
+
+    def check(sample: Sample) -> Sample | Unfit:
         try:
-            _check(sample, geometry)
-            kept.append(sample)
+            return _check(sample, geometry)
         except Unfit as reason:
-            dropped.append((sample, reason))
-    return Selection(kept, dropped, geometry)
+            return Unfit(reason.kind, reason.detail)  # without the traceback, which holds on to what was looked at
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(check, samples))
+
+
+def select(samples: Sequence[Sample], geometry: Geometry, checked: Sequence[Sample | Unfit] | None = None) -> Selection:
+    """Split samples by whether they suit `geometry`, see `check_samples`.
+
+    `checked` is what that gave for these samples and this geometry, where processes shared the work.
+    """
+    checked = check_samples(samples, geometry) if checked is None else checked
+    pairs = list(zip(samples, checked, strict=True))
+    return Selection(
+        kept=[found for _, found in pairs if isinstance(found, Sample)],
+        dropped=[(sample, found) for sample, found in pairs if isinstance(found, Unfit)],
+        geometry=geometry,
+    )
 
 
 def for_task(samples: Sequence[Sample], controls: bool) -> list[Sample]:
@@ -74,20 +98,51 @@ def for_task(samples: Sequence[Sample], controls: bool) -> list[Sample]:
     return list(samples) if controls else [replace(sample, control=None) for sample in samples]
 
 
-def _check(sample: Sample, geometry: Geometry) -> None:
+def _check(sample: Sample, geometry: Geometry) -> Sample:
     for file in sample.files:
-        if not file.is_file():
-            raise Unfit("missing_file", f"{file} is {'a folder' if file.is_dir() else 'not there'}")
+        if fault := find_fault(file):
+            raise Unfit("no_file" if os.path.exists(file) else "missing_file", fault)
     check_control(sample)
     if not sample.captions:
         raise Unfit("no_caption", "cap is empty or absent")
+    for caption in sample.captions:
+        if not _is_text(caption):
+            raise Unfit("bad_caption", f"cap holds half a character (a lone surrogate): {shorten(caption)}")
     if geometry.rule == "vace":
-        return
+        return sample
+    try:
+        _check_claims(sample, geometry)
+    except Unfit as claimed:
+        return _look(sample, geometry, claimed)
+    return sample
+
+
+def _is_text(caption: str) -> bool:
+    try:
+        caption.encode()
+    except UnicodeEncodeError:  # JSON can say "\ud83d", of which no encoder makes anything
+        return False
+    return True
+
+
+def _check_claims(sample: Sample, geometry: Geometry) -> None:
+    """Unfit for what the annotation says."""
     if sample.height is not None and sample.width is not None:
         output_size(sample.height, sample.width, geometry)
     frames = _available(sample, geometry)
     if frames is not None:
         clip_length(frames, geometry)
+
+
+def _look(sample: Sample, geometry: Geometry, claimed: Unfit) -> Sample:
+    """The sample with the facts of its file, in place of those of its annotation. Unfit where these do not suit."""
+    try:
+        video = lay_out(sample, geometry).video
+    except Unfit:
+        raise
+    except Exception as error:  # damaged as well, in whatever way
+        raise Unfit(claimed.kind, f"{claimed.detail} (and the file does not say: {error})") from error
+    return replace(sample, num_frames=video.num_frames, fps=video.fps, height=video.height, width=video.width)
 
 
 def _available(sample: Sample, geometry: Geometry) -> int | None:

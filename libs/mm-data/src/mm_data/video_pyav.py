@@ -1,32 +1,63 @@
-"""PyAV: find every frame's time stamp from the packets, seek to the key frame before the wanted one, decode forward."""
+"""PyAV: FFmpeg as a library. The frames of a file from its packets, and their pixels."""
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from itertools import islice, pairwise
+from math import atan2, degrees
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
+from av.stream import Disposition
+
+from mm_data.files import find_fault, open_file
+from mm_data.pixels import lay_on_white
 
 # Codecs with packets that are decoded but never shown: only decoding tells how many frames there are.
-HIDDEN_FRAMES = {"vp8"}
+HIDDEN_FRAMES = {"vp8", "libvpx"}
+# FFmpeg's own decoders of these leave out the alpha that Matroska stores beside each frame.
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+# Formats, and codecs, of one picture or several. Frames build on earlier ones, whatever packets say of key frames.
+ANIMATIONS = {"gif", "apng"}
+HDR = {16: "HDR (PQ)", 18: "HDR (HLG)"}  # transfer characteristics of ITU-T H.273
+
+
+class Orientation(NamedTuple):
+    """How a stored frame comes upright: rows and columns change places, then left and right, then top and bottom."""
+
+    transposed: bool = False
+    mirrored: bool = False
+    upside_down: bool = False
+
+    def apply(self, picture: np.ndarray) -> np.ndarray:
+        """H W C -> the same, or W H C where it is transposed."""
+        if self.transposed:
+            picture = picture.swapaxes(0, 1)
+        return picture[:: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1]
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file holds. Height and width are those of the frames when turned upright, in pixels as stored."""
+    """What a video file holds. Height and width are those of the frames when upright, in pixels as stored."""
 
     path: Path
+    container: str  # FFmpeg's name of the format
     codec: str
     height: int
     width: int
     pixel_aspect: Fraction  # width of a pixel / its height
-    turns: int  # quarter turns counter-clockwise that put a stored frame upright
+    orientation: Orientation
+    has_alpha: bool  # may be transparent
+    is_best: bool  # the video stream that FFmpeg itself would choose
+    notes: tuple[str, ...]  # what its colours or frames lose when they are taken as they are: HDR, interlaced
     timestamps: np.ndarray = field(repr=False)  # seconds of each frame, float64, increasing, the first is 0
     pts: list[int] | None = field(repr=False)  # the same in the container's units; None: frames can only be counted
     keys: list[int] = field(repr=False)  # pts of the key frames, increasing
+    key_sizes: list[int] = field(repr=False)  # bytes of their packets
 
     @property
     def num_frames(self) -> int:
@@ -38,99 +69,180 @@ class VideoInfo:
         return (self.num_frames - 1) / float(self.timestamps[-1]) if self.num_frames > 1 else 25.0
 
 
+class Opened(NamedTuple):
+    """A file that is being read, its main video stream, and what decodes it."""
+
+    container: av.container.InputContainer
+    stream: av.VideoStream
+    decoder: av.VideoCodecContext
+
+    def packets(self) -> Iterator[av.Packet]:
+        """All from here on; the last one is empty, and has the decoder give what it still holds."""
+        yield from self.container.demux(self.stream)  # closed when it is left, or PyAV 18 loses 280 bytes each time
+
+    def decode(self) -> Iterator[av.VideoFrame]:
+        """The frames from here on, in the order of showing."""
+        for packet in self.packets():
+            yield from self.decoder.decode(packet)
+
+    def decode_from(self, info: "VideoInfo", place: int) -> Iterator[av.VideoFrame]:
+        """After a seek: the frames from the key frame of this place on, or the next; none if it landed elsewhere.
+
+        Without the pictures shown before it, which in an open GOP need earlier ones.
+        """
+        here = slice(place, place + 2)
+        keys, landed = list(zip(info.keys[here], info.key_sizes[here], strict=True)), False
+        for packet in self.packets():
+            if packet.pts is None or packet.pts >= info.keys[place]:
+                if not landed and (packet.pts, packet.size) not in keys:
+                    return  # too late; or packets have other time stamps after a seek, as in some ASF
+                landed = True
+                yield from self.decoder.decode(packet)
+
+    def seek(self, pts: int) -> None:
+        self.container.seek(pts, stream=self.stream, backward=True)
+        self.decoder.flush_buffers()
+
+
 def scan(path: Path) -> VideoInfo:
-    """Read the header of every packet, and decode one frame. Raises ValueError, see `mm_data.video.probe`."""
-    with _open(path) as (container, stream):
-        packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        if not packets:
-            raise ValueError(f"{path} holds no frames, though its header promises {stream.frames}")
-        if any(packet.is_corrupt for packet in packets):
-            raise ValueError(f"{path} is cut off or damaged: it ends in the middle of a frame")
-        pts = [packet.pts for packet in packets]
-        keys = sorted(packet.pts for packet in packets if packet.is_keyframe and packet.pts is not None)
-    with _open(path) as (container, stream):
-        decoded = container.decode(stream)
+    """Read the header of every packet, and decode one frame. Raises ValueError, see `mm_data.video.probe`.
+
+    All frames are decoded where the packets do not tell the order of showing.
+    """
+    pts: list[int | None] = []
+    dts: list[int] = []
+    keys: list[tuple[int, int]] = []
+    with _open(path) as video:
+        for packet in video.packets():  # one at a time: together they are as large as the file
+            if not packet.size or packet.is_discard:
+                continue
+            if packet.is_corrupt:
+                raise ValueError(f"{path} is cut off or damaged: it ends in the middle of a frame")
+            pts.append(packet.pts)
+            if packet.dts is not None:
+                dts.append(packet.dts)
+            if packet.is_keyframe and packet.pts is not None:
+                keys.append((packet.pts, packet.size))
+        if not pts:
+            raise ValueError(f"{path} holds no frames, though its header promises {video.stream.frames}")
+        if video.container.format.name in ANIMATIONS and len(pts) == 1:
+            _refuse_picture(path)
+        if video.decoder.name in ANIMATIONS:
+            keys.clear()
+    keys.sort()
+    with _open(path) as video:
+        decoded = video.decode()
         first = next(decoded, None)
         if first is None:
-            raise ValueError(f"{path}: none of its {len(packets)} frames can be decoded: damaged or encrypted")
-        if stream.codec_context.name in HIDDEN_FRAMES or not _are_distinct(pts):
-            pts = [first.pts, *(frame.pts for frame in decoded)]
-        if first.rotation % 90:
-            raise ValueError(
-                f"{path} is to be shown rotated by {first.rotation} degrees: only quarter turns are supported"
-            )
-        turns = first.rotation // 90 % 4
-        aspect = Fraction(stream.sample_aspect_ratio or 1)
-        if _are_distinct(pts):
+            raise ValueError(f"{path}: none of its {len(pts)} frames can be decoded: damaged or encrypted")
+        early = [first, *(islice(decoded, 3) if first.interlaced_frame else ())]  # a packet may be a field, not a frame
+        in_order = all(a < b for a, b in pairwise(dts))
+        if in_order and _tell_the_order(pts, [frame.pts for frame in early], video.decoder):
             pts.sort()
-            timestamps = np.array([float((shown - pts[0]) * stream.time_base) for shown in pts])
         else:
-            timestamps = np.arange(len(pts)) / float(stream.average_rate or 25)
+            pts = [*(frame.pts for frame in early), *(frame.pts for frame in decoded)]
+        time_base = video.stream.time_base
+        if not _are_distinct(pts):
+            times = np.arange(len(pts)) / float(video.stream.average_rate or 25)
+        elif in_order or pts == sorted(pts):  # frames in another order than their time stamps have the same times
+            shown = sorted(pts)
+            times = np.array([float((one - shown[0]) * time_base) for one in shown])
+        else:  # time stamps that start anew
+            times = np.arange(len(pts)) / float(video.stream.average_rate or 25)
+        orientation = _orientation(first, path)
+        aspect = Fraction(video.stream.sample_aspect_ratio or 1)
         return VideoInfo(
             path=path,
-            codec=stream.codec_context.name,
-            height=first.width if turns % 2 else first.height,
-            width=first.height if turns % 2 else first.width,
-            pixel_aspect=1 / aspect if turns % 2 else aspect,
-            turns=turns,
-            timestamps=timestamps,
-            pts=pts if _are_distinct(pts) else None,
-            keys=keys,
+            container=video.container.format.name,
+            codec=video.stream.codec_context.name,
+            height=first.width if orientation.transposed else first.height,
+            width=first.height if orientation.transposed else first.width,
+            pixel_aspect=1 / aspect if orientation.transposed else aspect,
+            orientation=orientation,
+            has_alpha=_has_alpha(first),
+            is_best=video.stream == video.container.streams.best("video"),
+            notes=_notes(first),
+            timestamps=times,
+            pts=pts if _are_distinct(pts) and pts == sorted(pts) else None,
+            keys=[pts for pts, _ in keys],
+            key_sizes=[size for _, size in keys],
         )
 
 
-def frames(info: VideoInfo, order: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """(index, upright picture H W 3) of the frames in `order`, increasing; without those that cannot be decoded."""
-    with _open(info.path) as (container, stream):
-        for index, frame in _decode(container, stream, info, order):
+def frames(info: VideoInfo, order: list[int], on_white: bool = True) -> Iterator[tuple[int, np.ndarray]]:
+    """(index, upright picture H W 3) of the frames in `order`, increasing; without those that cannot be decoded.
+
+    What is transparent lies on white, or else its alpha is left out. Where the decoder shows another order than the
+    time stamps, all come again, counted: the later one of an index is right.
+    """
+    try:
+        for index, frame in _count(info, order) if info.pts is None else _find(info, order):
             if frame.is_corrupt:
                 raise ValueError(f"{info.path}: frame {index} of {info.num_frames} is damaged")
-            yield index, np.rot90(frame.to_ndarray(format="rgb24"), info.turns)
+            yield index, info.orientation.apply(_to_rgb(frame, on_white))
+    except _Disorder:
+        yield from frames(replace(info, pts=None), order, on_white)
 
 
-def _decode(container, stream, info: VideoInfo, order: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-    """(index, frame) of the wanted frames, with a seek wherever a later key frame saves decoding."""
-    if info.pts is None:
-        wanted = set(order)
-        for index, frame in enumerate(container.decode(stream)):
+class _Disorder(Exception):
+    """The decoder shows frames in another order than their time stamps have."""
+
+
+def _count(info: VideoInfo, order: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+    """(index, frame) of the wanted frames, counted from the start."""
+    wanted = set(order)
+    with _open(info.path) as video:
+        for index, frame in enumerate(video.decode()):
             if index in wanted:
                 yield index, frame
             if index >= order[-1]:
                 return
-        return
+
+
+def _find(info: VideoInfo, order: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+    """(index, frame) of the wanted frames, by time stamps; with a seek wherever a later key frame saves decoding."""
     number = {pts: index for index, pts in enumerate(info.pts)}
-    for run in _split_at_keys(info, order):
-        left = set(run)
-        start = bisect_right(info.keys, info.pts[run[0]]) - 1
-        # A seek may land late where decoding order is not showing order: then one key frame earlier, then the start.
-        for attempt in sorted({start, max(start - 1, -1), -1}, reverse=True):
-            target = info.keys[attempt] if attempt >= 0 else min(info.pts[0], 0)
-            container.seek(target, stream=stream, backward=True)
-            landed = attempt < 0
-            try:
-                for frame in _from_key(container, stream, target if attempt >= 0 else None):
-                    index = number.get(frame.pts)
-                    if not landed and not (frame.key_frame and index is not None and index <= run[0]):
-                        break  # late, or at what the container calls a key frame and the decoder does not
-                    landed = True
-                    if index in left:
-                        left.remove(index)
-                        yield index, frame
-                    if not left:
+    with _open(info.path) as video:
+        for run in _split_at_keys(info, order):
+            left = set(run)
+            start = bisect_right(info.keys, info.pts[run[0]]) - 1
+            # A seek may land late where decoding order is not showing order: then one key frame earlier.
+            for place in range(start, max(start - 2, -1), -1):
+                try:
+                    video.seek(info.keys[place])
+                    if (yield from _find_here(video.decode_from(info, place), number, left, key_first=True)):
                         break
-            except av.FFmpegError:
-                if attempt < 0:
-                    raise
-                continue  # in an open GOP pictures may refer to what lies before the key frame
-            if landed:
-                break
+                except av.FFmpegError:
+                    continue  # in an open GOP pictures may refer to what lies before the key frame
+            else:
+                with _open(info.path) as fresh:  # a seek to the start may land late, too
+                    yield from _find_here(fresh.decode(), number, left, key_first=False)
 
 
-def _from_key(container, stream, key: int | None) -> Iterator[av.VideoFrame]:
-    """Decode on from a key frame, without the pictures shown before it: in an open GOP they need earlier ones."""
-    for packet in container.demux(stream):
-        if key is None or packet.pts is None or packet.pts >= key:
-            yield from packet.decode()
+def _find_here(
+    decoded: Iterator[av.VideoFrame], number: dict[int, int], left: set[int], key_first: bool
+) -> Generator[tuple[int, av.VideoFrame], None, bool]:
+    """(index, frame) of those `left`, which it takes out, until there are none.
+
+    Returns False where nothing was decoded; or, with `key_first`, the first frame is no key frame, as it may be only by
+    the container's word, or comes too late.
+    """
+    first, last = min(left), -1
+    for frame in decoded:
+        index = number.get(frame.pts)
+        if key_first and last < 0 and not (frame.key_frame and index is not None and index <= first):
+            return False
+        if index is None:
+            continue
+        if index < last:
+            raise _Disorder
+        last = index
+        if index in left:
+            left.remove(index)
+            yield index, frame
+        if not left:
+            break
+    return last >= 0
 
 
 def _split_at_keys(info: VideoInfo, order: list[int]) -> Iterator[list[int]]:
@@ -149,34 +261,112 @@ def _are_distinct(pts: list[int | None]) -> bool:
     return None not in pts and len(set(pts)) == len(pts)
 
 
+def _tell_the_order(pts: list[int | None], early: list[int | None], decoder: av.VideoCodecContext) -> bool:
+    """Whether the packets' time stamps, sorted, are the frames in the order of showing. `early`: the first decoded."""
+    if decoder.name in HIDDEN_FRAMES or not _are_distinct(pts):
+        return False
+    shown = sorted(pts)
+    # Where packets are in the order of their time stamps, none of them is shown later than the next. A decoder that
+    # holds frames back says otherwise: time stamps follow the order of decoding, as in every AVI.
+    if shown == pts and decoder.codec.reorder and decoder.has_b_frames:
+        return False
+    return early == shown[: len(early)]
+
+
+def _orientation(frame: av.VideoFrame, path: Path) -> Orientation:
+    """That of the display matrix. ValueError for one that turns by less than a quarter."""
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d = (int(number) for number in np.frombuffer(bytes(data), np.int32)[:5])
+            straight, crossed = max(abs(a), abs(d)), max(abs(b), abs(c))
+            if min(straight, crossed) * 100 > max(straight, crossed):
+                raise ValueError(
+                    f"{path} is to be shown rotated by {degrees(atan2(b, a)):.0f} degrees: only quarter turns and "
+                    "mirrors are supported"
+                )
+            # a pixel at (x, y) is shown at (a x + c y, b x + d y)
+            return Orientation(True, c < 0, b < 0) if crossed > straight else Orientation(False, a < 0, d < 0)
+    return Orientation()
+
+
+def _has_alpha(frame: av.VideoFrame) -> bool:
+    return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+
+
+def _notes(frame: av.VideoFrame) -> tuple[str, ...]:
+    notes = [HDR[frame.color_trc]] if frame.color_trc in HDR else []
+    if any(data.type.name.startswith("DOVI") for data in frame.side_data):
+        notes.append("Dolby Vision")
+    if frame.interlaced_frame:
+        notes.append("interlaced")
+    return tuple(notes)
+
+
+def _to_rgb(frame: av.VideoFrame, on_white: bool) -> np.ndarray:
+    if on_white and _has_alpha(frame):
+        return lay_on_white(frame.to_ndarray(format="rgba"))
+    return frame.to_ndarray(format="rgb24")
+
+
 @contextmanager
-def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """The container and its main video stream; every error of FFmpeg becomes a ValueError that names the file."""
+def open_container(path: str | Path) -> Iterator[av.container.InputContainer]:
+    """A regular file for FFmpeg to read, and nothing else. Raises ValueError as `open_file`, and av.FFmpegError.
+
+    FFmpeg is given an open file and neither its name nor any other protocol. So a name means nothing to it (http://,
+    concat:, %03d), and a playlist, or whatever else names other files, opens none of them.
+    """
+    with open_file(path) as file:
+        options = {"fd": str(file.fileno()), "protocol_whitelist": "fd"}
+        with av.open("fd:", options=options, metadata_errors="ignore") as container:
+            yield container
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Opened]:
+    """The file and its main video stream; every error of FFmpeg becomes a ValueError that names the file."""
     _check_file(path)
     try:
-        with av.open(f"file:{path}", metadata_errors="ignore") as container:  # file: lest a colon be a protocol's
+        with open_container(path) as container:
             kind = container.format.name
-            if kind in ("image2", "gif", "apng") or kind.endswith("_pipe"):  # FFmpeg's readers of single pictures
-                raise ValueError(f"{path} is a picture, not a video: leave it out, or join pictures into a video first")
-            stream = container.streams.best("video")
-            if stream is None:
-                raise ValueError(f"{path} holds no video, only {sorted({s.type for s in container.streams})}")
-            stream.codec_context.options = {"err_detect": "explode"}  # a damaged picture is an error, not a guess
-            stream.codec_context.thread_count = 1  # parallelism is the business of the data workers
-            yield container, stream
+            if kind == "image2" or kind.endswith("_pipe"):  # FFmpeg's readers of single pictures
+                _refuse_picture(path)
+            stream = _main_stream(container, path)
+            decoder = stream.codec_context
+            if stream.metadata.get("alpha_mode") == "1" and decoder.name in ALPHA_DECODERS:
+                decoder = av.CodecContext.create(ALPHA_DECODERS[decoder.name], "r")
+            decoder.options = {"err_detect": "explode"}  # a damaged picture is an error, not a guess
+            decoder.thread_count = 1  # parallelism is the business of the data workers
+            yield Opened(container, stream, decoder)
     except av.FFmpegError as error:
         raise ValueError(
             f"{path} cannot be read as a video: damaged, cut off, encrypted or no video at all ({error.strerror})"
         ) from error
 
 
+def _main_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:
+    """The video that a player would show: not the cover of an album, nor the pictures of chapters."""
+    moving = [one for one in container.streams.video if not one.disposition & Disposition.attached_pic]
+    if not moving:
+        kinds = {"a cover picture" if stream.type == "video" else stream.type for stream in container.streams}
+        raise ValueError(f"{path} holds no video, only {', '.join(sorted(kinds)) or 'nothing that FFmpeg knows'}")
+    best = container.streams.best("video")
+    stream = best if best in moving else moving[0]
+    if stream.codec_context is None:
+        raise ValueError(f"{path} cannot be decoded: FFmpeg has no decoder for its codec")
+    return stream
+
+
+def _refuse_picture(path: Path) -> None:
+    raise ValueError(f"{path} is a picture, not a video: leave it out, or join pictures into a video first")
+
+
 def _check_file(path: Path) -> None:
-    """ValueError for what is not even a file to open."""
+    """ValueError for what cannot be opened as a file."""
     if path.is_dir():
         images = sum(p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") for p in path.iterdir())
         hint = f"it holds {images} images; join them into a video first" if images else "give a video file"
         raise ValueError(f"{path} is a folder: {hint}")
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
+    if fault := find_fault(path):
+        raise ValueError(fault)
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes)")

@@ -5,29 +5,32 @@ This file imports no torch, so that a command line can be read, and a typo answe
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Literal
+from typing import Annotated, Literal
 
-Layers = tuple[int, ...] | tuple[tuple[int, ...], ...]
+_Count = Annotated[int, ">= 1"]
+Layers = tuple[_Count, ...] | tuple[tuple[_Count, ...], ...]
 """Layers of each pipeline stage: flat, or nested (outer: virtual stages, inner: ranks)."""
+Forgotten = Literal["none", "full", "but_attention"]
+"""What a layer forgets in the forward."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """How the ranks are laid out: pp x dp_replicate x dp_shard x ring x ulysses x tp, neighbours in the last."""
 
-    dp_replicate: int = 1
+    dp_replicate: Annotated[int, ">= 1"] = 1
     """Copies of the model. More than 1 with dp_shard > 1 is HSDP."""
-    dp_shard: int = -1
+    dp_shard: Literal[-1] | Annotated[int, ">= 1"] = -1
     """Ranks over which one copy is sharded (FSDP), each with samples of its own. -1 takes what is left."""
-    cp: int | None = None
+    cp: Annotated[int, ">= 1"] | None = None
     """Ranks that share the tokens of a sample: ulysses x ring of them. What is not given of the three is what fits; cp
     alone is Ulysses.
     """
-    ulysses: int | None = None
+    ulysses: Annotated[int, ">= 1"] | None = None
     """Of these, ranks that exchange tokens for heads in every attention. Any number of heads and tokens."""
-    ring: int | None = None
+    ring: Annotated[int, ">= 1"] | None = None
     """Of these, ranks that pass keys and values around. For more ranks than heads, and between hosts."""
-    tp: int = 1
+    tp: Annotated[int, ">= 1"] = 1
     """Ranks that share every matrix of a layer. Must divide the heads."""
     pp_layers: Layers = ()
     """Layers of each pipeline stage: [8, 8, 7, 7], or [[4, 4], [4, 4]] for two virtual stages on each of two ranks.
@@ -124,12 +127,12 @@ class ParallelConfig:
 class MemoryConfig:
     """What is paid in time for memory."""
 
-    recompute: Literal["none", "full", "but_attention"] | int | tuple[str, ...] = "none"
+    recompute: Forgotten | Annotated[int, ">= 0"] | tuple[Forgotten, ...] = "none"
     """What a layer forgets in the forward and computes again in the backward: "none", "full" (all but its input) or
     "but_attention" (all but its input and what core attention made). One word for all layers, or one for each layer of
     the whole model. Or a number: the first k layers of each pipeline rank (all, if it has fewer) in full.
     """
-    but_attention: int = 0
+    but_attention: Annotated[int, ">= 0"] = 0
     """With a number (or alone): so many layers after those recompute all but core attention."""
     offload: Literal["none", "attention", "inputs"] = "none"
     """What goes to the host until the backward: what "but_attention" keeps of attention, or the inputs of recomputed
@@ -137,7 +140,7 @@ class MemoryConfig:
     """
     reshard: bool = True
     """Whether FSDP drops a layer's gathered weights after its forward (and gathers them again for the backward)."""
-    prefetch: int = 0
+    prefetch: Annotated[int, ">= 0"] = 0
     """How many layers ahead FSDP gathers weights. 0 leaves it to FSDP: one in the backward, and in the forward as far
     as the host is ahead of the device.
     """

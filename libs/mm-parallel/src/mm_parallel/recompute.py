@@ -73,7 +73,7 @@ class Recomputed:
             x, rest = getattr(stream, self.residual), stream._replace(**{self.residual: None})
         del stream  # nothing here may hold on to x
         kept = self._keep("attention") if self.word == "but_attention" else None
-        with _elsewhere(self._keep("inputs")) if self.offload == "inputs" else nullcontext():
+        with _elsewhere(x.data_ptr(), self._keep("inputs")) if self.offload == "inputs" else nullcontext():
             # checkpoint keeps tensors that are arguments of their own as autograd would, all else as it is
             result = checkpoint(
                 self._run,
@@ -131,14 +131,21 @@ class _Answering(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def _elsewhere(kept: Kept) -> saved_tensors_hooks:
-    """Around a checkpoint: it saves nothing but its input, and that goes where `kept` says."""
+def _elsewhere(place: int, kept: Kept) -> saved_tensors_hooks:
+    """Around a checkpoint: its input, which lies at `place`, goes where `kept` says.
 
-    def pack(x: Tensor) -> Kept:
+    Nothing else is saved but, in some releases of torch, an empty tensor on the CPU.
+    """
+
+    def pack(x: Tensor) -> Kept | Tensor:
+        if x.data_ptr() != place:
+            return x
         kept.put((x,))
         return kept
 
-    def unpack(kept: Kept) -> Tensor:
+    def unpack(kept: Kept | Tensor) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
         kept.fetch()
         return kept.get(0)[0]
 

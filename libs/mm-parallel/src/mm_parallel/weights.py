@@ -88,11 +88,11 @@ def _check_names(wanted: set[str], given: set[str]) -> None:
     missing, unexpected = sorted(wanted - given), sorted(given - wanted)
     if not missing and not unexpected:
         return
-    lines = [f"the weights do not fit the model: {len(missing)} missing, {len(unexpected)} unexpected"]
+    said = [f"the weights do not fit the model: {len(missing)} missing, {len(unexpected)} unexpected"]
     for kind, names, others in (("missing", missing, unexpected), ("unexpected", unexpected, missing)):
         for name in names[:5]:
             near = get_close_matches(name, others, n=1)
-            lines.append(f"  {kind}: {name}" + (f" (is it {near[0]}?)" if near else ""))
+            said.append(f"{kind}: {name}" + (f" (is it {near[0]}?)" if near else ""))
         if len(names) > 5:
-            lines.append(f"  {kind}: … and {len(names) - 5} more")
-    raise ValueError("\n".join(lines))
+            said.append(f"{kind}: … and {len(names) - 5} more")
+    raise ValueError("; ".join(said))

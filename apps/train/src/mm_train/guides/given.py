@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from mm_train.guides.names import OURS, Section, row_of
-from mm_train.guides.translate import translate, value_of
+from mm_train.guides.translate import number, translate, value_of
 
 
 def from_guides(section: Section, given: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
@@ -33,17 +33,20 @@ def from_guides(section: Section, given: Mapping[str, object]) -> tuple[dict[str
 
 def _context_of(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
     """What their names must know of ours to be translated, under their names."""
+    if not theirs:
+        return {}
     known = {}
-    if any(own.get(name) is not None for name in ("cp", "ulysses", "ring")):
-        cp = own.get("cp")
-        sizes = [value_of(own[name]) for name in ("ulysses", "ring") if own.get(name) is not None]
-        known["context_parallel_size"] = value_of(cp) if cp is not None else prod(sizes)
-    if isinstance(count := value_of(own.get("recompute")), int):
-        known["recompute_num_layers"] = count
-    if own.get("but_attention") is not None:
-        known["recompute_num_layers_skip_core_attention"] = value_of(own["but_attention"])
+    values = {name: value_of(value) for name, value in own.items()}
+    sizes = {n: number(f"parallel.{n}", values[n]) for n in ("cp", "ulysses", "ring") if values.get(n) is not None}
+    if sizes:
+        known["context_parallel_size"] = sizes.pop("cp", None) or prod(sizes.values())
+    if isinstance(values.get("recompute"), int):
+        known["recompute_num_layers"] = number("memory.recompute", values["recompute"], least=0)
+    if values.get("but_attention") is not None:
+        count = number("memory.but_attention", values["but_attention"], least=0)
+        known["recompute_num_layers_skip_core_attention"] = count
     given = {row_of(name).guides for name in theirs}
-    return {name: value for name, value in known.items() if theirs and name not in given}
+    return {name: value for name, value in known.items() if name not in given}
 
 
 def arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:

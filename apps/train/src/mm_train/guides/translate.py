@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from mm_parallel.config import ParallelConfig
+from mm_convert.cli.values import check_value
+from mm_parallel.config import Layers, ParallelConfig
 from mm_train.guides.names import plain, row_of, spellings
 
 _VP = "virtual_pipeline_model_parallel_size"
@@ -73,9 +74,7 @@ def _pipeline(given: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         if (pp or 1) > 1 or vp > 1:
             raise ValueError(f"pipeline_num_layers must be given for a pipeline (PP {pp or 1}, VP {vp})")
         return {}
-    if not isinstance(layers, (list, tuple)):
-        raise ValueError(f"pipeline_num_layers is {layers!r}, but must be a list of layers of each stage")
-    layers = tuple(tuple(part) if isinstance(part, (list, tuple)) else part for part in layers)
+    layers = check_value("pipeline_num_layers", layers, Layers)
     rows = ParallelConfig(pp_layers=layers).stages
     if _VP in given and vp != len(rows):
         raise ValueError(
@@ -97,7 +96,9 @@ def _sharding(given: Mapping[str, Any]) -> dict[str, int]:
     if len(names) == 2:
         raise ValueError("zero3_size is of LayerZeRO and sharding_size of FSDP2: give one of them")
     if not names:
-        return {"dp_shard": _share(given, "zero3_size", 8)} if given.get("layerzero") else {}
+        return (
+            {"dp_shard": _share(given, "zero3_size", 8)} if _switch("layerzero", given.get("layerzero", False)) else {}
+        )
     size = given[names[0]]
     if names[0] == "sharding_size" and size in ("auto", None):
         return {"dp_shard": 1 if size is None else -1}
@@ -112,7 +113,7 @@ def _share(given: Mapping[str, Any], name: str, size: int) -> int:
 
 
 def _recompute(given: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    if given.get("distribute_saved_activations"):
+    if _switch("distribute_saved_activations", given.get("distribute_saved_activations", False)):
         raise ValueError("distribute_saved_activations is not implemented, neither here nor there")
     granularity = given.get("recompute_granularity")
     if granularity not in ("full", None):
@@ -127,14 +128,17 @@ def _recompute(given: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     if count is not None and method != "uniform":
         found["recompute"] = number("recompute_num_layers", count, least=0)
     if modules := given.get("recompute_modules"):
-        some = [str(name) for name in modules if not str(name).endswith(".{*}")]
+        check_value("recompute_modules", modules, list[str])
+        some = [name for name in modules if not name.endswith(".{*}")]
         if some or found:
             raise ValueError(f"recompute_modules {modules} cannot be had here: only all blocks, as blocks.{{*}}, alone")
         found["recompute"] = "full"
     skip = given.get("recompute_num_layers_skip_core_attention")
+    skips = given.get("recompute_skip_core_attention")
+    skips = skips is None or _switch("recompute_skip_core_attention", skips)
     if given.get("recompute_skip_core_attention") and skip is None:
         raise ValueError("recompute_skip_core_attention needs recompute_num_layers_skip_core_attention: of how many")
-    if skip is not None and given.get("recompute_skip_core_attention", True):
+    if skip is not None and skips:
         found["but_attention"] = number("recompute_num_layers_skip_core_attention", skip, least=0)
         if not isinstance(found.setdefault("recompute", 0), int):
             raise ValueError("recompute_num_layers_skip_core_attention needs recompute_num_layers and method block")
@@ -168,7 +172,7 @@ def value_of(value: object) -> Any:
     words = {"True": True, "False": False, "None": None}
     try:
         return words[value] if value in words else json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also a number of 5,000 digits, and lists a thousand deep
         return value
 
 

@@ -19,14 +19,15 @@ A configuration is a tree of plain dataclasses; the string below a field is its 
 reads `--optim.lr 3e-4`, `--config mine.toml` (the same names, as TOML tables; may be given several times) and
 `--print_config` (`=comments` adds what the fields mean). Later beats earlier: dataclass defaults, files of `defaults`,
 environment variables where the program has them, `--config`, flags. A field without default is required. An unknown
-flag or key, or a value of the wrong type, ends with exit code 2 and the nearest name.
+flag or key, or a value that its field does not take, ends with exit code 2, one line, and the nearest name.
 Lists are written `[1, 2]` or `[[5,5],[5,5]]`, a true bool `--flag` or `--flag true`. None is written `null` on the
-command line and "null" in TOML, which has no word for it. In a union the first member that fits wins: write
-`int | str`, not `str | int`.
+command line and "null" in TOML, which has no word for it. Text that begins with `--` is written `--flag=--text`.
+What fits a field is said by its type, limits included: see `mm_convert.cli.values`.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import difflib
@@ -36,20 +37,17 @@ import os
 import re
 import sys
 import textwrap
-import tomllib
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import yaml
-from jsonargparse import ArgumentParser
+from mm_convert.cli.terminal import one_line
+from mm_convert.cli.toml import dump, read_tables, template
+from mm_convert.cli.values import check_value, describe, read_text
 
-from mm_convert.cli.toml import dump, template
-from mm_convert.files import parse_toml, read_text
-
-__all__ = ["REQUIRED", "Option", "dump", "nearest", "options_of", "parse", "parse_options"]
+__all__ = ["REQUIRED", "Option", "dump", "nearest", "options_of", "parse", "parse_options", "read_config"]
 
 T = TypeVar("T")
 
@@ -123,39 +121,48 @@ def parse_options(
 
     `make` is given the values by the options' dotted names; its ValueErrors are reported like any other wrong value.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     known = {option.name: option for option in options}
-    _refuse_unknown_flags(parser, argv, known)
-
-    values: dict[str, Any] = {}
-    for file in defaults:
-        values |= _read_file(parser, Path(file), known, reword)
-    values |= _read_environment(parser, environment, known) if environment else {}
-    for file in _config_files(parser, argv):
-        values |= _read_file(parser, Path(file), known, reword)
-
-    printing = next((word for word in argv if word.partition("=")[0] == "--print_config"), "")
-    parser.add_argument(
-        "--config", type=list[str], metavar="FILE", help="values from this TOML or YAML; may be repeated"
-    )
-    parser.add_argument("--print_config", action="store_true", help="print the resulting configuration and exit")
-    _add_options(parser, known, groups or {}, values, missing_is_fine=bool(printing))
-    namespace = parser.parse_args(_for_jsonargparse(argv, known))
-    values = {name: namespace.get(name) for name in known}
-    missing = [name for name, option in known.items() if printing and values[name] is None and option.required]
-    if missing or printing == "--print_config=comments":
-        helps = {name: option.help for name, option in known.items()} if "comments" in printing else {}
-        print(template(values, helps, missing), end="")
-        sys.exit(0)
     try:
-        made = make(values)
+        words = _split(list(sys.argv[1:] if argv is None else argv), known)
+        values = {name: option.default for name, option in known.items()}
+        for file in defaults:
+            values |= _read_file(Path(file), known, reword)
+        values |= _read_environment(environment, known) if environment else {}
+        for file in words.files:
+            values |= _read_file(Path(file), known, reword)
+        if words.help:
+            _print_help(known, values, prog, description, groups or {})
+            sys.exit(0)
+        values |= {name: read_text(shown, text, known[name].hint) for name, (shown, text) in words.given.items()}
+        missing = [name for name in known if values[name] is REQUIRED]
+        if missing and words.printing is None:
+            said = ", ".join(name if known[name].positional else f"--{name}" for name in missing)
+            raise ValueError(f"the following arguments are required: {said}")
+        made = None if missing else make(values)
     except ValueError as error:
-        parser.error(str(error))
-    if printing:
+        sys.stderr.write(f"{prog}: error: {one_line(error)}\n")
+        sys.exit(2)
+    if words.printing is None:
+        return made
+    if missing or words.printing == "comments":
+        helps = {name: option.help for name, option in known.items()} if words.printing == "comments" else {}
+        print(template(values, helps, missing), end="")
+    else:
         print(dump(_nest(values)), end="")
-        sys.exit(0)
-    return made
+    sys.exit(0)
+
+
+def read_config(config_class: type[T], path: Path) -> T:
+    """A configuration from the file that `dump` wrote of it. ValueError, with the file's name, for what does not fit.
+
+    What is not in the file is as the dataclass has it.
+    """
+    known = {option.name: option for option in options_of(config_class)}
+    values = {name: option.default for name, option in known.items()}
+    values |= _read_file(path, known, lambda tables: tables)
+    if missing := [name for name, value in values.items() if value is REQUIRED]:
+        raise ValueError(f"{path} does not say {', '.join(missing)}")
+    return _instantiate(config_class, values)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -169,28 +176,130 @@ def nearest(name: str, known: Iterable[str]) -> str:
 # --- reading
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        for action in self._actions if "are required: " in message else ():
-            if action.required and action.option_strings:  # jsonargparse names them without dashes
-                message = re.sub(rf"(?<=[ ,]){re.escape(action.dest)}(?=,|$)", f"--{action.dest}", message)
-        sys.stderr.write(f"{self.prog}: error: {_plain(message)}\n(all options: {self.prog} --help)\n")
-        sys.exit(2)
+class _Words(NamedTuple):
+    """A command line, not understood yet."""
+
+    given: dict[str, tuple[str, str]]
+    """Name of an option -> what it is called in a message, and the text of its value."""
+    files: list[str]
+    printing: str | None
+    """None: nothing is printed; otherwise what follows `--print_config=`."""
+    help: bool
 
 
-def _plain(message: str) -> str:
-    """jsonargparse's message on one line, without its inner words."""
-    message = re.sub(r"^(Validation failed: )?Parser key \"(.*?)\":", r"\2:", message.strip())
-    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "").replace("NoneType", "null")
-    union = r"Does not validate .*? Subtypes: \[([^:]*)\] Errors: [^:]* Given value type: \w+ Given value: "
-    message = re.sub(union, r"Expected one of \1. Got value: ", " ".join(message.split()))
-    example = ' (a list is written ["a", "b"] or [1, 2])'
-    return message + (example if re.search(r"Expected [^.]*\b(tuple|list)\b", message) else "")
+def _split(argv: list[str], known: Mapping[str, Option]) -> _Words:
+    """The words of a command line by the options that they belong to. ValueError for one that belongs to none."""
+    for word in argv:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):  # so Python holds bytes that are no UTF-8
+            raise ValueError(f"{word!r} is not UTF-8 text, as configurations and records are: give it another name")
+    positional = [name for name, option in known.items() if option.positional]
+    flags = known.keys() - positional | {"config", "print_config", "help"}
+    given: dict[str, tuple[str, str]] = {}
+    bare: list[str] = []
+    files: list[str] = []
+    printing, wants_help, words = None, False, list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--":
+            bare += words
+            break
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--")
+        if word in ("-h", "--help"):
+            wants_help = True
+        elif flag == "--print_config":
+            if value not in ("", "comments"):
+                raise ValueError(f"{word}: it takes nothing, or comments")
+            printing = value
+        elif not word.startswith("-"):
+            bare.append(word)
+        elif name not in flags or not word.startswith("--"):
+            raise ValueError(f"unknown option {flag}{nearest(name, flags).replace('mean ', 'mean --')}")
+        else:
+            value = value if equals else _value(flag, words, known.get(name))
+            if name == "config":
+                files.append(value)
+            else:
+                given[name] = (flag, value)
+    if len(bare) > len(positional):
+        raise ValueError(f"{bare[len(positional)]!r} belongs to no option: values follow a --flag")
+    given |= {name: (name, word) for name, word in zip(positional, bare, strict=False)}
+    return _Words(given, files, printing, wants_help)
+
+
+def _value(flag: str, words: list[str], option: Option | None) -> str:
+    """The value that follows a flag, taken from the words. A bool may stand alone."""
+    if option is not None and option.hint is bool:
+        return words.pop(0) if words and words[0].lower() in ("true", "false") else "true"
+    if not words or re.match("--[A-Za-z]", words[0]):
+        what = describe(option.hint) if option else "a file"
+        wrong = f" (text that begins so is written {flag}={words[0]})" if words else ""
+        raise ValueError(f"{flag} has no value; it takes {what}{wrong}")
+    return words.pop(0)
+
+
+def _read_file(
+    path: Path, known: Mapping[str, Option], reword: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Values by the options' names. ValueError, with the file's name, for what is no option or does not fit."""
+    tables = read_tables(path)
+    try:
+        tables = reword(tables)
+        return {name: check_value(name, value, known[name].hint) for name, value in _flatten(tables, known)}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _flatten(tables: Mapping[str, Any], known: Mapping[str, Option], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every option that is given in the tables. ValueError for what is none."""
+    groups = {name.rsplit(".", n)[0] for name in known for n in range(1, name.count(".") + 1)}
+    for key, value in tables.items():
+        name = f"{prefix}{key}"
+        if name in known:
+            yield name, value
+        elif name not in groups:
+            raise ValueError(f"unknown key {name}{nearest(name, known)}")
+        elif isinstance(value, Mapping):
+            yield from _flatten(value, known, f"{name}.")
+        else:
+            raise ValueError(f"{name} is a table ([{name}]), not the value {value!r}")
+
+
+def _read_environment(prefix: str, known: Mapping[str, Option]) -> dict[str, Any]:
+    names = {prefix + name.upper().replace(".", "__"): name for name in known}
+    given = [variable for variable in os.environ if variable.startswith(prefix)]
+    for variable in given:
+        if variable not in names:
+            raise ValueError(f"unknown environment variable {variable}{nearest(variable, names)}")
+    return {
+        names[variable]: read_text(variable, os.environ[variable], known[names[variable]].hint) for variable in given
+    }
+
+
+def _print_help(
+    known: Mapping[str, Option], values: Mapping[str, Any], prog: str, description: str, groups: Mapping[str, str]
+) -> None:
+    """What every option is for, what it takes, and what it is if it is not given."""
+    positional = " ".join(name.upper() for name, option in known.items() if option.positional)
+    parser = argparse.ArgumentParser(prog, f"%(prog)s {positional} [options]".replace("  ", " "), description)
+    parser.add_argument("--config", metavar="FILE", help="values from this TOML or YAML; may be repeated")
+    parser.add_argument("--print_config", action="store_true", help="print the resulting configuration and exit")
+    tables: dict[str, Any] = {"": parser}
+    for name, option in known.items():
+        table = name.rpartition(".")[0]
+        if table not in tables:
+            tables[table] = parser.add_argument_group(table, groups.get(table) or None)
+        value = "null" if values[name] is None else values[name]
+        unset = "required" if value is REQUIRED else f"default: {value}"
+        said = f"{option.help} ({unset}; takes {describe(option.hint)})".replace("%", "%%")
+        flag = {"metavar": name.upper()} if option.positional else {"metavar": "…"}
+        tables[table].add_argument(name if option.positional else f"--{name}", help=said, **flag)
+    parser.print_help()
 
 
 def options_of(cls: type, prefix: str = "") -> Iterator[Option]:
     """What the fields of a dataclass, and of those in it, say."""
-    hints, helps = typing.get_type_hints(cls), _field_docs(cls)
+    hints, helps = typing.get_type_hints(cls, include_extras=True), _field_docs(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
@@ -218,6 +327,7 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
+@cache
 def _field_docs(cls: type) -> dict[str, str]:
     """The string literals that follow the fields in the source, base classes first."""
     docs: dict[str, str] = {}
@@ -232,150 +342,6 @@ def _field_docs(cls: type) -> dict[str, str]:
             if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
                 docs[field.target.id] = " ".join(str(doc.value.value).split())
     return docs
-
-
-def _refuse_unknown_flags(parser: _Parser, argv: list[str], known: Mapping[str, Option]) -> None:
-    positional = {name for name, option in known.items() if option.positional}
-    flags = (set(known) - positional) | {"config", "print_config", "help"}
-    for word in argv[: argv.index("--") if "--" in argv else None]:
-        name = word.partition("=")[0][2:].removesuffix("+")
-        if word.startswith("--") and name not in flags:
-            parser.error(f"unknown option --{name}{nearest(name, flags).replace('mean ', 'mean --')}")
-
-
-def _config_files(parser: _Parser, argv: list[str]) -> Iterator[str]:
-    for i, word in enumerate(argv):
-        if word == "--config":
-            if i + 1 == len(argv):
-                parser.error("--config needs a file")
-            yield argv[i + 1]
-        elif word.startswith("--config="):
-            yield word.removeprefix("--config=")
-
-
-def _for_jsonargparse(argv: list[str], known: Mapping[str, Option]) -> list[str]:
-    """Take out what is done here (--config, --print_config), and let `--flag` alone mean `--flag true`."""
-    result = []
-    skip = {j for i, word in enumerate(argv) if word == "--config" for j in (i, i + 1)}
-    for i, word in enumerate(argv):
-        if i in skip or word.partition("=")[0] == "--print_config" or word.startswith("--config="):
-            continue
-        option = known.get(word.removeprefix("--")) if word.startswith("--") else None
-        alone = option and option.hint is bool and argv[i + 1 : i + 2] not in (["true"], ["false"])
-        result.append(f"{word}=true" if alone else word)
-    return result
-
-
-def _read_file(
-    parser: _Parser, path: Path, known: Mapping[str, Option], reword: Callable[[dict[str, Any]], dict[str, Any]]
-) -> dict[str, Any]:
-    try:
-        text = read_text(path, limit=_MAX_FILE)
-    except (OSError, ValueError) as error:
-        parser.error(f"cannot read {path}: {error}")
-    try:
-        tables = parse_toml(text)
-    except tomllib.TOMLDecodeError as error:
-        tables = _yaml(text)  # as MindSpeed-MM's users have them
-        if tables is None:
-            parser.error(f"{path} is not TOML: {error}")
-    try:
-        tables = reword(tables)
-    except ValueError as error:
-        parser.error(f"{path}: {error}")
-    groups = {name.rsplit(".", n)[0] for name in known for n in range(1, name.count(".") + 1)}
-
-    def refuse_unknown_keys(table: Mapping[str, Any], prefix: str = "") -> None:
-        for key, value in table.items():
-            name = prefix + key
-            if name in known:
-                continue
-            if name not in groups:
-                parser.error(f"{path}: unknown key {name}{nearest(name, known)}")
-            elif isinstance(value, Mapping):
-                refuse_unknown_keys(value, name + ".")
-            else:
-                parser.error(f"{path}: {name} is a table ([{name}]), not the value {value!r}")
-
-    refuse_unknown_keys(tables)
-    return {name: _check(parser, path, option, value) for name, option, value in _choose(tables, known)}
-
-
-class _Yaml(yaml.SafeLoader):
-    """Without aliases, by which a short text can hold a list of billions."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
-        return super().compose_node(parent, index)
-
-
-def _yaml(text: str) -> dict[str, Any] | None:
-    try:
-        content = yaml.load(text, _Yaml)
-    except (yaml.YAMLError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _read_environment(parser: _Parser, prefix: str, known: Mapping[str, Option]) -> dict[str, Any]:
-    names = {prefix + name.upper().replace(".", "__"): name for name in known}
-    values = {}
-    for variable in (variable for variable in os.environ if variable.startswith(prefix)):
-        if variable not in names:
-            parser.error(f"unknown environment variable {variable}{nearest(variable, names)}")
-        option = known[names[variable]]
-        single = ArgumentParser(exit_on_error=False)
-        single.add_argument(f"--{option.name}", type=option.hint)
-        try:
-            values[option.name] = single.parse_args([f"--{option.name}={os.environ[variable]}"])[option.name]
-        except Exception as error:
-            parser.error(f"{variable}: {_plain(str(error))}")
-    return values
-
-
-def _choose(tables: Mapping[str, Any], known: Mapping[str, Option]) -> Iterator[tuple[str, Option, Any]]:
-    for name, option in known.items():
-        value: Any = tables
-        for part in name.split("."):
-            if part not in value:
-                break
-            value = value[part]
-        else:
-            yield name, option, value
-
-
-def _check(parser: _Parser, path: Path, option: Option, value: Any) -> Any:
-    """Let jsonargparse judge the value alone, so that the error can name the file."""
-    single = ArgumentParser(exit_on_error=False)
-    single.add_argument(f"--{option.name}", type=option.hint)
-    try:
-        return single.parse_object({option.name: value})[option.name]
-    except Exception as error:
-        parser.error(f"{path}: {_plain(str(error))}")
-
-
-def _add_options(
-    parser: _Parser,
-    known: Mapping[str, Option],
-    groups: Mapping[str, str],
-    values: Mapping[str, Any],
-    missing_is_fine: bool,
-) -> None:
-    tables = {"": parser}
-    for name, option in known.items():
-        table = name.rpartition(".")[0]
-        if table not in tables:
-            tables[table] = parser.add_argument_group(table, groups.get(table) or None)
-        default = values.get(name, option.default)
-        required = default is REQUIRED and not missing_is_fine
-        settings: dict[str, Any] = {"type": option.hint, "help": option.help or "%(type)s"}
-        if default is not REQUIRED:
-            settings["default"] = default
-        if option.positional:
-            tables[table].add_argument(name, **settings, **({} if required else {"nargs": "?"}))
-        else:
-            tables[table].add_argument(f"--{name}", **settings, required=required)
 
 
 def _instantiate(cls: type[T], values: Mapping[str, Any]) -> T:

@@ -11,6 +11,7 @@ from pathlib import Path
 from mm_convert.cli.arguments import nearest, parse
 from mm_convert.cli.convert import convert
 from mm_convert.cli.options import POSITIONAL, Convert, Form, read
+from mm_convert.cli.terminal import one_line
 from mm_convert.guides.table import CONVERTERS, Command, Flag
 from mm_convert.read.inspection import diff, inspect, inspect_adapter, inspect_pair
 
@@ -45,7 +46,7 @@ def run_diff(options: Diff) -> None:
         compared += 1
         if difference:
             differing += 1
-            print(f"{difference.name}: {difference.what}", flush=True)  # a large model takes minutes
+            print(one_line(f"{difference.name}: {difference.what}"), flush=True)  # a large model takes minutes
     print(f"{compared} tensors, " + (f"{differing} differ" if differing else "all equal"))
     sys.exit(1 if differing else 0)
 
@@ -54,7 +55,8 @@ CONVERT = Command(
     "Rewrite a checkpoint, or a LoRA adapter, under other names and in other files; tensors keep their bytes.",
     (
         *(Flag("source"), Flag("target"), Flag("to", hint=Form), Flag("shard_gb")),
-        *(Flag("pp_layers"), Flag("vit_pp_layers"), Flag("tp_size"), Flag("lora_alpha"), Flag("boundary")),
+        *(Flag("pp_layers"), Flag("vit_pp_layers"), Flag("tp_size"), Flag("boundary")),
+        *(Flag("lora"), Flag("lora_alpha")),
     ),
 )
 READING = {"inspect": (Inspect, run_inspect), "diff": (Diff, run_diff)}

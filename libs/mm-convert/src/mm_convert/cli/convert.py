@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_convert.cli.options import Convert, Layers
+from mm_convert.cli.terminal import one_line
 from mm_convert.lora.adapter import Adapter
 from mm_convert.lora.reading import find_lora, open_lora
 from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
@@ -26,7 +27,7 @@ def convert(options: Convert) -> None:
 def write(files: Files, options: Convert) -> None:
     """Write the files, or only list them."""
     for note in files.notes:
-        sys.stderr.write(f"note: {note}\n")
+        sys.stderr.write(f"note: {one_line(note)}\n")
     if options.dry_run:
         files.refuse(options.overwrite)
         print(files)
@@ -36,13 +37,13 @@ def write(files: Files, options: Convert) -> None:
 
 def prepare(options: Convert) -> Files:
     """What would be written. Raises ValueError for what cannot be done."""
-    if options.lora:
-        return _prepare_merge(options)
     if options.takes == "anything":
         if pair := open_experts(options.source):
+            adapters = open_experts(options.lora) if options.lora else None
 
-            def one(source: Path, target: Path) -> tuple[Checkpoint | Adapter, Files]:
-                return _prepare_one(replace(options, source=source, target=target))
+            def one(expert: str, source: Path, target: Path) -> tuple[Checkpoint | Adapter, Files]:
+                lora = getattr(adapters, expert) if adapters else options.lora
+                return _prepare_one(replace(options, source=source, target=target, lora=lora))
 
             return prepare_pair(pair, options.target, options.to or "mm", options.boundary, one)
         if options.boundary is not None:
@@ -52,10 +53,12 @@ def prepare(options: Convert) -> Files:
 
 def _prepare_one(options: Convert) -> tuple[Checkpoint | Adapter, Files]:
     """What lies in one folder, and what writing it would write."""
+    if options.lora:
+        return _prepare_merge(options)
     if options.takes == "model":
         return _prepare_model(options)
     look = open_lora if options.takes == "adapter" else find_lora
-    adapter = look(options.source, alpha=options.lora_alpha)
+    adapter = look(options.source, alpha=options.lora_alpha, family=options.family)
     if adapter:
         for name in ("shard_gb", "pp_layers", "vit_pp_layers"):
             if getattr(options, name):
@@ -82,20 +85,32 @@ def _prepare_model(options: Convert) -> tuple[Checkpoint, Files]:
         _form(options, checkpoint),
         pp_layers=_layers(options.pp_layers, options.vit_pp_layers),
         tp_size=options.tp_size,
-        shard_bytes=None if options.shard_gb is None else int(options.shard_gb * 1e9),
+        shard_bytes=_shard_bytes(options),
         dtype=options.dtype,
     )
     return checkpoint, files
 
 
-def _prepare_merge(options: Convert) -> Files:
+def _prepare_merge(options: Convert) -> tuple[Checkpoint, Files]:
     assert options.lora
-    if options.lora_rank is not None and options.lora_rank < 1:
-        raise ValueError(f"LoRA rank can not be {options.lora_rank}: it is at least 1")
     base = _open(options)
     adapter = open_lora(options.lora, alpha=options.lora_alpha, rank=options.lora_rank)
-    to, where = _form(options, base), options.lora.resolve()
-    return prepare_merge(base, adapter, where, options.target, to, options.pp_layers, options.dtype)
+    files = prepare_merge(
+        base,
+        adapter,
+        options.lora,
+        options.target,
+        _form(options, base),
+        pp_layers=_layers(options.pp_layers, options.vit_pp_layers),
+        tp_size=options.tp_size,
+        shard_bytes=_shard_bytes(options),
+        dtype=options.dtype,
+    )
+    return base, files
+
+
+def _shard_bytes(options: Convert) -> int | None:
+    return None if options.shard_gb is None else int(options.shard_gb * 1e9)
 
 
 def _open(options: Convert, config: dict[str, Any] | None = None) -> Checkpoint:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from mm_convert.cli.arguments import Option, options_of, parse_options
 from mm_convert.guides.table import GROUPS, SAME, WRITING, Command, Flag
@@ -13,7 +13,8 @@ from mm_convert.guides.table import GROUPS, SAME, WRITING, Command, Flag
 T = TypeVar("T")
 
 Form = Literal["mm", "mindspeed", "dcp", "original", "diffusers", "transformers", "transformers-v5", "peft", "comfyui"]
-Layers = list[int] | list[list[int]]
+_Layers = list[Annotated[int, ">= 0"]]
+Layers = _Layers | list[_Layers]
 POSITIONAL = {"positional": True}
 
 
@@ -35,17 +36,19 @@ class Convert:
     "folder to make; a name that ends in .safetensors or .pt makes one file"
     to: Form | None = "mm"
     "mm (ours), mindspeed, dcp, or names: original, diffusers, transformers; LoRA: mm, diffusers, comfyui, mindspeed"
-    shard_gb: float | None = None
+    shard_gb: Annotated[float, "> 0"] | None = None
     "regroup into files of at most this many GB (10^9 bytes); null: keep the source's grouping"
     pp_layers: Layers = field(default_factory=list)
     "layers of each pipeline stage, flat or one list per virtual stage (for Qwen: language layers)"
     vit_pp_layers: Layers = field(default_factory=list)
     "for Qwen: vision layers of each pipeline stage"
-    tp_size: int = 1
+    tp_size: Annotated[int, ">= 1"] = 1
     "number of tensor-parallel ranks"
-    lora_alpha: float | None = None
+    lora: Path | None = None
+    "a LoRA adapter to merge into the source (needs torch); of two experts into both, or a pair of adapters"
+    lora_alpha: Annotated[float, "!= 0"] | None = None
     "alpha of a LoRA adapter, if its file does not say it"
-    boundary: float | None = None
+    boundary: Annotated[float, "> 0", "< 1"] | None = None
     "for two experts whose files do not say it: the noise level from which on the high-noise one generates"
 
     # What only commands of MindSpeed-MM's guides say.
@@ -57,7 +60,7 @@ class Convert:
     "of a folder that was converted in place: its published files, not what was made of them"
     steps: bool = False
     "the source holds iter_*: one of them is meant"
-    iteration: int | None = None
+    iteration: Annotated[int, ">= 0"] | None = None
     "which of the steps; null: the newest"
     part: str = "model"
     "of a training checkpoint, as in `open_checkpoint`"
@@ -67,18 +70,12 @@ class Convert:
     "how the source is said to be split; must agree with its files"
     source_vit_pp_layers: Layers = field(default_factory=list)
     "the same of vision layers"
-    source_tp_size: int = 1
+    source_tp_size: Annotated[int, ">= 1"] = 1
     "the same of tensor-parallel ranks"
     like: Path | None = None
     "the published model, whose names, files and config.json the target gets"
-    lora: Path | None = None
-    "an adapter to be merged into the source"
-    lora_rank: int | None = None
-    "its rank; must agree with its factors"
-
-    def __post_init__(self) -> None:
-        if self.shard_gb is not None and self.shard_gb <= 0:
-            raise ValueError(f"shard_gb is {self.shard_gb}; a file must hold something")
+    lora_rank: Annotated[int, ">= 1"] | None = None
+    "rank of the adapter to merge; must agree with its factors"
 
 
 def read(

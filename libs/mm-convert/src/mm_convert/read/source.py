@@ -35,6 +35,10 @@ _MAX_DEPTH = 8  # dictionaries in one another, until the weights
 _MAX_TENSORS, _MAX_NAME = 100_000, 1_000
 
 
+class NotThere(ValueError):
+    """A path that was asked for does not exist: whoever typed it can mend it, so programs end with 2 and not with 1."""
+
+
 @dataclass
 class Source:
     """`tensors` by their names on disk, whole and with the layer numbers of the model; `folder` may say more."""
@@ -44,6 +48,7 @@ class Source:
     files: list[Path]
     folder: Path
     metadata: dict[str, str] = field(default_factory=dict)
+    is_part: bool = False  # of a torch file that holds more, as trainers save
     split: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -57,10 +62,11 @@ def find(path: Path, published: bool = False, part: str = "model", prefix: str =
         part: "model", or "ema" of a training checkpoint; "ema_state_dict" or "state_dict" of a torch file.
         prefix: what the names of the model begin with, besides what is known to be published.
 
-    Raises ValueError when there is nothing that can be read, or when it is not clear what is meant.
+    Raises ValueError when there is nothing that can be read, or when it is not clear what is meant; NotThere for a path
+    that does not exist.
     """
     if not path.exists():
-        raise ValueError(f"{path} does not exist")
+        raise NotThere(f"{path} does not exist")
     refuse_special(path)
     prefixes = (*_PREFIXES, *([f"{prefix.rstrip('.')}."] if prefix else []))
     if path.is_file():
@@ -129,8 +135,10 @@ def _file(path: Path, part: str) -> Source:
         return Source(dict(tensors), "safetensors", files, path.parent, metadata)
     if path.suffix not in TORCH_SUFFIXES:
         raise ValueError(f"{path} is not a checkpoint file (.safetensors, {', '.join(TORCH_SUFFIXES)})")
-    tensors, notes = _state_dict(read_torch_file(path), path, part)
-    return Source(tensors, "torch", [path], path.parent, notes=notes)
+    content = read_torch_file(path)
+    tensors, notes = _state_dict(content, path, part)
+    is_part = not set(tensors) <= set(content)
+    return Source(tensors, "torch", [path], path.parent, notes=notes, is_part=is_part)
 
 
 def _torch_folder(folder: Path, part: str) -> Source:
@@ -185,7 +193,7 @@ def _tree(folder: Path, part: str) -> Source:
     bases = [re.sub(r"\.lora_[AB](\.default)?\.weight$", ".weight", name) for name in names]
     family, dialect = recognise(bases, str(folder))
     if dialect != "mindspeed" and len(files) == len(ranks[0]) == 1:
-        return Source(ranks[0][0], "torch", files, folder)  # what dcp_to_torch makes of a run of ours
+        return Source(ranks[0][0], "torch", files, folder, is_part=True)  # what dcp_to_torch makes of a run of ours
     if family.cuts is None or dialect != "mindspeed":
         raise ValueError(f"{folder} is a MindSpeed-MM tree, but its names are those of {family.name} ({dialect})")
     if names != bases and len(ranks) > 1:

@@ -93,9 +93,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """
     indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
     if len(indices) > 1:
-        raise ValueError(
-            f"{folder} holds several checkpoints: {_list_files(indices)}; name one of them"
-        )
+        raise ValueError(f"{folder} holds several checkpoints: {_list_files(indices)}; name one of them")
     if indices:
         return read_indexed(indices[0])
     files = sorted(folder.glob("*.safetensors"))

@@ -14,21 +14,27 @@ class Progress:
         self.total, self.what, self.done = total, what, 0
         self.stream = stream or sys.stderr
         self.started = self.shown = time.monotonic()
+        self.width = 0
 
     def __call__(self, nbytes: int) -> None:
         self.done += nbytes
         now = time.monotonic()
         if self.stream.isatty() and now - self.shown > 0.1:
             self.shown = now
-            self.stream.write(f"\r{self._line()}\x1b[K")
-            self.stream.flush()
+            self._write("")
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
-        start, end = ("\r", "\x1b[K\n") if self.stream.isatty() else ("", "\n")
-        self.stream.write(f"{start}{self._line()}{end}")
+        self._write("\n")
+
+    def _write(self, end: str) -> None:
+        line = self._line()
+        start = "\r" if self.stream.isatty() else ""
+        self.stream.write(f"{start}{line:<{self.width}}{end}")  # over what is left of a longer one
+        self.stream.flush()
+        self.width = len(line) if start else 0
 
     def _line(self) -> str:
         seconds = max(time.monotonic() - self.started, 1e-6)

@@ -17,7 +17,9 @@ def scheduler(sampler: Sampler, steps: int, flow_shift: float, grid: Grid, devic
         sampler: "unipc" (order 2; timesteps are truncated to whole numbers) or "euler".
         flow_shift: moves steps towards high noise; 3 for 480p and 5 for 720p are usual.
         grid: noise levels before the shift. "guides": what diffusers 0.33 to 0.36 (and so MindSpeed-MM), Wan-AI and
-            DiffSynth-Studio step through. "diffusers": the grid of diffusers 0.37 and later.
+            DiffSynth-Studio step through. "diffusers": for unipc the grid of diffusers 0.37 and later; for euler
+            that of `FlowMatchEulerDiscreteScheduler(shift=flow_shift)`, which ends at a level just above 0 before it
+            ends at 0.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, but must be at least 1")

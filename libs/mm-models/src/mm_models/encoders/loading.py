@@ -1,60 +1,124 @@
-"""What all encoders have in common: where their files are, whether all were used, and who they are."""
+"""What all encoders have in common: how their folders are loaded, whether all of them was used, and who they are."""
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 
-PARTS = ("text_encoder", "tokenizer", "vae")  # of every repository; image_encoder only of those with a CLIP branch
+from mm_models.folder import check_tokenizer, check_weights, read_json
 
 
-def part_of(path: Path | str, name: str) -> Path:
-    """The folder of one part of a diffusers directory. Raises ValueError if it is not there."""
-    folder = Path(path) / name
-    if not folder.is_dir():
-        parts = [f"{part}/" for part in (*PARTS, *({name} - set(PARTS)))]
-        raise ValueError(
-            f"{folder} is not a folder: {path} should be a diffusers directory with {', '.join(parts[:-1])} and "
-            f"{parts[-1]}, as the model's makers publish it (on the hub its name often ends in -Diffusers)"
-        )
-    return folder
+def load_strictly(kind: type, folder: Path, dtype: torch.dtype) -> Any:
+    """A model of a class of transformers or diffusers, frozen.
 
-
-@contextmanager
-def no_bar_in_logs() -> Iterator[None]:
-    """transformers draws its bar also where stderr is a file; there it is off in this block."""
-    from transformers.utils import logging
-
-    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
-
-
-def load_strictly(kind: type, folder: Path, dtype: torch.dtype):
-    """A model of a class of transformers, frozen. Raises ValueError unless the folder's tensors are exactly its own."""
-    with no_bar_in_logs():
-        model, found = kind.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # or the error would not name them; they are refused below
-            output_loading_info=True,
-        )
-    check_loaded(folder, found)
+    Nothing but the folder's own safetensors and config.json is read, no code of it is run, and nothing is downloaded.
+    Raises ValueError unless its tensors are exactly those of the model.
+    """
+    numbers = check_weights(folder)
+    of_diffusers = hasattr(kind, "load_config")
+    if of_diffusers:
+        _check_class(folder, "_class_name", kind.__name__)
+    else:
+        _check_class(folder, "model_type", kind.config_class.model_type)
+    with readable(folder, kind.__name__):
+        size = _size(kind, folder, of_diffusers)
+    if size > 2 * numbers + (1 << 24):  # much larger; what is missing of a similar size is named below
+        raise ValueError(f"{folder / 'config.json'} describes {size:,} parameters, but the weights hold {numbers:,}")
+    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    with readable(folder, kind.__name__):
+        if of_diffusers:
+            model, found = kind.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False, **options)
+        else:  # where mismatched sizes would be an error that does not name them; they are refused below
+            model, found = kind.from_pretrained(folder, dtype=dtype, ignore_mismatched_sizes=True, **options)
+    _check_loaded(folder, found)
     return model.eval().requires_grad_(False)
 
 
-def check_loaded(folder: Path, found: dict) -> None:
+def load_tokenizer(folder: Path, vocabulary: int) -> Any:
+    """The tokenizer of a folder, of which no code is run.
+
+    vocabulary: rows of the embedding that its tokens look up.
+    Raises ValueError for one that is damaged, does not fit, or does not end a prompt as its model was trained.
+    """
+    from transformers import AutoTokenizer
+
+    check_tokenizer(folder)
+    with readable(folder, "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        most = max(tokenizer.get_vocab().values())
+        ids = tokenizer("").input_ids
+    if most >= vocabulary:
+        raise ValueError(
+            f"{folder} has a token {most}, but the text encoder knows {vocabulary}: they do not belong together"
+        )
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        raise ValueError(f"{folder} does not end a prompt with the mark of its end, so it is not the model's tokenizer")
+    return tokenizer
+
+
+@contextmanager
+def readable(folder: Path, what: str) -> Iterator[None]:
+    """transformers and diffusers in this block: silent, and whatever they raise of a folder is a ValueError of one
+    line that names it.
+    """
+    with _quiet():
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of tokenizers is no Exception
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"{folder} cannot be loaded as {what} ({type(error).__name__}: {said[:300]}): take the folder as the "
+                "model's makers publish it"
+            ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without their warnings, as what they warn of is refused here, and without bars where stderr is a file."""
+    from transformers.utils import logging as bars
+
+    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
+    levels = [logger.level for logger in loggers]
+    hides = bars.is_progress_bar_enabled() and not sys.stderr.isatty()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        if hides:
+            bars.disable_progress_bar()
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if hides:
+            bars.enable_progress_bar()
+
+
+def _check_class(folder: Path, key: str, wanted: str) -> None:
+    """Raises ValueError if config.json is of another class."""
+    file = folder / "config.json"
+    if (said := read_json(file).get(key)) != wanted:
+        raise ValueError(f"{file}: {key} is {said!r}, and must be {wanted!r}: take the folder of this model")
+
+
+def _size(kind: Any, folder: Path, of_diffusers: bool) -> int:
+    """Parameters of the model that config.json describes, which a library would fill with noise."""
+    with torch.device("meta"):
+        if of_diffusers:
+            model = kind.from_config(kind.load_config(folder, local_files_only=True))
+        else:
+            model = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_loaded(folder: Path, found: dict) -> None:
     """Raises ValueError if a tensor was missing, unknown or misshapen, by the loading info of `from_pretrained`."""
     problems = {kind: sorted(map(str, found[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     for kind, keys in problems.items():

@@ -9,7 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from mm_models.encoders.loading import identity, load_strictly, part_of
+from mm_models.encoders.loading import identity, load_strictly, load_tokenizer
+from mm_models.folder import check_parts, part_of, read_count
 
 
 class TextEncoder:
@@ -22,12 +23,14 @@ class TextEncoder:
         dtype: torch.dtype = torch.bfloat16,
         max_length: int = 512,
     ) -> None:
-        from transformers import AutoTokenizer, UMT5EncoderModel
+        from transformers import UMT5Config, UMT5EncoderModel
 
         weights, words = part_of(path, "text_encoder"), part_of(path, "tokenizer")
+        check_parts(Path(path), ("text_encoder", "tokenizer"))
         self.identity = identity([weights, words], {"dtype": str(dtype), "max_length": max_length})
         self.device, self.max_length = torch.device(device), max_length
-        self.tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
+        vocabulary = read_count(weights / "config.json", "vocab_size", UMT5Config.vocab_size)
+        self.tokenizer = load_tokenizer(words, vocabulary)
         self.model = load_strictly(UMT5EncoderModel, weights, dtype).to(self.device)
 
     def to(self, device: torch.device | str) -> Self:

@@ -1,6 +1,9 @@
 """The shape of a Wan model."""
 
 from dataclasses import dataclass
+from typing import Annotated
+
+Size = Annotated[int, ">= 1", "<= 1048576"]
 
 CLIP_TOKENS = 257  # that Wan's CLIP makes of one image: 16 x 16 patches, and one for the whole
 
@@ -9,24 +12,24 @@ CLIP_TOKENS = 257  # that Wan's CLIP makes of one image: 16 x 16 patches, and on
 class WanConfig:
     """Architecture of a Wan transformer; the defaults are Wan2.1-T2V-14B."""
 
-    dim: int = 5120
-    ffn_dim: int = 13824
-    num_heads: int = 40
-    num_layers: int = 40
-    freq_dim: int = 256
+    dim: Size = 5120
+    ffn_dim: Size = 13824
+    num_heads: Size = 40
+    num_layers: Annotated[int, ">= 1", "<= 1024"] = 40
+    freq_dim: Size = 256
     """Width of the sinusoidal timestep embedding."""
-    text_dim: int = 4096
-    text_tokens: int = 512
+    text_dim: Size = 4096
+    text_tokens: Size = 512
     """Rows of text that are attended to, always: shorter prompts are zero-padded. 512 in everything released."""
-    in_channels: int = 16
+    in_channels: Size = 16
     """16, or 36 for image-to-video: noisy latents 16, mask 4, latents of the condition 16."""
-    out_channels: int = 16
-    patch_size: tuple[int, int, int] = (1, 2, 2)
+    out_channels: Size = 16
+    patch_size: tuple[Size, Size, Size] = (1, 2, 2)
     """Latent frames, rows and columns per token."""
-    eps: float = 1e-6
-    image_dim: int | None = None
+    eps: Annotated[float, "> 0", "< 1"] = 1e-6
+    image_dim: Size | None = None
     """Width of the CLIP features; None leaves the CLIP branch out."""
-    image_tokens: int = CLIP_TOKENS
+    image_tokens: Size = CLIP_TOKENS
     """CLIP tokens: of Wan's CLIP 257 for one image, 514 for two (first and last frame)."""
     image_positions: bool | None = None
     """Whether each CLIP token has a learned position, which says whose it is of a first and a last image.
@@ -37,9 +40,9 @@ class WanConfig:
     """Whether the image has keys and values of its own in every layer, as in everything released. Otherwise image and
     text are attended to together.
     """
-    vace_layers: tuple[int, ...] = ()
+    vace_layers: tuple[Annotated[int, ">= 0"], ...] = ()
     """Layers that a block of the control ladder feeds (VACE); the first is 0. Empty: there is no such ladder."""
-    control_channels: int = 96
+    control_channels: Size = 96
     """Channels of the control video: latents of what is kept 16 and of what changes 16, mask 64. Only with VACE."""
 
     def __post_init__(self) -> None:

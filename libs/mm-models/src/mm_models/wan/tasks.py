@@ -8,12 +8,12 @@ v2v     a video, from which sampling begins; trained as t2v
 vace    any of a source video, a mask of what changes in it, and reference images
 """
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from mm_models.family import Task
+from mm_models.folder import read_count, read_json
 from mm_models.wan.config import WanConfig
 
 T2V = Task("t2v")
@@ -43,7 +43,7 @@ def tasks_unasked(config: WanConfig, repository: Path) -> tuple[Task, ...]:
     """Those that may be meant when none is named: an image means ti2v only where the weights were published for it."""
     index = repository / "model_index.json"
     keeps_first = config.out_channels == HIGH_VAE_CHANNELS or (
-        index.is_file() and bool(_read_json(index).get("expand_timesteps"))
+        index.exists() and bool(read_json(index).get("expand_timesteps"))
     )
     return tuple(task for task in tasks(config) if task is not TI2V or keeps_first)
 
@@ -68,9 +68,12 @@ def encoders(config: WanConfig) -> tuple[str, ...]:
 
 def multiples(config: WanConfig, repository: Path) -> tuple[int, int, int]:
     """Frames per latent frame, and rows and columns of pixels per token: what the sizes of a video must divide by."""
-    said = _read_json(repository / "vae" / "config.json")
-    side = 2 ** (len(said.get("dim_mult", (1, 2, 4, 4))) - 1) * (said.get("patch_size") or 1)
-    time = 2 ** sum(said.get("temperal_downsample", (False, True, True)))
+    file = repository / "vae" / "config.json"
+    said = {"dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True]} | read_json(file)
+    if not all(isinstance(said[key], list) and 1 <= len(said[key]) < 10 for key in ("dim_mult", "temperal_downsample")):
+        raise ValueError(f"{file}: dim_mult and temperal_downsample must be short lists, as the model's makers publish")
+    side = 2 ** (len(said["dim_mult"]) - 1) * (read_count(file, "patch_size", 1) if said.get("patch_size") else 1)
+    time = 2 ** sum(map(bool, said["temperal_downsample"]))
     return time * config.patch_size[0], side * config.patch_size[1], side * config.patch_size[2]
 
 
@@ -85,8 +88,8 @@ def fit(config: WanConfig, repository: Path) -> WanConfig:
     wanted = [("video channels", "vae", "z_dim", config.out_channels)]
     wanted += [("text width", "text_encoder", "d_model", config.text_dim)]
     wanted += [("CLIP width", "image_encoder", "hidden_size", config.image_dim)] if config.image_dim else []
-    found = [(what, _read_json(repository / part / "config.json").get(key), size) for what, part, key, size in wanted]
-    wrong = [f"{what} {said} instead of {size}" for what, said, size in found if said not in (size, None)]
+    found = [(what, read_count(repository / part / "config.json", key, size), size) for what, part, key, size in wanted]
+    wrong = [f"{what} {said} instead of {size}" for what, said, size in found if said != size]
     if wrong:
         raise ValueError(
             f"{repository} holds the encoders of another model ({', '.join(wrong)}): give the directory that this "
@@ -94,8 +97,8 @@ def fit(config: WanConfig, repository: Path) -> WanConfig:
         )
     if config.image_dim is None or config.two_images:
         return config
-    clip = _read_json(repository / "image_encoder" / "config.json")
-    patches = clip.get("image_size", 224) // clip.get("patch_size", 14)
+    clip = repository / "image_encoder" / "config.json"
+    patches = read_count(clip, "image_size", 224) // read_count(clip, "patch_size", 14)
     return replace(config, image_tokens=patches**2 + 1)
 
 
@@ -104,15 +107,3 @@ def describe(config: WanConfig) -> dict[str, Any]:
     without = set() if config.vace_layers else {"vace_layers", "control_channels"}
     without |= {"image_positions"} if config.image_positions is None else set()
     return {name: value for name, value in asdict(config).items() if name not in without}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return {**json.loads(file.read_text(encoding="utf-8"))}
-    except FileNotFoundError:
-        raise ValueError(
-            f"{file} does not exist: the encoders are a diffusers directory with vae/, text_encoder/, tokenizer/ (and "
-            "image_encoder/ for models with CLIP)"
-        ) from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is not a JSON object: {error}") from error

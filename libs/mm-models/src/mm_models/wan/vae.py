@@ -6,7 +6,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from mm_models.encoders.loading import check_loaded, identity, part_of
+from mm_models.encoders.loading import identity, load_strictly, readable
+from mm_models.folder import check_parts, part_of
 
 
 class WanVAE:
@@ -25,27 +26,25 @@ class WanVAE:
         from diffusers import AutoencoderKLWan
 
         folder = part_of(path, "vae")
+        check_parts(Path(path), ("vae",))
         self.identity = identity([folder], {"dtype": str(dtype), "tiling": tiling})
         self.device, self.dtype = torch.device(device), dtype
-        vae, found = AutoencoderKLWan.from_pretrained(
-            folder,
-            torch_dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
-        check_loaded(folder, found)
-        self.vae = vae.eval().requires_grad_(False).to(self.device)
+        self.vae = load_strictly(AutoencoderKLWan, folder, dtype).to(self.device)
         if tiling:
             self.vae.enable_tiling()
         config = self.vae.config
-        side = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
-        self.stride = (2 ** sum(config.temperal_downsample), side, side)
-        """Frames, rows and columns of pixels per latent."""
-        self.channels: int = config.z_dim
-        self.mean = torch.tensor(config.latents_mean, device=self.device).view(1, -1, 1, 1, 1)
-        self.std = torch.tensor(config.latents_std, device=self.device).view(1, -1, 1, 1, 1)
+        with readable(folder, "Wan's VAE"):
+            side = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
+            self.stride = (2 ** sum(config.temperal_downsample), side, side)
+            """Frames, rows and columns of pixels per latent."""
+            self.channels: int = config.z_dim
+            shape = (1, self.channels, 1, 1, 1)
+            self.mean = torch.tensor(config.latents_mean, device=self.device).view(shape)
+            self.std = torch.tensor(config.latents_std, device=self.device).view(shape)
+        if not (self.mean.isfinite().all() and (self.std > 0).all() and self.std.isfinite().all()):
+            raise ValueError(
+                f"{folder / 'config.json'}: latents_mean and latents_std must be finite, the latter positive"
+            )
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the weights to a device, and what is encoded from then on is made there. Returns itself."""

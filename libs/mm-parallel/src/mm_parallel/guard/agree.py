@@ -56,8 +56,8 @@ def agree_on(what: str, who: str, group: dist.ProcessGroup, device: torch.device
     holders: dict[str, list[int]] = {}
     for rank, text in zip(dist.get_process_group_ranks(group), _gather(what, group), strict=True):
         holders.setdefault(text, []).append(rank)
-    lines = [f"  {ranks_of(ranks)}: {text}" for text, ranks in holders.items()]
-    raise ValueError("\n".join([f"{who} must be given the same, but have", *lines]))
+    given = "; ".join(f"{ranks_of(ranks)}: {text}" for text, ranks in holders.items())
+    raise ValueError(f"{who} must be given the same, but have {given}")
 
 
 def _gather(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:

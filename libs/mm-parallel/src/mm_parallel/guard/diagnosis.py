@@ -36,17 +36,24 @@ def _line(frame: FrameType) -> str:
     return f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
 
 
-def who_hangs(beats: Mapping[int, Mapping[str, Any]], world: int, waited: float, late: float) -> str:
+def who_hangs(
+    earlier: Mapping[int, Mapping[str, Any]],
+    beats: Mapping[int, Mapping[str, Any]],
+    world: int,
+    waited: float,
+    late: float,
+) -> str:
     """Of ranks without progress, those without heartbeat for `late` seconds (stopped, say); else those that are behind;
     else those that are not in a collective, as others are.
+
+    earlier, beats: what ranks had told, and what they tell `late` seconds later.
     """
     missing = [rank for rank in range(world) if rank not in beats]
     done = [rank for rank in beats if beats[rank]["done"]]
     running = [rank for rank in beats if not beats[rank]["done"]]
     behind = [rank for rank in running if beats[rank]["number"] == min(beats[r]["number"] for r in running)]
     active = [rank for rank in running if not beats[rank]["waits"]]
-    newest = max((beats[rank]["time"] for rank in running), default=0)
-    silent = [rank for rank in running if newest - beats[rank]["time"] > late]
+    silent = [rank for rank in running if beats[rank] == earlier.get(rank)]
     culprits, what = running, "hang"
     if missing:
         culprits, what = missing, "never began"

@@ -16,22 +16,42 @@ class Board:
 
     def __init__(self, store: dist.Store, rank: int, world: int) -> None:
         self._store, self.rank, self.world = store, rank, world
+        self._beats = 0
+
+    def come(self, word: str) -> None:
+        """This rank is there: with its host, or with the reason why it cannot stay."""
+        self._store.set(f"here/{self.rank}", word)
+        self._store.add("here", 1)
+
+    def read_word(self, rank: int) -> str | None:
+        """With what a rank came; None if it has not."""
+        return self._store.get(f"here/{rank}").decode() if self._store.check([f"here/{rank}"]) else None
+
+    def all_came(self) -> bool:
+        return self._store.add("here", 0) >= self.world
+
+    def read_missing(self) -> list[int]:
+        """The ranks that have not come."""
+        return [rank for rank in range(self.world) if self.read_word(rank) is None]
 
     def clone(self) -> "Board":
         """The same by a connection of its own, for another thread."""
         return Board(self._store.clone(), self.rank, self.world)
 
-    def tell(self, cause: str, stacks: bool) -> None:
-        """All ranks are to end because of this; the first one counts. stacks: they print where they were."""
-        self._store.compare_set("cause", "", json.dumps({"cause": cause, "stacks": stacks}))
+    def tell(self, cause: str, stacks: bool = False, code: int = 1) -> None:
+        """All ranks are to end because of this; the first one counts. stacks: they print where they were. code: that
+        they exit with.
+        """
+        self._store.compare_set("cause", "", json.dumps({"cause": cause, "stacks": stacks, "code": code}))
 
     def read_cause(self) -> dict[str, Any] | None:
-        """What was told."""
+        """What was told: the arguments of `tell`."""
         return json.loads(self._store.get("cause")) if self._store.check(["cause"]) else None
 
     def beat(self, number: int, at: str, waits: bool, done: bool) -> None:
         """This rank lives, has begun so many phases, is there, waits in a collective, is done."""
-        beat = {"time": time.time(), "number": number, "at": at, "waits": waits, "done": done}
+        self._beats += 1  # that it changes shows life; times of two hosts cannot be compared
+        beat = {"beats": self._beats, "number": number, "at": at, "waits": waits, "done": done}
         self._store.set(f"beat/{self.rank}", json.dumps(beat))
 
     def read_beat(self, rank: int) -> dict[str, Any] | None:
@@ -61,12 +81,24 @@ class Board:
             self._store.set("all done", "")
         self._store.wait(["all done"], timedelta(days=365))
 
+    def give_up(self, cause: str) -> None:
+        """All ranks are to end because some have not come."""
+        self._store.set("given up", "")
+        self.tell(cause)
+
     def leave(self, patience: float) -> None:
         """The last word of a rank. Rank 0, which may host the store, waits some seconds for all others to have left."""
         self._store.add("left", 1)
         until = time.monotonic() + patience
-        while self.rank == 0 and self._store.add("left", 0) < self.world and time.monotonic() < until:
+        expected = self._store.add("here", 0) if self._store.check(["given up"]) else self.world
+        while self.rank == 0 and self._store.add("left", 0) < expected and time.monotonic() < until:
             time.sleep(0.02)
+
+
+def open_board(store: dist.Store, rank: int, world: int, name: str) -> Board:
+    """A board of their own for ranks that come to this place for the nth time."""
+    turn = store.add(f"{name}/{rank}", 1)
+    return Board(dist.PrefixStore(f"{name}/{turn}", store), rank, world)
 
 
 class Neighbour:

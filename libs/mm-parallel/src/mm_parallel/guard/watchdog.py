@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mm_parallel.guard.diagnosis import comes_from_another, position, who_hangs
-from mm_parallel.guard.heartbeat import Board, Neighbour
+from mm_parallel.guard.heartbeat import Board, Neighbour, open_board
 
 _STORE_GONE = "the process that hosts the store (rank 0, or torchrun on its host) is gone"
 
@@ -28,6 +28,8 @@ class _Phase:
 
 class Watchdog:
     """Around a training loop: if one rank fails, all end within seconds, with exit code 1, and say why.
+
+    `mm_parallel.guard.join` enters one before there is a process group, so that it covers the start, too.
 
         with Watchdog(deadline=600) as watch:
             watch.at("loading", deadline=math.inf)
@@ -50,7 +52,8 @@ class Watchdog:
     interval: seconds between heartbeats, and in which a failure is noticed.
     silence: seconds without heartbeat after which a rank counts as gone: longer than any call that keeps Python's lock.
         It is also what a failed rank has left for ending by itself.
-    store: of the process group, if it is not torch's default one.
+    store: of the ranks, if it is not torch's default one.
+    ranks: (this rank, all of them), where there is no process group yet.
 
     Leaving the block waits for all ranks to leave it. Every rank enters as many of them, in the same order. Without a
     process group, or alone in one, it does nothing. The load on the store is five small messages per rank and interval.
@@ -60,6 +63,7 @@ class Watchdog:
     def __init__(
         self,
         store: dist.Store | None = None,
+        ranks: tuple[int, int] | None = None,
         *,
         deadline: float = 600,
         interval: float = 2,
@@ -69,7 +73,8 @@ class Watchdog:
             raise ValueError(
                 f"deadline={deadline} and silence={silence} seconds must be longer than two heartbeats of {interval} s"
             )
-        self._given, self._deadline, self._interval, self._silence = store, deadline, interval, silence
+        self._given, self._ranks = store, ranks
+        self._deadline, self._interval, self._silence = deadline, interval, silence
         self._phase = _Phase(0, "the beginning", deadline, time.monotonic())
         self._thread: threading.Thread | None = None
         self._wake, self._ended, self._ending = threading.Event(), threading.Event(), threading.Lock()
@@ -77,6 +82,7 @@ class Watchdog:
         self._error = ""  # of this rank, while its cause is looked for
         self._marked = False  # whether the store knows that we are in a long phase
         self._held = 0.0  # when we last saw another rank in a long phase
+        self._suspicion: tuple[float, float, dict[int, dict[str, Any]]] | None = None  # when, how long, heartbeats then
 
     def at(self, phase: str, deadline: float | None = None) -> None:
         """This rank begins a phase. Costs nothing to speak of."""
@@ -87,15 +93,17 @@ class Watchdog:
             self._wake.set()
 
     def __enter__(self) -> "Watchdog":
-        if not dist.is_initialized() or dist.get_world_size() == 1:
+        if self._ranks is None and dist.is_initialized():
+            self._ranks = dist.get_rank(), dist.get_world_size()
+        if self._ranks is None or self._ranks[1] == 1:
             return self
-        self._rank = dist.get_rank()
+        self._rank = self._ranks[0]
         self._main = threading.get_ident()
         store = self._given or dist.distributed_c10d._get_default_store()  # torch has no public name for it
-        turn = store.add(f"watchdog/{self._rank}", 1)
-        self._board = Board(dist.PrefixStore(f"watchdog/{turn}", store), self._rank, dist.get_world_size())
+        self._board = open_board(store, *self._ranks, "watchdog")
         self._neighbour = Neighbour(self._board, self._silence)
         self._phase = _Phase(0, self._phase.name, self._deadline, time.monotonic())
+        self._board.beat(0, self._phase.name, False, False)
         # a connection of its own: the main thread may be waiting on the other one
         self._thread = threading.Thread(target=self._watch, args=(self._board.clone(),), name="watchdog", daemon=True)
         self._thread.start()
@@ -110,7 +118,8 @@ class Watchdog:
             else:
                 self._fail(error)
         except dist.DistError:
-            self._end(None, _STORE_GONE, stacks=False)
+            if not self._failed:  # a rank that failed ends by its own error, whatever has become of the store
+                self._end(None, _STORE_GONE, stacks=False)
 
     def _finish(self) -> None:
         assert self._thread is not None
@@ -124,12 +133,16 @@ class Watchdog:
 
     def _fail(self, error: BaseException) -> None:
         said = f"{type(error).__name__}: {error}"
+        if isinstance(error, KeyboardInterrupt):
+            self._failed = True
+            self._board.tell(f"rank {self._rank} was interrupted", code=130)
+            return self._board.leave(self._silence)
         if comes_from_another(error):
             self._error = said
             self.at(self._phase.name, math.inf)  # so that nobody takes us for one that hangs
             time.sleep(self._silence + 3 * self._interval)  # the thread ends the process as soon as the cause is known
         self._failed = True
-        self._board.tell(f"rank {self._rank} failed: {said}", stacks=False)
+        self._board.tell(f"rank {self._rank} failed: {said}")
         self._board.leave(self._silence)
 
     def _watch(self, board: Board) -> None:
@@ -138,17 +151,21 @@ class Watchdog:
                 # if even this thread is stuck (a lost host, Python's lock never given back), C ends the process
                 faulthandler.dump_traceback_later(2 * self._silence + self._interval, exit=True, file=sys.__stderr__)
                 if self._failed:
-                    time.sleep(self._silence)
-                    self._end(None, f"rank {self._rank} failed, but has not ended", stacks=True)
+                    self._end_late()
                 self._look(board)
                 self._wake.wait(self._interval)
                 self._wake.clear()
         except dist.DistError:
-            if self._failed:  # then others are gone, too, and the process is about to end
-                time.sleep(self._silence)
+            if self._failed:  # the others heard of it, and are gone
+                self._end_late()
             self._end(None, _STORE_GONE, stacks=False)
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+    def _end_late(self) -> None:
+        """Ends this rank, which failed, if it does not end by itself."""
+        time.sleep(self._silence)
+        self._end(None, f"rank {self._rank} failed, but has not ended", stacks=True)
 
     def _look(self, board: Board) -> None:
         if (told := board.read_cause()) is not None and not self._failed:
@@ -162,7 +179,9 @@ class Watchdog:
         board.beat(phase.number, f"{phase.name}, {line}", waits, phase.done)
         if gone := self._neighbour.listen(board):
             board.tell(gone, stacks=True)
-        if not phase.done:
+        if self._suspicion is not None:
+            self._name_who_hangs(board)
+        elif not phase.done:
             self._check_progress(board, phase)
 
     def _check_progress(self, board: Board, phase: _Phase) -> None:
@@ -172,21 +191,26 @@ class Watchdog:
             return
         if phase.deadline <= self._deadline and board.any_long():
             self._held = now  # another rank may take its time; ours starts again when it is done
-        elif board.ask_to_report():  # one rank reads all the others' heartbeats, once
-            board.tell(who_hangs(board.read_beats(), board.world, waited, 5 * self._interval), stacks=True)
+        elif board.ask_to_report():  # one rank reads all the others' heartbeats, and once more a little later
+            self._suspicion = now, waited, board.read_beats()
 
-    def _end(self, board: Board | None, cause: str, stacks: bool) -> None:
+    def _name_who_hangs(self, board: Board) -> None:
+        since, waited, earlier = self._suspicion
+        late = 5 * self._interval
+        if time.monotonic() - since > late:
+            board.tell(who_hangs(earlier, board.read_beats(), board.world, waited, late), stacks=True)
+
+    def _end(self, board: Board | None, cause: str, stacks: bool, code: int = 1) -> None:
         self._ending.acquire()  # never given back: one message, from whoever comes first
         got = f", where it got {self._error}" if self._error else ""
-        err = sys.__stderr__ or sys.stderr
-        err.write(f"[rank {self._rank}] {cause}; this rank was in {self._phase.name}{got}\n")
-        err.flush()
+        sys.stderr.write(f"[rank {self._rank}] {cause}; this rank was in {self._phase.name}{got}\n")
+        sys.stderr.flush()
         if stacks:
-            faulthandler.dump_traceback(err)
+            faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
         try:
             if board is not None:
                 board.leave(self._silence)
         except dist.DistError:
             pass  # the message is out, and that is all we wanted
         sys.stdout.flush()
-        os._exit(1)  # a collective in the main thread cannot be interrupted
+        os._exit(code)  # a collective in the main thread cannot be interrupted
