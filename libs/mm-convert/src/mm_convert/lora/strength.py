@@ -154,7 +154,9 @@ def _of_prefix(settings: Mapping[str, Any], prefix: str, place: str) -> dict[str
             continue
         first = found.setdefault(word, key)
         if _literal(settings[first]) != _literal(settings[key]):
-            raise ValueError(f"{place} says two things: {first} {settings[first]!r} and {key} {settings[key]!r}")
+            raise ValueError(
+                f"{place} says two things: {first} {settings[first]!r:.60} and {key} {settings[key]!r:.60}"
+            )
     return {word: _literal(settings[key]) for word, key in found.items()}
 
 
@@ -197,7 +199,7 @@ def _of_config(config: Mapping[str, Any], ranks: Mapping[str, int], place: str) 
     """Rank and alpha by peft's rules: a pattern is a regular expression for the end of a name, and the first wins."""
     special = [key for key, plain in _SPECIAL.items() if config.get(key) not in plain]
     if special:
-        said, kinds = zip(*((f"{key} {config[key]!r}", _kind(key, config[key])) for key in special), strict=True)
+        said, kinds = zip(*((f"{key} {config[key]!r:.60}", _kind(key, config[key])) for key in special), strict=True)
         raise ValueError(
             f"{place} uses {', '.join(said)}: this is not plain LoRA, which alone can be converted "
             f"({'; '.join(kinds)}). To use it, {MERGE_THERE}"
@@ -245,10 +247,10 @@ def _numbers(rank: Any, alpha: Any, place: str) -> tuple[float | None, float | N
 def _number(what: str, said: Any, place: str) -> float:
     try:
         number = float(said)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = 0.0
     if not isfinite(number) or not number:
-        raise ValueError(f"{place} says {what} {said!r}; it must be a number other than 0")
+        raise ValueError(f"{place} says {what} {said!r:.60}; it must be a number other than 0")
     return number
 
 
