@@ -84,7 +84,7 @@ def test_a_boundary_that_nobody_says(pair, tmp_path, capsys):
     assert open_experts(tmp_path / "said").boundary == 0.8
     with pytest.raises(SystemExit, match=r"says boundary 0\.8, not 0\.9"):
         mm_convert("convert", tmp_path / "said", tmp_path / "other", "--boundary", "0.9")
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         mm_convert("convert", pair, tmp_path / "other", "--boundary", "875")
     assert "--boundary is 875" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="is not two experts, so it has no boundary"):
