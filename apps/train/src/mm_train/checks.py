@@ -12,11 +12,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from mm_convert.cli.toml import dump
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
 from mm_models.folder import check_parts
 from mm_parallel.launch import read_launch
+from mm_train.adapter import check_adapter
 from mm_train.config import Config
 from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
 
@@ -209,12 +211,20 @@ def _output(config: Config) -> None:
         raise ValueError(f"{other[0]} belongs to {kinds[0]}, and this run trains {kinds[1]}: choose another --output")
     if not config.expert or not (made / "experts.json").exists():
         return
-    said, wanted = json.loads((made / "experts.json").read_text()).get("boundary"), expert_boundary(config)
+    said, wanted = (
+        json.loads((made / "experts.json").read_text(encoding="utf-8")).get("boundary"),
+        expert_boundary(config),
+    )
     if said != wanted:
         raise ValueError(
             f"{made} holds experts that part at noise level {said}; this run would part at {wanted}. Give "
             f"--objective.boundary {said}, or another --output"
         )
+
+
+def _text(config: Config) -> None:
+    """A checkpoint keeps the configuration as text."""
+    dump(config)
 
 
 def _features(config: Config) -> None:
@@ -233,9 +243,11 @@ CHECKS = (
     Check("objective", "at once", _objective),
     Check("learning rate", "at once", _rates),
     Check("what is trained", "at once", _trained),
+    Check("adapter", "at once", check_adapter),
     Check("layout", "at once", _layout),
     Check("sample videos", "at once", _samples),
     Check("output", "at once", _output),
+    Check("text", "at once", _text),
     Check("features", "with torch", _features),
 )
 

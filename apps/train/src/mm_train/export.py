@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from mm_convert import open_dcp, save_checkpoint, save_lora, write_experts
 from mm_convert.cli.arguments import parse, read_config
-from mm_convert.cli.terminal import one_line
+from mm_convert.cli.terminal import escaped_output, one_line
 from mm_models import build
-from mm_train.command import run
+from mm_train.command import run_alone
 from mm_train.config import Config
 from mm_train.objective import architecture, expert_boundary
 from mm_train.resume import latest
@@ -76,7 +76,7 @@ def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = 
         raise ValueError(f"{checkpoint} holds no moving average (the run kept no --optim.ema)")
     tensors = open_dcp(checkpoint, "ema" if ema else "model")
     if config.lora.rank:
-        more = {"dropout": config.lora.dropout, "base": config.weights, "overwrite": overwrite}
+        more = {"dropout": config.lora.dropout, "base": Path(config.weights), "overwrite": overwrite}
         return save_lora(output, tensors, config.lora.alpha, **more)
     from mm_train.start import Start  # torch, only now
 
@@ -105,12 +105,13 @@ def export_final(config: Config, checkpoint: Path, leader: bool) -> Path:
     return output
 
 
+@escaped_output()
 def main(argv: list[str] | None = None) -> None:
     def work() -> None:
         config = parse(ExportConfig, argv, prog="python -m mm_train.export")
         print(one_line(export(config.checkpoint, config.output, config.ema, config.overwrite)))
 
-    run(work)
+    run_alone(work)
 
 
 if __name__ == "__main__":

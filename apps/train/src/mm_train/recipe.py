@@ -8,8 +8,6 @@ Precedence: defaults of the dataclasses < ``recipes/<recipe>.toml`` < ``--config
 from __future__ import annotations
 
 import contextlib
-import io
-import os
 import sys
 from importlib import resources
 from itertools import pairwise
@@ -27,17 +25,7 @@ RECIPES = Path(str(resources.files("mm_train") / "recipes"))
 
 
 def load_config(argv: list[str] | None = None) -> Config:
-    """Config from the command line, its TOML file, and the recipe that either of them selects.
-
-    What is wrong with it is told by the first rank alone.
-    """
-    if os.environ.get("RANK", "0") == "0":
-        return _load(argv)
-    with contextlib.redirect_stderr(io.StringIO()):
-        return _load(argv)
-
-
-def _load(argv: list[str] | None) -> Config:
+    """Config from the command line, its TOML file, and the recipe that either of them selects."""
     notes: list[str] = []
     try:
         argv, said = guides.arguments(sys.argv[1:] if argv is None else argv)
