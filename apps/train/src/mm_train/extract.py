@@ -51,7 +51,7 @@ class ExtractConfig:
     """Of the text encoder; the VAE and CLIP run in float32."""
     tiling: bool = False
     """Let the VAE work in tiles: less memory, slightly other numbers at the seams."""
-    deadline: float = limited(1800, least=10)
+    deadline: Annotated[float, ">= 10", "<= 604800"] = 1800
     """On several ranks: seconds that the clips of one batch may take; then all end and say which rank hangs, and
     where.
     """

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
     from mm_convert.read.experts import expert_of, open_experts, write_experts
     from mm_convert.read.inspection import diff, inspect
+    from mm_convert.read.made_of import weight_files
     from mm_convert.store.dcp import open_dcp
     from mm_convert.write.save import convert, save_checkpoint, save_lora
 
@@ -28,6 +29,7 @@ __all__ = [
     "open_lora",
     "save_checkpoint",
     "save_lora",
+    "weight_files",
     "write_experts",
 ]
 
@@ -44,6 +46,7 @@ _HOME = {
     "open_lora": "lora.reading",
     "save_checkpoint": "write.save",
     "save_lora": "write.save",
+    "weight_files": "read.made_of",
 }
 
 
