@@ -102,7 +102,7 @@ def test_help(run):
     assert run()[0] == 2
     assert "hf_to_mm  mm_to_hf  resplit" in run("--help")[1]
     assert "merge_lora_to_base" in run("WanConverter", "--help")[1]
-    assert "merge_lora_to_base" not in run("VACEConverter", "--help")[1]  # only what it can do
+    assert "vae_convert" not in run("VACEConverter", "--help")[1]  # only what it can do
     assert "regroup into files" in run("convert", "--help")[1]
     assert run("--version")[1].startswith("mm-convert ")
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from mm_convert.cli.arguments import parse
 from mm_convert.cli.terminal import escaped_output, one_line
@@ -38,10 +38,11 @@ def _generate(config: Config, requests: list[Request], weights: Weights) -> None
         _exit_code(2, ValueError),
         _exit_code(1, OSError, FloatingPointError, MemoryError),  # a full disk, broken weights, a huge video
         distributed(config.deadline) as (rank, guard),
+        ExitStack() as held,
     ):
         guard.at("preparing", config.patience)
         with _refusing():
-            job = generate.prepare(config, requests, weights, share(config.parallel), rank)
+            job = generate.prepare(config, requests, weights, share(config.parallel), rank, held)
         generate.run(job, guard, config.patience)
 
 
@@ -57,6 +58,7 @@ def _check(config: Config) -> tuple[list[Request], Weights]:
         config.encoders,
         model=config.model,
         lora=config.lora,
+        lora_alpha=config.lora_alpha,
         boundary=config.boundary,
         text_tokens=config.text_tokens,
     )

@@ -106,7 +106,9 @@ class Config(Options):
     references_file: Path | None = None
     "text file with one line of images for each prompt, as a.png, b.png"
     lora: Path | None = None
-    "LoRA to put on the transformer: a file or directory written by mm_train; of two experts on both, or a directory with a high_noise_model/ and a low_noise_model/"  # noqa: E501
+    "LoRA to put on the transformer: a file or directory, of any format that mm-convert reads; of two experts on both, or a directory with a high_noise_model/ and a low_noise_model/"  # noqa: E501
+    lora_alpha: Annotated[float, "!= 0"] | None = None
+    "alpha of the LoRA, where its files do not say it"
     boundary: Boundary = None
     "of two experts: noise level from which on the first one works; by default what the directory says, or 0.9 for i2v, 0.875"  # noqa: E501
     offload: bool | None = None

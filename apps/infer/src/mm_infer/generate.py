@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from mm_infer.config import Config, Options
 from mm_infer.identity import Contents, digest, identify
 from mm_infer.inputs import Given
 from mm_infer.lists import Request
-from mm_infer.ranks import Share
+from mm_infer.ranks import Share, claim_output
 from mm_infer.sample import Sampler
 from mm_infer.settle import start_of
 from mm_infer.weights import Weights
@@ -52,8 +52,11 @@ class Job:
     alone: Path | None = None  # the folder of an expert without the other
 
 
-def prepare(config: Config, requests: list[Request], weights: Weights, share: Share, rank: int) -> Job:
-    """Checks all that can be checked without reading a tensor. ValueError or OSError with the way out."""
+def prepare(config: Config, requests: list[Request], weights: Weights, share: Share, rank: int, held: ExitStack) -> Job:
+    """Checks all that can be checked without reading a tensor. ValueError or OSError with the way out.
+
+    The output is claimed until `held` is left.
+    """
     first, step = share.prompts
     files = {config.output / f"video_{i}.mp4": requests[i] for i in range(first, len(requests), step)}
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
@@ -61,12 +64,13 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
         weights, None, dtype, config.offload, vae_tiling=config.vae_tiling, mesh=share.mesh, pair=share.pair
     )
     contents = identify(config, weights.facts)
-    agree({"the videos": requests}, "what is asked for")
+    agree({f"video {i}": request for i, request in enumerate(requests)}, "what is asked for")
     read = {f"--{flag} {name}": found for flag, those in contents.items() for name, found in those.items()}
     agree(read, "what is read", way_out=COPY)
     videos = {file: _video(config, sampler, request, contents) for file, request in files.items()}
     if share.team is not None:
         agree({str(file): video.made_with for file, video in videos.items()}, "what is made", share.team, COPY)
+    claim_output(config.output, held)
     there = share.decide(lambda: [] if config.overwrite else [file for file in files if file.exists()])
     others = share.decide(lambda: [f for f in there if not _is_made(f, videos[f].made_with)])
     if others:
@@ -75,8 +79,7 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
             f"{others[0]} is already there{more}, made otherwise or from weights that have changed since: "
             "choose another --output, or replace with --overwrite true"
         )
-    config.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=config.output):  # better now than after the first video
+    with tempfile.TemporaryFile(dir=config.output, prefix=".tmp-", suffix=".mp4"):  # better now than after a video
         pass
     todo = {file: video for file, video in videos.items() if file not in there}
     alone = config.weights if expert_of(config.weights) else None
@@ -92,6 +95,8 @@ def _video(config: Config, sampler: Sampler, request: Request, contents: Content
     record: dict[str, Any] = {"prompt": request.prompt} | given.record() | dataclasses.asdict(options)
     record |= {name: getattr(config, name) for name in ("weights", "encoders", "model", "lora", "text_tokens")}
     record |= {"contents": digest(contents)}
+    if config.lora_alpha is not None:
+        record["lora_alpha"] = config.lora_alpha
     record |= {"vae_tiling": config.vae_tiling, "boundary": sampler.weights.boundary}
     record |= {"dtype": str(sampler.dtype).removeprefix("torch."), "mm_infer": __version__, "torch": torch.__version__}
     return Video(request.prompt, given, options, {k: str(v) if isinstance(v, Path) else v for k, v in record.items()})

@@ -1,13 +1,15 @@
 """Which part of the work is this rank's: other prompts, another pass of guidance, other tokens."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from mm_convert import lock_output
 from mm_infer.config import Ranks
 from mm_parallel import ParallelConfig, make_mesh
 from mm_parallel.device import device, leave
@@ -41,6 +43,23 @@ class Share:
         if made[1] is not None:
             raise made[1]
         return made[0]
+
+
+def claim_output(folder: Path, held: ExitStack) -> None:
+    """Make the folder, keep it for these ranks until `held` is left, and remove what a killed run was writing there.
+
+    Raises ValueError on every rank when another run has it (see `mm_convert.lock_output`), OSError when it cannot be
+    written.
+    """
+
+    def claim() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if held.enter_context(lock_output(folder)):
+            for leftover in folder.glob(".tmp-*.mp4"):
+                leftover.unlink()
+
+    world = Share(team=dist.group.WORLD, leads=dist.get_rank() == 0) if dist.is_initialized() else Share()
+    world.decide(claim)
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = 
         raise ValueError(f"{checkpoint} holds no moving average (the run kept no --optim.ema)")
     tensors = open_dcp(checkpoint, "ema" if ema else "model")
     if config.lora.rank:
-        more = {"dropout": config.lora.dropout, "base": config.weights, "overwrite": overwrite}
+        more = {"dropout": config.lora.dropout, "base": Path(config.weights), "overwrite": overwrite}
         return save_lora(output, tensors, config.lora.alpha, **more)
     from mm_train.start import Start  # torch, only now
 

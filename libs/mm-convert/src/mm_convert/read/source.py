@@ -34,6 +34,7 @@ class Source:
     files: list[Path]
     folder: Path
     metadata: dict[str, str] = field(default_factory=dict)
+    is_part: bool = False  # of a torch file that holds more, as trainers save
     split: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -113,7 +114,9 @@ def _file(path: Path, part: str) -> Source:
         return Source(dict(tensors), "safetensors", [path], path.parent, metadata)
     if path.suffix not in TORCH_SUFFIXES:
         raise ValueError(f"{path} is not a checkpoint file (.safetensors, {', '.join(TORCH_SUFFIXES)})")
-    return Source(_state_dict(read_torch_file(path), path, part), "torch", [path], path.parent)
+    content = read_torch_file(path)
+    tensors = _state_dict(content, path, part)
+    return Source(tensors, "torch", [path], path.parent, is_part=not set(tensors) <= set(content))
 
 
 def _torch_folder(folder: Path, part: str) -> Source:
