@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from mm_convert.cli.arguments import dump, parse
+from mm_convert.cli.arguments import parse
 from mm_convert.cli.terminal import escaped_output, one_line
 from mm_infer.config import Config
 from mm_infer.inputs import Given
@@ -37,7 +37,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check(config: Config) -> tuple[list[Request], Weights]:
     """What is asked for, and the weights, with all that can be known of both without torch, which takes seconds."""
-    dump(config)  # ValueError for a name that no record of a video could hold
     requests = read_requests(config)
     blocked = next((path for path in (config.output, *config.output.parents) if path.exists()), config.output)
     if blocked.exists() and not blocked.is_dir():
