@@ -5,12 +5,13 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from mm_convert import expert_of
@@ -24,6 +25,7 @@ from mm_infer.ranks import Share, claim_output
 from mm_infer.sample import Sampler
 from mm_infer.settle import start_of
 from mm_infer.weights import Weights
+from mm_parallel.guard import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,8 @@ def _video(config: Config, sampler: Sampler, request: Request) -> Video:
         raise ValueError("parallel.guidance 2 shares two passes, but guidance 1 makes one: leave either out")
     record: dict[str, Any] = {"prompt": request.prompt} | given.record() | dataclasses.asdict(options)
     record |= {name: getattr(config, name) for name in ("weights", "encoders", "model", "lora", "text_tokens")}
+    if config.lora_alpha is not None:
+        record["lora_alpha"] = config.lora_alpha
     record |= {"vae_tiling": config.vae_tiling, "boundary": sampler.weights.boundary}
     record |= {"dtype": str(sampler.dtype).removeprefix("torch."), "mm_infer": __version__, "torch": torch.__version__}
     return Video(request.prompt, given, options, {k: str(v) if isinstance(v, Path) else v for k, v in record.items()})
@@ -104,9 +108,10 @@ def _last_change(*weights: Path | None) -> float:
     return max((file.stat().st_mtime for file in files), default=0.0)
 
 
-def run(job: Job) -> None:
+def run(job: Job, guard: Watchdog, patience: float) -> None:
     """Makes the videos, and says so: bars on a terminal, plain lines elsewhere.
 
+    guard, patience: of the ranks, and the seconds that anything but a step may take.
     OSError when a disk is full, FloatingPointError for latents that are not finite, MemoryError for too large a video.
     """
     say = _say if job.rank == 0 else lambda text: None
@@ -131,7 +136,9 @@ def run(job: Job) -> None:
 
     for number, (file, video) in enumerate(job.videos.items(), 1):
         name = f"{file.name} ({number}/{len(videos)})"
-        with _enough_memory(video.options), _progress(job, video.options, name) as progress:
+        guard.at(f"the model, and what {file.name} is made from", patience)
+        with _enough_memory(video.options), _progress(job, video.options, name) as show:
+            progress = _watched(show, guard, patience, file.name, video.options)
             result = job.sampler.run(video.prompt, video.options, video.given, progress=progress, decode=job.leads)
         if not job.leads:
             continue
@@ -142,6 +149,22 @@ def run(job: Job) -> None:
         _say(f"{file}: {sum(seconds.values()):.1f} s, {video.prompt!r}")
     stages = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in total.items())
     say_own(f"{len(videos)} video(s) in {sum(total.values()):.1f} s: {stages}")
+
+
+def _watched(
+    show: Callable, guard: Watchdog, patience: float, name: str, options: Options
+) -> Callable[[int, Tensor], None]:
+    """`show`, which also tells the watchdog that a step is done."""
+    last = options.steps - start_of(options)
+
+    def told(done: int, latents: Tensor) -> None:
+        show(done, latents)
+        if done < last:
+            guard.at(f"step {done + 1} of {name}")
+        else:
+            guard.at(f"decoding and writing {name}", patience)
+
+    return told
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from mm_convert import lock_output
 from mm_infer.config import Ranks
 from mm_parallel import ParallelConfig, make_mesh
-from mm_parallel.device import device, init_distributed, leave
+from mm_parallel.device import device, leave
+from mm_parallel.guard import Watchdog, join
 from mm_parallel.mesh import size
 
 T = TypeVar("T")
@@ -62,11 +63,14 @@ def claim_output(folder: Path, held: ExitStack) -> None:
 
 
 @contextmanager
-def distributed() -> Iterator[int]:
-    """Joins torchrun's ranks, yields this one's number, and leaves the process group in the end."""
+def distributed(deadline: float) -> Iterator[tuple[int, Watchdog]]:
+    """Joins torchrun's ranks, yields this one's number and their watchdog, and leaves the process group in the end.
+
+    deadline: seconds that a step of a video may take.
+    """
     joined = dist.is_initialized()
-    rank, _, _ = init_distributed()
-    yield rank
+    with join(deadline=deadline) as guard:
+        yield dist.get_rank() if dist.is_initialized() else 0, guard
     if not joined:  # and not after an error, or it would wait for ranks that are gone
         leave()
 

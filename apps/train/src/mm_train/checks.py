@@ -6,17 +6,19 @@ A list of named checks. `train` raises what the first one finds; the list can as
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from mm_convert.cli.toml import dump
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
 from mm_models.folder import check_parts
+from mm_parallel.launch import read_launch
+from mm_train.adapter import check_adapter
 from mm_train.config import Config
 from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
 
@@ -161,7 +163,7 @@ def _trained(config: Config) -> None:
 
 def _layout(config: Config) -> None:
     """The layout fits the ranks that were started, and the batch fits the layout."""
-    layout = config.parallel.resolve(int(os.environ.get("WORLD_SIZE", "1")))
+    layout = config.parallel.resolve(read_launch().world)
     config.micro_batches(layout.dp_replicate * layout.dp_shard)
 
 
@@ -220,6 +222,11 @@ def _output(config: Config) -> None:
         )
 
 
+def _text(config: Config) -> None:
+    """A checkpoint keeps the configuration as text."""
+    dump(config)
+
+
 def _features(config: Config) -> None:
     from mm_train.data import check_features  # torch, only now
 
@@ -236,9 +243,11 @@ CHECKS = (
     Check("objective", "at once", _objective),
     Check("learning rate", "at once", _rates),
     Check("what is trained", "at once", _trained),
+    Check("adapter", "at once", check_adapter),
     Check("layout", "at once", _layout),
     Check("sample videos", "at once", _samples),
     Check("output", "at once", _output),
+    Check("text", "at once", _text),
     Check("features", "with torch", _features),
 )
 

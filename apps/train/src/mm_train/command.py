@@ -9,22 +9,36 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 from mm_convert import lock_output
-from mm_convert.cli.terminal import escaped_output, one_line
+from mm_convert.cli.terminal import one_line
+from mm_parallel.absence import absence_told
+
+T = TypeVar("T")
 
 
-def run(work: Callable[[], object]) -> None:
-    """Exit code 0: done; 2: it was asked for what cannot be; 1: it failed on the way; 130: it was interrupted."""
-    with escaped_output():
-        try:
-            work()
-        except ValueError as error:
-            _leave(f"error: {error}", 2)
-        except (OSError, FloatingPointError) as error:
-            _leave(f"error: {error}", 1)
-        except KeyboardInterrupt as stop:
-            _leave("" if os.environ.get("RANK", "0") != "0" else str(stop) or "stopped", 130)  # all ranks stop alike
+def run(read: Callable[[], T], work: Callable[[T], object]) -> None:
+    """A program of one rank or several: `read` says what is asked for, without torch, and `work` does it.
+
+    Where one rank cannot read it, the others end, too. Exit code 0: done; 2: it was asked for what cannot be; 1: it
+    failed on the way; 130: it was interrupted.
+    """
+    with absence_told():
+        asked = run_alone(read)
+    run_alone(lambda: work(asked))
+
+
+def run_alone(work: Callable[[], T]) -> T:
+    """The same for a program of one process."""
+    try:
+        return work()
+    except ValueError as error:
+        _leave(f"error: {error}", 2)
+    except (OSError, FloatingPointError) as error:
+        _leave(f"error: {error}", 1)
+    except KeyboardInterrupt as stop:
+        _leave("" if os.environ.get("RANK", "0") != "0" else str(stop) or "stopped", 130)  # all ranks stop alike
 
 
 def prepare_output(path: Path) -> None:
@@ -79,7 +93,7 @@ def check_shared(path: Path) -> None:
         )
 
 
-def _leave(message: str, code: int) -> None:
+def _leave(message: str, code: int) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     if message:
         sys.stderr.write(f"{f'[rank {rank}] ' if rank != '0' else ''}{one_line(message)}\n")

@@ -23,6 +23,7 @@ FIXED = (
     "lora.rank",
     "lora.alpha",
     "lora.targets",
+    "lora.weights",
 )
 
 

@@ -7,19 +7,19 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mm_convert.cli.arguments import dump
 from mm_convert.cli.terminal import one_line
 from mm_models.objective import Objective
 from mm_parallel.device import device as accelerator
-from mm_parallel.device import init_distributed, reset_max_memory, synchronize
-from mm_parallel.guard import Watchdog, agree
+from mm_parallel.device import reset_max_memory, synchronize
+from mm_parallel.guard import Watchdog, agree, join
 from mm_parallel.mesh import data_rank, describe, make_mesh, rank_in, reports_loss
 from mm_train.checkpoint import Checkpointer
 from mm_train.checks import check
@@ -72,10 +72,10 @@ def prepare(config: Config, held: ExitStack) -> Iterator[Run]:
 
     Leaving the block saves what was trained. The output is claimed until `held` is left.
     """
-    check(config)
-    rank, world, _ = init_distributed(timedelta(hours=6))  # the watchdog looks after hangs
-    with Watchdog(deadline=config.deadline) as guard:
-        guard.at("preparing", deadline=math.inf)  # weights may take long to read
+    with join(deadline=config.deadline) as guard:
+        guard.at("preparing", config.patience)
+        check(config)
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         agree(dump(config), "the configuration")
         run = Run(config, rank, world, guard, held)
         with run.interrupt:  # only from here on is there something to end cleanly
@@ -95,10 +95,12 @@ class Run:
         check(config, "with torch")
         held.enter_context(claim_output(config.run_dir))
         self.objective = build_objective(config)
+        guard.at("looking at the data", config.patience)
         self.data = training_data(config, self.objective, self.mesh, self.device)
         agree({"the samples": self.data.fingerprint}, self.data.name)
         # Refuses a directory that this run must not continue. One rank looks, so that all go the same way.
         found, changed = broadcast(lambda: find_checkpoint(config))
+        guard.at("building the model", config.patience)
         # Before the model: it needs the text encoder for a moment.
         self.samples = Samples(config, self.objective, self.mesh, self.device, getattr(torch, config.dtype))
         built = build_model(config, self.mesh, self.device, continuing=found is not None)

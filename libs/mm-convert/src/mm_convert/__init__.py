@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mm_convert.__about__ import __version__
 
 if TYPE_CHECKING:
+    from mm_convert.lora.adapter import Adapter
     from mm_convert.lora.reading import open_lora
     from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
     from mm_convert.read.experts import expert_of, open_experts, write_experts
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mm_convert.write.save import convert, save_checkpoint, save_lora
 
 __all__ = [
+    "Adapter",
     "Checkpoint",
     "__version__",
     "convert",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Adapter": "lora.adapter",
     "Checkpoint": "read.checkpoint",
     "open_checkpoint": "read.checkpoint",
     "convert": "write.save",

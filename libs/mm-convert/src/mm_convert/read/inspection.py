@@ -11,12 +11,11 @@ from typing import Any
 
 from mm_convert.families.presets import name_preset, published_boundary
 from mm_convert.lora.names import is_lora
-from mm_convert.lora.reading import open_lora
+from mm_convert.lora.reading import find_source, open_lora
 from mm_convert.read.alike import mixed, refuse_unlike
 from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
 from mm_convert.read.content import fingerprint
 from mm_convert.read.experts import open_experts
-from mm_convert.read.source import find
 from mm_convert.tensors.views import LazyTensor
 
 
@@ -82,7 +81,7 @@ def inspect(path: str | Path) -> Inspection:
 
 def inspect_adapter(path: str | Path) -> str | None:
     """What an adapter is, for people; None where a whole model is."""
-    source = find(Path(path))
+    source = find_source(Path(path))
     if not is_lora(source.tensors):
         return None
     rows = {"what": "LoRA adapter"}

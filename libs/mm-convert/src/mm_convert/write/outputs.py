@@ -12,7 +12,7 @@ from typing import Any
 
 from mm_convert.__about__ import __version__
 from mm_convert.store.dcp import read_dcp
-from mm_convert.store.mm import MANIFEST, as_json
+from mm_convert.store.mm import MANIFEST, as_json, name_of
 from mm_convert.store.safetensors import read_file, write_file
 from mm_convert.store.torch_file import SUFFIXES as TORCH_SUFFIXES
 from mm_convert.store.torch_file import read_torch_file, write_torch_file
@@ -78,7 +78,7 @@ class Files:
                     output.write(folder / output.name, progress)
                 for inside, content in self.manifests.items() if manifest else ():
                     sums = {"sha256": _sums(folder / inside)} if sha256 else {}
-                    (folder / inside / manifest).write_bytes(as_json({**content, **sums}))
+                    (folder / inside / manifest).write_bytes(as_json({**_without_paths(content), **sums}))
                 self.destination.refuse(overwrite, self.names, ours)  # what appeared meanwhile stays
 
     @contextmanager
@@ -132,6 +132,12 @@ def describe(source: str, family: str, config: Mapping[str, Any], from_: str, to
         "config": dict(config),
         **{key: value for key, value in more.items() if value},
     }
+
+
+def _without_paths(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What others may read: no way to a file of this machine."""
+    merged = [{**one, "source": name_of(one["source"])} for one in manifest.get("merged", ())]
+    return {**manifest, "source": name_of(manifest["source"])} | ({"merged": merged} if merged else {})
 
 
 def copy_file(source: Path) -> Output:
