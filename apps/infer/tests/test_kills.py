@@ -6,7 +6,6 @@ import pytest
 
 from mm_convert import lock_output
 from mm_convert.testing.kills import Scenario, kill_everywhere
-from mm_data import made_with
 from mm_infer.__main__ import main
 
 PACKAGES = ["mm_infer", "mm_models", "mm_convert", "torch", "diffusers", "transformers", "accelerate"]

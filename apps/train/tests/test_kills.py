@@ -35,6 +35,7 @@ def weights(folder: Path) -> bytes:
 def test_killed_before_any_change_and_given_again_a_run_ends_whole(features, tmp_path):
     small = ["--data.global_batch", "2", "--steps", "2", "--checkpoint.every", "1", "--checkpoint.keep", "1"]
     small += ["--architecture", json.dumps(SMALL | {"num_layers": 1})]
+    small += ["--sample.encoders", "编码器"]  # stands in the configuration of every checkpoint
     train(config(features, tmp_path / "done/run", *small))
     (tmp_path / "empty").mkdir()
     trained = Scenario(

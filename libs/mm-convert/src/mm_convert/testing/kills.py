@@ -68,11 +68,13 @@ def kill_everywhere(scenarios: Sequence[Scenario], work: Path, packages: Sequenc
     """The kills of every scenario, each with a folder of its own in `work`.
 
     packages: what this process has imported of them is imported once, before the first fork.
+    The programs run in the locale C, whose encoding is ASCII: nothing that they write may depend on it.
     """
     names = [name for name in list(sys.modules) if name.partition(".")[0] in packages]
     told = json.dumps([[asdict(scenario) for scenario in scenarios], str(work), names])
     command = [sys.executable, "-m", __name__]
-    done = subprocess.run(command, input=told, capture_output=True, encoding="utf-8", check=False)
+    ascii = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, input=told, capture_output=True, encoding="utf-8", env=ascii, check=False)
     if done.returncode:
         raise RuntimeError(f"{done.stdout}{done.stderr}")
     return [
