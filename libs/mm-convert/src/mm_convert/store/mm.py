@@ -40,5 +40,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def as_json(content: Mapping[str, Any]) -> bytes:
-    """A JSON file: keys sorted, so that the same content is the same bytes."""
-    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    """A JSON file: keys sorted, so that the same content is the same bytes; in ASCII, which any terminal shows."""
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
