@@ -300,8 +300,14 @@ def test_other_kinds_are_called_by_name(name: str, what: str) -> None:
         read(tensors)
 
 
+def test_the_first_names_of_diffusers() -> None:
+    tensors = {n.replace("_A.", ".down.").replace("_B.", ".up."): t for n, t in tensors_of("diffusers").items()}
+    assert is_lora(tensors)
+    assert (read(tensors).format, list(read(tensors).modules)) == ("diffusers", OURS)
+
+
 def test_names_of_videox_fun_and_lycoris_are_flat_too() -> None:
-    for prefix in ("lora_unet__", "lycoris_"):
+    for prefix in ("lora_unet__", "lora_transformer_", "lycoris_"):
         tensors = {name.replace("lora_unet_", prefix, 1): t for name, t in tensors_of("kohya").items()}
         assert (read(tensors).format, list(read(tensors).modules)) == ("kohya", OURS)
 
