@@ -48,7 +48,8 @@ _LOW = ("transformer_2.", "pipe.dit2.", "pipe.vace2.")
 _TEXT = ("lora_te", "text_encoder", "te_", "conditioner.")  # before the modules of a text encoder
 # What trainers wrap around a model, or around its layers: it is no part of a name.
 _WRAPPERS = re.compile(
-    r"^(module\.|generator(_ema)?\.|model\.(?=(diffusion|base)_model\.|blocks\.|vace_blocks\.))+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    r"^(module\.|generator(_ema)?\.|model\.(?=(diffusion|base)_model\.|blocks\.|vace_blocks\.))+"
+    r"|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 _PARTS = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
 _FACTOR = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})(\.(?P<adapter>[^.]+))?\.weight")
@@ -59,7 +60,7 @@ _OTHERS = {  # what an adapter may hold besides: a pattern of the name -> what t
     r"\.b?oft_": "orthogonal finetuning (OFT)",
     r"\.ia3_|\.on_input$": "scales of activations (IA3)",
     r"\.vera_": "scales between shared factors (VeRA)",
-    r"\.lora_[E]\b|\.ranknum$": "singular values (AdaLoRA)",
+    r"\.lora_E\b|\.ranknum$": "singular values (AdaLoRA)",
     r"\.[ab][12]\.weight$": "four factors (GLoRA)",
     r"dora_scale|lora_magnitude_vector": "magnitudes of DoRA",
     r"\.lora_mid": "a third factor (Tucker)",
