@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mm_data.datasets import Clip, Failure, VideoDataset
     from mm_data.decoding import decode
     from mm_data.features import FeatureDataset
-    from mm_data.identity import files_below, identify_file, identify_files
+    from mm_data.identity import files_below, identify_files
     from mm_data.images import area_size, crop_to, pad_to, read_image
     from mm_data.keys import content_key
     from mm_data.loader import Loader, Step, build_loader
@@ -55,7 +55,6 @@ __all__ = [
     "decode",
     "files_below",
     "for_task",
-    "identify_file",
     "identify_files",
     "made_with",
     "pad_to",
@@ -77,7 +76,7 @@ _HOMES = {
     "datasets": ("Clip", "Failure", "VideoDataset"),
     "decoding": ("decode",),
     "features": ("FeatureDataset",),
-    "identity": ("files_below", "identify_file", "identify_files"),
+    "identity": ("files_below", "identify_files"),
     "images": ("area_size", "crop_to", "pad_to", "read_image"),
     "keys": ("content_key",),
     "loader": ("Loader", "Step", "build_loader"),
