@@ -15,19 +15,19 @@ from mm_parallel.absence import absence_told
 from mm_parallel.launch import read_launch
 
 
+@escaped_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 2 for a command that cannot work, found before anything is loaded; 130 after Ctrl-C."""
-    with escaped_output():
-        try:
-            with absence_told():  # of several ranks, the others end, too
-                config = parse(Config, argv, prog="mm_infer")
-                with _exit_code(2, ValueError, OSError):
-                    requests, weights = _check(config)
-            _generate(config, requests, weights)
-        except KeyboardInterrupt:
-            made = "the videos named above are complete, the same command makes the others"
-            print(f"mm_infer: stopped; {made}", file=sys.stderr)
-            sys.exit(130)
+    try:
+        with absence_told():  # of several ranks, the others end, too
+            config = parse(Config, argv, prog="mm_infer")
+            with _exit_code(2, ValueError, OSError):
+                requests, weights = _check(config)
+        _generate(config, requests, weights)
+    except KeyboardInterrupt:
+        made = "the videos named above are complete, the same command makes the others"
+        print(f"mm_infer: stopped; {made}", file=sys.stderr)
+        sys.exit(130)
 
 
 def _generate(config: Config, requests: list[Request], weights: Weights) -> None:

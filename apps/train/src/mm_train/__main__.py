@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from mm_convert.cli.terminal import one_line
+from mm_convert.cli.terminal import escaped_output, one_line
 from mm_parallel.launch import read_launch
 from mm_train.checks import check
 from mm_train.command import run
@@ -13,6 +13,7 @@ from mm_train.config import Config
 from mm_train.recipe import load_config
 
 
+@escaped_output()
 def main(argv: list[str] | None = None) -> None:
     def read() -> Config:
         read_launch()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from mm_convert import lock_output
-from mm_convert.cli.terminal import escaped_output, one_line
+from mm_convert.cli.terminal import one_line
 from mm_parallel.absence import absence_told
 
 T = TypeVar("T")
@@ -24,19 +24,13 @@ def run(read: Callable[[], T], work: Callable[[T], object]) -> None:
     Where one rank cannot read it, the others end, too. Exit code 0: done; 2: it was asked for what cannot be; 1: it
     failed on the way; 130: it was interrupted.
     """
-    with escaped_output():
-        with absence_told():
-            asked = _report(read)
-        _report(lambda: work(asked))
+    with absence_told():
+        asked = run_alone(read)
+    run_alone(lambda: work(asked))
 
 
-def run_alone(work: Callable[[], object]) -> None:
+def run_alone(work: Callable[[], T]) -> T:
     """The same for a program of one process."""
-    with escaped_output():
-        _report(work)
-
-
-def _report(work: Callable[[], T]) -> T:
     try:
         return work()
     except ValueError as error:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mm_convert import open_dcp, save_checkpoint, save_lora, write_experts
 from mm_convert.cli.arguments import parse, read_config
-from mm_convert.cli.terminal import one_line
+from mm_convert.cli.terminal import escaped_output, one_line
 from mm_models import build
 from mm_train.command import run_alone
 from mm_train.config import Config
@@ -105,6 +105,7 @@ def export_final(config: Config, checkpoint: Path, leader: bool) -> Path:
     return output
 
 
+@escaped_output()
 def main(argv: list[str] | None = None) -> None:
     def work() -> None:
         config = parse(ExportConfig, argv, prog="python -m mm_train.export")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from mm_convert.cli.arguments import parse
+from mm_convert.cli.terminal import escaped_output
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
@@ -81,6 +82,7 @@ def extract(config: ExtractConfig) -> int:
     return encode_all(config)
 
 
+@escaped_output()
 def main(argv: list[str] | None = None) -> None:
     def read() -> ExtractConfig:
         read_launch()

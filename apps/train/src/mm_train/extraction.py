@@ -47,6 +47,12 @@ from mm_train.encode import Encoders
 from mm_train.extract import ExtractConfig
 from mm_train.ranks import map_over_ranks
 
+ADVICE = {
+    "HDR": "their colours are taken as they are stored, which looks pale; tone-map the files first to train on colours "
+    "as they are seen",
+    "interlaced": "a frame holds two moments, and what moves has combs; deinterlace the files first (FFmpeg's bwdif)",
+}
+
 
 def encode_all(config: ExtractConfig) -> int:
     """Run the extraction; returns how many samples of the manifest have no features in the end."""
@@ -106,6 +112,10 @@ def _encode_share(config: ExtractConfig, guard: Watchdog) -> Callable[[], int]:
         missing = len(samples) - found
         why = f", {missing} left out: {config.output / 'failures.jsonl'} says why" if missing else ""
         print(one_line(f"{found} of {len(samples)} samples in {config.output}{why}"), file=sys.stderr)
+        for note, names in cache.notes(todo).items():
+            many = f"{len(names)} sample{'s' * (len(names) != 1)}, e.g. {names[0]}"
+            advice = ADVICE["interlaced" if note == "interlaced" else "HDR"]
+            print(one_line(f"note: {note}: {many}: {advice}"), file=sys.stderr)
         if not found:
             raise ValueError(f"not one sample of {config.data.manifest} could be used{why}")
         return missing

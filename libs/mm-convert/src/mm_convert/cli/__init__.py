@@ -32,13 +32,10 @@ options: -h, --help, --version
 """
 
 
+@escaped_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Exit codes are those of `report_errors`."""
-    with escaped_output():
-        _main(list(sys.argv[1:] if argv is None else argv))
-
-
-def _main(argv: list[str]) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         sys.exit(0 if argv else 2)
