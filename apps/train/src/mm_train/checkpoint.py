@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 
 from mm_convert import replace_file
 from mm_train.optim import EMA
-from mm_train.resume import latest
+from mm_train.resume import latest, read_progress
 
 # DCP remarks on every save and load of a single process that it is one.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -136,7 +136,7 @@ class Checkpointer:
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=OPTIONS)
         for group, chosen in zip(optimizer.param_groups, asked, strict=True):
             group.update(chosen)  # the moments are the run's, these are the command's
-        progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        progress = read_progress(path)
         self.newest = progress["step"]
         if self.leader:
             self._prune(path)  # a run that was killed after its last save has not
