@@ -228,6 +228,20 @@ def test_a_lora_of_another_model_is_refused(asked, tmp_path, capsys):
     refused(asked, capsys, "lora")
 
 
+def test_the_alpha_of_a_lora_that_says_none(asked, tmp_path, capsys):
+    sizes = {"dim": 40, "num_heads": 2, "ffn_dim": 48, "num_layers": 3, "text_dim": 32}
+    model = add_lora(build("wan-tiny", **sizes), LoRAConfig(rank=2))
+    lora = save_lora(tmp_path / "lora", model.state_dict(), 16.0)
+    file = lora / "adapter_model.safetensors"
+    save_file(load_file(file), file)  # without its header
+    (lora / "adapter_config.json").unlink()
+    asked += ["--output", str(tmp_path / "out")]
+    refused([*asked, "--lora", str(lora)], capsys, "does not say its alpha", "--lora_alpha", "the rank is 2")
+    refused([*asked, "--lora_alpha", "8"], capsys, "lora_alpha 8", "name it")
+    main([*asked, "--lora", str(lora), "--lora_alpha", "8"])
+    assert made_with(tmp_path / "out/video_0.mp4")["lora_alpha"] == 8
+
+
 def without_torch(argv: list[str]) -> subprocess.CompletedProcess:
     """The command, which must end before torch is imported."""
     code = "import sys, mm_infer.__main__ as m\ntry: m.main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules\n"

@@ -12,7 +12,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
+from mm_convert import open_checkpoint, open_lora
+from mm_convert.cli import main as mm_convert
 from mm_parallel.testing import spawn
+from mm_train.adapter import check_targets
 from mm_train.export import export
 from mm_train.train import train
 
@@ -158,10 +161,54 @@ def test_adapters_train_and_the_base_stays(features, tmp_path):
     with pytest.raises(ValueError, match="weights"):  # the adapter would continue on another base
         train(config(features, tmp_path / "lora", *lora[2:], "--weights", str(tmp_path / "other/weights")))
     settings = json.loads((found / "adapter_config.json").read_text())
-    assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (2, 4.0, base)
+    assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (2, 4.0, "base")
     train(config(features, tmp_path / "lora", *lora, "--steps", "5"))  # continues, and replaces the adapter
     with pytest.raises(ValueError, match="overwrite"):
         export(tmp_path / "lora", found)
+
+
+def test_a_run_goes_on_from_an_adapter(features, tmp_path):
+    train(config(features, tmp_path / "base", "--steps", "1"))
+    lora = ("--weights", str(tmp_path / "base/weights"), "--lora.targets", '["q","ffn.0"]')
+    first = train(config(features, tmp_path / "first", *lora, "--lora.rank", "2", "--lora.alpha", "4"))
+    mm_convert(["convert", str(first), str(tmp_path / "kohya.safetensors"), "--to", "comfyui"])
+    lora += ("--lora.weights", str(tmp_path / "kohya.safetensors"), "--lora.rank", "2")
+    still = ("--lora.alpha", "4", "--optim.lr", "1e-30", "--optim.weight_decay", "0", "--steps", "1")
+    found = train(config(features, tmp_path / "still", *lora, *still))
+    before, after = open_lora(first), open_lora(found)
+    assert (after.rank, after.alpha) == (2, 4)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    fresh = train(config(features, tmp_path / "fresh", *lora[:4], "--lora.rank", "2", *still))
+    assert all(open_lora(fresh)[name].abs().max() < 1e-20 for name in before if "lora_B" in name)
+    assert rows(tmp_path / "still")[0]["loss"] != rows(tmp_path / "fresh")[0]["loss"]
+
+    for more, message in (
+        ((), r"trained with alpha 4: give --lora.rank 2 --lora.alpha 4"),
+        (("--lora.alpha", "4", "--lora.rank", "4"), r"trained with rank 2: give --lora.rank 2 --lora.alpha 4"),
+        (("--lora.alpha", "4", "--lora.targets", '["q"]'), r"give --lora.targets '\[\"cross_attn.q\", \"ffn.0\", "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config(features, tmp_path / "refused", *lora, *more))
+    shapes = {name: (8, 8) for name in open_lora(first).modules}
+    with pytest.raises(ValueError, match=r"for another model: its blocks.0.* here it is \[8, 8\]"):
+        check_targets(open_lora(first), shapes, shapes)
+    with pytest.raises(ValueError, match=r"lora.weights"):  # it would not be taken: the run has its own by now
+        train(config(features, tmp_path / "fresh", *lora, *still, "--steps", "2"))
+
+
+def test_an_adapter_with_ranks_by_module_is_not_gone_on_from(features, tmp_path):
+    train(config(features, tmp_path / "base", "--steps", "1"))
+    names = {"blocks.0.self_attn.q": 2, "blocks.0.self_attn.k": 1}
+    width = open_checkpoint(tmp_path / "base/weights").config["dim"]
+    tensors = {f"diffusion_model.{n}.lora_A.weight": torch.ones(rank, width) for n, rank in names.items()}
+    tensors |= {f"diffusion_model.{n}.lora_B.weight": torch.ones(width, rank) for n, rank in names.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    lora = ("--weights", str(tmp_path / "base/weights"), "--lora.rank", "2", "--lora.weights")
+    with pytest.raises(ValueError, match=r"ranks by module.*mm-convert convert .*base/weights TARGET --lora .*a.safe"):
+        train(config(features, tmp_path / "run", *lora, str(tmp_path / "a.safetensors")))
+    with pytest.raises(ValueError, match=r"--lora.weights .*nowhere does not exist"):
+        train(config(features, tmp_path / "run", *lora, str(tmp_path / "nowhere")))
 
 
 def test_a_checkpoint_continues_only_the_same_run(features, tmp_path, capfd):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mm_convert.lora.merging import merge
 from mm_convert.lora.names import FILES, is_lora
 from mm_convert.lora.reading import read_lora
 from mm_convert.lora.writing import lora_tensors
+from mm_convert.store.mm import name_of
 from mm_convert.store.safetensors import read_file, write_file
 from mm_convert.tensors.views import Computed, LazyTensor
 
@@ -212,6 +214,126 @@ def test_what_is_no_whole_plain_adapter_is_refused(changes, message) -> None:
         read(tensors, alpha=4)
 
 
+@pytest.mark.parametrize(
+    ("format", "metadata"),
+    [
+        ("comfyui", {"r": "4", "lora_alpha": "8"}),
+        ("comfyui", {"network_dim": "4", "network_alpha": "8"}),
+        ("comfyui", {"ss_network_dim": "4", "ss_network_alpha": "8.0", "ss_network_module": "networks.lora_wan"}),
+        ("kohya", {"lora_rank": "4", "lora_alpha": "8"}),
+        ("diffsynth", {"lora_r": "4", "LoRA_Alpha": "8"}),
+        ("diffusers", {"transformer.r": "4", "transformer.lora_alpha": "8"}),
+        ("diffusers", {"transformer.lora_alpha": "8", "transformer_2.lora_alpha": "16"}),
+        ("diffusers", {"transformer": '{"r": 4, "lora_alpha": 8}'}),
+        ("comfyui", {"transformer.lora_alpha": "8"}),
+        ("comfyui", {"lora_config": '{"transformer": {"r": 4, "lora_alpha": 8}}'}),
+        ("comfyui", {"lora_config": '{"lora_alpha": "8", "use_rslora": "False"}', "ss_network_alpha": "8"}),
+        ("comfyui", {"lora_alpha": "4", "use_rslora": "True", "use_dora": "False", "bias": "none", "alora": "None"}),
+        ("comfyui", {"lora_alpha": "3", "alpha_pattern": '{".*": 8}'}),
+        ("peft", {"ss_network_alpha": "8", "ss_network_dim": "Dynamic"}),
+    ],
+)
+def test_a_header_says_alpha_in_many_words(format: str, metadata: dict[str, str]) -> None:
+    adapter = read(tensors_of(format), metadata)
+    assert (adapter.alpha, adapter.notes) == (8, ())
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"lora_alpha": "8", "alpha": "16"}, r"header of x.* says two things: lora_alpha '8' and alpha '16'"),
+        ({"lora_alpha": "8", "ss_network_alpha": "16"}, r"\(ss_…\) says alpha 16 .* says 8"),
+        ({"transformer.lora_alpha": "8", "transformer_2.lora_alpha": "16"}, r"says two things"),
+        ({"network_dim": "16", "network_alpha": "8"}, r"says rank 16, but the factors .* have 4"),
+        ({"lora_config": '{"lora_alpha": 8'}, r"header of x.*, lora_config, is not a JSON object"),
+        ({"lora_alpha": "8", "use_dora": "True"}, r"uses use_dora True: this is not plain LoRA.*DoRA, with magnitudes"),
+        ({"alpha_of_all": "8"}, r"does not say its alpha \(its header says alpha_of_all 8, .*--lora_alpha"),
+    ],
+)
+def test_a_header_that_contradicts_itself_or_is_not_understood(metadata: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(tensors_of("comfyui"), metadata)
+
+
+def test_an_alpha_tensor_is_asked_before_the_record_of_a_training() -> None:
+    tensors = tensors_of("kohya") | {f"lora_unet_{OURS[0].replace('.', '_')}.alpha": scalar(2)}
+    adapter = read(tensors, {"ss_network_alpha": "16", "ss_network_dim": "4"})
+    assert [module.alpha for module in adapter.modules.values()] == [2, 16, 16]
+    unsaid = {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic", "ss_tag_frequency": '{"alpha": {"r": 1}}'}
+    assert [module.alpha for module in read(tensors, unsaid).modules.values()] == [2, 4, 4]
+
+
+@pytest.mark.parametrize("value", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq"])
+def test_factors_that_belong_on_a_changed_base_are_refused(value: str) -> None:
+    with pytest.raises(ValueError, match=r"belong on a base that was changed before training.*merge_and_unload"):
+        read(tensors_of("peft"), config={"r": 4, "lora_alpha": 8, "init_lora_weights": value})
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("lokr_w1", "LoKr"),
+        ("hada_w1_a", "LoHa"),
+        ("ia3_l", "IA3"),
+        ("oft_R.weight", "OFT"),
+        ("lora_magnitude_vector", "DoRA"),
+        ("diff_b", "difference of a bias"),
+        ("diff", "difference of a weight"),
+        ("lora_E", "AdaLoRA"),
+    ],
+)
+def test_other_kinds_are_called_by_name(name: str, what: str) -> None:
+    tensors = {Q + name: matrix(DIM, 1)}
+    assert is_lora(tensors)
+    with pytest.raises(ValueError, match=rf"more than plain LoRA.*{what}.*merge it into its base with the tool"):
+        read(tensors)
+
+
+def test_names_of_videox_fun_and_lycoris_are_flat_too() -> None:
+    for prefix in ("lora_unet__", "lycoris_"):
+        tensors = {name.replace("lora_unet_", prefix, 1): t for name, t in tensors_of("kohya").items()}
+        assert (read(tensors).format, list(read(tensors).modules)) == ("kohya", OURS)
+
+
+def test_one_file_of_diffsynth_may_adapt_both_ladders() -> None:
+    dit = {f"pipe.dit.{name}": t for name, t in tensors_of("diffsynth").items()}
+    vace = {f"pipe.vace.vace_{name}": t for name, t in tensors_of("diffsynth").items()}
+    adapter = read(dit | vace)
+    assert (adapter.family, adapter.format) == (VACE, "diffsynth")
+    assert list(adapter.modules) == [*OURS, *(f"vace_{name}" for name in OURS)]
+    assert list(read(vace).modules) == [f"vace_{name}" for name in OURS]
+    other = {name.replace("pipe.dit.", "pipe.dit2."): t for name, t in dit.items()}
+    with pytest.raises(ValueError, match=r"mixes adapters.*pipe.dit2. is the expert for low noise.*low_noise_model/"):
+        read(dit | other)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "generator_ema.", "model."])
+def test_wrappers_of_trainers_are_no_part_of_a_name(wrapper: str) -> None:
+    assert list(read({wrapper + name: t for name, t in tensors_of("comfyui").items()}).modules) == OURS
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (["double_blocks.0.img_attn_qkv"], r"no LoRA of a family that is known \(wan, .*HunyuanVideo or Flux"),
+        (["lora_te1_text_model_encoder_layers_0_mlp_fc1"], r"adapter of a text encoder"),
+        (["down_blocks.0.attentions.0.proj_in"], r"a UNet"),
+        (["blocks.0.attn1.to_k", "blocks.0.attn1.to_qkv"], r"fused linears, .*: blocks.0.attn1.to_qkv.*merge"),
+        (["blocks.0.self_attn.q", "face_adapter.fuser_blocks.0.linear1_kv2"], r"Wan2.2-Animate"),
+    ],
+)
+def test_modules_that_are_unknown_are_said_to_be_what_they_are(modules: list[str], message: str) -> None:
+    parts = {"lora_A": matrix(RANK, DIM), "lora_B": matrix(DIM, RANK)}
+    with pytest.raises(ValueError, match=message):
+        read({f"{module}.{part}.weight": tensor for module in modules for part, tensor in parts.items()})
+
+
+def test_a_text_encoder_beside_is_said() -> None:
+    te = {n.replace("lora_unet_", "lora_te_"): t for n, t in tensors_of("kohya").items()}
+    with pytest.raises(ValueError, match=r"of a text encoder, which cannot be adapted here"):
+        read(tensors_of("kohya") | te)
+
+
 def test_a_checkpoint_is_no_adapter(toys) -> None:
     assert not is_lora(toys.shapes("original", toys.kinds["i2v"]))
     assert not is_lora(toys.shapes("diffusers", toys.kinds["i2v"]))
@@ -285,6 +407,29 @@ def test_other_formats_are_refused() -> None:
     with pytest.raises(ValueError, match=r"cannot be written as 'kohya', but as mm, peft, diffusers"):
         lora_tensors(read(tensors_of("diffsynth")), "kohya")
     assert set(FILES) < set(FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("/home/me/models/Wan2.1-T2V-1.3B-Diffusers/transformer", "Wan2.1-T2V-1.3B-Diffusers"),
+        ("../d/tinybase/", "tinybase"),
+        ("C:\\models\\Wan2.1\\high_noise_model", "Wan2.1"),
+        ("/c/hub/models--Wan-AI--Wan2.1-T2V-14B/snapshots/0123abc/transformer", "Wan-AI/Wan2.1-T2V-14B"),
+        ("/runs/cat/weights", "cat"),
+        ("Wan-AI/Wan2.1-T2V-14B", "Wan-AI/Wan2.1-T2V-14B"),
+        (Path("d/tinybase"), "tinybase"),
+        ("", ""),
+    ],
+)
+def test_the_way_to_a_base_stays_at_home(tmp_path: Path, base: str | Path, name: str) -> None:
+    assert name_of(base) == name
+    adapter = replace(read(tensors_of("peft"), alpha=8), base=name if isinstance(base, Path) else base)
+    for to in FORMATS:
+        _, header, config = lora_tensors(adapter, to)
+        assert header.get("base", "") == name
+        if config:
+            assert config["base_model_name_or_path"] == (name or None)
 
 
 # --- merging
@@ -478,7 +623,6 @@ def test_diffusers_tells_the_heads_of_vace_apart(tmp_path) -> None:
 def test_diffusers_loads_the_comfyui_format(wan, trained, tmp_path) -> None:
     """Through its converter, which scales A by alpha/rank, and knows no alpha outside of the layers."""
     import copy
-    from dataclasses import replace
 
     torch = pytest.importorskip("torch")
     from diffusers.loaders import WanLoraLoaderMixin
@@ -647,3 +791,34 @@ def test_peft_computes_the_same_from_our_files(tmp_path: Path) -> None:
     by_peft = peft.PeftModel.from_pretrained(plain, tmp_path / "a")
     inputs = torch.randn(1, 16, 1, 4, 4), torch.tensor([500.0]), torch.randn(1, 512, 16)
     assert torch.equal(by_peft(*inputs), model(*inputs))
+
+
+def test_a_checkpoint_of_a_run_says_alpha_in_its_settings(tmp_path: Path) -> None:
+    """A run's folder has config.toml; what torch's dcp_to_torch makes of it has nothing."""
+    pytest.importorskip("torch")
+    from torch.distributed.checkpoint import FileSystemWriter, save
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    tensors = {n: t for n, t in state_dict_of_a_run()["tensors"].items() if ".lora_" in n}
+    state = {"model": tensors, "optimizer": {"state": {n: {"exp_avg": t} for n, t in tensors.items()}}}
+    folder, file = tmp_path / "step-00000003", tmp_path / "run.pt"
+    save(state, storage_writer=FileSystemWriter(folder))
+    dcp_to_torch_save(folder, file)
+    for path in (folder, file):
+        with pytest.raises(ValueError, match=r"does not say its alpha \(it is a training checkpoint.*--lora_alpha"):
+            open_lora(path)
+        assert open_lora(path, alpha=16).alpha == 16
+    settings = f"weights = '/home/me/Wan2.1'\n[lora]\nrank = {RANK}\nalpha = 16.0\n"
+    (folder / "config.toml").write_text(settings, encoding="utf-8")
+    assert (open_lora(folder).alpha, open_lora(folder).rank, open_lora(folder).base) == (16, RANK, "Wan2.1")
+    with pytest.raises(ValueError, match="caller says alpha 8"):
+        open_lora(folder, alpha=8)
+
+
+def test_peft_writes_torch_files_too(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    tensors = state_dict_of_a_run()["tensors"]
+    named = {f"base_model.model.{n.replace('.default', '')}": t for n, t in tensors.items() if ".lora_" in n}
+    torch.save(named, tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": 8}))
+    assert open_lora(tmp_path).alpha == 8

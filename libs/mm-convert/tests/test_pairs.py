@@ -117,12 +117,13 @@ def test_inspect(pair, tmp_path, capsys):
 def test_adapters_travel_together(tmp_path, capsys):
     for scale, name in enumerate(OURS, 1):
         adapter(tmp_path / "pair" / name, float(scale))
-    for form, file in (("comfyui", "lora.safetensors"), ("diffusers", "pytorch_lora_weights.safetensors")):
+    one_folder = ("lora_high_noise.safetensors", "lora_low_noise.safetensors")  # of ComfyUI: so two names
+    for form, files in (("comfyui", one_folder), ("diffusers", ("pytorch_lora_weights.safetensors",) * 2)):
         there, back = tmp_path / form, tmp_path / f"back-{form}"
         mm_convert("convert", tmp_path / "pair", there, "--to", form, "--boundary", "0.875")
         names = DIFFUSERS if form == "diffusers" else OURS
         assert {path.name for path in there.iterdir()} == {*names, "experts.json"}
-        assert all((there / name / file).is_file() for name in names)
+        assert all((there / name / file).is_file() for name, file in zip(names, files, strict=True))
         mm_convert("convert", there, back)
         assert open_experts(back).boundary == 0.875
         for name in OURS:
@@ -137,6 +138,45 @@ def test_adapters_travel_together(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "two experts, LoRA adapters" in out
     assert out.count("rank, alpha    2, 3") == 2
+
+
+def test_adapters_are_merged_into_both(pair, tmp_path):
+    torch = pytest.importorskip("torch")
+    for scale, name in enumerate(OURS, 1):
+        adapter(tmp_path / "loras" / name, float(scale))
+    mm_convert("convert", pair, tmp_path / "each", "--lora", tmp_path / "loras")
+    mm_convert("convert", pair, tmp_path / "both", "--lora", tmp_path / "loras" / OURS[0], "--to", "diffusers")
+    base, each, both = (open_experts(tmp_path / name) for name in ("pair", "each", "both"))
+    assert (each.boundary, both.boundary) == (0.9, 0.9)
+    name = "blocks.0.self_attn.q.weight"
+    for i, scale in enumerate((1, 2)):
+        expected = open_checkpoint(base[i])[name] + 1.5 * 2 * scale**2  # alpha/rank, and sums of two products
+        torch.testing.assert_close(open_checkpoint(each[i])[name], expected, equal_nan=True)
+    assert any(diff(each.low, both.low))
+    assert not any(diff(each.high, both.high))
+
+
+def test_two_files_in_a_folder_are_told_apart(tmp_path):
+    for scale, name in enumerate(OURS, 1):
+        adapter(tmp_path / name, float(scale))
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    names = ("Motion_HIGH_fp16.safetensors", "Motion_LOW_fp16.safetensors")
+    for expert, name in zip(OURS, names, strict=True):
+        (tmp_path / expert / "adapter_model.safetensors").rename(folder / name)
+    for command in (("inspect",), ("convert",)):
+        with pytest.raises(SystemExit) as error:
+            mm_convert(*command, folder, *([tmp_path / "out"] if "convert" in command else []))
+        message = str(error.value)
+        assert (
+            f"{names[0]} for high noise and {names[1]} for low noise: name one of them ({folder / names[0]})" in message
+        )
+        assert f"put them into {folder / OURS[0]} and {folder / OURS[1]}" in message
+    for expert, name in zip(OURS, names, strict=True):  # what the message says
+        (folder / expert).mkdir()
+        (folder / name).rename(folder / expert / name)
+    mm_convert("convert", folder, tmp_path / "out")
+    assert open_experts(tmp_path / "out")
 
 
 def test_what_is_no_pair(pair, toys, tmp_path):

@@ -40,6 +40,7 @@ def load(
     *,
     model: str | None = None,
     lora: Path | str | None = None,
+    lora_alpha: float | None = None,
     boundary: float | None = None,
     offload: bool | None = None,
     dtype: torch.dtype | None = None,
@@ -57,7 +58,8 @@ def load(
     mesh: of `mm_parallel.ParallelConfig`, with cp > 1 to share the tokens among its context ranks. pair: a group of two
     ranks that share the passes of guidance. All ranks of both then make the same calls, and get the same latents.
     """
-    weights = Weights(path, encoders, model=model, lora=lora, text_tokens=text_tokens, boundary=boundary)
+    adapter = {"lora": lora, "lora_alpha": lora_alpha}
+    weights = Weights(path, encoders, model=model, text_tokens=text_tokens, boundary=boundary, **adapter)
     return Sampler(weights, device, dtype, offload, vae_tiling=vae_tiling, mesh=mesh, pair=pair)
 
 

@@ -53,6 +53,7 @@ class Weights:
         *,
         model: str | None = None,
         lora: Path | str | None = None,
+        lora_alpha: float | None = None,
         text_tokens: int | None = None,
         boundary: float | None = None,
     ) -> None:
@@ -65,7 +66,9 @@ class Weights:
         self.path = path = must_exist(Path(path), "weights")
         encoders = None if encoders is None else must_exist(Path(encoders), "encoders")
         lora = None if lora is None else must_exist(Path(lora), "lora")
-        self.experts, said = _experts(path, model, lora, boundary)
+        if lora is None and lora_alpha is not None:
+            raise ValueError(f"lora_alpha {lora_alpha} is that of an adapter: name it (lora), or leave it out")
+        self.experts, said = _experts(path, model, lora, lora_alpha, boundary)
         family, config = self.experts[0].family, self.experts[0].config
         two = len(self.experts) > 1
         like = named if named and (named.boundary is not None) == two else published_like(config, two)
@@ -102,9 +105,9 @@ class Weights:
 class Transformer:
     """A checkpoint whose names and shapes are known to be those of a model, and whose tensors are not read yet."""
 
-    def __init__(self, path: Path, model: str | None, lora: Path | None) -> None:
+    def __init__(self, path: Path, model: str | None, lora: Path | None, alpha: float | None) -> None:
         """ValueError unless the files hold exactly the tensors of a model."""
-        self.checkpoint, self.lora = open_checkpoint(path), None if lora is None else open_lora(lora)
+        self.checkpoint, self.lora = open_checkpoint(path), None if lora is None else open_lora(lora, alpha=alpha)
         self.family = family_of_weights(self.checkpoint.family)
         self.config = _config(path, self.family, self.checkpoint, model)
         if self.lora is not None:
@@ -149,7 +152,7 @@ class Transformer:
 
 
 def _experts(
-    path: Path, model: str | None, lora: Path | None, boundary: float | None
+    path: Path, model: str | None, lora: Path | None, alpha: float | None, boundary: float | None
 ) -> tuple[tuple[Transformer, ...], float | None]:
     """The one or two that lie there, and the boundary that is asked for or said in the files."""
     pair = open_experts(path)
@@ -159,11 +162,12 @@ def _experts(
             raise ValueError(f"lora {lora} is for two experts, but {path} holds one model: name one of its folders")
         if boundary is not None:
             raise ValueError(f"boundary {boundary} is for two experts, but {path} holds one model: leave it out")
-        return (Transformer(path, model, lora),), None
+        return (Transformer(path, model, lora, alpha),), None
     check_value("boundary", boundary, Boundary)
     adapters = (loras.high, loras.low) if loras else (lora, lora)
     high, low = (
-        Transformer(folder, model, adapter) for folder, adapter in zip((pair.high, pair.low), adapters, strict=True)
+        Transformer(folder, model, adapter, alpha)
+        for folder, adapter in zip((pair.high, pair.low), adapters, strict=True)
     )
     if high.config != low.config:
         raise ValueError(f"{path}: the two experts differ: {high.config}, {low.config}")

@@ -6,7 +6,6 @@ A list of named checks. `train` raises what the first one finds; the list can as
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -17,6 +16,8 @@ from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
 from mm_models.folder import check_parts
+from mm_parallel.launch import read_launch
+from mm_train.adapter import check_adapter
 from mm_train.config import Config
 from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
 
@@ -161,7 +162,7 @@ def _trained(config: Config) -> None:
 
 def _layout(config: Config) -> None:
     """The layout fits the ranks that were started, and the batch fits the layout."""
-    layout = config.parallel.resolve(int(os.environ.get("WORLD_SIZE", "1")))
+    layout = config.parallel.resolve(read_launch().world)
     config.micro_batches(layout.dp_replicate * layout.dp_shard)
 
 
@@ -209,7 +210,10 @@ def _output(config: Config) -> None:
         raise ValueError(f"{other[0]} belongs to {kinds[0]}, and this run trains {kinds[1]}: choose another --output")
     if not config.expert or not (made / "experts.json").exists():
         return
-    said, wanted = json.loads((made / "experts.json").read_text()).get("boundary"), expert_boundary(config)
+    said, wanted = (
+        json.loads((made / "experts.json").read_text(encoding="utf-8")).get("boundary"),
+        expert_boundary(config),
+    )
     if said != wanted:
         raise ValueError(
             f"{made} holds experts that part at noise level {said}; this run would part at {wanted}. Give "
@@ -233,6 +237,7 @@ CHECKS = (
     Check("objective", "at once", _objective),
     Check("learning rate", "at once", _rates),
     Check("what is trained", "at once", _trained),
+    Check("adapter", "at once", check_adapter),
     Check("layout", "at once", _layout),
     Check("sample videos", "at once", _samples),
     Check("output", "at once", _output),

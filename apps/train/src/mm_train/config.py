@@ -115,6 +115,10 @@ class LoRAOptions:
     dropout: Annotated[float, ">= 0", "< 1"] = 0.0
     targets: tuple[str, ...] = ("q", "k", "v", "o", "ffn.0", "ffn.2")
     """Names of the linears that get an adapter (matched as peft does, by suffix)."""
+    weights: Path | None = None
+    """An adapter to go on from, in any format that mm-convert reads; by default they are fresh. Rank, alpha and targets
+    must be its own.
+    """
 
 
 @dataclass
@@ -199,6 +203,11 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a part of the preparation may take: weights and lists of videos may be long to read."""
+        return max(3600, 10 * self.deadline)
 
     @property
     def run_dir(self) -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from mm_convert import Checkpoint, expert_of, open_checkpoint, open_experts
+from mm_convert import Adapter, Checkpoint, expert_of, open_checkpoint, open_experts
 from mm_models import build, plan
 from mm_models.families import family_of
 from mm_models.initial import initial_adapter
@@ -21,6 +21,7 @@ from mm_models.lora import LoRAConfig, add_lora
 from mm_parallel import Pipeline, load_parameters, parallelize, verify
 from mm_parallel.mesh import rank_in, size
 from mm_parallel.weights import allocate
+from mm_train.adapter import check_targets, open_adapter
 from mm_train.checks import check_space
 from mm_train.config import Config
 from mm_train.ranks import all_gather
@@ -50,17 +51,21 @@ def freeze(model: nn.Module, trained: Sequence[str], dtype: torch.dtype) -> None
 class Start(Mapping[str, Tensor]):
     """Every parameter by name, read or drawn when it is asked for.
 
-    Adapter matrices are fresh, the layers they wrap keep their published name in the file. What the file lacks may grow
-    from what it has, if the model's family knows how (`Family.start`).
+    Adapter matrices are fresh, or those of an adapter to go on from; the layers they wrap keep their published name in
+    the file. What the file lacks may grow from what it has, if the model's family knows how (`Family.start`).
     """
 
-    def __init__(self, model: nn.Module, weights: str, expert: str | None, seed: int):
+    def __init__(self, model: nn.Module, path: str, expert: str | None, seed: int, adapter: Adapter | None = None):
         self.seed, self.config = seed, model.config
         self.family = family_of(model.config).start()
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
-        self.file = None if weights == "random" else _open(Path(weights), expert, model.config)
+        self.file = None if path == "random" else _open(Path(path), expert, model.config)
         self.adapters = {name for name in self.shapes if ".lora_" in name}
+        self.adapter = adapter
         self.published = {name.replace(".base_layer.", "."): name for name in self.shapes if name not in self.adapters}
+        if adapter is not None:
+            weights = {n.removesuffix(".weight"): tuple(self.shapes[p]) for n, p in self.published.items()}
+            check_targets(adapter, weights, {name.partition(".lora_")[0] for name in self.adapters})
         there = list(self.file or self.published)
         self.grown = self.family.missing(self.published, there)
         self.names = [*self.adapters, *(self.published.get(n, n) for n in (*there, *self.grown))]
@@ -79,9 +84,12 @@ class Start(Mapping[str, Tensor]):
 
     def describe(self) -> str:
         """What a person should know of the values that were not in the file; empty where there are none."""
-        return f" ({self.family.GROWN})" if self.grown else ""
+        grown = f" ({self.family.GROWN})" if self.grown else ""
+        return grown + (f" (adapters of {self.adapter.format}, alpha {self.adapter.alpha:g})" if self.adapter else "")
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self.adapters and self.adapter is not None:
+            return self.adapter[name.replace(".default.", ".")]
         if name in self.adapters:
             return initial_adapter(name, self.shapes[name], self.seed)
         published = name.replace(".base_layer.", ".")
@@ -131,8 +139,10 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
         freeze(model, config.trained, dtype)
     sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (True, False)]
     check_space(sizes[1], config)
-    source = None if continuing and not config.has_frozen else Start(model, config.weights, config.expert, config.seed)
-    if source is not None:
+    source = None
+    if config.has_frozen or not continuing:
+        adapter = open_adapter(config) if config.lora.weights and not continuing else None
+        source = Start(model, config.weights, config.expert, config.seed, adapter)
         source.check_open(model)
     run = _cut(model, config, mesh, dtype)
     if source is None:

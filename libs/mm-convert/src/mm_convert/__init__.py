@@ -8,30 +8,37 @@ from typing import TYPE_CHECKING, Any
 from mm_convert.__about__ import __version__
 
 if TYPE_CHECKING:
+    from mm_convert.lora.adapter import Adapter
     from mm_convert.lora.reading import open_lora
     from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
     from mm_convert.read.experts import expert_of, open_experts, write_experts
     from mm_convert.read.inspection import diff, inspect
     from mm_convert.store.dcp import open_dcp
+    from mm_convert.write.install import replace_file
+    from mm_convert.write.lock import lock_output
     from mm_convert.write.save import convert, save_checkpoint, save_lora
 
 __all__ = [
+    "Adapter",
     "Checkpoint",
     "__version__",
     "convert",
     "diff",
     "expert_of",
     "inspect",
+    "lock_output",
     "open_checkpoint",
     "open_dcp",
     "open_experts",
     "open_lora",
+    "replace_file",
     "save_checkpoint",
     "save_lora",
     "write_experts",
 ]
 
 _HOME = {
+    "Adapter": "lora.adapter",
     "Checkpoint": "read.checkpoint",
     "open_checkpoint": "read.checkpoint",
     "convert": "write.save",
@@ -42,6 +49,8 @@ _HOME = {
     "inspect": "read.inspection",
     "open_dcp": "store.dcp",
     "open_lora": "lora.reading",
+    "lock_output": "write.lock",
+    "replace_file": "write.install",
     "save_checkpoint": "write.save",
     "save_lora": "write.save",
 }

@@ -6,6 +6,7 @@ Files of adapters, whatever their format, are read and written by mm_convert: `o
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from mm_models.layers import Linear, wide
@@ -44,27 +45,43 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 def load_lora(model: nn.Module, tensors: Mapping[str, Tensor], alphas: Mapping[str, float]) -> nn.Module:
     """Adds trained adapters to `model` in place, each with its own rank and alpha. Returns the model.
 
+    A convolution gets its adapter added to its weight, as patches are embedded by one that peft cannot wrap.
+
     Args:
-        tensors: `blocks.0.self_attn.q.lora_A.weight` (rank x in), `….lora_B.weight` (out x rank), and so on.
-        alphas: linear -> its alpha.
+        tensors: `blocks.0.self_attn.q.lora_A.weight` (rank x in), `….lora_B.weight` (out x rank), and so on; of a
+            convolution with its kernel behind that, and ones.
+        alphas: linear or convolution -> its alpha.
 
     Raises:
         ValueError: a tensor that fits nowhere in the model, or is missing; a model that has adapters already.
     """
+    modules = dict(model.named_modules())
     ranks = {name: tensors[f"{name}.lora_A.weight"].shape[0] for name in alphas}
-    common = {"r": next(iter(ranks.values())), "lora_alpha": next(iter(alphas.values()))}
-    # peft's patterns are regular expressions for the end of a name; ^ makes it the whole.
-    own = {"rank_pattern": {f"^{n}": rank for n, rank in ranks.items()}}
-    own |= {"alpha_pattern": {f"^{n}": alpha for n, alpha in alphas.items()}}
-    _inject(model, tuple(alphas), **common, **own)
+    convolutions = [name for name in alphas if isinstance(modules.get(name), nn.Conv3d)]
+    linears = [name for name in alphas if name not in convolutions]
+    if linears:
+        common = {"r": ranks[linears[0]], "lora_alpha": alphas[linears[0]]}
+        # peft's patterns are regular expressions for the end of a name; ^ makes it the whole.
+        own = {"rank_pattern": {f"^{n}": ranks[n] for n in linears}}
+        own |= {"alpha_pattern": {f"^{n}": alphas[n] for n in linears}}
+        _inject(model, linears, **common, **own)
     slots = lora_state_dict(model)
-    wrong = [n for n in slots.keys() ^ tensors.keys()] or [n for n in slots if slots[n].shape != tensors[n].shape]
+    shapes = {name: slot.shape for name, slot in slots.items()}
+    for name in convolutions:
+        out, *kernel = modules[name].weight.shape
+        shapes[f"{name}.lora_A.weight"] = torch.Size((ranks[name], *kernel))
+        shapes[f"{name}.lora_B.weight"] = torch.Size((out, ranks[name], 1, 1, 1))
+    wrong = [n for n in shapes.keys() ^ tensors.keys()] or [n for n in shapes if shapes[n] != tensors[n].shape]
     if wrong:
         raise ValueError(
             f"{len(wrong)} tensors of the adapter are missing, unknown or misshapen: {sorted(wrong)[0]}, …"
         )
     for name, slot in slots.items():
         slot.copy_(tensors[name])
+    for name in convolutions:
+        weight = modules[name].weight
+        a, b = (wide(tensors[f"{name}.lora_{letter}.weight"].to(weight.device)).flatten(1) for letter in "AB")
+        weight.data = (wide(weight.data) + (alphas[name] / ranks[name] * b @ a).view_as(weight)).to(weight.dtype)
     return model
 
 

@@ -55,7 +55,8 @@ CONVERT = Command(
     "Rewrite a checkpoint, or a LoRA adapter, under other names and in other files; tensors keep their bytes.",
     (
         *(Flag("source"), Flag("target"), Flag("to", hint=Form), Flag("shard_gb")),
-        *(Flag("pp_layers"), Flag("vit_pp_layers"), Flag("tp_size"), Flag("lora_alpha"), Flag("boundary")),
+        *(Flag("pp_layers"), Flag("vit_pp_layers"), Flag("tp_size"), Flag("boundary")),
+        *(Flag("lora"), Flag("lora_alpha")),
     ),
 )
 READING = {"inspect": (Inspect, run_inspect), "diff": (Diff, run_diff)}

@@ -37,13 +37,13 @@ def write(files: Files, options: Convert) -> None:
 
 def prepare(options: Convert) -> Files:
     """What would be written. Raises ValueError for what cannot be done."""
-    if options.lora:
-        return _prepare_merge(options)
     if options.takes == "anything":
         if pair := open_experts(options.source):
+            adapters = open_experts(options.lora) if options.lora else None
 
-            def one(source: Path, target: Path) -> tuple[Checkpoint | Adapter, Files]:
-                return _prepare_one(replace(options, source=source, target=target))
+            def one(expert: str, source: Path, target: Path) -> tuple[Checkpoint | Adapter, Files]:
+                lora = getattr(adapters, expert) if adapters else options.lora
+                return _prepare_one(replace(options, source=source, target=target, lora=lora))
 
             return prepare_pair(pair, options.target, options.to or "mm", options.boundary, one)
         if options.boundary is not None:
@@ -53,10 +53,12 @@ def prepare(options: Convert) -> Files:
 
 def _prepare_one(options: Convert) -> tuple[Checkpoint | Adapter, Files]:
     """What lies in one folder, and what writing it would write."""
+    if options.lora:
+        return _prepare_merge(options)
     if options.takes == "model":
         return _prepare_model(options)
     look = open_lora if options.takes == "adapter" else find_lora
-    adapter = look(options.source, alpha=options.lora_alpha)
+    adapter = look(options.source, alpha=options.lora_alpha, family=options.family)
     if adapter:
         for name in ("shard_gb", "pp_layers", "vit_pp_layers"):
             if getattr(options, name):
@@ -83,18 +85,32 @@ def _prepare_model(options: Convert) -> tuple[Checkpoint, Files]:
         _form(options, checkpoint),
         pp_layers=_layers(options.pp_layers, options.vit_pp_layers),
         tp_size=options.tp_size,
-        shard_bytes=None if options.shard_gb is None else int(options.shard_gb * 1e9),
+        shard_bytes=_shard_bytes(options),
         dtype=options.dtype,
     )
     return checkpoint, files
 
 
-def _prepare_merge(options: Convert) -> Files:
+def _prepare_merge(options: Convert) -> tuple[Checkpoint, Files]:
     assert options.lora
     base = _open(options)
     adapter = open_lora(options.lora, alpha=options.lora_alpha, rank=options.lora_rank)
-    to, where = _form(options, base), options.lora.resolve()
-    return prepare_merge(base, adapter, where, options.target, to, options.pp_layers, options.dtype)
+    files = prepare_merge(
+        base,
+        adapter,
+        options.lora,
+        options.target,
+        _form(options, base),
+        pp_layers=_layers(options.pp_layers, options.vit_pp_layers),
+        tp_size=options.tp_size,
+        shard_bytes=_shard_bytes(options),
+        dtype=options.dtype,
+    )
+    return base, files
+
+
+def _shard_bytes(options: Convert) -> int | None:
+    return None if options.shard_gb is None else int(options.shard_gb * 1e9)
 
 
 def _open(options: Convert, config: dict[str, Any] | None = None) -> Checkpoint:

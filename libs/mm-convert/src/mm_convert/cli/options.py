@@ -44,6 +44,8 @@ class Convert:
     "for Qwen: vision layers of each pipeline stage"
     tp_size: Annotated[int, ">= 1"] = 1
     "number of tensor-parallel ranks"
+    lora: Path | None = None
+    "a LoRA adapter to merge into the source (needs torch); of two experts into both, or a pair of adapters"
     lora_alpha: Annotated[float, "!= 0"] | None = None
     "alpha of a LoRA adapter, if its file does not say it"
     boundary: Annotated[float, "> 0", "< 1"] | None = None
@@ -72,10 +74,8 @@ class Convert:
     "the same of tensor-parallel ranks"
     like: Path | None = None
     "the published model, whose names, files and config.json the target gets"
-    lora: Path | None = None
-    "an adapter to be merged into the source"
     lora_rank: Annotated[int, ">= 1"] | None = None
-    "its rank; must agree with its factors"
+    "rank of the adapter to merge; must agree with its factors"
 
 
 def read(

@@ -144,7 +144,6 @@ def _wan_like(family: str, to: str) -> dict[str, Command]:
 
 # --- LoRA
 
-_WAN_LORA = {"takes": "adapter", "family": "wan"}
 _FORMAT = Literal["diffusers", "comfyui", "peft"]
 _AS_BASE = "mm: our own files; mindspeed: MindSpeed-MM's tree; null: mindspeed if the base is, else mm"
 _OF_FILES = "as trained, compared with the files if they say it; null: the files must say it"
@@ -152,29 +151,36 @@ _TO_ADAPTER = "mm: a folder that peft reads too; mindspeed: MindSpeed-MM's tree 
 _ALPHA = Flag("lora_alpha", "", "as trained, if the file does not say it")
 _ADAPTER = (_SOURCE._replace(help="the adapter, in any format: a file or folder"), _TARGET)
 
-_LORA = {
-    "merge_lora_to_base": Command(
-        "Add an adapter to its base: W becomes W + alpha/rank * B A, summed in float32 (needs torch).",
-        (
-            _SOURCE._replace(help="the base: any checkpoint of the family"),
-            Flag("lora", "cfg.lora_path", "the adapter, in any format", Path, REQUIRED),
-            *(_TARGET, _TO_OR_SAME._replace(help=_AS_BASE), _PP),
-            Flag("lora_rank", "", "as trained, compared with the files; null: from the files"),
-            Flag("lora_alpha", "", _OF_FILES),
+# Of any family: the adapter and the base say themselves whether they fit.
+_MERGE = Command(
+    "Add an adapter to its base: W becomes W + alpha/rank * B A, summed in float32 (needs torch).",
+    (
+        _SOURCE._replace(help="the base, without the adapter: any checkpoint that it fits"),
+        Flag("lora", "cfg.lora_path", "the adapter, in any format", Path, REQUIRED),
+        *(_TARGET, _TO_OR_SAME._replace(help=_AS_BASE), _PP),
+        Flag("lora_rank", "", "as trained, compared with the files; null: from the files"),
+        Flag("lora_alpha", "", _OF_FILES),
+    ),
+    _model(""),
+)
+
+
+def _lora(family: str) -> dict[str, Command]:
+    fixed = {"takes": "adapter", "family": family}
+    return {
+        "merge_lora_to_base": _MERGE,
+        "lora_hf_to_mm": Command(
+            "Convert a published adapter (diffusers, ComfyUI, kohya, DiffSynth, peft) to our format or MindSpeed-MM's.",
+            (*_ADAPTER, Flag("to", "target_layout", _TO_ADAPTER, Layout), _ALPHA),
+            fixed,
         ),
-        _model("wan"),
-    ),
-    "lora_hf_to_mm": Command(
-        "Convert a published adapter (diffusers, ComfyUI, kohya, DiffSynth, peft) to our format or MindSpeed-MM's.",
-        (*_ADAPTER, Flag("to", "target_layout", _TO_ADAPTER, Layout), _ALPHA),
-        _WAN_LORA,
-    ),
-    "lora_mm_to_hf": Command(
-        "Convert our adapter, or MindSpeed-MM's, to a published format; a target in .safetensors makes one file.",
-        (*_ADAPTER, Flag("to", "", "the format", _FORMAT, "diffusers"), _ALPHA),
-        _WAN_LORA,
-    ),
-}
+        "lora_mm_to_hf": Command(
+            "Convert our adapter, or MindSpeed-MM's, to a published format; a target in .safetensors makes one file.",
+            (*_ADAPTER, Flag("to", "", "the format", _FORMAT, "diffusers"), _ALPHA),
+            fixed,
+        ),
+    }
+
 
 # --- Qwen2.5-VL
 
@@ -232,19 +238,21 @@ _VAE_CONVERT = Command(
 )
 
 CONVERTERS: dict[str, dict[str, Command]] = {
-    "WanConverter": {**_wan_like("wan", to="diffusers"), **_LORA},
+    "WanConverter": {**_wan_like("wan", to="diffusers"), **_lora("wan")},
     "VACEConverter": {
         **_wan_like("vace", to="original"),
         "hf_diffusers_to_mm": _hf_to_mm("vace", _PP),
         "mm_to_hf_diffusers": _mm_to_hf("vace", to="diffusers"),
+        **_lora("vace"),
     },
     "OpenSoraPlanConverter": {
         "hf_to_mm": _hf_to_mm("opensoraplan", _TP),
         "mm_to_hf": _mm_to_hf("opensoraplan", to="original"),
         "resplit": _resplit("opensoraplan", _TP, " (MindSpeed-MM's split and merge)"),
         "vae_convert": _VAE_CONVERT,
+        "merge_lora_to_base": _MERGE,
     },
-    "Qwen2_5_VLConverter": _QWEN,
+    "Qwen2_5_VLConverter": {**_QWEN, "merge_lora_to_base": _MERGE},
 }
 
 # --- the older scripts

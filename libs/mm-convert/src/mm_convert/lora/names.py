@@ -7,7 +7,9 @@ the `alpha` of that module.
     diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight           with both in the header, as JSON, or nowhere
     comfyui     diffusion_model.blocks.0.self_attn.q.lora_down.weight   with alpha as a tensor, or nowhere
     kohya       lora_unet_blocks_0_self_attn_q.lora_down.weight         so do musubi-tuner and others
+                lora_unet__blocks_0_self_attn_q.lora_down.weight        VideoX-Fun; lycoris_blocks_…, of LyCORIS
     diffsynth   blocks.0.self_attn.q.lora_A.default.weight              with alpha nowhere: it is the rank
+                pipe.dit.blocks.…, pipe.vace.vace_blocks.…              one file may have both
     mindspeed   blocks.0.self_attn.proj_q.lora_A.default.weight         with alpha nowhere, and free
 """
 
@@ -22,31 +24,68 @@ from mm_convert.families import FAMILIES, Family
 from mm_convert.tensors.rules import LETTERS, Patterns, Row
 
 PEFT = "base_model.model."  # what peft writes before the name of every module
-PREFIXES = {
+PREFIXES = {  # what comes before the name of a module -> format; of several that fit, the first
     PEFT: "peft",
     "transformer.": "diffusers",
     "transformer_2.": "diffusers",  # the low-noise expert
     "diffusion_model.": "comfyui",
+    "lora_unet__": "kohya",  # of VideoX-Fun
     "lora_unet_": "kohya",
+    "lycoris_": "kohya",
     "pipe.dit.": "diffsynth",
+    "pipe.vace.": "diffsynth",
+    "pipe.dit2.": "diffsynth",  # the low-noise expert
+    "pipe.vace2.": "diffsynth",
     "dit.": "diffsynth",
+    "vace.": "diffsynth",
 }
+_FLAT = ("lora_unet__", "lora_unet_", "lycoris_")  # under which names have lost their dots
+_ONE_MODEL = [
+    {f"{pipe}dit{number}.", f"{pipe}vace{number}."} for pipe, number in (("pipe.", ""), ("pipe.", "2"), ("", ""))
+]
+_LOW = ("transformer_2.", "pipe.dit2.", "pipe.vace2.")
+_TEXT = ("lora_te", "text_encoder", "te_", "conditioner.")  # before the modules of a text encoder
+# What trainers wrap around a model, or around its layers: it is no part of a name.
+_WRAPPERS = re.compile(
+    r"^(module\.|generator(_ema)?\.|model\.(?=diffusion_model\.))+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 _PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B"}
 _FACTOR = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})(\.(?P<adapter>[^.]+))?\.weight")
-_OTHERS = {  # what an adapter may hold besides: a piece of the name -> what that is
-    "lokr_": "Kronecker factors (LoKr)",
-    "hada_": "Hadamard factors (LoHa)",
-    "oft_": "orthogonal finetuning (OFT)",
-    "dora_scale": "magnitudes of DoRA",
-    "lora_magnitude_vector": "magnitudes of DoRA",
-    "lora_mid": "a third factor (Tucker)",
-    "lora_embedding_": "factors of an embedding",
-    ".diff_b": "a whole difference of a bias",
-    ".diff": "a whole difference of a weight",
-    ".set_weight": "a whole weight",
-    "modules_to_save": "a whole trained module",
-    ".bias": "a bias",
+_ALPHAS = (".alpha", ".lora_alpha", ".network_alpha")
+_OTHERS = {  # what an adapter may hold besides: a pattern of the name -> what that is
+    r"\.lokr_": "Kronecker factors (LoKr)",
+    r"\.hada_": "Hadamard factors (LoHa)",
+    r"\.b?oft_": "orthogonal finetuning (OFT)",
+    r"\.ia3_|\.on_input$": "scales of activations (IA3)",
+    r"\.vera_": "scales between shared factors (VeRA)",
+    r"\.lora_[E]\b|\.ranknum$": "singular values (AdaLoRA)",
+    r"\.[ab][12]\.weight$": "four factors (GLoRA)",
+    r"dora_scale|lora_magnitude_vector": "magnitudes of DoRA",
+    r"\.lora_mid": "a third factor (Tucker)",
+    r"\.lora_embedding_": "factors of an embedding",
+    r"\.diff_b$": "a whole difference of a bias",
+    r"\.diff_m$": "a whole difference of a modulation",
+    r"\.diff$|\.[wb]_norm$": "a whole difference of a weight",
+    r"\.set_weight$": "a whole weight",
+    r"modules_to_save": "a whole trained module",
+    r"\.bias$": "a bias",
 }
+_ADAPTERS = re.compile(r"\.(lora|lokr|hada|b?oft|dora|ia3|vera)_|\.diff(_b|_m)?$|\.[ab][12]\.weight$")
+_ELSE = {  # modules of models that are not read: a pattern -> whose they are
+    r"^(lora_)?te\d*_|text_model|^text_encoder|^encoder\.block": "a text encoder",
+    r"(double|single)_blocks": "HunyuanVideo or Flux",
+    r"single_transformer_blocks": "Flux or HunyuanVideo (diffusers)",
+    r"joint_(transformer_)?blocks": "Stable Diffusion 3",
+    r"(down|up|input|output)_blocks|mid(dle)?_block": "a UNet (Stable Diffusion)",
+    r"transformer_blocks": "another transformer (LTX-Video, CogVideoX, Qwen-Image, …)",
+    r"face_adapter|motion_encoder|pose_patch_embedding": "Wan2.2-Animate",
+    r"audio_injector|casual_audio_encoder|cond_encoder": "Wan2.2-S2V",
+    r"control_adapter|ref_conv": "Wan-Fun with camera or reference",
+}
+_FUSED = re.compile(r"(^|[._])((to|linear|attn)_)?(added_)?(qkv|kv|query_key_value)(_proj)?$|gate_up")
+MERGE_THERE = (
+    "merge it into its base with the tool that trained it (peft: merge_and_unload), and convert the merged model"
+)
 FILES = {  # the names that loaders look for; of MindSpeed-MM it is a tree
     "mm": "adapter_model.safetensors",  # with adapter_config.json beside it
     "peft": "adapter_model.safetensors",
@@ -74,11 +113,11 @@ class Names:
 
 def is_lora(names: Iterable[str]) -> bool:
     """Whether tensors of these names are an adapter, of whatever kind, or hold one."""
-    return any(re.search(r"\.(lora|lokr|hada|oft|dora)_|\.diff(_b)?$", name) for name in names)
+    return any(_ADAPTERS.search(name) for name in names)
 
 
-def read_names(names: Iterable[str], where: str) -> Names:
-    """Recognise an adapter by the names of its tensors.
+def read_names(names: Iterable[str], where: str, meant: str = "") -> Names:
+    """Recognise an adapter by the names of its tensors; `meant`: the family to take where they fit several alike.
 
     Raises ValueError for what is not plain LoRA, factors without their counterpart, and modules that no family has.
     """
@@ -86,14 +125,11 @@ def read_names(names: Iterable[str], where: str) -> Names:
     scores: dict[tuple[str, str], dict[str, tuple[str, Row]]] = {}
     for family in FAMILIES:
         for dialect in family.table.dialects:
-            scores[family.name, dialect] = _modules(family, dialect, parts, flat=prefix == "lora_unet_")
-    (name, dialect), modules = max(scores.items(), key=lambda item: len(item[1]))
+            scores[family.name, dialect] = _modules(family, dialect, parts, flat=prefix in _FLAT)
+    (name, dialect), modules = max(scores.items(), key=lambda item: (len(item[1]), item[0][0] == meant))
     family = next(f for f in FAMILIES if f.name == name)
     if unknown := [module for module in parts if module not in modules]:
-        raise ValueError(
-            f"{where} is no LoRA of a family that is known, the nearest being {name} ({dialect} names): it has "
-            + join_first([_add_nearest(m, _linears(family, dialect)) for m in unknown[:SHOWN]], len(unknown))
-        )
+        raise ValueError(_explain(unknown, modules, family, dialect, where))
     twofold = not prefix and dialect != "mindspeed" and len(scores.get((name, "mindspeed"), ())) == len(modules)
     return Names(prefix, family, dialect, parts, modules, twofold)
 
@@ -115,26 +151,34 @@ def rename(family: Family, dialect: str, modules: Iterable[str]) -> dict[str, st
 
 def _split(names: list[str], where: str) -> tuple[str, dict[str, dict[str, str]]]:
     """The prefix of all names, and the parts of each module."""
-    prefixes = {next((p for p in PREFIXES if name.startswith(p)), ""): name for name in names}
-    if len(prefixes) > 1:
-        raise ValueError(f"{where} mixes adapters of several kinds: it holds {join_first(list(prefixes.values()))}")
-    prefix = next(iter(prefixes), "")
+    bare = {name: _WRAPPERS.sub("", name) for name in names}
+    prefixes = {next((p for p in PREFIXES if short.startswith(p)), ""): name for name, short in bare.items()}
+    if len(prefixes) > 1 and not any(set(prefixes) <= one for one in _ONE_MODEL):
+        raise ValueError(
+            f"{where} mixes adapters of several kinds: it holds {join_first(list(prefixes.values()))}{_part(prefixes)}"
+        )
     parts: dict[str, dict[str, str]] = {}
     foreign, adapters = [], set()
-    for name in names:
-        if match := _FACTOR.fullmatch(name.removeprefix(prefix)):
+    for name, short in bare.items():
+        short = short.removeprefix(next((p for p in prefixes if p and short.startswith(p)), ""))
+        if match := _FACTOR.fullmatch(short):
             module, part = match["module"], _PARTS[match["part"]]
             adapters.add(match["adapter"])
-        elif name.endswith(".alpha"):
-            module, part = name.removeprefix(prefix).removesuffix(".alpha"), "alpha"
+        elif ending := next((e for e in _ALPHAS if short.endswith(e)), ""):
+            module, part = short.removesuffix(ending), "alpha"
         else:
-            foreign.append(next((f"{name} ({what})" for piece, what in _OTHERS.items() if piece in name), name))
+            foreign.append(
+                next((f"{name} ({what})" for piece, what in _OTHERS.items() if re.search(piece, name)), name)
+            )
             continue
         if part in (factors := parts.setdefault(module, {})) and len(adapters) == 1:
             raise ValueError(f"{where} has {part} of {module} twice: {factors[part]} and {name}")
         factors[part] = name
     if foreign:
-        raise ValueError(f"{where} is more than plain LoRA, which alone can be converted: it has {join_first(foreign)}")
+        raise ValueError(
+            f"{where} is more than plain LoRA, which alone can be converted: it has {join_first(foreign)}. To use it, "
+            + MERGE_THERE
+        )
     if len(adapters) > 1:
         raise ValueError(f"{where} holds several adapters: {', '.join(sorted(map(str, adapters)))}; keep one of them")
     if not parts:
@@ -147,7 +191,39 @@ def _split(names: list[str], where: str) -> tuple[str, dict[str, dict[str, str]]
     ]
     if single:
         raise ValueError(f"{where} is incomplete: it has {join_first(single)}")
-    return prefix, parts
+    return next(iter(prefixes), ""), parts
+
+
+def _part(prefixes: Mapping[str, str]) -> str:
+    """What to do with a file that holds adapters of several models."""
+    if any(name.startswith(_TEXT) for name in prefixes.values()):
+        return ". Some are of a text encoder, which cannot be adapted here: save those of the transformer alone"
+    if any(low in prefixes for low in _LOW):
+        low = [prefix for prefix in prefixes if prefix in _LOW]
+        return (
+            f". {', '.join(low)} is the expert for low noise: save each expert in a file of its own, and put them into "
+            "high_noise_model/ and low_noise_model/"
+        )
+    return ": save each in a file of its own"
+
+
+def _explain(unknown: Sequence[str], known: Mapping[str, object], family: Family, dialect: str, where: str) -> str:
+    """What modules that no family has may be, and what to do."""
+    whose = next((whose for piece, whose in _ELSE.items() if any(re.search(piece, m) for m in unknown)), "")
+    seems = f". It seems to be an adapter of {whose}" if whose else ""
+    if not known:
+        families = ", ".join(f.name for f in FAMILIES)
+        return f"{where} is no LoRA of a family that is known ({families}): it has {join_first(unknown)}{seems}"
+    if fused := [module for module in unknown if _FUSED.search(module)]:
+        return (
+            f"{where} has adapters of fused linears, several in one matrix, which {family.name} ({dialect} names) has "
+            f"one by one: {join_first(fused)}. To use it, {MERGE_THERE}"
+        )
+    return (
+        f"{where} is no LoRA of a family that is known, the nearest being {family.name} ({dialect} names): it has "
+        + join_first([_add_nearest(m, _linears(family, dialect)) for m in unknown[:SHOWN]], len(unknown))
+        + seems
+    )
 
 
 def _linears(family: Family, dialect: str) -> dict[str, Row]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import isclose, isfinite, sqrt
 from typing import Any
 
-from mm_convert.lora.names import Names
+from mm_convert.lora.names import MERGE_THERE, Names
 from mm_convert.tensors.views import LazyTensor
 
 Said = dict[str, tuple[float | None, float | None]]  # module as found -> rank and alpha, where they are said
@@ -18,11 +18,19 @@ Said = dict[str, tuple[float | None, float | None]]  # module as found -> rank a
 _SPECIAL = {
     **dict.fromkeys(("use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "layer_replication"), (None, False)),
     **dict.fromkeys(("modules_to_save", "trainable_token_indices", "target_parameters"), (None, [])),
-    "alora_invocation_tokens": (None,),
+    **dict.fromkeys(("alora_invocation_tokens", "use_bdlora", "arrow_config"), (None, False)),
+    **dict.fromkeys(("kasa_config", "velora_config", "monteclora_config"), (None,)),
     "bias": (None, "none"),
     "peft_type": (None, "LORA"),
-    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),  # others change the base
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva", "mica"),  # others change the base
 }
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_KNOWN = {"r", "lora_alpha", "use_rslora", *_PATTERNS, *_SPECIAL}
+# A header's own words for rank and alpha, after its prefix: lora_alpha, network_alpha, ss_network_dim, …
+_RANK = re.compile(r"(ss_)?((lora_|network_|adapter_)?(r|rank)|(lora_|network_|adapter_)dim)", re.IGNORECASE)
+_ALPHA = re.compile(r"(ss_)?(lora_|network_|adapter_|linear_)?alpha", re.IGNORECASE)
+_TABLES = re.compile(r"lora|adapter|peft|network|transformer", re.IGNORECASE)  # JSON objects of a header
+_OPEN = ("", "none", "null", "dynamic")  # what trainers write where there is no one value
 _UNPACK = {"F16": "<e", "F32": "<f", "F64": "<d", "I32": "<i", "I64": "<q"}
 _ALPHA_IS_RANK = ("diffusers", "comfyui", "kohya", "diffsynth")  # what their loaders take it for where nothing is said
 
@@ -35,6 +43,7 @@ def find_alphas(
     where: str,
     rank: float | None,
     alpha: float | None,
+    guess: bool,
 ) -> tuple[dict[str, float], list[str]]:
     """Module as found -> alpha, and notes; the arguments are those of `read_lora`.
 
@@ -49,21 +58,24 @@ def find_alphas(
     if adapter_config is not None:
         place = f"the adapter_config.json of {where}"
         places[place] = _of_config(adapter_config, ranks, place)
-    place = f"the header of {where}"
-    places[place] = dict.fromkeys(ranks, _numbers(metadata.get("rank"), metadata.get("alpha"), place))
-    if "lora_adapter_metadata" in metadata:
-        place += ", lora_adapter_metadata,"
-        places[place] = _of_config(_of_prefix(metadata["lora_adapter_metadata"], names.prefix, place), ranks, place)
+    for place, settings in _tables(metadata, f"the header of {where}"):
+        places[place] = _of_config(_of_prefix(settings, names.prefix, place), ranks, place)
+    record = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    # How a training was told to be; of a module with an alpha of its own, loaders ask no further.
+    place = f"the header of {where} (ss_…)"
+    places[place] = _of_config(_of_prefix(record, "", place), {m: r for m, r in ranks.items() if m not in own}, place)
     places["the caller"] = dict.fromkeys(ranks, _numbers(rank, alpha, "the caller"))
 
     alphas = _agree(places, ranks, where)
     unsaid = {module: float(ranks[module]) for module in ranks if module not in alphas}
     if not unsaid:
         return alphas, []
-    if names.twofold or names.format not in _ALPHA_IS_RANK:
+    odd = [f"{key} {v}" for key, v in metadata.items() if re.search("alpha", key, re.I) and _is_number(v)]
+    if names.twofold or names.format not in _ALPHA_IS_RANK or not guess or odd:
         raise ValueError(
-            f"{where} does not say its alpha ({_why(names)}), and without it the strength would be a guess: give the "
-            f"training's own (--lora_alpha); the rank is {', '.join(f'{r:g}' for r in sorted({*unsaid.values()}))}"
+            f"{where} does not say its alpha ({_why(names, guess, odd)}), and without it the strength would be a "
+            "guess: give the training's own (--lora_alpha); the rank is "
+            + ", ".join(f"{r:g}" for r in sorted({*unsaid.values()}))
         )
     note = f"alpha of {len(unsaid)} modules is said nowhere and taken to be the rank, as {names.format} loaders do"
     return alphas | unsaid, [note]
@@ -89,7 +101,11 @@ def _agree(places: Mapping[str, Said], ranks: Mapping[str, int], where: str) -> 
     return {module: alpha for module, (alpha, _) in believed.items()}
 
 
-def _why(names: Names) -> str:
+def _why(names: Names, guess: bool, odd: list[str]) -> str:
+    if odd:
+        return f"its header says {', '.join(odd)}, of which nobody knows whether it is alpha"
+    if not guess:
+        return "it is a training checkpoint, which holds tensors alone; one of our own runs can be exported"
     if names.twofold:
         return "its names are MindSpeed-MM's as well as others', who mean the rank"
     if names.format == "peft":
@@ -97,21 +113,84 @@ def _why(names: Names) -> str:
     return f"{names.format} files hold neither rank nor alpha"
 
 
-def _of_prefix(text: str, prefix: str, place: str) -> dict[str, Any]:
-    """The settings of diffusers' JSON for one model; diffusers writes the prefix of its tensors before their names."""
+def _tables(metadata: Mapping[str, str], place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a header says: its own fields, and those of the JSON objects in it, which may have one more within."""
+    yield place, {key: value for key, value in metadata.items() if not key.startswith("ss_")}
+    for key, value in metadata.items():
+        if not _TABLES.search(key) or not (value.lstrip().startswith("{") or key == "lora_adapter_metadata"):
+            continue
+        try:
+            config = {**json.loads(value)}
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{place}, {key}, is not a JSON object: {error}") from error
+        deeper = {k: v for k, v in config.items() if isinstance(v, dict) and not _word(k.rpartition(".")[2])}
+        yield f"{place}, {key},", config | {f"{k}.{n}": v for k, inner in deeper.items() for n, v in inner.items()}
+
+
+def _of_prefix(settings: Mapping[str, Any], prefix: str, place: str) -> dict[str, Any]:
+    """What is said of the model whose names have this prefix, in peft's words; where nothing is, what is said of any.
+
+    Raises ValueError for a rank or an alpha that is said twice, and not alike.
+    """
+    words = [(key.removeprefix(prefix), key) for key in settings if prefix and key.startswith(prefix)]
+    if not any(_word(short) for short, _ in words):
+        words = [(key.rpartition(".")[2], key) for key in settings]
+    found: dict[str, str] = {}
+    for short, key in words:
+        word = _word(short)
+        if not word or _is_open(settings[key]):
+            continue
+        first = found.setdefault(word, key)
+        if _literal(settings[first]) != _literal(settings[key]):
+            raise ValueError(f"{place} says two things: {first} {settings[first]!r} and {key} {settings[key]!r}")
+    return {word: _literal(settings[key]) for word, key in found.items()}
+
+
+def _literal(value: Any) -> Any:
+    """What a header has as text, as JSON or as Python writes it."""
     try:
-        config = {**json.loads(text)}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{place} is not a JSON object: {error}") from error
-    return {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)} or config
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return {"True": True, "False": False}.get(value, value)
+
+
+def _word(key: str) -> str:
+    """The same in peft's words; "" for what says nothing of the strength."""
+    if key in _KNOWN:
+        return key
+    return "r" if _RANK.fullmatch(key) else "lora_alpha" if _ALPHA.fullmatch(key) else ""
+
+
+def _is_number(text: str) -> bool:
+    return isinstance(_literal(text), int | float)
+
+
+def _is_open(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value.strip().lower() in _OPEN)
+
+
+# What a setting of peft makes of an adapter, and what to do, where merging is not all that can be done.
+_INITS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA", "loftq": "LoftQ"}
+_KINDS = {
+    "use_dora": "DoRA, with magnitudes beside the factors",
+    "use_qalora": "QALoRA, of grouped inputs",
+    "bias": "biases were trained too",
+    "lora_bias": "the factors have biases",
+    "modules_to_save": "whole modules were trained too",
+    "target_parameters": "parameters of experts were adapted",
+}
 
 
 def _of_config(config: Mapping[str, Any], ranks: Mapping[str, int], place: str) -> Said:
     """Rank and alpha by peft's rules: a pattern is a regular expression for the end of a name, and the first wins."""
-    special = [f"{key} {config[key]!r}" for key, plain in _SPECIAL.items() if config.get(key) not in plain]
+    special = [key for key, plain in _SPECIAL.items() if config.get(key) not in plain]
     if special:
-        raise ValueError(f"{place} uses {', '.join(special)}: this is not plain LoRA, which alone can be converted")
-    said = {}
+        said, kinds = zip(*((f"{key} {config[key]!r}", _kind(key, config[key])) for key in special), strict=True)
+        raise ValueError(
+            f"{place} uses {', '.join(said)}: this is not plain LoRA, which alone can be converted "
+            f"({'; '.join(kinds)}). To use it, {MERGE_THERE}"
+        )
+    result = {}
     for module in ranks:
         rank, alpha = _numbers(
             _matching(config.get("rank_pattern"), module, config.get("r"), place),
@@ -120,8 +199,20 @@ def _of_config(config: Mapping[str, Any], ranks: Mapping[str, int], place: str) 
         )
         if config.get("use_rslora") and alpha is not None:
             alpha *= sqrt(ranks[module])  # alpha/sqrt(rank) is this alpha/rank
-        said[module] = rank, alpha
-    return said
+        result[module] = rank, alpha
+    return result
+
+
+def _kind(key: str, value: Any) -> str:
+    """What this setting makes of an adapter."""
+    if key == "init_lora_weights":
+        name = next((name for start, name in _INITS.items() if str(value).startswith(start)), str(value))
+        can = name in ("PiSSA", "OLoRA", "CorDA")
+        way = "; peft saves it as plain LoRA with path_initial_model_for_weight_conversion" if can else ""
+        return f"{name}: its factors belong on a base that was changed before training{way}"
+    if key == "peft_type":
+        return f"{value} of peft"
+    return _KINDS.get(key, f"{key} of peft")
 
 
 def _matching(patterns: Any, module: str, default: Any, place: str) -> Any:

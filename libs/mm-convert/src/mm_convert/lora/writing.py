@@ -10,6 +10,7 @@ from typing import Any
 
 from mm_convert.lora.adapter import Adapter, LowRank
 from mm_convert.lora.names import PEFT, rename
+from mm_convert.store.mm import name_of
 from mm_convert.tensors.views import Computed, LazyTensor
 
 _SPELLINGS = {  # prefix, dialect ("": ours), A and B
@@ -38,8 +39,9 @@ def lora_tensors(adapter: Adapter, to: str) -> tuple[dict[str, LazyTensor], dict
         if to == "comfyui":
             tensors[f"{prefix}{name}.alpha"] = _scalar(module.alpha)
 
-    config = _config(modules, adapter.base, adapter.dropout)
-    header = {"format": "pt"} | ({"base": adapter.base} if adapter.base else {})
+    base = name_of(adapter.base)
+    config = _config(modules, base, adapter.dropout)
+    header = {"format": "pt"} | ({"base": base} if base else {})
     if to == "diffusers":
         header["lora_adapter_metadata"] = _json({prefix + key: value for key, value in config.items()})
     elif to != "comfyui" and None not in (adapter.rank, adapter.alpha):

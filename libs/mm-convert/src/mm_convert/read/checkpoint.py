@@ -84,7 +84,10 @@ def open_checkpoint(
     path = Path(path)
     source = find(path, published, part, prefix)
     if is_lora(source.tensors):
-        raise ValueError(f"{path} holds a LoRA adapter, not a whole model; `mm-convert inspect` and `convert` read it")
+        raise ValueError(
+            f"{path} holds a LoRA adapter, not a whole model: name its base here; to make one model of both, "
+            f"`mm-convert convert BASE TARGET --lora {path}`"
+        )
     family, dialect = recognise(source.tensors, str(path))
     said, is_ours, where = read_config(source, family)
     said = {**(config or {}), **said}

@@ -21,6 +21,10 @@ from mm_convert.tensors.views import LazyTensor
 _PREFIXES = ("module.", "model.", "predictor.", "diffusion_model.", "model.diffusion_model.", "pipe.dit.")
 
 
+class NotThere(ValueError):
+    """A path that was asked for does not exist: whoever typed it can mend it, so programs end with 2 and not with 1."""
+
+
 @dataclass
 class Source:
     """`tensors` by their names on disk, whole and with the layer numbers of the model; `folder` may say more."""
@@ -30,6 +34,7 @@ class Source:
     files: list[Path]
     folder: Path
     metadata: dict[str, str] = field(default_factory=dict)
+    is_part: bool = False  # of a torch file that holds more, as trainers save
     split: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -43,10 +48,11 @@ def find(path: Path, published: bool = False, part: str = "model", prefix: str =
         part: "model", or "ema" of a training checkpoint; "ema_state_dict" or "state_dict" of a torch file.
         prefix: what the names of the model begin with, besides what is known to be published.
 
-    Raises ValueError when there is nothing that can be read, or when it is not clear what is meant.
+    Raises ValueError when there is nothing that can be read, or when it is not clear what is meant; NotThere for a path
+    that does not exist.
     """
     if not path.exists():
-        raise ValueError(f"{path} does not exist")
+        raise NotThere(f"{path} does not exist")
     prefixes = (*_PREFIXES, *([f"{prefix.rstrip('.')}."] if prefix else []))
     if path.is_file():
         return _strip_prefix(_file(path, part), prefixes)
@@ -108,7 +114,9 @@ def _file(path: Path, part: str) -> Source:
         return Source(dict(tensors), "safetensors", [path], path.parent, metadata)
     if path.suffix not in TORCH_SUFFIXES:
         raise ValueError(f"{path} is not a checkpoint file (.safetensors, {', '.join(TORCH_SUFFIXES)})")
-    return Source(_state_dict(read_torch_file(path), path, part), "torch", [path], path.parent)
+    content = read_torch_file(path)
+    tensors = _state_dict(content, path, part)
+    return Source(tensors, "torch", [path], path.parent, is_part=not set(tensors) <= set(content))
 
 
 def _torch_folder(folder: Path, part: str) -> Source:

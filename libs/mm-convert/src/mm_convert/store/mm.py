@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 FORMAT, VERSION = "mm", 1  # of our own config.json
 FOLDER = "mm"  # our files, in a folder that holds published ones too
 MANIFEST = "mm_convert.json"  # beside every output: where it comes from, and what reading it back may need to know
+
+# Folders whose names say nothing of the model that lies in them.
+_PARTS = re.compile(
+    r"transformer(_2)?|(high|low)_noise_model|weights(-ema)?|adapter(-ema)?|mm|release|checkpoints|(step|iter)[-_]\d+"
+)
+
+
+def name_of(path: str | Path) -> str:
+    """What a model or an adapter at a path is called where others read it: its name, without the way to it.
+
+    A `str` of the form ORGANISATION/NAME is a name already. In the hub's cache it is that of the repository; of a part,
+    as transformer/ or a run's weights/, that of the folder around it.
+    """
+    if isinstance(path, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]*\w", path):
+        return path
+    parts = [part for part in PureWindowsPath(path).parts if part.strip("\\/.")]  # either kind of slash
+    for part in parts:
+        if part.startswith("models--") and part.count("--") == 2:
+            return part.removeprefix("models--").replace("--", "/")
+    return next((part for part in reversed(parts) if not _PARTS.fullmatch(part)), parts[-1] if parts else "")
 
 
 def read_json(path: Path) -> dict[str, Any]:

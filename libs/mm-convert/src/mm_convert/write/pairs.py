@@ -18,7 +18,7 @@ from mm_convert.write.outputs import Files, text_file
 if TYPE_CHECKING:
     from mm_convert.read.checkpoint import Checkpoint
 
-    PrepareOne = Callable[[Path, Path], tuple[Checkpoint | Adapter, Files]]
+    PrepareOne = Callable[[str, Path, Path], tuple[Checkpoint | Adapter, Files]]
 
 
 def prepare_pair(pair: Pair, target: Path, to: str, boundary: float | None, prepare_one: PrepareOne) -> Files:
@@ -27,7 +27,7 @@ def prepare_pair(pair: Pair, target: Path, to: str, boundary: float | None, prep
     Args:
         to: the form; diffusers has other names for the folders, and the boundary in model_index.json.
         boundary: where the files do not say it; without, that of the published model, if it is one.
-        prepare_one: opens the expert in one folder, and prepares writing it into another.
+        prepare_one: opens an expert ("high" or "low") in one folder, and prepares writing it into another.
 
     Raises ValueError for experts that are not of one kind and architecture, for a boundary that contradicts the files,
     and for a target that is no folder or the source.
@@ -38,8 +38,8 @@ def prepare_pair(pair: Pair, target: Path, to: str, boundary: float | None, prep
     if target.resolve() == source.resolve():
         raise ValueError(f"{target} is the source; name another target, or convert each expert in place: {pair.high}")
     names = DIFFUSERS if to == "diffusers" else FOLDERS
-    high, high_files = prepare_one(pair.high, target / names["high"])
-    low, low_files = prepare_one(pair.low, target / names["low"])
+    high, high_files = prepare_one("high", pair.high, target / names["high"])
+    low, low_files = prepare_one("low", pair.low, target / names["low"])
     refuse_unlike(pair, high, low)
     files = _join(target, {names["high"]: high_files, names["low"]: low_files})
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mm_convert.lora.adapter import Adapter
 from mm_convert.lora.merging import merge
 from mm_convert.lora.names import FILES
 from mm_convert.lora.writing import lora_tensors
+from mm_convert.read.experts import expert_of
 from mm_convert.store.mindspeed import TRACKER, rank_files
 from mm_convert.store.mm import FOLDER, MANIFEST, as_json, read_json
 from mm_convert.store.safetensors import refuse_link_out
@@ -106,14 +107,16 @@ def prepare_merge(
     where: Path,
     target: str | Path,
     to: str,
-    pp_layers: Layers = (),
-    dtype: str | None = None,
+    **how: Any,
 ) -> Files:
-    """What a base with the adapter at `where` in it would be, in the form `to`. Needs torch to be carried out."""
+    """What a base with the adapter at `where` in it would be, in the form `to`. Needs torch to be carried out.
+
+    how: the other arguments of `prepare_conversion`.
+    """
     import mm_convert.tensors.torch  # noqa: F401  # so that a missing torch is said before anything is written
 
     base.tensors = merge(base.tensors, adapter)
-    files = prepare_conversion(base, target, to, pp_layers=pp_layers, dtype=dtype)
+    files = prepare_conversion(base, target, to, **how)
     files.needs_torch = True
     files.notes += [*adapter.notes, f"{len(adapter.modules)} weights are merged"]
     manifest = base.folder / MANIFEST
@@ -156,10 +159,16 @@ def prepare_adapter(
     if target.suffix == ".safetensors":
         files.destination, files.outputs = OneFile(target), [safetensors_file(target.name, tensors, metadata)]
         return files
-    files.outputs = [safetensors_file(FILES[to], tensors, metadata)]
+    files.outputs = [safetensors_file(_file_name(to, target), tensors, metadata)]
     if config:
         files.outputs.append(text_file("adapter_config.json", as_json(config)))
     return files
+
+
+def _file_name(to: str, folder: Path) -> str:
+    """Of an adapter in a folder. ComfyUI has all adapters in one folder, where those of two experts need two names."""
+    expert = expert_of(folder)
+    return FILES[to].replace(".", f"_{expert}_noise.") if expert and to == "comfyui" else FILES[to]
 
 
 def _origin(checkpoint: Checkpoint) -> dict[str, str]:

@@ -11,6 +11,7 @@ from mm_convert.lora.names import PEFT
 from mm_convert.lora.reading import read_lora
 from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
 from mm_convert.read.content import identify
+from mm_convert.store.mm import name_of
 from mm_convert.tensors.mapping import lazy_tensors
 from mm_convert.tensors.stages import Layers
 from mm_convert.write.prepare import prepare_adapter, prepare_conversion
@@ -103,7 +104,7 @@ def save_lora(
     alpha: float,
     *,
     dropout: float = 0.0,
-    base: str = "",
+    base: str | Path = "",
     to: str = "mm",
     overwrite: bool = False,
 ) -> Path:
@@ -115,7 +116,7 @@ def save_lora(
             left out. A lazy mapping is asked as by `save_checkpoint`.
         alpha: W becomes W + alpha/rank · B A.
         dropout: on the input of A in training; recorded in adapter_config.json.
-        base: the model that the adapters are for, a name or a path; recorded for people and for peft.
+        base: the model that the adapters are for, a name or a path; its name is recorded, for people and for peft.
         to: "mm" or "peft" (they are one), "diffusers", "comfyui" or "mindspeed".
 
     Returns the path. Raises ValueError, before anything is written, for a target that exists, for tensors of which none
@@ -125,6 +126,7 @@ def save_lora(
     if not factors:
         raise ValueError(f"nothing to write to {path}: none of {len(tensors)} tensors is a LoRA adapter")
     named = {f"{PEFT}{name.removeprefix(PEFT).replace('.default.', '.')}": factor for name, factor in factors.items()}
-    adapter = dataclasses.replace(read_lora(named, {}, None, "what is to be saved", alpha), base=base, dropout=dropout)
+    adapter = read_lora(named, {}, None, "what is to be saved", alpha)
+    adapter = dataclasses.replace(adapter, base=name_of(base), dropout=dropout)
     prepare_adapter(adapter, None, path, to).write(overwrite=overwrite)
     return Path(path)
