@@ -88,8 +88,8 @@ def open_checkpoint(
     source = find(path, published, part, prefix)
     if is_lora(source.tensors):
         raise ValueError(
-            f"{path} holds a LoRA adapter, not a whole model: name its base here; to make one model of both, "
-            f"`mm-convert convert BASE TARGET --lora {path}`"
+            f"{path} holds a LoRA adapter, not a whole model: name its base here, and the adapter as one (mm_infer "
+            f"--lora, mm_train --lora.weights); `mm-convert convert BASE TARGET --lora {path}` makes one model of both"
         )
     family, dialect = recognise(source.tensors, str(path))
     said, is_ours, where = read_config(source, family)
