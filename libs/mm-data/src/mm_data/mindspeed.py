@@ -82,6 +82,8 @@ def _read(file: Path) -> dict[str, Tensor]:
     """Tensors by our names, memory-mapped; the caption cut to its true length."""
     try:
         found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, MemoryError):  # the file may be right
+        raise
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for a file that was cut off
         raise ValueError(f"{file} is damaged or no feature file: {str(error).splitlines()[0]}") from error
     latents = next((found[name] for name in LATENTS if name in found), None)
