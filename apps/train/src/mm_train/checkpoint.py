@@ -99,7 +99,7 @@ class Checkpointer:
             if self.leader:
                 shutil.rmtree(unfinished, ignore_errors=True)
             free = shutil.disk_usage(self.directory).free
-            what = "free some space" if _is_full(error) else "see to the reason"
+            what = "free some space" if is_full(error) else "see to the reason"
             raise OSError(
                 f"could not write checkpoint {final} ({free / 2**20:,.0f} MiB free there): {_reason(error)}. "
                 f"The newest complete one is {self.latest() or 'none'}; {what} and start again to continue from it"
@@ -151,7 +151,7 @@ def _state(model: nn.Module, optimizer: Optimizer, average: EMA) -> dict[str, An
     return state | ({"ema": average.average} if average.average else {})
 
 
-def _is_full(error: BaseException) -> bool:
+def is_full(error: BaseException) -> bool:
     """Whether a disk or a quota was full, on any rank."""
     causes = [cause[0] for cause in getattr(error, "failures", {}).values()] or [error]
     return any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for cause in causes)
