@@ -6,13 +6,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import mm_infer
 from mm_data import made_with, write_video
 from mm_infer.__main__ import main
 from mm_infer.config import Config, Options
-from mm_infer.inputs import Given, footage
+from mm_infer.inputs import Given, footage, mask_pixels
 from mm_infer.lists import read_requests
 from mm_infer.settle import choose_task, settle
 from mm_infer.weights import Facts
@@ -122,6 +123,48 @@ def test_a_video_is_read_at_the_rate_that_is_written(facts, tmp_path):
     read = footage(tmp_path / "fast.mp4", 16).cut(29).pixels((32, 32))
     shown = ((read.mean((0, 2, 3)) + 1) * 127.5 / 4).round()
     assert abs(shown.numpy() - np.arange(0, 58, 2)).max() <= 1
+
+
+CHANGES = np.zeros((16, 32), bool)  # H W
+CHANGES[:8, :16] = True
+
+
+def test_masks_of_every_form_say_the_same(tmp_path):
+    bytes_ = CHANGES * np.uint8(255)
+    moving = np.stack([CHANGES] * 5)
+    colour = np.stack([bytes_] * 3, axis=-1)
+    clear = np.dstack([colour, np.zeros_like(bytes_)])  # all of it is transparent
+    Image.fromarray(bytes_).save(tmp_path / "grey.png")
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    write_video(tmp_path / "mask.mp4", np.stack([colour] * 5), fps=8, crf=0)
+    expected = torch.from_numpy(moving)[None].float()
+    for mask in (
+        *(tmp_path / "grey.png", tmp_path / "clear.png", tmp_path / "mask.mp4"),
+        *(CHANGES, bytes_, bytes_ / 255, CHANGES[..., None], colour, clear, colour[..., 1:]),
+        *(moving, moving[..., None], np.stack([bytes_] * 5), np.stack([colour] * 5), np.stack([clear] * 5)),
+        *(torch.from_numpy(moving), torch.from_numpy(moving).bfloat16(), torch.from_numpy(bytes_)),
+    ):
+        assert torch.equal(mask_pixels(Given(mask=mask), 8, 5, (16, 32)), expected)
+    half = mask_pixels(Given(mask=np.full((16, 32), 0.25, np.float32)), 8, 1, (16, 32))
+    assert half.unique().tolist() == pytest.approx([0.25], abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.zeros(9, np.uint8), r"not of the shape \(9,\)"),
+        (np.zeros((1, 5, 16, 32), np.uint8), r"not of the shape \(1, 5, 16, 32\)"),
+        (np.zeros((5, 16, 32, 3, 1), np.uint8), r"not of the shape \(5, 16, 32, 3, 1\)"),
+        (np.zeros((0, 16, 32), np.uint8), r"not of the shape \(0, 16, 32\)"),
+        (CHANGES.astype(np.int64), "not int64 of 0 to 1"),
+        (CHANGES.astype(np.uint8), "not uint8 of 0 to 1"),
+        (CHANGES * 255.0, r"not float64 of 0.0 to 255.0"),
+        (np.full((16, 32), np.nan), "not float64 of nan to nan"),
+    ],
+)
+def test_masks_that_could_be_misread_are_refused(mask, message):
+    with pytest.raises(ValueError, match=message):
+        mask_pixels(Given(mask=mask), 8, 5, (16, 32))
 
 
 def test_one_reference_needs_no_list():

@@ -93,6 +93,7 @@ def test_ranks_that_do_not_fit_are_refused():
 def command(rank: int, world: int, argv: list[str]) -> str:
     """What the command prints, as torchrun would start it."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         main(argv)
     return printed.getvalue()

@@ -79,3 +79,4 @@ def state(checkpoint: Path) -> dict[str, torch.Tensor]:
 def as_torchrun(rank: int, world: int) -> None:
     """What torchrun would put into the environment of this rank."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -294,3 +295,19 @@ def test_what_fails_of_encoding_ends_the_run(encoders, manifest, tmp_path, monke
 def test_what_cannot_work_is_said(encoders, manifest, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         extract(replace(config(encoders, manifest, tmp_path / "f"), **change))
+
+
+def test_what_videos_lose_is_said_also_where_they_are_in_the_store(encoders, tmp_path, capsys):
+    with av.open(str(tmp_path / "old.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"x264-params": "tff=1"})
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        stream.codec_context.color_trc = 16
+        for _ in range(9):
+            container.mux(stream.encode(av.VideoFrame(48, 32, "yuv420p")))
+        container.mux(stream.encode())
+    (tmp_path / "data.json").write_text('[{"path": "old.mp4", "cap": "a cat"}]')
+    for _ in range(2):
+        assert extract(config(encoders, tmp_path / "data.json", tmp_path / "out")) == 0
+        said = capsys.readouterr().err
+        assert "note: HDR (PQ): 1 sample, e.g. old.mp4: their colours are taken as they are stored" in said
+        assert "note: interlaced: 1 sample, e.g. old.mp4: a frame holds two moments" in said

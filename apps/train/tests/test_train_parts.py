@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mm_convert.cli.arguments import dump, read_config
 from mm_data import FeatureDataset, build_loader
 from mm_models import build, presets
 from mm_models.diffusion.flow import FlowMatching
@@ -19,7 +20,7 @@ from mm_models.wan.testing import write_encoders
 from mm_train import checkpoint as checkpoints
 from mm_train.checkpoint import Checkpointer
 from mm_train.checks import CHECKS, check
-from mm_train.config import OptimConfig
+from mm_train.config import Config, OptimConfig
 from mm_train.metrics import Metrics
 from mm_train.optim import EMA, build_optimizer, learning_rate
 from mm_train.recipe import RECIPES, load_config
@@ -293,3 +294,22 @@ def test_every_check_has_a_name_of_its_own():
     names = [one.name for one in CHECKS]
     assert len(set(names)) == len(names)
     assert {one.when for one in CHECKS} == {"at once", "with torch"}
+
+
+def test_a_file_from_windows_selects_its_recipe_and_is_read(tmp_path):
+    (tmp_path / "my.toml").write_text('model = "wan2.1-t2v-1.3b"\n[optim]\nlr = 2e-5\n', encoding="utf-8-sig")
+    (tmp_path / "my.yaml").write_text("model: wan2.1-t2v-1.3b\noptim:\n  lr: 2e-5\n", encoding="utf-8-sig")
+    for name in ("my.toml", "my.yaml"):
+        read = load_config(["--config", str(tmp_path / name)])
+        assert (read.memory.recompute, read.optim.lr) == (20, 2e-5)
+
+
+def test_a_configuration_is_read_as_it_was_written(tmp_path):
+    written = load_config(
+        ["--model", "wan2.1-t2v-1.3b", "--sample.prompts", '["null", "#1", "~"]', "--trained", "[a*]"]
+    )
+    (tmp_path / "config.toml").write_text(dump(written), encoding="utf-8")
+    assert read_config(Config, tmp_path / "config.toml") == written
+    (tmp_path / "config.toml").write_text(dump(written).replace("seed = 42", 'seed = "x"'), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config.toml: seed is 'x'; it takes a whole number"):
+        read_config(Config, tmp_path / "config.toml")

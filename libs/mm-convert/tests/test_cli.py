@@ -83,6 +83,9 @@ def test_dropped_tensors_are_reported(run, toys, tmp_path):
         (["convert", "a", "b", "--to", "difusers"], "--to is difusers; it takes one of mm, mindspeed"),
         (["convert", "a", "b", "--shard_gb", "0"], "--shard_gb is 0; it takes a number (more than 0), or null"),
         (["convert", "a"], "required: target"),
+        (["convert", "nowhere", "b"], "nowhere does not exist"),
+        (["diff", "nowhere", "b"], "nowhere does not exist"),
+        (["WanConverter", "hf_to_mm", "--cfg.source_path", "no", "--cfg.target_path", "b"], "no does not exist"),
         (["convert", "a", "b", "c"], "'c' belongs to no option"),
     ],
 )
@@ -112,8 +115,11 @@ def test_the_package_is_the_command(toys, tmp_path):
     assert run("--help").stdout.startswith("usage: mm-convert COMMAND [options]")
     assert "num_heads      2" in run("inspect", toys.diffusers(tmp_path / "source")).stdout
     failed = run("inspect", tmp_path / "nowhere")
-    assert (failed.returncode, failed.stderr) == (1, f"mm-convert: error: {tmp_path / 'nowhere'} does not exist\n")
+    assert (failed.returncode, failed.stderr) == (2, f"mm-convert: error: {tmp_path / 'nowhere'} does not exist\n")
     assert run("inspct").returncode == 2
+    (tmp_path / "a.txt").write_text("no weights")
+    assert run("inspect", tmp_path / "a.txt").returncode == 1
+    assert run("inspect", tmp_path).returncode == 1
 
 
 LOADED = "import sys; {}; heavy = {{'torch', 'numpy', 'diffusers'}} & set(sys.modules); assert not heavy, heavy"
@@ -178,9 +184,10 @@ def test_an_adapter_of_mindspeed_needs_its_alpha(run, toys, tmp_path):
     base = toys.diffusers(tmp_path / "base")
     lora = adapter(toys, tmp_path / "lora", "self_attn.proj_q")
     merge = ["WanConverter", "merge_lora_to_base", "--cfg.source_path", base, "--cfg.lora_path", lora]
-    code, _, err = run(*merge, "--cfg.target_path", tmp_path / "merged")
-    assert code == 1
-    assert "--lora_alpha" in err
+    for command in ([*merge, "--cfg.target_path", tmp_path / "merged"], ["inspect", lora]):
+        code, _, err = run(*command)
+        assert code == 1
+        assert "--lora_alpha" in err
     code, _, err = run(*merge, "--cfg.target_path", tmp_path / "merged", "--lora_rank", "8", "--lora_alpha", "4")
     assert code == 1
     assert "8" in err

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from mm_convert import convert, convert_ckpt, convert_ckpt_to_mm, inspect, open_checkpoint
+from mm_convert import convert, convert_ckpt, convert_ckpt_to_mm, inspect, open_checkpoint, open_lora, save_lora
 from mm_convert.cli import main
 from mm_convert.families import FAMILIES
 from mm_convert.read.content import identify
@@ -267,3 +267,57 @@ def test_a_dry_run_writes_nothing(toys, tmp_path, capsys):
     assert "release/mp_rank_00_001/model_optim_rng.pt" in said
     assert "latest_checkpointed_iteration.txt: release" in said
     assert not (tmp_path / "t").exists()
+
+
+def save_adapter(module, height, width):
+    """Of ones, of rank 2 and alpha 6."""
+    torch = pytest.importorskip("torch")
+    factors = {"A": torch.ones(2, width), "B": torch.ones(height, 2)}
+    save_lora("lora", {f"{module}.lora_{part}.weight": factor for part, factor in factors.items()}, 6.0)
+
+
+@pytest.mark.parametrize(
+    ("converter", "family", "module"),
+    [
+        ("WanConverter", "wan", "blocks.1.ffn.0"),
+        ("WanConverter", "vace", "vace_blocks.1.ffn.0"),
+        ("VACEConverter", "vace", "vace_blocks.1.ffn.0"),
+        ("OpenSoraPlanConverter", "opensoraplan", "transformer_blocks.0.attn1.to_q"),
+        ("Qwen2_5_VLConverter", "qwen2.5-vl", "model.layers.0.self_attn.k_proj"),
+        ("", "qwen2.5-vl", "visual.blocks.0.mlp.up_proj"),
+        ("", "vace", "blocks.0.self_attn.q"),
+    ],
+)
+def test_an_adapter_merges_into_every_family(converter, family, module, toys, tmp_path):
+    torch = pytest.importorskip("torch")
+    if family in ("opensoraplan", "qwen2.5-vl"):
+        sides = {side for row in FAMILY[family].table.rows for side in row.shape.replace("*", " ").split()}
+        osp = {side: 2 for side in sides if not side.isdecimal()} | dict(dim=48, ffn_dim=192)
+        how = dict(sizes=osp, num_heads=2) if family == "opensoraplan" else HEADS
+        hub(toys, tmp_path / "base", family, {"i": 1, "j": 1}, **how)
+    else:
+        kind = toys.control if family == "vace" else toys.kinds["t2v"]
+        toys.write_checkpoint(tmp_path / "base", toys.shapes("original", kind))
+    base = open_checkpoint("base")
+    height, width = base.shape(f"{module}.weight")
+    save_adapter(module, height, width)
+    if converter:
+        words = "merge_lora_to_base --cfg.source_path base --cfg.lora_path lora --cfg.target_path merged"
+        mm_convert(f"{converter} {words}")
+    else:
+        mm_convert("convert base merged --lora lora")
+    merged = open_checkpoint("merged")
+    assert (merged.family, list(sorted(merged))) == (family, list(sorted(base)))
+    different = [name for name in base if base.tensors[name].read() != merged.tensors[name].read()]
+    assert different == [f"{module}.weight"]
+    torch.testing.assert_close(merged[f"{module}.weight"], base[f"{module}.weight"] + 6 / 2 * 2, equal_nan=True)
+
+
+def test_an_adapter_of_wan_is_taken_for_the_vace_that_it_is_meant_for(tmp_path):
+    save_adapter("blocks.0.self_attn.q", 8, 8)
+    line = "lora_hf_to_mm --cfg.source_path lora --target_layout mindspeed --cfg.target_path"
+    mm_convert(f"VACEConverter {line} vace")
+    mm_convert(f"WanConverter {line} wan")
+    assert open_lora("vace", family="vace").family.name == "vace"
+    assert (open_lora("vace").alpha, open_lora("wan").alpha) == (6, 6)
+    assert open_lora("wan").family.name == "wan"

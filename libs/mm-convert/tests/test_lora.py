@@ -808,8 +808,9 @@ def test_a_checkpoint_of_a_run_says_alpha_in_its_settings(tmp_path: Path) -> Non
         with pytest.raises(ValueError, match=r"does not say its alpha \(it is a training checkpoint.*--lora_alpha"):
             open_lora(path)
         assert open_lora(path, alpha=16).alpha == 16
-    (folder / "config.toml").write_text(f"model = 'wan'\n[lora]\nrank = {RANK}\nalpha = 16.0\n", encoding="utf-8")
-    assert (open_lora(folder).alpha, open_lora(folder).rank) == (16, RANK)
+    settings = f"weights = '/home/me/Wan2.1'\n[lora]\nrank = {RANK}\nalpha = 16.0\n"
+    (folder / "config.toml").write_text(settings, encoding="utf-8")
+    assert (open_lora(folder).alpha, open_lora(folder).rank, open_lora(folder).base) == (16, RANK, "Wan2.1")
     with pytest.raises(ValueError, match="caller says alpha 8"):
         open_lora(folder, alpha=8)
 

@@ -61,13 +61,16 @@ def test_a_bar_may_begin_its_line_anew(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     with escaped_output():
         sys.stderr.write("\r 10 %\rgone")
+        sys.stderr.write("\n")
+        sys.stderr.write("\x1b[A\x1b[A")  # as tqdm leaves a bar below another
+        sys.stderr.write("\x1b[A name")
         with Progress(100, "x") as progress:
             progress.shown -= 1
             progress(100)
     shown = sys.stderr.getvalue()
-    assert shown.startswith("\r 10 %\\x0dgone\r")
+    assert shown.startswith("\r 10 %\\x0dgone\n\x1b[A\x1b[A\\x1b[A name\r")
     assert shown.count("100%") == 2
-    assert "\x1b" not in shown
+    assert shown.count("\x1b") == 2
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1", "gbk"])

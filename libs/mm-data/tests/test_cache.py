@@ -7,10 +7,12 @@ import resource
 import signal
 import time
 
+import av
 import pytest
 import torch
 
 from mm_data import FeatureCache, FeatureDataset, Geometry, Sample, content_key
+from mm_data.video import decoder_identity
 
 ENTRIES = 600
 
@@ -137,6 +139,22 @@ def test_whatever_decides_the_tensors_makes_them_stale(tmp_path, samples, change
     assert len(FeatureDataset(tmp_path / "out")) == 1
     with pytest.raises(ValueError, match="two versions"):
         cache.finish()
+
+
+def test_entries_of_another_decoder_are_stale(tmp_path, samples, monkeypatch):
+    """PyAV 15 and 16 read other colours than 17 from the same file: the two are not mixed."""
+    with FeatureCache(tmp_path / "out") as cache:
+        for decoder in ("PyAV 16.0.1 libavcodec 61.19.101", decoder_identity()):
+            monkeypatch.setattr("mm_data.cache.decoder_identity", lambda _, name=decoder: name)
+            todo = cache.find_work(samples[:1], Geometry(), "e")
+            assert len(todo.to_encode) == 1
+            meta = {"id": "a/0.mp4", "decoder": decoder}
+            cache.put(todo.keys["a/0.mp4"], entry(), meta)
+    todo = FeatureCache(tmp_path / "out").find_work(samples[:1], Geometry(), "e")
+    assert (len(todo.done), todo.stale) == (1, 1)
+    assert "1 stale entry, 1 from PyAV 16.0.1 libavcodec 61.19.101; videos are decoded by PyAV" in str(todo)
+    assert cache.finish(todo) == 1
+    assert decoder_identity("pyav").startswith(f"PyAV {av.__version__} libavformat ")
 
 
 def test_the_seed_counts_only_where_it_is_used():

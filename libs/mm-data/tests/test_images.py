@@ -1,11 +1,14 @@
 """Pictures of every kind come upright as RGB, or are refused by name."""
 
+import os
+import zlib
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mm_data import area_size, crop_to, pad_to, read_image
+from mm_data import area_size, crop_to, pad_to, read_image, read_mask
 
 # H W 3: red, green over blue, black; not square, so that turns and mirrors show
 CORNERS = np.zeros((20, 30, 3), np.uint8)
@@ -68,6 +71,54 @@ def test_what_is_transparent_lies_on_white(tmp_path):
     assert (read_image(saved(tmp_path / "palette.png", palette, transparency=0)) == 255).all()
 
 
+def test_masks_are_grey_values_whatever_is_transparent(tmp_path):
+    """As diffusers takes them: Pillow's mode L."""
+    rgba = np.random.default_rng(0).integers(0, 256, (20, 30, 4), np.uint8)
+    for mode in ("RGBA", "LA", "RGB", "L", "1", "P", "CMYK"):
+        picture = Image.fromarray(rgba).convert(mode)
+        path = saved(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"), picture)
+        assert (read_mask(path)[..., 0] == np.asarray(picture.convert("L"))).all(), mode
+    palette = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3))
+    palette = palette.convert("P")
+    palette.putpalette([0, 0, 0, 255, 255, 255] * 3)
+    path = saved(tmp_path / "palette.png", palette, transparency=1)
+    assert read_mask(path)[..., 0].tolist() == [[0, 255, 0], [255, 0, 255]]
+    grey = Image.fromarray(np.array([[0, 65535, 32768]], np.uint16))
+    assert read_mask(saved(tmp_path / "deep.png", grey))[..., 0].tolist() == [[0, 255, 128]]
+
+
+def test_only_pictures_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "gs.png").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    for name, message in {
+        "pipe.png": r"pipe.png is a named pipe \(FIFO\), not a file",
+        "gs.png": "gs.png is not a picture of a known kind",  # Pillow would start Ghostscript
+        "http://example.com/a.png": "is not there",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            read_image(name if "://" in name else tmp_path / name)
+
+
+def test_bombs_are_refused_in_one_line(tmp_path):
+    """Small files that say that they are very large pictures, or hold very long texts."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    def png(size: int, *chunks: bytes) -> bytes:
+        header = size.to_bytes(4, "big") * 2 + bytes([8, 0, 0, 0, 0])
+        return b"\x89PNG\r\n\x1a\n" + b"".join([chunk(b"IHDR", header), *chunks, chunk(b"IEND", b"")])
+
+    text = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 26)))
+    for name, content in {"large.png": png(30_000), "text.png": png(8, text)}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} cannot be read as a picture") as caught:
+            read_image(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
 def test_what_is_no_picture_is_refused_by_name(tmp_path):
     good = saved(tmp_path / "good.jpg", Image.fromarray(CORNERS)).read_bytes()
     (tmp_path / "cut.jpg").write_bytes(good[: len(good) // 2 + 100])
@@ -79,7 +130,7 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path):
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     Image.fromarray(np.zeros((4, 4), np.int32)).save(tmp_path / "wide.tiff")
     for name, message in {
-        "none.png": "does not exist",
+        "none.png": "is not there",
         ".": "is a folder",
         "cut.jpg": "cut.jpg cannot be read as a picture",
         "cut.png": "cut.png cannot be read as a picture",

@@ -160,6 +160,21 @@ def test_source_and_mask_take_the_frames_of_the_video(folder, geometry):
         assert plain["video"].shape == clip["video"].shape
 
 
+def test_one_picture_masks_all_frames(folder, tmp_path):
+    """Whatever of it is transparent, and of another resolution than the video."""
+    picture = np.zeros((48, 72, 4), np.uint8)
+    picture[:, :36, :3] = 255
+    picture[:24, :, 3] = 255
+    Image.fromarray(picture).save(tmp_path / "half.png")
+    Image.fromarray(picture[:, :48]).save(tmp_path / "square.png")
+    clip = VideoDataset([sample(folder, mask=tmp_path / "half.png")], VACE)[0]
+    assert clip["mask"].shape == (1, 9, 96, 144)
+    assert (clip["mask"][..., :70] == 1).all()
+    assert (clip["mask"][..., 74:] == 0).all()
+    with pytest.raises(ValueError, match=r"shape_mismatch: \S*square.png is 48 x 48, \S*video.mp4 is 96 x 144"):
+        VideoDataset([sample(folder, mask=tmp_path / "square.png")], VACE)[0]
+
+
 def test_what_is_not_given(folder):
     nothing, followed = VideoDataset(
         [replace(sample(folder), control=Control()), sample(folder, mask=None, references=())], VACE

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from datetime import timedelta
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from mm_parallel import device as devices
+from mm_parallel.launch import Launch, read_launch
 
 CPU = torch.device("cpu")
 
@@ -45,12 +47,52 @@ def test_torchrun_is_joined():
 
 
 def test_more_local_ranks_than_devices_is_refused(monkeypatch):
-    for key, value in {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "9"}.items():
+    torchrun = {"RANK": "9", "WORLD_SIZE": "16", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for key, value in torchrun.items():
         monkeypatch.setenv(key, value)
+    monkeypatch.setenv("LOCAL_RANK", "9")
     monkeypatch.setattr(devices, "device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
     with pytest.raises(ValueError, match=r"local rank 9 .* shows 8 .*--nproc_per_node 8"):
         devices.init_distributed(timedelta(seconds=5))
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(ValueError, match=r"RANK=9, but not LOCAL_RANK, and this host shows 8"):
+        devices.init_distributed(timedelta(seconds=5))
+
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Launch()),
+        (TORCHRUN, Launch(1, 2, 1, True)),
+        ({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": ""}, Launch(0, 1, None, True)),
+        ({"MASTER_ADDR": "node1", "MASTER_PORT": "1"}, Launch()),  # of a pod
+        ({"MASTER_ADDR": "node1", "LOCAL_RANK": "3", **SLURM}, Launch()),
+        ({"RANK": "0"}, Launch()),
+        ({"WORLD_SIZE": "1"}, Launch()),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "node1"}, Launch()),
+        ({"RANK": "", "WORLD_SIZE": " "}, Launch()),
+        ({"RANK": "1"}, "says RANK=1, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: torchrun"),
+        ({"WORLD_SIZE": "8"}, "says WORLD_SIZE=8, but not RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "says RANK=0, WORLD_SIZE=2, but not MASTER_ADDR, MASTER_PORT"),
+        ({**TORCHRUN, "MASTER_PORT": ""}, "but not MASTER_PORT"),
+        ({**TORCHRUN, "RANK": "2"}, "RANK=2 and WORLD_SIZE=2: ranks are 0 to 1"),
+        ({**TORCHRUN, "RANK": "x"}, "RANK='x'; it takes a whole number"),
+        ({**TORCHRUN, "WORLD_SIZE": "0"}, "WORLD_SIZE='0'; it takes a whole number (at least 1)"),
+        ({**TORCHRUN, "MASTER_PORT": "-1"}, "MASTER_PORT='-1'"),
+        ({**TORCHRUN, "LOCAL_RANK": "a"}, "LOCAL_RANK='a'"),
+    ],
+)
+def test_what_a_launcher_says(environment, expected):
+    if isinstance(expected, Launch):
+        assert read_launch(environment) == expected
+    else:
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            read_launch(environment)
 
 
 @pytest.mark.parametrize(

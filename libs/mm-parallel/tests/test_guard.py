@@ -3,26 +3,21 @@
 import ctypes
 import inspect
 import math
-import multiprocessing
 import os
 import re
-import runpy
 import signal
-import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from mm_parallel.guard import Watchdog, agree, join, tell_absence
-from mm_parallel.testing import spawn
-from mm_parallel.testing.ranks import _ALWAYS
+from mm_parallel.absence import absence_told
+from mm_parallel.guard import Watchdog, agree, join
+from mm_parallel.testing import End, launch, spawn
 
 FAST = {"deadline": 2, "interval": 0.2, "silence": 1.5}
 
@@ -147,23 +142,29 @@ def the_host_never_comes(rank: int) -> None:
         comes(rank)
 
 
+def refuse() -> None:
+    with absence_told():
+        sys.stderr.write("no.toml is not there")
+        sys.exit(2)
+
+
 def one_cannot_come(rank: int) -> None:
     if rank == 1:
-        tell_absence("no.toml is not there")
+        refuse()
     else:
         comes(rank)
 
 
 def the_host_cannot_come(rank: int) -> None:
     if rank == 0:
-        tell_absence("no.toml is not there")
+        refuse()
     else:
         time.sleep(1)
         comes(rank)
 
 
 def none_can_come(rank: int) -> None:
-    sys.stderr.write(f"{tell_absence('no.toml is not there')}")
+    refuse()
 
 
 def one_fails_while_it_joins(rank: int) -> None:
@@ -196,59 +197,29 @@ def one_is_interrupted(rank: int) -> None:
         together()
 
 
-@dataclass
-class End:
-    code: int
-    said: str
-
-
-def run(scenario, world: int, folder: Path, within: float = 15) -> list[End]:
-    """Runs a function of this file on `world` ranks, and kills none: how each ended within some seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_ALWAYS)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        where = f"tcp://localhost:{free.getsockname()[1]}"
-    ranks = []
-    for rank in range(world):
-        given = {"RANK": rank, "WORLD": world, "WHERE": where, "ERR": f"{folder}/{rank}", "SCENARIO": scenario.__name__}
-        # by path, as pytest imports this file under a name that nobody can import
-        process = context.Process(target=runpy.run_path, args=(__file__, given, "rank"))
-        process.start()
-        ranks.append(process)
-    deadline = time.monotonic() + within
-    try:
-        for process in ranks:
-            process.join(max(0, deadline - time.monotonic()))
-        codes = [process.exitcode for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    return [End(code, (folder / str(rank)).read_text()) for rank, code in enumerate(codes)]
-
-
-def main(rank: int, world: int, where: str, err: str, scenario: str) -> None:
-    os.dup2(os.open(err, os.O_CREAT | os.O_WRONLY), 2)
-    torch.set_num_threads(1)
+def main(rank: int, scenario: str) -> None:
     if "watch" not in inspect.signature(globals()[scenario]).parameters:  # it joins by itself
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost"}
-        os.environ["MASTER_PORT"] = where.rpartition(":")[2]
         return globals()[scenario](rank)
     if scenario == "clocks_are_an_hour_apart":
         now = time.time
         time.time = lambda: now() + 3600 * rank
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     with Watchdog(**FAST) as watch:
         globals()[scenario](rank, watch)
     assert threading.active_count() == 1
+
+
+def run(scenario, world: int, within: float = 15) -> list[End]:
+    """Runs a function of this file on `world` ranks, and kills none: how each ended within some seconds."""
+    return launch(world, main, scenario.__name__, within=within)
 
 
 def others(ends: list[End], culprit: int) -> list[End]:
     return ends[:culprit] + ends[culprit + 1 :]
 
 
-def test_a_rank_that_raises_ends_all_with_its_error(tmp_path):
-    ends = run(one_raises, 3, tmp_path)
+def test_a_rank_that_raises_ends_all_with_its_error():
+    ends = run(one_raises, 3)
     assert [end.code for end in ends] == [1, 1, 1]
     for rank in (0, 1):
         message = (
@@ -259,23 +230,23 @@ def test_a_rank_that_raises_ends_all_with_its_error(tmp_path):
     assert "ValueError: the batch has 3 samples" in ends[2].said
 
 
-def test_the_host_of_the_store_stays_until_its_error_is_told(tmp_path):
-    ends = run(the_host_raises, 3, tmp_path)
+def test_the_host_of_the_store_stays_until_its_error_is_told():
+    ends = run(the_host_raises, 3)
     assert [end.code for end in ends] == [1, 1, 1]
     assert "ValueError: no such file: data.txt" in ends[0].said
     for end in ends[1:]:
         assert "rank 0 failed: ValueError: no such file: data.txt; this rank was in step 3" in end.said
 
 
-def test_an_error_that_may_have_another_cause_is_told_when_there_is_none(tmp_path):
-    ends = run(one_blames_the_network, 2, tmp_path)
+def test_an_error_that_may_have_another_cause_is_told_when_there_is_none():
+    ends = run(one_blames_the_network, 2)
     assert [end.code for end in ends] == [1, 1]
     assert "rank 1 failed: OSError: connection to the feature store lost; this rank was in step 3" in ends[0].said
     assert "OSError: connection to the feature store lost" in ends[1].said
 
 
-def test_a_killed_rank_is_named_with_the_line_where_it_was(tmp_path):
-    ends = run(one_is_killed, 3, tmp_path)
+def test_a_killed_rank_is_named_with_the_line_where_it_was():
+    ends = run(one_is_killed, 3)
     assert [end.code for end in ends] == [1, -signal.SIGKILL, 1]
     for end in others(ends, 1):
         heard = "no heartbeat for 1.5 s; it was last heard in step 4, one_is_killed (test_guard.py:"
@@ -284,8 +255,8 @@ def test_a_killed_rank_is_named_with_the_line_where_it_was(tmp_path):
         assert "most recent call first" in end.said
 
 
-def test_a_killed_host_is_named(tmp_path):
-    ends = run(the_host_is_killed, 3, tmp_path)
+def test_a_killed_host_is_named():
+    ends = run(the_host_is_killed, 3)
     assert [end.code for end in ends] == [-signal.SIGKILL, 1, 1]
     for end in ends[1:]:
         assert (
@@ -294,8 +265,8 @@ def test_a_killed_host_is_named(tmp_path):
         )
 
 
-def test_a_sleeping_rank_is_told_from_those_that_wait_for_it(tmp_path):
-    ends = run(one_sleeps, 3, tmp_path)
+def test_a_sleeping_rank_is_told_from_those_that_wait_for_it():
+    ends = run(one_sleeps, 3)
     assert [end.code for end in ends] == [1, 1, 1]
     for end in ends:
         assert re.search(
@@ -305,97 +276,98 @@ def test_a_sleeping_rank_is_told_from_those_that_wait_for_it(tmp_path):
         assert "most recent call first" in end.said
 
 
-def test_a_rank_in_an_earlier_phase_is_the_one_that_hangs(tmp_path):
-    for end in run(one_is_behind, 2, tmp_path):
+def test_a_rank_in_an_earlier_phase_is_the_one_that_hangs():
+    for end in run(one_is_behind, 2):
         assert end.code == 1
         assert "rank 1 hangs: no progress" in end.said
         assert "; rank 0 in step 5: forward" in end.said
 
 
-def test_a_rank_that_ends_before_the_others_is_named(tmp_path):
-    for end in run(one_ends_early, 3, tmp_path):
+def test_a_rank_that_ends_before_the_others_is_named():
+    for end in run(one_ends_early, 3):
         assert end.code == 1
         assert re.search("rank 1 ended before the others: no progress for .* ranks 0, 2 in step 7", end.said)
 
 
-def test_a_rank_without_pythons_lock_ends_too(tmp_path):
-    ends = run(one_keeps_the_lock, 2, tmp_path)
+def test_a_rank_without_pythons_lock_ends_too():
+    ends = run(one_keeps_the_lock, 2)
     assert [end.code for end in ends] == [1, 1]
     assert re.search(r"rank 1 (is gone or stopped|gave no sign of life).* in step 8", ends[0].said)
     assert "one_keeps_the_lock" in ends[1].said  # its stack, written by C
 
 
-def test_a_failed_rank_that_does_not_end_is_ended(tmp_path):
-    ends = run(one_will_not_end, 2, tmp_path)
+def test_a_failed_rank_that_does_not_end_is_ended():
+    ends = run(one_will_not_end, 2)
     assert [end.code for end in ends] == [1, 1]
     assert "ValueError: first" in ends[1].said
     assert "rank 1 failed, but has not ended" in ends[1].said
 
 
-def test_ranks_whose_clocks_differ_name_the_one_that_hangs(tmp_path):
-    ends = run(clocks_are_an_hour_apart, 3, tmp_path)
+def test_ranks_whose_clocks_differ_name_the_one_that_hangs():
+    ends = run(clocks_are_an_hour_apart, 3)
     assert [end.code for end in ends] == [1, 1, 1]
     for end in ends:
         assert re.search(r"rank 1 hangs: no progress for 2\.\d s, rank 1 in step 5, one_sleeps", end.said)
 
 
-def test_a_stopped_rank_is_named(tmp_path):
-    ends = run(one_is_stopped, 3, tmp_path, within=8)
+def test_a_stopped_rank_is_named():
+    ends = run(one_is_stopped, 3)
     assert [end.code for end in ends] == [1, None, 1]  # it is still stopped
     for end in others(ends, 1):
         assert "rank 1 is gone or stopped: no heartbeat for 1.5 s; it was last heard in step 4" in end.said
 
 
-def test_a_rank_that_is_interrupted_ends_all_as_that_does(tmp_path):
-    ends = run(one_is_interrupted, 2, tmp_path)
+def test_a_rank_that_is_interrupted_ends_all_as_that_does():
+    ends = run(one_is_interrupted, 2)
     assert ends[0].code == 130
     assert "rank 1 was interrupted; this rank was in step 4" in ends[0].said
     assert "KeyboardInterrupt" in ends[1].said
 
 
-def test_a_rank_that_never_comes_is_named(tmp_path):
-    ends = run(one_never_comes, 3, tmp_path)
+def test_a_rank_that_never_comes_is_named():
+    ends = run(one_never_comes, 3)
     assert [end.code for end in ends] == [1, 0, 1]
     for end in others(ends, 1):
         assert "ConnectionError: rank 1 of 3 did not come within 4 s (ranks 0, 2 came)" in end.said
 
 
 @pytest.mark.parametrize(("scenario", "culprit"), [(one_cannot_come, 1), (the_host_cannot_come, 0)])
-def test_a_rank_that_cannot_come_says_why(tmp_path, scenario, culprit):
-    ends = run(scenario, 3, tmp_path)
-    assert [end.code for end in ends] == [int(rank != culprit) for rank in range(3)]
+def test_a_rank_that_cannot_come_says_why(scenario, culprit):
+    ends = run(scenario, 3)
+    assert [end.code for end in ends] == [2 if rank == culprit else 1 for rank in range(3)]
+    assert ends[culprit].said == "no.toml is not there"
     for end in others(ends, culprit):
         assert f"ConnectionError: rank {culprit} failed before it joined the others: no.toml is not there" in end.said
 
 
-def test_ranks_that_all_cannot_come_end_at_once_and_one_says_why(tmp_path):
-    ends = run(none_can_come, 3, tmp_path)
-    assert [end.code for end in ends] == [0, 0, 0]
-    assert "False" in [end.said for end in ends]
+def test_ranks_that_all_cannot_come_end_at_once_and_one_says_why():
+    ends = run(none_can_come, 3)
+    assert [end.code for end in ends] == [2, 2, 2]
+    assert [end.said for end in ends] == ["no.toml is not there", "", ""]
 
 
-def test_without_its_host_nobody_waits_for_ever(tmp_path):
-    ends = run(the_host_never_comes, 2, tmp_path)
+def test_without_its_host_nobody_waits_for_ever():
+    ends = run(the_host_never_comes, 2)
     assert ends[1].code == 1
     assert re.search(
         r"rank 1 of 2 cannot reach the store at localhost:\d+ .* rank 0 hosts it\) within 4 s", ends[1].said
     )
 
 
-def test_a_rank_that_fails_while_it_joins_is_named(tmp_path):
-    ends = run(one_fails_while_it_joins, 2, tmp_path)
+def test_a_rank_that_fails_while_it_joins_is_named():
+    ends = run(one_fails_while_it_joins, 2)
     assert [end.code for end in ends] == [1, 1]
     assert "rank 1 failed: SystemExit: its network is down; this rank was in joining the process group" in ends[0].said
 
 
-def test_a_rank_that_is_killed_while_it_joins_is_named(tmp_path):
-    ends = run(one_is_killed_while_it_joins, 2, tmp_path)
+def test_a_rank_that_is_killed_while_it_joins_is_named():
+    ends = run(one_is_killed_while_it_joins, 2)
     assert [end.code for end in ends] == [1, -signal.SIGKILL]
     assert "rank 1 is gone or stopped: no heartbeat for 1.5 s" in ends[0].said
 
 
-def test_no_alarm_when_ranks_take_their_time_and_end_at_different_times(tmp_path):
-    for end in run(all_is_well, 3, tmp_path):
+def test_no_alarm_when_ranks_take_their_time_and_end_at_different_times():
+    for end in run(all_is_well, 3):
         assert (end.code, end.said) == (0, "")
 
 
@@ -440,7 +412,3 @@ def test_what_differs_between_ranks_is_said_on_every_rank():
     assert recipe == "the recipe differs between ranks: line 2 is 'b = 0' on rank 0, 'b = 1' on ranks 1, 2"
     assert many.endswith("4 is 0 on rank 0, 1 on rank 1, 2 on rank 2; and 2 more")
     assert order == "parameters differs between ranks: in its order"
-
-
-if __name__ == "rank":
-    main(RANK, WORLD, WHERE, ERR, SCENARIO)  # noqa: F821 (given by `run`)

@@ -20,6 +20,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```.*?```\n(python .*?)```", README, re.
 def run(rank: int, world: int, argv: list[str]) -> str:
     """As torchrun would; returns what is printed."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     sys.argv = argv
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         runpy.run_path(argv[0], run_name="__main__")

@@ -2,44 +2,54 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
-from mm_convert.cli.arguments import parse
+from mm_convert.cli.arguments import dump, parse
 from mm_convert.cli.terminal import escaped_output, one_line
 from mm_infer.config import Config
 from mm_infer.inputs import Given
 from mm_infer.lists import Request, read_requests
 from mm_infer.settle import check
 from mm_infer.weights import Weights
+from mm_parallel.absence import absence_told
+from mm_parallel.launch import read_launch
 
 
+@escaped_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 2 for a command that cannot work, found before anything is loaded; 130 after Ctrl-C."""
-    with escaped_output():
-        config = parse(Config, argv, prog="mm_infer")
-        try:
-            _generate(config)
-        except KeyboardInterrupt:
-            made = "the videos named above are complete, the same command makes the others"
-            print(f"mm_infer: stopped; {made}", file=sys.stderr)
-            sys.exit(130)
+    try:
+        with absence_told():  # of several ranks, the others end, too
+            config = parse(Config, argv, prog="mm_infer")
+            with _exit_code(2, ValueError, OSError):
+                requests, weights = _check(config)
+        _generate(config, requests, weights)
+    except KeyboardInterrupt:
+        made = "the videos named above are complete, the same command makes the others"
+        print(f"mm_infer: stopped; {made}", file=sys.stderr)
+        sys.exit(130)
 
 
-def _generate(config: Config) -> None:
-    with _exit_code(2, ValueError, OSError):
-        requests, weights = _check(config)
+def _generate(config: Config, requests: list[Request], weights: Weights) -> None:
     from mm_infer import generate  # torch, only now that the command makes sense
     from mm_infer.ranks import distributed, share
 
-    with distributed() as rank, _exit_code(2, ValueError):
-        with _exit_code(2, OSError):
-            job = generate.prepare(config, requests, weights, share(config.parallel), rank)
-        with _exit_code(1, OSError, FloatingPointError, MemoryError):  # a full disk, broken weights, a huge video
-            generate.run(job)
+    with (
+        _exit_code(2, ValueError),
+        _exit_code(1, OSError, FloatingPointError, MemoryError),  # a full disk, broken weights, a huge video
+        distributed(config.deadline) as (rank, guard),
+        ExitStack() as held,
+    ):
+        guard.at("preparing", config.patience)
+        with _refusing():
+            job = generate.prepare(config, requests, weights, share(config.parallel), rank, held)
+        generate.run(job, guard, config.patience)
 
 
 def _check(config: Config) -> tuple[list[Request], Weights]:
     """What is asked for, and the weights, with all that can be known of both without torch, which takes seconds."""
+    dump(config)  # ValueError for a name that no record of a video could hold
+    read_launch()
     requests = read_requests(config)
     blocked = next((path for path in (config.output, *config.output.parents) if path.exists()), config.output)
     if blocked.exists() and not blocked.is_dir():
@@ -66,6 +76,15 @@ def _exit_code(code: int, *errors: type[Exception]) -> Iterator[None]:
     except errors as error:
         print(f"mm_infer: error: {one_line(error)}", file=sys.stderr)
         sys.exit(code)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """An OSError before the work has begun is a command that cannot work."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(str(error)) from error
 
 
 if __name__ == "__main__":

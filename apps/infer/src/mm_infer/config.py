@@ -120,6 +120,8 @@ class Config(Options):
     vae_tiling: bool = False
     "encode and decode in tiles: less memory, faint seams"
     parallel: Ranks = field(default_factory=Ranks)
+    deadline: Annotated[float, ">= 10", "<= 604800"] = 1800
+    "on several ranks: seconds that a step of a video may take; then all end and say which rank hangs, and where"
     overwrite: bool = False
     "replace videos that are already in the output folder; without it, those that the same command made are kept"
 
@@ -132,6 +134,11 @@ class Config(Options):
                 raise ValueError(f"give either --{one} or --{one}_file")
         if self.parallel.guidance == 2 and self.guidance is not None and max(self.scales) == 1:
             raise ValueError("parallel.guidance 2 shares two passes, but guidance 1 makes one: leave either out")
+
+    @property
+    def patience(self) -> float:
+        """Seconds that the rest may take: weights to read, what a video is made from to encode, a video to decode."""
+        return 10 * self.deadline
 
     @property
     def options(self) -> Options:

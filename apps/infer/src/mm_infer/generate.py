@@ -5,12 +5,13 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from mm_convert import expert_of
@@ -20,10 +21,11 @@ from mm_infer.__about__ import __version__
 from mm_infer.config import Config, Options
 from mm_infer.inputs import Given
 from mm_infer.lists import Request
-from mm_infer.ranks import Share
+from mm_infer.ranks import Share, claim_output
 from mm_infer.sample import Sampler
 from mm_infer.settle import start_of
 from mm_infer.weights import Weights
+from mm_parallel.guard import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +50,11 @@ class Job:
     alone: Path | None = None  # the folder of an expert without the other
 
 
-def prepare(config: Config, requests: list[Request], weights: Weights, share: Share, rank: int) -> Job:
-    """Checks all that can be checked without reading a tensor. ValueError or OSError with the way out."""
+def prepare(config: Config, requests: list[Request], weights: Weights, share: Share, rank: int, held: ExitStack) -> Job:
+    """Checks all that can be checked without reading a tensor. ValueError or OSError with the way out.
+
+    The output is claimed until `held` is left.
+    """
     first, step = share.prompts
     files = {config.output / f"video_{i}.mp4": requests[i] for i in range(first, len(requests), step)}
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
@@ -57,6 +62,7 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
         weights, None, dtype, config.offload, vae_tiling=config.vae_tiling, mesh=share.mesh, pair=share.pair
     )
     videos = {file: _video(config, sampler, request) for file, request in files.items()}
+    claim_output(config.output, held)
     there = share.decide(lambda: [] if config.overwrite else [file for file in files if file.exists()])
     written = _last_change(config.weights, config.encoders, config.lora)
     others = share.decide(lambda: [f for f in there if not _is_made(f, videos[f].made_with, written)])
@@ -66,8 +72,7 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
             f"{others[0]} is already there{more}, made otherwise or from weights that have changed since: "
             "choose another --output, or replace with --overwrite true"
         )
-    config.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=config.output):  # better now than after the first video
+    with tempfile.TemporaryFile(dir=config.output, prefix=".tmp-", suffix=".mp4"):  # better now than after a video
         pass
     todo = {file: video for file, video in videos.items() if file not in there}
     alone = config.weights if expert_of(config.weights) else None
@@ -103,9 +108,10 @@ def _last_change(*weights: Path | None) -> float:
     return max((file.stat().st_mtime for file in files), default=0.0)
 
 
-def run(job: Job) -> None:
+def run(job: Job, guard: Watchdog, patience: float) -> None:
     """Makes the videos, and says so: bars on a terminal, plain lines elsewhere.
 
+    guard, patience: of the ranks, and the seconds that anything but a step may take.
     OSError when a disk is full, FloatingPointError for latents that are not finite, MemoryError for too large a video.
     """
     say = _say if job.rank == 0 else lambda text: None
@@ -130,7 +136,9 @@ def run(job: Job) -> None:
 
     for number, (file, video) in enumerate(job.videos.items(), 1):
         name = f"{file.name} ({number}/{len(videos)})"
-        with _enough_memory(video.options), _progress(job, video.options, name) as progress:
+        guard.at(f"the model, and what {file.name} is made from", patience)
+        with _enough_memory(video.options), _progress(job, video.options, name) as show:
+            progress = _watched(show, guard, patience, file.name, video.options)
             result = job.sampler.run(video.prompt, video.options, video.given, progress=progress, decode=job.leads)
         if not job.leads:
             continue
@@ -141,6 +149,22 @@ def run(job: Job) -> None:
         _say(f"{file}: {sum(seconds.values()):.1f} s, {video.prompt!r}")
     stages = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in total.items())
     say_own(f"{len(videos)} video(s) in {sum(total.values()):.1f} s: {stages}")
+
+
+def _watched(
+    show: Callable, guard: Watchdog, patience: float, name: str, options: Options
+) -> Callable[[int, Tensor], None]:
+    """`show`, which also tells the watchdog that a step is done."""
+    last = options.steps - start_of(options)
+
+    def told(done: int, latents: Tensor) -> None:
+        show(done, latents)
+        if done < last:
+            guard.at(f"step {done + 1} of {name}")
+        else:
+            guard.at(f"decoding and writing {name}", patience)
+
+    return told
 
 
 @contextmanager

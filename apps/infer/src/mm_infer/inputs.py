@@ -6,14 +6,16 @@ This file imports no torch, nor what needs it, before there are pixels: a wrong 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import mm_data
+from mm_data.files import open_file
 from mm_data.geometry import clip_rate, crop_box, resample
+from mm_data.pixels import to_grey
 from mm_data.video import VideoInfo, probe, read_video
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 Picture = "Path | str | np.ndarray | Tensor"  # a file, or H W 3 uint8
 Video = "Path | str | np.ndarray | Tensor"  # a file, or F H W 3 uint8
+Mask = "Path | str | np.ndarray | Tensor"  # a file; or H W (C) or F H W (C), see `_mask_array`
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Given:
     image: Picture | None = None
     last_image: Picture | None = None
     video: Video | None = None
-    mask: Video | Picture | None = None
+    mask: Mask | None = None
     references: tuple[Picture, ...] = ()
 
     def __post_init__(self) -> None:
@@ -59,11 +62,8 @@ def _is_empty(value: Any) -> bool:
 
 def _named(value: Picture | Video) -> dict[str, str]:
     if isinstance(value, str | Path):
-        with open(value, "rb") as file:
-            digest = sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return {"path": str(value), "sha256": digest.hexdigest()}
+        with open_file(Path(value)) as file:
+            return {"path": str(value), "sha256": file_digest(file, "sha256").hexdigest()}
     return {"sha256": sha256(_array(value).tobytes()).hexdigest()}
 
 
@@ -118,14 +118,27 @@ class Footage:
 
     def pixels(self, size: tuple[int, int]) -> Tensor:
         """3 F H W in [-1, 1]: the largest centred piece of that shape, scaled, as in training."""
-        from mm_data.transforms import crop_resize, to_model_range
+        from mm_data.transforms import to_model_range
+
+        return to_model_range(self._fit(size))
+
+    def mask(self, size: tuple[int, int]) -> Tensor:
+        """1 F H W in 0..1, of the same piece: grey values, whatever is transparent, as in training."""
+        from mm_data.transforms import to_mask
+
+        return to_mask(self._fit(size, grey=True))
+
+    def _fit(self, size: tuple[int, int], grey: bool = False) -> np.ndarray:
+        """F H W C uint8."""
+        from mm_data.transforms import crop_resize
 
         def fit(frame: np.ndarray) -> np.ndarray:
             return crop_resize(frame, crop_box(*frame.shape[:2], size, self.pixel_aspect), size)
 
         if isinstance(self.source, VideoInfo):
-            return to_model_range(read_video(self.source, self.indices, each=fit).frames)
-        return to_model_range(np.stack([fit(self.source[i]) for i in self.indices]))
+            return read_video(self.source, self.indices, each=fit, grey=grey).frames
+        fitted = {index: fit(self.source[index]) for index in set(self.indices.tolist())}
+        return np.stack([fitted[index] for index in self.indices.tolist()])
 
     def __str__(self) -> str:
         return str(self.source.path) if isinstance(self.source, VideoInfo) else "the video given"
@@ -141,9 +154,17 @@ def footage(video: Video, fps: float) -> Footage:
     return Footage(frames, np.arange(len(frames)), fps)
 
 
-def masking(mask: Video, video: Video | None, fps: float) -> Footage:
-    """The frames of a mask: those that go with the frames taken of the video, if there is one."""
-    return footage(mask, fps) if video is None else footage(mask, fps).match(footage(video, fps))
+def masking(given: Given, fps: float, frames: int) -> Footage:
+    """The frames of the mask: those that go with the frames taken of the video, if there is one; a picture always."""
+    from_file = isinstance(given.mask, str | Path)
+    if from_file and not mm_data.is_picture(given.mask):
+        moving = footage(given.mask, fps)
+    else:
+        array = mm_data.read_mask(given.mask) if from_file else _mask_array(given.mask)
+        if array.ndim == 3:
+            return Footage(array[None], np.zeros(frames, int), fps)
+        moving = Footage(array, np.arange(len(array)), fps)
+    return (moving if given.video is None else moving.match(footage(given.video, fps))).cut(frames)
 
 
 def to_pixels(given: Given, options: Options) -> Pixels:
@@ -152,7 +173,7 @@ def to_pixels(given: Given, options: Options) -> Pixels:
 
     size = options.height, options.width
     video = None if given.video is None else footage(given.video, options.fps).cut(options.frames).pixels(size)[None]
-    mask = None if given.mask is None else _mask_pixels(given, options, size)[None]
+    mask = None if given.mask is None else mask_pixels(given, options.fps, options.frames, size)[None]
     references = [mm_data.pad_to(picture(one), size) for one in given.references]
     return Pixels((options.frames, *size), *frames_at_ends(given, options), video, mask, [references])
 
@@ -166,20 +187,32 @@ def frames_at_ends(given: Given, options: Options) -> tuple[Tensor | None, Tenso
     return first, last
 
 
-def _mask_pixels(given: Given, options: Options, size: tuple[int, int]) -> Tensor:
+def mask_pixels(given: Given, fps: float, frames: int, size: tuple[int, int]) -> Tensor:
     """1 F H W in 0..1, 1 where pixels change."""
-    if is_still(given.mask):
-        pixels = mm_data.crop_to(picture(given.mask), size)[:, None].expand(-1, options.frames, -1, -1)
-    else:
-        pixels = masking(given.mask, given.video, options.fps).cut(options.frames).pixels(size)
-    return (pixels[:1] + 1) / 2  # red, as in training; a mask is grey
+    return masking(given, fps, frames).mask(size)
 
 
-def is_still(mask: Video | Picture) -> bool:
-    """Whether it is one picture: a file by its name, an array by its dimensions."""
-    if isinstance(mask, str | Path):
-        return Path(mask).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-    return mask.ndim < 4
+def _mask_array(mask: np.ndarray | Tensor) -> np.ndarray:
+    """H W 1 (one picture for all frames) or F H W 1, uint8, of a mask that is given as an array.
+
+    It is H W or F H W, of any width above 4, or has channels behind: grey or RGB, and alpha, which is left out. It
+    holds bool, uint8 in 0..255, or floating point in 0..1. Raises ValueError for another shape, type or range.
+    """
+    array = _array(mask)
+    wanted = "a mask must be H W or F H W, or with 1 to 4 channels behind; bool, uint8 of 0 to 255, or float of 0 to 1"
+    if array.ndim == 2 or (array.ndim == 3 and array.shape[-1] > 4):
+        array = array[..., None]
+    if array.ndim not in (3, 4) or array.shape[-1] > 4 or 0 in array.shape:
+        raise ValueError(f"{wanted}: not of the shape {_array(mask).shape}")
+    array = array[..., : 1 if array.shape[-1] < 3 else 3]
+    low, high = array.min(), array.max()
+    if array.dtype == bool:
+        array = array * np.uint8(255)
+    elif np.issubdtype(array.dtype, np.floating) and 0 <= low <= high <= 1:
+        array = (array * 255).round().astype(np.uint8)
+    elif array.dtype != np.uint8 or high == 1:  # of 0 and 1: nothing would change
+        raise ValueError(f"{wanted}: not {array.dtype} of {low} to {high}")
+    return array if array.shape[-1] == 1 else to_grey(array)
 
 
 def _of_uint8(value: np.ndarray | Tensor, dims: int, what: str, shape: str) -> np.ndarray:
@@ -190,4 +223,7 @@ def _of_uint8(value: np.ndarray | Tensor, dims: int, what: str, shape: str) -> n
 
 
 def _array(value: np.ndarray | Tensor) -> np.ndarray:
-    return value.cpu().numpy() if hasattr(value, "cpu") else np.asarray(value)
+    if hasattr(value, "cpu"):
+        value = value.detach().cpu()
+        return (value.float() if value.is_floating_point() else value).numpy()  # numpy knows no bfloat16
+    return np.asarray(value)

@@ -1,16 +1,19 @@
 """Which part of the work is this rank's: other prompts, another pass of guidance, other tokens."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from mm_convert import lock_output
 from mm_infer.config import Ranks
 from mm_parallel import ParallelConfig, make_mesh
-from mm_parallel.device import device, init_distributed, leave
+from mm_parallel.device import device, leave
+from mm_parallel.guard import Watchdog, join
 from mm_parallel.mesh import size
 
 T = TypeVar("T")
@@ -42,12 +45,32 @@ class Share:
         return made[0]
 
 
+def claim_output(folder: Path, held: ExitStack) -> None:
+    """Make the folder, keep it for these ranks until `held` is left, and remove what a killed run was writing there.
+
+    Raises ValueError on every rank when another run has it (see `mm_convert.lock_output`), OSError when it cannot be
+    written.
+    """
+
+    def claim() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if held.enter_context(lock_output(folder)):
+            for leftover in folder.glob(".tmp-*.mp4"):
+                leftover.unlink()
+
+    world = Share(team=dist.group.WORLD, leads=dist.get_rank() == 0) if dist.is_initialized() else Share()
+    world.decide(claim)
+
+
 @contextmanager
-def distributed() -> Iterator[int]:
-    """Joins torchrun's ranks, yields this one's number, and leaves the process group in the end."""
+def distributed(deadline: float) -> Iterator[tuple[int, Watchdog]]:
+    """Joins torchrun's ranks, yields this one's number and their watchdog, and leaves the process group in the end.
+
+    deadline: seconds that a step of a video may take.
+    """
     joined = dist.is_initialized()
-    rank, _, _ = init_distributed()
-    yield rank
+    with join(deadline=deadline) as guard:
+        yield dist.get_rank() if dist.is_initialized() else 0, guard
     if not joined:  # and not after an error, or it would wait for ranks that are gone
         leave()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mm_data
 from mm_infer.config import Options
-from mm_infer.inputs import Given, footage, is_still, masking, picture
+from mm_infer.inputs import Given, footage, masking, picture
 from mm_infer.weights import Facts, must_exist
 from mm_models.families import FAMILIES
 from mm_models.family import Published, Task
@@ -146,7 +146,7 @@ def _look(options: Options, given: Given, usual: Published, time: int) -> tuple[
         source.cut(frames)
         shape, fps = source.shape, source.fps
     if given.mask is not None:
-        picture(given.mask) if is_still(given.mask) else masking(given.mask, given.video, fps).cut(frames)
+        masking(given, fps, frames)
     for image in (given.last_image, *given.references):
         if image is not None:
             picture(image)

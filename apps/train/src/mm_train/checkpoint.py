@@ -12,6 +12,7 @@ number wrote.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from mm_convert import replace_file
 from mm_train.optim import EMA
 from mm_train.resume import latest
 
@@ -58,8 +60,6 @@ class Checkpointer:
         )
         if self.leader:
             directory.mkdir(parents=True, exist_ok=True)
-            for unfinished in directory.glob(".step-*"):
-                shutil.rmtree(unfinished)
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -87,29 +87,28 @@ class Checkpointer:
         try:
             upload.result()
             if self.leader:
-                _write(unfinished / "progress.json", json.dumps(progress))
-                _write(unfinished / "config.toml", config)
+                replace_file(unfinished / "progress.json", json.dumps(progress))
+                replace_file(unfinished / "config.toml", config)
                 # A later one is left of a run that was taken back to an earlier step, or was never named in `latest`.
                 for abandoned in [p for p in self.directory.glob("step-*") if p.name >= final.name]:
-                    shutil.rmtree(abandoned)
+                    _remove(abandoned)
                 os.rename(unfinished, final)
-                _write(self.directory / "latest", final.name)
+                replace_file(self.directory / "latest", final.name)
                 self._prune(final)
         except BaseException as error:  # DCP raises CheckpointException, which is not an Exception
             if self.leader:
                 shutil.rmtree(unfinished, ignore_errors=True)
             free = shutil.disk_usage(self.directory).free
+            what = "free some space" if _is_full(error) else "see to the reason"
             raise OSError(
                 f"could not write checkpoint {final} ({free / 2**20:,.0f} MiB free there): {_reason(error)}. "
-                f"The newest complete one is {self.latest() or 'none'}; free some space and start again to "
-                "continue from it"
+                f"The newest complete one is {self.latest() or 'none'}; {what} and start again to continue from it"
             ) from error
 
     def _prune(self, newest: Path) -> None:
-        complete = sorted(self.directory.glob("step-*"))
-        for old in complete[: -self.keep] if self.keep else []:
-            if old != newest:
-                shutil.rmtree(old)
+        older = sorted(p for p in self.directory.glob("step-*") if p.name < newest.name)
+        for old in older[: max(0, len(older) + 1 - self.keep)] if self.keep else []:
+            _remove(old)
 
     def check(self) -> None:
         """Raise if the save under way has failed already."""
@@ -137,8 +136,10 @@ class Checkpointer:
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=OPTIONS)
         for group, chosen in zip(optimizer.param_groups, asked, strict=True):
             group.update(chosen)  # the moments are the run's, these are the command's
-        progress = json.loads((path / "progress.json").read_text())
+        progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
         self.newest = progress["step"]
+        if self.leader:
+            self._prune(path)  # a run that was killed after its last save has not
         return progress
 
 
@@ -150,6 +151,12 @@ def _state(model: nn.Module, optimizer: Optimizer, average: EMA) -> dict[str, An
     return state | ({"ema": average.average} if average.average else {})
 
 
+def _is_full(error: BaseException) -> bool:
+    """Whether a disk or a quota was full, on any rank."""
+    causes = [cause[0] for cause in getattr(error, "failures", {}).values()] or [error]
+    return any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for cause in causes)
+
+
 def _reason(error: BaseException) -> str:
     """Without the tracebacks of every rank that DCP puts into its message."""
     failures = getattr(error, "failures", None)
@@ -158,11 +165,8 @@ def _reason(error: BaseException) -> str:
     return "; ".join(f"rank {rank}: {cause[0]!r}" for rank, cause in failures.items())
 
 
-def _write(path: Path, text: str) -> None:
-    """Replace a small file so that a crash leaves the old or the new one."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+def _remove(checkpoint: Path) -> None:
+    """Under a name that nobody reads first: killed on the way, it would be half a checkpoint."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)

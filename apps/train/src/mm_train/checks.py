@@ -6,17 +6,18 @@ A list of named checks. `train` raises what the first one finds; the list can as
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from mm_convert.cli.toml import dump
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
 from mm_models.folder import check_parts
+from mm_parallel.launch import read_launch
 from mm_train.adapter import check_adapter
 from mm_train.config import Config
 from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
@@ -162,7 +163,7 @@ def _trained(config: Config) -> None:
 
 def _layout(config: Config) -> None:
     """The layout fits the ranks that were started, and the batch fits the layout."""
-    layout = config.parallel.resolve(int(os.environ.get("WORLD_SIZE", "1")))
+    layout = config.parallel.resolve(read_launch().world)
     config.micro_batches(layout.dp_replicate * layout.dp_shard)
 
 
@@ -210,12 +211,20 @@ def _output(config: Config) -> None:
         raise ValueError(f"{other[0]} belongs to {kinds[0]}, and this run trains {kinds[1]}: choose another --output")
     if not config.expert or not (made / "experts.json").exists():
         return
-    said, wanted = json.loads((made / "experts.json").read_text()).get("boundary"), expert_boundary(config)
+    said, wanted = (
+        json.loads((made / "experts.json").read_text(encoding="utf-8")).get("boundary"),
+        expert_boundary(config),
+    )
     if said != wanted:
         raise ValueError(
             f"{made} holds experts that part at noise level {said}; this run would part at {wanted}. Give "
             f"--objective.boundary {said}, or another --output"
         )
+
+
+def _text(config: Config) -> None:
+    """A checkpoint keeps the configuration as text."""
+    dump(config)
 
 
 def _features(config: Config) -> None:
@@ -238,6 +247,7 @@ CHECKS = (
     Check("layout", "at once", _layout),
     Check("sample videos", "at once", _samples),
     Check("output", "at once", _output),
+    Check("text", "at once", _text),
     Check("features", "with torch", _features),
 )
 

@@ -3,35 +3,81 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
-from mm_convert.cli.terminal import escaped_output, one_line
+from mm_convert import lock_output
+from mm_convert.cli.terminal import one_line
+from mm_parallel.absence import absence_told
+
+T = TypeVar("T")
 
 
-def run(work: Callable[[], object]) -> None:
-    """Exit code 0: done; 2: it was asked for what cannot be; 1: it failed on the way; 130: it was interrupted."""
-    with escaped_output():
-        try:
-            work()
-        except ValueError as error:
-            _leave(f"error: {error}", 2)
-        except (OSError, FloatingPointError) as error:
-            _leave(f"error: {error}", 1)
-        except KeyboardInterrupt as stop:
-            _leave("" if os.environ.get("RANK", "0") != "0" else str(stop) or "stopped", 130)  # all ranks stop alike
+def run(read: Callable[[], T], work: Callable[[T], object]) -> None:
+    """A program of one rank or several: `read` says what is asked for, without torch, and `work` does it.
+
+    Where one rank cannot read it, the others end, too. Exit code 0: done; 2: it was asked for what cannot be; 1: it
+    failed on the way; 130: it was interrupted.
+    """
+    with absence_told():
+        asked = run_alone(read)
+    run_alone(lambda: work(asked))
+
+
+def run_alone(work: Callable[[], T]) -> T:
+    """The same for a program of one process."""
+    try:
+        return work()
+    except ValueError as error:
+        _leave(f"error: {error}", 2)
+    except (OSError, FloatingPointError) as error:
+        _leave(f"error: {error}", 1)
+    except KeyboardInterrupt as stop:
+        _leave("" if os.environ.get("RANK", "0") != "0" else str(stop) or "stopped", 130)  # all ranks stop alike
 
 
 def prepare_output(path: Path) -> None:
     """Make the directory and try to write there: better an error now than after hours."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
+        with tempfile.TemporaryFile(dir=path, prefix=".tmp-"):
             pass
     except OSError as error:
         raise ValueError(f"--output {path} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def claim_output(path: Path) -> Iterator[None]:
+    """Keep the directory for this run while the block runs, and remove what killed runs have left in it.
+
+    Raises ValueError on every rank when another run has it (see `mm_convert.lock_output`), or when the ranks see
+    different directories.
+    """
+    from mm_train.ranks import broadcast
+
+    prepare_output(path)
+    with ExitStack() as held:
+
+        def claim() -> None:
+            held.enter_context(lock_output(path))
+            _sweep(path)
+
+        broadcast(claim)
+        check_shared(path)
+        yield
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a killed run was writing."""
+    for leftover in [*path.glob(".shared-*"), *path.glob(".tmp-*"), *path.glob("samples/*/.tmp-*")]:
+        leftover.unlink(missing_ok=True)
+    for unfinished in path.glob("checkpoints/.step-*"):
+        shutil.rmtree(unfinished)
 
 
 def check_shared(path: Path) -> None:
@@ -47,7 +93,7 @@ def check_shared(path: Path) -> None:
         )
 
 
-def _leave(message: str, code: int) -> None:
+def _leave(message: str, code: int) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     if message:
         sys.stderr.write(f"{f'[rank {rank}] ' if rank != '0' else ''}{one_line(message)}\n")

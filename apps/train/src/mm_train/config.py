@@ -205,6 +205,11 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     @property
+    def patience(self) -> float:
+        """Seconds that a part of the preparation may take: weights and lists of videos may be long to read."""
+        return max(3600, 10 * self.deadline)
+
+    @property
     def run_dir(self) -> Path:
         """Where this run keeps what is its own: the output directory, or the expert's folder in it."""
         return self.output / self.expert if self.expert else self.output

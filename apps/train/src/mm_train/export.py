@@ -6,21 +6,18 @@ Reads one tensor at a time and needs no process group, whatever layout the check
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mm_convert import open_dcp, save_checkpoint, save_lora, write_experts
-from mm_convert.cli.arguments import parse
-from mm_convert.cli.terminal import one_line
-from mm_convert.cli.values import check_fields
+from mm_convert.cli.arguments import parse, read_config
+from mm_convert.cli.terminal import escaped_output, one_line
 from mm_models import build
-from mm_models.families import find
-from mm_train.command import run
+from mm_train.command import run_alone
 from mm_train.config import Config
-from mm_train.objective import expert_boundary
+from mm_train.objective import architecture, expert_boundary
 from mm_train.resume import latest
 
 if TYPE_CHECKING:  # torch takes seconds, a missing path should not
@@ -74,22 +71,20 @@ def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = 
     checkpoint = latest(checkpoint) or checkpoint
     if not (checkpoint / "progress.json").is_file():
         raise ValueError(f"{checkpoint} is not a complete training checkpoint: it has no progress.json")
-    settings: dict[str, Any] = tomllib.loads((checkpoint / "config.toml").read_text())
-    if ema and not settings["optim"]["ema"]:
+    config = read_config(Config, checkpoint / "config.toml")
+    if ema and not config.optim.ema:
         raise ValueError(f"{checkpoint} holds no moving average (the run kept no --optim.ema)")
     tensors = open_dcp(checkpoint, "ema" if ema else "model")
-    lora = settings["lora"]
-    if lora["rank"]:
-        more = {"dropout": lora["dropout"], "base": Path(settings["weights"]), "overwrite": overwrite}
-        return save_lora(output, tensors, lora["alpha"], **more)
+    if config.lora.rank:
+        more = {"dropout": config.lora.dropout, "base": Path(config.weights), "overwrite": overwrite}
+        return save_lora(output, tensors, config.lora.alpha, **more)
     from mm_train.start import Start  # torch, only now
 
-    family = find(settings["model"])[0]
-    fields = check_fields(family.config, settings["architecture"], f"{checkpoint / 'config.toml'}: architecture.")
-    model = build(settings["model"], device="meta", **fields)
+    family, _ = architecture(config)
+    model = build(config.model, device="meta", **config.architecture)
     whole = tensors
-    if settings["trained"] != ["*"]:
-        whole = Filled(tensors, Start(model, settings["weights"], settings.get("expert"), settings["seed"]))
+    if config.has_frozen:
+        whole = Filled(tensors, Start(model, config.weights, config.expert, config.seed))
     save_checkpoint(output, whole, family.describe(model.config), overwrite=overwrite)
     return output
 
@@ -110,12 +105,13 @@ def export_final(config: Config, checkpoint: Path, leader: bool) -> Path:
     return output
 
 
+@escaped_output()
 def main(argv: list[str] | None = None) -> None:
     def work() -> None:
         config = parse(ExportConfig, argv, prog="python -m mm_train.export")
         print(one_line(export(config.checkpoint, config.output, config.ema, config.overwrite)))
 
-    run(work)
+    run_alone(work)
 
 
 if __name__ == "__main__":

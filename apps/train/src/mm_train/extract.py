@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from mm_convert.cli.arguments import parse
+from mm_convert.cli.arguments import dump, parse
+from mm_convert.cli.terminal import escaped_output
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
+from mm_parallel.launch import read_launch
 from mm_train.checks import check_encoders
 from mm_train.command import run
 from mm_train.interrupt import ending_signals
@@ -50,6 +52,10 @@ class ExtractConfig:
     """Of the text encoder; the VAE and CLIP run in float32."""
     tiling: bool = False
     """Let the VAE work in tiles: less memory, slightly other numbers at the seams."""
+    deadline: Annotated[float, ">= 10", "<= 604800"] = 1800
+    """On several ranks: seconds that the clips of one batch may take; then all end and say which rank hangs, and
+    where.
+    """
 
     def check(self) -> None:
         """ValueError for what cannot work, found without torch."""
@@ -60,6 +66,7 @@ class ExtractConfig:
             )
         check_encoders(self.encoders, family.encoders(preset.config), "--encoders")
         check_config(self, "--")
+        dump(self)  # ValueError for a name that no configuration could hold
         choose_task(self.model, family, preset.config, self.task, "--task")
 
     @property
@@ -76,11 +83,15 @@ def extract(config: ExtractConfig) -> int:
     return encode_all(config)
 
 
+@escaped_output()
 def main(argv: list[str] | None = None) -> None:
-    def work() -> None:
-        for ending in ending_signals():
-            signal.signal(ending, signal.default_int_handler)
+    def read() -> ExtractConfig:
+        read_launch()
         config = parse(ExtractConfig, argv, prog="python -m mm_train.extract", description=ExtractConfig.__doc__)
+        config.check()
+        return config
+
+    def work(config: ExtractConfig) -> None:
         try:
             extract(config)
             from mm_parallel.device import leave
@@ -89,7 +100,9 @@ def main(argv: list[str] | None = None) -> None:
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; what was encoded is kept, the same command continues") from None
 
-    run(work)
+    for ending in ending_signals():
+        signal.signal(ending, signal.default_int_handler)
+    run(read, work)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ fails of encoding or writing ends it.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from datetime import timedelta
 from functools import partial
 
 import torch
@@ -37,17 +37,31 @@ from mm_data import (
 from mm_data.files import shorten
 from mm_models import preset
 from mm_parallel.device import device as accelerator
-from mm_parallel.device import init_distributed
+from mm_parallel.guard import Watchdog, join
 from mm_train.command import prepare_output
 from mm_train.encode import Encoders
 from mm_train.extract import ExtractConfig
 from mm_train.ranks import map_over_ranks
 
+ADVICE = {
+    "HDR": "their colours are taken as they are stored, which looks pale; tone-map the files first to train on colours "
+    "as they are seen",
+    "interlaced": "a frame holds two moments, and what moves has combs; deinterlace the files first (FFmpeg's bwdif)",
+}
+
 
 def encode_all(config: ExtractConfig) -> int:
     """Run the extraction; returns how many samples of the manifest have no features in the end."""
+    with join(deadline=config.deadline) as guard:  # leaving it waits for all ranks, which need not be equally fast
+        publish = _encode_share(config, guard)
+    return publish()
+
+
+def _encode_share(config: ExtractConfig, guard: Watchdog) -> Callable[[], int]:
+    """Encodes this rank's part; returns what is to be done when all ranks have."""
+    guard.at("preparing", deadline=math.inf)  # every file is hashed, and encoders are read
     prepare_output(config.output)
-    rank, world, _ = init_distributed(timeout=timedelta(days=1))  # ranks meet at the end, and need not be equally fast
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = accelerator()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Leave the workers their cores: the threads of one operation spin while one of them waits for a core.
@@ -74,23 +88,30 @@ def encode_all(config: ExtractConfig) -> int:
         progress = Progress(len(todo.to_encode), leader=rank == 0, world=world)
         # Shared out by key, not by place: a rank that sees the store a moment later must not shift everybody's share.
         own = [i for i, sample in enumerate(todo.to_encode) if int(todo.keys[sample.id][:8], 16) % world == rank]
+        guard.at("the first clips")
         with closing(batches(dataset, own, config, lambda failure: _fail(cache, progress, failure))) as decoded:
             for clips in decoded:
+                guard.at(f"the clips from {clips[0]['id']} on")
                 for clip, features in zip(clips, encoders.encode(clips), strict=True):
                     cache.put(todo.keys[clip["id"]], features, clip["meta"])
                 progress.advance(len(clips))
         progress.close()
-        cache.flush()
-        if world > 1:
-            dist.barrier()
-        if rank == 0:
-            found = cache.finish(todo, selection.dropped)
-            missing = len(samples) - found
-            why = f", {missing} left out: {config.output / 'failures.jsonl'} says why" if missing else ""
-            print(one_line(f"{found} of {len(samples)} samples in {config.output}{why}"), file=sys.stderr)
-            if not found:
-                raise ValueError(f"not one sample of {config.data.manifest} could be used{why}")
-        return missing if rank == 0 else 0
+        guard.at("the last features", deadline=math.inf)
+
+    def publish() -> int:
+        found = cache.finish(todo, selection.dropped)
+        missing = len(samples) - found
+        why = f", {missing} left out: {config.output / 'failures.jsonl'} says why" if missing else ""
+        print(one_line(f"{found} of {len(samples)} samples in {config.output}{why}"), file=sys.stderr)
+        for note, names in cache.notes(todo).items():
+            many = f"{len(names)} sample{'s' * (len(names) != 1)}, e.g. {names[0]}"
+            advice = ADVICE["interlaced" if note == "interlaced" else "HDR"]
+            print(one_line(f"note: {note}: {many}: {advice}"), file=sys.stderr)
+        if not found:
+            raise ValueError(f"not one sample of {config.data.manifest} could be used{why}")
+        return missing
+
+    return publish if rank == 0 else lambda: 0
 
 
 def batches(dataset: VideoDataset, indices: Sequence[int], config: ExtractConfig, on_failure) -> Iterator[list[Clip]]:

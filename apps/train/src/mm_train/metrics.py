@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from mm_convert import replace_file
 
 
 class Metrics:
@@ -26,7 +27,7 @@ class Metrics:
 
         self.path = output / "metrics.jsonl"
         _keep_steps(self.path, start)
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
+        self.file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self.board = SummaryWriter(output / "tensorboard", purge_step=start + 1 if start else None)
         self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
@@ -72,13 +73,11 @@ def _keep_steps(path: Path, last: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
         if row["step"] <= last:
             kept.append(line)
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(line + "\n" for line in kept))
-    os.replace(part, path)
+    replace_file(path, "".join(line + "\n" for line in kept))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from mm_convert import replace_file
 from mm_convert.cli.terminal import one_line
 from mm_data import (
     Batch,
@@ -54,7 +55,7 @@ def find_clips(config: Config, encoders: Encoders) -> ClipDataset:
     if rank == 0:
         report = config.run_dir / "failures.jsonl"
         lines = [json.dumps({"id": sample.id, "reason": str(reason)}) + "\n" for sample, reason in left_out]
-        report.write_text("".join(lines), encoding="utf-8")
+        replace_file(report, "".join(lines))
         why = f", {len(left_out)} left out: {report} says why" if left_out else ""
         said = f"{len(dataset)} of {len(samples)} samples of {manifest} can be used{why}"
         print(one_line(said), file=sys.stderr, flush=True)

@@ -42,9 +42,16 @@ def map_over_ranks(items: Sequence[S], work: Callable[[Sequence[S]], Iterable[T]
 
 
 def broadcast(make: Callable[[], T]) -> T:
-    """What the first rank makes, on every rank."""
+    """What the first rank makes, on every rank; also if it is an error of the user's or of the system."""
     if not dist.is_initialized():
         return make()
-    made = [make() if dist.get_rank() == 0 else None]
+    made: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            made[0] = make()
+        except (ValueError, OSError) as error:
+            made[1] = error
     dist.broadcast_object_list(made)
+    if made[1] is not None:
+        raise made[1]
     return made[0]

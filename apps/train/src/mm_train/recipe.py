@@ -8,10 +8,7 @@ Precedence: defaults of the dataclasses < ``recipes/<recipe>.toml`` < ``--config
 from __future__ import annotations
 
 import contextlib
-import io
-import os
 import sys
-import tomllib
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import Any
 
 from mm_convert.cli.arguments import parse
 from mm_convert.cli.terminal import one_line
+from mm_convert.cli.toml import read_tables
 from mm_models.families import suggest
 from mm_train import guides
 from mm_train.config import Config
@@ -27,17 +25,7 @@ RECIPES = Path(str(resources.files("mm_train") / "recipes"))
 
 
 def load_config(argv: list[str] | None = None) -> Config:
-    """Config from the command line, its TOML file, and the recipe that either of them selects.
-
-    What is wrong with it is told by the first rank alone.
-    """
-    if os.environ.get("RANK", "0") == "0":
-        return _load(argv)
-    with contextlib.redirect_stderr(io.StringIO()):
-        return _load(argv)
-
-
-def _load(argv: list[str] | None) -> Config:
+    """Config from the command line, its TOML file, and the recipe that either of them selects."""
     notes: list[str] = []
     try:
         argv, said = guides.arguments(sys.argv[1:] if argv is None else argv)
@@ -65,8 +53,8 @@ def _recipe(argv: list[str]) -> list[Path]:
     """The recipe file has to be known before the flags are parsed, as its values lie below theirs."""
     chosen: dict[str, str] = {}
     for file in _values(argv, "config"):
-        with contextlib.suppress(OSError, ValueError):  # `parse` reads it again, and says what is wrong with it
-            written = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        with contextlib.suppress(ValueError):  # `parse` reads it again, and says what is wrong with it
+            written = read_tables(Path(file))
             chosen |= {k: v for k, v in written.items() if k in ("model", "recipe") and isinstance(v, str)}
     for flag in ("model", "recipe"):
         for value in _values(argv, flag):

@@ -32,7 +32,7 @@ def latest(directory: Path) -> Path | None:
     tracker = directory / "latest"
     if not tracker.is_file():
         return None
-    path = directory / tracker.read_text().strip()
+    path = directory / tracker.read_text(encoding="utf-8").strip()
     if not (path / "progress.json").is_file():
         there = ", ".join(p.name for p in sorted(directory.glob("step-*"))) or "none"
         raise FileNotFoundError(
@@ -52,7 +52,10 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
             f"{config.run_dir} holds a run ({found.name}) and --checkpoint.resume is never: choose another "
             "--output, or delete it"
         )
-    saved, now = _flat(tomllib.loads((found / "config.toml").read_text())), _flat(tomllib.loads(dump(config)))
+    saved, now = (
+        _flat(tomllib.loads((found / "config.toml").read_text(encoding="utf-8"))),
+        _flat(tomllib.loads(dump(config))),
+    )
     changed = {key: (saved.get(key), now.get(key)) for key in saved | now if saved.get(key) != now.get(key)}
     # What is trained means nothing without the rest that it was trained beside.
     fixed = (*FIXED, "weights") if config.has_frozen else FIXED
@@ -63,7 +66,7 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
                 f"{found} was made with {key} {old}, this command says {new}: that would not be the same run. Give the "
                 "old value to continue, or a new --output to start a run of its own"
             )
-    step = json.loads((found / "progress.json").read_text())["step"]
+    step = json.loads((found / "progress.json").read_text(encoding="utf-8"))["step"]
     if step > config.steps:
         raise ValueError(f"{found} is past --steps {config.steps}: give more than {step} steps, or a new --output")
     return found, [f"{key} {old} -> {new}" for key, (old, new) in changed.items()]

@@ -5,25 +5,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mm_convert.cli.arguments import dump
 from mm_convert.cli.terminal import one_line
 from mm_models.objective import Objective
 from mm_parallel.device import device as accelerator
-from mm_parallel.device import init_distributed, reset_max_memory, synchronize
-from mm_parallel.guard import Watchdog, agree
+from mm_parallel.device import reset_max_memory, synchronize
+from mm_parallel.guard import Watchdog, agree, join
 from mm_parallel.mesh import data_rank, describe, make_mesh, rank_in, reports_loss
 from mm_train.checkpoint import Checkpointer
 from mm_train.checks import check
-from mm_train.command import check_shared, prepare_output
+from mm_train.command import claim_output
 from mm_train.config import Config
 from mm_train.data import TrainingData, training_data
 from mm_train.interrupt import Interrupt
@@ -67,17 +67,17 @@ class Outcome:
 
 
 @contextmanager
-def prepare(config: Config) -> Iterator[Run]:
+def prepare(config: Config, held: ExitStack) -> Iterator[Run]:
     """A run that is ready for its next step. What cannot work is refused here, what costs least to find out first.
 
-    Leaving the block saves what was trained.
+    Leaving the block saves what was trained. The output is claimed until `held` is left.
     """
-    check(config)
-    rank, world, _ = init_distributed(timedelta(hours=6))  # the watchdog looks after hangs
-    with Watchdog(deadline=config.deadline) as guard:
-        guard.at("preparing", deadline=math.inf)  # weights may take long to read
+    with join(deadline=config.deadline) as guard:
+        guard.at("preparing", config.patience)
+        check(config)
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         agree(dump(config), "the configuration")
-        run = Run(config, rank, world, guard)
+        run = Run(config, rank, world, guard, held)
         with run.interrupt:  # only from here on is there something to end cleanly
             yield run
             run.finish()
@@ -86,20 +86,21 @@ def prepare(config: Config) -> Iterator[Run]:
 class Run:
     """One training run on this rank. `model` is called, `parameters` is the module that holds this rank's weights."""
 
-    def __init__(self, config: Config, rank: int, world: int, guard: Watchdog):
+    def __init__(self, config: Config, rank: int, world: int, guard: Watchdog, held: ExitStack):
         self.config, self.rank, self.guard, self.interrupt = config, rank, guard, Interrupt()
         self.device = accelerator()
         self.mesh = make_mesh(config.parallel, self.device.type)
         self.data_index, data_ranks = data_rank(self.mesh)
         micro_batches = config.micro_batches(data_ranks)
         check(config, "with torch")
-        prepare_output(config.run_dir)
-        check_shared(config.run_dir)
+        held.enter_context(claim_output(config.run_dir))
         self.objective = build_objective(config)
+        guard.at("looking at the data", config.patience)
         self.data = training_data(config, self.objective, self.mesh, self.device)
         agree({"the samples": self.data.fingerprint}, self.data.name)
         # Refuses a directory that this run must not continue. One rank looks, so that all go the same way.
         found, changed = broadcast(lambda: find_checkpoint(config))
+        guard.at("building the model", config.patience)
         # Before the model: it needs the text encoder for a moment.
         self.samples = Samples(config, self.objective, self.mesh, self.device, getattr(torch, config.dtype))
         built = build_model(config, self.mesh, self.device, continuing=found is not None)

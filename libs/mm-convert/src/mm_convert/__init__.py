@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mm_convert.read.experts import expert_of, open_experts, write_experts
     from mm_convert.read.inspection import diff, inspect
     from mm_convert.store.dcp import open_dcp
+    from mm_convert.write.install import replace_file
+    from mm_convert.write.lock import lock_output
     from mm_convert.write.save import convert, save_checkpoint, save_lora
 
 __all__ = [
@@ -24,10 +26,12 @@ __all__ = [
     "diff",
     "expert_of",
     "inspect",
+    "lock_output",
     "open_checkpoint",
     "open_dcp",
     "open_experts",
     "open_lora",
+    "replace_file",
     "save_checkpoint",
     "save_lora",
     "write_experts",
@@ -45,6 +49,8 @@ _HOME = {
     "inspect": "read.inspection",
     "open_dcp": "store.dcp",
     "open_lora": "lora.reading",
+    "lock_output": "write.lock",
+    "replace_file": "write.install",
     "save_checkpoint": "write.save",
     "save_lora": "write.save",
 }

@@ -25,10 +25,10 @@ def run(mode: str, **fields: Any) -> None:
     convert(Convert(**fields | FIXED[mode]))
 
 
+@escaped_output()
 def main(argv: Sequence[str] | None = None) -> None:
-    with escaped_output():
-        fields = read(CONVERT_CKPT, argv, dict, prog="convert_ckpt.py")
-        report_errors("convert_ckpt.py", lambda: run(**fields))
+    fields = read(CONVERT_CKPT, argv, dict, prog="convert_ckpt.py")
+    report_errors("convert_ckpt.py", lambda: run(**fields))
 
 
 if __name__ == "__main__":

@@ -48,14 +48,14 @@ def run(asked: list[Convert]) -> None:
         write(files, options)
 
 
+@escaped_output()
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     dashed = [word.partition("=") for word in argv]  # the guide's table has underscores, its command dashes
     argv = [f"--{flag[2:].replace('-', '_')}{e}{v}" if flag[:2] == "--" else flag + e + v for flag, e, v in dashed]
     argv = [word.lower() if word in ("True", "False") else word for word in argv]  # as the guide writes its defaults
-    with escaped_output():
-        asked = read(CONVERT_CKPT_TO_MM, argv, conversions, prog=PROGRAM)
-        report_errors(PROGRAM, lambda: run(asked))
+    asked = read(CONVERT_CKPT_TO_MM, argv, conversions, prog=PROGRAM)
+    report_errors(PROGRAM, lambda: run(asked))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from mm_data.datasets import Clip, Failure, VideoDataset
     from mm_data.decoding import decode
     from mm_data.features import FeatureDataset
-    from mm_data.images import area_size, crop_to, pad_to, read_image
+    from mm_data.images import area_size, is_picture, read_image, read_mask
     from mm_data.keys import content_key
     from mm_data.loader import Loader, Step, build_loader
     from mm_data.manifest import Control, Sample, read_manifest
     from mm_data.order import Order
     from mm_data.selection import Selection, check_samples, for_task, select
+    from mm_data.transforms import crop_to, pad_to
     from mm_data.video import VideoClip, VideoInfo, probe, read_video
     from mm_data.video_write import made_with, write_video
 
@@ -53,11 +54,13 @@ __all__ = [
     "crop_to",
     "decode",
     "for_task",
+    "is_picture",
     "made_with",
     "pad_to",
     "probe",
     "read_image",
     "read_manifest",
+    "read_mask",
     "read_video",
     "select",
     "survey",
@@ -73,12 +76,13 @@ _HOMES = {
     "datasets": ("Clip", "Failure", "VideoDataset"),
     "decoding": ("decode",),
     "features": ("FeatureDataset",),
-    "images": ("area_size", "crop_to", "pad_to", "read_image"),
+    "images": ("area_size", "is_picture", "read_image", "read_mask"),
     "keys": ("content_key",),
     "loader": ("Loader", "Step", "build_loader"),
     "manifest": ("Control", "Sample", "read_manifest"),
     "order": ("Order",),
     "selection": ("Selection", "check_samples", "for_task", "select"),
+    "transforms": ("crop_to", "pad_to"),
     "video": ("VideoClip", "VideoInfo", "probe", "read_video"),
     "video_write": ("made_with", "write_video"),
 }

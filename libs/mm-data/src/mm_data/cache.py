@@ -14,10 +14,12 @@ trained on by accident.
 import json
 import os
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from safetensors.torch import save
 from torch import Tensor
@@ -36,6 +38,7 @@ from mm_data.geometry import Geometry, Unfit
 from mm_data.keys import content_key, hash_control
 from mm_data.manifest import Sample
 from mm_data.shards import Shards, read_metadata
+from mm_data.video import decoder_identity
 
 FORMAT = "mm-data features 1"
 
@@ -47,22 +50,26 @@ class ToDo:
     """
 
     encoder: str
+    decoder: str
     keys: dict[str, str]
     done: list[Sample]
     to_encode: list[Sample]  # one sample per missing entry: the same video with the same captions is encoded once
     repeated: list[Sample]  # share the entry of a sample in `to_encode`
     failed: list[tuple[Sample, str]]  # cannot be opened, with the reason
-    stale: int  # entries in the store that no sample asks for: another encoder, geometry, caption or file
+    stale: int  # entries in the store that no sample asks for: another encoder, decoder, geometry, caption or file
+    other_decoders: dict[str, int]  # how many of them come from which other decoder
 
     def __contains__(self, sample_id: str) -> bool:
         return sample_id in self.keys or any(sample.id == sample_id for sample, _ in self.failed)
 
     def __str__(self) -> str:
         total = len(self.keys) + len(self.failed)
+        others = "".join(f", {count} from {decoder}" for decoder, count in sorted(self.other_decoders.items()))
         return (
             f"{total} sample{'s' * (total != 1)}: {len(self.done)} in the store, {len(self.to_encode)} to encode, "
             f"{len(self.repeated)} repeated, {len(self.failed)} unreadable; "
-            f"{self.stale} stale {'entry' if self.stale == 1 else 'entries'}"
+            f"{self.stale} stale {'entry' if self.stale == 1 else 'entries'}{others}"
+            + (f"; videos are decoded by {self.decoder} now" if others else "")
         )
 
 
@@ -110,8 +117,8 @@ class FeatureCache:
             self._seen.add(shard)
 
     def put(self, key: str, tensors: Mapping[str, Tensor], meta: Mapping) -> None:
-        """Add an entry (any device; copied to the CPU). `meta` is JSON: `id`, the sample's, is required; `captions`
-        and `source` are kept for people and `plan`.
+        """Add an entry (any device; copied to the CPU). `meta` is JSON: `id`, the sample's, is required; the rest of
+        what a `Clip` has is kept for people, `find_work` and `notes`.
         """
         if "id" not in meta:
             raise ValueError(f"entry {key}: meta must hold the sample's id, it has {sorted(meta)}")
@@ -144,6 +151,14 @@ class FeatureCache:
     def meta(self, key: str) -> dict:
         """The description of an entry: what was given to `put`, and `shapes`."""
         return self._pending[key][1] if key in self._pending else self._entries[key][1]
+
+    def notes(self, todo: ToDo) -> dict[str, list[str]]:
+        """What the videos of entries are, as `VideoInfo.notes`, with the samples that are so, in their order."""
+        found: dict[str, list[str]] = {}
+        for sample_id, key in todo.keys.items():
+            for note in self.meta(key).get("notes", ()) if key in self else ():
+                found.setdefault(note, []).append(sample_id)
+        return found
 
     def flush(self) -> None:
         """Commit what was put since the last commit. After it returns, the entries survive kill -9 and a power cut."""
@@ -209,8 +224,20 @@ class FeatureCache:
         with ThreadPoolExecutor(threads) as pool:
             yield from pool.map(identify_one, samples)
 
-    def find_work(self, samples: Iterable[Sample], geometry: Geometry, encoder: str, seed: int = 0) -> ToDo:
-        """Compare what `samples` ask for with what is in the store; hashes the files of those not yet identified."""
+    def find_work(
+        self,
+        samples: Iterable[Sample],
+        geometry: Geometry,
+        encoder: str,
+        seed: int = 0,
+        *,
+        backend: Literal["pyav", "decord"] = "pyav",
+    ) -> ToDo:
+        """Compare what `samples` ask for with what is in the store; hashes the files of those not yet identified.
+
+        `backend` decodes them. Another version of it may give other pixels: what comes from one is stale.
+        """
+        decoder = decoder_identity(backend)
         keys: dict[str, str] = {}
         done, to_encode, repeated, failed, asked = [], [], [], [], set()
         for sample in self.identify(samples):
@@ -218,12 +245,14 @@ class FeatureCache:
                 failed.append((sample, _why_unreadable(sample.files)))
                 continue
             video, control = sample.contents[0].sha256, hash_control(sample)
-            key = content_key(video, geometry, encoder, sample.captions, sample.cut, seed, control)
+            key = content_key(video, geometry, encoder, sample.captions, sample.cut, seed, control, decoder)
             keys[sample.id] = key
             (done if key in self else repeated if key in asked else to_encode).append(sample)
             asked.add(key)
-        stale = len(self._entries.keys() - asked - {content_key("", None, encoder)})
-        return ToDo(encoder, keys, done, to_encode, repeated, failed, stale)
+        stale = self._entries.keys() - asked - {content_key("", None, encoder)}
+        others = Counter(self.meta(key).get("decoder", "an unknown decoder") for key in stale)
+        del others[decoder]
+        return ToDo(encoder, decoder, keys, done, to_encode, repeated, failed, len(stale), dict(others))
 
     def finish(self, todo: ToDo | None = None, dropped: Iterable[tuple[Sample, Unfit]] = ()) -> int:
         """Publish `dataset.jsonl`: the samples of `todo` that are in the store; without it, all entries, by id.

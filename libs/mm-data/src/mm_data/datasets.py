@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 from mm_data import random
 from mm_data.files import Content, file_stamp, fingerprint, shorten
 from mm_data.geometry import Geometry, crop_box
-from mm_data.images import pad_to, read_image
+from mm_data.images import read_image
 from mm_data.layout import Layout, lay_out
 from mm_data.manifest import Control, Sample
-from mm_data.transforms import crop_resize, to_mask, to_model_range
-from mm_data.video import VideoInfo, read_video
+from mm_data.transforms import crop_resize, pad_to, to_mask, to_model_range
+from mm_data.video import VideoInfo, decoder_identity, read_video
 
 
 class Clip(TypedDict):
@@ -111,8 +111,11 @@ class VideoDataset(Dataset):
                 "source": list(video.stamp),
                 "sha256": video.sha256,
                 "frames": chosen.tolist(),
+                "decoder": decoder_identity(self.backend),
             },
         )
+        if notes := {note for info in (layout.video, *layout.control.values()) for note in info.notes}:
+            clip["meta"]["notes"] = sorted(notes)
         if sample.control:
             self._add_control(clip, sample.control, layout, chosen)
             clip["meta"]["control"] = [[*content.stamp, content.sha256] for content in rest]
@@ -125,18 +128,22 @@ class VideoDataset(Dataset):
         return self._hashed[stamp]
 
     def _add_control(self, clip: Clip, control: Control, layout: Layout, chosen: np.ndarray) -> None:
-        source, mask = layout.control.get("source"), layout.control.get("mask")
+        source, mask, still = layout.control.get("source"), layout.control.get("mask"), layout.still_mask
         clip["source"] = (
             to_model_range(self._pixels(source, chosen, layout.size)) if source else torch.zeros_like(clip["video"])
         )
-        clip["mask"] = (
-            to_mask(self._pixels(mask, chosen, layout.size, channels=1)) if mask else torch.ones_like(clip["video"][:1])
-        )
+        if mask:
+            clip["mask"] = to_mask(self._pixels(mask, chosen, layout.size, grey=True))
+        elif still is not None:
+            fitted = crop_resize(still, crop_box(*still.shape[:2], layout.size), layout.size)
+            clip["mask"] = to_mask(np.repeat(fitted[None], len(chosen), axis=0))
+        else:
+            clip["mask"] = torch.ones_like(clip["video"][:1])
         clip["references"] = [pad_to(read_image(path), layout.size) for path in control.references]
 
-    def _pixels(self, info: VideoInfo, chosen: np.ndarray, size: tuple[int, int], channels: int = 3) -> np.ndarray:
+    def _pixels(self, info: VideoInfo, chosen: np.ndarray, size: tuple[int, int], grey: bool = False) -> np.ndarray:
         """F H W C uint8."""
         box = crop_box(info.height, info.width, size, info.pixel_aspect)
         return read_video(
-            info, chosen, backend=self.backend, each=lambda frame: crop_resize(frame[..., :channels], box, size)
+            info, chosen, backend=self.backend, grey=grey, each=lambda frame: crop_resize(frame, box, size)
         ).frames

@@ -1,15 +1,23 @@
-"""Pictures: read upright as RGB, and brought to a size."""
+"""Pictures, read upright: their colours on white, or as a mask. This file imports no torch."""
 
 from math import isqrt
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
-from mm_data.geometry import crop_box
-from mm_data.transforms import crop_resize, to_model_range
+from mm_data.files import find_fault, open_file
+from mm_data.pixels import lay_on_white, to_grey
+
+# What has a mark at its beginning comes first. Not what Pillow gives to other programs (eps), nor rare kinds of text.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "PSD", "DDS", "ICNS")
+FORMATS += ("ICO", "SGI", "DIB", "PCX", "TGA")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+
+
+def is_picture(path: str | Path) -> bool:
+    """Whether a file is a picture by its name, not a video."""
+    return Path(path).suffix.lower() in SUFFIXES
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -18,49 +26,45 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises ValueError, naming the file, for what is no picture, is damaged, moves, or holds other numbers than 8 or 16
     bits.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} is a folder, not a picture" if path.is_dir() else f"{path} does not exist")
-    try:
-        with Image.open(path) as picture:
-            pictures = getattr(picture, "n_frames", 1)
-            if pictures > 1 and picture.format != "MPO":  # so phones write a jpg with a thumbnail or a depth map
-                raise ValueError(f"{path} holds {pictures} pictures: save the one that is meant")
-            return _to_rgb(ImageOps.exif_transpose(picture), path)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not a picture of a known kind: use png, jpg or webp") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: so Pillow names a damaged png
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-
-
-def _to_rgb(picture: Image.Image, path: Path) -> np.ndarray:
-    if picture.mode.startswith("I;16"):  # grey of 16 bits, which Pillow would cut off at 255
-        grey = np.asarray(picture).astype(np.float32) / 257
-        return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"{path} holds numbers of 32 bits, of which none is known to be white: save it with 8 bits")
+    picture = _read(Path(path))
     if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return lay_on_white(np.asarray(picture.convert("RGBA")))
     return np.array(picture.convert("RGB"))
 
 
-def crop_to(image: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """H W 3 uint8 -> 3 h w in [-1, 1]: the largest centred piece of that shape, scaled, as a clip's frames are."""
-    box = crop_box(*image.shape[:2], size)
-    return to_model_range(crop_resize(image, box, size)[None])[:, 0]
+def read_mask(path: str | Path) -> np.ndarray:
+    """H W 1 uint8, upright: grey values, whatever is transparent. Raises ValueError as `read_image`."""
+    picture = _read(Path(path))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")  # not at once to RGB, where Pillow warns of palettes
+    return to_grey(np.asarray(picture.convert("RGB")))
 
 
-def pad_to(image: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """H W 3 uint8 -> 3 h w in [-1, 1]: the whole picture, scaled to fit, centred on white."""
-    height, width = image.shape[:2]
-    scale = min(size[0] / height, size[1] / width)
-    inner = max(1, round(height * scale)), max(1, round(width * scale))
-    top, left = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
-    padded = torch.ones(3, *size)
-    scaled = crop_resize(image, (0, 0, height, width), inner)
-    padded[:, top : top + inner[0], left : left + inner[1]] = to_model_range(scaled[None])[:, 0]
-    return padded
+def _read(path: Path) -> Image.Image:
+    """A picture of 8 bits, upright and in memory."""
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]  # AVIF came late
+    if fault := find_fault(path):
+        raise ValueError(fault)
+    with open_file(path) as file:
+        try:
+            with Image.open(file, formats=known) as picture:
+                frames, kind = getattr(picture, "n_frames", 1), picture.format
+                picture = ImageOps.exif_transpose(picture) if frames == 1 or kind == "MPO" else None
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{path} is not a picture of a known kind: use png, jpg or webp") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged files make Pillow raise nearly anything: SyntaxError, struct.error, …
+            raise ValueError(f"{path} cannot be read as a picture: {error or type(error).__name__}") from error
+    if picture is None:  # MPO: so phones write a jpg with a thumbnail or a depth map
+        raise ValueError(f"{path} holds {frames} pictures: save the one that is meant")
+    if picture.mode.startswith("I;16"):  # grey of 16 bits, which Pillow would cut off at 255
+        grey = np.asarray(picture).astype(np.float32) / 257
+        return Image.fromarray(grey.round().astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"{path} holds numbers of 32 bits, of which none is known to be white: save it with 8 bits")
+    return picture
 
 
 def area_size(height: int, width: int, area: int, multiple: int) -> tuple[int, int]:

@@ -19,11 +19,12 @@ def content_key(
     cut: tuple[int, int] | None = None,
     seed: int = 0,
     control: Mapping | None = None,
+    decoder: str | None = None,
 ) -> str:
     """The name of an entry: a hash of all that decides its tensors, and of nothing else (so not of the file's name).
 
     `seed` counts only where the geometry draws a random window. `control` is that of a VACE sample, with hashes in
-    place of its files.
+    place of its files. `decoder` is what gave the pixels, see `mm_data.video.decoder_identity`.
     """
     shape = asdict(geometry) if geometry else None
     # What was always so is not named, so that entries keep the keys that they had before there was another.
@@ -35,6 +36,8 @@ def content_key(
     parts = [PIXELS, video_sha256, shape, encoder, list(captions), cut, drawn]
     if control is not None:
         parts.append(dict(control))
+    if decoder is not None:
+        parts.append(decoder)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

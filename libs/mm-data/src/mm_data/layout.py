@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from mm_data.geometry import Geometry, Unfit, choose_frames, clip_length, clip_rate, output_size, resample
+from mm_data.images import is_picture, read_mask
 from mm_data.manifest import Sample
 from mm_data.vace import vace_clip
 from mm_data.video import VideoInfo, probe
@@ -16,7 +18,8 @@ class Layout:
     """The frames and the size of a clip, but for the draw of a random window."""
 
     video: VideoInfo
-    control: dict[str, VideoInfo]  # "source" and "mask", where the sample has them
+    control: dict[str, VideoInfo]  # "source" and "mask", where the sample has them as videos
+    still_mask: np.ndarray | None  # H W 1 uint8: one picture for all frames
     span: tuple[int, int]  # [first, end): the frames that all of them have
     available: np.ndarray  # indices of the frames to choose from
     length: int  # of the clip
@@ -31,22 +34,25 @@ class Layout:
 def lay_out(sample: Sample, geometry: Geometry) -> Layout:
     """Look into the files of a sample. Raises ValueError, as Unfit where the files are sound but do not suit."""
     check_control(sample)
-    video, control = probe(sample.path), {}
+    video, control, still_mask = probe(sample.path), {}, None
     if sample.control:
         given = {"source": sample.control.source, "mask": sample.control.mask}
+        if given["mask"] and is_picture(given["mask"]):
+            still_mask = read_mask(given["mask"])
+            _check_shape(video, given.pop("mask"), *still_mask.shape[:2])
         control = {name: probe(path) for name, path in given.items() if path is not None}
     first, end = _span(sample, video, list(control.values()))
     for other in control.values():
-        _check_shape(video, other)
+        _check_shape(video, other.path, other.height, other.width, float(other.pixel_aspect))
     shown = video.timestamps[first:end] - video.timestamps[first]
     if geometry.rule == "vace":
         chosen, size, fps = vace_clip(shown, video.height, video.width * float(video.pixel_aspect), geometry)
-        return Layout(video, control, (first, end), first + chosen, len(chosen), size, fps)
+        return Layout(video, control, still_mask, (first, end), first + chosen, len(chosen), size, fps)
     size = output_size(video.height, video.width, geometry, video.pixel_aspect)
     available = first + resample(shown, geometry.fps)
     length = clip_length(len(available), geometry)
     fps = clip_rate(shown, geometry.fps) or video.fps
-    return Layout(video, control, (first, end), available, length, size, fps)
+    return Layout(video, control, still_mask, (first, end), available, length, size, fps)
 
 
 def check_control(sample: Sample) -> None:
@@ -81,12 +87,12 @@ def _span(sample: Sample, video: VideoInfo, others: list[VideoInfo]) -> tuple[in
     return 0, min(info.num_frames for info in (video, *others))
 
 
-def _check_shape(video: VideoInfo, other: VideoInfo) -> None:
-    """Unfit if the two show another part of the picture; their resolutions may differ."""
-    (one, another) = (info.width * float(info.pixel_aspect) / info.height for info in (video, other))
+def _check_shape(video: VideoInfo, path: Path, height: int, width: int, pixel_aspect: float = 1.0) -> None:
+    """Unfit if the file at `path` shows another part of the picture than the video; their resolutions may differ."""
+    one, another = video.width * float(video.pixel_aspect) / video.height, width * pixel_aspect / height
     if abs(another / one - 1) > 0.05:  # 1280 x 720 and 832 x 480, say, differ by 0.026
         raise Unfit(
             "shape_mismatch",
-            f"{other.path} is {other.height} x {other.width}, {video.path} is {video.height} x {video.width}: source "
-            "and mask must have the shape of the video",
+            f"{path} is {height} x {width}, {video.path} is {video.height} x {video.width}: source and mask must have "
+            "the shape of the video",
         )

@@ -7,12 +7,15 @@ and trusts headers where PyAV checks.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import av
 import numpy as np
 
 from mm_data import video_decord, video_pyav
+from mm_data.pixels import to_grey
 from mm_data.video_pyav import VideoInfo
 
 
@@ -20,7 +23,7 @@ from mm_data.video_pyav import VideoInfo
 class VideoClip:
     """Frames of a video, F H W 3 uint8 RGB, and when each is shown, in seconds from the video's first frame."""
 
-    frames: np.ndarray
+    frames: np.ndarray  # F H W 1 where grey values were asked for
     fps: float  # of the whole video, on average
     timestamps: np.ndarray  # F
 
@@ -40,14 +43,14 @@ def read_video(
     *,
     backend: Literal["pyav", "decord"] = "pyav",
     each: Callable[[np.ndarray], np.ndarray] | None = None,
-    on_white: bool = True,
+    grey: bool = False,
 ) -> VideoClip:
     """The frames with these indices (any order, repeats allowed; None: all), decoded from the key frame before each.
 
     `path` may be what `probe` gave, which saves looking again. `each` is applied to every frame (H W 3 uint8) as soon
-    as it is decoded, e.g. to shrink it before the next one needs memory. What is transparent lies on white; without
-    `on_white` alpha is left out, and colours are as they are stored. Raises ValueError, naming the file, if it is no
-    video, is damaged where it must be read, or has no such frame.
+    as it is decoded, e.g. to shrink it before the next one needs memory. What is transparent lies on white. With
+    `grey`, as masks are read, frames are H W 1: grey values, whatever is transparent. Raises ValueError, naming the
+    file, if it is no video, is damaged where it must be read, or has no such frame.
     """
     if backend not in ("pyav", "decord"):
         raise ValueError(f"unknown video backend {backend!r}: use pyav or decord")
@@ -55,7 +58,7 @@ def read_video(
     wanted = _resolve(indices, info)
     order = sorted(set(wanted.tolist()))
     decode = video_pyav.frames if backend == "pyav" else video_decord.frames
-    decoded = decode(info, order, on_white)
+    decoded = decode(info, order, on_white=not grey)
     frames: dict[int, np.ndarray] = {}
     for index, picture in decoded:
         if picture.shape != (info.height, info.width, 3):
@@ -63,6 +66,7 @@ def read_video(
                 f"{info.path}: {backend} gives frame {index} as {picture.shape}, the first is "
                 f"{(info.height, info.width, 3)}: cut the file where its size changes"
             )
+        picture = to_grey(picture) if grey else picture
         frames[index] = each(picture) if each else picture
     missing = [index for index in order if index not in frames]
     if missing:
@@ -71,6 +75,14 @@ def read_video(
             f"decoded, the first is frame {missing[0]} of {info.num_frames}"
         )
     return VideoClip(np.stack([frames[index] for index in wanted.tolist()]), info.fps, info.timestamps[wanted])
+
+
+def decoder_identity(backend: Literal["pyav", "decord"] = "pyav") -> str:
+    """What decides the pixels of a file: the decoder and its version, with those of FFmpeg's libraries in it."""
+    if backend == "decord":
+        return f"decord {version('decord')}"
+    names = ("libavformat", "libavcodec", "libswscale")
+    return " ".join([f"PyAV {av.__version__}", *(f"{n} {'.'.join(map(str, av.library_versions[n]))}" for n in names)])
 
 
 def _resolve(indices: Sequence[int] | slice | None, info: VideoInfo) -> np.ndarray:

@@ -1,6 +1,5 @@
 """PyAV: FFmpeg as a library. The frames of a file from its packets, and their pixels."""
 
-import os
 from bisect import bisect_right
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ HIDDEN_FRAMES = {"vp8", "libvpx"}
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # Formats, and codecs, of one picture or several. Frames build on earlier ones, whatever packets say of key frames.
 ANIMATIONS = {"gif", "apng"}
-HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ITU-T H.273
+HDR = {16: "HDR (PQ)", 18: "HDR (HLG)"}  # transfer characteristics of ITU-T H.273
 
 
 class Orientation(NamedTuple):
@@ -295,7 +294,7 @@ def _has_alpha(frame: av.VideoFrame) -> bool:
 
 
 def _notes(frame: av.VideoFrame) -> tuple[str, ...]:
-    notes = [f"HDR ({HDR[frame.color_trc]})"] if frame.color_trc in HDR else []
+    notes = [HDR[frame.color_trc]] if frame.color_trc in HDR else []
     if any(data.type.name.startswith("DOVI") for data in frame.side_data):
         notes.append("Dolby Vision")
     if frame.interlaced_frame:
@@ -310,33 +309,38 @@ def _to_rgb(frame: av.VideoFrame, on_white: bool) -> np.ndarray:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[Opened]:
-    """The file and its main video stream; every error of FFmpeg becomes a ValueError that names the file.
+def open_container(path: str | Path) -> Iterator[av.container.InputContainer]:
+    """A regular file for FFmpeg to read, and nothing else. Raises ValueError as `open_file`, and av.FFmpegError.
 
     FFmpeg is given an open file and neither its name nor any other protocol. So a name means nothing to it (http://,
     concat:, %03d), and a playlist, or whatever else names other files, opens none of them.
     """
-    _check_file(path)
     with open_file(path) as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise ValueError(f"{path} is empty (0 bytes)")
-        try:
-            options = {"fd": str(file.fileno()), "protocol_whitelist": "fd"}
-            with av.open("fd:", options=options, metadata_errors="ignore") as container:
-                kind = container.format.name
-                if kind == "image2" or kind.endswith("_pipe"):  # FFmpeg's readers of single pictures
-                    _refuse_picture(path)
-                stream = _main_stream(container, path)
-                decoder = stream.codec_context
-                if stream.metadata.get("alpha_mode") == "1" and decoder.name in ALPHA_DECODERS:
-                    decoder = av.CodecContext.create(ALPHA_DECODERS[decoder.name], "r")
-                decoder.options = {"err_detect": "explode"}  # a damaged picture is an error, not a guess
-                decoder.thread_count = 1  # parallelism is the business of the data workers
-                yield Opened(container, stream, decoder)
-        except av.FFmpegError as error:
-            raise ValueError(
-                f"{path} cannot be read as a video: damaged, cut off, encrypted or no video at all ({error.strerror})"
-            ) from error
+        options = {"fd": str(file.fileno()), "protocol_whitelist": "fd"}
+        with av.open("fd:", options=options, metadata_errors="ignore") as container:
+            yield container
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Opened]:
+    """The file and its main video stream; every error of FFmpeg becomes a ValueError that names the file."""
+    _check_file(path)
+    try:
+        with open_container(path) as container:
+            kind = container.format.name
+            if kind == "image2" or kind.endswith("_pipe"):  # FFmpeg's readers of single pictures
+                _refuse_picture(path)
+            stream = _main_stream(container, path)
+            decoder = stream.codec_context
+            if stream.metadata.get("alpha_mode") == "1" and decoder.name in ALPHA_DECODERS:
+                decoder = av.CodecContext.create(ALPHA_DECODERS[decoder.name], "r")
+            decoder.options = {"err_detect": "explode"}  # a damaged picture is an error, not a guess
+            decoder.thread_count = 1  # parallelism is the business of the data workers
+            yield Opened(container, stream, decoder)
+    except av.FFmpegError as error:
+        raise ValueError(
+            f"{path} cannot be read as a video: damaged, cut off, encrypted or no video at all ({error.strerror})"
+        ) from error
 
 
 def _main_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:
@@ -364,3 +368,5 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"{path} is a folder: {hint}")
     if fault := find_fault(path):
         raise ValueError(fault)
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty (0 bytes)")

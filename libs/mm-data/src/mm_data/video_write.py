@@ -9,6 +9,9 @@ from pathlib import Path
 import av
 import numpy as np
 
+from mm_data.files import parse_json
+from mm_data.video_pyav import open_container
+
 
 def write_video(
     path: str | Path, frames: np.ndarray, fps: float, made_with: dict | None = None, *, crf: int = 17
@@ -35,11 +38,11 @@ def write_video(
 
 def made_with(path: str | Path) -> dict:
     """What `write_video` recorded in the file. ValueError when it recorded nothing."""
-    with av.open(f"file:{path}") as container:
+    with open_container(path) as container:
         comment = container.metadata.get("comment")
     if comment is None:
         raise ValueError(f"{path} does not say how it was made: it has no comment")
-    return json.loads(comment)
+    return parse_json(comment, path)
 
 
 def _encode(path: Path, frames: np.ndarray, fps: float, crf: int, made_with: dict | None) -> None:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from mm_parallel.launch import Launch, read_launch
+
 BACKENDS = ("gloo", "nccl", "hccl")
 """What an error of communication may name."""
 
@@ -65,24 +67,6 @@ def backend(device: torch.device) -> str:
     return own if device.type == "cpu" else f"cpu:gloo,{device.type}:{own}"
 
 
-def ranks_of_environment() -> tuple[int, int] | None:
-    """(rank, world) as torchrun puts them into the environment; None for a process that is alone.
-
-    Schedulers set RANK and WORLD_SIZE for a single process, too, without a place to meet: it is alone. Raises
-    ValueError where several ranks are not told where to meet.
-    """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return None
-    rank, world = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE"))
-    absent = [key for key in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(key)]
-    if absent and world > 1:
-        raise ValueError(
-            f"RANK {rank} of WORLD_SIZE {world}, but no {' and no '.join(absent)} to meet the others at: start the "
-            "ranks with torchrun, which sets all of them, or unset RANK and WORLD_SIZE to work alone"
-        )
-    return None if absent else (rank, world)
-
-
 def init_distributed(
     timeout: timedelta = timedelta(minutes=10),
     store: dist.Store | None = None,
@@ -91,22 +75,32 @@ def init_distributed(
 
     Without torchrun there is no process group and the answer is (0, 1, 0). Each process takes the accelerator of its
     local rank. store: where the ranks meet, if they have met. Raises ValueError when this host has fewer accelerators
-    than local ranks, and as `ranks_of_environment`.
+    than local ranks, and as `read_launch` does.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if dist.is_initialized():
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        launch = Launch(dist.get_rank(), dist.get_world_size(), local, joins=True)
+    else:
+        launch = read_launch()
+    if launch.ranks is None:
         return 0, 1, 0
-    rank, world, local = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, world = launch.ranks
+    local = launch.local or 0
     here = device()
     if here.type != "cpu":
-        if local >= (count := torch.accelerator.device_count()):
+        count = torch.accelerator.device_count()
+        if launch.local is None and world > 1 and count > 1:
+            raise ValueError(
+                f"the environment says RANK={rank}, but not LOCAL_RANK, and this host shows {count} of type "
+                f"{here.type}: start with torchrun, which says which of them is whose"
+            )
+        if local >= count:
             raise ValueError(
                 f"local rank {local} needs its own device, but this host shows {count} of type {here.type}: "
                 f"start at most {count} processes per host (torchrun --nproc_per_node {count})"
             )
         torch.accelerator.set_device_index(local)
     if not dist.is_initialized():
-        if ranks_of_environment() is None:
-            return 0, 1, 0
         met = {} if store is None else {"store": store, "rank": rank, "world_size": world}
         dist.init_process_group(backend(here), timeout=timeout, **met)
     return rank, world, local

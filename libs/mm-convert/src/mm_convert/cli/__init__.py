@@ -32,13 +32,10 @@ options: -h, --help, --version
 """
 
 
+@escaped_output()
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command. Exit code 0: done; 1: it could not be done; 2: the command line is wrong."""
-    with escaped_output():
-        _main(list(sys.argv[1:] if argv is None else argv))
-
-
-def _main(argv: list[str]) -> None:
+    """Run one command. Exit codes are those of `report_errors`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         sys.exit(0 if argv else 2)
@@ -54,11 +51,21 @@ def _main(argv: list[str]) -> None:
 
 
 def report_errors(program: str, action: Callable[[], None]) -> None:
-    """Do it; what goes wrong ends with exit code 1 and one line on stderr."""
+    """Do it; what goes wrong ends with one line on stderr, and with the exit codes of all our programs.
+
+    0: done. 2: what was typed is wrong, a path that does not exist too. 1: it could not be done, as what lies there
+    cannot be read or written (and for `diff`: the two differ). 130: interrupted.
+    """
     try:
         action()
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{program}: error: {one_line(error)}")
+        from mm_convert.read.source import NotThere
+
+        message = f"{program}: error: {one_line(error)}"
+        if not isinstance(error, NotThere):
+            sys.exit(message)
+        sys.stderr.write(f"{message}\n")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write(f"\n{program}: interrupted; what was not finished is not there\n")
         sys.exit(130)

@@ -47,7 +47,7 @@ from mm_convert.cli.terminal import one_line
 from mm_convert.cli.toml import dump, read_tables, template
 from mm_convert.cli.values import check_value, describe, read_text
 
-__all__ = ["REQUIRED", "Option", "dump", "nearest", "options_of", "parse", "parse_options"]
+__all__ = ["REQUIRED", "Option", "dump", "nearest", "options_of", "parse", "parse_options", "read_config"]
 
 T = TypeVar("T")
 
@@ -149,6 +149,19 @@ def parse_options(
     else:
         print(dump(_nest(values)), end="")
     sys.exit(0)
+
+
+def read_config(config_class: type[T], path: Path) -> T:
+    """A configuration from the file that `dump` wrote of it. ValueError, with the file's name, for what does not fit.
+
+    What is not in the file is as the dataclass has it.
+    """
+    known = {option.name: option for option in options_of(config_class)}
+    values = {name: option.default for name, option in known.items()}
+    values |= _read_file(path, known, lambda tables: tables)
+    if missing := [name for name, value in values.items() if value is REQUIRED]:
+        raise ValueError(f"{path} does not say {', '.join(missing)}")
+    return _instantiate(config_class, values)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

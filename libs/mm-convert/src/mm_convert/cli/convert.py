@@ -58,7 +58,7 @@ def _prepare_one(options: Convert) -> tuple[Checkpoint | Adapter, Files]:
     if options.takes == "model":
         return _prepare_model(options)
     look = open_lora if options.takes == "adapter" else find_lora
-    adapter = look(options.source, alpha=options.lora_alpha)
+    adapter = look(options.source, alpha=options.lora_alpha, family=options.family)
     if adapter:
         for name in ("shard_gb", "pp_layers", "vit_pp_layers"):
             if getattr(options, name):

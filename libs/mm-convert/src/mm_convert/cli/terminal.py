@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 # Controls (C0 without tab and newline, DEL, C1), separators of lines, what turns the direction of text, half characters
 COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_OF_BARS = re.compile("\r|(\x1b\\[A)+$")
 _GONE = (errno.EPIPE, errno.EIO, errno.ENXIO)  # the reader of a pipe has ended, or a terminal was closed
 
 
@@ -68,8 +69,9 @@ class _Escaped:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        # A bar begins its line anew, on a terminal only; anywhere else in a text it would hide what stands before.
-        start = "\r" if text.startswith("\r") and self._stream.isatty() else ""
+        # Of bars, on a terminal only: one begins its line anew, several move up; in a name it would hide what is there.
+        moves = _OF_BARS.match(text) if self._stream.isatty() else None
+        start = moves[0] if moves else ""
         encoding = self._stream.encoding or "utf-8"
         shown = start + escape(text[len(start) :]).encode(encoding, "backslashreplace").decode(encoding)
         try:

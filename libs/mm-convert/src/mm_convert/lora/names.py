@@ -116,8 +116,8 @@ def is_lora(names: Iterable[str]) -> bool:
     return any(_ADAPTERS.search(name) for name in names)
 
 
-def read_names(names: Iterable[str], where: str) -> Names:
-    """Recognise an adapter by the names of its tensors.
+def read_names(names: Iterable[str], where: str, meant: str = "") -> Names:
+    """Recognise an adapter by the names of its tensors; `meant`: the family to take where they fit several alike.
 
     Raises ValueError for what is not plain LoRA, factors without their counterpart, and modules that no family has.
     """
@@ -126,7 +126,7 @@ def read_names(names: Iterable[str], where: str) -> Names:
     for family in FAMILIES:
         for dialect in family.table.dialects:
             scores[family.name, dialect] = _modules(family, dialect, parts, flat=prefix in _FLAT)
-    (name, dialect), modules = max(scores.items(), key=lambda item: len(item[1]))
+    (name, dialect), modules = max(scores.items(), key=lambda item: (len(item[1]), item[0][0] == meant))
     family = next(f for f in FAMILIES if f.name == name)
     if unknown := [module for module in parts if module not in modules]:
         raise ValueError(_explain(unknown, modules, family, dialect, where))

@@ -13,7 +13,7 @@ from mm_convert.lora.names import FILES, Names, is_lora, join_first, read_names
 from mm_convert.lora.strength import find_alphas
 from mm_convert.read.experts import FOLDERS
 from mm_convert.read.source import Source, find
-from mm_convert.store.mm import MANIFEST, read_json
+from mm_convert.store.mm import MANIFEST, name_of, read_json
 from mm_convert.store.safetensors import read_file
 from mm_convert.tensors.rules import Row, Sizes
 from mm_convert.tensors.views import LazyTensor
@@ -21,7 +21,7 @@ from mm_convert.tensors.views import LazyTensor
 _HALF = re.compile(r"(?<![a-z])(high|low)(?=$|[^a-z]|noise)", re.IGNORECASE)  # in the name of a file
 
 
-def open_lora(path: str | Path, *, alpha: float | None = None, rank: int | None = None) -> Adapter:
+def open_lora(path: str | Path, *, alpha: float | None = None, rank: int | None = None, family: str = "") -> Adapter:
     """The low-rank adapter at a path, lazily; a mapping of our names (`….lora_A.weight`) to tensors.
 
     Args:
@@ -29,17 +29,20 @@ def open_lora(path: str | Path, *, alpha: float | None = None, rank: int | None 
             checkpoint of a training run.
         alpha: where the files do not say it and no loader takes it for the rank. Compared with them where they do.
         rank: compared with the factors.
+        family: the one to take where the names fit several alike: Wan is a part of VACE.
 
     Raises ValueError, naming up to five modules, for what is no adapter, is not plain LoRA, belongs to no known family,
     is not whole, or says two things of its rank or alpha.
     """
-    adapter = find_lora(path, alpha=alpha, rank=rank)
+    adapter = find_lora(path, alpha=alpha, rank=rank, family=family)
     if adapter is None:
         raise ValueError(f"{path} holds no LoRA adapter, but a whole model")
     return adapter
 
 
-def find_lora(path: str | Path, *, alpha: float | None = None, rank: int | None = None) -> Adapter | None:
+def find_lora(
+    path: str | Path, *, alpha: float | None = None, rank: int | None = None, family: str = ""
+) -> Adapter | None:
     """The adapter at a path, in whatever layout and format; None where a whole model is. Errors as `read_lora`."""
     source = find_source(Path(path))
     if not is_lora(source.tensors):
@@ -50,7 +53,7 @@ def find_lora(path: str | Path, *, alpha: float | None = None, rank: int | None 
     metadata = source.metadata | _said_beside(source)
     config = read_json(beside) if known else None
     training = source.layout == "dcp" or source.is_part
-    return read_lora(source.tensors, metadata, config, str(path), alpha, rank, guess=not training)
+    return read_lora(source.tensors, metadata, config, str(path), alpha, rank, guess=not training, family=family)
 
 
 def find_source(path: Path) -> Source:
@@ -69,14 +72,16 @@ def find_source(path: Path) -> Source:
 
 
 def _said_beside(source: Source) -> dict[str, str]:
-    """Rank and alpha, which MindSpeed-MM's tree has no place for, nor a checkpoint of mm_train."""
+    """Rank, alpha and base, which MindSpeed-MM's tree has no place for, nor the tensors of a run of mm_train."""
     settings = source.folder / "config.toml"
     if source.layout == "dcp" and settings.is_file():
         try:
-            lora = tomllib.loads(settings.read_text(encoding="utf-8")).get("lora", {})
+            said = tomllib.loads(settings.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{settings} is not TOML: {error}") from error
-        return {name: str(lora[name]) for name in ("rank", "alpha") if name in lora}
+        lora = said["lora"] if isinstance(said.get("lora"), dict) else {}
+        numbers = {name: str(lora[name]) for name in ("rank", "alpha") if name in lora}
+        return numbers | {"base": name_of(Path(str(said.get("weights", ""))))}
     for folder in (source.folder, source.folder.parent) if source.layout == "mindspeed" else ():
         if (folder / MANIFEST).exists():
             return dict(read_json(folder / MANIFEST).get("metadata", {}))
@@ -92,6 +97,7 @@ def read_lora(
     rank: int | None = None,
     *,
     guess: bool = True,
+    family: str = "",
 ) -> Adapter:
     """Recognise an adapter, in whatever format.
 
@@ -102,12 +108,13 @@ def read_lora(
         where: the file, for messages.
         alpha: needed where the file does not say it and no loader takes it for the rank: for MindSpeed-MM's.
         rank: only compared with the factors.
+        family: as in `open_lora`.
         guess: whether alpha may be taken to be the rank, where all loaders of the format do so.
 
     Raises ValueError, naming up to five modules, when this is not plain LoRA, belongs to no known family, is not whole,
     does not fit together, or says two things of its rank or alpha.
     """
-    names = read_names(tensors, where)
+    names = read_names(tensors, where, family)
     factors = {module: (tensors[parts["A"]], tensors[parts["B"]]) for module, parts in names.parts.items()}
     _check_shapes(names, factors, where)
     alphas, notes = find_alphas(names, tensors, metadata, adapter_config, where, rank, alpha, guess)

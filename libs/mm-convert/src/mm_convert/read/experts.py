@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mm_convert.write.install import replace_file
+
 FOLDERS = {"high": "high_noise_model", "low": "low_noise_model"}
 DIFFUSERS = {"high": "transformer", "low": "transformer_2"}
 FILE, INDEX = "experts.json", "model_index.json"
@@ -71,7 +73,7 @@ def write_experts(path: str | Path, boundary: float | None) -> dict[str, Path]:
     if said is not None and said != boundary:
         raise ValueError(f"{path / FILE} says boundary {said}, but it should be {boundary}: choose another directory")
     if boundary is not None:
-        (path / FILE).write_text(experts_json(boundary), encoding="utf-8")
+        replace_file(path / FILE, experts_json(boundary))
     return {expert: path / folder for expert, folder in FOLDERS.items()}
 
 

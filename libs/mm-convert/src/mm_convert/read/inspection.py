@@ -80,29 +80,24 @@ def inspect(path: str | Path) -> Inspection:
 
 
 def inspect_adapter(path: str | Path) -> str | None:
-    """What an adapter is, for people; None where a whole model is."""
+    """What an adapter is, for people; None where a whole model is. Errors as `open_lora`."""
     source = find_source(Path(path))
     if not is_lora(source.tensors):
         return None
-    rows = {"what": "LoRA adapter"}
-    try:
-        adapter = open_lora(path)
-    except ValueError as error:
-        rows["problem"] = str(error)
-        adapter = None
-    if adapter:
-        strengths = {(module.rank, module.alpha) for module in adapter.modules.values()}
-        rows |= {
-            "family": adapter.family.name,
-            "format": f"{adapter.format}, {adapter.dialect} names",
-            "layout": source.layout,
-            "modules": f"{len(adapter.modules)}",
-            "rank, alpha": "; ".join(f"{rank}, {alpha:g}" for rank, alpha in sorted(strengths)),
-            "parameters": f"{sum(prod(t.shape) for m in adapter.modules.values() for t in (m.a, m.b)):,}",
-            "base": adapter.base or "not said",
-        }
+    adapter = open_lora(path)
+    strengths = {(module.rank, module.alpha) for module in adapter.modules.values()}
+    rows = {
+        "what": "LoRA adapter",
+        "family": adapter.family.name,
+        "format": f"{adapter.format}, {adapter.dialect} names",
+        "layout": source.layout,
+        "modules": f"{len(adapter.modules)}",
+        "rank, alpha": "; ".join(f"{rank}, {alpha:g}" for rank, alpha in sorted(strengths)),
+        "parameters": f"{sum(prod(t.shape) for m in adapter.modules.values() for t in (m.a, m.b)):,}",
+        "base": adapter.base or "not said",
+    }
     lines = [f"{key:<14} {value}" for key, value in rows.items()]
-    return "\n".join([str(path), *lines, *(f"note: {note}" for note in (adapter.notes if adapter else ()))])
+    return "\n".join([str(path), *lines, *(f"note: {note}" for note in adapter.notes)])
 
 
 def inspect_pair(path: Path) -> str | None:

@@ -21,6 +21,10 @@ from mm_convert.tensors.views import LazyTensor
 _PREFIXES = ("module.", "model.", "predictor.", "diffusion_model.", "model.diffusion_model.", "pipe.dit.")
 
 
+class NotThere(ValueError):
+    """A path that was asked for does not exist: whoever typed it can mend it, so programs end with 2 and not with 1."""
+
+
 @dataclass
 class Source:
     """`tensors` by their names on disk, whole and with the layer numbers of the model; `folder` may say more."""
@@ -44,10 +48,11 @@ def find(path: Path, published: bool = False, part: str = "model", prefix: str =
         part: "model", or "ema" of a training checkpoint; "ema_state_dict" or "state_dict" of a torch file.
         prefix: what the names of the model begin with, besides what is known to be published.
 
-    Raises ValueError when there is nothing that can be read, or when it is not clear what is meant.
+    Raises ValueError when there is nothing that can be read, or when it is not clear what is meant; NotThere for a path
+    that does not exist.
     """
     if not path.exists():
-        raise ValueError(f"{path} does not exist")
+        raise NotThere(f"{path} does not exist")
     prefixes = (*_PREFIXES, *([f"{prefix.rstrip('.')}."] if prefix else []))
     if path.is_file():
         return _strip_prefix(_file(path, part), prefixes)

@@ -1,29 +1,32 @@
 """The three kinds of target: a folder, one file, files among others.
 
-Each appears whole or not at all: it is written under a hidden name beside the target, and renamed at the end.
-`refuse(overwrite, names)` raises ValueError for a target that is there, or that may not be replaced; `names` are those
-of the files to come. `open(nbytes, overwrite, names)` gives a hidden folder to write into, and raises before that when
-the disk has fewer than `nbytes` bytes left. `manifest` is the file that says where the others come from.
+Each appears whole or not at all: it is written under a hidden name beside the target, and renamed at the end. Each has
+
+    into, name      the folder in which it takes its place, and what its lock and its hidden folders are named after
+    refuse          raises ValueError for a target that is there, or that may not be replaced; `names` are the files to
+                    come, `ours` what has just been finished of a conversion that was killed
+    write           gives a hidden folder to write into, whose content takes its place at the end of the block
+    manifest        the name of the file that says where the others come from, or None
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from mm_convert.store.mm import MANIFEST
+from mm_convert.write.install import recover, write_hidden
+from mm_convert.write.lock import lock_output
 from mm_convert.write.progress import readable_bytes
 
 # What --overwrite may replace without being told: whole checkpoints that can be made again, never a training run.
 _OURS = ("*.safetensors", "*.safetensors.index.json", "config.json", MANIFEST, "adapter_config.json")
 _OURS += ("mp_rank_*", "release", "model_optim_rng.pt", "latest_checkpointed_iteration.txt", ".metadata", "*.distcp")
-_OURS += ("mm", ".*.partial-*")
+_OURS += ("mm", ".*.partial-*", ".*.lock")
 _OURS += ("high_noise_model", "low_noise_model", "transformer", "transformer_2", "experts.json")  # pairs of experts
 
 
@@ -36,32 +39,33 @@ class Folder:
 
     path: Path
     pointer: tuple[Path, str] | None = None
-    manifest = MANIFEST
 
-    def refuse(self, overwrite: bool, names: Collection[str]) -> None:
+    @property
+    def into(self) -> Path:
+        return self.path.resolve().parent
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def manifest(self, ours: Collection[str] = ()) -> str | None:
+        return MANIFEST
+
+    def refuse(self, overwrite: bool, names: Collection[str], ours: Collection[str] = ()) -> None:
         if self.pointer:
             file, text = self.pointer
-            if file.exists() and (said := file.read_text().strip()) != text:
+            if file.exists() and (said := file.read_text(encoding="utf-8").strip()) != text:
                 raise ValueError(f"{file} says {said}: a training run's; name another target, so that it stays")
-        refuse_target(self.path, overwrite, replaceable=names)
+        refuse_target(self.path, overwrite or bool(ours), replaceable=names)
 
     @contextmanager
-    def open(self, nbytes: int, overwrite: bool, names: Collection[str]) -> Iterator[Path]:
-        target = self.path.resolve()
-        _make_room(target, nbytes)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-        try:
-            folder.chmod(0o777 & ~_umask())
-            yield folder
-            _put(folder, target, overwrite)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        if self.pointer:
-            file, text = self.pointer
-            hidden = file.with_name(f".{file.name}.partial")
-            hidden.write_text(text, encoding="utf-8")
-            hidden.replace(file)
+    def write(self, names: Collection[str]) -> Iterator[Path]:
+        moves = [self.name, *([self.pointer[0].name] if self.pointer else [])]
+        with write_hidden(self.into, self.name, moves) as hidden:
+            (hidden / self.name).mkdir()
+            yield hidden / self.name
+            if self.pointer:
+                (hidden / self.pointer[0].name).write_text(self.pointer[1], encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -71,19 +75,26 @@ class OneFile:
     path: Path
 
     @property
-    def manifest(self) -> str:
-        return f"{self.path.name}.{MANIFEST}"
+    def into(self) -> Path:
+        return self.path.absolute().parent
 
-    def refuse(self, overwrite: bool, names: Collection[str]) -> None:
-        refuse_target(self.path, overwrite, folder=False)
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def manifest(self, ours: Collection[str] = ()) -> str | None:
+        return f"{self.name}.{MANIFEST}"
+
+    def refuse(self, overwrite: bool, names: Collection[str], ours: Collection[str] = ()) -> None:
+        refuse_target(self.path, overwrite or bool(ours), folder=False)
 
     @contextmanager
-    def open(self, nbytes: int, overwrite: bool, names: Collection[str]) -> Iterator[Path]:
-        _make_room(self.path, nbytes)
-        with tempfile.TemporaryDirectory(prefix=f".{self.path.name}.partial-", dir=self.path.parent) as hidden:
-            yield Path(hidden)
-            for name in (self.manifest, self.path.name):  # a file alone may not say all that it is
-                (Path(hidden) / name).replace(self.path.parent / name)
+    def write(self, names: Collection[str]) -> Iterator[Path]:
+        # A file alone may not say all that it is, so it comes last; an old one must not be told by a new manifest.
+        manifest, there = f"{self.name}.{MANIFEST}", self.path.exists()
+        moves = [self.name, manifest] if there else [manifest, self.name]
+        with write_hidden(self.into, self.name, moves, stale=manifest if there else "") as hidden:
+            yield hidden
 
 
 @dataclass(frozen=True)
@@ -93,50 +104,60 @@ class Among:
     path: Path
 
     @property
-    def manifest(self) -> str | None:
-        return None if (self.path / MANIFEST).exists() else MANIFEST
+    def into(self) -> Path:
+        return self.path.resolve()
 
-    def refuse(self, overwrite: bool, names: Collection[str]) -> None:
+    @property
+    def name(self) -> str:
+        return self.into.name
+
+    def manifest(self, ours: Collection[str] = ()) -> str | None:
+        return None if (self.path / MANIFEST).exists() and MANIFEST not in ours else MANIFEST
+
+    def refuse(self, overwrite: bool, names: Collection[str], ours: Collection[str] = ()) -> None:
         there = [path.name for path in self.path.glob("*.safetensors*")]
         there += [name for name in names if (self.path / name).exists()]
+        there = [name for name in there if name not in ours]
         if there:
             raise ValueError(f"{self.path / there[0]} exists, beside the source; name another target")
 
     @contextmanager
-    def open(self, nbytes: int, overwrite: bool, names: Collection[str]) -> Iterator[Path]:
-        _make_room(self.path / "file", nbytes)
-        with tempfile.TemporaryDirectory(prefix=f".{self.path.name}.partial-", dir=self.path) as hidden:
-            yield Path(hidden)
-            # One by one: an index after what it names.
-            for file in sorted(Path(hidden).iterdir(), key=lambda file: (file.suffix == ".json", file.name)):
-                refuse_target(self.path / file.name, overwrite=False, folder=False)
-                file.replace(self.path / file.name)
+    def write(self, names: Collection[str]) -> Iterator[Path]:
+        moves = sorted(names, key=lambda name: (name.endswith(".json"), name))  # an index after what it names
+        with write_hidden(self.into, self.name, moves) as hidden:
+            yield hidden
 
 
 Destination = Folder | OneFile | Among
 
 
-def _put(folder: Path, target: Path, overwrite: bool) -> None:
-    """Give a finished folder the target's name; what is there is taken away only once it has a successor."""
-    if not (overwrite and target.exists()):
-        folder.rename(target)  # onto nothing, or an empty folder
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-    target.rename(old / "checkpoint")
-    try:
-        folder.rename(target)
-    except BaseException:
-        (old / "checkpoint").rename(target)
-        old.rmdir()
-        raise
-    shutil.rmtree(old)
+@contextmanager
+def claim(destination: Destination, nbytes: int) -> Iterator[set[str]]:
+    """Keep a destination for this process, and see to its disk; gives what was finished of a killed conversion.
+
+    Raises ValueError when another process writes there, and for a disk with fewer than `nbytes` bytes left.
+    """
+    into, target = destination.into, destination.path
+    _refuse_blocked(target)
+    if not into.is_dir():
+        _refuse_full(target, nbytes)
+        into.mkdir(parents=True, exist_ok=True)
+    with lock_output(target, into / f".{destination.name}.lock") as locked:
+        ours = recover(into, destination.name) if locked else set()  # or a living process may be at it
+        _refuse_full(target, nbytes)
+        yield ours
 
 
-def _make_room(target: Path, nbytes: int) -> None:
+def _refuse_full(target: Path, nbytes: int) -> None:
     free = free_space(target)
     if free < nbytes:
         raise ValueError(f"{target} needs {readable_bytes(nbytes)}, its disk has {readable_bytes(free)} left")
-    target.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _refuse_blocked(target: Path) -> None:
+    blocked = next((parent for parent in target.parents if parent.exists() and not parent.is_dir()), None)
+    if blocked:
+        raise ValueError(f"{target} cannot be made: {blocked} is a file, not a folder; name another target")
 
 
 def free_space(target: Path) -> int:
@@ -149,9 +170,7 @@ def refuse_target(target: Path, overwrite: bool, folder: bool = True, replaceabl
 
     A folder may be replaced if it holds checkpoints alone, besides files of the names `replaceable`.
     """
-    blocked = next((parent for parent in target.parents if parent.exists() and not parent.is_dir()), None)
-    if blocked:
-        raise ValueError(f"{target} cannot be made: {blocked} is a file, not a folder; name another target")
+    _refuse_blocked(target)
     if not target.exists() or (folder and target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
@@ -183,9 +202,3 @@ def _foreign(folder: Path, replaceable: Collection[str]) -> Path | None:
         if path.is_dir() and (inside := _foreign(path, ())):
             return inside
     return None
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)  # there is no way to read it without setting it
-    os.umask(mask)
-    return mask

@@ -17,7 +17,7 @@ from mm_convert.store.safetensors import read_file, write_file
 from mm_convert.store.torch_file import SUFFIXES as TORCH_SUFFIXES
 from mm_convert.store.torch_file import read_torch_file, write_torch_file
 from mm_convert.tensors.views import LazyTensor, chunks, pieces
-from mm_convert.write.destinations import Destination, Folder, free_space
+from mm_convert.write.destinations import Destination, Folder, claim, free_space
 from mm_convert.write.progress import Progress, readable_bytes
 
 Writer = Callable[[Path, Callable[[int], None]], None]
@@ -65,19 +65,21 @@ class Files:
 
     def write(self, *, overwrite: bool = False, show_progress: bool = False, sha256: bool = False) -> None:
         """Write everything; the target appears by renaming at the end."""
-        self.refuse(overwrite)
-        manifest = self.destination.manifest
-        if sha256 and manifest is None:
-            there = self.destination.path / MANIFEST
-            raise ValueError(f"{there} is about the source, so sums cannot be noted there")
-        writing = self.destination.open(self.nbytes, overwrite, self.names)
-        with self._progress(show_progress) as progress, writing as folder:
-            for output in self.outputs:
-                (folder / output.name).parent.mkdir(parents=True, exist_ok=True)
-                output.write(folder / output.name, progress)
-            for inside, content in self.manifests.items() if manifest else ():
-                sums = {"sha256": _sums(folder / inside)} if sha256 else {}
-                (folder / inside / manifest).write_bytes(as_json({**_without_paths(content), **sums}))
+        with claim(self.destination, self.nbytes) as ours:
+            self.destination.refuse(overwrite, self.names, ours)
+            manifest = self.destination.manifest(ours)
+            if sha256 and manifest is None:
+                there = self.destination.path / MANIFEST
+                raise ValueError(f"{there} is about the source, so sums cannot be noted there")
+            names = self.names | ({manifest} if manifest else set())
+            with self._progress(show_progress) as progress, self.destination.write(names) as folder:
+                for output in self.outputs:
+                    (folder / output.name).parent.mkdir(parents=True, exist_ok=True)
+                    output.write(folder / output.name, progress)
+                for inside, content in self.manifests.items() if manifest else ():
+                    sums = {"sha256": _sums(folder / inside)} if sha256 else {}
+                    (folder / inside / manifest).write_bytes(as_json({**_without_paths(content), **sums}))
+                self.destination.refuse(overwrite, self.names, ours)  # what appeared meanwhile stays
 
     @contextmanager
     def _progress(self, show: bool) -> Iterator[Callable[[int], None]]:
@@ -95,7 +97,7 @@ class Files:
             left = [output for output in left if output not in own]
             lines += [f"from {manifest['source']} ({manifest['from']})", f"to   {at / inside} ({manifest['to']})"]
             lines += [f"  {line}" for line in _list_files(own, inside)]
-            if self.destination.manifest == MANIFEST:
+            if self.destination.manifest() == MANIFEST:
                 lines.append(f"  {MANIFEST}")
         lines += [f"  {at / output.name}" for output in left]
         if isinstance(self.destination, Folder) and self.destination.pointer:

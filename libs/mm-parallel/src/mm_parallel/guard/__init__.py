@@ -12,5 +12,4 @@ group tells that another rank failed.
 from mm_parallel.guard.agree import agree as agree
 from mm_parallel.guard.agree import agree_on as agree_on
 from mm_parallel.guard.join import join as join
-from mm_parallel.guard.join import tell_absence as tell_absence
 from mm_parallel.guard.watchdog import Watchdog as Watchdog

@@ -18,17 +18,21 @@ class Board:
         self._store, self.rank, self.world = store, rank, world
         self._beats = 0
 
-    def come(self, host: str) -> None:
-        """This rank is there."""
-        self._store.set(f"here/{self.rank}", host)
+    def come(self, word: str) -> None:
+        """This rank is there: with its host, or with the reason why it cannot stay."""
+        self._store.set(f"here/{self.rank}", word)
         self._store.add("here", 1)
+
+    def read_word(self, rank: int) -> str | None:
+        """With what a rank came; None if it has not."""
+        return self._store.get(f"here/{rank}").decode() if self._store.check([f"here/{rank}"]) else None
 
     def all_came(self) -> bool:
         return self._store.add("here", 0) >= self.world
 
     def read_missing(self) -> list[int]:
         """The ranks that have not come."""
-        return [rank for rank in range(self.world) if not self._store.check([f"here/{rank}"])]
+        return [rank for rank in range(self.world) if self.read_word(rank) is None]
 
     def clone(self) -> "Board":
         """The same by a connection of its own, for another thread."""

@@ -12,18 +12,19 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from mm_parallel.device import init_distributed, ranks_of_environment
+from mm_parallel.device import init_distributed
 from mm_parallel.guard.diagnosis import ranks_of
 from mm_parallel.guard.heartbeat import Board, open_board
 from mm_parallel.guard.watchdog import Watchdog
+from mm_parallel.launch import read_launch
 
 _BETWEEN = 0.1  # seconds between two looks at who has come
-_ABSENT = 60  # seconds in which a rank that cannot come tries to say so
+_ABSENT = 60  # seconds for which a rank that cannot come stays, if it hosts the store
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def join(
     the environment does not say where to meet, and as `init_distributed`.
     """
     times = {"deadline": deadline, "interval": interval, "silence": silence}
-    ranks = None if dist.is_initialized() else ranks_of_environment()
+    ranks = None if dist.is_initialized() else read_launch().ranks
     if ranks is None:
         with Watchdog(**times) as guard:
             yield guard
@@ -109,26 +110,28 @@ def call_roll(store: dist.Store, rank: int, world: int, start: float, patience: 
 
 def _missing(board: Board, what: str) -> str:
     missing = board.read_missing()
-    return f"{ranks_of(missing)} of {board.world} {what} ({ranks_of(_others(board, missing))} came)"
+    there = sorted(set(range(board.world)) - set(missing))
+    return f"{ranks_of(missing)} of {board.world} {what} ({ranks_of(there)} came)"
 
 
-def _others(board: Board, missing: list[int]) -> list[int]:
-    return [rank for rank in range(board.world) if rank not in set(missing)]
+def tell_absence(reason: str, patience: float) -> str | None:
+    """Tells the ranks that wait for this one in `join` that it will not come.
 
-
-def tell_absence(reason: str) -> bool:
-    """Tells the ranks that wait for this one in `join` that it will not come; returns whether another said so before.
-
-    Does nothing alone. Takes as long as the others need to hear it, a minute at most: rank 0 may host the store.
+    Returns what rank 0 says within `patience` seconds: its host, the reason why it cannot come either, or nothing; None
+    if the store cannot be reached in that time. Rank 0, which may host the store, stays until all have heard it, a
+    minute at most.
     """
-    with suppress(ValueError, ConnectionError, dist.DistError):
-        ranks = ranks_of_environment()
+    try:
+        ranks = read_launch().ranks
         if ranks is None or ranks[1] == 1:
-            return False
-        board = open_board(connect(*ranks, _ABSENT), *ranks, "roll")
-        before = board.read_cause()
+            return None
+        until = time.monotonic() + patience
+        board = open_board(connect(*ranks, patience), *ranks, "roll")
         board.tell(f"rank {ranks[0]} failed before it joined the others: {reason}")
-        board.come(socket.gethostname())
+        board.come(reason)
+        while (word := board.read_word(0)) is None and time.monotonic() < until:
+            time.sleep(_BETWEEN)
         board.leave(_ABSENT)
-        return before is not None
-    return False
+    except (ValueError, ConnectionError, dist.DistError):
+        return None
+    return word or ""

@@ -103,6 +103,7 @@ class Watchdog:
         self._board = open_board(store, *self._ranks, "watchdog")
         self._neighbour = Neighbour(self._board, self._silence)
         self._phase = _Phase(0, self._phase.name, self._deadline, time.monotonic())
+        self._board.beat(0, self._phase.name, False, False)
         # a connection of its own: the main thread may be waiting on the other one
         self._thread = threading.Thread(target=self._watch, args=(self._board.clone(),), name="watchdog", daemon=True)
         self._thread.start()

@@ -4,5 +4,7 @@ from mm_parallel.testing.compare import assert_same_grads as assert_same_grads
 from mm_parallel.testing.compare import gradients as gradients
 from mm_parallel.testing.ladder import TinyLadder as TinyLadder
 from mm_parallel.testing.ladder import TwoLadders as TwoLadders
+from mm_parallel.testing.launch import End as End
+from mm_parallel.testing.launch import launch as launch
 from mm_parallel.testing.memory import PeakMemory as PeakMemory
 from mm_parallel.testing.ranks import spawn as spawn

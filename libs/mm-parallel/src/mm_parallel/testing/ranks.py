@@ -46,13 +46,10 @@ def spawn(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 60) -
     that takes some seconds, and every call a tenth of a second.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mm_parallel.testing.preload"])
     # the test file is loaded by path, because pytest's importlib mode gives it a name nobody can import
     function = (fn.__module__, inspect.getfile(fn), fn.__qualname__)
     with tempfile.TemporaryDirectory() as folder:
-        names = Path(folder, "names")
-        names.write_text("\n".join(_ALWAYS + _imported_here()))
-        os.environ["MM_PARALLEL_PRELOAD"] = str(names)  # read by the server, if it starts now
+        preload(context, Path(folder))
         ranks = []
         for rank in range(world):
             ours, theirs = context.Pipe(duplex=False)
@@ -68,6 +65,14 @@ def spawn(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 60) -
                 process.kill()
                 process.join()
                 ours.close()
+
+
+def preload(context: multiprocessing.context.ForkServerContext, folder: Path) -> None:
+    """Has the server of this context, which may be about to start, import what this process has imported by now."""
+    context.set_forkserver_preload(["mm_parallel.testing.preload"])
+    names = folder / "names"
+    names.write_text("\n".join(_ALWAYS + _imported_here()))
+    os.environ["MM_PARALLEL_PRELOAD"] = str(names)
 
 
 def _imported_here() -> list[str]:

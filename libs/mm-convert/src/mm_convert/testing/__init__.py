@@ -1,0 +1,1 @@
+"""What the tests of this library and of the programs around it are made with."""
