@@ -22,12 +22,6 @@ def features(tmp_path_factory):
     return write_features(tmp_path_factory.mktemp("features") / "store")
 
 
-PRELOAD = ["mm_train.train", "mm_train.export", "mm_train.__main__", "torch._dynamo", "mm_convert.write.save"]
-PRELOAD += ["torch.utils.tensorboard", "torch.distributed.checkpoint"]
-PRELOAD += [f"mm_models.wan.{name}" for name in ("model", "plan", "cost", "start", "encode")]
-PRELOAD += ["mm_models.diffusion.flow", "einops._torch_specific"]
-
-
 def names(folder: Path) -> set[str]:
     """What is there, but for the files of TensorBoard, of which every start makes one."""
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if "tfevents" not in p.name}
@@ -41,6 +35,7 @@ def weights(folder: Path) -> bytes:
 def test_killed_before_any_change_and_given_again_a_run_ends_whole(features, tmp_path):
     small = ["--data.global_batch", "2", "--steps", "2", "--checkpoint.every", "1", "--checkpoint.keep", "1"]
     small += ["--architecture", json.dumps(SMALL | {"num_layers": 1})]
+    small += ["--sample.encoders", "编码器"]  # stands in the configuration of every checkpoint
     train(config(features, tmp_path / "done/run", *small))
     (tmp_path / "empty").mkdir()
     trained = Scenario(
@@ -53,7 +48,9 @@ def test_killed_before_any_change_and_given_again_a_run_ends_whole(features, tmp
     exported = Scenario(
         "mm_train.export:main", ["run", "--output", "run/weights", "--overwrite"], str(tmp_path / "done")
     )
-    runs, exports = kill_everywhere([trained, exported], tmp_path / "work", PRELOAD)
+    runs, exports = kill_everywhere(
+        [trained, exported], tmp_path / "work", ["mm_train", "mm_models", "mm_convert", "torch", "einops"]
+    )
     assert len(runs.kills) > 40
     assert len(exports.kills) > 12
     whole = {"config.toml", "progress.json", ".metadata", "__0_0.distcp"}
