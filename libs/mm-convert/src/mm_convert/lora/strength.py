@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from collections.abc import Iterator, Mapping
 from math import isclose, isfinite, sqrt
 from typing import Any
 
+from mm_convert.files import parse_json
 from mm_convert.lora.names import MERGE_THERE, Names
 from mm_convert.tensors.views import LazyTensor
 
@@ -123,8 +123,8 @@ def _tables(metadata: Mapping[str, str], place: str) -> Iterator[tuple[str, dict
         if not _is_table(key, value):
             continue
         try:
-            table = dict(_flatten({**json.loads(value)}))
-        except (ValueError, TypeError, RecursionError) as error:
+            table = dict(_flatten({**parse_json(value)}))
+        except (ValueError, TypeError) as error:
             if key != "lora_adapter_metadata":
                 continue  # not JSON; if it may say alpha, and nothing else does, that is said
             raise ValueError(f"{place}, {key}, is not a JSON object: {error}") from error
@@ -182,8 +182,8 @@ def _of_prefix(settings: Mapping[str, Any], prefix: str, place: str) -> dict[str
 def _literal(value: Any) -> Any:
     """What a header has as text, as JSON or as Python writes it."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
+        return parse_json(value) if isinstance(value, str) else value
+    except ValueError:
         return {"True": True, "False": False}.get(value, value)
 
 
