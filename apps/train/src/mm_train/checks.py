@@ -12,7 +12,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from mm_convert.cli.toml import dump
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
@@ -222,11 +221,6 @@ def _output(config: Config) -> None:
         )
 
 
-def _text(config: Config) -> None:
-    """A checkpoint keeps the configuration as text."""
-    dump(config)
-
-
 def _features(config: Config) -> None:
     from mm_train.data import check_features  # torch, only now
 
@@ -247,7 +241,6 @@ CHECKS = (
     Check("layout", "at once", _layout),
     Check("sample videos", "at once", _samples),
     Check("output", "at once", _output),
-    Check("text", "at once", _text),
     Check("features", "with torch", _features),
 )
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
     from mm_convert.read.experts import expert_of, open_experts, write_experts
     from mm_convert.read.inspection import diff, inspect
+    from mm_convert.read.made_of import weight_files
     from mm_convert.store.dcp import open_dcp
     from mm_convert.write.install import replace_file
     from mm_convert.write.lock import lock_output
@@ -34,6 +35,7 @@ __all__ = [
     "replace_file",
     "save_checkpoint",
     "save_lora",
+    "weight_files",
     "write_experts",
 ]
 
@@ -53,6 +55,7 @@ _HOME = {
     "replace_file": "write.install",
     "save_checkpoint": "write.save",
     "save_lora": "write.save",
+    "weight_files": "read.made_of",
 }
 
 

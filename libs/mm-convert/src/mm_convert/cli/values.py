@@ -22,6 +22,7 @@ import reprlib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union
@@ -68,7 +69,7 @@ def check_fields(fields_of: type, values: Mapping[str, Any], prefix: str = "") -
 
     ValueError for the first that does not fit, with `prefix` before its name.
     """
-    hints = typing.get_type_hints(fields_of, include_extras=True)
+    hints = hints_of(fields_of)
     return {
         name: check_value(f"{prefix}{name}", value, hints[name]) if name in hints else value
         for name, value in values.items()
@@ -77,11 +78,17 @@ def check_fields(fields_of: type, values: Mapping[str, Any], prefix: str = "") -
 
 def check_config(config: Any, prefix: str = "") -> None:
     """ValueError for the first value of a dataclass, or of those in it, that its field does not take."""
-    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+    for name, hint in hints_of(type(config)).items():
         if dataclasses.is_dataclass(hint):
             check_config(getattr(config, name), f"{prefix}{name}.")
         else:
             check_value(f"{prefix}{name}", getattr(config, name), hint)
+
+
+@cache
+def hints_of(fields_of: type) -> dict[str, Any]:
+    """Name of a dataclass's field -> its type, with limits. Not to be changed."""
+    return typing.get_type_hints(fields_of, include_extras=True)
 
 
 def describe(hint: Any) -> str:

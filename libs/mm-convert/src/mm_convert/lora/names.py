@@ -47,7 +47,7 @@ _LOW = ("transformer_2.", "pipe.dit2.", "pipe.vace2.")
 _TEXT = ("lora_te", "text_encoder", "te_", "conditioner.")  # before the modules of a text encoder
 # What trainers wrap around a model, or around its layers: it is no part of a name.
 _WRAPPERS = re.compile(
-    r"^(module\.|generator(_ema)?\.|model\.(?=diffusion_model\.))+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    r"^(module\.|generator(_ema)?\.|model\.(?=(diffusion|base)_model\.|blocks\.|vace_blocks\.))+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 _PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B"}
 _FACTOR = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})(\.(?P<adapter>[^.]+))?\.weight")
@@ -105,6 +105,7 @@ class Names:
     parts: dict[str, dict[str, str]]  # module as found -> part ("A", "B", "alpha") -> name of the tensor
     modules: dict[str, tuple[str, Row]]  # module as found -> our module, and the row of its weight
     twofold: bool  # the names are those of MindSpeed-MM as well as of others
+    wrapped: bool  # a trainer has wrapped the model: it is no file that loaders know
 
     @property
     def format(self) -> str:
@@ -121,7 +122,8 @@ def read_names(names: Iterable[str], where: str, meant: str = "") -> Names:
 
     Raises ValueError for what is not plain LoRA, factors without their counterpart, and modules that no family has.
     """
-    prefix, parts = _split(list(names), where)
+    names = list(names)
+    prefix, parts = _split(names, where)
     scores: dict[tuple[str, str], dict[str, tuple[str, Row]]] = {}
     for family in FAMILIES:
         for dialect in family.table.dialects:
@@ -131,7 +133,8 @@ def read_names(names: Iterable[str], where: str, meant: str = "") -> Names:
     if unknown := [module for module in parts if module not in modules]:
         raise ValueError(_explain(unknown, modules, family, dialect, where))
     twofold = not prefix and dialect != "mindspeed" and len(scores.get((name, "mindspeed"), ())) == len(modules)
-    return Names(prefix, family, dialect, parts, modules, twofold)
+    wrapped = any(_WRAPPERS.search(name) for name in names)
+    return Names(prefix, family, dialect, parts, modules, twofold, wrapped)
 
 
 def rename(family: Family, dialect: str, modules: Iterable[str]) -> dict[str, str]:

@@ -70,7 +70,12 @@ def find_alphas(
     unsaid = {module: float(ranks[module]) for module in ranks if module not in alphas}
     if not unsaid:
         return alphas, []
-    odd = [f"{key} {v}" for key, v in metadata.items() if re.search("alpha", key, re.I) and _is_number(v)]
+    odd = [
+        f"{key} {value[:60]}"
+        for key, value in metadata.items()
+        if ("alpha" in key.lower() and _is_number(value)) or (_is_table(key, value) and "alpha" in value)
+    ]
+    guess = guess and not names.wrapped
     if names.twofold or names.format not in _ALPHA_IS_RANK or not guess or odd:
         raise ValueError(
             f"{where} does not say its alpha ({_why(names, guess, odd)}), and without it the strength would be a "
@@ -117,14 +122,21 @@ def _tables(metadata: Mapping[str, str], place: str) -> Iterator[tuple[str, dict
     """What a header says: its own fields, and those of the JSON objects in it, which may have one more within."""
     yield place, {key: value for key, value in metadata.items() if not key.startswith("ss_")}
     for key, value in metadata.items():
-        if not _TABLES.search(key) or not (value.lstrip().startswith("{") or key == "lora_adapter_metadata"):
+        if not _is_table(key, value):
             continue
         try:
             config = {**json.loads(value)}
         except (ValueError, TypeError, RecursionError) as error:
+            if key != "lora_adapter_metadata":
+                continue  # not JSON; if it may say alpha, and nothing else does, that is said
             raise ValueError(f"{place}, {key}, is not a JSON object: {error}") from error
         deeper = {k: v for k, v in config.items() if isinstance(v, dict) and not _word(k.rpartition(".")[2])}
         yield f"{place}, {key},", config | {f"{k}.{n}": v for k, inner in deeper.items() for n, v in inner.items()}
+
+
+def _is_table(key: str, value: str) -> bool:
+    named = bool(_TABLES.search(key)) and not key.startswith("ss_")
+    return key == "lora_adapter_metadata" or (named and value.lstrip().startswith("{"))
 
 
 def _of_prefix(settings: Mapping[str, Any], prefix: str, place: str) -> dict[str, Any]:
@@ -142,7 +154,9 @@ def _of_prefix(settings: Mapping[str, Any], prefix: str, place: str) -> dict[str
             continue
         first = found.setdefault(word, key)
         if _literal(settings[first]) != _literal(settings[key]):
-            raise ValueError(f"{place} says two things: {first} {settings[first]!r} and {key} {settings[key]!r}")
+            raise ValueError(
+                f"{place} says two things: {first} {settings[first]!r:.60} and {key} {settings[key]!r:.60}"
+            )
     return {word: _literal(settings[key]) for word, key in found.items()}
 
 
@@ -185,7 +199,7 @@ def _of_config(config: Mapping[str, Any], ranks: Mapping[str, int], place: str) 
     """Rank and alpha by peft's rules: a pattern is a regular expression for the end of a name, and the first wins."""
     special = [key for key, plain in _SPECIAL.items() if config.get(key) not in plain]
     if special:
-        said, kinds = zip(*((f"{key} {config[key]!r}", _kind(key, config[key])) for key in special), strict=True)
+        said, kinds = zip(*((f"{key} {config[key]!r:.60}", _kind(key, config[key])) for key in special), strict=True)
         raise ValueError(
             f"{place} uses {', '.join(said)}: this is not plain LoRA, which alone can be converted "
             f"({'; '.join(kinds)}). To use it, {MERGE_THERE}"
@@ -233,10 +247,10 @@ def _numbers(rank: Any, alpha: Any, place: str) -> tuple[float | None, float | N
 def _number(what: str, said: Any, place: str) -> float:
     try:
         number = float(said)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = 0.0
     if not isfinite(number) or not number:
-        raise ValueError(f"{place} says {what} {said!r}; it must be a number other than 0")
+        raise ValueError(f"{place} says {what} {said!r:.60}; it must be a number other than 0")
     return number
 
 

@@ -29,8 +29,8 @@ def launch(world: int, fn: Callable[..., Any], *args: Any, within: float = 30) -
     """Calls `fn(rank, *args)` in `world` new processes, which are to join by themselves: how each ended, by rank.
 
     `fn` is a top-level function of an importable module or of a test file; arguments are pickled. Each rank computes on
-    one thread. Nobody is ended when another fails; what still runs after `within` seconds is killed, and what is
-    stopped in the end.
+    one thread. Nobody is ended when another fails. What still runs after `within` seconds is killed, and what is
+    stopped when the others have ended.
     """
     context = multiprocessing.get_context("forkserver")
     function = (fn.__module__, inspect.getfile(fn), fn.__qualname__)
