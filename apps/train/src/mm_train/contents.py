@@ -6,13 +6,12 @@ Told by what files hold, not by their names or times: sizes and a part of the by
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from mm_convert import open_experts, weight_files
+from mm_convert import open_experts, read_toml, weight_files
 from mm_data import ClipDataset, FeatureDataset, files_below, identify_files
 from mm_parallel.guard import agree
 from mm_parallel.guard.agree import COPY
@@ -65,7 +64,7 @@ def check_again(contents: Contents, saved: dict[str, Any], found: Path, config: 
     Raises ValueError for what is not: features, or a base below adapters, of other contents make another run.
     """
     changed = []
-    before = tomllib.loads((found / "config.toml").read_text(encoding="utf-8"))
+    before = read_toml(found / "config.toml")
     for flag in AGAIN:
         then, now = saved.get("contents", {}).get(flag), contents.get(flag)
         if then is None or now is None or then == now:
