@@ -149,5 +149,6 @@ def test_the_command_is_understood(program, arguments, ranks, tmp_path, monkeypa
         return
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
-    assert stop.value.code != 2, capsys.readouterr().err  # 2 would say: not understood
-    assert "does not exist" in str(stop.value.code)  # refused only because the example's files are not here
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.endswith("does not exist\n"), said  # refused only because the example's files are not here

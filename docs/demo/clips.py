@@ -112,8 +112,8 @@ def write_set(folder: Path, name: str, combinations: list[Combination], record: 
     rng = np.random.default_rng(seed)
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     entries = [record(f"videos/{name}_{number:04d}.mp4", each, rng) for number, each in enumerate(combinations)]
-    (folder / f"{name}.json").write_text(json.dumps(entries, indent=1) + "\n")
-    (folder / f"{name}.txt").write_text(f"{folder.resolve()},{(folder / f'{name}.json').resolve()}\n")
+    (folder / f"{name}.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.txt").write_text(f"{folder.resolve()},{(folder / f'{name}.json').resolve()}\n", encoding="utf-8")
 
 
 def write_sets(folder: Path, record: Record, repeats: int = 4, validation: int = 24, seed: int = 0) -> None:
@@ -135,7 +135,7 @@ def write(folder: Path, repeats: int = 4, validation: int = 24, seed: int = 0) -
         return {"path": path, "cap": combination.caption} | FACTS
 
     write_sets(folder, record, repeats, validation, seed)
-    (folder / "held_out.txt").write_text("".join(f"{c.caption}\n" for c in held_out_combinations()))
+    (folder / "held_out.txt").write_text("".join(f"{c.caption}\n" for c in held_out_combinations()), encoding="utf-8")
 
 
 def write_asked(folder: Path, name: str, asked: list[dict]) -> None:
@@ -145,12 +145,12 @@ def write_asked(folder: Path, name: str, asked: list[dict]) -> None:
     (image, video, mask: paths; references: a list of them), relative to the folder. The lists are `name`.txt, of the
     prompts, and `name`_image.txt, `name`_video.txt, ...
     """
-    (folder / f"{name}.json").write_text(json.dumps(asked, indent=1) + "\n")
-    (folder / f"{name}.txt").write_text("".join(f"{entry['prompt']}\n" for entry in asked))
+    (folder / f"{name}.json").write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.txt").write_text("".join(f"{entry['prompt']}\n" for entry in asked), encoding="utf-8")
     for flag in [key for key in asked[0] if key not in ("prompt", "shows")]:
         rows = [entry[flag] if isinstance(entry[flag], list) else [entry[flag]] for entry in asked]
         lines = (", ".join(str((folder / path).resolve()) for path in row) for row in rows)
-        (folder / f"{name}_{flag}.txt").write_text("".join(f"{line}\n" for line in lines))
+        (folder / f"{name}_{flag}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def main() -> None:

@@ -199,14 +199,14 @@ def table(result: dict) -> str:
 def asked(source: Path, prompts: Path | None) -> list[Asked]:
     """The clips to look at, and what was asked for."""
     if source.is_file():
-        entries = json.loads(source.read_text())
+        entries = json.loads(source.read_text(encoding="utf-8"))
         return [Asked(source.parent / e["path"], e["cap"], wanted_by(e["cap"])) for e in entries]
     if prompts is None:
         raise ValueError(f"{source} is a folder of clips: name the file of their prompts, too, one per line")
     if prompts.suffix == ".json":
-        entries = json.loads(prompts.read_text())
+        entries = json.loads(prompts.read_text(encoding="utf-8"))
     else:
-        entries = [{"prompt": line, "shows": line} for line in prompts.read_text().splitlines()]
+        entries = [{"prompt": line, "shows": line} for line in prompts.read_text(encoding="utf-8").splitlines()]
     files = sorted(source.glob("*.mp4"), key=lambda p: (len(p.name), p.name))
     if not files or len(files) != len(entries):
         raise ValueError(f"{source} holds {len(files)} mp4 files, but {prompts} has {len(entries)} prompts")
@@ -231,7 +231,7 @@ def main() -> None:
     result = measure(asked(options.clips, options.prompts))
     print(table(result))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

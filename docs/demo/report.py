@@ -110,7 +110,7 @@ def percentages(scores: dict) -> str:
 
 
 def curves(metrics: Path) -> str:
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     loss = [(r["step"], r["loss"]) for r in rows if "loss" in r]
     validation = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
     return chart("training loss, each step and smoothed", smooth(loss), faint=loss) + chart(
@@ -151,4 +151,4 @@ def write_report(
     }
     body = "".join(f"<h2>{heading}</h2>{content}" for heading, content in sections.items())
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    path.write_text(f'<!doctype html><html lang="en">{head}<h1>{title}</h1>{body}</html>\n')
+    path.write_text(f'<!doctype html><html lang="en">{head}<h1>{title}</h1>{body}</html>\n', encoding="utf-8")

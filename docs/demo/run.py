@@ -50,7 +50,7 @@ def show(out: Path, demo: Demo, stages: list[tuple[str, float, str]]) -> None:
         title=demo.title,
         told=demo.told,
         metrics=[out / folder / "metrics.jsonl" for folder in demo.runs],
-        scores={name: json.loads((out / f"{name}.json").read_text()) for name in demo.scores},
+        scores={name: json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in demo.scores},
         progress=[(f"{made_with(path)['prompt']}, step {made_with(path)['step']}", path) for path in samples],
         stages=stages,
     )

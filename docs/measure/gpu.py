@@ -323,7 +323,7 @@ def main() -> int:
         return 0
     Path(args.out).mkdir(parents=True, exist_ok=True)
     file = Path(args.out) / "gpu.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     done = {row["name"] for row in rows if "error" not in row}
     started, failed = time.perf_counter(), []
     parts = args.parts.split(",")
@@ -338,7 +338,7 @@ def main() -> int:
             row = {"name": name} | isolated(args, name, min(limit, left))
             if "error" in row:
                 failed.append(name)
-            with file.open("a") as f:
+            with file.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
             print(
                 " | ".join(f"{k}: {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in row.items()), flush=True

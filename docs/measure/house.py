@@ -22,7 +22,7 @@ def imports(tree: ast.Module, package: str) -> set[str]:
 
 
 def measure(source: Path) -> str:
-    files = {file: ast.parse(file.read_text()) for file in sorted(source.rglob("*.py"))}
+    files = {file: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(source.rglob("*.py"))}
     names = {".".join(file.relative_to(source.parent).with_suffix("").parts): file for file in files}
     arrows = {
         name: imports(files[file], source.name) & names.keys() - {name}
@@ -34,7 +34,7 @@ def measure(source: Path) -> str:
     def floor(name: str) -> int:
         return 1 + max((floor(other) for other in arrows[name] if other in arrows), default=0)
 
-    lines = {file: len(file.read_text().splitlines()) for file in files}
+    lines = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in files}
     functions = {
         f"{name.removeprefix(source.name + '.')}.{node.name}": node.end_lineno - node.lineno + 1
         for name, file in names.items()

@@ -64,8 +64,8 @@ def make_inputs(root: Path) -> None:
         source = {"src_video": f"{(i + 1) % 6}.mp4", "src_video_mask": f"{(i + 2) % 6}.mp4"} if i % 2 else {}
         references = {"src_ref_images": [f"{k}.png" for k in range(i % 3)]} if i % 3 else {}
         controlled.append({"video": f"{i}.mp4", "cap": caption, **source, **references})
-    (root / "data.json").write_text(json.dumps(clips))
-    (root / "controlled.json").write_text(json.dumps(controlled))
+    (root / "data.json").write_text(json.dumps(clips), encoding="utf-8")
+    (root / "controlled.json").write_text(json.dumps(controlled), encoding="utf-8")
     # the presets' text is 64 wide
     write_encoders(root / "encoders64", text_dim=64, image_dim=32)
 
@@ -137,7 +137,9 @@ def run(ranks: int, module: str, argv: list[str]) -> None:
 
 def read_run(output: Path) -> dict:
     rows = [
-        json.loads(line) for path in sorted(output.rglob("metrics.jsonl")) for line in path.read_text().splitlines()
+        json.loads(line)
+        for path in sorted(output.rglob("metrics.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
     ]
     numbers = {name: [row[name].hex() for row in rows if name in row] for name in ("loss", "grad_norm")}
     numbers["validation_loss"] = [row["validation_loss"].hex() for row in rows if "validation_loss" in row]
@@ -216,8 +218,8 @@ def compare(before: dict, after: dict) -> int:
 if __name__ == "__main__":
     first, second, *rest = sys.argv[1:]
     if first.endswith(".json"):
-        sys.exit(compare(json.loads(Path(first).read_text()), json.loads(Path(second).read_text())))
+        sys.exit(compare(*(json.loads(Path(file).read_text(encoding="utf-8")) for file in (first, second))))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not Path(first).exists():
         make_inputs(Path(first))
-    Path(second).write_text(json.dumps(measure(Path(first).absolute(), *rest), indent=1))
+    Path(second).write_text(json.dumps(measure(Path(first).absolute(), *rest), indent=1), encoding="utf-8")

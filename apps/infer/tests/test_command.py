@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mm_infer
-from mm_convert import save_lora
+from mm_convert import convert, save_lora
 from mm_data import made_with
 from mm_infer.__main__ import main
 from mm_infer.config import Config
 from mm_infer.lists import read_requests
+from mm_infer.weights import Weights
 from mm_models import build
 from mm_models.lora import LoRAConfig, add_lora
 from mm_models.wan.presets import NEGATIVE_PROMPT
@@ -114,8 +115,44 @@ def test_the_same_command_goes_on_where_it_was_stopped(asked, pipeline, tmp_path
     (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS[:2], "a cow"]))
     refused(asked, capsys, "video_2.mp4 is already there, made otherwise")
     file = weights / "transformer" / "diffusion_pytorch_model.safetensors"
-    os.utime(file, (videos[0].stat().st_mtime + 60,) * 2)  # as a new export in the place of the old one
+    change(file, time=videos[0].stat().st_mtime - 60)  # as `cp -p` of an old export over the new one
     refused(asked, capsys, "video_0.mp4 is already there, and 2 more")
+
+
+def change(file: Path, time: float) -> None:
+    """Other tensors in the place of a file's."""
+    save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file)
+    os.utime(file, (time, time))
+
+
+@pytest.mark.parametrize("kind", ["mindspeed", "dcp", "text_encoder", "lora"])
+def test_a_video_of_other_contents_is_not_kept(asked, pipeline, tmp_path, capsys, kind):
+    """Of the same names, sizes and times: what was made from other bytes is another video."""
+    weights = copy_of(pipeline, tmp_path / "W")
+    command = [*asked, "--output", str(tmp_path / "out"), "--steps", "1", "--weights", str(weights)]
+    source = {"text_encoder": weights / "text_encoder", "lora": tmp_path / "lora"}.get(kind, weights / "transformer")
+    if kind in ("mindspeed", "dcp"):
+        command += ["--weights", str(tmp_path / "C"), "--encoders", str(weights)]
+    if kind == "lora":
+        model = add_lora(Weights(pipeline).load(torch.device("cpu"), torch.float32), LoRAConfig(rank=2))
+        save_lora(source, model.state_dict(), 2.0)
+        command += ["--lora", str(source)]
+
+    def make() -> str:
+        if kind in ("mindspeed", "dcp"):
+            shutil.rmtree(tmp_path / "C", ignore_errors=True)
+            convert(source, tmp_path / "C", kind)
+            for file in (tmp_path / "C").rglob("*"):
+                os.utime(file, (1.5e9, 1.5e9))
+        main(command)
+        return capsys.readouterr().out
+
+    assert "kept" not in make()
+    assert make().count("kept, made by the same command") == 3
+    change(next(source.glob("*.safetensors")), time=1.5e9)
+    with pytest.raises(SystemExit):
+        make()
+    assert "video_0.mp4 is already there, and 2 more, made otherwise" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["transformer", "text_encoder"])

@@ -1,5 +1,7 @@
 """The same videos as diffusers makes, from every layout of the weights, whatever else is made beside them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,10 @@ from safetensors.torch import save_file
 
 import mm_infer
 from mm_convert import convert, save_checkpoint, save_lora
+from mm_infer.weights import Transformer
+from mm_models import build
 from mm_models.lora import LoRAConfig, add_lora, merge_lora
+from mm_models.wan.family import WAN
 
 SMALL = {"height": 32, "width": 48, "frames": 9, "steps": 4}
 PROMPT = "A red fox jumps over nine lazy dogs &amp;  sleeps."
@@ -97,6 +102,28 @@ def test_every_input_matters(sampler):
     for change in changes:
         assert difference(sampler(PROMPT, **{**asked, **change}).latents, latents) > 1e-4, change
     assert difference(sampler("A cat", **asked).latents, latents) > 1e-3
+
+
+ODD = ["x", -1, 0, 1.5, True, [], [1], {}, float("nan"), 10**30, "1", [["a"]]]
+
+
+def test_a_config_that_cannot_be_is_refused_by_name(tmp_path, capsys):
+    model = build("wan-tiny-vace")
+    save_checkpoint(tmp_path / "W", dict(model.state_dict()), WAN.describe(model.config))
+    file = tmp_path / "W/config.json"
+    said = json.loads(file.read_text())
+    for field, right in said["config"].items():
+        for value in ODD:
+            if value != right or type(value) is not type(right):
+                file.write_text(json.dumps(said | {"config": said["config"] | {field: value}}))
+                refused, taken = "", model.config
+                try:
+                    taken = Transformer(tmp_path / "W", None, None, None).config
+                except ValueError as error:
+                    refused = str(error)
+                # A size that could be is no error: the tensors know better, and it is said.
+                assert field in refused + capsys.readouterr().err
+                assert taken == model.config
 
 
 def test_given_noise(sampler):

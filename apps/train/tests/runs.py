@@ -55,7 +55,7 @@ def config(features: Path, output: Path, *more: str) -> Config:
 
 
 def rows(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def losses(output: Path) -> list[float]:

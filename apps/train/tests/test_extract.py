@@ -1,6 +1,8 @@
 """Extraction: what is written, what is skipped, what a second run does, and that ranks share the work."""
 
 import json
+import multiprocessing
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -223,6 +225,58 @@ def test_a_manifest_of_which_nothing_is_left_is_an_error(encoders, tmp_path):
     (tmp_path / "data.json").write_text(json.dumps([{"path": "not/there.mp4", "cap": "a"}]))
     with pytest.raises(ValueError, match=r"not one sample .*failures\.jsonl"):
         extract(config(encoders, tmp_path / "data.json", tmp_path / "f"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_sample_that_is_left_out_stands_in_failures(encoders, tmp_path, workers):
+    """…with its reason, whatever it is: none ends the run, and none is left out for what its annotation says alone."""
+    write_clip(tmp_path / "good.mp4", seed=0)
+    write_clip(tmp_path / "good.mp4#2", seed=1)
+    (tmp_path / "unknown.mp4").write_bytes((tmp_path / "good.mp4").read_bytes().replace(b"avc1", b"zz~1"))
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe.mp4")
+    sound = [
+        {"path": "good.mp4", "cap": "believed", "num_frames": 0, "resolution": {"height": 1, "width": 1}},
+        {"path": "good.mp4", "caption": "numbered", "num_frames": 9.0, "fps": float("nan")},
+        {"path": "good.mp4#2", "text": "called as numbered"},
+    ]
+    odd = {
+        "unknown.mp4": "unknown.mp4",
+        "empty.mp4": "empty (0 bytes)",
+        "folder": "is a folder",
+        "pipe.mp4": "named pipe",
+        "gone\x1b[2J.mp4": "is not there",
+        "x" * 5000: "File name too long",
+        "\0": "NUL",
+    }
+    dropped = [{"path": path, "cap": "x"} for path in odd]
+    dropped += [{"path": "good.mp4", "cap": caption, "cut": cut} for caption, cut in ((None, [0, 9]), ("x", [0, 1]))]
+    (tmp_path / "data.json").write_text(json.dumps(sound + dropped))
+    geometry = Geometry(num_frames=9, min_frames=5, max_height=32, max_width=48)
+    settings = config(encoders, tmp_path / "data.json", tmp_path / "f", geometry=geometry)
+    assert extract(replace(settings, data=Data(tmp_path / "data.json", workers))) == len(dropped)
+    assert FeatureDataset(tmp_path / "f").ids == ["good.mp4", "good.mp4#2", "good.mp4#2#2"]
+    lines = [json.loads(line) for line in (tmp_path / "f/failures.jsonl").read_text().splitlines()]
+    failures = {line["id"]: line["reason"] for line in lines}
+    assert failures.keys() == odd.keys() | {"good.mp4[0:9]", "good.mp4[0:1]"}
+    for path, reason in odd.items():
+        assert reason in failures[path]
+    assert failures["good.mp4[0:9]"].startswith("no_caption: ")
+    assert failures["good.mp4[0:1]"].startswith("too_short: 1 frame, ")
+
+
+def test_what_fails_of_encoding_ends_the_run(encoders, manifest, tmp_path, monkeypatch):
+    """…and is no failure of a file."""
+
+    def fail(self, video):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(WanVAE, "encode", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        extract(replace(config(encoders, manifest, tmp_path / "f"), data=Data(manifest, workers=1)))
+    assert not (tmp_path / "f/dataset.jsonl").exists()
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,19 @@
 """A training run and an export are killed before every change that they make to the file system, and run again."""
 
+import errno
 import json
+import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mm_convert.testing.kills import Scenario, kill_everywhere
 from mm_parallel.testing import spawn
+from mm_train.checkpoint import is_full
 from mm_train.recipe import load_config
 from mm_train.resume import latest
 from mm_train.train import train
@@ -20,12 +25,6 @@ from runs import SMALL, arguments, as_torchrun, config, rows, write_features
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
     return write_features(tmp_path_factory.mktemp("features") / "store")
-
-
-PRELOAD = ["mm_train.train", "mm_train.export", "mm_train.__main__", "torch._dynamo", "mm_convert.write.save"]
-PRELOAD += ["torch.utils.tensorboard", "torch.distributed.checkpoint"]
-PRELOAD += [f"mm_models.wan.{name}" for name in ("model", "plan", "cost", "start", "encode")]
-PRELOAD += ["mm_models.diffusion.flow", "einops._torch_specific"]
 
 
 def names(folder: Path) -> set[str]:
@@ -41,6 +40,7 @@ def weights(folder: Path) -> bytes:
 def test_killed_before_any_change_and_given_again_a_run_ends_whole(features, tmp_path):
     small = ["--data.global_batch", "2", "--steps", "2", "--checkpoint.every", "1", "--checkpoint.keep", "1"]
     small += ["--architecture", json.dumps(SMALL | {"num_layers": 1})]
+    small += ["--sample.encoders", "编码器"]  # stands in the configuration of every checkpoint
     train(config(features, tmp_path / "done/run", *small))
     (tmp_path / "empty").mkdir()
     trained = Scenario(
@@ -53,7 +53,9 @@ def test_killed_before_any_change_and_given_again_a_run_ends_whole(features, tmp
     exported = Scenario(
         "mm_train.export:main", ["run", "--output", "run/weights", "--overwrite"], str(tmp_path / "done")
     )
-    runs, exports = kill_everywhere([trained, exported], tmp_path / "work", PRELOAD)
+    runs, exports = kill_everywhere(
+        [trained, exported], tmp_path / "work", ["mm_train", "mm_models", "mm_convert", "torch", "einops"]
+    )
     assert len(runs.kills) > 40
     assert len(exports.kills) > 12
     whole = {"config.toml", "progress.json", ".metadata", "__0_0.distcp"}
@@ -100,3 +102,23 @@ def test_a_second_run_in_one_output_is_refused_on_every_rank(features, tmp_path)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
     train(load_config(argv))  # the lock has gone with its process
     assert not (tmp_path / "run/.lock").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_says_why(features, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # what is full is not the disk
+    try:
+        with pytest.raises(OSError, match=r"File too large.*see to the reason and start again"):
+            train(config(features, tmp_path / "run"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [*(tmp_path / "run/checkpoints").iterdir()]
+    assert not (tmp_path / "run/.lock").exists()
+
+
+@pytest.mark.parametrize(("code", "full"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False)])
+def test_only_a_full_disk_is_called_full(code, full):
+    error = OSError(code, os.strerror(code))
+    assert is_full(error) is full
+    assert is_full(CheckpointException("of a rank", {1: (error, None)})) is full
+    assert not is_full(UnicodeEncodeError("latin-1", "猫", 0, 1, "ordinal not in range"))

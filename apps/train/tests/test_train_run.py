@@ -161,7 +161,7 @@ def test_adapters_train_and_the_base_stays(features, tmp_path):
     with pytest.raises(ValueError, match="weights"):  # the adapter would continue on another base
         train(config(features, tmp_path / "lora", *lora[2:], "--weights", str(tmp_path / "other/weights")))
     settings = json.loads((found / "adapter_config.json").read_text())
-    assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (2, 4.0, "base")
+    assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (2, 4.0, "weights")
     train(config(features, tmp_path / "lora", *lora, "--steps", "5"))  # continues, and replaces the adapter
     with pytest.raises(ValueError, match="overwrite"):
         export(tmp_path / "lora", found)

@@ -82,7 +82,7 @@ def write_checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]], files:
         write_safetensors(folder / file, {name: shapes[name] for name in part}, dtype)
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
 
 
@@ -119,7 +119,7 @@ class Toys:
     def diffusers(folder: Path, kind: str = "t2v", files: int = 1, dtype: str = "F32") -> Path:
         """A transformer folder as diffusers writes it."""
         write_checkpoint(folder, wan_shapes("diffusers", KINDS[kind]), files, dtype)
-        (folder / "config.json").write_text(json.dumps(diffusers_config(KINDS[kind])))
+        (folder / "config.json").write_text(json.dumps(diffusers_config(KINDS[kind])), encoding="utf-8")
         return folder
 
 

@@ -63,7 +63,7 @@ def main(gigabytes: float, work: Path) -> None:
     counts = {"i": max(1, round((gigabytes - 1.1) / 0.466)), "j": 2}
     qwen = write_checkpoint(work / "q", QWEN2_5_VL.table.shapes("transformers", QWEN, counts), files=3, dtype="BF16")
     heads = {"num_attention_heads": 28, "num_key_value_heads": 4, "vision_config": {"num_heads": 16}}
-    (qwen / "config.json").write_text(json.dumps(heads))
+    (qwen / "config.json").write_text(json.dumps(heads), encoding="utf-8")
     compare("safetensors -> mindspeed, tp 4", qwen, work / "tree", "--to", "mindspeed", "--tp_size", "4")
     compare("mindspeed, tp 4 -> mm", work / "tree", work / "a")
     compare("mindspeed, tp 4 -> tp 2", work / "tree", work / "a", "--to", "mindspeed", "--tp_size", "2")

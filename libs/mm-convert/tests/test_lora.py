@@ -170,6 +170,8 @@ def test_kohya_names_have_lost_their_dots(flat: str, module: str) -> None:
         ({"rank": "4", "alpha": "nan"}, None, {}, r"says alpha 'nan'"),
         ({"rank": "four", "alpha": "8"}, None, {}, r"says rank 'four'"),
         ({"lora_adapter_metadata": "[1"}, None, {}, r"not a JSON object"),
+        ({}, {"r": 10**400, "lora_alpha": 8}, {}, r"says rank 1000*; it must be a number"),
+        ({}, {"r": 4, "lora_alpha": 8, "lora_dropout": {"q": 1}}, {}, r"says lora_dropout {'q': 1}"),
         ({}, {"r": 4, "lora_alpha": 8, "use_dora": True}, {}, r"uses use_dora True: this is not plain LoRA"),
         ({}, {"r": 4, "lora_alpha": 8, "bias": "all"}, {}, r"uses bias 'all'"),
         ({}, {"r": 4, "lora_alpha": 8, "init_lora_weights": "pissa_niter_4"}, {}, r"uses init_lora_weights 'pissa"),
@@ -231,6 +233,9 @@ def test_what_is_no_whole_plain_adapter_is_refused(changes, message) -> None:
         ("comfyui", {"lora_alpha": "4", "use_rslora": "True", "use_dora": "False", "bias": "none", "alora": "None"}),
         ("comfyui", {"lora_alpha": "3", "alpha_pattern": '{".*": 8}'}),
         ("peft", {"ss_network_alpha": "8", "ss_network_dim": "Dynamic"}),
+        ("comfyui", {"config": '{"model": {"lora": {"alpha": 8}}, "world": {"rank": 0}}'}),
+        ("comfyui", {"training.lora/alpha": "8", "loraRank": "4"}),
+        ("comfyui", {"LoRA Alpha": "8", "prompt": '{"3": {"inputs": {"alpha": 0.5}}}', "lora_scale": "1.0"}),
     ],
 )
 def test_a_header_says_alpha_in_many_words(format: str, metadata: dict[str, str]) -> None:
@@ -245,8 +250,9 @@ def test_a_header_says_alpha_in_many_words(format: str, metadata: dict[str, str]
         ({"lora_alpha": "8", "ss_network_alpha": "16"}, r"\(ss_…\) says alpha 16 .* says 8"),
         ({"transformer.lora_alpha": "8", "transformer_2.lora_alpha": "16"}, r"says two things"),
         ({"network_dim": "16", "network_alpha": "8"}, r"says rank 16, but the factors .* have 4"),
-        ({"lora_config": '{"lora_alpha": 8'}, r"header of x.*, lora_config, is not a JSON object"),
+        ({"lora_config": "{'lora_alpha': 8}"}, r"its header says lora_config {'lora_alpha': 8}, .*--lora_alpha"),
         ({"lora_alpha": "8", "use_dora": "True"}, r"uses use_dora True: this is not plain LoRA.*DoRA, with magnitudes"),
+        ({"lora_scale": "2.0"}, r"its header says lora_scale 2.0, .*--lora_alpha"),
         ({"alpha_of_all": "8"}, r"does not say its alpha \(its header says alpha_of_all 8, .*--lora_alpha"),
     ],
 )
@@ -259,7 +265,12 @@ def test_an_alpha_tensor_is_asked_before_the_record_of_a_training() -> None:
     tensors = tensors_of("kohya") | {f"lora_unet_{OURS[0].replace('.', '_')}.alpha": scalar(2)}
     adapter = read(tensors, {"ss_network_alpha": "16", "ss_network_dim": "4"})
     assert [module.alpha for module in adapter.modules.values()] == [2, 16, 16]
-    unsaid = {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic", "ss_tag_frequency": '{"alpha": {"r": 1}}'}
+    unsaid = {
+        "software": '{"lora_tool": "2-alpha"}',
+        "ss_network_dim": "Dynamic",
+        "ss_network_alpha": "Dynamic",
+        "ss_tag_frequency": '{"alpha": {"r": 1}}',
+    }
     assert [module.alpha for module in read(tensors, unsaid).modules.values()] == [2, 4, 4]
 
 
@@ -289,8 +300,14 @@ def test_other_kinds_are_called_by_name(name: str, what: str) -> None:
         read(tensors)
 
 
+def test_the_first_names_of_diffusers() -> None:
+    tensors = {n.replace("_A.", ".down.").replace("_B.", ".up."): t for n, t in tensors_of("diffusers").items()}
+    assert is_lora(tensors)
+    assert (read(tensors).format, list(read(tensors).modules)) == ("diffusers", OURS)
+
+
 def test_names_of_videox_fun_and_lycoris_are_flat_too() -> None:
-    for prefix in ("lora_unet__", "lycoris_"):
+    for prefix in ("lora_unet__", "lora_transformer_", "lycoris_"):
         tensors = {name.replace("lora_unet_", prefix, 1): t for name, t in tensors_of("kohya").items()}
         assert (read(tensors).format, list(read(tensors).modules)) == ("kohya", OURS)
 
@@ -308,8 +325,17 @@ def test_one_file_of_diffsynth_may_adapt_both_ladders() -> None:
 
 
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "generator_ema.", "model."])
-def test_wrappers_of_trainers_are_no_part_of_a_name(wrapper: str) -> None:
-    assert list(read({wrapper + name: t for name, t in tensors_of("comfyui").items()}).modules) == OURS
+@pytest.mark.parametrize("format", ["comfyui", "diffsynth", "peft"])
+def test_wrappers_of_trainers_are_no_part_of_a_name(wrapper: str, format: str) -> None:
+    tensors = {wrapper + name: t for name, t in tensors_of(format).items()}
+    assert list(read(tensors, alpha=4).modules) == OURS
+    with pytest.raises(ValueError, match="does not say its alpha"):  # no loader knows such names
+        read(tensors)
+
+
+def test_a_layer_that_was_compiled_keeps_its_name() -> None:
+    tensors = {name.replace("blocks.0.", "blocks.0._orig_mod."): t for name, t in tensors_of("peft").items()}
+    assert list(read(tensors, alpha=4).modules) == OURS
 
 
 @pytest.mark.parametrize(
@@ -416,7 +442,7 @@ def test_other_formats_are_refused() -> None:
         ("../d/tinybase/", "tinybase"),
         ("C:\\models\\Wan2.1\\high_noise_model", "Wan2.1"),
         ("/c/hub/models--Wan-AI--Wan2.1-T2V-14B/snapshots/0123abc/transformer", "Wan-AI/Wan2.1-T2V-14B"),
-        ("/runs/cat/weights", "cat"),
+        ("/home/me/weights", "weights"),
         ("Wan-AI/Wan2.1-T2V-14B", "Wan-AI/Wan2.1-T2V-14B"),
         (Path("d/tinybase"), "tinybase"),
         ("", ""),

@@ -11,6 +11,7 @@ import tomllib
 
 import pytest
 
+from mm_convert import convert_ckpt, convert_ckpt_to_mm
 from mm_convert.cli import main
 from mm_convert.cli.arguments import dump
 from mm_convert.cli.terminal import escaped_output, one_line
@@ -113,30 +114,46 @@ def test_the_command_shows_names_as_they_are(name, tmp_path, toys, capsys):
     source = toys.diffusers(tmp_path / name)
     wrong = tmp_path / f"{name}.safetensors"
     wrong.write_bytes(b"nothing")
-    for line in (
-        ["inspect", source],
-        ["inspect", wrong],
-        ["inspect", tmp_path / f"{name}-missing"],
-        ["convert", source, tmp_path / f"{name}-out"],
-        ["convert", source, tmp_path / f"{name}-dry", "--dry_run"],
-        ["convert", source, tmp_path / f"{name}-out"],
-        ["convert", source, tmp_path / "x", f"--{name}"],
-        ["convert", source, tmp_path / "x", "--to", name],
-        ["convert", source, tmp_path / "x", "--config", tmp_path / name],
-        [name],
-        ["diff", source, wrong],
+    out = tmp_path / f"{name}-out"
+    for line, expected in (
+        (["inspect", source], 0),
+        (["inspect", wrong], 1),
+        (["inspect", tmp_path / f"{name}-missing"], 2),
+        (["convert", source, out], 0),
+        (["inspect", out], 0),
+        (["convert", source, tmp_path / f"{name}-dry", "--dry_run"], 0),
+        (["convert", source, out], 1),
+        (["convert", source, tmp_path / "x", f"--{name}"], 2),
+        (["convert", source, tmp_path / "x", "--to", name], 2),
+        (["convert", source, tmp_path / "x", "--config", tmp_path / name], 2),
+        ([name], 2),
+        (["diff", source, wrong], 1),
+        (["diff", source, out], 0),
     ):
         code = 0
         try:
             main([str(word) for word in line])
         except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        if isinstance(code, str):
+            code = stop.code or 0
+        shown, err = capsys.readouterr()
+        if isinstance(code, str):  # what Python prints
             assert "\n" not in code
-            err += code
-        assert not CONTROLS.search(out + err)
+            code, err = 1, err + code
+        assert code == (2 if "\udcff" in name else expected), (line, err)
+        assert not CONTROLS.search(shown + err)
         assert "Traceback" not in err
+    if "\udcff" not in name:
+        assert not CONTROLS.search((out / "mm_convert.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("script", [convert_ckpt.main, convert_ckpt_to_mm.main])
+def test_the_scripts_of_the_guides_are_alike(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script(["--mode", HOSTILE[:-1], "\x1b[2J"])
+    shown = "".join(capsys.readouterr())
+    assert stop.value.code == 2
+    assert "error: " in shown
+    assert not CONTROLS.search(shown)
 
 
 def test_a_printed_configuration_can_be_read_back():

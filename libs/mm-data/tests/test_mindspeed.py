@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 
 import pytest
 import torch
@@ -91,3 +92,23 @@ def test_damage_is_named(tmp_path):
     torch.save({"something": torch.zeros(1)}, file)
     with pytest.raises(ValueError, match="expected one of"):
         FeatureDataset(tmp_path)
+
+
+def test_what_changes_while_it_is_read_and_odd_lines_are_one_line(tmp_path):
+    write(tmp_path, 2)
+    dataset = FeatureDataset(tmp_path)
+    file = tmp_path / "features" / "video1_mp4.pt"
+    file.unlink()
+    with pytest.raises(ValueError, match=r"video1_mp4\.pt is not there: extract again"):
+        dataset[1]
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=r"video1_mp4\.pt is a named pipe"):
+        dataset[1]
+    file.unlink()
+    torch.save([1], file)
+    with pytest.raises(ValueError, match=r"video1_mp4\.pt is no feature file: it holds a list"):
+        dataset[1]
+    for line in ("[]", '{"file": 3}', '{"path": "a.mp4"}'):
+        (tmp_path / "data.jsonl").write_text(f"{line}\n")
+        with pytest.raises(ValueError, match=r"data\.jsonl, line 1: neither file nor path names a \.pt file"):
+            FeatureDataset(tmp_path)

@@ -79,8 +79,8 @@ def test_what_has_happened_to_a_shard_is_said(store, change, message, in_use):
     dataset = FeatureDataset(store)
     if in_use:
         dataset[1]
-    change(dataset.records[1].shard)
-    with pytest.raises(ValueError, match=rf"{dataset.records[1].shard}.*{message}"):
+    change(dataset.records[1].file)
+    with pytest.raises(ValueError, match=rf"{dataset.records[1].file}.*{message}"):
         dataset[1]
     assert dataset[0]["latents"].unique().tolist() == [0]
 

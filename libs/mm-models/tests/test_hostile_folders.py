@@ -233,9 +233,12 @@ OTHERS = {
     ("vae", "blocks"): (says(num_res_blocks=10**8), "num_res_blocks speaks of 100,000,000"),
     ("vae", "levels"): (says(dim_mult=[1] * 5000), "dim_mult speaks of 5,000"),
     ("vae", "number for a list"): (says(dim_mult=5), "cannot be loaded as AutoencoderKLWan"),
+    ("vae", "factor"): (says(scale_factor_spatial=0), "scale_factor_spatial is 0, and must be a positive integer"),
+    ("vae", "patches"): (says(patch_size="x"), "patch_size is 'x', and must be a positive integer"),
     ("vae", "cut"): (cut(VAE, 1000), "is no complete safetensors file"),
     ("image_encoder", "class"): (says(model_type="clip"), "model_type is 'clip', and must be 'clip_vision_model'"),
     ("image_encoder", "activation"): (says(hidden_act="own"), "cannot be loaded as CLIPVisionModel"),
+    ("image_encoder", "heads"): (says(num_attention_heads=-1), "num_attention_heads is -1, and must not be negative"),
     ("image_encoder", "pixels"): (says(image_size=[1, 2]), "cannot be loaded as CLIPVisionModel"),
     ("image_encoder", "patches"): (says(patch_size=0), "cannot be loaded as CLIPVisionModel"),
 }

@@ -351,7 +351,7 @@ def refusals(rank: int, world: int) -> None:
     same_error(lambda: step(0, SHORT), "at least 1")
     same_error(
         lambda: step(2, SHORT + rank),
-        r"rank 0: a step of 2 x \(tokens 2x6x5 float64, t 2x3 float64\)\n  rank 1: a step of 2 x \(tokens 2x7x5",
+        r"rank 0: a step of 2 x \(tokens 2x6x5 float64, t 2x3 float64\); rank 1: a step of 2 x \(tokens 2x7x5",
     )
     same_error(lambda: step(2 + rank, SHORT), "rank 1: a step of 3 x")
     batch = micro_batch(0, SHORT + rank)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from mm_convert.cli.arguments import dump, parse
+from mm_convert.cli.arguments import parse
 from mm_convert.cli.terminal import escaped_output, one_line
 from mm_infer.config import Config
 from mm_infer.inputs import Given
@@ -48,7 +48,6 @@ def _generate(config: Config, requests: list[Request], weights: Weights) -> None
 
 def _check(config: Config) -> tuple[list[Request], Weights]:
     """What is asked for, and the weights, with all that can be known of both without torch, which takes seconds."""
-    dump(config)  # ValueError for a name that no record of a video could hold
     read_launch()
     requests = read_requests(config)
     blocked = next((path for path in (config.output, *config.output.parents) if path.exists()), config.output)

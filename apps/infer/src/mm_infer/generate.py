@@ -15,17 +15,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mm_convert import expert_of
+from mm_convert.cli.arguments import dump
 from mm_convert.cli.terminal import one_line
 from mm_data import made_with, write_video
 from mm_infer.__about__ import __version__
 from mm_infer.config import Config, Options
+from mm_infer.identity import Contents, digest, identify
 from mm_infer.inputs import Given
 from mm_infer.lists import Request
 from mm_infer.ranks import Share, claim_output
 from mm_infer.sample import Sampler
 from mm_infer.settle import start_of
 from mm_infer.weights import Weights
-from mm_parallel.guard import Watchdog
+from mm_parallel.guard import Watchdog, agree
+from mm_parallel.guard.agree import COPY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +64,17 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
     sampler = Sampler(
         weights, None, dtype, config.offload, vae_tiling=config.vae_tiling, mesh=share.mesh, pair=share.pair
     )
-    videos = {file: _video(config, sampler, request) for file, request in files.items()}
+    agree(dump(config), "the configuration")
+    contents = identify(config, weights.facts)
+    agree({f"video {i}": request for i, request in enumerate(requests)}, "what is asked for")
+    read = {f"--{flag} {name}": found for flag, those in contents.items() for name, found in those.items()}
+    agree(read, "what is read", way_out=COPY)
+    videos = {file: _video(config, sampler, request, contents) for file, request in files.items()}
+    if share.team is not None:
+        agree({str(file): video.made_with for file, video in videos.items()}, "what is made", share.team, COPY)
     claim_output(config.output, held)
     there = share.decide(lambda: [] if config.overwrite else [file for file in files if file.exists()])
-    written = _last_change(config.weights, config.encoders, config.lora)
-    others = share.decide(lambda: [f for f in there if not _is_made(f, videos[f].made_with, written)])
+    others = share.decide(lambda: [f for f in there if not _is_made(f, videos[f].made_with)])
     if others:
         more = f", and {len(others) - 1} more" if len(others) > 1 else ""
         raise ValueError(
@@ -79,7 +88,7 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
     return Job(sampler, todo, there, rank, share.leads, alone)
 
 
-def _video(config: Config, sampler: Sampler, request: Request) -> Video:
+def _video(config: Config, sampler: Sampler, request: Request, contents: Contents) -> Video:
     """What is asked for, settled, with its record: what repeats the video, and not where in a list it stood."""
     given = Given(**request.given)
     options = sampler.settle(config.options, given)
@@ -87,6 +96,7 @@ def _video(config: Config, sampler: Sampler, request: Request) -> Video:
         raise ValueError("parallel.guidance 2 shares two passes, but guidance 1 makes one: leave either out")
     record: dict[str, Any] = {"prompt": request.prompt} | given.record() | dataclasses.asdict(options)
     record |= {name: getattr(config, name) for name in ("weights", "encoders", "model", "lora", "text_tokens")}
+    record |= {"contents": digest(contents)}
     if config.lora_alpha is not None:
         record["lora_alpha"] = config.lora_alpha
     record |= {"vae_tiling": config.vae_tiling, "boundary": sampler.weights.boundary}
@@ -94,18 +104,12 @@ def _video(config: Config, sampler: Sampler, request: Request) -> Video:
     return Video(request.prompt, given, options, {k: str(v) if isinstance(v, Path) else v for k, v in record.items()})
 
 
-def _is_made(file: Path, record: dict[str, Any], since: float) -> bool:
-    """Whether this is the video that `record` would make again, from weights that have not changed since."""
+def _is_made(file: Path, record: dict[str, Any]) -> bool:
+    """Whether this is the video that `record` would make again."""
     try:
-        return made_with(file) == json.loads(json.dumps(record)) and file.stat().st_mtime >= since
+        return made_with(file) == json.loads(json.dumps(record))
     except (ValueError, OSError):  # no video, or not one of ours
         return False
-
-
-def _last_change(*weights: Path | None) -> float:
-    """When the newest file of tensors was written: a new export often takes the place of an old one."""
-    files = [f for path in weights if path for f in ([path] if path.is_file() else path.rglob("*.safetensors"))]
-    return max((file.stat().st_mtime for file in files), default=0.0)
 
 
 def run(job: Job, guard: Watchdog, patience: float) -> None:

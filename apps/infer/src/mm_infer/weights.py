@@ -110,6 +110,8 @@ class Transformer:
         self.checkpoint, self.lora = open_checkpoint(path), None if lora is None else open_lora(lora, alpha=alpha)
         self.family = family_of_weights(self.checkpoint.family)
         self.config = _config(path, self.family, self.checkpoint, model)
+        for note in self.checkpoint.notes:
+            print(one_line(f"{path}: {note}"), file=sys.stderr)
         if self.lora is not None:
             self._check_lora(lora)
 
@@ -176,6 +178,7 @@ def _experts(
 
 def _config(path: Path, family: Family, checkpoint: Checkpoint, model: str | None) -> Any:
     """The architecture that the files say, or that of the preset if they do not contradict it."""
+    check_fields(family.config, {n: v for n, v in checkpoint.said.items() if v is not None}, f"{checkpoint.said_in}: ")
     known = {field.name for field in fields(family.config)}
     read = {name: value for name, value in checkpoint.config.items() if name in known}
     read = check_fields(family.config, read, f"{path}: ")

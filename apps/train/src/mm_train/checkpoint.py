@@ -32,9 +32,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from mm_convert import load_dcp, read_json, replace_file
+from mm_convert import load_dcp, replace_file
 from mm_train.optim import EMA
-from mm_train.resume import latest
+from mm_train.resume import latest, read_progress
 
 # DCP remarks on every save and load of a single process that it is one.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -99,7 +99,7 @@ class Checkpointer:
             if self.leader:
                 shutil.rmtree(unfinished, ignore_errors=True)
             free = shutil.disk_usage(self.directory).free
-            what = "free some space" if _is_full(error) else "see to the reason"
+            what = "free some space" if is_full(error) else "see to the reason"
             raise OSError(
                 f"could not write checkpoint {final} ({free / 2**20:,.0f} MiB free there): {_reason(error)}. "
                 f"The newest complete one is {self.latest() or 'none'}; {what} and start again to continue from it"
@@ -136,7 +136,7 @@ class Checkpointer:
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=OPTIONS)
         for group, chosen in zip(optimizer.param_groups, asked, strict=True):
             group.update(chosen)  # the moments are the run's, these are the command's
-        progress = read_json(path / "progress.json")
+        progress = read_progress(path)
         self.newest = progress["step"]
         if self.leader:
             self._prune(path)  # a run that was killed after its last save has not
@@ -151,7 +151,7 @@ def _state(model: nn.Module, optimizer: Optimizer, average: EMA) -> dict[str, An
     return state | ({"ema": average.average} if average.average else {})
 
 
-def _is_full(error: BaseException) -> bool:
+def is_full(error: BaseException) -> bool:
     """Whether a disk or a quota was full, on any rank."""
     causes = [cause[0] for cause in getattr(error, "failures", {}).values()] or [error]
     return any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for cause in causes)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from mm_convert import read_json
-from mm_convert.cli.toml import dump
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
@@ -219,11 +218,6 @@ def _output(config: Config) -> None:
         )
 
 
-def _text(config: Config) -> None:
-    """A checkpoint keeps the configuration as text."""
-    dump(config)
-
-
 def _features(config: Config) -> None:
     from mm_train.data import check_features  # torch, only now
 
@@ -244,7 +238,6 @@ CHECKS = (
     Check("layout", "at once", _layout),
     Check("sample videos", "at once", _samples),
     Check("output", "at once", _output),
-    Check("text", "at once", _text),
     Check("features", "with torch", _features),
 )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from mm_convert.cli.arguments import dump, parse
+from mm_convert.cli.arguments import parse
 from mm_convert.cli.terminal import escaped_output
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
@@ -66,7 +66,6 @@ class ExtractConfig:
             )
         check_encoders(self.encoders, family.encoders(preset.config), "--encoders")
         check_config(self, "--")
-        dump(self)  # ValueError for a name that no configuration could hold
         choose_task(self.model, family, preset.config, self.task, "--task")
 
     @property

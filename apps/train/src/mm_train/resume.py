@@ -63,10 +63,15 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
                 f"{found} was made with {key} {old}, this command says {new}: that would not be the same run. Give the "
                 "old value to continue, or a new --output to start a run of its own"
             )
-    step = read_json(found / "progress.json")["step"]
+    step = read_progress(found)["step"]
     if step > config.steps:
         raise ValueError(f"{found} is past --steps {config.steps}: give more than {step} steps, or a new --output")
     return found, [f"{key} {old} -> {new}" for key, (old, new) in changed.items()]
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """Where a run was, see `mm_train.run.Progress`."""
+    return read_json(checkpoint / "progress.json")
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

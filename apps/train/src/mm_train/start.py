@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from mm_convert import Adapter, Checkpoint, expert_of, open_checkpoint, open_experts
+from mm_convert.cli.values import check_fields
 from mm_models import build, plan
 from mm_models.families import family_of
 from mm_models.initial import initial_adapter
@@ -185,6 +186,7 @@ def _open(path: Path, expert: str | None, wanted: Any) -> Checkpoint:
     if expert and (pair := open_experts(path)):
         path = pair.high if expert == "high" else pair.low
     file = open_checkpoint(path)
+    check_fields(type(wanted), {n: v for n, v in file.said.items() if v is not None}, f"{file.said_in}: ")
     said = {k: tuple(v) if isinstance(v, list) else v for k, v in file.config.items()}
     other = [f"{k} {v} (asked for: {getattr(wanted, k)})" for k, v in said.items() if v != getattr(wanted, k, v)]
     if other:

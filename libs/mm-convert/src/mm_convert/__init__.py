@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
     from mm_convert.read.experts import expert_of, open_experts, write_experts
     from mm_convert.read.inspection import diff, inspect
+    from mm_convert.read.made_of import weight_files
     from mm_convert.store.dcp import open_dcp
     from mm_convert.store.dcp_load import load_dcp
     from mm_convert.write.install import replace_file
@@ -42,6 +43,7 @@ __all__ = [
     "replace_file",
     "save_checkpoint",
     "save_lora",
+    "weight_files",
     "write_experts",
 ]
 
@@ -67,6 +69,7 @@ _HOME = {
     "replace_file": "write.install",
     "save_checkpoint": "write.save",
     "save_lora": "write.save",
+    "weight_files": "read.made_of",
 }
 
 

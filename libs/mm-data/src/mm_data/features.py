@@ -1,5 +1,6 @@
 """Encoded features, by index: what training reads."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,6 +33,7 @@ class Record(Protocol):
 
     id: str
     shapes: dict[str, tuple[int, ...]]
+    file: Path
 
     def load(self) -> dict[str, Tensor]: ...
 
@@ -75,6 +77,14 @@ class FeatureDataset:
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """What samples are read from, by the path below the folder: the list, and the files of tensors."""
+        records = [*self.records, *([self._empty] if self._empty else [])]
+        index = self.path / ("data.jsonl" if mindspeed.is_feature_folder(self.path) else "dataset.jsonl")
+        files = dict.fromkeys([index, *(record.file for record in records)])
+        return {os.path.relpath(file, self.path): file for file in files}
+
     def __getitem__(self, index: int) -> Features:
         record = self.records[index]
         tensors = record.load()
@@ -114,18 +124,18 @@ class ShardRecord:
 
     id: str
     shapes: dict[str, tuple[int, ...]]
-    shard: Path
+    file: Path
     key: str
     shards: Shards = field(repr=False, compare=False)
 
     def load(self) -> dict[str, Tensor]:
         """The tensors. Raises ValueError, naming the shard, where they are no longer what dataset.jsonl says."""
-        found = self.shards.read(self.shard, [f"{self.key}/{name}" for name in self.shapes])
+        found = self.shards.read(self.file, [f"{self.key}/{name}" for name in self.shapes])
         tensors = {name: found[f"{self.key}/{name}"] for name in self.shapes}
         for name, shape in self.shapes.items():
             if tensors[name].shape != shape:
                 raise ValueError(
-                    f"{self.shard}: {name} of sample {self.id} has shape {list(tensors[name].shape)}, dataset.jsonl "
+                    f"{self.file}: {name} of sample {self.id} has shape {list(tensors[name].shape)}, dataset.jsonl "
                     f"says {list(shape)}: they are of two extractions, so extract again"
                 )
         return tensors

@@ -14,13 +14,15 @@ Its writer allows two accidents, and there is a warning of each: samples that sh
 and data.jsonl lists samples whose file was never written.
 """
 
-import json
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from mm_data.files import find_fault, parse_json, read_lines, shorten
 
 LATENTS = ("video", "latents")
 TEXT = ("prompt_ids", "prompt")
@@ -46,19 +48,16 @@ def is_feature_folder(path: Path) -> bool:
 def records(path: Path) -> list[FileRecord]:
     """A record per existing file, in the order of data.jsonl. Reads the header of every file."""
     names = []
-    for number, line in enumerate((path / "data.jsonl").read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in read_lines(path / "data.jsonl"):
         if not line.strip():
             continue
-        try:
-            sample = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path / 'data.jsonl'}, line {number}: not JSON: {error.msg}") from error
-        name = sample.get("file") or sample.get("path")
-        if not name or not name.endswith(".pt"):
+        sample = parse_json(line, path / "data.jsonl", number)
+        name = (sample.get("file") or sample.get("path")) if isinstance(sample, dict) else None
+        if not isinstance(name, str) or not name.endswith(".pt"):
             raise ValueError(f"{path / 'data.jsonl'}, line {number}: neither file nor path names a .pt file")
         names.append(name)
     unique = list(dict.fromkeys(names))
-    there = [name for name in unique if (path / name).is_file()]
+    there = [name for name in unique if os.path.isfile(path / name)]
     if len(unique) < len(names):
         warnings.warn(
             f"{path}: {len(names)} samples share {len(unique)} files; where a name is shared, only the last "
@@ -66,7 +65,8 @@ def records(path: Path) -> list[FileRecord]:
             stacklevel=3,
         )
     if len(there) < len(unique):
-        absent = next(name for name in unique if not (path / name).is_file())
+        written = set(there)
+        absent = shorten(next(name for name in unique if name not in written))
         warnings.warn(
             f"{path}: {len(unique) - len(there)} listed files were never written, e.g. {absent}", stacklevel=3
         )
@@ -80,10 +80,16 @@ def records(path: Path) -> list[FileRecord]:
 
 def _read(file: Path) -> dict[str, Tensor]:
     """Tensors by our names, memory-mapped; the caption cut to its true length."""
+    if fault := find_fault(file):
+        raise ValueError(f"{fault}: extract again")
     try:
         found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, MemoryError):  # the file may be right
+        raise
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for a file that was cut off
         raise ValueError(f"{file} is damaged or no feature file: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is no feature file: it holds a {type(found).__name__}")
     latents = next((found[name] for name in LATENTS if name in found), None)
     text = next((found[name] for name in TEXT if name in found), None)
     if latents is None or text is None:

@@ -76,6 +76,8 @@ def check_weights(folder: Path) -> int:
                 raise ValueError(f"{file}: {name} is of {dtype}: it is quantised, and only plain weights are read")
             tensors, numbers = tensors + 1, numbers + prod(shape)
     for key, value in config.items():
+        if key.startswith("num_") and isinstance(value, int | float) and value < 0:
+            raise ValueError(f"{folder / 'config.json'}: {key} is {value}, and must not be negative: {_LET}")
         count = len(value) if isinstance(value, list) else value if key.endswith(("layers", "blocks")) else 0
         if isinstance(count, int) and count > tensors:
             raise ValueError(

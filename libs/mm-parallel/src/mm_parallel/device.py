@@ -151,7 +151,7 @@ def memory_allocated(device: torch.device) -> int:
         return torch.accelerator.memory_allocated(device)
     if sys.platform != "linux":
         return max_memory(device)
-    with open("/proc/self/statm") as statm:
+    with open("/proc/self/statm", encoding="utf-8") as statm:
         return int(statm.read().split()[1]) * resource.getpagesize()
 
 

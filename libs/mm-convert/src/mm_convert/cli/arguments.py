@@ -45,7 +45,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from mm_convert.cli.terminal import one_line
 from mm_convert.cli.toml import dump, read_tables, template
-from mm_convert.cli.values import check_value, describe, read_text
+from mm_convert.cli.values import check_value, describe, hints_of, read_text
 
 __all__ = ["REQUIRED", "Option", "dump", "nearest", "options_of", "parse", "parse_options", "read_config"]
 
@@ -299,7 +299,7 @@ def _print_help(
 
 def options_of(cls: type, prefix: str = "") -> Iterator[Option]:
     """What the fields of a dataclass, and of those in it, say."""
-    hints, helps = typing.get_type_hints(cls, include_extras=True), _field_docs(cls)
+    hints, helps = hints_of(cls), _field_docs(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
@@ -315,7 +315,7 @@ def options_of(cls: type, prefix: str = "") -> Iterator[Option]:
 def _group_docs(cls: type, prefix: str = "") -> dict[str, str]:
     """Table -> what its dataclass says of itself."""
     docs: dict[str, str] = {}
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in hints_of(cls).items():
         if dataclasses.is_dataclass(hint):
             doc = hint.__doc__ or ""
             written = doc.startswith(f"{hint.__name__}(")  # by dataclasses: a signature
@@ -346,7 +346,7 @@ def _field_docs(cls: type) -> dict[str, str]:
 
 def _instantiate(cls: type[T], values: Mapping[str, Any]) -> T:
     """The dataclass from values by their dotted names."""
-    hints = typing.get_type_hints(cls)
+    hints = hints_of(cls)
 
     def value(name: str) -> Any:
         if not dataclasses.is_dataclass(hints[name]):

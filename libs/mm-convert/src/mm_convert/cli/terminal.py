@@ -41,7 +41,8 @@ def escaped_output() -> Iterator[None]:
     dropped, and the work goes on.
     """
     with ExitStack() as stack:
-        nowhere = stack.enter_context(open(os.devnull, "w"))  # of a stream that was closed when the program began
+        # Of a stream that was closed when the program began:
+        nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         streams = [_Escaped(stream or nowhere) for stream in (sys.stdout, sys.stderr)]
         stack.enter_context(redirect_stdout(streams[0]))  # type: ignore[type-var]
         stack.enter_context(redirect_stderr(streams[1]))  # type: ignore[type-var]

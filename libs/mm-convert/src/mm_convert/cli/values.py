@@ -4,7 +4,7 @@
     betas: tuple[Annotated[float, ">= 0", "< 1"], Annotated[float, ">= 0", "< 1"]] = (0.9, 0.999)
     fps: Annotated[float, "> 0"] | None = None
 
-A limit is an operator and a number. NaN and infinity are outside of all limits.
+A limit is an operator and a number. NaN, infinity and whole numbers of more than 64 bits are outside of all limits.
 
 A value comes as text (of a flag, or of the environment) or as data (of TOML, JSON or Python).
 Text for text is taken as it was typed. Of a field that may be None, the word `null` is None, and nothing else is.
@@ -22,6 +22,7 @@ import reprlib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union
@@ -68,7 +69,7 @@ def check_fields(fields_of: type, values: Mapping[str, Any], prefix: str = "") -
 
     ValueError for the first that does not fit, with `prefix` before its name.
     """
-    hints = typing.get_type_hints(fields_of, include_extras=True)
+    hints = hints_of(fields_of)
     return {
         name: check_value(f"{prefix}{name}", value, hints[name]) if name in hints else value
         for name, value in values.items()
@@ -77,11 +78,17 @@ def check_fields(fields_of: type, values: Mapping[str, Any], prefix: str = "") -
 
 def check_config(config: Any, prefix: str = "") -> None:
     """ValueError for the first value of a dataclass, or of those in it, that its field does not take."""
-    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+    for name, hint in hints_of(type(config)).items():
         if dataclasses.is_dataclass(hint):
             check_config(getattr(config, name), f"{prefix}{name}.")
         else:
             check_value(f"{prefix}{name}", getattr(config, name), hint)
+
+
+@cache
+def hints_of(fields_of: type) -> dict[str, Any]:
+    """Name of a dataclass's field -> its type, with limits. Not to be changed."""
+    return typing.get_type_hints(fields_of, include_extras=True)
 
 
 def describe(hint: Any) -> str:
@@ -119,6 +126,7 @@ def _or_refuse(name: str, value: Any, hint: Any) -> Any:
         plain = isinstance(value, _Text) and re.fullmatch(r"[\w.+/-]{1,80}", value)
         example = ' (a list is written ["a", "b"] or [1, 2])' if any(map(_is_list, kinds_of(hint))) else ""
         example += ' (a table is written {"name": 1})' if any(map(_is_table, kinds_of(hint))) else ""
+        example += " (a whole number has 64 bits at most)" if re.fullmatch(r"[+-]?[0-9_]{19,}", str(value)) else ""
         shown = value if plain else _SHORT.repr(value)
         raise ValueError(f"{name} is {shown}; it takes {describe(hint)}{example}") from None
 
@@ -202,7 +210,9 @@ def _number(value: Any, number: type, limits: Sequence[Limit]) -> int | float:
         found = number(value)
     except OverflowError:
         raise _Unfit from None
-    if (number is float and not math.isfinite(found)) or not all(limit.allows(found) for limit in limits):
+    if (not math.isfinite(found) if number is float else not -(2**63) <= found < 2**63) or not all(
+        limit.allows(found) for limit in limits
+    ):
         raise _Unfit
     return found
 

@@ -68,7 +68,7 @@ def complete(config: Config) -> tuple[Config, list[str]]:
 
 def _are_layers(said: Any, depth: int) -> bool:
     """Whether these are numbers of layers, each larger than the one before; the first layer is always one."""
-    if not isinstance(said, list | tuple) or not all(type(layer) is int for layer in said):
+    if not isinstance(said, list | tuple) or not said or not all(type(layer) is int for layer in said):
         return False
     return sorted(set(said)) == list(said) and said[0] == 0 and said[-1] < depth
 

@@ -118,6 +118,8 @@ def read_lora(
     config = adapter_config or {}
     base = metadata.get("base") or config.get("base_model_name_or_path") or ""
     dropout = config.get("lora_dropout") or 0.0
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"the adapter_config.json of {where} says lora_dropout {dropout!r:.60}; it must be 0 <= x < 1")
     modules = {names.modules[m][0]: LowRank(a, b, alphas[m]) for m, (a, b) in factors.items()}
     return Adapter(names.family, names.format, names.dialect, modules, str(base), float(dropout), tuple(notes))
 

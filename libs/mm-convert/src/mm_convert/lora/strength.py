@@ -26,10 +26,12 @@ _SPECIAL = {
 }
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _KNOWN = {"r", "lora_alpha", "use_rslora", *_PATTERNS, *_SPECIAL}
-# A header's own words for rank and alpha, after its prefix: lora_alpha, network_alpha, ss_network_dim, …
-_RANK = re.compile(r"(ss_)?((lora_|network_|adapter_)?(r|rank)|(lora_|network_|adapter_)dim)", re.IGNORECASE)
-_ALPHA = re.compile(r"(ss_)?(lora_|network_|adapter_|linear_)?alpha", re.IGNORECASE)
+# A header's own words for rank and alpha, without what stands between words: lora_alpha, ss_network_dim, LoRA Alpha, …
+_RANK = re.compile(r"(ss)?((lora|network|adapter)?(r|rank)|(lora|network|adapter)dim)")
+_ALPHA = re.compile(r"(ss)?(lora|network|adapter|linear)?alpha")
+_MAYBE = re.compile(r"alpha|lora.*scal|^scal(e|ing)$", re.IGNORECASE)  # what may be said in yet other words
 _TABLES = re.compile(r"lora|adapter|peft|network|transformer", re.IGNORECASE)  # JSON objects of a header
+_PICTURES = ("workflow", "prompt")  # of ComfyUI: whole graphs, in which other things have an alpha
 _OPEN = ("", "none", "null", "dynamic")  # what trainers write where there is no one value
 _UNPACK = {"F16": "<e", "F32": "<f", "F64": "<d", "I32": "<i", "I64": "<q"}
 _ALPHA_IS_RANK = ("diffusers", "comfyui", "kohya", "diffsynth")  # what their loaders take it for where nothing is said
@@ -70,7 +72,8 @@ def find_alphas(
     unsaid = {module: float(ranks[module]) for module in ranks if module not in alphas}
     if not unsaid:
         return alphas, []
-    odd = [f"{key} {v}" for key, v in metadata.items() if re.search("alpha", key, re.I) and _is_number(v)]
+    odd = [f"{key} {value[:60]}" for key, value in metadata.items() if _may_say_alpha(key, value)]
+    guess = guess and not names.wrapped
     if names.twofold or names.format not in _ALPHA_IS_RANK or not guess or odd:
         raise ValueError(
             f"{where} does not say its alpha ({_why(names, guess, odd)}), and without it the strength would be a "
@@ -114,17 +117,45 @@ def _why(names: Names, guess: bool, odd: list[str]) -> str:
 
 
 def _tables(metadata: Mapping[str, str], place: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What a header says: its own fields, and those of the JSON objects in it, which may have one more within."""
+    """What a header says: its own fields, and those of the JSON objects in it, as `transformer.r`."""
     yield place, {key: value for key, value in metadata.items() if not key.startswith("ss_")}
     for key, value in metadata.items():
-        if not _TABLES.search(key) or not (value.lstrip().startswith("{") or key == "lora_adapter_metadata"):
+        if not _is_table(key, value):
             continue
         try:
-            config = {**parse_json(value)}
+            table = dict(_flatten({**parse_json(value)}))
         except (ValueError, TypeError) as error:
+            if key != "lora_adapter_metadata":
+                continue  # not JSON; if it may say alpha, and nothing else does, that is said
             raise ValueError(f"{place}, {key}, is not a JSON object: {error}") from error
-        deeper = {k: v for k, v in config.items() if isinstance(v, dict) and not _word(k.rpartition(".")[2])}
-        yield f"{place}, {key},", config | {f"{k}.{n}": v for k, inner in deeper.items() for n, v in inner.items()}
+        if not _TABLES.search(key):  # other things have a rank too
+            table = {name: said for name, said in table.items() if _word(_last(name)) == "lora_alpha"}
+        yield f"{place}, {key},", table
+
+
+def _is_table(key: str, value: str) -> bool:
+    json_ = value.lstrip().startswith("{") and not key.startswith("ss_") and key not in _PICTURES
+    return key == "lora_adapter_metadata" or json_
+
+
+def _flatten(table: Mapping[str, Any], depth: int = 3) -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict) and depth and not _word(_last(key)):
+            yield from ((f"{key}.{inner}", said) for inner, said in _flatten(value, depth - 1))
+        else:
+            yield key, value
+
+
+def _may_say_alpha(key: str, value: str) -> bool:
+    """Whether a field of a header that was not understood may be about it."""
+    if _is_table(key, value):
+        return bool(_TABLES.search(key)) and bool(re.search(r"alpha\W*\d", value))
+    number = _literal(value)
+    return bool(_MAYBE.search(key)) and isinstance(number, int | float) and not ("scal" in key and number == 1)
+
+
+def _last(key: str) -> str:
+    return re.split(r"[./:]", key)[-1]
 
 
 def _of_prefix(settings: Mapping[str, Any], prefix: str, place: str) -> dict[str, Any]:
@@ -134,7 +165,7 @@ def _of_prefix(settings: Mapping[str, Any], prefix: str, place: str) -> dict[str
     """
     words = [(key.removeprefix(prefix), key) for key in settings if prefix and key.startswith(prefix)]
     if not any(_word(short) for short, _ in words):
-        words = [(key.rpartition(".")[2], key) for key in settings]
+        words = [(_last(key), key) for key in settings]
     found: dict[str, str] = {}
     for short, key in words:
         word = _word(short)
@@ -142,7 +173,9 @@ def _of_prefix(settings: Mapping[str, Any], prefix: str, place: str) -> dict[str
             continue
         first = found.setdefault(word, key)
         if _literal(settings[first]) != _literal(settings[key]):
-            raise ValueError(f"{place} says two things: {first} {settings[first]!r} and {key} {settings[key]!r}")
+            raise ValueError(
+                f"{place} says two things: {first} {settings[first]!r:.60} and {key} {settings[key]!r:.60}"
+            )
     return {word: _literal(settings[key]) for word, key in found.items()}
 
 
@@ -158,11 +191,8 @@ def _word(key: str) -> str:
     """The same in peft's words; "" for what says nothing of the strength."""
     if key in _KNOWN:
         return key
-    return "r" if _RANK.fullmatch(key) else "lora_alpha" if _ALPHA.fullmatch(key) else ""
-
-
-def _is_number(text: str) -> bool:
-    return isinstance(_literal(text), int | float)
+    squeezed = re.sub(r"[\s_-]", "", key).lower()
+    return "r" if _RANK.fullmatch(squeezed) else "lora_alpha" if _ALPHA.fullmatch(squeezed) else ""
 
 
 def _is_open(value: Any) -> bool:
@@ -185,7 +215,7 @@ def _of_config(config: Mapping[str, Any], ranks: Mapping[str, int], place: str) 
     """Rank and alpha by peft's rules: a pattern is a regular expression for the end of a name, and the first wins."""
     special = [key for key, plain in _SPECIAL.items() if config.get(key) not in plain]
     if special:
-        said, kinds = zip(*((f"{key} {config[key]!r}", _kind(key, config[key])) for key in special), strict=True)
+        said, kinds = zip(*((f"{key} {config[key]!r:.60}", _kind(key, config[key])) for key in special), strict=True)
         raise ValueError(
             f"{place} uses {', '.join(said)}: this is not plain LoRA, which alone can be converted "
             f"({'; '.join(kinds)}). To use it, {MERGE_THERE}"
@@ -233,10 +263,10 @@ def _numbers(rank: Any, alpha: Any, place: str) -> tuple[float | None, float | N
 def _number(what: str, said: Any, place: str) -> float:
     try:
         number = float(said)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = 0.0
     if not isfinite(number) or not number:
-        raise ValueError(f"{place} says {what} {said!r}; it must be a number other than 0")
+        raise ValueError(f"{place} says {what} {said!r:.60}; it must be a number other than 0")
     return number
 
 

@@ -28,6 +28,7 @@ class Checkpoint(Tensors):
         family: for example "wan".
         config: the fields of the model's configuration, for example of `WanConfig`. A number of heads is absent where
             neither a config.json nor the published sizes say it.
+        said: what a config.json says of these fields, as it stands there: it may be wrong. `said_in` is that file.
         notes: what a person should know: tensors that were dropped, a config.json that contradicts the tensors.
         tensors: our name -> where its bytes are, in the order of the files.
         metadata: the free text of the safetensors headers.
@@ -43,12 +44,14 @@ class Checkpoint(Tensors):
         content: Content,
         tensors: dict[str, LazyTensor],
         config: Config,
+        said: Config,
+        said_in: Path,
         notes: list[str],
     ) -> None:
         super().__init__(tensors)
         self.path, self.layout, self.content = path, layout, content
         self.files, self.folder, self.metadata, self.split = source.files, source.folder, source.metadata, source.split
-        self.config, self.notes = config, notes
+        self.config, self.said, self.said_in, self.notes = config, said, said_in, notes
         self.dialect, self.family = content.dialect, content.family.name
         self.shards = _by_file(tensors)
 
@@ -87,8 +90,8 @@ def open_checkpoint(
     source = find(path, published, part, prefix)
     if is_lora(source.tensors):
         raise ValueError(
-            f"{path} holds a LoRA adapter, not a whole model: name its base here; to make one model of both, "
-            f"`mm-convert convert BASE TARGET --lora {path}`"
+            f"{path} holds a LoRA adapter, not a whole model: name its base here, and the adapter as one (mm_infer "
+            f"--lora, mm_train --lora.weights); `mm-convert convert BASE TARGET --lora {path}` makes one model of both"
         )
     refuse_quantised(source.tensors, str(path))
     family, dialect = recognise(source.tensors, str(path))
@@ -109,7 +112,7 @@ def open_checkpoint(
         names = [name for name, why in content.ignored.items() if why == reason]
         notes.append(f"{len(names)} tensors are left out ({reason}): {names[0]}" + (", …" if len(names) > 1 else ""))
     layout = "mm" if is_ours and source.layout == "safetensors" else source.layout
-    return Checkpoint(path, source, layout, content, ours, complete, notes + doubts)
+    return Checkpoint(path, source, layout, content, ours, complete, said, where, notes + doubts)
 
 
 def read_config(source: Source, family: Family) -> tuple[Config, bool, Path]:

@@ -11,6 +11,7 @@ renamed. Only changes below the folder of a run count.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -63,10 +64,17 @@ class Kills:
     final: Path
 
 
-def kill_everywhere(scenarios: Sequence[Scenario], work: Path, imports: Sequence[str] = ()) -> list[Kills]:
-    """The kills of every scenario, each with a folder of its own in `work`; imports: modules loaded once."""
-    told = json.dumps([[asdict(scenario) for scenario in scenarios], str(work), list(imports)])
-    done = subprocess.run([sys.executable, "-m", __name__], input=told, capture_output=True, text=True, check=False)
+def kill_everywhere(scenarios: Sequence[Scenario], work: Path, packages: Sequence[str]) -> list[Kills]:
+    """The kills of every scenario, each with a folder of its own in `work`.
+
+    packages: what this process has imported of them is imported once, before the first fork.
+    The programs run in the locale C, whose encoding is ASCII: nothing that they write may depend on it.
+    """
+    names = [name for name in list(sys.modules) if name.partition(".")[0] in packages]
+    told = json.dumps([[asdict(scenario) for scenario in scenarios], str(work), names])
+    command = [sys.executable, "-m", __name__]
+    ascii = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, input=told, capture_output=True, encoding="utf-8", env=ascii, check=False)
     if done.returncode:
         raise RuntimeError(f"{done.stdout}{done.stderr}")
     return [
@@ -78,7 +86,8 @@ def kill_everywhere(scenarios: Sequence[Scenario], work: Path, imports: Sequence
 def _serve(told: str) -> None:
     scenarios, work, imports = json.loads(told)
     for name in imports:
-        importlib.import_module(name)
+        with contextlib.suppress(Exception):  # what cannot be imported by its name is left to the runs
+            importlib.import_module(name)
     results = [_kill_all(Scenario(**scenario), Path(work, str(i))) for i, scenario in enumerate(scenarios)]
     print(json.dumps(results))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mm_models.encoders.loading import identity, load_strictly, readable
-from mm_models.folder import check_parts, part_of
+from mm_models.folder import check_parts, part_of, read_count, read_json
 
 
 class WanVAE:
@@ -29,6 +29,10 @@ class WanVAE:
         check_parts(Path(path), ("vae",))
         self.identity = identity([folder], {"dtype": str(dtype), "tiling": tiling})
         self.device, self.dtype = torch.device(device), dtype
+        said = read_json(folder / "config.json")
+        for key in ("patch_size", "scale_factor_spatial", "scale_factor_temporal"):  # which diffusers does not look at
+            if said.get(key) is not None:
+                read_count(folder / "config.json", key, 1)
         self.vae = load_strictly(AutoencoderKLWan, folder, dtype).to(self.device)
         if tiling:
             self.vae.enable_tiling()

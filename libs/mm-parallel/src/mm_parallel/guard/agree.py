@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,12 +11,18 @@ import torch.distributed as dist
 
 from mm_parallel.guard.diagnosis import ranks_of
 
+COPY = "copy the files from one host to the others, or let all read one shared folder"
+"""The way out where ranks read files of other contents."""
 
-def agree(what: Mapping[str, object] | str, label: str, group: dist.ProcessGroup | None = None) -> None:
+
+def agree(
+    what: Mapping[str, object] | str, label: str, group: dist.ProcessGroup | None = None, way_out: str = ""
+) -> None:
     """Raises ValueError on every rank of `group` (None: all) unless `what` is the same on all of them.
 
     what: values by name, or a text. They are compared by their `repr`, which must not depend on the process (no sets,
-        no addresses). The message names the first keys that differ, the ranks, and the values.
+        no addresses). The message names the first keys that differ, the ranks with their hosts, and the values.
+    way_out: what to do about it, for the message.
 
     All ranks call it. Costs one small collective; nothing is sent but a hash as long as all agree.
     """
@@ -25,18 +32,20 @@ def agree(what: Mapping[str, object] | str, label: str, group: dist.ProcessGroup
     mine = {f"line {key}" if isinstance(what, str) else key: repr(value) for key, value in lines.items()}
     if len(set(_gather(hashlib.sha256(json.dumps(mine).encode()).hexdigest(), group))) == 1:
         return
-    all_of_them = _gather(mine, group)
+    hosts, all_of_them = zip(*_gather((socket.gethostname(), mine), group), strict=True)
     numbers = dist.get_process_group_ranks(group) if group is not None else range(dist.get_world_size())
+    host_of = dict(zip(numbers, hosts, strict=True)) if len(set(hosts)) > 1 else {}
     different = []
     for key in dict.fromkeys(key for one in all_of_them for key in one):
         holders: dict[str, list[int]] = {}
         for number, one in zip(numbers, all_of_them, strict=True):
             holders.setdefault(one.get(key, "missing"), []).append(number)
         if len(holders) > 1:
-            values = ", ".join(f"{_shorten(value)} on {ranks_of(who)}" for value, who in holders.items())
+            values = ", ".join(f"{_shorten(value)} on {_name(who, host_of)}" for value, who in holders.items())
             different.append(f"{key} is {values}")
     more = f"; and {len(different) - 5} more" if len(different) > 5 else ""
-    raise ValueError(f"{label} differs between ranks: {'; '.join(different[:5]) or 'in its order'}{more}")
+    what_differs = f"{'; '.join(different[:5]) or 'in its order'}{more}"
+    raise ValueError(f"{label} differs between ranks: {what_differs}{way_out and f': {way_out}'}")
 
 
 def agree_on(what: str, who: str, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -64,6 +73,13 @@ def _gather(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group)
     return everyone
+
+
+def _name(ranks: list[int], host_of: Mapping[int, str]) -> str:
+    """`ranks 0, 1 (host a)`, where there are several hosts."""
+    hosts = list(dict.fromkeys(host_of[rank] for rank in ranks if rank in host_of))
+    more = f" and {len(hosts) - 3} more" if len(hosts) > 3 else ""
+    return ranks_of(ranks) + (f" ({', '.join(hosts[:3])}{more})" if hosts else "")
 
 
 def _shorten(text: str) -> str:

@@ -29,8 +29,8 @@ def launch(world: int, fn: Callable[..., Any], *args: Any, within: float = 30) -
     """Calls `fn(rank, *args)` in `world` new processes, which are to join by themselves: how each ended, by rank.
 
     `fn` is a top-level function of an importable module or of a test file; arguments are pickled. Each rank computes on
-    one thread. Nobody is ended when another fails; what still runs after `within` seconds is killed, and what is
-    stopped in the end.
+    one thread. Nobody is ended when another fails. What still runs after `within` seconds is killed, and what is
+    stopped when the others have ended.
     """
     context = multiprocessing.get_context("forkserver")
     function = (fn.__module__, inspect.getfile(fn), fn.__qualname__)
@@ -53,7 +53,7 @@ def launch(world: int, fn: Callable[..., Any], *args: Any, within: float = 30) -
             for process in ranks:
                 process.kill()
                 process.join()
-        return [End(code, Path(folder, str(rank)).read_text()) for rank, code in enumerate(codes)]
+        return [End(code, Path(folder, str(rank)).read_text(encoding="utf-8")) for rank, code in enumerate(codes)]
 
 
 def _runs(process: Any) -> bool:
@@ -61,7 +61,7 @@ def _runs(process: Any) -> bool:
     if process.exitcode is not None:
         return False
     try:
-        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T"
+        return Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "T"
     except OSError:
         return True  # it has just ended, or this is no Linux
 

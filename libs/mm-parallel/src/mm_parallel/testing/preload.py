@@ -9,6 +9,6 @@ import os
 from pathlib import Path
 
 _file = Path(os.environ.get("MM_PARALLEL_PRELOAD", ""))
-for _name in _file.read_text().splitlines() if _file.is_file() else ():
+for _name in _file.read_text(encoding="utf-8").splitlines() if _file.is_file() else ():
     with contextlib.suppress(Exception):  # what cannot be imported here is left to the ranks
         __import__(_name)

@@ -71,7 +71,7 @@ def preload(context: multiprocessing.context.ForkServerContext, folder: Path) ->
     """Has the server of this context, which may be about to start, import what this process has imported by now."""
     context.set_forkserver_preload(["mm_parallel.testing.preload"])
     names = folder / "names"
-    names.write_text("\n".join(_ALWAYS + _imported_here()))
+    names.write_text("\n".join(_ALWAYS + _imported_here()), encoding="utf-8")
     os.environ["MM_PARALLEL_PRELOAD"] = str(names)
 
 
@@ -111,12 +111,12 @@ def _stack_of(rank: int, process: Any, folder: Path) -> str:
         return f"rank {rank} did not start"
     os.kill(process.pid, signal.SIGUSR1)
     time.sleep(0.2)  # faulthandler writes while it handles the signal
-    return f"rank {rank}: {stack.read_text()}"
+    return f"rank {rank}: {stack.read_text(encoding='utf-8')}"
 
 
 def _run_rank(pipe: Any, folder: str, rank: int, world: int, function: tuple, args: bytes, timeout: float) -> None:
     gc.freeze()  # what the server imported is nobody's garbage: a collection need not look at it
-    with open(f"{folder}/stack{rank}", "w") as stack:
+    with open(f"{folder}/stack{rank}", "w", encoding="utf-8") as stack:
         faulthandler.register(signal.SIGUSR1, stack)
         faulthandler.enable()  # what aborts in C++ shows where Python was
         try:
