@@ -146,7 +146,7 @@ def test_a_tree_that_dcp_to_torch_made_of_a_run_of_ours(wan, tmp_path):
 # --- what is no model that is known
 
 OTHERS = {
-    "a VAE": [f"{side}.{i}.block.0.conv1.weight" for side in ("encoder.down", "decoder.up") for i in range(4)],
+    "a VAE": [f"{side}.layers.{i}.conv1.weight_v" for side in ("encoder", "decoder") for i in range(4)],
     "a language model": [f"transformer.h.{i}.attn.c_attn.weight" for i in range(9)],
     "a transformer of HunyuanVideo or Flux": [f"double_blocks.{i}.img_attn.qkv.weight" for i in range(9)],
     "a CLIP encoder": [f"visual.transformer.resblocks.{i}.ln_1.weight" for i in range(9)],
