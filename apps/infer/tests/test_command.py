@@ -211,7 +211,7 @@ def refused(argv: list[str], capsys, *messages: str, code: int = 2) -> None:
         (["--seed", "-1"], ["--seed is -1", "at least 0"]),
         (["--prompt", "x"], ["either --prompt or --prompt_file"]),
         (["--prompt_file", "nowhere.txt"], ["nowhere.txt"]),
-        (["--prompt_file", "/dev/null"], ["holds no lines"]),
+        (["--prompt_file", "/dev/null"], ["/dev/null is a device, not a regular file"]),
         (["--weights", "nowhere"], ["nowhere does not exist"]),
         (["--encoders", "nowhere"], ["nowhere does not exist"]),
         (["--text_tokens", "0"], ["text_tokens is 0", "at least 1"]),
@@ -224,6 +224,12 @@ def refused(argv: list[str], capsys, *messages: str, code: int = 2) -> None:
 def test_what_cannot_work_is_refused_at_once(asked, tmp_path, capsys, flags, messages):
     refused([*asked, "--output", str(tmp_path / "out"), *flags], capsys, *messages)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_list_of_prompts_is_refused(asked, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    lists = ["--prompt_file", str(tmp_path / "empty.txt"), "--output", str(tmp_path / "out")]
+    refused([*asked, *lists], capsys, "empty.txt holds no lines")
 
 
 def copy_of(pipeline: Path, target: Path) -> Path:
