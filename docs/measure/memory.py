@@ -13,6 +13,7 @@ import resource
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from mm_data import FeatureDataset, Geometry, VideoDataset, build_loader, read_manifest
@@ -26,7 +27,7 @@ GEOMETRY = {"num_frames": 9, "max_height": 64, "max_width": 64}
 def resident() -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
 
 
 def measure(name: str, turns: int, make: Callable[[], Iterator]) -> None:
@@ -45,7 +46,7 @@ def steps(config, save: bool) -> Iterator[None]:
     """The steps of a run; `save`: each saves a checkpoint."""
     from mm_parallel import clip_grad_norm, finish_gradients, forward_backward
 
-    with prepare(config) as run:
+    with ExitStack() as held, prepare(config, held) as run:
         for batch in run.batches():
             run.set_rate()
             losses = forward_backward(run.model, len(batch), batch.inputs, batch.losses, batch.total, run.mesh)

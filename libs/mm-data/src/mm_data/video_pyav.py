@@ -23,6 +23,8 @@ HIDDEN_FRAMES = {"vp8", "libvpx"}
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # Formats, and codecs, of one picture or several. Frames build on earlier ones, whatever packets say of key frames.
 ANIMATIONS = {"gif", "apng"}
+# Brands of HEIF: pictures in boxes like those of mp4, whose alpha and tiles FFmpeg takes for videos.
+HEIF = {"avif", "avis", "heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1"}
 HDR = {16: "HDR (PQ)", 18: "HDR (HLG)"}  # transfer characteristics of ITU-T H.273
 
 
@@ -210,17 +212,17 @@ def _find(info: VideoInfo, order: list[int]) -> Iterator[tuple[int, av.VideoFram
             for place in range(start, max(start - 2, -1), -1):
                 try:
                     video.seek(info.keys[place])
-                    if (yield from _find_here(video.decode_from(info, place), number, left, key_first=True)):
+                    if (yield from _find_here(info, video.decode_from(info, place), number, left, key_first=True)):
                         break
                 except av.FFmpegError:
                     continue  # in an open GOP pictures may refer to what lies before the key frame
             else:
                 with _open(info.path) as fresh:  # a seek to the start may land late, too
-                    yield from _find_here(fresh.decode(), number, left, key_first=False)
+                    yield from _find_here(info, fresh.decode(), number, left, key_first=False)
 
 
 def _find_here(
-    decoded: Iterator[av.VideoFrame], number: dict[int, int], left: set[int], key_first: bool
+    info: VideoInfo, decoded: Iterator[av.VideoFrame], number: dict[int, int], left: set[int], key_first: bool
 ) -> Generator[tuple[int, av.VideoFrame], None, bool]:
     """(index, frame) of those `left`, which it takes out, until there are none.
 
@@ -234,8 +236,8 @@ def _find_here(
             return False
         if index is None:
             continue
-        if index < last:
-            raise _Disorder
+        if last >= 0 and index != last + 1:
+            _check_order(info)
         last = index
         if index in left:
             left.remove(index)
@@ -243,6 +245,14 @@ def _find_here(
         if not left:
             break
     return last >= 0
+
+
+def _check_order(info: VideoInfo) -> None:
+    """Raise _Disorder unless the decoder shows all frames in the order of their time stamps, as far as it does."""
+    with _open(info.path) as video:
+        shown = [frame.pts for frame in video.decode()]
+    if None in shown or shown != sorted(shown):
+        raise _Disorder
 
 
 def _split_at_keys(info: VideoInfo, order: list[int]) -> Iterator[list[int]]:
@@ -328,7 +338,7 @@ def _open(path: Path) -> Iterator[Opened]:
     try:
         with open_container(path) as container:
             kind = container.format.name
-            if kind == "image2" or kind.endswith("_pipe"):  # FFmpeg's readers of single pictures
+            if kind.endswith("_pipe") or container.metadata.get("major_brand") in HEIF:  # readers of single pictures
                 _refuse_picture(path)
             stream = _main_stream(container, path)
             decoder = stream.codec_context

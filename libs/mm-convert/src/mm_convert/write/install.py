@@ -22,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mm_convert.files import read_json
+
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _MOVING = "moving.json"
 
@@ -80,8 +82,10 @@ def _move(hidden: Path, place: Path) -> None:
 def _finish(hidden: Path, into: Path) -> list[str]:
     """Move what has not moved yet, if anything was to move, and remove the folder."""
     journal = hidden / _MOVING
-    moves = json.loads(journal.read_text(encoding="utf-8")) if journal.is_file() else []
-    moves = [move for move in moves if Path(move).name == move]  # a folder that was handed on may hold anything
+    moves = read_json(journal) if journal.is_file() else []
+    moves = [
+        move for move in moves if isinstance(move, str) and Path(move).name == move
+    ]  # a folder that was handed on may hold anything
     for move in moves:
         new, place = hidden / "new" / move, into / move
         # A full folder in the place is the new one already, or the old one, whole: either may stay.
