@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mm_convert.files import read_json
+from mm_convert.files import parse_json, read_bytes
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _MOVING = "moving.json"
@@ -82,7 +82,7 @@ def _move(hidden: Path, place: Path) -> None:
 def _finish(hidden: Path, into: Path) -> list[str]:
     """Move what has not moved yet, if anything was to move, and remove the folder."""
     journal = hidden / _MOVING
-    moves = read_json(journal) if journal.is_file() else []
+    moves = parse_json(read_bytes(journal)) if journal.is_file() else []
     moves = [
         move for move in moves if isinstance(move, str) and Path(move).name == move
     ]  # a folder that was handed on may hold anything
