@@ -13,6 +13,7 @@ import resource
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from mm_data import FeatureDataset, Geometry, VideoDataset, build_loader, read_manifest
@@ -45,7 +46,7 @@ def steps(config, save: bool) -> Iterator[None]:
     """The steps of a run; `save`: each saves a checkpoint."""
     from mm_parallel import clip_grad_norm, finish_gradients, forward_backward
 
-    with prepare(config) as run:
+    with ExitStack() as held, prepare(config, held) as run:
         for batch in run.batches():
             run.set_rate()
             losses = forward_backward(run.model, len(batch), batch.inputs, batch.losses, batch.total, run.mesh)

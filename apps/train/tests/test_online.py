@@ -149,16 +149,17 @@ def test_conditions_are_the_same(encoders, manifest, vace_manifest, tmp_path, mo
 
 def test_a_clip_that_turns_out_to_be_damaged_is_named(encoders, tmp_path):
     """…when its turn comes: its packets are all there, so looking into it showed nothing."""
-    noise = np.random.default_rng(0).integers(0, 255, (9, 64, 96, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 255, (17, 64, 96, 3), dtype=np.uint8)
+    noise[:9] = noise[0]  # so that there are B-frames: packets in another order tell the order of showing
     write_video(tmp_path / "noise.mp4", noise, fps=8)
     data = bytearray((tmp_path / "noise.mp4").read_bytes())
-    for part in (0.5, 0.6, 0.7, 0.8):
+    for part in (0.6, 0.7, 0.8, 0.9):  # behind what the decoder reads ahead of the first frame
         start = int(part * len(data))
         data[start : start + 100] = bytes(100)
     (tmp_path / "noise.mp4").write_bytes(data)
     (tmp_path / "data.json").write_text(json.dumps([{"path": "noise.mp4", "cap": "noise"}]))
     argv = arguments(tmp_path / "run", *from_videos(tmp_path / "data.json", encoders), "--steps", "1")
-    argv += ["--data.global_batch", "1", "--data.geometry.num_frames", "9"]
+    argv += ["--data.global_batch", "1", "--data.geometry.num_frames", "17"]
     with pytest.raises(ValueError, match=r"sample noise\.mp4: .*mend the file .* continues .* mm_train\.extract"):
         losses_of(argv)
 
