@@ -55,6 +55,6 @@ def refuse_quantised(tensors: Mapping[str, LazyTensor], where: str) -> None:
         first = (packed or scaled)[0]
         raise ValueError(
             f"{where} {kind}: its weights mean nothing without what stands beside them ({first}; "
-            f"{len(packed) + len(scaled)} such tensors), which is not read. Take the file in bf16 or plain fp8, or "
-            "dequantise this one with the tool that made it"
+            f"{len(packed) + len(scaled)} such tensors), which is not read. Take the file in bf16, fp16 or plain fp8, "
+            "or dequantise this one with the tool that made it"
         )
