@@ -210,10 +210,11 @@ OTHERS = {
     ("text_encoder", "class"): (says(model_type="t5"), "model_type is 't5', and must be 'umt5'"),
     ("text_encoder", "no class"): (says(model_type=None), "model_type is None, and must be 'umt5'"),
     ("tokenizer", "missing"): (lacks("tokenizer.json"), "has neither tokenizer.json"),
-    ("tokenizer", "empty"): (holds("tokenizer.json", ""), "cannot be loaded as a tokenizer"),
-    ("tokenizer", "cut"): (cut("tokenizer.json", -10), "cannot be loaded as a tokenizer"),
-    ("tokenizer", "list"): (holds("tokenizer.json", "[]"), "cannot be loaded as a tokenizer"),
-    ("tokenizer", "deep"): (holds("tokenizer.json", DEEP), "cannot be loaded as a tokenizer"),
+    ("tokenizer", "empty"): (holds("tokenizer.json", ""), "is not a JSON object"),
+    ("tokenizer", "cut"): (cut("tokenizer.json", -10), "is not a JSON object"),
+    ("tokenizer", "list"): (holds("tokenizer.json", "[]"), "is not a JSON object: it is a list"),
+    ("tokenizer", "other JSON"): (holds("tokenizer.json", "{}"), "cannot be loaded as a tokenizer"),
+    ("tokenizer", "deep"): (holds("tokenizer.json", DEEP), "is nested more than 32 deep"),
     ("tokenizer", "pipe"): (pipe("tokenizer.json"), "is no regular file"),
     ("tokenizer", "pipe as template"): (pipe("chat_template.jinja"), "is no regular file"),
     ("tokenizer", "code"): (own_code("tokenizer"), "names code of its own"),
@@ -306,3 +307,15 @@ def test_configurations_that_are_read_without_torch(repository):
     pipe("model_index.json")(repository)
     with pytest.raises(ValueError, match="it is no regular file"):
         read_json(repository / "model_index.json")
+
+
+def test_published_files_are_as_large_as_this(tmp_path):
+    """UMT5's tokenizer.json has 17 MB; an index of a large model some MB."""
+    words = {"model": {"vocab": [[f"word {i}", -i / 7] for i in range(60_000)]}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(words))
+    assert (tmp_path / "tokenizer.json").stat().st_size > 1 << 20
+    assert read_json(tmp_path / "tokenizer.json") == words
+    index = {"weight_map": {f"layers.{i}.weight": "model.safetensors" for i in range(30_000)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert (tmp_path / "model.safetensors.index.json").stat().st_size > 1 << 20
+    assert read_json(tmp_path / "model.safetensors.index.json") == index

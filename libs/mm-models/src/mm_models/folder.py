@@ -93,7 +93,13 @@ def check_tokenizer(folder: Path) -> None:
         (folder / name).exists() for name in ("tokenizer.json", "spiece.model", "vocab.json", "tokenizer.model")
     ):
         raise ValueError(f"{folder} has neither tokenizer.json nor spiece.model: {_LET}")
-    for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+    for name in (
+        "tokenizer.json",
+        "config.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    ):
         if not (folder / name).exists():
             continue
         said = read_json(folder / name)
@@ -122,7 +128,7 @@ def check_files(folder: Path) -> None:
         found = file.stat()
         if not stat.S_ISREG(found.st_mode):
             raise ValueError(f"{file} is no regular file (a pipe, socket or device): nothing else is opened")
-        most = next((size for end, size in _MOST.items() if file.name.endswith(end)), None)
+        most = _most(file)
         if most is not None and found.st_size > most:
             raise ValueError(f"{file} has {found.st_size:,} bytes; such a file has at most {most:,}: {_LET}")
 
@@ -134,7 +140,7 @@ def read_json(file: Path) -> dict[str, Any]:
         with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
             if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
                 raise ValueError("it is no regular file")
-            most = next(size for end, size in _MOST.items() if f"{file.name}.json".endswith(end))
+            most = _most(file) or _MOST[".json"]
             text = stream.read(most + 1)
         if len(text) > most:
             raise ValueError(f"it has more than {most:,} bytes")
@@ -158,6 +164,11 @@ def read_count(file: Path, key: str, default: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{file}: {key} is {value!r}, and must be a positive integer: {_LET}")
     return value
+
+
+def _most(file: Path) -> int | None:
+    """Bytes that such a file has at most; None where that is not known."""
+    return next((size for end, size in _MOST.items() if file.name.endswith(end)), None)
 
 
 def _deeper(value: Any, levels: int) -> bool:

@@ -58,6 +58,8 @@ class Family:
     `presets` are the configurations of published weights, only the fields that set them apart.
     `boundaries`: of presets that are two experts, the noise level from which on the high-noise one generates.
     `fusions[dialect]`: the names of that dialect which hold several tensors of ours.
+    `tied`: our names of two tensors that are one in some models, the second being left out.
+    `copies[dialect]`: what some files hold besides, a second name of a tensor -> its first one.
     `mindspeed_file`: what MindSpeed-MM calls it, where it has no tree of it but one file.
     `heads(shapes, config)`: the counts that cutting them needs, from the shapes in that dialect and what is known of
     the configuration.
@@ -74,4 +76,6 @@ class Family:
     fusions: Mapping[str, tuple[Fusion, ...]] = field(default_factory=dict)
     heads: Callable[[Mapping[str, tuple[int, ...]], Config], Config] | None = None
     cuts: Cuts | None = None
+    tied: tuple[str, ...] = ()
+    copies: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     mindspeed_file: str = ""

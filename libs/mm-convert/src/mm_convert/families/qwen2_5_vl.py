@@ -269,4 +269,5 @@ QWEN2_5_VL = Family(
     fusions={"mindspeed": FUSIONS},
     heads=heads,
     cuts=CUTS,
+    tied=("model.embed_tokens.weight", "lm_head.weight"),
 )

@@ -37,7 +37,12 @@ TABLE = Table(
         # head
         _row("encoder.final_layer_norm", "norm", "dim"),
     ],
-    ignored={"transformers": {"encoder.embed_tokens.weight": "a second name of shared.weight"}},
+    ignored={
+        "transformers": {
+            "encoder.embed_tokens.weight": "a second name of shared.weight",
+            "spiece_model": "the tokenizer's model, no weight",
+        }
+    },
 )
 
 
@@ -93,6 +98,7 @@ UMT5 = Family(
     read_config=read_config,
     write_config={"transformers": _write_transformers},
     complete=complete,
+    copies={"transformers": {"encoder.embed_tokens.weight": "shared.weight"}},
     presets={
         "umt5-xxl": {
             "vocab_size": 256384,

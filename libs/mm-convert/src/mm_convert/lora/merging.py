@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from mm_convert.lora.adapter import Adapter, LowRank
 from mm_convert.lora.names import join_first
-from mm_convert.tensors.views import Computed, LazyTensor
+from mm_convert.tensors.views import FP8, Computed, LazyTensor
 
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
@@ -17,17 +17,23 @@ def merge(tensors: Mapping[str, LazyTensor], adapter: Adapter) -> dict[str, Lazy
     Sums are in float32 (for a float64 weight in float64), rounded once. Rows are computed when they are asked for.
     Raises ValueError when the base lacks a module, or has it in another shape.
     """
-    problems = []
+    problems, unfit = [], []
     for name, module in adapter.modules.items():
         weight = tensors.get(f"{name}.weight")
         if weight is None:
             problems.append(f"{name}, which the base has not")
         elif weight.shape != module.shape:
             problems.append(f"{name} for {list(module.shape)}, which in the base is {list(weight.shape)}")
-        elif odd := {weight.dtype, module.a.dtype, module.b.dtype}.difference(_FLOATS):
-            problems.append(f"{name} in {odd.pop()}, where sums need one of {', '.join(_FLOATS)}")
+        elif weight.dtype not in _FLOATS or not {module.a.dtype, module.b.dtype} <= {*_FLOATS, *FP8}:
+            unfit.append(f"{name} in {weight.dtype if weight.dtype not in _FLOATS else module.a.dtype}")
     if problems:
         raise ValueError(f"this adapter is not for this base: it has {join_first(problems)}")
+    if unfit:
+        raise ValueError(
+            f"this base cannot take an adapter as it is: it has {join_first(unfit)}, where sums need one of "
+            f"{', '.join(_FLOATS)}. Rounded to fp8, most of what the adapter changes would be lost: give --dtype "
+            "bfloat16, for a merged model in that"
+        )
     adapted = {f"{name}.weight": module for name, module in adapter.modules.items()}
     return {name: _merge_one(weight, adapted[name]) if name in adapted else weight for name, weight in tensors.items()}
 

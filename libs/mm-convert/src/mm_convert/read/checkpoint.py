@@ -10,6 +10,7 @@ from mm_convert.families.family import Config
 from mm_convert.files import read_json
 from mm_convert.lora.names import is_lora
 from mm_convert.read.content import Content, cut_fused, identify, recognise
+from mm_convert.read.kinds import refuse_quantised
 from mm_convert.read.source import Source, find
 from mm_convert.store import mindspeed
 from mm_convert.store.mm import FORMAT, MANIFEST, VERSION
@@ -92,14 +93,15 @@ def open_checkpoint(
             f"{path} holds a LoRA adapter, not a whole model: name its base here, and the adapter as one (mm_infer "
             f"--lora, mm_train --lora.weights); `mm-convert convert BASE TARGET --lora {path}` makes one model of both"
         )
+    refuse_quantised(source.tensors, str(path))
     family, dialect = recognise(source.tensors, str(path))
     said, is_ours, where = read_config(source, family)
     said = {**(config or {}), **said}
-    tensors = _drop_tied_copy(source, family, said)
+    tensors, copies = _drop_copies(source.tensors, family, dialect, said, str(path))
     tensors = cut_fused(tensors, family, dialect, said, str(path))
     content = identify({name: tensor.shape for name, tensor in tensors.items()}, str(path))
     ours = {content.names[name]: tensor for name, tensor in tensors.items() if name in content.names}
-    notes = list(source.notes)
+    notes = [*source.notes, *copies]
     wrong = {f: v for f, v in content.config.items() if f in said and said[f] != v}
     if wrong:
         differences = ", ".join(f"{field} {said[field]} instead of {value}" for field, value in wrong.items())
@@ -140,19 +142,34 @@ def read_config(source: Source, family: Family) -> tuple[Config, bool, Path]:
     return {}, False, source.folder
 
 
-def _drop_tied_copy(source: Source, family: Family, said: Config) -> dict[str, LazyTensor]:
-    """MindSpeed-MM repeats tied embeddings on the last stage; what is repeated is no tensor of the model."""
-    tensors = source.tensors
-    tied = family.cuts.tied if family.cuts and source.split.get("pp", 1) > 1 else None
-    if not tied or not set(tied) <= set(tensors) or said.get("tied") is False:
-        return tensors
-    same = _equal(tensors[tied[0]], tensors[tied[1]])
-    if said.get("tied") and not same:
-        raise ValueError(
-            f"{source.folder}: {tied[1]} differs from {tied[0]}, though the configuration says that they are tied: "
-            "which is right cannot be known"
-        )
-    return {name: tensor for name, tensor in tensors.items() if not same or name != tied[1]}
+def _drop_copies(
+    tensors: dict[str, LazyTensor], family: Family, dialect: str, said: Config, where: str
+) -> tuple[dict[str, LazyTensor], list[str]]:
+    """Without second names of tensors, compared byte by byte; and notes.
+
+    Some files repeat tied embeddings, MindSpeed-MM's on the last stage: what is repeated is no tensor of the model.
+    Raises ValueError where one that should be a copy is none.
+    """
+    notes = []
+    for copy, original in family.copies.get(dialect, {}).items():  # there is no such tensor in the model
+        if copy in tensors and original not in tensors:
+            tensors = {original if name == copy else name: tensor for name, tensor in tensors.items()}
+        elif copy in tensors and not _equal(tensors[original], tensors[copy]):
+            raise ValueError(
+                f"{where}: {copy} differs from {original}, whose second name it is: which is right cannot be known. "
+                "Save the model anew from the program that has loaded it rightly"
+            )
+    tied = [next(row.names[dialect] for row in family.table.rows if row.name == name) for name in family.tied]
+    if tied and set(tied) <= set(tensors) and said.get("tied") is not False:
+        if _equal(tensors[tied[0]], tensors[tied[1]]):
+            tensors = {name: tensor for name, tensor in tensors.items() if name != tied[1]}
+            notes.append(f"{tied[1]} is the same as {tied[0]}: they stay tied")
+        elif said.get("tied"):
+            raise ValueError(
+                f"{where}: {tied[1]} differs from {tied[0]}, though the configuration says that they are tied: which "
+                "is right cannot be known. If both are meant, write false for tie_word_embeddings into config.json"
+            )
+    return tensors, notes
 
 
 def _equal(a: LazyTensor, b: LazyTensor) -> bool:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 from mm_convert.families import FAMILIES, Family
 from mm_convert.families.family import Config
+from mm_convert.read.kinds import describe_names
 from mm_convert.tensors.rules import Patterns, Row, Sizes
 from mm_convert.tensors.views import LazyTensor
 
+_FEW = 4  # where a family knows not even one name in so many, the tensors are another model's
 _SHOWN = 5  # problems of a kind that an error names; the rest is counted
 
 Shapes = Mapping[str, Sequence[int]]
@@ -96,15 +98,16 @@ def fingerprint(shapes: Shapes) -> str:
 def recognise(names: Iterable[str], where: str) -> tuple[Family, str]:
     """The family and the dialect that know most of these names; a fused tensor goes by its own name or by its parts'.
 
-    Raises ValueError when no family knows any.
+    Raises ValueError, saying what they are, when no family knows more than a few of them.
     """
     names = list(names)
     scores = _scores(names)
     (family, dialect), score = max(scores.items(), key=lambda item: item[1])
-    if not score:
+    if _FEW * score < len(names) or not score:
         some = ", ".join(sorted(names)[:_SHOWN]) or "no tensors"
         known = ", ".join(family.name for family in FAMILIES)
-        raise ValueError(f"{where} belongs to no known family ({known}); it holds {some}")
+        what = f"; by its names it is {describe_names(names)}" if names else ""
+        raise ValueError(f"{where} belongs to no known family ({known}); it holds {some}{what}")
     return next(f for f in FAMILIES if f.name == family), dialect
 
 

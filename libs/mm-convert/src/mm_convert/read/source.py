@@ -133,6 +133,8 @@ def _file(path: Path, part: str) -> Source:
         tensors, metadata = read_indexed(path)
         files = sorted({tensor.file for tensor in tensors.values()})
         return Source(dict(tensors), "safetensors", files, path.parent, metadata)
+    if path.suffix == ".gguf":
+        raise ValueError(f"{path} is a GGUF file, of quantised weights for llama.cpp and ComfyUI: take the safetensors")
     if path.suffix not in TORCH_SUFFIXES:
         raise ValueError(f"{path} is not a checkpoint file (.safetensors, {', '.join(TORCH_SUFFIXES)})")
     content = read_torch_file(path)

@@ -29,9 +29,14 @@ class Row:
     group: str = ""  # rows of a named group are present together or not at all
 
     @property
+    def name(self) -> str:
+        """In our names."""
+        return next(iter(self.names.values()))
+
+    @property
     def letter(self) -> str:
         """Of the ladder that this row belongs to; "" outside of the layers."""
-        return letter_of(next(iter(self.names.values())))
+        return letter_of(self.name)
 
 
 @dataclass(frozen=True)

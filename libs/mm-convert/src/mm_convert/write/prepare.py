@@ -17,7 +17,7 @@ from mm_convert.store.mm import FOLDER, MANIFEST, as_json
 from mm_convert.store.safetensors import refuse_link_out
 from mm_convert.store.torch_file import SUFFIXES
 from mm_convert.tensors.stages import Layers, Split
-from mm_convert.tensors.views import LazyTensor
+from mm_convert.tensors.views import FP8, LazyTensor
 from mm_convert.write.destinations import Folder, OneFile
 from mm_convert.write.outputs import Files, Output, copy_file, describe, index_file, safetensors_file, text_file
 from mm_convert.write.targets import Target, cast_all, prepare_target, release, split_of
@@ -108,6 +108,8 @@ def prepare_merge(
     where: Path,
     target: str | Path,
     to: str,
+    *,
+    dtype: str | None = None,
     **how: Any,
 ) -> Files:
     """What a base with the adapter at `where` in it would be, in the form `to`. Needs torch to be carried out.
@@ -116,8 +118,11 @@ def prepare_merge(
     """
     import mm_convert.tensors.torch  # noqa: F401  # so that a missing torch is said before anything is written
 
+    if dtype is not None:  # first, for sums in them would be lost in rounding; others are cast after it
+        fp8 = {name: tensor for name, tensor in base.tensors.items() if tensor.dtype in FP8}
+        base.tensors = {**base.tensors, **cast_all(fp8, dtype)}
     base.tensors = merge(base.tensors, adapter)
-    files = prepare_conversion(base, target, to, **how)
+    files = prepare_conversion(base, target, to, dtype=dtype, **how)
     files.needs_torch = True
     files.notes += [*adapter.notes, f"{len(adapter.modules)} weights are merged"]
     manifest = base.folder / MANIFEST

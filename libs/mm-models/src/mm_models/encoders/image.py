@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm_models.encoders.loading import identity, load_strictly
-from mm_models.folder import check_parts, part_of
+from mm_models.folder import part_of
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, red green blue in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -23,10 +23,9 @@ class ImageEncoder:
         from transformers import CLIPVisionModel
 
         folder = part_of(path, "image_encoder")
-        check_parts(Path(path), ("image_encoder",))
-        self.identity = identity([folder], {"dtype": str(dtype)})
         self.device, self.dtype = torch.device(device), dtype
         self.model = load_strictly(CLIPVisionModel, folder, dtype).to(self.device)
+        self.identity = identity([folder], {"dtype": str(dtype)})
         self.size: int = self.model.config.image_size
         """Rows and columns of pixels that an image is scaled to."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mm_models.encoders.loading import identity, load_strictly, load_tokenizer
-from mm_models.folder import check_parts, part_of, read_count
+from mm_models.folder import check_weights, part_of, read_count
 
 
 class TextEncoder:
@@ -26,12 +26,12 @@ class TextEncoder:
         from transformers import UMT5Config, UMT5EncoderModel
 
         weights, words = part_of(path, "text_encoder"), part_of(path, "tokenizer")
-        check_parts(Path(path), ("text_encoder", "tokenizer"))
-        self.identity = identity([weights, words], {"dtype": str(dtype), "max_length": max_length})
         self.device, self.max_length = torch.device(device), max_length
+        check_weights(weights)
         vocabulary = read_count(weights / "config.json", "vocab_size", UMT5Config.vocab_size)
         self.tokenizer = load_tokenizer(words, vocabulary)
         self.model = load_strictly(UMT5EncoderModel, weights, dtype).to(self.device)
+        self.identity = identity([weights, words], {"dtype": str(dtype), "max_length": max_length})
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the weights to a device, and what is encoded from then on is made there. Returns itself."""

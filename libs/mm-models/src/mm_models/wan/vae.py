@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mm_models.encoders.loading import identity, load_strictly, readable
-from mm_models.folder import check_parts, part_of, read_count, read_json
+from mm_models.folder import part_of, read_count
 
 
 class WanVAE:
@@ -26,17 +26,15 @@ class WanVAE:
         from diffusers import AutoencoderKLWan
 
         folder = part_of(path, "vae")
-        check_parts(Path(path), ("vae",))
-        self.identity = identity([folder], {"dtype": str(dtype), "tiling": tiling})
         self.device, self.dtype = torch.device(device), dtype
-        said = read_json(folder / "config.json")
-        for key in ("patch_size", "scale_factor_spatial", "scale_factor_temporal"):  # which diffusers does not look at
-            if said.get(key) is not None:
-                read_count(folder / "config.json", key, 1)
         self.vae = load_strictly(AutoencoderKLWan, folder, dtype).to(self.device)
+        self.identity = identity([folder], {"dtype": str(dtype), "tiling": tiling})
         if tiling:
             self.vae.enable_tiling()
         config = self.vae.config
+        for key in ("patch_size", "scale_factor_spatial", "scale_factor_temporal"):  # which diffusers does not look at
+            if config[key] is not None:
+                read_count(folder / "config.json", key, config[key])
         with readable(folder, "Wan's VAE"):
             side = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
             self.stride = (2 ** sum(config.temperal_downsample), side, side)
