@@ -27,7 +27,7 @@ GEOMETRY = {"num_frames": 9, "max_height": 64, "max_width": 64}
 def resident() -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
 
 
 def measure(name: str, turns: int, make: Callable[[], Iterator]) -> None:
