@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import mm_infer
+from mm_convert.cli.arguments import parse
 from mm_data import made_with, write_video
 from mm_infer.__main__ import main
 from mm_infer.config import Config, Options
@@ -282,3 +283,40 @@ def test_of_two_experts_somebody_must_say_where_they_meet(tiny, tmp_path):
     with pytest.raises(ValueError, match="from which noise level on the first one works: give it, as boundary"):
         mm_infer.load(tmp_path / "pair", encoders=tiny("i2v"))
     assert mm_infer.load(tmp_path / "pair", encoders=tiny("i2v"), boundary=0.9).weights.boundary == 0.9
+
+
+@pytest.mark.parametrize("name", ["#1.png", "~", "---", "&a", "null.png", "yes", "[1].png", "a: b.png", "1e5"])
+def test_an_image_of_any_name_is_taken(tiny, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 64), "red").save(name, format="png")
+    Path("images.txt").write_text(f"{name}\n")
+    Path("my.toml").write_text(f'image = "{name}"\n')
+    size = ["--height", "64", "--width", "32", "--frames", "5", "--steps", "1"]
+    asked = ["--weights", str(tiny("5b")), "--prompt", "# a", "--negative_prompt", "---", *size, "--output"]
+    for way in (["--image", name], ["--config", "my.toml"]):
+        config = parse(Config, [*asked, "o", *way], prog="mm_infer")
+        assert (config.image, config.prompt, config.negative_prompt) == (Path(name), "# a", "---")
+        (request,) = read_requests(config)
+        assert request.given["image"] == Path(name)
+    listed = parse(
+        Config, ["--weights", "w", "--output", "o", "--prompt_file", "p.txt", "--image_file", "images.txt"], prog="i"
+    )
+    Path("p.txt").write_text("~\n")
+    (request,) = read_requests(listed)
+    assert (request.prompt, request.given["image"]) == ("~", Path(name))
+    references = parse(Config, [*asked, "o", "--references", f'["{name}", "b.png"]'], prog="mm_infer").references
+    assert references == [Path(name), Path("b.png")]
+    if name == "#1.png":
+        main([*asked, "out", "--image", name])
+        assert made_with(Path("out/video_0.mp4"))["task"] == "ti2v"
+
+
+@pytest.mark.parametrize("flag", ["--lora", "--image", "--encoders", "--video", "--prompt_file"])
+@pytest.mark.parametrize("name", ["#2", "~", "&a", "!x"])
+def test_a_file_of_any_name_that_is_missing_is_missed(tiny, tmp_path, monkeypatch, capsys, flag, name):
+    monkeypatch.chdir(tmp_path)
+    asked = ["--weights", str(tiny("5b")), "--output", "out", flag, name]
+    with pytest.raises(SystemExit) as stop:
+        main([*asked] if flag == "--prompt_file" else [*asked, "--prompt", "a"])
+    assert stop.value.code == 2
+    assert name in capsys.readouterr().err

@@ -1,14 +1,19 @@
 """A training run and an export are killed before every change that they make to the file system, and run again."""
 
+import errno
 import json
+import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mm_convert.testing.kills import Scenario, kill_everywhere
 from mm_parallel.testing import spawn
+from mm_train.checkpoint import is_full
 from mm_train.recipe import load_config
 from mm_train.resume import latest
 from mm_train.train import train
@@ -97,3 +102,23 @@ def test_a_second_run_in_one_output_is_refused_on_every_rank(features, tmp_path)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
     train(load_config(argv))  # the lock has gone with its process
     assert not (tmp_path / "run/.lock").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_says_why(features, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # what is full is not the disk
+    try:
+        with pytest.raises(OSError, match=r"File too large.*see to the reason and start again"):
+            train(config(features, tmp_path / "run"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [*(tmp_path / "run/checkpoints").iterdir()]
+    assert not (tmp_path / "run/.lock").exists()
+
+
+@pytest.mark.parametrize(("code", "full"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False)])
+def test_only_a_full_disk_is_called_full(code, full):
+    error = OSError(code, os.strerror(code))
+    assert is_full(error) is full
+    assert is_full(CheckpointException("of a rank", {1: (error, None)})) is full
+    assert not is_full(UnicodeEncodeError("latin-1", "猫", 0, 1, "ordinal not in range"))

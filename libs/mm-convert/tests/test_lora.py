@@ -233,6 +233,9 @@ def test_what_is_no_whole_plain_adapter_is_refused(changes, message) -> None:
         ("comfyui", {"lora_alpha": "4", "use_rslora": "True", "use_dora": "False", "bias": "none", "alora": "None"}),
         ("comfyui", {"lora_alpha": "3", "alpha_pattern": '{".*": 8}'}),
         ("peft", {"ss_network_alpha": "8", "ss_network_dim": "Dynamic"}),
+        ("comfyui", {"config": '{"model": {"lora": {"alpha": 8}}, "world": {"rank": 0}}'}),
+        ("comfyui", {"training.lora/alpha": "8", "loraRank": "4"}),
+        ("comfyui", {"LoRA Alpha": "8", "prompt": '{"3": {"inputs": {"alpha": 0.5}}}', "lora_scale": "1.0"}),
     ],
 )
 def test_a_header_says_alpha_in_many_words(format: str, metadata: dict[str, str]) -> None:
@@ -249,6 +252,7 @@ def test_a_header_says_alpha_in_many_words(format: str, metadata: dict[str, str]
         ({"network_dim": "16", "network_alpha": "8"}, r"says rank 16, but the factors .* have 4"),
         ({"lora_config": "{'lora_alpha': 8}"}, r"its header says lora_config {'lora_alpha': 8}, .*--lora_alpha"),
         ({"lora_alpha": "8", "use_dora": "True"}, r"uses use_dora True: this is not plain LoRA.*DoRA, with magnitudes"),
+        ({"lora_scale": "2.0"}, r"its header says lora_scale 2.0, .*--lora_alpha"),
         ({"alpha_of_all": "8"}, r"does not say its alpha \(its header says alpha_of_all 8, .*--lora_alpha"),
     ],
 )
@@ -261,7 +265,12 @@ def test_an_alpha_tensor_is_asked_before_the_record_of_a_training() -> None:
     tensors = tensors_of("kohya") | {f"lora_unet_{OURS[0].replace('.', '_')}.alpha": scalar(2)}
     adapter = read(tensors, {"ss_network_alpha": "16", "ss_network_dim": "4"})
     assert [module.alpha for module in adapter.modules.values()] == [2, 16, 16]
-    unsaid = {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic", "ss_tag_frequency": '{"alpha": {"r": 1}}'}
+    unsaid = {
+        "software": '{"lora_tool": "2-alpha"}',
+        "ss_network_dim": "Dynamic",
+        "ss_network_alpha": "Dynamic",
+        "ss_tag_frequency": '{"alpha": {"r": 1}}',
+    }
     assert [module.alpha for module in read(tensors, unsaid).modules.values()] == [2, 4, 4]
 
 
@@ -291,8 +300,14 @@ def test_other_kinds_are_called_by_name(name: str, what: str) -> None:
         read(tensors)
 
 
+def test_the_first_names_of_diffusers() -> None:
+    tensors = {n.replace("_A.", ".down.").replace("_B.", ".up."): t for n, t in tensors_of("diffusers").items()}
+    assert is_lora(tensors)
+    assert (read(tensors).format, list(read(tensors).modules)) == ("diffusers", OURS)
+
+
 def test_names_of_videox_fun_and_lycoris_are_flat_too() -> None:
-    for prefix in ("lora_unet__", "lycoris_"):
+    for prefix in ("lora_unet__", "lora_transformer_", "lycoris_"):
         tensors = {name.replace("lora_unet_", prefix, 1): t for name, t in tensors_of("kohya").items()}
         assert (read(tensors).format, list(read(tensors).modules)) == ("kohya", OURS)
 

@@ -11,6 +11,7 @@ import tomllib
 
 import pytest
 
+from mm_convert import convert_ckpt, convert_ckpt_to_mm
 from mm_convert.cli import main
 from mm_convert.cli.arguments import dump
 from mm_convert.cli.terminal import escaped_output, one_line
@@ -117,7 +118,7 @@ def test_the_command_shows_names_as_they_are(name, tmp_path, toys, capsys):
     for line, expected in (
         (["inspect", source], 0),
         (["inspect", wrong], 1),
-        (["inspect", tmp_path / f"{name}-missing"], 1),
+        (["inspect", tmp_path / f"{name}-missing"], 2),
         (["convert", source, out], 0),
         (["inspect", out], 0),
         (["convert", source, tmp_path / f"{name}-dry", "--dry_run"], 0),
@@ -143,6 +144,16 @@ def test_the_command_shows_names_as_they_are(name, tmp_path, toys, capsys):
         assert "Traceback" not in err
     if "\udcff" not in name:
         assert not CONTROLS.search((out / "mm_convert.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("script", [convert_ckpt.main, convert_ckpt_to_mm.main])
+def test_the_scripts_of_the_guides_are_alike(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script(["--mode", HOSTILE[:-1], "\x1b[2J"])
+    shown = "".join(capsys.readouterr())
+    assert stop.value.code == 2
+    assert "error: " in shown
+    assert not CONTROLS.search(shown)
 
 
 def test_a_printed_configuration_can_be_read_back():

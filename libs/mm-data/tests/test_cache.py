@@ -129,8 +129,9 @@ def test_whatever_decides_the_tensors_makes_them_stale(tmp_path, samples, change
     if "captions" in change:
         asked = [Sample("a/0.mp4", samples[0].path, change.pop("captions"))]
     if "bytes" in change:
+        time = samples[0].path.stat().st_mtime_ns
         samples[0].path.write_bytes(change.pop("bytes"))
-        os.utime(samples[0].path, ns=(1, 1))
+        os.utime(samples[0].path, ns=(time, time))  # as `cp -p` does; of the same size, too
     todo = cache.find_work(asked, **(common | change))
     assert len(todo.to_encode) == 1
     assert todo.stale == 1

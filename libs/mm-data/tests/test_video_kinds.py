@@ -87,6 +87,32 @@ def test_time_stamps_that_follow_the_order_of_decoding(tmp_path):
     assert probe(path).fps == pytest.approx(24)
 
 
+def test_an_order_that_changes_in_the_middle(tmp_path):
+    """The first half has no B-frames, so the header promises none; and some frames between are left out."""
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"bf": "0", "g": "12"})
+        later = av.CodecContext.create("libx264", "w")
+        later.options = B_FRAMES | {"g": "12"}
+        for number, context in enumerate((stream.codec_context, later)):
+            context.height, context.width, context.pix_fmt = 48, 80, "yuv420p"
+            context.time_base, context.framerate = Fraction(1, 25), Fraction(25)
+            frames = [av.VideoFrame.from_ndarray(barcode(40 * number + n), format="rgb24") for n in range(40)]
+            for place, frame in enumerate(frames):
+                frame.pts, frame.time_base = 50 * number + place, Fraction(1, 25)
+            for packet in [one for frame in [*frames, None] for one in context.encode(frame)]:
+                packet.stream = stream
+                container.mux(packet)
+    with av.open(str(path)) as container:
+        assert not container.streams.video[0].codec_context.has_b_frames
+        plain = [read_barcode(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    assert plain == list(range(80))
+    assert [read_barcode(frame) for frame in read_video(path).frames] == plain
+    info = probe(path)
+    assert [read_barcode(read_video(info, [n]).frames[0]) for n in range(80)] == plain
+    assert [read_barcode(frame) for frame in read_video(info, range(50, 70)).frames] == plain[50:70]
+
+
 def test_time_stamps_that_start_anew(tmp_path):
     """Two streams joined as bytes: sorted by time stamps the second half would come between the first."""
     frames = [barcode(n) for n in range(20)]
@@ -274,6 +300,15 @@ def test_animations_are_videos(tmp_path):
         pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:], duration=120)
         check_order(tmp_path / name, list(range(8)))
         assert probe(tmp_path / name).fps == pytest.approx(1 / 0.12, rel=0.02)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_pictures_in_boxes_are_no_videos(tmp_path, number):
+    """FFmpeg takes the alpha of an avif for a video of its own."""
+    pictures = [Image.fromarray(transparent(n)) for n in range(number)]
+    pictures[0].save(tmp_path / "a.avif", save_all=True, append_images=pictures[1:])
+    with pytest.raises(ValueError, match=r"a.avif is a picture, not a video"):
+        probe(tmp_path / "a.avif")
 
 
 def write_yuv(path: Path, yuv: tuple[int, int, int], matrix: int, full: bool, transfer: int = 1, bits: int = 8) -> Path:

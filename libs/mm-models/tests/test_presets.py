@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from hashlib import md5
 from importlib import import_module
 
@@ -155,3 +156,10 @@ def test_published_defaults_are_those_of_the_nearest_preset():
 def test_a_preset_is_looked_up_without_torch():
     code = "import sys, mm_models; mm_models.preset('vace-14b'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(WanConfig)])
+def test_a_field_that_cannot_be_is_named(field):
+    for value in ("x", -1, 1.5, [1.5], {}, float("nan"), ["a"]):
+        with pytest.raises(ValueError, match=f"^{field}"):
+            build("wan-tiny", device="meta", **{field: value})

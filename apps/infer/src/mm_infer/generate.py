@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mm_convert import expert_of
+from mm_convert.cli.arguments import dump
 from mm_convert.cli.terminal import one_line
 from mm_data import made_with, write_video
 from mm_infer.__about__ import __version__
@@ -63,6 +64,7 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
     sampler = Sampler(
         weights, None, dtype, config.offload, vae_tiling=config.vae_tiling, mesh=share.mesh, pair=share.pair
     )
+    agree(dump(config), "the configuration")
     contents = identify(config, weights.facts)
     agree({f"video {i}": request for i, request in enumerate(requests)}, "what is asked for")
     read = {f"--{flag} {name}": found for flag, those in contents.items() for name, found in those.items()}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mm_convert import read_text
 from mm_infer.config import Config
 
 SOURCES = ("image", "video", "mask", "references")
@@ -55,11 +56,7 @@ def _several(line: str) -> list[Path]:
 
 def _lines(file: Path) -> list[str]:
     """ValueError for a file that is empty or no UTF-8 text."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        why = f"{error.reason} at byte {error.start}"
-        raise ValueError(f"{file} is not UTF-8 text ({why}): save it as UTF-8") from error
+    text = read_text(file)
     # Not splitlines, which would also cut at U+2028 and U+0085, inside what an editor shows as one line.
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:

@@ -32,9 +32,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from mm_convert import replace_file
+from mm_convert import load_dcp, replace_file
 from mm_train.optim import EMA
-from mm_train.resume import latest
+from mm_train.resume import latest, read_progress
 
 # DCP remarks on every save and load of a single process that it is one.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -99,7 +99,7 @@ class Checkpointer:
             if self.leader:
                 shutil.rmtree(unfinished, ignore_errors=True)
             free = shutil.disk_usage(self.directory).free
-            what = "free some space" if _is_full(error) else "see to the reason"
+            what = "free some space" if is_full(error) else "see to the reason"
             raise OSError(
                 f"could not write checkpoint {final} ({free / 2**20:,.0f} MiB free there): {_reason(error)}. "
                 f"The newest complete one is {self.latest() or 'none'}; {what} and start again to continue from it"
@@ -125,7 +125,7 @@ class Checkpointer:
         """Fill model, optimizer and average in place, and return the progress that was saved with them."""
         state = _state(model, optimizer, average)
         try:
-            dcp.load(state, checkpoint_id=path, process_group=self.group, no_dist=self.group is None)
+            load_dcp(state, path, self.group)
         except BaseException as error:  # DCP raises CheckpointException, which is not an Exception
             others = ", ".join(p.name for p in sorted(self.directory.glob("step-*")) if p != path) or "none"
             raise ValueError(
@@ -136,7 +136,7 @@ class Checkpointer:
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=OPTIONS)
         for group, chosen in zip(optimizer.param_groups, asked, strict=True):
             group.update(chosen)  # the moments are the run's, these are the command's
-        progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        progress = read_progress(path)
         self.newest = progress["step"]
         if self.leader:
             self._prune(path)  # a run that was killed after its last save has not
@@ -151,7 +151,7 @@ def _state(model: nn.Module, optimizer: Optimizer, average: EMA) -> dict[str, An
     return state | ({"ema": average.average} if average.average else {})
 
 
-def _is_full(error: BaseException) -> bool:
+def is_full(error: BaseException) -> bool:
     """Whether a disk or a quota was full, on any rank."""
     causes = [cause[0] for cause in getattr(error, "failures", {}).values()] or [error]
     return any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for cause in causes)
@@ -162,7 +162,10 @@ def _reason(error: BaseException) -> str:
     failures = getattr(error, "failures", None)
     if not failures:
         return f"{type(error).__name__}: {error}"
-    return "; ".join(f"rank {rank}: {cause[0]!r}" for rank, cause in failures.items())
+    reasons = {rank: f"{type(cause[0]).__name__}: {cause[0]}" for rank, cause in failures.items()}
+    if len(reasons) > 1 and len({*reasons.values()}) == 1:
+        return f"all {len(reasons)} ranks: {next(iter(reasons.values()))}"
+    return "; ".join(f"rank {rank}: {reason}" for rank, reason in reasons.items())
 
 
 def _remove(checkpoint: Path) -> None:

@@ -5,13 +5,13 @@ A list of named checks. `train` raises what the first one finds; the list can as
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from mm_convert import read_json
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
@@ -210,10 +210,7 @@ def _output(config: Config) -> None:
         raise ValueError(f"{other[0]} belongs to {kinds[0]}, and this run trains {kinds[1]}: choose another --output")
     if not config.expert or not (made / "experts.json").exists():
         return
-    said, wanted = (
-        json.loads((made / "experts.json").read_text(encoding="utf-8")).get("boundary"),
-        expert_boundary(config),
-    )
+    said, wanted = read_json(made / "experts.json").get("boundary"), expert_boundary(config)
     if said != wanted:
         raise ValueError(
             f"{made} holds experts that part at noise level {said}; this run would part at {wanted}. Give "

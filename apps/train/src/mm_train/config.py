@@ -127,8 +127,10 @@ class CheckpointConfig:
     """Steps between checkpoints; one more is written at the end."""
     keep: Annotated[int, ">= 0"] = 3
     """How many of the newest are kept; 0 keeps all."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto continues the run found in the output directory; never refuses a directory that holds one."""
+    resume: Literal["auto", "never", "changed"] = "auto"
+    """auto continues the run found in the output directory; never refuses a directory that holds one; changed continues
+    it also where features, or frozen weights, hold something else than when it was saved.
+    """
 
 
 @dataclass
@@ -157,7 +159,7 @@ class SampleConfig:
     height: Annotated[int, ">= 1"] = 480
     width: Annotated[int, ">= 1"] = 832
     frames: Annotated[int, ">= 1"] = 81
-    steps: Annotated[int, ">= 1"] = 50
+    steps: Annotated[int, ">= 1", "<= 1000"] = 50
     guidance: Annotated[float, ">= 1"] = 5.0
     """Weight of the prompt against the empty one; 1 leaves that out."""
     flow_shift: Annotated[float, "> 0"] = 3.0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from mm_data import BatchDataset, Captions, FeatureDataset, Order, Step, build_loader
+from mm_data import BatchDataset, Captions, ClipDataset, FeatureDataset, Order, Step, build_loader
 from mm_models.objective import Objective
 from mm_parallel.encoders import ranks_of_sample
 from mm_parallel.mesh import data_rank
@@ -29,6 +29,7 @@ class TrainingData:
 
     name: str
     """The flag that chose them, with its value."""
+    samples: FeatureDataset | ClipDataset
     ids: list[str]
     buckets: list[Hashable]
     """What the samples of one step have alike: C F H W of the latents."""
@@ -63,7 +64,12 @@ def training_data(config: Config, objective: Objective, mesh: DeviceMesh | None,
         name = f"--data.features {data.features}"
         notes = _notes(features, config)
         return TrainingData(
-            name, features.ids, features.buckets, lambda cursor: _steps(features, config, mesh, cursor), notes=notes
+            name,
+            features,
+            features.ids,
+            features.buckets,
+            lambda cursor: _steps(features, config, mesh, cursor),
+            notes=notes,
         )
 
     dtype = getattr(torch, config.dtype)
@@ -77,6 +83,7 @@ def training_data(config: Config, objective: Objective, mesh: DeviceMesh | None,
 
     return TrainingData(
         f"--data.manifest {data.manifest}",
+        clips,
         clips.ids,
         clips.buckets,
         steps,

@@ -41,7 +41,8 @@ class Encoders:
         self.multiples, self.task = family.multiples(model, path), family.task(model, task)
         self.conditioning = family.conditioning(model, task)
         self.codec = family.codec(path, device=device, tiling=tiling)
-        sees = "image_encoder" in family.encoders(model)
+        self.folders = family.encoders(model)
+        sees = "image_encoder" in self.folders
         self.image = family.image_encoder(path, device=device) if sees else None
         self.text = family.text_encoder(model, path, device=device, dtype=dtype)
         self.parts = [part for part in (self.codec, self.text, self.image) if part is not None]

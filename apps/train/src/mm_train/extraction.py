@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from mm_convert.cli.arguments import dump
 from mm_convert.cli.terminal import one_line
 from mm_data import (
     Clip,
@@ -31,14 +32,17 @@ from mm_data import (
     check_samples,
     decode,
     for_task,
+    identify_files,
     read_manifest,
     select,
 )
 from mm_data.files import shorten
 from mm_models import preset
 from mm_parallel.device import device as accelerator
-from mm_parallel.guard import Watchdog, join
+from mm_parallel.guard import Watchdog, agree, join
+from mm_parallel.guard.agree import COPY
 from mm_train.command import prepare_output
+from mm_train.contents import check_ranks, encoder_files
 from mm_train.encode import Encoders
 from mm_train.extract import ExtractConfig
 from mm_train.ranks import map_over_ranks
@@ -66,10 +70,15 @@ def _encode_share(config: ExtractConfig, guard: Watchdog) -> Callable[[], int]:
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Leave the workers their cores: the threads of one operation spin while one of them waits for a core.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world - config.data.workers))
+    agree(dump(config), "the configuration")
     listed = read_manifest(config.data.manifest)
     dtype, task = getattr(torch, config.dtype), config.chosen_task
     encoders = Encoders(config.encoders, preset(config.model), task, device, dtype, config.tiling)
     samples = for_task(listed, controls=encoders.task.reads_control)
+    agree(
+        {sample.id: (sample.captions, sample.cut) for sample in samples}, "the samples of --data.manifest", None, COPY
+    )
+    check_ranks({"encoders": identify_files(encoder_files(config.encoders, encoders.folders))})
     unread = sum(a != b for a, b in zip(listed, samples, strict=True))
     if rank == 0 and unread:
         print(f"note: {task} uses no sources, masks or references: {unread} samples have them", file=sys.stderr)

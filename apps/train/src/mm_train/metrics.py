@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mm_convert import replace_file
+from mm_convert import read_bytes, replace_file
 
 
 class Metrics:
@@ -73,7 +73,7 @@ def _keep_steps(path: Path, last: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_bytes(path, limit=2**32).decode("utf-8", "replace").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

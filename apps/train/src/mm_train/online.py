@@ -87,9 +87,9 @@ def _next(decoded: Iterator[Step]) -> Step:
         return next(decoded)
     except ValueError as error:
         raise ValueError(
-            f"{error}. No other sample is put in its place: mend the file and give the same command again, which "
-            "continues from the last checkpoint. (`python -m mm_train.extract` decodes everything before training, and "
-            "leaves out what is damaged)"
+            f"{error}. No other sample is put in its place: mend the file and give the same command again with "
+            "--checkpoint.resume changed, which continues from the last checkpoint. (`python -m mm_train.extract` "
+            "decodes everything before training, and leaves out what is damaged)"
         ) from error
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from pathlib import Path
 from typing import Any
 
+from mm_convert import read_json, read_text, read_toml
 from mm_convert.cli.arguments import dump
 from mm_train.config import Config
 
@@ -30,9 +30,9 @@ FIXED = (
 def latest(directory: Path) -> Path | None:
     """The checkpoint that `directory`/latest names, or None. Raises FileNotFoundError if it names one that is gone."""
     tracker = directory / "latest"
-    if not tracker.is_file():
+    if not tracker.exists():
         return None
-    path = directory / tracker.read_text(encoding="utf-8").strip()
+    path = directory / read_text(tracker, limit=4096).strip()
     if not (path / "progress.json").is_file():
         there = ", ".join(p.name for p in sorted(directory.glob("step-*"))) or "none"
         raise FileNotFoundError(
@@ -52,10 +52,7 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
             f"{config.run_dir} holds a run ({found.name}) and --checkpoint.resume is never: choose another "
             "--output, or delete it"
         )
-    saved, now = (
-        _flat(tomllib.loads((found / "config.toml").read_text(encoding="utf-8"))),
-        _flat(tomllib.loads(dump(config))),
-    )
+    saved, now = _flat(read_toml(found / "config.toml")), _flat(tomllib.loads(dump(config)))
     changed = {key: (saved.get(key), now.get(key)) for key in saved | now if saved.get(key) != now.get(key)}
     # What is trained means nothing without the rest that it was trained beside.
     fixed = (*FIXED, "weights") if config.has_frozen else FIXED
@@ -66,10 +63,15 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
                 f"{found} was made with {key} {old}, this command says {new}: that would not be the same run. Give the "
                 "old value to continue, or a new --output to start a run of its own"
             )
-    step = json.loads((found / "progress.json").read_text(encoding="utf-8"))["step"]
+    step = read_progress(found)["step"]
     if step > config.steps:
         raise ValueError(f"{found} is past --steps {config.steps}: give more than {step} steps, or a new --output")
     return found, [f"{key} {old} -> {new}" for key, (old, new) in changed.items()]
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """Where a run was, see `mm_train.run.Progress`."""
+    return read_json(checkpoint / "progress.json")
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from mm_train.checkpoint import Checkpointer
 from mm_train.checks import check
 from mm_train.command import claim_output
 from mm_train.config import Config
+from mm_train.contents import Contents, check_again, check_ranks, identify
 from mm_train.data import TrainingData, training_data
 from mm_train.interrupt import Interrupt
 from mm_train.metrics import Metrics
@@ -32,7 +33,7 @@ from mm_train.nonfinite import Watch
 from mm_train.objective import build_objective
 from mm_train.optim import EMA, build_optimizer, learning_rate
 from mm_train.ranks import all_sum, broadcast
-from mm_train.resume import find_checkpoint
+from mm_train.resume import find_checkpoint, read_progress
 from mm_train.samples import Samples
 from mm_train.speed import Speed
 from mm_train.start import Built, build_model
@@ -52,6 +53,8 @@ class Progress:
     """Steps that were not taken, as they were not finite."""
     dataset: str = ""
     """Fingerprint of the samples."""
+    contents: Contents = field(default_factory=dict)
+    """What the files hold that were read."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,12 @@ class Run:
         agree({"the samples": self.data.fingerprint}, self.data.name)
         # Refuses a directory that this run must not continue. One rank looks, so that all go the same way.
         found, changed = broadcast(lambda: find_checkpoint(config))
+        contents = identify(config, self.data.samples, continuing=found is not None)
+        check_ranks(contents)
+        if found:
+            saved = read_progress(found)
+            self.data.check_same(saved, config)
+            changed = changed + check_again(contents, saved, found, config)
         guard.at("building the model", config.patience)
         # Before the model: it needs the text encoder for a moment.
         self.samples = Samples(config, self.objective, self.mesh, self.device, getattr(torch, config.dtype))
@@ -110,9 +119,8 @@ class Run:
         self.checkpoints = Checkpointer(config.run_dir / "checkpoints", config.checkpoint.keep)
         self.progress = Progress(dataset=self.data.fingerprint)
         if found:
-            saved = self.checkpoints.load(found, self.parameters, self.optimizer, self.average)
-            self.data.check_same(saved, config)
-            self.progress = Progress(**saved)
+            self.progress = Progress(**self.checkpoints.load(found, self.parameters, self.optimizer, self.average))
+        self.progress.contents |= contents
 
         self.metrics = Metrics(config.run_dir, leader=rank == 0, steps=config.steps, start=self.progress.step)
         step = f"{data_ranks} x {micro_batches} micro-batches of {config.data.micro_batch}"

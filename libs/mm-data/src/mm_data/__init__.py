@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mm_data.datasets import Clip, Failure, VideoDataset
     from mm_data.decoding import decode
     from mm_data.features import FeatureDataset
-    from mm_data.identity import files_below, identify_file, identify_files
+    from mm_data.identity import files_below, identify_files
     from mm_data.images import area_size, is_picture, read_image, read_mask
     from mm_data.keys import content_key
     from mm_data.loader import Loader, Step, build_loader
@@ -56,7 +56,6 @@ __all__ = [
     "decode",
     "files_below",
     "for_task",
-    "identify_file",
     "identify_files",
     "is_picture",
     "made_with",
@@ -80,7 +79,7 @@ _HOMES = {
     "datasets": ("Clip", "Failure", "VideoDataset"),
     "decoding": ("decode",),
     "features": ("FeatureDataset",),
-    "identity": ("files_below", "identify_file", "identify_files"),
+    "identity": ("files_below", "identify_files"),
     "images": ("area_size", "is_picture", "read_image", "read_mask"),
     "keys": ("content_key",),
     "loader": ("Loader", "Step", "build_loader"),

@@ -197,11 +197,11 @@ class FeatureCache:
     def identify(self, samples: Iterable[Sample], threads: int = 8) -> Iterator[Sample]:
         """The samples with `contents`, the hashes of their files.
 
-        The store remembers them of files whose path, size and time stamp are the same. The others are read, several at
-        a time. A sample with a file that cannot be read comes back without.
+        The store remembers them of files whose path, size and a part of the bytes are the same. The others are read,
+        several at a time. A sample with a file that cannot be read comes back without.
         """
         self.refresh()
-        known: dict[tuple[str, int, int], str] = {}
+        known: dict[tuple[str, str], str] = {}
         for _, meta in self._entries.values():
             if {"source", "sha256"} <= meta.keys():
                 known[tuple(meta["source"])] = meta["sha256"]

@@ -116,6 +116,16 @@ class ClipDataset:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """What samples are read from, by path: the list, and every video, mask and picture."""
+        return {str(file): file for file in (self.path, *(f for sample in self.videos.samples for f in sample.files))}
+
+    @property
+    def all_captions(self) -> list[tuple[str, ...]]:
+        """Of every sample."""
+        return [sample.captions for sample in self.videos.samples]
+
     def __getitem__(self, index: int) -> Clip:
         clip = self.videos[index]
         shape = ClipShape(*clip["video"].shape[1:], len(clip.get("references", ())))

@@ -76,7 +76,7 @@ class VideoDataset(Dataset):
         self.seed = seed
         self.on_error = on_error
         self.backend = backend
-        self._hashed: dict[tuple[str, int, int], Content] = {}  # by stamp: a file of many cuts is hashed once
+        self._hashed: dict[tuple[str, str], Content] = {}  # by stamp: a file of many cuts is hashed once
 
     def __len__(self) -> int:
         return len(self.samples)

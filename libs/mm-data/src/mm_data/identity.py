@@ -3,36 +3,15 @@
 Time stamps say nothing: they are kept by `cp -p` and `rsync -a`, and differ between the disks of two hosts.
 """
 
-import hashlib
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mm_data.files import open_file
+from mm_data.files import identify_file
 
-_BLOCK = 4096  # bytes read at each place
-_PLACES = 16384  # of all files together: 64 MiB
+_PLACES = 16384  # of 4 KiB, of all files together
 _FILES = 4096  # of which bytes are read; of more, every so manieth
 _THREADS = 16
-
-
-def identify_file(path: str | Path, places: int = 4096) -> str:
-    """Size of a file and a hash of what stands at so many places of it, evenly spaced; of all, where it is smaller.
-
-    Raises as `open_file`.
-    """
-    digest = hashlib.sha256()
-    with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size <= places * _BLOCK:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        else:
-            for place in range(places):
-                file.seek((size - _BLOCK) * place // max(1, places - 1))
-                digest.update(file.read(_BLOCK))
-    return f"{size:,} bytes, {digest.hexdigest()[:16]}"
 
 
 def identify_files(files: Mapping[str, Path]) -> dict[str, str]:

@@ -84,6 +84,8 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{fault}: extract again")
     try:
         found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, MemoryError):  # the file may be right
+        raise
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for a file that was cut off
         raise ValueError(f"{file} is damaged or no feature file: {str(error).splitlines()[0]}") from error
     if not isinstance(found, dict):

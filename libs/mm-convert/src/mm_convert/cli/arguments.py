@@ -52,6 +52,7 @@ __all__ = ["REQUIRED", "Option", "dump", "nearest", "options_of", "parse", "pars
 T = TypeVar("T")
 
 REQUIRED = dataclasses.MISSING
+_MAX_FILE = 2**18  # bytes of a file of options
 
 
 @dataclasses.dataclass(frozen=True)

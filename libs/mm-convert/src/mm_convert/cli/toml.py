@@ -13,21 +13,21 @@ from typing import Any, ClassVar
 import yaml
 
 from mm_convert.cli.terminal import COMMANDS
+from mm_convert.files import TooDeep, parse_toml, read_text
+
+_MAX_FILE = 2**18  # bytes of a configuration: YAML takes seconds for so many
 
 
 def read_tables(path: Path) -> dict[str, Any]:
     """The tables of a file. ValueError, with its name, for one that cannot be read, or is neither TOML nor YAML."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that editors on Windows write
-    except UnicodeDecodeError as error:
-        why = f"{error.reason} at byte {error.start}"
-        raise ValueError(f"cannot read {path}: it is not UTF-8 text ({why}): save it as UTF-8") from None
+        text = read_text(path, _MAX_FILE)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     try:
-        return tomllib.loads(text)
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
+        return parse_toml(text)
+    except TooDeep as error:
+        raise ValueError(f"{path} is nested too deeply: {error}") from None
     except tomllib.TOMLDecodeError as error:
         try:
             tables = yaml.load(text, _Loader)  # a SafeLoader

@@ -31,6 +31,7 @@ PREFIXES = {  # what comes before the name of a module -> format; of several tha
     "diffusion_model.": "comfyui",
     "lora_unet__": "kohya",  # of VideoX-Fun
     "lora_unet_": "kohya",
+    "lora_transformer_": "kohya",
     "lycoris_": "kohya",
     "pipe.dit.": "diffsynth",
     "pipe.vace.": "diffsynth",
@@ -39,7 +40,7 @@ PREFIXES = {  # what comes before the name of a module -> format; of several tha
     "dit.": "diffsynth",
     "vace.": "diffsynth",
 }
-_FLAT = ("lora_unet__", "lora_unet_", "lycoris_")  # under which names have lost their dots
+_FLAT = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")  # under which names have lost their dots
 _ONE_MODEL = [
     {f"{pipe}dit{number}.", f"{pipe}vace{number}."} for pipe, number in (("pipe.", ""), ("pipe.", "2"), ("", ""))
 ]
@@ -47,10 +48,11 @@ _LOW = ("transformer_2.", "pipe.dit2.", "pipe.vace2.")
 _TEXT = ("lora_te", "text_encoder", "te_", "conditioner.")  # before the modules of a text encoder
 # What trainers wrap around a model, or around its layers: it is no part of a name.
 _WRAPPERS = re.compile(
-    r"^(module\.|generator(_ema)?\.|model\.(?=(diffusion|base)_model\.|blocks\.|vace_blocks\.))+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    r"^(module\.|generator(_ema)?\.|model\.(?=(diffusion|base)_model\.|blocks\.|vace_blocks\.))+"
+    r"|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-_PARTS = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B"}
-_FACTOR = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(_PARTS)})(\.(?P<adapter>[^.]+))?\.weight")
+_PARTS = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
+_FACTOR = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})(\.(?P<adapter>[^.]+))?\.weight")
 _ALPHAS = (".alpha", ".lora_alpha", ".network_alpha")
 _OTHERS = {  # what an adapter may hold besides: a pattern of the name -> what that is
     r"\.lokr_": "Kronecker factors (LoKr)",
@@ -58,7 +60,7 @@ _OTHERS = {  # what an adapter may hold besides: a pattern of the name -> what t
     r"\.b?oft_": "orthogonal finetuning (OFT)",
     r"\.ia3_|\.on_input$": "scales of activations (IA3)",
     r"\.vera_": "scales between shared factors (VeRA)",
-    r"\.lora_[E]\b|\.ranknum$": "singular values (AdaLoRA)",
+    r"\.lora_E\b|\.ranknum$": "singular values (AdaLoRA)",
     r"\.[ab][12]\.weight$": "four factors (GLoRA)",
     r"dora_scale|lora_magnitude_vector": "magnitudes of DoRA",
     r"\.lora_mid": "a third factor (Tucker)",
@@ -70,7 +72,9 @@ _OTHERS = {  # what an adapter may hold besides: a pattern of the name -> what t
     r"modules_to_save": "a whole trained module",
     r"\.bias$": "a bias",
 }
-_ADAPTERS = re.compile(r"\.(lora|lokr|hada|b?oft|dora|ia3|vera)_|\.diff(_b|_m)?$|\.[ab][12]\.weight$")
+_ADAPTERS = re.compile(
+    r"\.lora\.(down|up)\.|\.(lora|lokr|hada|b?oft|dora|ia3|vera)_|\.diff(_b|_m)?$|\.[ab][12]\.weight$"
+)
 _ELSE = {  # modules of models that are not read: a pattern -> whose they are
     r"^(lora_)?te\d*_|text_model|^text_encoder|^encoder\.block": "a text encoder",
     r"(double|single)_blocks": "HunyuanVideo or Flux",

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mm_convert.files import read_json, read_toml
 from mm_convert.lora.adapter import Adapter, LowRank
 from mm_convert.lora.names import FILES, Names, is_lora, join_first, read_names
 from mm_convert.lora.strength import find_alphas
 from mm_convert.read.experts import FOLDERS
 from mm_convert.read.source import Source, find
-from mm_convert.store.mm import MANIFEST, name_of, read_json
+from mm_convert.store.mm import MANIFEST, name_of
 from mm_convert.store.safetensors import read_file
 from mm_convert.tensors.rules import Row, Sizes
 from mm_convert.tensors.views import LazyTensor
@@ -75,10 +75,7 @@ def _said_beside(source: Source) -> dict[str, str]:
     """Rank, alpha and base, which MindSpeed-MM's tree has no place for, nor the tensors of a run of mm_train."""
     settings = source.folder / "config.toml"
     if source.layout == "dcp" and settings.is_file():
-        try:
-            said = tomllib.loads(settings.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{settings} is not TOML: {error}") from error
+        said = read_toml(settings)
         lora = said["lora"] if isinstance(said.get("lora"), dict) else {}
         numbers = {name: str(lora[name]) for name in ("rank", "alpha") if name in lora}
         return numbers | {"base": name_of(Path(str(said.get("weights", ""))))}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from collections.abc import Iterator, Mapping
 from math import isclose, isfinite, sqrt
 from typing import Any
 
+from mm_convert.files import parse_json
 from mm_convert.lora.names import MERGE_THERE, Names
 from mm_convert.tensors.views import LazyTensor
 
@@ -26,10 +26,12 @@ _SPECIAL = {
 }
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _KNOWN = {"r", "lora_alpha", "use_rslora", *_PATTERNS, *_SPECIAL}
-# A header's own words for rank and alpha, after its prefix: lora_alpha, network_alpha, ss_network_dim, …
-_RANK = re.compile(r"(ss_)?((lora_|network_|adapter_)?(r|rank)|(lora_|network_|adapter_)dim)", re.IGNORECASE)
-_ALPHA = re.compile(r"(ss_)?(lora_|network_|adapter_|linear_)?alpha", re.IGNORECASE)
+# A header's own words for rank and alpha, without what stands between words: lora_alpha, ss_network_dim, LoRA Alpha, …
+_RANK = re.compile(r"(ss)?((lora|network|adapter)?(r|rank)|(lora|network|adapter)dim)")
+_ALPHA = re.compile(r"(ss)?(lora|network|adapter|linear)?alpha")
+_MAYBE = re.compile(r"alpha|lora.*scal|^scal(e|ing)$", re.IGNORECASE)  # what may be said in yet other words
 _TABLES = re.compile(r"lora|adapter|peft|network|transformer", re.IGNORECASE)  # JSON objects of a header
+_PICTURES = ("workflow", "prompt")  # of ComfyUI: whole graphs, in which other things have an alpha
 _OPEN = ("", "none", "null", "dynamic")  # what trainers write where there is no one value
 _UNPACK = {"F16": "<e", "F32": "<f", "F64": "<d", "I32": "<i", "I64": "<q"}
 _ALPHA_IS_RANK = ("diffusers", "comfyui", "kohya", "diffsynth")  # what their loaders take it for where nothing is said
@@ -70,11 +72,7 @@ def find_alphas(
     unsaid = {module: float(ranks[module]) for module in ranks if module not in alphas}
     if not unsaid:
         return alphas, []
-    odd = [
-        f"{key} {value[:60]}"
-        for key, value in metadata.items()
-        if ("alpha" in key.lower() and _is_number(value)) or (_is_table(key, value) and "alpha" in value)
-    ]
+    odd = [f"{key} {value[:60]}" for key, value in metadata.items() if _may_say_alpha(key, value)]
     guess = guess and not names.wrapped
     if names.twofold or names.format not in _ALPHA_IS_RANK or not guess or odd:
         raise ValueError(
@@ -119,24 +117,45 @@ def _why(names: Names, guess: bool, odd: list[str]) -> str:
 
 
 def _tables(metadata: Mapping[str, str], place: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What a header says: its own fields, and those of the JSON objects in it, which may have one more within."""
+    """What a header says: its own fields, and those of the JSON objects in it, as `transformer.r`."""
     yield place, {key: value for key, value in metadata.items() if not key.startswith("ss_")}
     for key, value in metadata.items():
         if not _is_table(key, value):
             continue
         try:
-            config = {**json.loads(value)}
-        except (ValueError, TypeError, RecursionError) as error:
+            table = dict(_flatten({**parse_json(value)}))
+        except (ValueError, TypeError) as error:
             if key != "lora_adapter_metadata":
                 continue  # not JSON; if it may say alpha, and nothing else does, that is said
             raise ValueError(f"{place}, {key}, is not a JSON object: {error}") from error
-        deeper = {k: v for k, v in config.items() if isinstance(v, dict) and not _word(k.rpartition(".")[2])}
-        yield f"{place}, {key},", config | {f"{k}.{n}": v for k, inner in deeper.items() for n, v in inner.items()}
+        if not _TABLES.search(key):  # other things have a rank too
+            table = {name: said for name, said in table.items() if _word(_last(name)) == "lora_alpha"}
+        yield f"{place}, {key},", table
 
 
 def _is_table(key: str, value: str) -> bool:
-    named = bool(_TABLES.search(key)) and not key.startswith("ss_")
-    return key == "lora_adapter_metadata" or (named and value.lstrip().startswith("{"))
+    json_ = value.lstrip().startswith("{") and not key.startswith("ss_") and key not in _PICTURES
+    return key == "lora_adapter_metadata" or json_
+
+
+def _flatten(table: Mapping[str, Any], depth: int = 3) -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict) and depth and not _word(_last(key)):
+            yield from ((f"{key}.{inner}", said) for inner, said in _flatten(value, depth - 1))
+        else:
+            yield key, value
+
+
+def _may_say_alpha(key: str, value: str) -> bool:
+    """Whether a field of a header that was not understood may be about it."""
+    if _is_table(key, value):
+        return bool(_TABLES.search(key)) and bool(re.search(r"alpha\W*\d", value))
+    number = _literal(value)
+    return bool(_MAYBE.search(key)) and isinstance(number, int | float) and not ("scal" in key and number == 1)
+
+
+def _last(key: str) -> str:
+    return re.split(r"[./:]", key)[-1]
 
 
 def _of_prefix(settings: Mapping[str, Any], prefix: str, place: str) -> dict[str, Any]:
@@ -146,7 +165,7 @@ def _of_prefix(settings: Mapping[str, Any], prefix: str, place: str) -> dict[str
     """
     words = [(key.removeprefix(prefix), key) for key in settings if prefix and key.startswith(prefix)]
     if not any(_word(short) for short, _ in words):
-        words = [(key.rpartition(".")[2], key) for key in settings]
+        words = [(_last(key), key) for key in settings]
     found: dict[str, str] = {}
     for short, key in words:
         word = _word(short)
@@ -163,8 +182,8 @@ def _of_prefix(settings: Mapping[str, Any], prefix: str, place: str) -> dict[str
 def _literal(value: Any) -> Any:
     """What a header has as text, as JSON or as Python writes it."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
+        return parse_json(value) if isinstance(value, str) else value
+    except ValueError:
         return {"True": True, "False": False}.get(value, value)
 
 
@@ -172,11 +191,8 @@ def _word(key: str) -> str:
     """The same in peft's words; "" for what says nothing of the strength."""
     if key in _KNOWN:
         return key
-    return "r" if _RANK.fullmatch(key) else "lora_alpha" if _ALPHA.fullmatch(key) else ""
-
-
-def _is_number(text: str) -> bool:
-    return isinstance(_literal(text), int | float)
+    squeezed = re.sub(r"[\s_-]", "", key).lower()
+    return "r" if _RANK.fullmatch(squeezed) else "lora_alpha" if _ALPHA.fullmatch(squeezed) else ""
 
 
 def _is_open(value: Any) -> bool:

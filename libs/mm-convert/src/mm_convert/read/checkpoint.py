@@ -7,11 +7,12 @@ from pathlib import Path
 
 from mm_convert.families import Family
 from mm_convert.families.family import Config
+from mm_convert.files import read_json
 from mm_convert.lora.names import is_lora
 from mm_convert.read.content import Content, cut_fused, identify, recognise
 from mm_convert.read.source import Source, find
 from mm_convert.store import mindspeed
-from mm_convert.store.mm import FORMAT, MANIFEST, VERSION, read_json
+from mm_convert.store.mm import FORMAT, MANIFEST, VERSION
 from mm_convert.tensors.mapping import Tensors
 from mm_convert.tensors.views import LazyTensor, Stored
 

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mm_convert.files import read_json
 from mm_convert.write.install import replace_file
 
 FOLDERS = {"high": "high_noise_model", "low": "low_noise_model"}
@@ -102,7 +103,4 @@ def _check_boundary(boundary: Any, where: str | Path) -> float:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        return {**json.loads(file.read_text(encoding="utf-8"))} if file.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is not a JSON object: {error}") from error
+    return read_json(file) if file.exists() else {}

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mm_convert.files import brief, read_text, refuse_special
+from mm_convert.lora.names import is_lora
 from mm_convert.read.content import known_names, recognise
 from mm_convert.read.experts import DIFFUSERS, FOLDERS
 from mm_convert.store import mindspeed
 from mm_convert.store.dcp import Index
 from mm_convert.store.mm import FOLDER
-from mm_convert.store.safetensors import read_files, read_folder
+from mm_convert.store.safetensors import INDEX_SUFFIX, read_files, read_folder, read_indexed
 from mm_convert.store.torch_file import SUFFIXES as TORCH_SUFFIXES
 from mm_convert.store.torch_file import read_torch_file
 from mm_convert.tensors.views import LazyTensor
 
 _PREFIXES = ("module.", "model.", "predictor.", "diffusion_model.", "model.diffusion_model.", "pipe.dit.")
+_PREFIXES += ("generator.", "generator_ema.", "ema.", "ema_model.", "model_ema.", "transformer.", "dit.", "net.")
+_PREFIXES += ("text_encoders.umt5xxl.transformer.",)
+# What torch.compile, FSDP and activation checkpointing put into the names of the modules that they wrap.
+_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# ComfyUI's files of several models: the one that generates, and those beside it.
+_GENERATING = "model.diffusion_model."
+_BESIDE = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.", "clip_vision.")
+# How programs that train call the model in a torch file; where several are there, the first is meant.
+_MODELS = ("ema_state_dict", "state_dict", "gen_model", "model", "module", "model_state_dict", "generator")
+_AVERAGES = ("ema_model", "ema", "generator_ema", "model_ema", "ema_state_dict")
+_MAX_DEPTH = 8  # dictionaries in one another, until the weights
+_MAX_TENSORS, _MAX_NAME = 100_000, 1_000
 
 
 class NotThere(ValueError):
@@ -53,9 +67,10 @@ def find(path: Path, published: bool = False, part: str = "model", prefix: str =
     """
     if not path.exists():
         raise NotThere(f"{path} does not exist")
+    refuse_special(path)
     prefixes = (*_PREFIXES, *([f"{prefix.rstrip('.')}."] if prefix else []))
     if path.is_file():
-        return _strip_prefix(_file(path, part), prefixes)
+        return _unwrap(_file(path, part), prefixes)
     made = None if published else _find_made(path, part)
     for experts in () if made else (DIFFUSERS.values(), FOLDERS.values()):
         present = [path / name for name in experts if (path / name).is_dir()]
@@ -74,7 +89,7 @@ def find(path: Path, published: bool = False, part: str = "model", prefix: str =
         made = _find_made(path, part)
     if made is None and has_safetensors and part == "ema":
         raise ValueError(f"{path} holds no moving average (ema), only the weights")
-    return _strip_prefix(made or (_safetensors(path) if has_safetensors else _torch_folder(path, part)), prefixes)
+    return _unwrap(made or (_safetensors(path) if has_safetensors else _torch_folder(path, part)), prefixes)
 
 
 def _find_made(path: Path, part: str) -> Source | None:
@@ -89,8 +104,8 @@ def _find_made(path: Path, part: str) -> Source | None:
     if mindspeed.is_tree(folder):
         return _tree(folder, "ema_model" if part == "ema" else part)
     for run in (folder, folder / "checkpoints"):  # of mm_train
-        if (run / "latest").is_file():
-            folder = run / Path((run / "latest").read_text(encoding="utf-8").strip()).name
+        if (run / "latest").exists():
+            folder = run / Path(read_text(run / "latest", limit=4096).strip()).name
     if (folder / ".metadata").exists():
         return _dcp(folder, part)
     if any(re.fullmatch(r"model_\d+\.pt", file.name) for file in folder.glob("model_*.pt")):
@@ -103,7 +118,9 @@ def _find_made(path: Path, part: str) -> Source | None:
 
 def _safetensors(folder: Path) -> Source:
     tensors, metadata = read_folder(folder)
-    return Source(dict(tensors), "safetensors", sorted({t.file for t in tensors.values()}), folder, metadata)
+    files = sorted({tensor.file for tensor in tensors.values()})
+    _refuse_rivals(Source(dict(tensors), "safetensors", files, folder))
+    return Source(dict(tensors), "safetensors", files, folder, metadata)
 
 
 def _file(path: Path, part: str) -> Source:
@@ -112,15 +129,20 @@ def _file(path: Path, part: str) -> Source:
     if path.suffix == ".safetensors":
         tensors, metadata = read_files([path])
         return Source(dict(tensors), "safetensors", [path], path.parent, metadata)
+    if path.name.endswith(INDEX_SUFFIX):
+        tensors, metadata = read_indexed(path)
+        files = sorted({tensor.file for tensor in tensors.values()})
+        return Source(dict(tensors), "safetensors", files, path.parent, metadata)
     if path.suffix not in TORCH_SUFFIXES:
         raise ValueError(f"{path} is not a checkpoint file (.safetensors, {', '.join(TORCH_SUFFIXES)})")
     content = read_torch_file(path)
-    tensors = _state_dict(content, path, part)
-    return Source(tensors, "torch", [path], path.parent, is_part=not set(tensors) <= set(content))
+    tensors, notes = _state_dict(content, path, part)
+    is_part = not set(tensors) <= set(content)
+    return Source(tensors, "torch", [path], path.parent, notes=notes, is_part=is_part)
 
 
 def _torch_folder(folder: Path, part: str) -> Source:
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in TORCH_SUFFIXES and file.is_file()]
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in TORCH_SUFFIXES and not file.is_dir()]
     if len(files) != 1:
         found = ", ".join(file.name for file in files[:5])
         what = f"several torch files ({found}); name one of them" if files else "no checkpoint"
@@ -128,18 +150,29 @@ def _torch_folder(folder: Path, part: str) -> Source:
     return _file(files[0], part)
 
 
-def _state_dict(content: Any, path: Path, part: str) -> dict[str, LazyTensor]:
-    """The tensors in what a torch file holds: itself, or the part of it that is known to be the model."""
-    models = ["ema_state_dict", "state_dict", "gen_model", "model"]
-    wanted = {"model": models, "ema": ["ema_model", "ema"], "state_dict": models[1:], "ema_state_dict": models}[part]
-    outermost = content
-    while isinstance(content, Mapping):
-        tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, LazyTensor)}
-        inner = next((key for key in wanted if isinstance(content.get(key), Mapping) and content[key]), None)
-        if inner is None:
-            if tensors and not (part == "ema" and content is outermost):
-                return tensors
+def _state_dict(content: Any, path: Path, part: str) -> tuple[dict[str, LazyTensor], list[str]]:
+    """The tensors in what a torch file holds: itself, or the part of it that is known to be the model; and notes."""
+    wanted = {
+        "model": (*_MODELS, *_AVERAGES),
+        "ema": _AVERAGES,
+        "state_dict": _MODELS[1:],
+        "ema_state_dict": _MODELS,
+    }[part]
+    averaged, notes = False, []
+    for _ in range(_MAX_DEPTH):
+        if not isinstance(content, Mapping):
             break
+        tables = [key for key, value in content.items() if isinstance(value, Mapping) and value]
+        inner = next((key for key in wanted if key in tables), None)
+        if inner is None:
+            tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, LazyTensor)}
+            if not tensors or (part == "ema" and not averaged):
+                break
+            return tensors, notes
+        averaged = averaged or inner in _AVERAGES
+        if len(tables) > 1:
+            others = ", ".join(str(key)[:_MAX_NAME] for key in tables if key != inner)
+            notes.append(f"{others} of {path.name} is left out: {inner} is taken")
         content = content[inner]
     raise ValueError(f"{path} holds no tensors under names, at its top or in {', '.join(wanted)}")
 
@@ -159,6 +192,8 @@ def _tree(folder: Path, part: str) -> Source:
     names = [name for stage in ranks[0] for name in stage]
     bases = [re.sub(r"\.lora_[AB](\.default)?\.weight$", ".weight", name) for name in names]
     family, dialect = recognise(bases, str(folder))
+    if dialect != "mindspeed" and len(files) == len(ranks[0]) == 1:
+        return Source(ranks[0][0], "torch", files, folder, is_part=True)  # what dcp_to_torch makes of a run of ours
     if family.cuts is None or dialect != "mindspeed":
         raise ValueError(f"{folder} is a MindSpeed-MM tree, but its names are those of {family.name} ({dialect})")
     if names != bases and len(ranks) > 1:
@@ -169,16 +204,69 @@ def _tree(folder: Path, part: str) -> Source:
     return Source(tensors, "mindspeed", files, folder, split=split)
 
 
-def _strip_prefix(source: Source, prefixes: Sequence[str]) -> Source:
-    """Without a prefix that all names share and that no family knows."""
+def _refuse_rivals(source: Source) -> None:
+    """Raises ValueError where another file in the folder holds weights of the same model, whole or in part.
+
+    VAE and text encoder, which are published in the same folder, are other models; an adapter is none.
+    """
+    chosen = {file.name for file in source.files}
+    others = [file for file in sorted(source.folder.iterdir()) if file.name not in chosen and not file.is_dir()]
+    for file in others:
+        if file.suffix in (".safetensors", *TORCH_SUFFIXES) and _is_rival(file, source):
+            raise ValueError(
+                f"{source.folder} holds {source.files[0].name}"
+                + (f" and {len(source.files) - 1} more files" if len(source.files) > 1 else "")
+                + f", and {file.name} with weights of the same model: which is meant is not clear. Move one of them "
+                f"elsewhere, or name the file that is meant; of several, their …{INDEX_SUFFIX}"
+            )
+
+
+def _is_rival(file: Path, source: Source) -> bool:
+    try:
+        other = _unwrap(_file(file, "model"), _PREFIXES)
+    except ValueError:  # what cannot be read would not have been taken; but a broken copy is one
+        return file.name.partition(".")[0] == source.files[0].name.partition(".")[0].partition("-00001-of-")[0]
+    names = list(other.tensors)
+    if is_lora(names) or not known_names(names):
+        return False
+    mine = list(_unwrap(replace(source, tensors=dict(source.tensors), notes=[]), _PREFIXES).tensors)
+    return 2 * known_names(names) > len(names) and recognise(names, "")[0] is recognise(mine, "")[0]
+
+
+def _unwrap(source: Source, prefixes: Sequence[str]) -> Source:
+    """Under the names that the model itself gives its tensors."""
+    if len(source.tensors) > _MAX_TENSORS:
+        raise ValueError(f"{source.folder} holds {len(source.tensors):,} tensors, more than any model here")
+    if odd := [name for name in source.tensors if not isinstance(name, str) or len(name) > _MAX_NAME]:
+        raise ValueError(f"{source.folder} holds a tensor that is called {brief(odd[0])}, as in no model")
+    bare = {_WRAPPERS.sub("", name): tensor for name, tensor in source.tensors.items()}
+    if len(bare) == len(source.tensors):
+        source.tensors = bare
+    return _strip_prefix(_without_beside(source), prefixes)
+
+
+def _without_beside(source: Source) -> Source:
+    """Of ComfyUI's files of several models, the one that generates."""
+    beside = [name for name in source.tensors if name.startswith(_BESIDE)]
+    model = {name: tensor for name, tensor in source.tensors.items() if name.startswith(_GENERATING)}
+    if model and beside and len(model) + len(beside) == len(source.tensors):
+        models = ", ".join(sorted({f"{name.partition('.')[0]}.*" for name in beside}))
+        source.tensors = model
+        source.notes.append(f"{len(beside)} tensors of other models are left out ({models}): {_GENERATING}* is taken")
+    return source
+
+
+def _strip_prefix(source: Source, prefixes: Sequence[str], depth: int = 3) -> Source:
+    """Without the prefixes that all names share and that no family knows."""
     names = list(source.tensors)
     known = known_names(names)
     unusual = prefixes[-1] if len(prefixes) > len(_PREFIXES) and known < len(names) else ""
     if not all(name.startswith(unusual) for name in names):
         raise ValueError(f"{source.folder}: not all names begin with {unusual}, for example {names[0]}")
-    for prefix in prefixes if known < len(names) else ():
-        if all(name.startswith(prefix) for name in names):
-            shorter = {name.removeprefix(prefix): tensor for name, tensor in source.tensors.items()}
-            if known_names(shorter) > known:
-                source.tensors, known = shorter, known_names(shorter)
+    shared = [prefix for prefix in prefixes if all(name.startswith(prefix) for name in names)]
+    for prefix in shared if depth and known < len(names) else ():
+        shorter = {name.removeprefix(prefix): tensor for name, tensor in source.tensors.items()}
+        inside = _strip_prefix(replace(source, tensors=shorter), _PREFIXES, depth - 1)
+        if (now := known_names(inside.tensors)) > known:
+            source, known = inside, now
     return source

@@ -12,17 +12,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from mm_convert.files import brief, read_bytes
 from mm_convert.store.chunks import join_chunks
 from mm_convert.store.storages import DTYPES, TORCH_NAMES
 from mm_convert.store.torch_file import read_torch_file, write_archive
 from mm_convert.store.unpickle import Opaque, unpickle
 from mm_convert.tensors.mapping import Tensors
-from mm_convert.tensors.views import Computed, LazyTensor, rows
+from mm_convert.tensors.views import MAX_SIDES, Computed, LazyTensor, rows
 
 INDEX = ".metadata"
 _MAX_INDEX = 200 * 2**20
+_MAX_OPCODES = 25_000_000  # 65 for every chunk, 110 for every tensor
 _CHUNK_BYTES = 64 * 2**20  # written at once: a rank that wants some rows reads little more than them
 _FILE_BYTES = 4 * 2**30
 
@@ -38,10 +40,19 @@ class _Place:
     stop: int
 
 
+class Description(NamedTuple):
+    """What the index says of a tensor: dtype, as safetensors spells it, shape, and offset and shape of each chunk."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: list[tuple[tuple[int, ...], tuple[int, ...]]]
+
+
 class Index:
     """What a checkpoint holds, by its index: names such as `model.blocks.0.…`, `optimizer.…`.
 
     Attributes:
+        names: of all that it holds.
         tensors: the names of its tensors.
     """
 
@@ -49,6 +60,8 @@ class Index:
         """Raises ValueError when the index is missing, damaged, or has code in it, which is not run."""
         self.folder = folder
         self._described, self._places = _read_index(folder)
+        self._sizes: dict[str, tuple[str, dict[tuple[int, ...], tuple[int, ...]]]] = {}
+        self.names = list(self._described)
         self.tensors = [name for name, record in self._described.items() if record.name == "TensorStorageMetadata"]
 
     @property
@@ -56,9 +69,56 @@ class Index:
         """What the names begin with: model, optimizer, …"""
         return sorted({name.partition(".")[0] for name in self.tensors})
 
+    def describe(self, name: str) -> Description | None:
+        """A tensor, by the index alone; None for what is none. Raises ValueError where that is not torch's."""
+        record, where = self._described[name], f"{self.folder}: {name}"
+        if record.name != "TensorStorageMetadata":
+            return None
+        try:
+            shape, properties = record.state["size"], record.state["properties"].state
+            dtype = (properties[0] if isinstance(properties, tuple) else properties["dtype"]).name
+            chunks = [(chunk.state["offsets"], chunk.state["sizes"]) for chunk in record.state["chunks"]]
+            for sides in (shape, *(sides for chunk in chunks for sides in chunk)):
+                if not _are_counts(sides, 0) or len(sides) != len(shape):
+                    raise ValueError(f"{where} has shape {brief(shape)}, yet a chunk with {brief(sides)}")
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.folder / INDEX} describes {name} in a way that is not torch's ({brief(error)})"
+            ) from error
+        if dtype not in DTYPES:
+            raise ValueError(f"{where} is {dtype}, which no checkpoint of a model has")
+        return Description(DTYPES[dtype], shape, chunks)
+
+    def chunk(self, name: str, offset: tuple[int, ...]) -> LazyTensor:
+        """What lies at an offset of a tensor. Raises ValueError when it is missing, or something else."""
+        if name not in self._sizes:
+            described = self.describe(name)
+            assert described
+            self._sizes[name] = described.dtype, {o: sizes for o, sizes in described.chunks if prod(sizes)}
+        dtype, sizes = self._sizes[name]
+        return self._chunk(f"{self.folder}: {name}", name, dtype, offset, sizes[offset])
+
+    def _chunk(self, where: str, name: str, dtype: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> LazyTensor:
+        if (name, offset) not in self._places:
+            raise ValueError(f"{where} has a chunk at {offset}, which lies nowhere")
+        tensor = _read(self.folder, self._places[name, offset])
+        lies = (tensor.dtype, tensor.shape) if isinstance(tensor, LazyTensor) else type(tensor).__name__
+        if lies != (dtype, sizes):
+            raise ValueError(f"{where} should have {dtype} {sizes} at {offset}, but there lies {lies}")
+        return tensor
+
     def tensor(self, name: str) -> LazyTensor:
-        """One tensor, whole. Raises ValueError when a chunk is missing, compressed, or cut as torch does not cut."""
-        return _tensor(self.folder, name, self._described[name], self._places)
+        """One tensor, whole, joined from its chunks. Raises ValueError when a chunk is missing, compressed, or cut as
+        torch does not cut.
+        """
+        described, where = self.describe(name), f"{self.folder}: {name}"
+        assert described
+        dtype, shape, chunks = described
+        if not prod(shape):
+            return Computed(dtype, shape, lambda start, stop: b"")
+        held = [cut for cut in chunks if prod(cut[1])]  # without those of ranks that had nothing
+        read = [(offset, self._chunk(where, name, dtype, offset, sizes)) for offset, sizes in held]
+        return join_chunks(where, shape, read)
 
     def part(self, part: str) -> dict[str, LazyTensor]:
         """The tensors of one part, by their names without it; none if it is not there."""
@@ -94,68 +154,44 @@ def read_dcp(folder: Path) -> dict[str, LazyTensor]:
 def _read_index(folder: Path) -> tuple[dict[str, Opaque], dict[tuple[str, tuple[int, ...] | None], _Place]]:
     """Name -> what torch says about it; (name, offset of a chunk, or None for a value) -> where it lies."""
     path = folder / INDEX
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{folder} has no {INDEX}: it is no DCP checkpoint, or saving it was interrupted")
-    if path.stat().st_size > _MAX_INDEX:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than any index")
-    index = unpickle(path.read_bytes(), str(path), {})
+    index = unpickle(read_bytes(path, _MAX_INDEX, "index"), str(path), {}, limit=_MAX_OPCODES)
     try:
-        described = dict(index.state["state_dict_metadata"])
-        places = {}
+        described, places = index.state["state_dict_metadata"], {}
         for key, info in index.state["storage_data"].items():
-            offset = key.state.get("offset")
-            places[key.state["fqn"], offset] = _place(path, key.state["fqn"], info.state)
-        assert all(isinstance(record, Opaque) for record in described.values())
+            name, offset = key.state["fqn"], key.state.get("offset")
+            assert isinstance(name, str)
+            assert offset is None or _are_counts(offset)
+            places[name, offset] = _place(path, name, info.state)
+        assert all(isinstance(name, str) and isinstance(record, Opaque) for name, record in described.items())
     except (AttributeError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f"{path} is not the index of a DCP checkpoint ({error!r})") from error
+        raise ValueError(f"{path} is not the index of a DCP checkpoint ({brief(error)})") from error
     return described, places
 
 
 def _place(path: Path, name: str, info: Mapping[str, Any]) -> _Place:
     file, start, size = info["relative_path"], info["offset"], info["length"]
     if info.get("transform_descriptors"):
-        raise ValueError(f"{path} has {name} transformed by {info['transform_descriptors']}: save it without")
+        how = brief(info["transform_descriptors"])
+        raise ValueError(f"{path} has {name} transformed by {how}: save it without")
     inside = isinstance(file, str) and Path(file).name == file and file not in ("", "..")
-    if not inside or not all(type(n) is int and n >= 0 for n in (start, size)):
-        raise ValueError(f"{path} has {name} in {file!r}, bytes {start} and {size} more, outside its own folder")
+    if not inside or not _are_counts((start, size), 0):
+        raise ValueError(
+            f"{path} has {name} in {brief(file)}, bytes {brief(start)} and {brief(size)} more, outside its own folder"
+        )
     return _Place(file, start, start + size)
 
 
+def _are_counts(sides: Any, least: int = -(2**63)) -> bool:
+    small = isinstance(sides, tuple) and len(sides) <= MAX_SIDES
+    return small and all(type(n) is int and least <= n < 2**63 for n in sides)
+
+
 def _read(folder: Path, place: _Place) -> Any:
-    if not (folder / place.file).is_file():
+    if not (folder / place.file).exists():
         raise ValueError(f"{folder} lacks {place.file}, which its {INDEX} names: copy the files of all ranks")
     return read_torch_file(folder / place.file, place.start, place.stop)
-
-
-def _tensor(folder: Path, name: str, record: Opaque, places: Mapping[tuple[str, Any], _Place]) -> LazyTensor:
-    """One tensor, joined from its chunks."""
-    where = f"{folder}: {name}"
-    try:
-        shape, properties = record.state["size"], record.state["properties"].state
-        dtype = (properties[0] if isinstance(properties, tuple) else properties["dtype"]).name
-        cuts = [(chunk.state["offsets"], chunk.state["sizes"]) for chunk in record.state["chunks"]]
-        for sides in (shape, *(sides for cut in cuts for sides in cut)):
-            if not all(type(side) is int and 0 <= side < 2**63 for side in sides) or len(sides) != len(shape):
-                raise ValueError(f"{where} has shape {shape}, yet a chunk with {sides}")
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / INDEX} describes {name} in a way that is not torch's ({error!r})") from error
-    if dtype not in DTYPES:
-        raise ValueError(f"{where} is {dtype}, which no checkpoint of a model has")
-    if not prod(shape):
-        return Computed(DTYPES[dtype], shape, lambda start, stop: b"")
-
-    chunks = []
-    for offsets, sizes in cuts:
-        if not prod(sizes):  # of a rank that had nothing
-            continue
-        if (name, offsets) not in places:
-            raise ValueError(f"{where} has a chunk at {offsets}, which lies nowhere")
-        tensor = _read(folder, places[name, offsets])
-        lies = (tensor.dtype, tensor.shape) if isinstance(tensor, LazyTensor) else type(tensor).__name__
-        if lies != (DTYPES[dtype], sizes):
-            raise ValueError(f"{where} should have {DTYPES[dtype]} {sizes} at {offsets}, but there lies {lies}")
-        chunks.append((offsets, tensor))
-    return join_chunks(where, shape, chunks)
 
 
 # --- writing

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_convert.families.family import Config, Cuts
+from mm_convert.files import read_bytes
 from mm_convert.store.safetensors import refuse_link_out
 from mm_convert.store.torch_file import read_torch_file, write_torch_file
 from mm_convert.tensors.stages import Places, Split, join, join_stages, slice_for
@@ -31,9 +32,9 @@ Stage = dict[str, LazyTensor]
 def newest(path: Path) -> Path | None:
     """The folder of the checkpoint that the tracker in `path` names; None without a tracker."""
     tracker = path / TRACKER
-    if not tracker.is_file():
+    if not tracker.exists():
         return None
-    said = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    said = read_bytes(tracker, limit=4096).decode("utf-8", "replace").strip()
     if said != "release" and not said.isdecimal():
         raise ValueError(f"{tracker} says {said[:40]!r}; it must say release or a number")
     folder = path / (said if said == "release" else f"iter_{int(said):07d}")
@@ -63,7 +64,7 @@ def read_ranks(folder: Path, part: str = "model") -> tuple[list[list[Stage]], li
         files[int(match[1]), int(match[2] or 0)] = directory / FILE
     tp, pp = (1 + max(key[axis] for key in files) for axis in (0, 1))
     for key in ((t, p) for t in range(tp) for p in range(pp)):
-        if key not in files or not files[key].is_file():
+        if key not in files or not files[key].exists():
             where = files.get(key, f"mp_rank_{key[0]:02d}" + (f"_{key[1]:03d}" if pp > 1 else ""))
             raise ValueError(f"{folder} has ranks of tp {tp} and pp {pp}, but {where} is missing")
     for file in files.values():
@@ -85,6 +86,8 @@ def _models(file: Path, part: str) -> list[Stage]:
     content = read_torch_file(file)
     if not isinstance(content, Mapping):
         raise ValueError(f"{file} holds no dictionary, so it is no MindSpeed-MM checkpoint")
+    if part == "ema_model" and part not in content and "ema" in content:  # of a run of mm_train, by dcp_to_torch
+        part = "ema"
     keys = [part] if part in content else [key for key in content if re.fullmatch(rf"{part}\d+", str(key))]
     keys.sort(key=_virtual)
     if not keys or [_virtual(key) for key in keys] not in ([-1], list(range(len(keys)))):

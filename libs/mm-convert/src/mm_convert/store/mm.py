@@ -31,14 +31,6 @@ def name_of(path: str | Path) -> str:
     return next((part for part in reversed(parts) if part not in _PARTS), parts[-1] if parts else "")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for anything else."""
-    try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON object: {error}") from error
-
-
 def as_json(content: Mapping[str, Any]) -> bytes:
     """A JSON file: keys sorted, so that the same content is the same bytes; in ASCII, which any terminal shows."""
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

@@ -22,7 +22,7 @@ _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")
 
-_MAX_DIRECTORY = 200 * 2**20
+_MAX_DIRECTORY = 32 * 2**20  # bytes: 400,000 records
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # "look at the 64-bit field"
 _ALIGNMENT = 64  # of a record's bytes in the file, as in torch
 _DATE = 0x21  # 1980-01-01, the same in every file

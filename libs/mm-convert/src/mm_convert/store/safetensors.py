@@ -6,15 +6,20 @@ A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_off
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from mm_convert.files import brief, open_file, parse_json, read_bytes, read_exactly
 from mm_convert.tensors import views
-from mm_convert.tensors.views import BITS, LazyTensor, Stored
+from mm_convert.tensors.views import BITS, MAX_SIDES, LazyTensor, Stored
 
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+INDEX_SUFFIX = ".safetensors.index.json"
+_MAX_NAME = 1000  # characters of the name of a tensor
 
 
 def read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
@@ -22,8 +27,8 @@ def read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
     Raises ValueError for anything that is not a whole, honest safetensors file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if length.to_bytes(8, "little") == b"version ":
             raise ValueError(f"{path} is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`")
@@ -32,14 +37,14 @@ def read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
                 f"{path} is truncated or not a safetensors file: it promises a header of {length:,} bytes "
                 f"and has {size:,} bytes in all"
             )
-        raw = file.read(length)
+        raw = read_exactly(file, length)
     try:
-        header = json.loads(raw, object_pairs_hook=_refuse_doubles)
+        header = parse_json(raw, pairs=_refuse_doubles)
         metadata = header.pop("__metadata__", None) or {}
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("__metadata__ holds something else than text")
         found = {name: _locate(path, name, record, 8 + length) for name, record in header.items()}
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{path} has a broken safetensors header: {error}") from error
 
     found = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)))
@@ -58,19 +63,24 @@ def read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} stands in it twice")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"{counts.most_common(1)[0][0][:_MAX_NAME]} stands in it twice")
     return result
 
 
 def _locate(path: Path, name: str, record: Mapping[str, Any], data: int) -> Stored:
     dtype, shape, (start, end) = record["dtype"], record["shape"], record["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in [*shape, start, end]) or start > end:
-        raise ValueError(f"{name} has shape {shape} and offsets {start}, {end}")
-    if dtype in BITS and (end - start) * 8 != prod(shape) * BITS[dtype]:
+    if len(name) > _MAX_NAME:
+        raise ValueError(f"a tensor has a name of {len(name):,} characters, {name[:80]}…")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ValueError(f"{name} is of dtype {brief(dtype)}, which is none of {', '.join(BITS)}")
+    sides = all(type(n) is int and 0 <= n < 2**63 for n in [*shape, start, end])
+    if not sides or start > end or len(shape) > MAX_SIDES:
+        raise ValueError(f"{name} has shape {brief(shape)} and offsets {brief(start)}, {brief(end)}")
+    if (end - start) * 8 != prod(shape) * BITS[dtype]:
         needed = prod(shape) * BITS[dtype] // 8
         raise ValueError(f"{name} is {dtype} {shape}, {needed:,} bytes, but its offsets span {end - start:,}")
-    return Stored(path, data + start, str(dtype), tuple(shape), end - start)
+    return Stored(path, data + start, dtype, tuple(shape))
 
 
 # --- a folder of files
@@ -81,14 +91,36 @@ def read_folder(folder: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
     Raises ValueError when there is none, or several, and when its index and its files contradict each other.
     """
-    files, index = _find_files(folder)
+    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    if len(indices) > 1:
+        raise ValueError(f"{folder} holds several checkpoints: {_list_files(indices)}; name one of them")
+    if indices:
+        return read_indexed(indices[0])
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        refuse_link_out(file)
+    if len(files) == 1 or (files and _is_complete_series(files)):
+        return read_files(files)
+    found = f"{_list_files(files)} and no index; name one of them" if files else "no *.safetensors file"
+    raise ValueError(f"{folder} holds {found}")
+
+
+def read_indexed(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of the files that an index names. Errors as `read_folder`."""
+    index = read_index(path)
+    files = [path.parent / name for name in sorted(set(index.values()))]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise ValueError(f"{path} names {', '.join(missing)}, which is not there")
+    for file in files:
+        refuse_link_out(file)
     found, metadata = read_files(files)
-    for name, tensor in found.items() if index else ():
+    for name, tensor in found.items():
         if index.pop(name, "no file") != tensor.file.name:
-            raise ValueError(f"the index of {folder} does not have {name} in {tensor.file.name}, where it is")
+            raise ValueError(f"the index of {path.parent} does not have {name} in {tensor.file.name}, where it is")
     if index:
         name, file = index.popitem()
-        raise ValueError(f"the index of {folder} has {name} in {file}, where it is not")
+        raise ValueError(f"the index of {path.parent} has {name} in {file}, where it is not")
     return found, metadata
 
 
@@ -106,33 +138,12 @@ def read_files(files: Sequence[Path]) -> tuple[dict[str, Stored], dict[str, str]
     return found, metadata
 
 
-def _find_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if len(indices) > 1:
-        raise ValueError(f"{folder} holds several checkpoints: {_list_files(indices)}; name one safetensors file")
-    if indices:
-        weight_map = read_index(indices[0])
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise ValueError(f"{indices[0]} names {', '.join(missing)}, which is not there")
-        for file in files:
-            refuse_link_out(file)
-        return files, weight_map
-    files = sorted(folder.glob("*.safetensors"))
-    for file in files:
-        refuse_link_out(file)
-    if len(files) == 1 or (files and _is_complete_series(files)):
-        return files, {}
-    found = f"{_list_files(files)} and no index; name one of them" if files else "no *.safetensors file"
-    raise ValueError(f"{folder} holds {found}")
-
-
 def read_index(path: Path) -> dict[str, str]:
     """The weight_map of an index: tensor name -> file name, which must lie beside the index."""
+    raw = read_bytes(path)
     try:
-        weight_map = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        weight_map = dict(parse_json(raw)["weight_map"])
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is not a safetensors index: {error!r}") from error
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
@@ -141,10 +152,11 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def refuse_link_out(file: Path, folder: Path | None = None) -> None:
-    """A file of a folder may be a link within it, or as in the hub's cache (snapshots/… -> blobs/…), not elsewhere."""
+    """A file of a folder may be a link within it, or into a cache of the hub (models--…/blobs), not elsewhere."""
     folder, real = (folder or file.parent).resolve(), file.resolve()
     cache = next((parent.parent for parent in folder.parents if parent.name == "snapshots"), folder)
-    if not (real.is_relative_to(folder) or real.is_relative_to(cache / "blobs")):
+    in_hub = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    if not (in_hub or real.is_relative_to(folder) or real.is_relative_to(cache / "blobs")):
         raise ValueError(f"{file} is a link to {real}, outside its folder; name that file itself if it is meant")
 
 

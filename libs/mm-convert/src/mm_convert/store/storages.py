@@ -10,9 +10,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from mm_convert.files import brief, open_file
 from mm_convert.store.records import Record
 from mm_convert.store.unpickle import Opaque
-from mm_convert.tensors.views import BITS, Computed, LazyTensor, Stored
+from mm_convert.tensors.views import BITS, MAX_SIDES, Computed, LazyTensor, Stored
 
 # torch's name -> the spelling of safetensors
 DTYPES = {"bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "uint16": "U16"}
@@ -55,9 +56,11 @@ class TensorBuilder:
 
     def storage(self, pid: Any) -> _Storage:
         kind, cls, key, _, count = pid
-        if kind != "storage" or key not in self.storages:
-            raise ValueError(f"there is no storage {key!r}")
+        if kind != "storage" or not isinstance(key, str) or key not in self.storages:
+            raise ValueError(f"there is no storage {brief(key)}")
         record, dtype = self.storages[key], _STORAGES.get(cls.name)
+        if type(count) is not int or not 0 <= count < 2**63:
+            raise ValueError(f"storage {key} should have {brief(count)} elements")
         if dtype and count * _BYTES[dtype] != record.size:
             raise ValueError(f"storage {key} should have {count:,} elements of {dtype}, it has {record.size:,} bytes")
         return _Storage(record, dtype)
@@ -84,9 +87,11 @@ class TensorBuilder:
     ) -> LazyTensor:
         """A tensor: elements of a storage, `strides` of them apart along each side."""
         if dtype not in _BYTES or metadata:
-            raise ValueError(f"a tensor of {dtype} {metadata or ''} is of a kind that no checkpoint of a model has")
-        if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 2**63 for n in (offset, *shape, *strides)):
-            raise ValueError(f"a tensor has shape {shape}, strides {strides} and offset {offset}")
+            more = brief(metadata) if metadata else ""
+            raise ValueError(f"a tensor of {brief(dtype)} {more} is of a kind that no checkpoint of a model has")
+        numbers = (offset, *shape, *strides)
+        if not len(shape) == len(strides) <= MAX_SIDES or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise ValueError(f"a tensor has shape {brief(shape)}, strides {brief(strides)} and offset {brief(offset)}")
         width, count = _BYTES[dtype], prod(shape)
         held = storage.record.size // width
         last = offset + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True)) if count else 0
@@ -118,7 +123,7 @@ def _gather(
     steps = contiguous(sides)
     rows = bytearray(prod(sides) * width)
     target, count = memoryview(rows).cast(_WORDS[width]), sides[along]
-    with path.open("rb", buffering=0) as file:
+    with open_file(path) as file:
         for index in product(*(range(sides[i]) for i in others)):
             source = start * strides[0] + sum(n * strides[i] for n, i in zip(index, others, strict=True))
             first = sum(n * steps[i] for n, i in zip(index, others, strict=True))

@@ -8,12 +8,14 @@ archive/data/0 …     the storages
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mm_convert.files import open_file
 from mm_convert.store.records import RecordWriter, read_record, read_records
 from mm_convert.store.storages import CLASSES, TORCH_NAMES, TensorBuilder, contiguous
 from mm_convert.store.unpickle import unpickle
@@ -34,12 +36,12 @@ def read_torch_file(path: Path, start: int = 0, stop: int | None = None) -> Any:
     Raises ValueError for a file that is truncated, damaged, or of an old format, and for one with code in it, which
     is not run.
     """
-    size = path.stat().st_size
-    stop = size if stop is None else stop
-    where = str(path) if (start, stop) == (0, size) else f"{path} (bytes {start:,} to {stop:,})"
-    if not 0 <= start <= stop <= size:
-        raise ValueError(f"{where} is truncated: the file has {size:,} bytes")
-    with path.open("rb", buffering=0) as file:
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        stop = size if stop is None else stop
+        where = str(path) if (start, stop) == (0, size) else f"{path} (bytes {start:,} to {stop:,})"
+        if not 0 <= start <= stop <= size:
+            raise ValueError(f"{where} is truncated: the file has {size:,} bytes")
         try:
             _check_format(file, start)
             records = read_records(file, start, stop)

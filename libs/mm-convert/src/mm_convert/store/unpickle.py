@@ -24,11 +24,17 @@ _CLASSES |= {f"datetime.{name}" for name in ("date", "datetime", "time", "timede
 _CLASSES |= {f"pathlib.{name}" for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")}
 _CLASSES |= {f"builtins.{name}" for name in ("bool", "bytes", "complex", "dict", "float", "int", "list", "object")}
 _CLASSES |= {f"builtins.{name}" for name in ("range", "slice", "str", "tuple", "Ellipsis")}
+MAX_OPCODES = 5_000_000  # a tensor has some 40
+_MAX_KEY = 64  # values in a key
 _OLD_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # of Python 2, which protocol 2 writes
 
 
 class Refused(ValueError):
     """The pickle names what no checkpoint needs."""
+
+
+class Flood(ValueError):
+    """The pickle is small, but what it asks for is not."""
 
 
 @dataclass(eq=False, repr=False)
@@ -62,20 +68,30 @@ class Opaque:
 Builders = Mapping[str, Callable[..., Any]]
 
 
-def unpickle(data: bytes, where: str, builders: Builders, load: Callable[[Any], Any] | None = None) -> Any:
+def unpickle(
+    data: bytes,
+    where: str,
+    builders: Builders,
+    load: Callable[[Any], Any] | None = None,
+    limit: int = MAX_OPCODES,
+) -> Any:
     """What a pickle holds.
 
     Args:
         where: stands in messages.
         builders: "module.name" -> what is called in place of it.
         load: turns a persistent id, by which torch refers to storages, into an object.
+        limit: instructions; one byte can ask for a hundred bytes of memory.
 
-    Raises ValueError for a pickle that is damaged or that names code.
+    Raises ValueError for a pickle that is damaged, that names code, or that would take more time or memory than what
+    it can hold is worth.
     """
     try:
-        return _Unpickler(data, where, {**_BUILDERS, **builders}, load).load()
+        return _Unpickler(data, where, {**_BUILDERS, **builders}, load, limit).load()
     except Refused:
         raise
+    except Flood as error:
+        raise ValueError(f"{where} is no honest checkpoint: {error}") from error
     except Exception as error:  # a damaged program can fail in any way
         raise ValueError(f"{where} is damaged: its pickle cannot be read ({type(error).__name__}: {error})") from error
 
@@ -96,13 +112,34 @@ def _from_list(kind: Callable[[Any], Any]) -> Callable[..., Any]:
     def build(values: list[Any] | tuple[Any, ...] = ()) -> Any:
         if not isinstance(values, (list, tuple)):
             raise ValueError(f"a set of {type(values).__name__}")
-        return kind(values)
+        return kind(map(_check_key, values))
 
     return build
 
 
+def _ordered(pairs: list[Any] | tuple[Any, ...] = ()) -> OrderedDict[Any, Any]:
+    if not isinstance(pairs, (list, tuple)):
+        raise ValueError(f"a dictionary of {type(pairs).__name__}")
+    return OrderedDict((_check_key(key), value) for key, value in pairs)
+
+
+def _check_key(key: Any) -> Any:
+    """What can be a key, or in a set: looking it up takes a moment.
+
+    A tuple of two tuples of two tuples, … takes twice as long for each level, though it is hardly larger in the file;
+    a number of many digits as long as it is, each time.
+    """
+    inside = [key]
+    for count, part in enumerate(inside):  # grows on the way
+        if count >= _MAX_KEY or (isinstance(part, int) and part.bit_length() > 64):
+            raise Flood("it has keys of huge numbers, or of tuples in tuples")
+        if isinstance(part, tuple):
+            inside += part[:_MAX_KEY]
+    return key
+
+
 _BUILDERS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": OrderedDict,
+    "collections.OrderedDict": _ordered,
     "collections.defaultdict": lambda *factory: {},
     "builtins.set": _from_list(set),
     "builtins.frozenset": _from_list(frozenset),
@@ -112,6 +149,20 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
 }
 
 
+class _Limited(dict[int, Callable[..., None]]):
+    """What reads each opcode, for so many of them."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(_DISPATCH)
+        self.limit = self.left = limit
+
+    def __getitem__(self, code: int) -> Callable[..., None]:
+        self.left -= 1
+        if self.left < 0:
+            raise Flood(f"its pickle has more than {self.limit:,} instructions")
+        return super().__getitem__(code)
+
+
 # Without the opcodes that make objects in ways of their own.
 _CLOSED = (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ, pickle.NEXT_BUFFER)
 _DISPATCH = {code: read for code, read in pickle._Unpickler.dispatch.items() if bytes([code]) not in _CLOSED}
@@ -119,11 +170,17 @@ _DISPATCH = {code: read for code, read in pickle._Unpickler.dispatch.items() if 
 
 class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C gives way to huge memory on request
     def __init__(
-        self, data: bytes, where: str, builders: Builders, load_persistent: Callable[[Any], Any] | None
+        self,
+        data: bytes,
+        where: str,
+        builders: Builders,
+        load_persistent: Callable[[Any], Any] | None,
+        limit: int,
     ) -> None:
         super().__init__(io.BytesIO(data))
         self.where, self.load_persistent = where, load_persistent
         self.builders = {**builders, "builtins.getattr": self.attribute}
+        self.dispatch = _Limited(limit)
 
     def find_class(self, module: str, name: str) -> Any:
         module = _OLD_NAMES.get(module, module)
@@ -171,9 +228,36 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C gives wa
         size = int.from_bytes(self.read(8), "little")
         self.stack.append(bytearray(self.read(size)))
 
-    dispatch = _DISPATCH | {
-        pickle.BUILD[0]: load_build,
-        pickle.NEWOBJ[0]: load_newobj,
-        pickle.NEWOBJ_EX[0]: load_newobj_ex,
-        pickle.BYTEARRAY8[0]: load_bytearray8,
-    }
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({_check_key(key): value for key, value in zip(items[::2], items[1::2], strict=True)})
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.stack[-1][_check_key(key)] = value
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self.stack[-1][_check_key(key)] = value
+
+    def load_additems(self) -> None:
+        for item in self.pop_mark():
+            self.stack[-1].add(_check_key(item))
+
+    def load_frozenset(self) -> None:
+        items = self.pop_mark()  # which changes what `append` is
+        self.append(frozenset(map(_check_key, items)))
+
+
+_DISPATCH |= {
+    pickle.BUILD[0]: _Unpickler.load_build,
+    pickle.NEWOBJ[0]: _Unpickler.load_newobj,
+    pickle.NEWOBJ_EX[0]: _Unpickler.load_newobj_ex,
+    pickle.BYTEARRAY8[0]: _Unpickler.load_bytearray8,
+    pickle.DICT[0]: _Unpickler.load_dict,
+    pickle.SETITEM[0]: _Unpickler.load_setitem,
+    pickle.SETITEMS[0]: _Unpickler.load_setitems,
+    pickle.ADDITEMS[0]: _Unpickler.load_additems,
+    pickle.FROZENSET[0]: _Unpickler.load_frozenset,
+}

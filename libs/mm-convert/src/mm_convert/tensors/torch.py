@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mm_convert.files import open_file
 from mm_convert.tensors.views import Computed, LazyTensor, Stored
 
 try:
@@ -35,7 +36,7 @@ class Maps:
         if not isinstance(lazy, Stored) or not lazy.nbytes:
             return rows_of(lazy, 0, lazy.height).view(lazy.shape)
         if lazy.file not in self.files:
-            with lazy.file.open("rb") as file:
+            with open_file(lazy.file) as file:
                 self.files[lazy.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         dtype, count = DTYPES[lazy.dtype], prod(lazy.shape)
         whole = self.files[lazy.file]

@@ -15,8 +15,12 @@ from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
+from mm_convert.files import open_file
+
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16}
 BITS |= {"BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64}
+FP8 = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
+MAX_SIDES = 64  # of a tensor, as in torch
 
 _BLOCK = 8 * 2**20  # bytes of rows that are in memory at once
 _COPY = 64 * 2**20  # bytes that the kernel copies between two signs of progress
@@ -229,7 +233,7 @@ def chunks(pieces: Iterable[Range | bytes]) -> Iterator[bytes | memoryview]:
         if not isinstance(piece, Range):
             yield piece
             continue
-        with piece.file.open("rb", buffering=0) as file:
+        with open_file(piece.file) as file:
             file.seek(piece.start)
             left = piece.stop - piece.start
             while left:
@@ -253,7 +257,7 @@ def write(pieces: Iterable[Range | bytes], file: BinaryIO, progress: Callable[[i
 
 def _copy(piece: Range, target: BinaryIO, progress: Callable[[int], None]) -> None:
     """Append a range of another file, inside the kernel where it can, else through a buffer of 1 MiB."""
-    with piece.file.open("rb", buffering=0) as file:
+    with open_file(piece.file) as file:
         copy = _kernel_copy
         position = piece.start
         while position < piece.stop:

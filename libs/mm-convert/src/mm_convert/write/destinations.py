@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mm_convert.files import read_text
 from mm_convert.store.mm import MANIFEST
 from mm_convert.write.install import recover, write_hidden
 from mm_convert.write.lock import lock_output
@@ -54,7 +55,7 @@ class Folder:
     def refuse(self, overwrite: bool, names: Collection[str], ours: Collection[str] = ()) -> None:
         if self.pointer:
             file, text = self.pointer
-            if file.exists() and (said := file.read_text(encoding="utf-8").strip()) != text:
+            if file.exists() and (said := read_text(file, limit=4096).strip()) != text:
                 raise ValueError(f"{file} says {said}: a training run's; name another target, so that it stays")
         refuse_target(self.path, overwrite or bool(ours), replaceable=names)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_convert.__about__ import __version__
+from mm_convert.files import open_file
 from mm_convert.store.dcp import read_dcp
 from mm_convert.store.mm import MANIFEST, as_json, name_of
 from mm_convert.store.safetensors import read_file, write_file
@@ -144,7 +145,8 @@ def copy_file(source: Path) -> Output:
     """A file as it is, under its own name."""
 
     def write(path: Path, progress: Callable[[int], None]) -> None:
-        shutil.copyfile(source, path)
+        with open_file(source) as file, path.open("xb") as copy:
+            shutil.copyfileobj(file, copy, 2**20)
         progress(path.stat().st_size)
 
     return Output(source.name, source.stat().st_size, write)

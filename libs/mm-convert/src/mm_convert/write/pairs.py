@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_convert.families.presets import published_boundary
+from mm_convert.files import read_json
 from mm_convert.lora.adapter import Adapter
 from mm_convert.read.alike import refuse_unlike
 from mm_convert.read.experts import DIFFUSERS, FILE, FOLDERS, INDEX, Pair, experts_json
-from mm_convert.store.mm import as_json, read_json
+from mm_convert.store.mm import as_json
 from mm_convert.write.destinations import Folder
 from mm_convert.write.outputs import Files, text_file
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm_convert.files import read_bytes, read_json
 from mm_convert.lora.adapter import Adapter
 from mm_convert.lora.merging import merge
 from mm_convert.lora.names import FILES
 from mm_convert.lora.writing import lora_tensors
 from mm_convert.read.experts import expert_of
 from mm_convert.store.mindspeed import TRACKER, rank_files
-from mm_convert.store.mm import FOLDER, MANIFEST, as_json, read_json
+from mm_convert.store.mm import FOLDER, MANIFEST, as_json
 from mm_convert.store.safetensors import refuse_link_out
 from mm_convert.store.torch_file import SUFFIXES
 from mm_convert.tensors.stages import Layers, Split
@@ -197,7 +198,7 @@ def _copies(folder: Path) -> list[Output]:
 def _config_like(path: Path, dtype: str | None) -> Output:
     """The published config.json; where the dtype changes, it says the new one, which transformers loads in."""
     if dtype is None:
-        return text_file("config.json", path.read_bytes())
+        return text_file("config.json", read_bytes(path))
     config = read_json(path)
     for table in (config, *(value for value in config.values() if isinstance(value, dict))):
         table.update({key: dtype for key in ("dtype", "torch_dtype") if key in table})

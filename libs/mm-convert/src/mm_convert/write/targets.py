@@ -14,7 +14,7 @@ from mm_convert.store.dcp import write_dcp
 from mm_convert.store.mindspeed import TRACKER, RankFiles, tree_files
 from mm_convert.store.torch_file import SUFFIXES
 from mm_convert.tensors.stages import Places, Split, check
-from mm_convert.tensors.views import LazyTensor
+from mm_convert.tensors.views import FP8, LazyTensor
 from mm_convert.write.destinations import Among, Folder, OneFile
 from mm_convert.write.outputs import (
     Files,
@@ -188,5 +188,5 @@ def cast_all(tensors: Mapping[str, LazyTensor], dtype: str) -> dict[str, LazyTen
 
     if dtype not in FLOATS:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
-    floating = {"F16", "BF16", "F32", "F64"}
+    floating = {"F16", "BF16", "F32", "F64", *FP8}
     return {n: cast(tensor, FLOATS[dtype]) if tensor.dtype in floating else tensor for n, tensor in tensors.items()}

@@ -48,6 +48,13 @@ class WanConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.patch_size, tuple | list) or len(self.patch_size) != 3:
             raise ValueError(f"patch_size is {self.patch_size}, but must be three numbers: frames, rows, columns")
+        if not isinstance(self.vace_layers, tuple | list) or not all(type(n) is int for n in self.vace_layers):
+            raise ValueError(f"vace_layers is {self.vace_layers!r}, but must be numbers of layers")
+        if type(self.eps) not in (int, float) or not 0 < self.eps < 1:
+            raise ValueError(f"eps is {self.eps!r}, but must be a number between 0 and 1")
+        if type(self.image_kv) is not bool or type(self.image_positions) not in (bool, type(None)):
+            name = "image_positions" if type(self.image_kv) is bool else "image_kv"
+            raise ValueError(f"{name} is {getattr(self, name)!r}, but must be true or false")
         object.__setattr__(self, "patch_size", tuple(self.patch_size))  # JSON and TOML have lists only
         object.__setattr__(self, "vace_layers", tuple(self.vace_layers))
         others = ("patch_size", "eps", "image_dim", "image_positions", "image_kv", "vace_layers")
@@ -55,8 +62,8 @@ class WanConfig:
         sizes |= {f"patch_size[{i}]": size for i, size in enumerate(self.patch_size)}
         sizes |= {} if self.image_dim is None else {"image_dim": self.image_dim}
         for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} is {size}, but must be a whole number of at least 1")
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name} is {size!r}, but must be a whole number of at least 1")
         if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
             raise ValueError(
                 f"dim {self.dim} over {self.num_heads} heads: the quotient must be an even whole number of at least 6, "

@@ -1,0 +1,93 @@
+"""What a run reads besides its configuration: the same on all ranks, and the same again when the run is continued.
+
+Told by what files hold, not by their names or times: sizes and a part of the bytes, which is cheap also for terabytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from mm_convert import open_experts, read_toml, weight_files
+from mm_data import ClipDataset, FeatureDataset, files_below, identify_files
+from mm_parallel.guard import agree
+from mm_parallel.guard.agree import COPY
+from mm_train.config import Config
+from mm_train.objective import architecture
+
+Contents = dict[str, dict[str, str]]
+"""By flag, the identity of each file by its name."""
+
+# What a continued run reads again, and what it was trained on before.
+AGAIN = ("weights", "data.features", "data.manifest", "data.encoders", "validation.features")
+
+
+def identify(config: Config, data: FeatureDataset | ClipDataset, continuing: bool) -> Contents:
+    """What lies at the paths of a run now; of a continued one without the weights that it does not read again."""
+    files: dict[str, dict[str, Path]] = {}
+    if config.weights != "random" and (config.has_frozen or not continuing):
+        files["weights"] = weight_files(_of_expert(Path(config.weights), config.expert))
+    if config.lora.weights is not None and not continuing:
+        files["lora.weights"] = weight_files(_of_expert(config.lora.weights, config.expert))
+    files["data.features" if config.data.features else "data.manifest"] = data.files
+    if config.validation.features is not None:
+        files["validation.features"] = FeatureDataset(config.validation.features, None).files
+    sampled = bool(config.sample.prompts or config.sample.from_validation)
+    family, shape = architecture(config)
+    for flag, path in (
+        ("data.encoders", config.data.encoders),
+        ("sample.encoders", sampled and config.sample.encoders),
+    ):
+        if path:
+            files[flag] = encoder_files(path, family.encoders(shape))
+    contents = {flag: identify_files(those) for flag, those in files.items()}
+    if isinstance(data, ClipDataset):
+        contents["data.manifest"]["its captions"] = sha256(json.dumps(data.all_captions).encode()).hexdigest()[:16]
+    return contents
+
+
+def check_ranks(contents: Contents) -> None:
+    """Raise ValueError, naming file and ranks, unless all of them see the same."""
+    agree(
+        {f"--{flag} {name}": found for flag, those in contents.items() for name, found in those.items()},
+        "what is read",
+        way_out=COPY,
+    )
+
+
+def check_again(contents: Contents, saved: dict[str, Any], found: Path, config: Config) -> list[str]:
+    """What has changed since the checkpoint `found`, with progress `saved`, was written, as far as it is accepted.
+
+    Raises ValueError for what is not: features, or a base below adapters, of other contents make another run.
+    """
+    changed = []
+    before = read_toml(found / "config.toml")
+    for flag in AGAIN:
+        then, now = saved.get("contents", {}).get(flag), contents.get(flag)
+        if then is None or now is None or then == now:
+            continue
+        if flag == "validation.features" and before["validation"]["features"] != str(config.validation.features):
+            continue  # other ones were asked for
+        names = [name for name in then | now if then.get(name) != now.get(name)]
+        first = f"{names[0]} was {then.get(names[0], 'missing')}, and is {now.get(names[0], 'missing')}"
+        more = f"; {len(names) - 1} more differ" if len(names) > 1 else ""
+        if config.checkpoint.resume != "changed":
+            raise ValueError(
+                f"{found} was made with other contents of --{flag}: {first}{more}. That would not be the same run: put "
+                "the old files back, take the new ones by --checkpoint.resume changed, or give a new --output"
+            )
+        changed.append(f"contents of {flag}: {first}{more}")
+    return changed
+
+
+def _of_expert(path: Path, expert: str | None) -> Path:
+    pair = open_experts(path) if expert and path.is_dir() else None
+    return getattr(pair, expert) if pair else path
+
+
+def encoder_files(path: Path, parts: Sequence[str]) -> dict[str, Path]:
+    """The files of those folders of a diffusers directory that are there."""
+    return {f"{part}/{name}": file for part in parts for name, file in files_below(path / part).items()}
