@@ -115,15 +115,15 @@ def parse_json_at(
     text: str, place: int, path: str | Path, line: int = 1, decoder: json.JSONDecoder = JSON
 ) -> tuple[Any, int]:
     """(value, end) of the JSON value at `place`. Raises ValueError as `parse_json`."""
-    deep = f"{path}, line {line + text.count(chr(10), 0, place)}: lists and objects nested more than {MAX_DEPTH} deep"
     try:
         value, end = decoder.raw_decode(text, place)
+        if text.count("[", place, end) + text.count("{", place, end) > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+            raise RecursionError
     except json.JSONDecodeError as error:
         raise json_error(path, error, line) from error
     except RecursionError as error:
-        raise ValueError(deep) from error
-    if text.count("[", place, end) + text.count("{", place, end) > MAX_DEPTH and _depth(value) > MAX_DEPTH:
-        raise ValueError(deep)
+        line += text.count("\n", 0, place)
+        raise ValueError(f"{path}, line {line}: lists and objects nested more than {MAX_DEPTH} deep") from error
     return value, end
 
 
