@@ -212,6 +212,7 @@ def refused(argv: list[str], capsys, *messages: str, code: int = 2) -> None:
         (["--prompt", "x"], ["either --prompt or --prompt_file"]),
         (["--prompt_file", "nowhere.txt"], ["nowhere.txt"]),
         (["--prompt_file", "/dev/null"], ["/dev/null is a device, not a regular file"]),
+        (["--prompt_file", "empty.txt"], ["empty.txt holds no lines"]),
         (["--weights", "nowhere"], ["nowhere does not exist"]),
         (["--encoders", "nowhere"], ["nowhere does not exist"]),
         (["--text_tokens", "0"], ["text_tokens is 0", "at least 1"]),
@@ -221,7 +222,9 @@ def refused(argv: list[str], capsys, *messages: str, code: int = 2) -> None:
         (["--output", "/dev/null/out"], ["/dev/null/out"]),
     ],
 )
-def test_what_cannot_work_is_refused_at_once(asked, tmp_path, capsys, flags, messages):
+def test_what_cannot_work_is_refused_at_once(asked, tmp_path, monkeypatch, capsys, flags, messages):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
     refused([*asked, "--output", str(tmp_path / "out"), *flags], capsys, *messages)
     assert not (tmp_path / "out").exists()
 
