@@ -183,6 +183,12 @@ def test_prompt_files_are_cut_at_line_ends_only(asked, tmp_path, capsys):
     refused([*asked, "--output", str(tmp_path / "out")], capsys, "prompts.txt is not UTF-8 text")
 
 
+def test_a_prompt_file_without_a_line_is_named(asked, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    asked += ["--prompt_file", str(tmp_path / "empty.txt"), "--output", str(tmp_path / "out")]
+    refused(asked, capsys, "empty.txt holds no lines")
+
+
 def test_output_that_is_a_file_is_named(asked, tmp_path, capsys):
     (tmp_path / "afile").touch()
     for output in (tmp_path / "afile", tmp_path / "afile" / "out"):
@@ -211,8 +217,7 @@ def refused(argv: list[str], capsys, *messages: str, code: int = 2) -> None:
         (["--seed", "-1"], ["--seed is -1", "at least 0"]),
         (["--prompt", "x"], ["either --prompt or --prompt_file"]),
         (["--prompt_file", "nowhere.txt"], ["nowhere.txt"]),
-        (["--prompt_file", "/dev/null"], ["/dev/null is a device, not a regular file"]),
-        (["--prompt_file", "empty.txt"], ["empty.txt holds no lines"]),
+        (["--prompt_file", "/dev/null"], ["/dev/null is a device", "only regular files are read"]),
         (["--weights", "nowhere"], ["nowhere does not exist"]),
         (["--encoders", "nowhere"], ["nowhere does not exist"]),
         (["--text_tokens", "0"], ["text_tokens is 0", "at least 1"]),
@@ -224,7 +229,6 @@ def refused(argv: list[str], capsys, *messages: str, code: int = 2) -> None:
 )
 def test_what_cannot_work_is_refused_at_once(asked, tmp_path, monkeypatch, capsys, flags, messages):
     monkeypatch.chdir(tmp_path)
-    Path("empty.txt").touch()
     refused([*asked, "--output", str(tmp_path / "out"), *flags], capsys, *messages)
     assert not (tmp_path / "out").exists()
 

@@ -20,6 +20,7 @@ from mm_models.wan.testing import write_encoders
 from mm_train import checkpoint as checkpoints
 from mm_train.checkpoint import Checkpointer
 from mm_train.checks import CHECKS, check
+from mm_train.command import claim_output
 from mm_train.config import Config, OptimConfig
 from mm_train.metrics import Metrics
 from mm_train.optim import EMA, build_optimizer, learning_rate
@@ -209,11 +210,13 @@ def test_only_the_newest_are_kept_and_latest_names_the_last(tmp_path):
 
 
 def test_what_a_killed_save_left_is_removed_and_never_loaded(tmp_path):
-    save(tmp_path, [1], keep=0)
-    (tmp_path / ".step-00000002").mkdir()
-    (tmp_path / ".step-00000002/__0_0.distcp").write_bytes(b"half")
-    assert Checkpointer(tmp_path, 0).latest().name == "step-00000001"
-    assert not (tmp_path / ".step-00000002").exists()
+    folder = tmp_path / "checkpoints"
+    save(folder, [1], keep=0)
+    (folder / ".step-00000002").mkdir()
+    (folder / ".step-00000002/__0_0.distcp").write_bytes(b"half")
+    assert Checkpointer(folder, 0).latest().name == "step-00000001"
+    with claim_output(tmp_path):
+        assert not (folder / ".step-00000002").exists()
 
 
 def test_latest_that_names_nothing_is_an_error(tmp_path):
