@@ -22,7 +22,7 @@ from mm_convert import cli
 from mm_convert.cli.arguments import Option, options_of
 from mm_convert.cli.commands import CONVERT, READING
 from mm_convert.cli.options import Convert, _option
-from mm_convert.cli.values import Kind, kinds_of
+from mm_convert.cli.values import Kind, check_config, check_value, kinds_of
 from mm_convert.guides.table import CONVERTERS, WRITING
 from mm_infer.__main__ import main as infer
 from mm_infer.config import Config as InferConfig
@@ -45,6 +45,7 @@ TEXTS = [
     "inf",
     "-inf",
     "1e999",
+    "1" + "0" * 30,
     "0x10",
     "1_",
     "~",
@@ -61,6 +62,7 @@ VALUES = [
     "-7",
     "0",
     "true",
+    "1" + "0" * 30,
     "nan",
     "inf",
     "1979-05-27",
@@ -122,7 +124,8 @@ def takes(kind: Kind, value: Any, typed: bool) -> bool:
     number = r"[+-]?\d+" if hint is int else r"[+-]?\d+(\.\d+)?(e\d\d?)?"
     if not re.fullmatch(number, value if typed else repr(value)):
         return False
-    return all(eval(f"{value} {limit.sign} {limit.bound}") for limit in kind.limits)
+    fits = hint is float or len(str(value)) < 20
+    return fits and all(eval(f"{value} {limit.sign} {limit.bound}") for limit in kind.limits)
 
 
 def outside(hint: Any) -> list[str]:
@@ -227,3 +230,13 @@ def test_it_is_refused_without_torch():
             "except SystemExit as stop:\n    sys.exit(0 if stop.code == 2 and 'torch' not in sys.modules else 1)"
         )
         assert subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60).returncode == 0, module
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_default_fits_its_field(command):
+    for option in COMMANDS[command][1]:
+        if not option.required:
+            check_value(option.name, option.default, option.hint)
+    for family in FAMILIES:
+        for preset in family.presets.values():
+            check_config(preset.config)

@@ -90,3 +90,10 @@ def test_a_rank_that_cannot_begin_ends_the_others_and_says_why(asked, program, o
     assert message in ends[1].said
     assert "rank 1 failed before it joined the others: " in ends[0].said
     assert message in ends[0].said
+
+
+def test_what_is_wrong_on_all_ranks_is_said_once(asked):
+    for wrong in (["--weights", "nope"], ["--optim.leraning_rate", "1"]):
+        ends = launch(2, one_is_asked_otherwise, training.main, [*asked[train], *wrong], [], within=20)
+        assert [end.code for end in ends] == [2, 2]
+        assert (ends[0].said.count("error: "), ends[1].said) == (1, "")

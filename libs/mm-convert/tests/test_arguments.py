@@ -126,7 +126,7 @@ floats = st.floats(allow_nan=False, allow_infinity=False)
         recompute=st.integers(0, 99) | st.sampled_from(["none", "full"]),
         fast=st.booleans(),
         note=st.none() | texts,
-        adapter=st.builds(Adapter, st.integers(), floats),
+        adapter=st.builds(Adapter, st.integers(-(2**63), 2**63 - 1), floats),
         sizes=st.dictionaries(texts, st.integers(-(2**63), 2**63 - 1)),
         clip=st.none() | floats.filter(lambda clip: clip != 7),
         prompts=st.lists(texts),

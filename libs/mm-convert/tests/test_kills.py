@@ -108,7 +108,7 @@ def test_without_an_exchange_of_names_the_old_one_is_put_aside_and_not_lost(toys
     convert(other, hidden / "new/T")
     (hidden / "old").mkdir()
     (tmp_path / "T").rename(hidden / "old/T")
-    (hidden / "moving.json").write_text(json.dumps(["T"]), encoding="utf-8")
+    (hidden / "moving.json").write_text(json.dumps({"moves": ["T"]}), encoding="utf-8")
     assert install.recover(tmp_path, "T") == {"T"}
     assert not any(diff(tmp_path / "T", other))
     assert {path.name for path in tmp_path.iterdir()} == {"S", "other", "T"}
@@ -118,7 +118,7 @@ def test_what_is_left_moves_nothing_out_of_its_folder(tmp_path):
     hidden = tmp_path / "into/.T.partial-1"
     (hidden / "new").mkdir(parents=True)
     (hidden / "x").touch()
-    (hidden / "moving.json").write_text(json.dumps(["../x", ".", "/etc/x"]), encoding="utf-8")
+    (hidden / "moving.json").write_text(json.dumps({"moves": ["../x", ".", "/etc/x", 1]}), encoding="utf-8")
     (tmp_path / "into/.T.partial-2").symlink_to(tmp_path)
     assert install.recover(tmp_path / "into", "T") == set()
     assert {path.name for path in tmp_path.rglob("*")} == {"into", ".T.partial-2"}

@@ -159,7 +159,7 @@ class SampleConfig:
     height: Annotated[int, ">= 1"] = 480
     width: Annotated[int, ">= 1"] = 832
     frames: Annotated[int, ">= 1"] = 81
-    steps: Annotated[int, ">= 1"] = 50
+    steps: Annotated[int, ">= 1", "<= 1000"] = 50
     guidance: Annotated[float, ">= 1"] = 5.0
     """Weight of the prompt against the empty one; 1 leaves that out."""
     flow_shift: Annotated[float, "> 0"] = 3.0

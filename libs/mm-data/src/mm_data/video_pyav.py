@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from itertools import islice, pairwise
+from itertools import chain, pairwise
 from math import atan2, degrees
 from pathlib import Path
 from typing import NamedTuple
@@ -137,19 +137,13 @@ def scan(path: Path) -> VideoInfo:
         first = next(decoded, None)
         if first is None:
             raise ValueError(f"{path}: none of its {len(pts)} frames can be decoded: damaged or encrypted")
-        early = [first, *(islice(decoded, 3) if first.interlaced_frame else ())]  # a packet may be a field, not a frame
         in_order = all(a < b for a, b in pairwise(dts))
-        if in_order and _tell_the_order(pts, [frame.pts for frame in early], video.decoder):
-            pts.sort()
-        else:
-            pts = [*(frame.pts for frame in early), *(frame.pts for frame in decoded)]
-        time_base = video.stream.time_base
-        if not _are_distinct(pts):
-            times = np.arange(len(pts)) / float(video.stream.average_rate or 25)
-        elif in_order or pts == sorted(pts):  # frames in another order than their time stamps have the same times
+        pts = _shown(pts, in_order, first, decoded, video.decoder)
+        sound = _are_distinct(pts) and (in_order or pts == sorted(pts))  # else there are none, or they start anew
+        if sound:  # frames in another order than their time stamps have the same times
             shown = sorted(pts)
-            times = np.array([float((one - shown[0]) * time_base) for one in shown])
-        else:  # time stamps that start anew
+            times = np.array([float((one - shown[0]) * video.stream.time_base) for one in shown])
+        else:
             times = np.arange(len(pts)) / float(video.stream.average_rate or 25)
         orientation = _orientation(first, path)
         aspect = Fraction(video.stream.sample_aspect_ratio or 1)
@@ -165,7 +159,7 @@ def scan(path: Path) -> VideoInfo:
             is_best=video.stream == video.container.streams.best("video"),
             notes=_notes(first),
             timestamps=times,
-            pts=pts if _are_distinct(pts) and pts == sorted(pts) else None,
+            pts=pts if sound and pts == sorted(pts) else None,
             keys=[pts for pts, _ in keys],
             key_sizes=[size for _, size in keys],
         )
@@ -271,16 +265,37 @@ def _are_distinct(pts: list[int | None]) -> bool:
     return None not in pts and len(set(pts)) == len(pts)
 
 
-def _tell_the_order(pts: list[int | None], early: list[int | None], decoder: av.VideoCodecContext) -> bool:
-    """Whether the packets' time stamps, sorted, are the frames in the order of showing. `early`: the first decoded."""
-    if decoder.name in HIDDEN_FRAMES or not _are_distinct(pts):
-        return False
-    shown = sorted(pts)
-    # Where packets are in the order of their time stamps, none of them is shown later than the next. A decoder that
-    # holds frames back says otherwise: time stamps follow the order of decoding, as in every AVI.
-    if shown == pts and decoder.codec.reorder and decoder.has_b_frames:
-        return False
-    return early == shown[: len(early)]
+def _shown(
+    pts: list[int | None],
+    in_order: bool,
+    first: av.VideoFrame,
+    decoded: Iterator[av.VideoFrame],
+    decoder: av.VideoCodecContext,
+) -> list[int | None]:
+    """Time stamps of the frames in the order of showing: those of the packets, sorted, where they can be believed.
+
+    Else all frames are decoded. `first` and `decoded` are the frames; `in_order`: packets are in the order of decoding.
+    """
+    expected, enough = None, 1
+    if in_order and _are_distinct(pts) and decoder.name not in HIDDEN_FRAMES:
+        expected = sorted(pts)
+        if first.interlaced_frame:
+            enough = 4  # a packet may be a field, not a frame
+        # Where packets are in the order of their time stamps, none of them is shown later than the next. A decoder that
+        # holds frames back says otherwise: time stamps follow the order of decoding, as in every AVI.
+        if expected == pts and decoder.codec.reorder and decoder.has_b_frames:
+            enough = len(pts)
+    shown: list[int | None] = []
+    try:
+        for frame in chain([first], decoded):
+            shown.append(frame.pts)
+            if expected is not None and len(shown) == min(enough, len(pts)) and shown == expected[: len(shown)]:
+                return expected
+    except av.FFmpegError:
+        if expected is None or shown != expected[: len(shown)]:
+            raise
+        return expected  # damaged further on, which is said where it is read
+    return shown
 
 
 def _orientation(frame: av.VideoFrame, path: Path) -> Orientation:

@@ -27,7 +27,7 @@ def absence_told() -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
             raise
-        reason = said.getvalue().strip() or f"{type(error).__name__}: {error}"
+        reason = said.getvalue().strip().removeprefix(f"[rank {rank}] ") or f"{type(error).__name__}: {error}"
         from mm_parallel.guard.join import tell_absence  # torch, only now
 
         heard = tell_absence(reason, 5)

@@ -4,7 +4,7 @@
     betas: tuple[Annotated[float, ">= 0", "< 1"], Annotated[float, ">= 0", "< 1"]] = (0.9, 0.999)
     fps: Annotated[float, "> 0"] | None = None
 
-A limit is an operator and a number. NaN and infinity are outside of all limits.
+A limit is an operator and a number. NaN, infinity and whole numbers of more than 64 bits are outside of all limits.
 
 A value comes as text (of a flag, or of the environment) or as data (of TOML, JSON or Python).
 Text for text is taken as it was typed. Of a field that may be None, the word `null` is None, and nothing else is.
@@ -126,6 +126,7 @@ def _or_refuse(name: str, value: Any, hint: Any) -> Any:
         plain = isinstance(value, _Text) and re.fullmatch(r"[\w.+/-]{1,80}", value)
         example = ' (a list is written ["a", "b"] or [1, 2])' if any(map(_is_list, kinds_of(hint))) else ""
         example += ' (a table is written {"name": 1})' if any(map(_is_table, kinds_of(hint))) else ""
+        example += " (a whole number has 64 bits at most)" if re.fullmatch(r"[+-]?[0-9_]{19,}", str(value)) else ""
         shown = value if plain else _SHORT.repr(value)
         raise ValueError(f"{name} is {shown}; it takes {describe(hint)}{example}") from None
 
@@ -209,7 +210,9 @@ def _number(value: Any, number: type, limits: Sequence[Limit]) -> int | float:
         found = number(value)
     except OverflowError:
         raise _Unfit from None
-    if (number is float and not math.isfinite(found)) or not all(limit.allows(found) for limit in limits):
+    if (not math.isfinite(found) if number is float else not -(2**63) <= found < 2**63) or not all(
+        limit.allows(found) for limit in limits
+    ):
         raise _Unfit
     return found
 

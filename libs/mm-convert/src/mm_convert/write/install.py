@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mm_convert.files import parse_json, read_text
+from mm_convert.files import read_json
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _MOVING = "moving.json"
@@ -39,7 +39,7 @@ def write_hidden(into: Path, name: str, moves: Sequence[str], stale: str = "") -
     try:
         (hidden / "new").mkdir()
         yield hidden / "new"
-        replace_file(hidden / _MOVING, json.dumps(list(moves)))
+        replace_file(hidden / _MOVING, json.dumps({"moves": list(moves)}))
         if stale:
             (into / stale).unlink(missing_ok=True)
         for move in moves:
@@ -82,10 +82,9 @@ def _move(hidden: Path, place: Path) -> None:
 def _finish(hidden: Path, into: Path) -> list[str]:
     """Move what has not moved yet, if anything was to move, and remove the folder."""
     journal = hidden / _MOVING
-    moves = parse_json(read_text(journal)) if journal.is_file() else []
-    moves = [
-        move for move in moves if isinstance(move, str) and Path(move).name == move
-    ]  # a folder that was handed on may hold anything
+    said = read_json(journal).get("moves", []) if journal.is_file() else []
+    # A folder that was handed on may hold anything.
+    moves = [move for move in said if isinstance(move, str) and Path(move).name == move]
     for move in moves:
         new, place = hidden / "new" / move, into / move
         # A full folder in the place is the new one already, or the old one, whole: either may stay.
