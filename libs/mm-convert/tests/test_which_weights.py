@@ -125,6 +125,12 @@ def test_what_else_a_dictionary_holds_is_said(wan, tmp_path):
     assert set(open_checkpoint(tmp_path / "a.pt", part="ema")) == set(wan)
 
 
+def test_what_a_file_without_a_known_model_holds_is_said(wan, tmp_path):
+    write_torch_file(tmp_path / "model.pt", {"params": wan, "step": 3}, lambda done: None)
+    with pytest.raises(ValueError, match=r"holds no tensors under names.*; it holds params, step"):
+        open_checkpoint(tmp_path / "model.pt")
+
+
 def test_an_all_in_one_file_of_comfyui(wan, tmp_path):
     bundle = {f"model.diffusion_model.{name}": tensor for name, tensor in wan.items()}
     beside = {"vae.decoder.conv1.weight": filled((2, 2), 1), "text_encoders.umt5xxl.shared.weight": filled((2, 2), 1)}
