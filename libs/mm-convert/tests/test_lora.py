@@ -271,6 +271,13 @@ def test_a_header_that_contradicts_itself_or_is_not_understood(metadata: dict[st
         read(tensors_of("comfyui"), metadata)
 
 
+@pytest.mark.parametrize("other", ["text_encoder", "text_encoder_2", "transformer_2"])
+def test_what_a_header_says_of_another_model_is_not_taken(other: str) -> None:
+    said = {"lora_adapter_metadata": json.dumps({f"{other}.r": RANK, f"{other}.lora_alpha": 8})}
+    with pytest.raises(ValueError, match="does not say its alpha"):
+        read(tensors_of("diffusers"), said)
+
+
 def test_an_alpha_tensor_is_asked_before_the_record_of_a_training() -> None:
     tensors = tensors_of("kohya") | {f"lora_unet_{OURS[0].replace('.', '_')}.alpha": scalar(2)}
     adapter = read(tensors, {"ss_network_alpha": "16", "ss_network_dim": "4"})
@@ -810,7 +817,7 @@ def test_damaged_and_contradictory_files(tmp_path: Path) -> None:
 
 
 def test_a_model_is_no_adapter(toys: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no LoRA adapter, but a whole model"):
+    with pytest.raises(ValueError, match="holds no LoRA adapter: no tensor in it has the name of a factor"):
         open_lora(toys.diffusers(tmp_path / "model"))
 
 

@@ -36,7 +36,7 @@ def open_lora(path: str | Path, *, alpha: float | None = None, rank: int | None 
     """
     adapter = find_lora(path, alpha=alpha, rank=rank, family=family)
     if adapter is None:
-        raise ValueError(f"{path} holds no LoRA adapter, but a whole model")
+        raise ValueError(f"{path} holds no LoRA adapter: no tensor in it has the name of a factor (….lora_A.weight)")
     return adapter
 
 

@@ -36,6 +36,7 @@ _RANK = re.compile(r"(ss)?((lora|network|adapter)?(r|rank)|(lora|network|adapter
 _ALPHA = re.compile(r"(ss)?(lora|network|adapter|linear)?alpha")
 _MAYBE = re.compile(r"alpha|lora.*scal|^scal(e|ing)$", re.IGNORECASE)  # what may be said in yet other words
 _TABLES = re.compile(r"lora|adapter|peft|network|transformer", re.IGNORECASE)  # JSON objects of a header
+_MODELS = ("transformer.", "transformer_2.")  # of diffusers, which says of each model alone what it is
 _PICTURES = ("workflow", "prompt")  # of ComfyUI: whole graphs, in which other things have an alpha
 _OPEN = ("", "none", "null", "dynamic")  # what trainers write where there is no one value
 _UNPACK = {"F16": "<e", "F32": "<f", "F64": "<d", "I32": "<i", "I64": "<q"}
@@ -173,7 +174,8 @@ def _of_prefix(settings: Mapping[str, Any], prefix: str, place: str) -> dict[str
     """
     words = [(key.removeprefix(prefix), key) for key in settings if prefix and key.startswith(prefix)]
     if not any(_word(short) for short, _ in words):
-        words = [(_last(key), key) for key in settings]
+        others = [other for other in _MODELS if other != prefix] if prefix in _MODELS else []
+        words = [(_last(key), key) for key in settings if not key.startswith(("text_encoder", *others))]
     found: dict[str, str] = {}
     for short, key in words:
         word = _word(short)
