@@ -180,6 +180,17 @@ def test_scaled_fp8_is_named(name, toys, tmp_path):
         open_checkpoint(save(tmp_path / "a.safetensors", tensors))
 
 
+@pytest.mark.parametrize("dtype", ["I8", "U8"])
+def test_whole_numbers_are_no_weights(dtype, toys, tmp_path):
+    source = toys.diffusers(tmp_path / "model")
+    tensors = tensors_of(source)
+    name = "blocks.1.attn1.to_q.weight"
+    tensors[name] = filled(tensors[name].shape, 1, dtype, 1)
+    whole = save(tmp_path / "whole.safetensors", tensors)
+    with pytest.raises(ValueError, match=f"is quantised: {name} is {dtype}, as are 0 more, and nothing says of what"):
+        open_checkpoint(whole)
+
+
 def test_gguf_is_named(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match="is a GGUF file, of quantised weights"):
