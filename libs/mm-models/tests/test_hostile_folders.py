@@ -69,6 +69,14 @@ def cut(name: str, at: int) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:at])
 
 
+def directory(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+
+    return change
+
+
 def pipe(name: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
@@ -163,6 +171,7 @@ CONFIGS = {  # of every part with weights
     "deep": (holds("config.json", DEEP), "is nested more than 32 deep"),
     "large": (holds("config.json", '{"a": [' + "[]," * 500_000 + "[]]}"), r"has 1,500,\d+ bytes"),
     "pipe": (pipe("config.json"), "is no regular file"),
+    "folder": (directory("config.json"), r"config\.json is a directory, not a file"),
     "link": (links_out("config.json"), "is a link to .*outside its folder"),
     "auto_map": (says(auto_map={"AutoModel": "own.Own"}), "names code of its own"),
     "quantised": (says(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), "is quantised"),
@@ -192,7 +201,7 @@ OTHERS = {
     ("text_encoder", "header of no JSON"): (holds(TEXT, b"\x04" + b"\0" * 7 + b"[[[["), "is no complete safetensors"),
     ("text_encoder", "pipe"): (pipe(TEXT), "is no regular file"),
     ("text_encoder", "link"): (links_out(TEXT), "is a link to .*outside its folder"),
-    ("text_encoder", "folder"): (both(lacks(TEXT), lambda folder: (folder / TEXT).mkdir()), "no complete safetensors"),
+    ("text_encoder", "folder"): (directory(TEXT), r"model\.safetensors is a directory, not a file"),
     ("text_encoder", "index without"): (sharded(**{"shared.weight": ""}), "does not fit its files"),
     ("text_encoder", "index with more"): (sharded(**{"x.weight": "model-1.safetensors"}), "has no such tensor"),
     ("text_encoder", "index elsewhere"): (

@@ -116,6 +116,9 @@ def check_files(folder: Path) -> None:
     Links may lead into the folder, or to the blobs of the hub's cache. The folder itself may be a link.
     """
     real_folder = folder.resolve()
+    for place in (Path(path) / name for path, names, _ in os.walk(folder) for name in names):
+        if place.suffix in (".json", ".safetensors", ".bin"):
+            raise ValueError(f"{place} is a directory, not a file: {_LET}")
     for file in (Path(path) / name for path, _, names in os.walk(folder) for name in names):
         real = file.resolve()
         in_cache = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
@@ -151,6 +154,8 @@ def read_json(file: Path) -> dict[str, Any]:
             raise RecursionError
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist: {_LET}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{file} is a directory, not a file: {_LET}") from None
     except RecursionError:
         raise ValueError(f"{file} is nested more than {_DEEPEST} deep: {_LET}") from None
     except ValueError as error:
