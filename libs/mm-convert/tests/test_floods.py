@@ -238,6 +238,13 @@ def test_a_header_of_another_form_is_said_in_our_words(raw, tmp_path):
         read_file(path)
 
 
+def test_more_tensors_than_any_model_has_are_refused(tmp_path):
+    table = {f"{'module.' * 120}x{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(20_001)}
+    path = header(tmp_path / "model.safetensors", json.dumps(table).encode())
+    with within(10), pytest.raises(ValueError, match="holds 20,001 tensors, more than any model here"):
+        open_checkpoint(path)
+
+
 PATTERNS = {
     "choices": [".*" * 12 + "X"],
     "lazy choices": ["a?" * 30 + "a" * 30],
