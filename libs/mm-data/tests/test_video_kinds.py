@@ -311,6 +311,14 @@ def test_pictures_in_boxes_are_no_videos(tmp_path, number):
         probe(tmp_path / "a.avif")
 
 
+@pytest.mark.parametrize("kind", ["ico", "pdf"])
+def test_a_picture_in_a_format_that_is_not_called_so_is_no_video(tmp_path, kind):
+    """FFmpeg finds the JPEG in the pages of a PDF."""
+    Image.fromarray(barcode(1)).save(tmp_path / "a.mp4", format=kind)
+    with pytest.raises(ValueError, match=r"a.mp4 is a picture, not a video"):
+        probe(tmp_path / "a.mp4")
+
+
 def write_yuv(path: Path, yuv: tuple[int, int, int], matrix: int, full: bool, transfer: int = 1, bits: int = 8) -> Path:
     """One colour, lossless, tagged by the codes of H.273. The numbers are those of 8 bits."""
     pixels, size = {8: ("yuv444p", 1), 10: ("yuv444p10le", 2)}[bits]

@@ -23,6 +23,9 @@ HIDDEN_FRAMES = {"vp8", "libvpx"}
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # Formats, and codecs, of one picture or several. Frames build on earlier ones, whatever packets say of key frames.
 ANIMATIONS = {"gif", "apng"}
+# Formats, too, that hold a picture where they hold one frame alone. A PDF with a JPEG in it is read as MJPEG.
+PERHAPS_PICTURES = {*ANIMATIONS, "mjpeg"}
+PICTURES = {"ico"}  # beside those that FFmpeg calls png_pipe, and so on
 # Brands of HEIF: pictures in boxes like those of mp4, whose alpha and tiles FFmpeg takes for videos.
 HEIF = {"avif", "avis", "heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1"}
 HDR = {16: "HDR (PQ)", 18: "HDR (HLG)"}  # transfer characteristics of ITU-T H.273
@@ -127,7 +130,7 @@ def scan(path: Path) -> VideoInfo:
                 keys.append((packet.pts, packet.size))
         if not pts:
             raise ValueError(f"{path} holds no frames, though its header promises {video.stream.frames}")
-        if video.container.format.name in ANIMATIONS and len(pts) == 1:
+        if video.container.format.name in PERHAPS_PICTURES and len(pts) == 1:
             _refuse_picture(path)
         if video.decoder.name in ANIMATIONS:
             keys.clear()
@@ -353,7 +356,9 @@ def _open(path: Path) -> Iterator[Opened]:
     try:
         with open_container(path) as container:
             kind = container.format.name
-            if kind.endswith("_pipe") or container.metadata.get("major_brand") in HEIF:  # readers of single pictures
+            if (
+                kind.endswith("_pipe") or kind in PICTURES or container.metadata.get("major_brand") in HEIF
+            ):  # readers of single pictures
                 _refuse_picture(path)
             stream = _main_stream(container, path)
             decoder = stream.codec_context
