@@ -113,6 +113,24 @@ def test_an_order_that_changes_in_the_middle(tmp_path):
     assert [read_barcode(frame) for frame in read_video(info, range(50, 70)).frames] == plain[50:70]
 
 
+def test_a_stream_that_begins_in_the_middle(tmp_path):
+    """As in a broadcast, after more bytes than FFmpeg looks at before it says what there is."""
+    pieces = []
+    for number, pid in enumerate(("256", "512")):
+        with av.open(str(tmp_path / "piece.ts"), "w", options={"mpegts_start_pid": pid}) as container:
+            stream = container.add_stream("mpeg2video", rate=25, options={"bf": "0"})
+            stream.height, stream.width, stream.pix_fmt = 48, 80, "yuv420p"
+            for n in range(20):
+                frame = av.VideoFrame.from_ndarray(barcode(20 * number + n), format="rgb24")
+                frame.pts, frame.time_base = 20 * number + n, Fraction(1, 25)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        pieces.append((tmp_path / "piece.ts").read_bytes())
+    padding = b"\x47\x1f\xff\x10" + b"\xff" * 184
+    (tmp_path / "a.ts").write_bytes(pieces[0] + padding * 40_000 + pieces[1])
+    assert [read_barcode(frame) for frame in read_video(tmp_path / "a.ts").frames] == list(range(20))
+
+
 def test_time_stamps_that_start_anew(tmp_path):
     """Two streams joined as bytes: sorted by time stamps the second half would come between the first."""
     frames = [barcode(n) for n in range(20)]

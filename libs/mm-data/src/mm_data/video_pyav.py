@@ -83,7 +83,14 @@ class Opened(NamedTuple):
 
     def packets(self) -> Iterator[av.Packet]:
         """All from here on; the last one is empty, and has the decoder give what it still holds."""
-        yield from self.container.demux(self.stream)  # closed when it is left, or PyAV 18 loses 280 bytes each time
+        ended = False
+        try:
+            for packet in self.container.demux(self.stream):  # gone when it is left, or PyAV 18 loses 280 bytes
+                ended = not packet.size
+                yield packet
+        except IndexError:  # PyAV stumbles over streams that begin in the middle, as in broadcasts; after ours, at best
+            if not ended:
+                raise av.InvalidDataError(0, "another stream begins in its middle") from None
 
     def decode(self) -> Iterator[av.VideoFrame]:
         """The frames from here on, in the order of showing."""
