@@ -374,6 +374,13 @@ def test_what_is_lost_is_said(tmp_path):
     assert probe(write_yuv(tmp_path / "sdr.mp4", (120, 128, 128), 1, False)).notes == ()
     assert probe(write_yuv(tmp_path / "pq.mp4", (120, 128, 128), 9, False, 16, bits=10)).notes == ("HDR (PQ)",)
     assert probe(write_yuv(tmp_path / "hlg.mp4", (120, 128, 128), 9, False, 18, bits=10)).notes == ("HDR (HLG)",)
+    with av.open(str(tmp_path / "container.mov"), "w") as container:  # its frames do not say
+        stream = container.add_stream("prores_ks", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 48, 80, "yuv422p10le"
+        stream.codec_context.color_trc = 18
+        frame = av.VideoFrame.from_ndarray(barcode(1), format="rgb24").reformat(format="yuv422p10le")
+        container.mux([*stream.encode(frame), *stream.encode()])
+    assert probe(tmp_path / "container.mov").notes == ("HDR (HLG)",)
     path = write_clip(tmp_path / "a.mp4", 9, options={"x264-params": "tff=1"})
     assert probe(path).notes == ("interlaced",)
     check_order(path, list(range(9)))

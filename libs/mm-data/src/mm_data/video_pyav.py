@@ -28,6 +28,7 @@ PERHAPS_PICTURES = {*ANIMATIONS, "mjpeg"}
 PICTURES = {"ico"}  # beside those that FFmpeg calls png_pipe, and so on
 # Brands of HEIF: pictures in boxes like those of mp4, whose alpha and tiles FFmpeg takes for videos.
 HEIF = {"avif", "avis", "heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1"}
+UNSAID = 2
 HDR = {16: "HDR (PQ)", 18: "HDR (HLG)"}  # transfer characteristics of ITU-T H.273
 
 
@@ -143,7 +144,10 @@ def scan(path: Path) -> VideoInfo:
             keys.clear()
     keys.sort()
     with _open(path) as video:
-        decoded = video.decode()
+        decoded, transfer = (
+            video.decode(),
+            video.stream.codec_context.color_trc,
+        )  # of the container; decoding forgets it
         first = next(decoded, None)
         if first is None:
             raise ValueError(f"{path}: none of its {len(pts)} frames can be decoded: damaged or encrypted")
@@ -167,7 +171,7 @@ def scan(path: Path) -> VideoInfo:
             orientation=orientation,
             has_alpha=_has_alpha(first),
             is_best=video.stream == video.container.streams.best("video"),
-            notes=_notes(first),
+            notes=_notes(first, transfer),
             timestamps=times,
             pts=pts if sound and pts == sorted(pts) else None,
             keys=[pts for pts, _ in keys],
@@ -328,8 +332,10 @@ def _has_alpha(frame: av.VideoFrame) -> bool:
     return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
 
 
-def _notes(frame: av.VideoFrame) -> tuple[str, ...]:
-    notes = [HDR[frame.color_trc]] if frame.color_trc in HDR else []
+def _notes(frame: av.VideoFrame, transfer: int) -> tuple[str, ...]:
+    """`transfer`: the characteristics that the container says, which count where the frame says none."""
+    transfer = transfer if frame.color_trc == UNSAID else frame.color_trc
+    notes = [HDR[transfer]] if transfer in HDR else []
     if any(data.type.name.startswith("DOVI") for data in frame.side_data):
         notes.append("Dolby Vision")
     if frame.interlaced_frame:
