@@ -377,7 +377,8 @@ def test_what_is_lost_is_said(tmp_path):
     with av.open(str(tmp_path / "container.mov"), "w") as container:  # its frames do not say
         stream = container.add_stream("prores_ks", rate=8)
         stream.height, stream.width, stream.pix_fmt = 48, 80, "yuv422p10le"
-        stream.codec_context.color_trc = 18
+        context = stream.codec_context
+        context.color_primaries, context.color_trc, context.colorspace = 9, 18, 9
         frame = av.VideoFrame.from_ndarray(barcode(1), format="rgb24").reformat(format="yuv422p10le")
         container.mux([*stream.encode(frame), *stream.encode()])
     assert probe(tmp_path / "container.mov").notes == ("HDR (HLG)",)
