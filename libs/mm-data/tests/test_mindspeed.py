@@ -123,7 +123,7 @@ def test_what_changes_while_it_is_read_and_odd_lines_are_one_line(tmp_path):
         ({"video": torch.zeros(16, 3, 4, 6).to_sparse()}, "video is a tensor of torch.sparse_coo"),
         ({"prompt_ids": "x"}, "prompt_ids is a str"),
         ({"prompt_ids": torch.zeros(4, 512, 8)}, "prompt_ids has the shape"),
-        ({"prompt_ids": [torch.zeros(512, 8)] * 2, "prompt_mask": [torch.ones(512)]}, r"2 texts .* and 1 masks"),
+        ({"prompt_ids": [torch.zeros(512, 8)] * 2, "prompt_mask": [torch.ones(512)]}, r"2 texts .* but 1 masks"),
         ({"prompt_mask": {}}, "prompt_mask is a dict"),
         ({"vace_context": torch.zeros(())}, "vace_context has the shape"),
         ({"text.0": torch.zeros(3, 8)}, "holds a tensor 'text.0', a name that has another meaning"),

@@ -166,13 +166,14 @@ def _read_index(path: Path) -> tuple[list[ShardRecord], ShardRecord | None]:
         raise ValueError(f"{index} lists no samples: {path / 'failures.jsonl'} says why each failed")
     if twice := [name for name, count in Counter(record.id for record in records).items() if count > 1]:
         raise ValueError(
-            f"{index} lists {len(twice)} samples twice, e.g. {shorten(twice[0])}: the same extraction again writes this "
-            "file anew"
+            f"{index} lists {len(twice)} samples twice, e.g. {shorten(twice[0])}: the same extraction again writes "
+            "this file anew"
         )
     empty = header.get("empty_text")
     if empty is None:
         return records, None
-    return records, _record(path, empty | {"id": ""} if isinstance(empty, dict) else empty, shards, f"{index}, line 1", "text.0")
+    empty = empty | {"id": ""} if isinstance(empty, dict) else empty
+    return records, _record(path, empty, shards, f"{index}, line 1", "text.0")
 
 
 def _record(path: Path, line: Any, shards: Shards, where: str, needed: str = "latents") -> ShardRecord:

@@ -21,9 +21,12 @@ def is_picture(path: str | Path) -> bool:
     """Whether a file is a picture, not a video: by its name, or where that does not say, by how it begins."""
     if Path(path).suffix.lower() in SUFFIXES:
         return True
-    with contextlib.suppress(Exception), open_file(path) as file:  # see `_read`
-        with Image.open(file, formats=_known(MARKED)) as picture:
-            return picture.format == "MPO" or getattr(picture, "n_frames", 1) == 1
+    with (
+        contextlib.suppress(Exception),  # see `_read`
+        open_file(path) as file,
+        Image.open(file, formats=_known(MARKED)) as picture,
+    ):
+        return picture.format == "MPO" or getattr(picture, "n_frames", 1) == 1
     return False
 
 

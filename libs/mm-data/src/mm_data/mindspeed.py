@@ -100,7 +100,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     masks = found.get("prompt_mask")
     masks = masks if isinstance(masks, list | tuple) else [masks] * len(texts)
     if len(masks) != len(texts):
-        raise ValueError(f"{file} holds {len(texts)} texts ({text}) and {len(masks)} masks (prompt_mask): extract again")
+        raise ValueError(f"{file}: {len(texts)} texts ({text}), but {len(masks)} masks (prompt_mask): extract again")
     return {
         **_conditions(found, video.shape[0], file),
         "latents": video,
