@@ -61,7 +61,8 @@ class Filled(Mapping):
 def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = False) -> Path:
     """Write the weights of `checkpoint` to the directory `output` and return it."""
     if not checkpoint.is_dir():
-        raise ValueError(f"{checkpoint} does not exist: name a run, or one of its checkpoints/step-…")
+        what = "is not a directory" if checkpoint.exists() else "does not exist"
+        raise ValueError(f"{checkpoint} {what}: name a run, or one of its checkpoints/step-…")
     if experts := [name for name in ("high", "low") if (checkpoint / name / "checkpoints").is_dir()]:
         raise ValueError(
             f"{checkpoint} holds runs of experts: name {' or '.join(str(checkpoint / n) for n in experts)}"

@@ -22,8 +22,8 @@ def read_tables(path: Path) -> dict[str, Any]:
     """The tables of a file. ValueError, with its name, for one that cannot be read, or is neither TOML nor YAML."""
     try:
         text = read_text(path, _MAX_FILE)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
     try:
         return parse_toml(text)
     except TooDeep as error:
