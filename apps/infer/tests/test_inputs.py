@@ -201,6 +201,10 @@ def test_lists_go_line_by_line(tmp_path):
         read_requests(config(tmp_path, prompt_file=prompts, image_file=tmp_path / "images.txt"))
     with pytest.raises(ValueError, match="either --image or --image_file"):
         config(tmp_path, prompt="a cat", image=Path("a.png"), image_file=tmp_path / "images.txt")
+    (tmp_path / "both.txt").write_text(" , \n")
+    for name in ("image_file", "references_file"):
+        with pytest.raises(ValueError, match="',' names no file"):
+            read_requests(config(tmp_path, prompt="a cat", **{name: tmp_path / "both.txt"}))
     (tmp_path / "both.txt").write_text("a.png, b.png, c.png\n")
     with pytest.raises(ValueError, match="one image, or the first and the last"):
         read_requests(config(tmp_path, prompt="a cat", image_file=tmp_path / "both.txt"))
