@@ -280,6 +280,14 @@ def test_a_lora_of_another_model_is_refused(asked, tmp_path, capsys):
     refused(asked, capsys, "lora")
 
 
+def test_an_adapter_for_low_noise_is_not_taken_for_both_experts(tiny, tmp_path):
+    a, b = torch.ones(2, 40), torch.ones(40, 2)
+    names = (f"transformer_2.blocks.0.attn1.to_q.lora_{part}.weight" for part in "AB")
+    save_file(dict(zip(names, (a, b), strict=True)), tmp_path / "low.safetensors")
+    with pytest.raises(ValueError, match="is for the expert for low noise, as its names say"):
+        Weights(tiny("a14b"), lora=tmp_path / "low.safetensors")
+
+
 def test_the_alpha_of_a_lora_that_says_none(asked, tmp_path, capsys):
     sizes = {"dim": 40, "num_heads": 2, "ffn_dim": 48, "num_layers": 3, "text_dim": 32}
     model = add_lora(build("wan-tiny", **sizes), LoRAConfig(rank=2))

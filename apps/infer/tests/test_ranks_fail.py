@@ -51,11 +51,24 @@ def test_ranks_that_see_other_contents_are_named(pipeline, tmp_path, what):
     argv += ["--height", "16", "--width", "16", "--frames", "5", "--steps", "3", "--parallel.guidance", "2"]
     messages = {
         "prompts.txt": "what is asked for differs between ranks: video 0 is ",
-        "video.mp4": "what is made differs",
+        "video.mp4": "what is made differs between ranks: video of video_0.mp4 is ",
     }
     for end in launch(2, from_own_disk, argv, tmp_path, within=20):
         assert end.code in (1, 2)
         assert messages.get(what, "what is read differs between ranks: --") in end.said
+
+
+def test_ranks_that_read_another_boundary_are_named_though_they_make_other_videos(tiny, tmp_path):
+    for rank in (0, 1):
+        shutil.copytree(tiny("a14b"), tmp_path / str(rank) / "W")
+        (tmp_path / str(rank) / "prompts.txt").write_text("a cat\na dog\n")
+    index = tmp_path / "1" / "W" / "model_index.json"
+    index.write_text(index.read_text().replace("0.875", "0.5"))
+    argv = ["--weights", "W", "--prompt_file", "prompts.txt", "--output", str(tmp_path / "out")]
+    argv += ["--height", "16", "--width", "16", "--frames", "5", "--steps", "3"]
+    for end in launch(2, from_own_disk, argv, tmp_path, within=20):
+        assert end.code in (1, 2)
+        assert "the boundary of --weights is 0.875 on rank 0, 0.5 on rank 1" in end.said
 
 
 @pytest.fixture

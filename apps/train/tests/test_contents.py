@@ -14,6 +14,7 @@ import mm_train.extract as extracting
 from mm_models.wan.testing import write_encoders
 from mm_parallel.guard import join
 from mm_parallel.testing import launch
+from mm_train.export import export
 from mm_train.train import train
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -64,6 +65,15 @@ def test_weights_that_are_not_read_again_may_go(base, tmp_path):
     train(config(features, tmp_path / "run", "--weights", str(weights), "--steps", "1"))
     change(weights)
     train(config(features, tmp_path / "run", "--weights", str(weights), "--steps", "2"))
+
+
+def test_what_was_not_trained_is_not_exported_from_another_base(base, tmp_path):
+    features, weights = write_features(tmp_path / "features"), shutil.copytree(base, tmp_path / "weights")
+    train(config(features, tmp_path / "run", "--weights", str(weights), "--trained", '["head.*"]', "--steps", "1"))
+    name = change(weights)
+    with pytest.raises(ValueError, match=rf"other contents of --weights .*{name} was .*: put the old files back"):
+        export(tmp_path / "run", tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
 
 
 def from_own_disk(rank: int, main: object, argv: list[str], disks: Path) -> None:

@@ -1,5 +1,6 @@
 """A training checkpoint that was handed around: what is pickled in it is read, and never run."""
 
+import json
 import pickle
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from mm_train.export import export
 from mm_train.train import train
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import config, write_features
+from runs import config, rows, write_features
 
 
 class Code:
@@ -107,3 +108,43 @@ def test_a_number_in_place_of_a_weight_is_refused(run, features):
     poison(checkpoint, weight, 1.0)
     with pytest.raises(ValueError, match=r"cannot be read .*should be a tensor, but there lies float"):
         train(config(features, run, "--steps", "2"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"step": "x"},
+        {"step": None},
+        {"step": 1.5},
+        {"step": -5},
+        {"cursor": "x"},
+        {"cursor": -3},
+        {"dataset": [1]},
+        {"contents": [1]},
+        {"contents": {"weights": 3}},
+        {"contents": {"data.features": {"a": 1}}},
+        {"more": 1},
+    ],
+)
+def test_a_progress_that_no_run_has_written_is_one_clear_line(said, run, features):
+    path = run / "checkpoints/step-00000001/progress.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    with pytest.raises(ValueError, match=rf"progress\.json says {next(iter(said))} .*: it is not that of a run"):
+        train(config(features, run, "--steps", "2"))
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"progress\.json does not say step, cursor, dataset"):
+        train(config(features, run, "--steps", "2"))
+
+
+@pytest.mark.parametrize("name", ["../../other/checkpoints/step-00000001", "", "..", "/tmp", "a\0/b"])
+def test_the_newest_checkpoint_lies_beside_its_name(name, run, features):
+    (run / "checkpoints/latest").write_text(name)
+    with pytest.raises(ValueError, match="which is no checkpoint beside it: write step-… into it"):
+        train(config(features, run, "--steps", "2"))
+
+
+def test_lines_of_metrics_that_no_run_has_written_are_dropped(run, features):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('[]\n3\n{}\n{"step": "x"}\n' + "[" * 100_000 + "\n")
+    train(config(features, run, "--steps", "2"))
+    assert [row["step"] for row in rows(run)] == [1, 2]

@@ -17,6 +17,7 @@ from mm_convert import convert, open_checkpoint, open_experts, open_file, open_l
 from mm_convert.cli import main
 from mm_convert.files import MAX_DEPTH, parse_json
 from mm_convert.lora.names import FILES
+from mm_convert.lora.strength import _read_patterns
 from mm_convert.store.dcp import Index
 from mm_convert.store.records import RecordWriter
 from mm_convert.store.safetensors import read_file
@@ -226,6 +227,50 @@ def test_an_unknown_dtype_is_refused(dtype, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(4))
     with pytest.raises(ValueError, match=f"a is of dtype '{dtype}', which is none of BOOL, U8"):
         read_file(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "raw", [b"[1]", b"1", b'{"a": 1}', b'{"a": {"dtype": "U8", "shape": {}, "data_offsets": [0, 1]}}']
+)
+def test_a_header_of_another_form_is_said_in_our_words(raw, tmp_path):
+    path = header(tmp_path / "model.safetensors", raw)
+    with pytest.raises(ValueError, match=r"header: (it is .*, not an object|a is .*, not a dtype, a shape and two)"):
+        read_file(path)
+
+
+PATTERNS = {
+    "choices": [".*" * 12 + "X"],
+    "lazy choices": ["a?" * 30 + "a" * 30],
+    "groups of groups": ["(.*)*(.*)*X"],
+    "alternatives": ["(k|k)" * 40 + "X"],
+    "parentheses": ["(" * 5000 + "a" + ")" * 5000],
+    "many": [f"^x{i}.{'y' * 200}" for i in range(20_000)],
+    "many choices": [f".*.*x{i}" for i in range(100)],
+    "a repetition too large": ["a{99999999999}"],
+}
+
+
+@pytest.mark.parametrize("case", PATTERNS)
+def test_patterns_that_take_long_to_match_are_refused(case, tmp_path):
+    factors = {f"base_model.model.blocks.{i}.attn1.to_q.lora_{part}.weight": [4, 4] for i in range(40) for part in "AB"}
+    table, position = {}, 0
+    for name, shape in factors.items():
+        table[name] = {"dtype": "U8", "shape": shape, "data_offsets": [position, position + 16]}
+        position += 16
+    raw = json.dumps(table).encode()
+    (tmp_path / "adapter_model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(position))
+    config = {"r": 4, "lora_alpha": 4, "rank_pattern": dict.fromkeys(PATTERNS[case], 4)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with within(10), pytest.raises(ValueError, match="has a rank_pattern that is not read") as error:
+        open_lora(tmp_path)
+    assert len(str(error.value)) < 1_000
+
+
+@pytest.mark.parametrize(
+    "pattern", [r".*\.attn1\.to_(q|k)", r"blocks\.[0-9]\.attn1", "^blocks.0.attn1.to_q", r"blocks\.\d+\.(a|b).*"]
+)
+def test_usual_patterns_are_read(pattern):
+    assert _read_patterns("rank_pattern", {"rank_pattern": {pattern: 4}}, "here")
 
 
 TOML = ["a = " + nested(1000), "a" + ".a" * 50_000 + " = 1", "[" + "'a' . " * 50_000 + "a]", 'a = "' + "a." * 99 + '"']

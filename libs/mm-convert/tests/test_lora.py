@@ -4,6 +4,7 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def test_peft_patterns_and_rslora() -> None:
     adapter = read(tensors_of("peft"), config=config)
     assert [module.alpha for module in adapter.modules.values()] == [2, 5, 8]
     assert read(tensors_of("peft"), config={"lora_alpha": 8, "use_rslora": True}).alpha == 8 * RANK**0.5
-    with pytest.raises(ValueError, match="pattern that cannot be read"):
+    with pytest.raises(ValueError, match="_pattern that is not read"):
         read(tensors_of("peft"), config={"lora_alpha": 8, "alpha_pattern": {"(": 1}})
 
 
@@ -172,6 +173,15 @@ def test_kohya_names_have_lost_their_dots(flat: str, module: str) -> None:
         ({"lora_adapter_metadata": "[1"}, None, {}, r"not a JSON object"),
         ({}, {"r": 10**400, "lora_alpha": 8}, {}, r"says rank 1000*; it must be a number"),
         ({}, {"r": 4, "lora_alpha": 8, "lora_dropout": {"q": 1}}, {}, r"says lora_dropout {'q': 1}"),
+        ({}, {"r": 4, "lora_alpha": True}, {}, r"says alpha True; it must be a number"),
+        (
+            {},
+            {"r": 4, "lora_alpha": 8, "use_rslora": "false"},
+            {},
+            r"says use_rslora 'false'; it must be true or false",
+        ),
+        ({}, {"r": 4, "lora_alpha": None}, {}, r"its adapter_config.json says none for some modules"),
+        ({}, None, {}, r"no adapter_config.json is read: it counts beside a file of the name adapter_model alone"),
         ({}, {"r": 4, "lora_alpha": 8, "use_dora": True}, {}, r"uses use_dora True: this is not plain LoRA"),
         ({}, {"r": 4, "lora_alpha": 8, "bias": "all"}, {}, r"uses bias 'all'"),
         ({}, {"r": 4, "lora_alpha": 8, "init_lora_weights": "pissa_niter_4"}, {}, r"uses init_lora_weights 'pissa"),
@@ -259,6 +269,13 @@ def test_a_header_says_alpha_in_many_words(format: str, metadata: dict[str, str]
 def test_a_header_that_contradicts_itself_or_is_not_understood(metadata: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(tensors_of("comfyui"), metadata)
+
+
+@pytest.mark.parametrize("other", ["text_encoder", "text_encoder_2", "transformer_2"])
+def test_what_a_header_says_of_another_model_is_not_taken(other: str) -> None:
+    said = {"lora_adapter_metadata": json.dumps({f"{other}.r": RANK, f"{other}.lora_alpha": 8})}
+    with pytest.raises(ValueError, match="does not say its alpha"):
+        read(tensors_of("diffusers"), said)
 
 
 def test_an_alpha_tensor_is_asked_before_the_record_of_a_training() -> None:
@@ -470,6 +487,9 @@ def test_a_base_without_the_module_or_of_another_size_is_refused() -> None:
         merge(base | {"blocks.1.ffn.0.weight": matrix(40, 25)}, adapter)
     with pytest.raises(ValueError, match="in F8_E4M3, where sums need"):
         merge(base | {"blocks.1.ffn.0.weight": constant(bytes(FFN * DIM), (FFN, DIM), "F8_E4M3")}, adapter)
+    whole = {name: constant(bytes(prod(t.shape)), t.shape, "I8") for name, t in tensors_of("peft").items()}
+    with pytest.raises(ValueError, match=r"this adapter is quantised: it has .* in I8"):
+        merge(base, read(whole, alpha=8))
 
 
 @pytest.fixture(scope="module")
@@ -797,7 +817,7 @@ def test_damaged_and_contradictory_files(tmp_path: Path) -> None:
 
 
 def test_a_model_is_no_adapter(toys: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no LoRA adapter, but a whole model"):
+    with pytest.raises(ValueError, match="holds no LoRA adapter: no tensor in it has the name of a factor"):
         open_lora(toys.diffusers(tmp_path / "model"))
 
 

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from mm_convert import diff, open_checkpoint, open_experts
+from mm_convert import diff, open_checkpoint, open_experts, open_lora
 from mm_convert.cli import main
 from mm_convert.families import VACE, WAN
 from mm_convert.families.presets import published_boundary
-from mm_convert.store.safetensors import read_file
+from mm_convert.store.safetensors import read_file, write_file
 
 OURS, DIFFUSERS = ("high_noise_model", "low_noise_model"), ("transformer", "transformer_2")
 
@@ -154,6 +154,22 @@ def test_adapters_are_merged_into_both(pair, tmp_path):
         torch.testing.assert_close(open_checkpoint(each[i])[name], expected, equal_nan=True)
     assert any(diff(each.low, both.low))
     assert not any(diff(each.high, both.high))
+
+
+@pytest.mark.parametrize("prefix", ["transformer_2.", "pipe.dit2."])
+def test_an_adapter_for_low_noise_is_not_merged_into_the_other_expert(prefix, pair, tmp_path):
+    adapter(tmp_path / "plain", 1.0)
+    file, low = tmp_path / "plain/adapter_model.safetensors", tmp_path / "low.safetensors"
+    ours = read_file(file)[0]
+    write_file(
+        low, {n.replace("base_model.model.", prefix): t for n, t in ours.items()}, {"alpha": "3"}, lambda done: None
+    )
+    with pytest.raises(SystemExit, match="is for the expert for low noise, as its names say"):
+        mm_convert("convert", pair, tmp_path / "merged", "--lora", low)
+    with pytest.raises(ValueError, match="is for the expert for low noise"):
+        open_lora(low, expert="high")
+    assert open_lora(low, expert="low").expert == "low"
+    mm_convert("convert", pair / DIFFUSERS[1], tmp_path / "merged", "--lora", low)
 
 
 def test_two_files_in_a_folder_are_told_apart(tmp_path):

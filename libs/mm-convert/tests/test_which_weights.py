@@ -125,6 +125,12 @@ def test_what_else_a_dictionary_holds_is_said(wan, tmp_path):
     assert set(open_checkpoint(tmp_path / "a.pt", part="ema")) == set(wan)
 
 
+def test_what_a_file_without_a_known_model_holds_is_said(wan, tmp_path):
+    write_torch_file(tmp_path / "model.pt", {"params": wan, "step": 3}, lambda done: None)
+    with pytest.raises(ValueError, match=r"holds no tensors under names.*; it holds params, step"):
+        open_checkpoint(tmp_path / "model.pt")
+
+
 def test_an_all_in_one_file_of_comfyui(wan, tmp_path):
     bundle = {f"model.diffusion_model.{name}": tensor for name, tensor in wan.items()}
     beside = {"vae.decoder.conv1.weight": filled((2, 2), 1), "text_encoders.umt5xxl.shared.weight": filled((2, 2), 1)}
@@ -172,6 +178,17 @@ def test_scaled_fp8_is_named(name, toys, tmp_path):
     tensors = tensors_of(source) | {name: filled((1,), 1)}
     with pytest.raises(ValueError, match=rf"is scaled fp8: .*{name}.* dequantise"):
         open_checkpoint(save(tmp_path / "a.safetensors", tensors))
+
+
+@pytest.mark.parametrize("dtype", ["I8", "U8"])
+def test_whole_numbers_are_no_weights(dtype, toys, tmp_path):
+    source = toys.diffusers(tmp_path / "model")
+    tensors = tensors_of(source)
+    name = "blocks.1.attn1.to_q.weight"
+    tensors[name] = filled(tensors[name].shape, 1, dtype, 1)
+    whole = save(tmp_path / "whole.safetensors", tensors)
+    with pytest.raises(ValueError, match=f"is quantised: {name} is {dtype}, as are 0 more, and nothing says of what"):
+        open_checkpoint(whole)
 
 
 def test_gguf_is_named(tmp_path):

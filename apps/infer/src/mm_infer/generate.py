@@ -68,10 +68,13 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
     contents = identify(config, weights.facts)
     agree({f"video {i}": request for i, request in enumerate(requests)}, "what is asked for")
     read = {f"--{flag} {name}": found for flag, those in contents.items() for name, found in those.items()}
-    agree(read, "what is read", way_out=COPY)
+    agree(read | {"the boundary of --weights": weights.boundary}, "what is read", way_out=COPY)
     videos = {file: _video(config, sampler, request, contents) for file, request in files.items()}
     if share.team is not None:
-        agree({str(file): video.made_with for file, video in videos.items()}, "what is made", share.team, COPY)
+        made = {
+            f"{key} of {file.name}": said for file, video in videos.items() for key, said in video.made_with.items()
+        }
+        agree(made, "what is made", share.team, COPY)
     claim_output(config.output, held)
     if folders := share.decide(lambda: [file for file in files if file.is_dir()]):
         raise ValueError(f"{folders[0]} is a folder, and a video is to be written there: choose another --output")

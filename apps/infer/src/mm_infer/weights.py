@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_convert import Checkpoint, open_checkpoint, open_experts, open_lora
+from mm_convert import Checkpoint, expert_of, open_checkpoint, open_experts, open_lora
 from mm_convert.cli.terminal import one_line
 from mm_convert.cli.values import check_fields, check_value
 from mm_infer.config import Boundary
@@ -105,9 +105,10 @@ class Weights:
 class Transformer:
     """A checkpoint whose names and shapes are known to be those of a model, and whose tensors are not read yet."""
 
-    def __init__(self, path: Path, model: str | None, lora: Path | None, alpha: float | None) -> None:
+    def __init__(self, path: Path, model: str | None, lora: Path | None, alpha: float | None, expert: str = "") -> None:
         """ValueError unless the files hold exactly the tensors of a model."""
-        self.checkpoint, self.lora = open_checkpoint(path), None if lora is None else open_lora(lora, alpha=alpha)
+        self.checkpoint = open_checkpoint(path)
+        self.lora = None if lora is None else open_lora(lora, alpha=alpha, expert=expert)
         self.family = family_of_weights(self.checkpoint.family)
         self.config = _config(path, self.family, self.checkpoint, model)
         for note in self.checkpoint.notes:
@@ -164,12 +165,12 @@ def _experts(
             raise ValueError(f"lora {lora} is for two experts, but {path} holds one model: name one of its folders")
         if boundary is not None:
             raise ValueError(f"boundary {boundary} is for two experts, but {path} holds one model: leave it out")
-        return (Transformer(path, model, lora, alpha),), None
+        return (Transformer(path, model, lora, alpha, expert_of(path) or ""),), None
     check_value("boundary", boundary, Boundary)
     adapters = (loras.high, loras.low) if loras else (lora, lora)
     high, low = (
-        Transformer(folder, model, adapter, alpha)
-        for folder, adapter in zip((pair.high, pair.low), adapters, strict=True)
+        Transformer(folder, model, adapter, alpha, expert)
+        for folder, adapter, expert in zip((pair.high, pair.low), adapters, ("high", "low"), strict=True)
     )
     if high.config != low.config:
         raise ValueError(f"{path}: the two experts differ: {high.config}, {low.config}")

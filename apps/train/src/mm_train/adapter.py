@@ -23,7 +23,7 @@ def open_adapter(config: Config) -> Adapter:
         raise ValueError(f"--lora.weights {path} is for {of_folder} noise, and --expert is {expert}: give the other")
     pair = open_experts(path) if expert else None
     try:
-        return open_lora(getattr(pair, expert) if pair else path)
+        return open_lora(getattr(pair, expert) if pair else path, expert=expert or "")
     except ValueError as error:
         way = (
             f"; `mm-convert convert {path} TARGET --lora_alpha …` writes it down" if "lora_alpha" in str(error) else ""

@@ -71,16 +71,33 @@ def check_again(contents: Contents, saved: dict[str, Any], found: Path, config: 
             continue
         if flag == "validation.features" and before["validation"]["features"] != str(config.validation.features):
             continue  # other ones were asked for
-        names = [name for name in then | now if then.get(name) != now.get(name)]
-        first = f"{names[0]} was {then.get(names[0], 'missing')}, and is {now.get(names[0], 'missing')}"
-        more = f"; {len(names) - 1} more differ" if len(names) > 1 else ""
+        differing = _differing(then, now)
         if config.checkpoint.resume != "changed":
             raise ValueError(
-                f"{found} was made with other contents of --{flag}: {first}{more}. That would not be the same run: put "
+                f"{found} was made with other contents of --{flag}: {differing}. That would not be the same run: put "
                 "the old files back, take the new ones by --checkpoint.resume changed, or give a new --output"
             )
-        changed.append(f"contents of {flag}: {first}{more}")
+        changed.append(f"contents of {flag}: {differing}")
     return changed
+
+
+def check_base(config: Config, saved: dict[str, Any], found: Path) -> None:
+    """Raise ValueError where the base that a part of the weights of the checkpoint `found` is left in has changed."""
+    then = saved.get("contents", {}).get("weights")
+    if then is None:
+        return
+    now = identify_files(weight_files(_of_expert(Path(config.weights), config.expert)))
+    if then != now:
+        raise ValueError(
+            f"{found} was trained on other contents of --weights {config.weights}: {_differing(then, now)}. What was "
+            "not trained is taken from there: put the old files back"
+        )
+
+
+def _differing(then: dict[str, str], now: dict[str, str]) -> str:
+    names = [name for name in then | now if then.get(name) != now.get(name)]
+    first = f"{names[0]} was {then.get(names[0], 'missing')}, and is {now.get(names[0], 'missing')}"
+    return f"{first}; {len(names) - 1} more differ" if len(names) > 1 else first
 
 
 def _of_expert(path: Path, expert: str | None) -> Path:

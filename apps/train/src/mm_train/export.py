@@ -18,7 +18,7 @@ from mm_models import build
 from mm_train.command import run_alone
 from mm_train.config import Config
 from mm_train.objective import architecture, expert_boundary
-from mm_train.resume import latest
+from mm_train.resume import latest, read_progress
 
 if TYPE_CHECKING:  # torch takes seconds, a missing path should not
     from torch import Tensor
@@ -79,12 +79,14 @@ def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = 
     if config.lora.rank:
         more = {"dropout": config.lora.dropout, "base": Path(config.weights), "overwrite": overwrite}
         return save_lora(output, tensors, config.lora.alpha, **more)
-    from mm_train.start import Start  # torch, only now
+    from mm_train.contents import check_base  # torch, only now
+    from mm_train.start import Start
 
     family, _ = architecture(config)
     model = build(config.model, device="meta", **config.architecture)
     whole = tensors
     if config.has_frozen:
+        check_base(config, read_progress(checkpoint), checkpoint)
         whole = Filled(tensors, Start(model, config.weights, config.expert, config.seed))
     save_checkpoint(output, whole, family.describe(model.config), overwrite=overwrite)
     return output

@@ -90,9 +90,9 @@ def _keep_steps(path: Path, last: int) -> None:
     kept = []
     for line in read_bytes(path, limit=2**32).decode("utf-8", "replace").splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            step = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
-        if row["step"] <= last:
+        if isinstance(step, int) and step <= last:
             kept.append(line)
     replace_file(path, "".join(line + "\n" for line in kept))

@@ -26,13 +26,18 @@ FIXED = (
     "lora.weights",
 )
 
+_PROGRESS = {"step": int, "cursor": int, "skipped": int, "dataset": str, "contents": dict}
+
 
 def latest(directory: Path) -> Path | None:
     """The checkpoint that `directory`/latest names, or None. Raises FileNotFoundError if it names one that is gone."""
     tracker = directory / "latest"
     if not tracker.exists():
         return None
-    path = directory / read_text(tracker, limit=4096).strip()
+    name = read_text(tracker, limit=4096).strip()
+    path = directory / name
+    if name != path.name or name in ("", ".."):
+        raise ValueError(f"{tracker} names {name!r:.60}, which is no checkpoint beside it: write step-… into it")
     if not (path / "progress.json").is_file():
         there = ", ".join(p.name for p in sorted(directory.glob("step-*"))) or "none"
         raise FileNotFoundError(
@@ -70,8 +75,21 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """Where a run was, see `mm_train.run.Progress`."""
-    return read_json(checkpoint / "progress.json")
+    """Where a run was, see `mm_train.run.Progress`. Raises ValueError for what no run has written."""
+    path = checkpoint / "progress.json"
+    said = read_json(path)
+    if missing := [name for name in ("step", "cursor", "dataset") if name not in said]:
+        raise ValueError(f"{path} does not say {', '.join(missing)}: it is not that of a run")
+    for name, value in said.items():
+        kind = _PROGRESS.get(name)
+        fits = kind and type(value) is kind and (kind is not int or value >= 0)
+        if not fits or (kind is dict and not all(_is_texts(those) for those in value.values())):
+            raise ValueError(f"{path} says {name} {value!r:.60}: it is not that of a run")
+    return said
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,7 +12,7 @@ from mm_convert.cli.terminal import one_line
 from mm_convert.lora.adapter import Adapter
 from mm_convert.lora.reading import find_lora, open_lora
 from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
-from mm_convert.read.experts import open_experts
+from mm_convert.read.experts import expert_of, open_experts
 from mm_convert.write.outputs import Files
 from mm_convert.write.pairs import prepare_pair
 from mm_convert.write.prepare import prepare_adapter, prepare_conversion, prepare_like, prepare_merge
@@ -43,7 +43,7 @@ def prepare(options: Convert) -> Files:
 
             def one(expert: str, source: Path, target: Path) -> tuple[Checkpoint | Adapter, Files]:
                 lora = getattr(adapters, expert) if adapters else options.lora
-                return _prepare_one(replace(options, source=source, target=target, lora=lora))
+                return _prepare_one(replace(options, source=source, target=target, lora=lora), expert)
 
             return prepare_pair(pair, options.target, options.to or "mm", options.boundary, one)
         if options.boundary is not None:
@@ -51,10 +51,10 @@ def prepare(options: Convert) -> Files:
     return _prepare_one(options)[1]
 
 
-def _prepare_one(options: Convert) -> tuple[Checkpoint | Adapter, Files]:
-    """What lies in one folder, and what writing it would write."""
+def _prepare_one(options: Convert, expert: str = "") -> tuple[Checkpoint | Adapter, Files]:
+    """What lies in one folder, that of an `expert` or of a model, and what writing it would write."""
     if options.lora:
-        return _prepare_merge(options)
+        return _prepare_merge(options, expert or expert_of(options.source) or "")
     if options.takes == "model":
         return _prepare_model(options)
     look = open_lora if options.takes == "adapter" else find_lora
@@ -91,10 +91,10 @@ def _prepare_model(options: Convert) -> tuple[Checkpoint, Files]:
     return checkpoint, files
 
 
-def _prepare_merge(options: Convert) -> tuple[Checkpoint, Files]:
+def _prepare_merge(options: Convert, expert: str) -> tuple[Checkpoint, Files]:
     assert options.lora
     base = _open(options)
-    adapter = open_lora(options.lora, alpha=options.lora_alpha, rank=options.lora_rank)
+    adapter = open_lora(options.lora, alpha=options.lora_alpha, rank=options.lora_rank, expert=expert)
     files = prepare_merge(
         base,
         adapter,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from mm_convert.files import brief
+
 
 def is_count(value: Any) -> bool:
     """A whole number above 0."""
@@ -22,7 +24,7 @@ def settle(config: dict[str, Any], field: str, published: Any, fits: Callable[[A
     if said is not None and fits(said):
         return []
     config[field] = published
-    return [] if said is None else [f"{field} is said to be {said!r}, which cannot be: {published} is taken"]
+    return [] if said is None else [f"{field} is said to be {brief(said)}, which cannot be: {published} is taken"]
 
 
 def settle_heads(config: dict[str, Any], head_dim: int) -> list[str]:
@@ -32,7 +34,8 @@ def settle_heads(config: dict[str, Any], head_dim: int) -> list[str]:
     """
     dim, said, notes = config["dim"], config.get("num_heads"), []
     if said is not None and not (is_count(said) and dim % said == 0):
-        notes.append(f"num_heads is said to be {said!r}, which does not divide dim {dim}: it is left out")
+        why = f"does not divide dim {dim}" if is_count(said) else "cannot be"
+        notes.append(f"num_heads is said to be {brief(said)}, which {why}: it is left out")
         del config["num_heads"]
     if "num_heads" not in config and dim % head_dim == 0:
         config["num_heads"] = dim // head_dim

@@ -39,6 +39,7 @@ class Adapter(Tensors):
     base: str = ""  # the model it is for, where the file says so
     dropout: float = 0.0  # on the input of A in training, where the file says so
     notes: tuple[str, ...] = ()
+    expert: str = ""  # "low", where the names say that it is for low noise
 
     def __post_init__(self) -> None:
         factors = {f"{name}.lora_A.weight": module.a for name, module in self.modules.items()}

@@ -17,17 +17,24 @@ def merge(tensors: Mapping[str, LazyTensor], adapter: Adapter) -> dict[str, Lazy
     Sums are in float32 (for a float64 weight in float64), rounded once. Rows are computed when they are asked for.
     Raises ValueError when the base lacks a module, or has it in another shape.
     """
-    problems, unfit = [], []
+    problems, unfit, factors = [], [], []
     for name, module in adapter.modules.items():
         weight = tensors.get(f"{name}.weight")
         if weight is None:
             problems.append(f"{name}, which the base has not")
         elif weight.shape != module.shape:
             problems.append(f"{name} for {list(module.shape)}, which in the base is {list(weight.shape)}")
-        elif weight.dtype not in _FLOATS or not {module.a.dtype, module.b.dtype} <= {*_FLOATS, *FP8}:
-            unfit.append(f"{name} in {weight.dtype if weight.dtype not in _FLOATS else module.a.dtype}")
+        elif odd := {module.a.dtype, module.b.dtype} - {*_FLOATS, *FP8}:
+            factors.append(f"{name} in {odd.pop()}")
+        elif weight.dtype not in _FLOATS:
+            unfit.append(f"{name} in {weight.dtype}")
     if problems:
         raise ValueError(f"this adapter is not for this base: it has {join_first(problems)}")
+    if factors:
+        raise ValueError(
+            f"this adapter is quantised: it has {join_first(factors)}. Save it as floating point with the tool that "
+            "trained it"
+        )
     if unfit:
         raise ValueError(
             f"this base cannot take an adapter as it is: it has {join_first(unfit)}, where sums need one of "

@@ -112,6 +112,11 @@ class Names:
     wrapped: bool  # a trainer has wrapped the model: it is no file that loaders know
 
     @property
+    def expert(self) -> str:
+        """ "low", where the prefix is that of the expert for low noise; of the other, names do not tell."""
+        return "low" if self.prefix in _LOW else ""
+
+    @property
     def format(self) -> str:
         return PREFIXES.get(self.prefix) or {"original": "diffsynth"}.get(self.dialect, self.dialect)
 

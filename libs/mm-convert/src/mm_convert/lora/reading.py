@@ -21,7 +21,9 @@ from mm_convert.tensors.views import LazyTensor
 _HALF = re.compile(r"(?<![a-z])(high|low)(?=$|[^a-z]|noise)", re.IGNORECASE)  # in the name of a file
 
 
-def open_lora(path: str | Path, *, alpha: float | None = None, rank: int | None = None, family: str = "") -> Adapter:
+def open_lora(
+    path: str | Path, *, alpha: float | None = None, rank: int | None = None, family: str = "", expert: str = ""
+) -> Adapter:
     """The low-rank adapter at a path, lazily; a mapping of our names (`….lora_A.weight`) to tensors.
 
     Args:
@@ -30,13 +32,20 @@ def open_lora(path: str | Path, *, alpha: float | None = None, rank: int | None 
         alpha: where the files do not say it and no loader takes it for the rank. Compared with them where they do.
         rank: compared with the factors.
         family: the one to take where the names fit several alike: Wan is a part of VACE.
+        expert: "high" or "low", of two experts that for which it is wanted.
 
     Raises ValueError, naming up to five modules, for what is no adapter, is not plain LoRA, belongs to no known family,
-    is not whole, or says two things of its rank or alpha.
+    is not whole, is for the other expert, or says two things of its rank or alpha.
     """
     adapter = find_lora(path, alpha=alpha, rank=rank, family=family)
     if adapter is None:
-        raise ValueError(f"{path} holds no LoRA adapter, but a whole model")
+        raise ValueError(f"{path} holds no LoRA adapter: no tensor in it has the name of a factor (….lora_A.weight)")
+    if expert == "high" and adapter.expert == "low":
+        raise ValueError(
+            f"{path} is for the expert for low noise, as its names say, and not for that for high noise: name the "
+            f"folder of the expert that it is for; or put it into {FOLDERS['low']}/, and that for high noise into "
+            f"{FOLDERS['high']}/ beside it"
+        )
     return adapter
 
 
@@ -121,7 +130,9 @@ def read_lora(
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"the adapter_config.json of {where} says lora_dropout {dropout!r:.60}; it must be 0 <= x < 1")
     modules = {names.modules[m][0]: LowRank(a, b, alphas[m]) for m, (a, b) in factors.items()}
-    return Adapter(names.family, names.format, names.dialect, modules, str(base), float(dropout), tuple(notes))
+    return Adapter(
+        names.family, names.format, names.dialect, modules, str(base), float(dropout), tuple(notes), names.expert
+    )
 
 
 def _check_shapes(names: Names, factors: Mapping[str, tuple[LazyTensor, LazyTensor]], where: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import isclose, isfinite, sqrt
 from typing import Any
 
@@ -25,12 +25,18 @@ _SPECIAL = {
     "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva", "mica"),  # others change the base
 }
 _PATTERNS = ("rank_pattern", "alpha_pattern")
+# Matching goes back and forth at every repetition and group: with many of them it takes hours.
+_MAX_PATTERNS, _MAX_PATTERN = 10_000, 300  # how many, and characters of one
+_MAX_CHOICES = 3, 30  # repetitions and groups, of one pattern and of all
+_MAX_ALTERNATIVES = 16
+_LITERAL = re.compile(r"\\.|\[\^?\]?[^\]]*\]", re.DOTALL)  # what has no choice: an escaped character, a class
 _KNOWN = {"r", "lora_alpha", "use_rslora", *_PATTERNS, *_SPECIAL}
 # A header's own words for rank and alpha, without what stands between words: lora_alpha, ss_network_dim, LoRA Alpha, …
 _RANK = re.compile(r"(ss)?((lora|network|adapter)?(r|rank)|(lora|network|adapter)dim)")
 _ALPHA = re.compile(r"(ss)?(lora|network|adapter|linear)?alpha")
 _MAYBE = re.compile(r"alpha|lora.*scal|^scal(e|ing)$", re.IGNORECASE)  # what may be said in yet other words
 _TABLES = re.compile(r"lora|adapter|peft|network|transformer", re.IGNORECASE)  # JSON objects of a header
+_MODELS = ("transformer.", "transformer_2.")  # of diffusers, which says of each model alone what it is
 _PICTURES = ("workflow", "prompt")  # of ComfyUI: whole graphs, in which other things have an alpha
 _OPEN = ("", "none", "null", "dynamic")  # what trainers write where there is no one value
 _UNPACK = {"F16": "<e", "F32": "<f", "F64": "<d", "I32": "<i", "I64": "<q"}
@@ -75,9 +81,10 @@ def find_alphas(
     odd = [f"{key} {value[:60]}" for key, value in metadata.items() if _may_say_alpha(key, value)]
     guess = guess and not names.wrapped
     if names.twofold or names.format not in _ALPHA_IS_RANK or not guess or odd:
+        why = _why(names, guess, odd, adapter_config)
         raise ValueError(
-            f"{where} does not say its alpha ({_why(names, guess, odd)}), and without it the strength would be a "
-            "guess: give the training's own (--lora_alpha); the rank is "
+            f"{where} does not say its alpha ({why}), and without it the strength would be a guess: "
+            "give the training's own (--lora_alpha); the rank is "
             + ", ".join(f"{r:g}" for r in sorted({*unsaid.values()}))
         )
     note = f"alpha of {len(unsaid)} modules is said nowhere and taken to be the rank, as {names.format} loaders do"
@@ -104,7 +111,7 @@ def _agree(places: Mapping[str, Said], ranks: Mapping[str, int], where: str) -> 
     return {module: alpha for module, (alpha, _) in believed.items()}
 
 
-def _why(names: Names, guess: bool, odd: list[str]) -> str:
+def _why(names: Names, guess: bool, odd: list[str], adapter_config: Mapping[str, Any] | None) -> str:
     if odd:
         return f"its header says {', '.join(odd)}, of which nobody knows whether it is alpha"
     if not guess:
@@ -112,7 +119,9 @@ def _why(names: Names, guess: bool, odd: list[str]) -> str:
     if names.twofold:
         return "its names are MindSpeed-MM's as well as others', who mean the rank"
     if names.format == "peft":
-        return "there is no adapter_config.json"
+        if adapter_config is not None:
+            return "its adapter_config.json says none for some modules"
+        return "no adapter_config.json is read: it counts beside a file of the name adapter_model alone"
     return f"{names.format} files hold neither rank nor alpha"
 
 
@@ -165,7 +174,8 @@ def _of_prefix(settings: Mapping[str, Any], prefix: str, place: str) -> dict[str
     """
     words = [(key.removeprefix(prefix), key) for key in settings if prefix and key.startswith(prefix)]
     if not any(_word(short) for short, _ in words):
-        words = [(_last(key), key) for key in settings]
+        others = [other for other in _MODELS if other != prefix] if prefix in _MODELS else []
+        words = [(_last(key), key) for key in settings if not key.startswith(("text_encoder", *others))]
     found: dict[str, str] = {}
     for short, key in words:
         word = _word(short)
@@ -220,12 +230,13 @@ def _of_config(config: Mapping[str, Any], ranks: Mapping[str, int], place: str) 
             f"{place} uses {', '.join(said)}: this is not plain LoRA, which alone can be converted "
             f"({'; '.join(kinds)}). To use it, {MERGE_THERE}"
         )
+    if config.get("use_rslora") not in (None, True, False) or type(config.get("use_rslora")) is int:
+        raise ValueError(f"{place} says use_rslora {config['use_rslora']!r:.60}; it must be true or false")
+    rank_of, alpha_of = (_read_patterns(key, config, place) for key in _PATTERNS)
     result = {}
     for module in ranks:
         rank, alpha = _numbers(
-            _matching(config.get("rank_pattern"), module, config.get("r"), place),
-            _matching(config.get("alpha_pattern"), module, config.get("lora_alpha"), place),
-            place,
+            _matching(rank_of, module, config.get("r")), _matching(alpha_of, module, config.get("lora_alpha")), place
         )
         if config.get("use_rslora") and alpha is not None:
             alpha *= sqrt(ranks[module])  # alpha/sqrt(rank) is this alpha/rank
@@ -245,12 +256,31 @@ def _kind(key: str, value: Any) -> str:
     return _KINDS.get(key, f"{key} of peft")
 
 
-def _matching(patterns: Any, module: str, default: Any, place: str) -> Any:
+def _read_patterns(key: str, config: Mapping[str, Any], place: str) -> list[tuple[re.Pattern[str], Any]]:
+    """The patterns of a setting, and what they stand for. Raises ValueError for those that would take long to match."""
     try:
-        found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module))
-        return next(found, default)
-    except (re.error, AttributeError) as error:
-        raise ValueError(f"{place} has a pattern that cannot be read: {error}") from error
+        said = dict(config.get(key) or {})
+        choices = 0
+        for pattern in said:
+            plain = _LITERAL.sub("x", pattern)
+            own = len(re.findall(r"(?<!\()[*+?{]|\(", plain))
+            choices += own
+            many = own > _MAX_CHOICES[0] or plain.count("|") > _MAX_ALTERNATIVES or len(pattern) > _MAX_PATTERN
+            if many or re.search(r"\)[*+{]", plain):
+                raise ValueError(
+                    f"{pattern[:80]!r} has more repetitions, groups or characters than the name of a module"
+                )
+        if choices > _MAX_CHOICES[1] or len(said) > _MAX_PATTERNS:
+            raise ValueError(f"there are {len(said):,}, with {choices:,} repetitions and groups")
+        return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in said.items()]
+    except (re.error, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{place} has a {key} that is not read: {error}; name the modules in full, as blocks.0.attn1.to_q"
+        ) from error
+
+
+def _matching(patterns: Sequence[tuple[re.Pattern[str], Any]], module: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns if pattern.match(module)), default)
 
 
 def _numbers(rank: Any, alpha: Any, place: str) -> tuple[float | None, float | None]:
@@ -262,7 +292,7 @@ def _numbers(rank: Any, alpha: Any, place: str) -> tuple[float | None, float | N
 
 def _number(what: str, said: Any, place: str) -> float:
     try:
-        number = float(said)
+        number = 0.0 if isinstance(said, bool) else float(said)
     except (TypeError, ValueError, OverflowError):
         number = 0.0
     if not isfinite(number) or not number:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mm_convert.families import Family
 from mm_convert.families.family import Config
-from mm_convert.files import read_json
+from mm_convert.files import brief, read_json
 from mm_convert.lora.names import is_lora
 from mm_convert.read.content import Content, cut_fused, identify, recognise
 from mm_convert.read.kinds import refuse_quantised
@@ -104,7 +104,7 @@ def open_checkpoint(
     notes = [*source.notes, *copies]
     wrong = {f: v for f, v in content.config.items() if f in said and said[f] != v}
     if wrong:
-        differences = ", ".join(f"{field} {said[field]} instead of {value}" for field, value in wrong.items())
+        differences = ", ".join(f"{field} {brief(said[field])} instead of {value}" for field, value in wrong.items())
         notes.append(f"{where} says {differences}: the tensors are believed")
     # The shapes say most fields and are always right; config.json adds what they cannot say (num_heads, eps).
     complete, doubts = family.complete({**said, **content.config})

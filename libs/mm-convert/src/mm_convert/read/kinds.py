@@ -58,3 +58,9 @@ def refuse_quantised(tensors: Mapping[str, LazyTensor], where: str) -> None:
             f"{len(packed) + len(scaled)} such tensors), which is not read. Take the file in bf16, fp16 or plain fp8, "
             "or dequantise this one with the tool that made it"
         )
+    whole = [name for name, tensor in tensors.items() if tensor.dtype in ("I8", "U8") and len(tensor.shape) > 1]
+    if whole:
+        raise ValueError(
+            f"{where} is quantised: {whole[0]} is {tensors[whole[0]].dtype}, as are {len(whole) - 1} more, and nothing "
+            "says of what scale. Take the file in bf16, fp16 or plain fp8"
+        )

@@ -32,7 +32,7 @@ _BESIDE = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", 
 _MODELS = ("ema_state_dict", "state_dict", "gen_model", "model", "module", "model_state_dict", "generator")
 _AVERAGES = ("ema_model", "ema", "generator_ema", "model_ema", "ema_state_dict")
 _MAX_DEPTH = 8  # dictionaries in one another, until the weights
-_MAX_TENSORS, _MAX_NAME = 100_000, 1_000
+_MAX_TENSORS, _MAX_NAME = 20_000, 1_000
 
 
 class NotThere(ValueError):
@@ -176,7 +176,9 @@ def _state_dict(content: Any, path: Path, part: str) -> tuple[dict[str, LazyTens
             others = ", ".join(str(key)[:_MAX_NAME] for key in tables if key != inner)
             notes.append(f"{others} of {path.name} is left out: {inner} is taken")
         content = content[inner]
-    raise ValueError(f"{path} holds no tensors under names, at its top or in {', '.join(wanted)}")
+    there = [str(key)[:80] for key in content][:5] if isinstance(content, Mapping) else []
+    holds = f"; it holds {', '.join(there)}" if there else ""
+    raise ValueError(f"{path} holds no tensors under names, at its top or in {', '.join(dict.fromkeys(wanted))}{holds}")
 
 
 def _dcp(folder: Path, part: str) -> Source:
@@ -229,7 +231,9 @@ def _is_rival(file: Path, source: Source) -> bool:
     except ValueError:  # what cannot be read would not have been taken; but a broken copy is one
         return file.name.partition(".")[0] == source.files[0].name.partition(".")[0].partition("-00001-of-")[0]
     names = list(other.tensors)
-    if is_lora(names) or not known_names(names):
+    if is_lora(names) or is_lora(source.tensors):
+        return is_lora(names) and is_lora(source.tensors)
+    if not known_names(names):
         return False
     mine = list(_unwrap(replace(source, tensors=dict(source.tensors), notes=[]), _PREFIXES).tensors)
     return 2 * known_names(names) > len(names) and recognise(names, "")[0] is recognise(mine, "")[0]

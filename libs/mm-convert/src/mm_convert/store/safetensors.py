@@ -40,8 +40,10 @@ def read_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         raw = read_exactly(file, length)
     try:
         header = parse_json(raw, pairs=_refuse_doubles)
+        if not isinstance(header, dict):
+            raise ValueError(f"it is {brief(header)}, not an object")
         metadata = header.pop("__metadata__", None) or {}
-        if not all(isinstance(text, str) for text in metadata.values()):
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("__metadata__ holds something else than text")
         found = {name: _locate(path, name, record, 8 + length) for name, record in header.items()}
     except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -69,9 +71,12 @@ def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _locate(path: Path, name: str, record: Mapping[str, Any], data: int) -> Stored:
-    dtype, shape, (start, end) = record["dtype"], record["shape"], record["data_offsets"]
     if len(name) > _MAX_NAME:
         raise ValueError(f"a tensor has a name of {len(name):,} characters, {name[:80]}…")
+    lists = [record.get(key) for key in ("shape", "data_offsets")] if isinstance(record, dict) else []
+    if not lists or not all(isinstance(numbers, list) for numbers in lists) or len(lists[1]) != 2:
+        raise ValueError(f"{name} is {brief(record)}, not a dtype, a shape and two offsets")
+    dtype, shape, (start, end) = record.get("dtype"), *lists
     if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"{name} is of dtype {brief(dtype)}, which is none of {', '.join(BITS)}")
     sides = all(type(n) is int and 0 <= n < 2**63 for n in [*shape, start, end])
