@@ -95,6 +95,8 @@ def test_videos_are_not_replaced_unasked(asked, pipeline, tmp_path, capsys):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["video_1.mp4"]
     main([*asked, "--output", str(tmp_path / "out"), "--overwrite", "true"])
     assert made_with(tmp_path / "out" / "video_1.mp4")["prompt"] == PROMPTS[1]
+    (tmp_path / "full" / "video_2.mp4").mkdir(parents=True)
+    refused([*asked, "--output", str(tmp_path / "full"), "--overwrite", "true"], capsys, "video_2.mp4 is a folder")
 
 
 def test_the_same_command_goes_on_where_it_was_stopped(asked, pipeline, tmp_path, capsys):

@@ -137,10 +137,14 @@ def test_masks_of_every_form_say_the_same(tmp_path):
     clear = np.dstack([colour, np.zeros_like(bytes_)])  # all of it is transparent
     Image.fromarray(bytes_).save(tmp_path / "grey.png")
     Image.fromarray(clear).save(tmp_path / "clear.png")
+    Image.fromarray(bytes_).save(tmp_path / "grey.jfif", format="png")
+    few = Image.fromarray(CHANGES.astype(np.uint8) * 5).convert("P")  # numbers in a palette of black and white
+    few.putpalette([0, 0, 0] * 5 + [255, 255, 255])
     write_video(tmp_path / "mask.mp4", np.stack([colour] * 5), fps=8, crf=0)
     expected = torch.from_numpy(moving)[None].float()
     for mask in (
-        *(tmp_path / "grey.png", tmp_path / "clear.png", tmp_path / "mask.mp4"),
+        *(tmp_path / "grey.png", tmp_path / "clear.png", tmp_path / "grey.jfif", tmp_path / "mask.mp4"),
+        *(Image.fromarray(bytes_), Image.fromarray(CHANGES), Image.fromarray(clear), few),
         *(CHANGES, bytes_, bytes_ / 255, CHANGES[..., None], colour, clear, colour[..., 1:]),
         *(moving, moving[..., None], np.stack([bytes_] * 5), np.stack([colour] * 5), np.stack([clear] * 5)),
         *(torch.from_numpy(moving), torch.from_numpy(moving).bfloat16(), torch.from_numpy(bytes_)),
@@ -161,6 +165,7 @@ def test_masks_of_every_form_say_the_same(tmp_path):
         (CHANGES.astype(np.uint8), "not uint8 of 0 to 1"),
         (CHANGES * 255.0, r"not float64 of 0.0 to 255.0"),
         (np.full((16, 32), np.nan), "not float64 of nan to nan"),
+        (np.full((16, 32), "x"), "not <U1"),
     ],
 )
 def test_masks_that_could_be_misread_are_refused(mask, message):
@@ -196,6 +201,10 @@ def test_lists_go_line_by_line(tmp_path):
         read_requests(config(tmp_path, prompt_file=prompts, image_file=tmp_path / "images.txt"))
     with pytest.raises(ValueError, match="either --image or --image_file"):
         config(tmp_path, prompt="a cat", image=Path("a.png"), image_file=tmp_path / "images.txt")
+    (tmp_path / "both.txt").write_text(" , \n")
+    for name in ("image_file", "references_file"):
+        with pytest.raises(ValueError, match="',' names no file"):
+            read_requests(config(tmp_path, prompt="a cat", **{name: tmp_path / "both.txt"}))
     (tmp_path / "both.txt").write_text("a.png, b.png, c.png\n")
     with pytest.raises(ValueError, match="one image, or the first and the last"):
         read_requests(config(tmp_path, prompt="a cat", image_file=tmp_path / "both.txt"))

@@ -106,6 +106,19 @@ def test_names_in_another_encoding_are_refused(tmp_path, capfd):
     assert "is not UTF-8 text" in shown
 
 
+def test_names_that_are_too_long_are_refused(encoders, tmp_path, capfd):
+    long = tmp_path / ("a" * 300)
+    for command, argv in (
+        (main, arguments(long, tmp_path / "r")),
+        (main, arguments(tmp_path, long)),
+        (extract.main, extracting(encoders, long, tmp_path / "f")),
+        (extract.main, extracting(long, tmp_path / "data.json", tmp_path / "f")),
+        (extract.main, extracting(encoders, tmp_path / "data.json", long)),
+    ):
+        code, shown = run(command, argv, capfd)
+        assert (code, shown.count("\n")) == (2, 1)
+
+
 def own_code(folder: Path) -> None:
     (folder / "tokenizer" / "own.py").write_text("import os\nos.mkdir('code_was_run')\n")
     file = folder / "tokenizer" / "tokenizer_config.json"

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -247,6 +248,20 @@ def test_metrics_of_repeated_steps_stand_once(tmp_path, capsys):
     metrics.close()
     assert [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1.0, 0.5]
     assert capsys.readouterr().err == "step 2/3 | loss 0.5000 | lr 1.00e-01 | grad 1.000 | fast\n"
+
+
+def test_metrics_on_a_full_disk_name_the_file(tmp_path):
+    """Here a file may not grow any more."""
+    metrics = Metrics(tmp_path, leader=True, steps=3, start=0)
+    metrics.board.close()
+    row, before = {"step": 1, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        for write in (lambda: metrics.step(row, ""), metrics.close):
+            with pytest.raises(OSError, match=r"File too large: .*metrics\.jsonl"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_help_and_errors_of_the_command(features, tmp_path):

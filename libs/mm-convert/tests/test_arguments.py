@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -358,3 +359,30 @@ def test_what_a_number_takes_is_said():
     with pytest.raises(ValueError, match=r"--rate is 7; it takes a number \(more than 0, less than 1\)$"):
         check_fields(Numbers, {"rate": 7}, "--")
     assert check_fields(Numbers, {"pair": [1, 2], "other": 3}) == {"pair": (1.0, 2.0), "other": 3}
+
+
+@pytest.mark.parametrize(
+    "text", ["note: a\nnote: b\n", "optim:\n  lr: 1\n  lr: 2\n", "optim: {lr: 1}\n'optim': {lr: 1}\n"]
+)
+def test_a_key_that_is_there_twice_is_refused_in_yaml(text, tmp_path, capsys):
+    (tmp_path / "my.yaml").write_text(f"model: x\n{text}")
+    with pytest.raises(SystemExit):
+        read("--config", tmp_path / "my.yaml")
+    assert re.search(r"my.yaml: line [34]: (note|lr|optim) is there twice", capsys.readouterr().err)
+
+
+def test_a_name_that_is_there_twice_is_refused_in_a_table(capsys):
+    with pytest.raises(SystemExit):
+        read("--model", "x", "--sizes", '{"a": 1, "a": 2}')
+    assert "each name once" in capsys.readouterr().err
+
+
+def test_utf8_that_python_reads_as_ascii_is_said(capsys):
+    """As it does with PYTHONUTF8=0 in the C locale."""
+    with pytest.raises(SystemExit):
+        read("--model", "\u4e00".encode().decode("ascii", "surrogateescape"))
+    said = capsys.readouterr().err
+    assert "and '\u4e00' is UTF-8: set PYTHONUTF8=1" in said
+    with pytest.raises(SystemExit):
+        read("--model", "\udcff")
+    assert "is not UTF-8 text" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -161,3 +162,18 @@ def test_a_lock_is_taken_by_one_and_then_by_the_other(tmp_path):
     with lock_output(tmp_path):
         pass
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_lock_on_a_full_disk_is_named_and_not_left(tmp_path):
+    """Here of a process that may write no byte."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"\.lock") as refused, lock_output(tmp_path):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert refused.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
+    with lock_output(tmp_path) as held:
+        assert held

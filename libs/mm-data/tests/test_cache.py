@@ -10,6 +10,7 @@ import time
 import av
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mm_data import FeatureCache, FeatureDataset, Geometry, Sample, content_key
 from mm_data.video import decoder_identity
@@ -233,6 +234,31 @@ def test_an_exception_in_the_block_loses_nothing_that_was_put(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run()
     assert FeatureCache(tmp_path).keys() == {"k"}
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        *("5", "[]", "{}", '{"id": 5, "shapes": {}}', '{"id": "a", "shapes": 5}'),
+        '{"id": "a", "shapes": {}, "source": 5, "sha256": "x"}',
+        '{"id": "a", "shapes": {}, "source": [["a"], "b"], "sha256": "x"}',
+        '{"id": "a", "shapes": {}, "control": [5]}',
+        '{"id": "a", "shapes": {}, "notes": [[]]}',
+        '{"id": "a", "shapes": {}, "decoder": []}',
+    ],
+)
+def test_a_shard_that_says_odd_things_of_an_entry_is_named(tmp_path, meta):
+    (tmp_path / "shards").mkdir()
+    save_file({"k/latents": torch.zeros(1)}, tmp_path / "shards" / "a-0.safetensors", {"k": meta})
+    with pytest.raises(ValueError, match=r"a-0\.safetensors is damaged: what it says of an entry .*extract again"):
+        FeatureCache(tmp_path)
+
+
+@pytest.mark.parametrize("record", ["5", "[]", "{}", '{"id": ["a"], "reason": "x"}', '{"id": "a"}'])
+def test_odd_lines_of_failures_are_named(tmp_path, record):
+    (tmp_path / "failures.jsonl").write_text(f"{record}\n")
+    with pytest.raises(ValueError, match=r"failures\.jsonl, line 1: no failure of a sample"):
+        FeatureCache(tmp_path).failures()
 
 
 def test_values_do_not_follow_the_callers_tensor(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mm_data import area_size, crop_to, pad_to, read_image, read_mask
+from mm_data import area_size, crop_to, is_picture, pad_to, read_image, read_mask
 
 # H W 3: red, green over blue, black; not square, so that turns and mirrors show
 CORNERS = np.zeros((20, 30, 3), np.uint8)
@@ -159,3 +159,15 @@ def test_sizes():
     assert area_size(480, 832, 480 * 832, 16) == (480, 832)
     assert area_size(1280, 720, 480 * 832, 16) == (832, 464)
     assert area_size(1, 1000, 64 * 64, 16) == (16, 2016)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.jfif", "jpeg"), ("a", "png"), ("a.mp4", "webp"), ("a.gif", "gif")])
+def test_pictures_are_told_from_videos_by_what_they_hold(tmp_path, name, kind):
+    assert not is_picture(tmp_path / name)  # not there
+    still, other = Image.fromarray(CORNERS), Image.fromarray(CORNERS[::-1])
+    assert is_picture(saved(tmp_path / name, still, format=kind))
+    if kind != "jpeg":
+        saved(tmp_path / name, still, format=kind, save_all=True, append_images=[other])
+        assert not is_picture(tmp_path / name)
+    (tmp_path / name).write_bytes(b"no picture")
+    assert not is_picture(tmp_path / name)

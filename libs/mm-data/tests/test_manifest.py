@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -195,6 +197,8 @@ def test_numbers_are_read_as_pandas_and_opencv_write_them(tmp_path, facts, expec
         ('"num_frames": 48.5', "sample 0: num_frames is 48.5; it must be a whole number"),
         ('"num_frames": true', "sample 0: num_frames is True"),
         ('"resolution": {"width": [1]}', "sample 0: width is [1]"),
+        ('"resolution": "480x832"', "sample 0: resolution is '480x832'; it must be an object, as {"),
+        ('"cut": 5', "sample 0: cut is 5; it must be a list"),
         ('"cut": [0, NaN]', "sample 0: cut is [0, None]"),
         ('"cut": [0, 1e400]', "sample 0: cut is [0, 1e400]"),
         ('"text": 1e400', "sample 0: text is 1e400"),
@@ -303,3 +307,28 @@ def test_odd_paths_are_dropped_with_their_reason(tmp_path):
     assert "\x1b" not in str(chosen)
     (half,) = select([replace(read(tmp_path, {"path": "file", "cap": "x"}), captions=("\ud83d",))], Geometry()).dropped
     assert str(half[1]).startswith("bad_caption: cap holds half a character")
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+@pytest.mark.parametrize(
+    "record", ['{"path": "a.mp4", "cap": "x", "cap": "y"}', '{"path": "a.mp4", "resolution": {"a": 1, "b": 2, "a": 1}}']
+)
+def test_a_key_that_is_there_twice_is_refused(tmp_path, name, record):
+    with pytest.raises(ValueError, match=rf"{name}, line 1: an object has the key '(cap|a)' twice"):
+        read(tmp_path, record, name)
+
+
+def test_a_line_of_commas_is_not_tried_at_each(tmp_path):
+    (tmp_path / "data.txt").write_text("," * 10_000_000)
+    with pytest.raises(ValueError, match=r"line 1: .* has 10,000,000 characters, more than two paths have"):
+        read_manifest(tmp_path / "data.txt")
+
+
+def test_names_that_the_locale_cannot_spell_are_said(tmp_path):
+    (tmp_path / "\u4e00.mp4").touch()
+    code = "import sys; from mm_data.files import find_fault; print(ascii(find_fault(sys.argv[1] + chr(0x4e00))))"
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"{tmp_path}/"], env=os.environ | ascii_only, capture_output=True, text=True
+    )
+    assert "has no name in ascii, the encoding of the locale: set PYTHONUTF8=1" in done.stdout

@@ -112,3 +112,30 @@ def test_what_changes_while_it_is_read_and_odd_lines_are_one_line(tmp_path):
         (tmp_path / "data.jsonl").write_text(f"{line}\n")
         with pytest.raises(ValueError, match=r"data\.jsonl, line 1: neither file nor path names a \.pt file"):
             FeatureDataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ({"video": 5}, "video is a int, not a tensor"),
+        ({"video": torch.zeros(16, 24)}, r"video has the shape \[16, 24\], not 4 dims"),
+        ({"video": torch.zeros(2, 16, 3, 4, 6)}, r"video has the shape \[2, 16, 3, 4, 6\], not 4 dims"),
+        ({"video": torch.zeros(16, 3, 4, 6).to_sparse()}, "video is a tensor of torch.sparse_coo"),
+        ({"prompt_ids": "x"}, "prompt_ids is a str"),
+        ({"prompt_ids": torch.zeros(4, 512, 8)}, "prompt_ids has the shape"),
+        ({"prompt_ids": [torch.zeros(512, 8)] * 2, "prompt_mask": [torch.ones(512)]}, r"2 texts .* but 1 masks"),
+        ({"prompt_mask": {}}, "prompt_mask is a dict"),
+        ({"vace_context": torch.zeros(())}, "vace_context has the shape"),
+        ({"text.0": torch.zeros(3, 8)}, "holds a tensor 'text.0', a name that has another meaning"),
+    ],
+)
+def test_other_contents_of_a_file_are_named(tmp_path, held, message):
+    write(tmp_path, 2, count=1)
+    prompt, mask = text(5, ())
+    found = {"video": torch.zeros(1, 16, 3, 4, 6), "prompt_ids": prompt, "prompt_mask": mask}
+    file = tmp_path / "features" / "video0_mp4.pt"
+    torch.save(found, file)
+    assert FeatureDataset(tmp_path).buckets == [(16, 3, 4, 6)]
+    torch.save(found | held, file)
+    with pytest.raises(ValueError, match=rf"video0_mp4\.pt.*{message}"):
+        FeatureDataset(tmp_path)

@@ -92,6 +92,11 @@ def test_what_has_happened_to_a_shard_is_said(store, change, message, in_use):
         ('{"id": "a"}', "line 2: no sample of a feature store"),
         ("[]", "line 2: no sample of a feature store"),
         ('{"id": "a", "key": "k", "shard": "s", "shapes": 3}', "line 2: no sample of a feature store"),
+        ('{"id": "a", "key": "k", "shard": "s", "shapes": {}}', "line 2: no sample .*latents, text.0"),
+        ('{"id": "a", "key": "k", "shard": "s", "shapes": {"latents": [[1], 2, 3, 4]}}', "line 2: .*whole numbers"),
+        ('{"id": "a", "key": "k", "shard": "s", "shapes": {"latents": [1e400, 2, 3, 4]}}', "line 2: .*whole numbers"),
+        ('{"id": "a", "key": "k", "shard": "s", "shapes": {"latents": [4], "text.1": [3, 8]}}', "line 2: .*text.0"),
+        ('{"id": ["a"], "key": "k", "shard": "s", "shapes": {"latents": [4], "text.0": [3, 8]}}', "line 2: .*be text"),
     ],
 )
 def test_damaged_lists_are_refused_by_line(store, line, message):

@@ -113,6 +113,24 @@ def test_an_order_that_changes_in_the_middle(tmp_path):
     assert [read_barcode(frame) for frame in read_video(info, range(50, 70)).frames] == plain[50:70]
 
 
+def test_a_stream_that_begins_in_the_middle(tmp_path):
+    """As in a broadcast, after more bytes than FFmpeg looks at before it says what there is."""
+    pieces = []
+    for number, pid in enumerate(("256", "512")):
+        with av.open(str(tmp_path / "piece.ts"), "w", options={"mpegts_start_pid": pid}) as container:
+            stream = container.add_stream("mpeg2video", rate=25, options={"bf": "0"})
+            stream.height, stream.width, stream.pix_fmt = 48, 80, "yuv420p"
+            for n in range(20):
+                frame = av.VideoFrame.from_ndarray(barcode(20 * number + n), format="rgb24")
+                frame.pts, frame.time_base = 20 * number + n, Fraction(1, 25)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        pieces.append((tmp_path / "piece.ts").read_bytes())
+    padding = b"\x47\x1f\xff\x10" + b"\xff" * 184
+    (tmp_path / "a.ts").write_bytes(pieces[0] + padding * 40_000 + pieces[1])
+    assert [read_barcode(frame) for frame in read_video(tmp_path / "a.ts").frames] == list(range(20))
+
+
 def test_time_stamps_that_start_anew(tmp_path):
     """Two streams joined as bytes: sorted by time stamps the second half would come between the first."""
     frames = [barcode(n) for n in range(20)]
@@ -311,6 +329,14 @@ def test_pictures_in_boxes_are_no_videos(tmp_path, number):
         probe(tmp_path / "a.avif")
 
 
+@pytest.mark.parametrize("kind", ["ico", "pdf"])
+def test_a_picture_in_a_format_that_is_not_called_so_is_no_video(tmp_path, kind):
+    """FFmpeg finds the JPEG in the pages of a PDF."""
+    Image.fromarray(barcode(1)).save(tmp_path / "a.mp4", format=kind)
+    with pytest.raises(ValueError, match=r"a.mp4 is a picture, not a video"):
+        probe(tmp_path / "a.mp4")
+
+
 def write_yuv(path: Path, yuv: tuple[int, int, int], matrix: int, full: bool, transfer: int = 1, bits: int = 8) -> Path:
     """One colour, lossless, tagged by the codes of H.273. The numbers are those of 8 bits."""
     pixels, size = {8: ("yuv444p", 1), 10: ("yuv444p10le", 2)}[bits]
@@ -348,6 +374,14 @@ def test_what_is_lost_is_said(tmp_path):
     assert probe(write_yuv(tmp_path / "sdr.mp4", (120, 128, 128), 1, False)).notes == ()
     assert probe(write_yuv(tmp_path / "pq.mp4", (120, 128, 128), 9, False, 16, bits=10)).notes == ("HDR (PQ)",)
     assert probe(write_yuv(tmp_path / "hlg.mp4", (120, 128, 128), 9, False, 18, bits=10)).notes == ("HDR (HLG)",)
+    with av.open(str(tmp_path / "container.mov"), "w") as container:  # its frames do not say
+        stream = container.add_stream("prores_ks", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 48, 80, "yuv422p10le"
+        context = stream.codec_context
+        context.color_primaries, context.color_trc, context.colorspace = 9, 18, 9
+        frame = av.VideoFrame.from_ndarray(barcode(1), format="rgb24").reformat(format="yuv422p10le")
+        container.mux([*stream.encode(frame), *stream.encode()])
+    assert probe(tmp_path / "container.mov").notes == ("HDR (HLG)",)
     path = write_clip(tmp_path / "a.mp4", 9, options={"x264-params": "tff=1"})
     assert probe(path).notes == ("interlaced",)
     check_order(path, list(range(9)))

@@ -69,14 +69,6 @@ def cut(name: str, at: int) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:at])
 
 
-def directory(name: str) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).mkdir()
-
-    return change
-
-
 def pipe(name: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
@@ -171,7 +163,7 @@ CONFIGS = {  # of every part with weights
     "deep": (holds("config.json", DEEP), "is nested more than 32 deep"),
     "large": (holds("config.json", '{"a": [' + "[]," * 500_000 + "[]]}"), r"has 1,500,\d+ bytes"),
     "pipe": (pipe("config.json"), "is no regular file"),
-    "folder": (directory("config.json"), r"config\.json is a directory, not a file"),
+    "folder": (both(lacks("config.json"), lambda folder: (folder / "config.json").mkdir()), "is a folder, not a file"),
     "link": (links_out("config.json"), "is a link to .*outside its folder"),
     "auto_map": (says(auto_map={"AutoModel": "own.Own"}), "names code of its own"),
     "quantised": (says(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), "is quantised"),
@@ -201,7 +193,8 @@ OTHERS = {
     ("text_encoder", "header of no JSON"): (holds(TEXT, b"\x04" + b"\0" * 7 + b"[[[["), "is no complete safetensors"),
     ("text_encoder", "pipe"): (pipe(TEXT), "is no regular file"),
     ("text_encoder", "link"): (links_out(TEXT), "is a link to .*outside its folder"),
-    ("text_encoder", "folder"): (directory(TEXT), r"model\.safetensors is a directory, not a file"),
+    ("text_encoder", "folder"): (both(lacks(TEXT), lambda folder: (folder / TEXT).mkdir()), "is a folder, not a file"),
+    ("text_encoder", "folder beside"): (lambda folder: (folder / "x.model").mkdir(), "is a folder, not a file"),
     ("text_encoder", "index without"): (sharded(**{"shared.weight": ""}), "does not fit its files"),
     ("text_encoder", "index with more"): (sharded(**{"x.weight": "model-1.safetensors"}), "has no such tensor"),
     ("text_encoder", "index elsewhere"): (
@@ -225,6 +218,10 @@ OTHERS = {
     ("tokenizer", "other JSON"): (holds("tokenizer.json", "{}"), "cannot be loaded as a tokenizer"),
     ("tokenizer", "deep"): (holds("tokenizer.json", DEEP), "is nested more than 32 deep"),
     ("tokenizer", "pipe"): (pipe("tokenizer.json"), "is no regular file"),
+    ("tokenizer", "folder"): (
+        lambda folder: (folder / "more" / "added.json").mkdir(parents=True),
+        "is a folder, not a",
+    ),
     ("tokenizer", "pipe as template"): (pipe("chat_template.jinja"), "is no regular file"),
     ("tokenizer", "code"): (own_code("tokenizer"), "names code of its own"),
     ("tokenizer", "code of a model"): (says(auto_map={"AutoConfig": "own.Own"}), "names code of its own"),
@@ -316,6 +313,8 @@ def test_configurations_that_are_read_without_torch(repository):
     pipe("model_index.json")(repository)
     with pytest.raises(ValueError, match="it is no regular file"):
         read_json(repository / "model_index.json")
+    with pytest.raises(ValueError, match="it is no regular file"):
+        read_json(repository)
 
 
 def test_published_files_are_as_large_as_this(tmp_path):

@@ -84,6 +84,7 @@ SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "3"}
         ({**TORCHRUN, "RANK": "x"}, "RANK='x'; it takes a whole number"),
         ({**TORCHRUN, "WORLD_SIZE": "0"}, "WORLD_SIZE='0'; it takes a whole number (at least 1)"),
         ({**TORCHRUN, "MASTER_PORT": "-1"}, "MASTER_PORT='-1'"),
+        ({**TORCHRUN, "MASTER_PORT": "65536"}, "MASTER_PORT=65536: ports are 0 to 65535"),
         ({**TORCHRUN, "LOCAL_RANK": "a"}, "LOCAL_RANK='a'"),
     ],
 )

@@ -76,6 +76,8 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
         }
         agree(made, "what is made", share.team, COPY)
     claim_output(config.output, held)
+    if folders := share.decide(lambda: [file for file in files if file.is_dir()]):
+        raise ValueError(f"{folders[0]} is a folder, and a video is to be written there: choose another --output")
     there = share.decide(lambda: [] if config.overwrite else [file for file in files if file.exists()])
     others = share.decide(lambda: [f for f in there if not _is_made(f, videos[f].made_with)])
     if others:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 import mm_data
 from mm_data.files import open_file
@@ -204,6 +205,8 @@ def _mask_array(mask: np.ndarray | Tensor) -> np.ndarray:
         array = array[..., None]
     if array.ndim not in (3, 4) or array.shape[-1] > 4 or 0 in array.shape:
         raise ValueError(f"{wanted}: not of the shape {_array(mask).shape}")
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{wanted}: not {array.dtype}")
     array = array[..., : 1 if array.shape[-1] < 3 else 3]
     low, high = array.min(), array.max()
     if array.dtype == bool:
@@ -226,4 +229,6 @@ def _array(value: np.ndarray | Tensor) -> np.ndarray:
     if hasattr(value, "cpu"):
         value = value.detach().cpu()
         return (value.float() if value.is_floating_point() else value).numpy()  # numpy knows no bfloat16
+    if isinstance(value, Image.Image):  # of which numpy would give the numbers in a palette, not the colours
+        value = value.convert("RGBA" if value.has_transparency_data else "RGB")
     return np.asarray(value)

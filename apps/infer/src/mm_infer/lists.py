@@ -48,10 +48,13 @@ def _given(config: Config, row: dict[str, str]) -> dict[str, Any]:
 
 
 def _several(line: str) -> list[Path]:
-    """Paths with commas between them; a file whose own name has a comma is one."""
+    """Paths with commas between them; a file whose own name has a comma is one. ValueError for commas alone."""
     if Path(line).exists():
         return [Path(line)]
-    return [Path(part.strip()) for part in line.split(",") if part.strip()]
+    paths = [Path(part.strip()) for part in line.split(",") if part.strip()]
+    if not paths:
+        raise ValueError(f"{line!r} names no file: paths stand with commas between them")
+    return paths
 
 
 def _lines(file: Path) -> list[str]:

@@ -24,8 +24,15 @@ def run(read: Callable[[], T], work: Callable[[T], object]) -> None:
     Where one rank cannot read it, the others end, too. Exit code 0: done; 2: it was asked for what cannot be; 1: it
     failed on the way; 130: it was interrupted.
     """
+
+    def refuse() -> T:
+        try:
+            return read()
+        except OSError as error:  # e.g. of a name that is too long: nothing has begun
+            raise ValueError(str(error)) from error
+
     with absence_told():
-        asked = run_alone(read)
+        asked = run_alone(refuse)
     run_alone(lambda: work(asked))
 
 

@@ -39,7 +39,7 @@ class DataConfig:
     encoders: Path | None = None
     """For a manifest: diffusers directory with vae/, text_encoder/, tokenizer/ (and image_encoder/ with CLIP)."""
     geometry: Geometry = field(default_factory=Geometry)
-    encode_every: Annotated[int, ">= 0"] = 8
+    encode_every: Annotated[int, ">= 0", "<= 1048576"] = 8
     """For a manifest: so many steps are encoded at a time; then the encoders go back to the host, until the next. 0
     leaves them on the device.
     """
@@ -47,9 +47,9 @@ class DataConfig:
     """For a manifest: ranks that work on the same samples encode a part of them each."""
     tiling: bool = False
     """For a manifest: let the VAE work in tiles, with less memory and slightly other numbers at the seams."""
-    global_batch: Annotated[int, ">= 1"] = 8
+    global_batch: Annotated[int, ">= 1", "<= 1048576"] = 8
     """Samples per optimizer step, over all ranks. Part of the sample stream: a resume keeps it."""
-    micro_batch: Annotated[int, ">= 1"] = 1
+    micro_batch: Annotated[int, ">= 1", "<= 1048576"] = 1
     """Samples per forward on one rank; the rest of the global batch is accumulated."""
     small_buckets: Literal["repeat", "drop"] = "repeat"
     """Shapes with fewer samples than a global batch: repeat their samples within a step, or leave these shapes out.
@@ -110,7 +110,7 @@ class OptimConfig:
 class LoRAOptions:
     """Low-rank adapters instead of full training, when rank is above 0."""
 
-    rank: Annotated[int, ">= 0"] = 0
+    rank: Annotated[int, ">= 0", "<= 65536"] = 0
     alpha: Annotated[float, "> 0"] = 16.0
     dropout: Annotated[float, ">= 0", "< 1"] = 0.0
     targets: tuple[str, ...] = ("q", "k", "v", "o", "ffn.0", "ffn.2")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +58,29 @@ class Metrics:
             self.say(f"step {row['step']}/{self.steps} | {numbers}")
 
     def _keep(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        for key, value in row.items():
-            if isinstance(value, int | float) and key != "step":
-                self.board.add_scalar(key, value, row["step"])
+        with _naming(self.path):
+            self.file.write(json.dumps(row) + "\n")
+        with _naming(self.path.parent / "tensorboard"):
+            for key, value in row.items():
+                if isinstance(value, int | float) and key != "step":
+                    self.board.add_scalar(key, value, row["step"])
 
     def close(self) -> None:
         if self.leader:
             self.bar.close()
-            self.file.close()
-            self.board.close()
+            with _naming(self.path):
+                self.file.close()
+            with _naming(self.path.parent / "tensorboard"):
+                self.board.close()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An OSError of writing, as of a full disk, says of itself neither where nor which file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _keep_steps(path: Path, last: int) -> None:

@@ -19,7 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from types import UnionType
+from typing import Any, Literal
 
 from safetensors.torch import save
 from torch import Tensor
@@ -32,12 +33,13 @@ from mm_data.files import (
     open_file,
     parse_json,
     read_text,
+    show,
     write_atomic,
 )
 from mm_data.geometry import Geometry, Unfit
 from mm_data.keys import content_key, hash_control
 from mm_data.manifest import Sample
-from mm_data.shards import Shards, read_metadata
+from mm_data.shards import AGAIN, Shards, read_metadata
 from mm_data.video import decoder_identity
 
 FORMAT = "mm-data features 1"
@@ -113,7 +115,7 @@ class FeatureCache:
         """Look for entries committed by others since this process last looked."""
         for shard in sorted(set(self.path.glob("shards/*.safetensors")) - self._seen):
             for key, meta in read_metadata(shard).items():
-                self._entries.setdefault(key, (shard, parse_json(meta, shard)))
+                self._entries.setdefault(key, (shard, _checked(parse_json(meta, shard), shard)))
             self._seen.add(shard)
 
     def put(self, key: str, tensors: Mapping[str, Tensor], meta: Mapping) -> None:
@@ -190,8 +192,11 @@ class FeatureCache:
         for log in [self.path / "failures.jsonl", *sorted(self.path.glob("failures/*.jsonl"))]:
             # the last piece is empty, or a line that was cut off by a kill
             lines = read_text(log).split("\n")[:-1] if log.exists() else []
-            records = [parse_json(line, log, number) for number, line in enumerate(lines, 1)]
-            found.update({record["id"]: record["reason"] for record in records})
+            for number, line in enumerate(lines, 1):
+                record = parse_json(line, log, number)
+                if not isinstance(record, dict) or not all(isinstance(record.get(k), str) for k in ("id", "reason")):
+                    raise ValueError(f"{log}, line {number}: no failure of a sample (id and reason): delete the file")
+                found[record["id"]] = record["reason"]
         return found
 
     def identify(self, samples: Iterable[Sample], threads: int = 8) -> Iterator[Sample]:
@@ -302,6 +307,28 @@ class FeatureCache:
             "shard": os.path.relpath(shard, self.path),
             **{k: v for k, v in meta.items() if k in ("shapes", "captions")},
         }
+
+
+def _checked(meta: Any, shard: Path) -> dict:
+    """What a shard says of an entry. Raises ValueError for what `put` and `VideoDataset` never write."""
+
+    def are(kind: type | UnionType, *values: Any) -> bool:
+        return all(isinstance(value, kind) for value in values)
+
+    def is_stamp(value: Any) -> bool:
+        return are(list, value) and value != [] and are(str | int | float, *value)
+
+    sound = are(dict, meta) and (
+        are(str, meta.get("id"), meta.get("sha256", ""), meta.get("decoder", ""))
+        and are(dict, meta.get("shapes"))
+        and are(list, meta.get("notes", []), meta.get("control", []))
+        and are(str, *meta.get("notes", []))
+        and is_stamp(meta.get("source", [""]))
+        and all(is_stamp(one) for one in meta.get("control", []))
+    )
+    if not sound:
+        raise ValueError(f"{shard} is damaged: what it says of an entry is none ({show(meta)}): {AGAIN}")
+    return meta
 
 
 def _why_unreadable(files: Sequence[Path]) -> str:

@@ -1,11 +1,12 @@
 """Encoded features, by index: what training reads."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from mm_data import mindspeed
 from mm_data.batch import Batch, Pick
 from mm_data.cache import FORMAT
 from mm_data.captions import OWN, Captions
-from mm_data.files import parse_json, read_lines
+from mm_data.files import parse_json, read_lines, shorten
 from mm_data.shards import Shards
 
 
@@ -163,20 +164,36 @@ def _read_index(path: Path) -> tuple[list[ShardRecord], ShardRecord | None]:
     records = [_record(path, line, shards, f"{index}, line {number}") for number, line in lines]
     if not records:
         raise ValueError(f"{index} lists no samples: {path / 'failures.jsonl'} says why each failed")
+    if twice := [name for name, count in Counter(record.id for record in records).items() if count > 1]:
+        raise ValueError(
+            f"{index} lists {len(twice)} samples twice, e.g. {shorten(twice[0])}: the same extraction again writes "
+            "this file anew"
+        )
     empty = header.get("empty_text")
-    return records, _record(path, {"id": "", **empty}, shards, f"{index}, line 1") if empty else None
+    if empty is None:
+        return records, None
+    empty = empty | {"id": ""} if isinstance(empty, dict) else empty
+    return records, _record(path, empty, shards, f"{index}, line 1", "text.0")
 
 
-def _record(path: Path, line: dict, shards: Shards, where: str) -> ShardRecord:
-    """`where` names file and line for messages."""
+def _record(path: Path, line: Any, shards: Shards, where: str, needed: str = "latents") -> ShardRecord:
+    """`where` names file and line for messages; `needed`: a tensor that it must have."""
     try:
+        told = [line[name] for name in ("id", "key", "shard")]
         shapes = {name: tuple(shape) for name, shape in line["shapes"].items()}
-        return ShardRecord(line["id"], shapes, path / line["shard"], line["key"], shards)
+        texts = [name for name in shapes if name.startswith("text.")]
+        if not all(isinstance(one, str) for one in told):
+            raise TypeError("id, key and shard must be text")
+        if not all(type(size) is int and size >= 0 for shape in shapes.values() for size in shape):
+            raise TypeError("shapes must be whole numbers")
+        if needed not in shapes or set(texts) != {f"text.{n}" for n in range(len(texts))}:
+            raise KeyError(f"{needed}, text.0, text.1, ...")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{where}: no sample of a feature store ({type(error).__name__}: {error}); the same extraction again "
             "writes this file anew"
         ) from error
+    return ShardRecord(line["id"], shapes, path / line["shard"], line["key"], shards)
 
 
 def _conditions(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import reprlib
 import stat
 import uuid
@@ -40,7 +41,9 @@ def find_fault(path: str | Path) -> str | None:
         return f"{shown} is not there"
     except OSError as error:
         return f"{shown} cannot be opened: {error.strerror}"
-    except ValueError:  # of Python, before the system is asked
+    except ValueError as error:  # of Python, before the system is asked
+        if isinstance(error, UnicodeEncodeError) and not re.search("[\ud800-\udfff]", str(path)):
+            return f"{shown} has no name in {error.encoding}, the encoding of the locale: set PYTHONUTF8=1"
         return f"{shown} is no path: it holds a NUL, or half a character"
     return None if stat.S_ISREG(mode) else f"{shown} is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a file"
 
@@ -124,6 +127,8 @@ def parse_json_at(
     except RecursionError as error:
         line += text.count("\n", 0, place)
         raise ValueError(f"{path}, line {line}: lists and objects nested more than {MAX_DEPTH} deep") from error
+    except ValueError as error:  # of the decoder's own rules
+        raise ValueError(f"{path}, line {line + text.count(chr(10), 0, place)}: {error}") from error
     return value, end
 
 

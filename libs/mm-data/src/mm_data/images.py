@@ -1,5 +1,7 @@
 """Pictures, read upright: their colours on white, or as a mask. This file imports no torch."""
 
+import contextlib
+from collections.abc import Iterable
 from math import isqrt
 from pathlib import Path
 
@@ -10,14 +12,22 @@ from mm_data.files import find_fault, open_file
 from mm_data.pixels import lay_on_white, to_grey
 
 # What has a mark at its beginning comes first. Not what Pillow gives to other programs (eps), nor rare kinds of text.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "PSD", "DDS", "ICNS")
-FORMATS += ("ICO", "SGI", "DIB", "PCX", "TGA")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+MARKED = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "PSD", "DDS", "ICNS")
+FORMATS = (*MARKED, "ICO", "SGI", "DIB", "PCX", "TGA")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".tga")
 
 
 def is_picture(path: str | Path) -> bool:
-    """Whether a file is a picture by its name, not a video."""
-    return Path(path).suffix.lower() in SUFFIXES
+    """Whether a file is a picture, not a video: by its name, or where that does not say, by how it begins."""
+    if Path(path).suffix.lower() in SUFFIXES:
+        return True
+    with (
+        contextlib.suppress(Exception),  # see `_read`
+        open_file(path) as file,
+        Image.open(file, formats=_known(MARKED)) as picture,
+    ):
+        return picture.format == "MPO" or getattr(picture, "n_frames", 1) == 1
+    return False
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -42,13 +52,11 @@ def read_mask(path: str | Path) -> np.ndarray:
 
 def _read(path: Path) -> Image.Image:
     """A picture of 8 bits, upright and in memory."""
-    Image.init()
-    known = [name for name in FORMATS if name in Image.OPEN]  # AVIF came late
     if fault := find_fault(path):
         raise ValueError(fault)
     with open_file(path) as file:
         try:
-            with Image.open(file, formats=known) as picture:
+            with Image.open(file, formats=_known(FORMATS)) as picture:
                 frames, kind = getattr(picture, "n_frames", 1), picture.format
                 picture = ImageOps.exif_transpose(picture) if frames == 1 or kind == "MPO" else None
         except UnidentifiedImageError as error:
@@ -65,6 +73,12 @@ def _read(path: Path) -> Image.Image:
     if picture.mode in ("I", "F"):
         raise ValueError(f"{path} holds numbers of 32 bits, of which none is known to be white: save it with 8 bits")
     return picture
+
+
+def _known(formats: Iterable[str]) -> list[str]:
+    """Those that this Pillow has: AVIF came late."""
+    Image.init()
+    return [name for name in formats if name in Image.OPEN]
 
 
 def area_size(height: int, width: int, area: int, multiple: int) -> tuple[int, int]:

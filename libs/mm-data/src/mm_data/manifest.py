@@ -20,6 +20,7 @@ A sample of VACE has `video` in place of `path`, and beside it, each of them abs
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -80,6 +81,7 @@ CONTROL_KEYS = ("src_video", "src_video_mask", "src_ref_images")
 # MindSpeed-MM's name, and those in the lists of musubi-tuner, VideoX-Fun and the hub, and DiffSynth
 CAPTION_KEYS = ("cap", "caption", "text", "prompt")
 LARGEST = 2**63  # of any number of frames, pixels, seconds
+LONGEST = 4096  # bytes of a path, of Linux
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,18 @@ def _parse_constant(name: str) -> Unread | None:
     return None if name == "NaN" else Unread(name)
 
 
-_DECODER = json.JSONDecoder(parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_constant)
+def _parse_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """ValueError for a key that is there twice: the second would replace the first unsaid."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object has the key {show(twice)} twice: keep the one that is meant")
+    return found
+
+
+_DECODER = json.JSONDecoder(
+    parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_constant, object_pairs_hook=_parse_object
+)
 
 
 def read_manifest(path: str | Path) -> list[Sample]:
@@ -146,6 +159,9 @@ def read_manifest(path: str | Path) -> list[Sample]:
     return samples
 
 
+_KINDS = {str: "text", list: "a list", dict: 'an object, as {"height": 480, "width": 832}'}
+
+
 class _Names:
     """Makes every name its own: the second `a.mp4` is `a.mp4#2`, unless a file is called so."""
 
@@ -171,8 +187,13 @@ def _read_sets(path: Path) -> list[tuple[Path, Path]]:
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        parts = line.split(",")
         shown = show(line)
+        if len(line) > 2 * LONGEST:
+            raise ValueError(
+                f"{path}, line {number}: {shown} has {len(line):,} characters, more than two paths have; each line is "
+                "`folder,annotation`"
+            )
+        parts = line.split(",")
         pairs = [(_find(",".join(parts[:i]), path), _find(",".join(parts[i:]), path)) for i in range(1, len(parts))]
         if not pairs:
             raise ValueError(
@@ -236,7 +257,8 @@ def _sample(record: Any, folder: Path, where: str, names: _Names) -> Sample:
     def get(name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         value = record.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise ValueError(f"{where}: {name} is {show(value)}")
+            said = " or ".join(_KINDS[one] for one in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ValueError(f"{where}: {name} is {show(value)}; it must be {said}")
         return default if value is None else value
 
     if not isinstance(record, dict):

@@ -18,6 +18,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,17 +91,20 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is damaged or no feature file: {str(error).splitlines()[0]}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} is no feature file: it holds a {type(found).__name__}")
-    latents = next((found[name] for name in LATENTS if name in found), None)
-    text = next((found[name] for name in TEXT if name in found), None)
+    latents = next((name for name in LATENTS if name in found), None)
+    text = next((name for name in TEXT if name in found), None)
     if latents is None or text is None:
-        raise ValueError(f"{file} holds {sorted(found)}: expected one of {LATENTS} and one of {TEXT}")
-    texts = text if isinstance(text, list | tuple) else [text]
+        raise ValueError(f"{file} holds {sorted(map(str, found))}: expected one of {LATENTS} and one of {TEXT}")
+    video = _tensor(latents, found[latents], 4, file)
+    texts = found[text] if isinstance(found[text], list | tuple) else [found[text]]
     masks = found.get("prompt_mask")
     masks = masks if isinstance(masks, list | tuple) else [masks] * len(texts)
+    if len(masks) != len(texts):
+        raise ValueError(f"{file}: {len(texts)} texts ({text}), but {len(masks)} masks (prompt_mask): extract again")
     return {
-        "latents": latents,
-        **{f"text.{i}": _trim(t, m) for i, (t, m) in enumerate(zip(texts, masks, strict=True))},
-        **_conditions(found, latents.shape[0], file),
+        **_conditions(found, video.shape[0], file),
+        "latents": video,
+        **{f"text.{i}": _trim(text, t, m, file) for i, (t, m) in enumerate(zip(texts, masks, strict=True))},
     }
 
 
@@ -111,12 +115,14 @@ def _conditions(found: dict, channels: int, file: Path) -> dict[str, Tensor]:
         if name in (*LATENTS, *TEXT, "prompt_mask", "first_frame_latents") or not isinstance(value, Tensor):
             continue
         if name == "i2v_clip_feature":
-            conditions["image"] = value.reshape(value.shape[-2:])
+            conditions["image"] = _tensor(name, value, 2, file)
         elif name == "i2v_vae_feature":
             conditions["condition"] = _channels(name, value, 4 + channels, file)[4:]
         elif name == "vace_context":
             context = _channels(name, value, 2 * channels + 64, file)
             conditions["control"], conditions["control_mask"] = context[: 2 * channels], context[2 * channels :]
+        elif not isinstance(name, str) or name.startswith("text."):
+            raise ValueError(f"{file} holds a tensor {shorten(repr(name))}, a name that has another meaning here")
         else:
             conditions[name] = value
     return conditions
@@ -124,13 +130,26 @@ def _conditions(found: dict, channels: int, file: Path) -> dict[str, Tensor]:
 
 def _channels(name: str, value: Tensor, expected: int, file: Path) -> Tensor:
     """C F H W or 1 C F H W -> C F H W, with as many channels as expected."""
-    value = value.reshape(value.shape[-4:])
+    value = _tensor(name, value, 4, file)
     if value.shape[0] != expected:
         raise ValueError(f"{file}: {name} has {value.shape[0]} channels, expected {expected}: is it of another model?")
     return value
 
 
-def _trim(text: Tensor, mask: Tensor | None) -> Tensor:
+def _trim(name: str, text: Tensor, mask: Tensor | None, file: Path) -> Tensor:
     """512 D or 1 512 D -> S D."""
-    text = text.reshape(text.shape[-2:])
-    return text if mask is None else text[: int((mask.reshape(-1) != 0).sum())]
+    text = _tensor(name, text, 2, file)
+    if mask is None:
+        return text
+    return text[: int((_tensor("prompt_mask", mask, 1, file) != 0).sum())]
+
+
+def _tensor(name: str, value: Any, dims: int, file: Path) -> Tensor:
+    """The numbers, with so many dims: others before them must be 1. Raises ValueError for anything else."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{file}: {name} is a {type(value).__name__}, not a tensor: extract again")
+    if value.layout is not torch.strided or value.device.type != "cpu" or value.is_complex():
+        raise ValueError(f"{file}: {name} is a tensor of {value.layout} {value.dtype} on {value.device}: extract again")
+    if value.ndim < dims or value.shape[:-dims].numel() != 1:
+        raise ValueError(f"{file}: {name} has the shape {list(value.shape)}, not {dims} dims: extract again")
+    return value.reshape(value.shape[-dims:])

@@ -109,6 +109,8 @@ def _parse_header(shard: Path, file: BinaryIO) -> Header:
     try:
         told = parse_json(os.pread(file.fileno(), length, 8).decode("utf-8"), shard)
         metadata = told.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError("__metadata__ must hold texts")
         tensors = {name: _place(8 + length, **entry) for name, entry in told.items()}
         end = max((place.end for place in tensors.values()), default=8 + length)
     except (ValueError, TypeError, AttributeError, KeyError) as error:

@@ -23,8 +23,12 @@ HIDDEN_FRAMES = {"vp8", "libvpx"}
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # Formats, and codecs, of one picture or several. Frames build on earlier ones, whatever packets say of key frames.
 ANIMATIONS = {"gif", "apng"}
+# Formats, too, that hold a picture where they hold one frame alone. A PDF with a JPEG in it is read as MJPEG.
+PERHAPS_PICTURES = {*ANIMATIONS, "mjpeg"}
+PICTURES = {"ico"}  # beside those that FFmpeg calls png_pipe, and so on
 # Brands of HEIF: pictures in boxes like those of mp4, whose alpha and tiles FFmpeg takes for videos.
 HEIF = {"avif", "avis", "heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1"}
+UNSAID = 2
 HDR = {16: "HDR (PQ)", 18: "HDR (HLG)"}  # transfer characteristics of ITU-T H.273
 
 
@@ -80,7 +84,14 @@ class Opened(NamedTuple):
 
     def packets(self) -> Iterator[av.Packet]:
         """All from here on; the last one is empty, and has the decoder give what it still holds."""
-        yield from self.container.demux(self.stream)  # closed when it is left, or PyAV 18 loses 280 bytes each time
+        ended = False
+        try:
+            for packet in self.container.demux(self.stream):  # gone when it is left, or PyAV 18 loses 280 bytes
+                ended = not packet.size
+                yield packet
+        except IndexError:  # PyAV stumbles over streams that begin in the middle, as in broadcasts; after ours, at best
+            if not ended:
+                raise av.InvalidDataError(0, "another stream begins in its middle") from None
 
     def decode(self) -> Iterator[av.VideoFrame]:
         """The frames from here on, in the order of showing."""
@@ -127,13 +138,16 @@ def scan(path: Path) -> VideoInfo:
                 keys.append((packet.pts, packet.size))
         if not pts:
             raise ValueError(f"{path} holds no frames, though its header promises {video.stream.frames}")
-        if video.container.format.name in ANIMATIONS and len(pts) == 1:
+        if video.container.format.name in PERHAPS_PICTURES and len(pts) == 1:
             _refuse_picture(path)
         if video.decoder.name in ANIMATIONS:
             keys.clear()
     keys.sort()
     with _open(path) as video:
-        decoded = video.decode()
+        decoded, transfer = (
+            video.decode(),
+            video.stream.codec_context.color_trc,
+        )  # of the container; decoding forgets it
         first = next(decoded, None)
         if first is None:
             raise ValueError(f"{path}: none of its {len(pts)} frames can be decoded: damaged or encrypted")
@@ -157,7 +171,7 @@ def scan(path: Path) -> VideoInfo:
             orientation=orientation,
             has_alpha=_has_alpha(first),
             is_best=video.stream == video.container.streams.best("video"),
-            notes=_notes(first),
+            notes=_notes(first, transfer),
             timestamps=times,
             pts=pts if sound and pts == sorted(pts) else None,
             keys=[pts for pts, _ in keys],
@@ -318,8 +332,10 @@ def _has_alpha(frame: av.VideoFrame) -> bool:
     return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
 
 
-def _notes(frame: av.VideoFrame) -> tuple[str, ...]:
-    notes = [HDR[frame.color_trc]] if frame.color_trc in HDR else []
+def _notes(frame: av.VideoFrame, transfer: int) -> tuple[str, ...]:
+    """`transfer`: the characteristics that the container says, which count where the frame says none."""
+    transfer = transfer if frame.color_trc == UNSAID else frame.color_trc
+    notes = [HDR[transfer]] if transfer in HDR else []
     if any(data.type.name.startswith("DOVI") for data in frame.side_data):
         notes.append("Dolby Vision")
     if frame.interlaced_frame:
@@ -353,7 +369,9 @@ def _open(path: Path) -> Iterator[Opened]:
     try:
         with open_container(path) as container:
             kind = container.format.name
-            if kind.endswith("_pipe") or container.metadata.get("major_brand") in HEIF:  # readers of single pictures
+            if (
+                kind.endswith("_pipe") or kind in PICTURES or container.metadata.get("major_brand") in HEIF
+            ):  # readers of single pictures
                 _refuse_picture(path)
             stream = _main_stream(container, path)
             decoder = stream.codec_context

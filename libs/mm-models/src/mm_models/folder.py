@@ -116,33 +116,35 @@ def check_files(folder: Path) -> None:
     Links may lead into the folder, or to the blobs of the hub's cache. The folder itself may be a link.
     """
     real_folder = folder.resolve()
-    for place in (Path(path) / name for path, names, _ in os.walk(folder) for name in names):
-        if place.suffix in (".json", ".safetensors", ".bin"):
-            raise ValueError(f"{place} is a directory, not a file: {_LET}")
-    for file in (Path(path) / name for path, _, names in os.walk(folder) for name in names):
-        real = file.resolve()
-        in_cache = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
-        if file.is_symlink() and not (in_cache or real.is_relative_to(real_folder)):
-            raise ValueError(
-                f"{file} is a link to {real}, outside its folder: put the file itself there, or link the whole folder"
-            )
-        if not file.exists():
-            raise ValueError(f"{file} is a link to {real}, which does not exist: download it again")
-        found = file.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"{file} is no regular file (a pipe, socket or device): nothing else is opened")
-        most = _most(file)
-        if most is not None and found.st_size > most:
-            raise ValueError(f"{file} has {found.st_size:,} bytes; such a file has at most {most:,}: {_LET}")
+    for path, folders, names in os.walk(folder):
+        if wrong := next((name for name in folders if name.endswith((*_MOST, *_WEIGHTS, ".model"))), None):
+            raise ValueError(f"{Path(path) / wrong} is a folder, not a file: {_LET}")
+        for name in names:
+            _check_file(Path(path) / name, real_folder)
+
+
+def _check_file(file: Path, real_folder: Path) -> None:
+    real = file.resolve()
+    in_cache = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    if file.is_symlink() and not (in_cache or real.is_relative_to(real_folder)):
+        raise ValueError(
+            f"{file} is a link to {real}, outside its folder: put the file itself there, or link the whole folder"
+        )
+    if not file.exists():
+        raise ValueError(f"{file} is a link to {real}, which does not exist: download it again")
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{file} is no regular file (a pipe, socket or device): nothing else is opened")
+    most = _most(file)
+    if most is not None and found.st_size > most:
+        raise ValueError(f"{file} has {found.st_size:,} bytes; such a file has at most {most:,}: {_LET}")
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a small JSON file. Raises ValueError for anything else: no regular file, too large, too deep."""
     try:
         # a pipe in its place is opened without waiting for a writer
-        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                raise ValueError("it is no regular file")
+        with open(file, "rb", opener=_open_regular) as stream:
             most = _most(file) or _MOST[".json"]
             text = stream.read(most + 1)
         if len(text) > most:
@@ -154,13 +156,19 @@ def read_json(file: Path) -> dict[str, Any]:
             raise RecursionError
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist: {_LET}") from None
-    except IsADirectoryError:
-        raise ValueError(f"{file} is a directory, not a file: {_LET}") from None
     except RecursionError:
         raise ValueError(f"{file} is nested more than {_DEEPEST} deep: {_LET}") from None
     except ValueError as error:
         raise ValueError(f"{file} is not a JSON object: {error}") from error
     return said
+
+
+def _open_regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("it is no regular file")
+    return descriptor
 
 
 def read_count(file: Path, key: str, default: int) -> int:

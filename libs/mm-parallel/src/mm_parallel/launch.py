@@ -42,7 +42,8 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             f"the environment says {there}, but not {missing}: torchrun sets all of them. Start with torchrun, or "
             "unset RANK and WORLD_SIZE for a single process"
         )
-    _number(said, "MASTER_PORT", 0)
+    if (port := _number(said, "MASTER_PORT", 0)) > 65535:
+        raise ValueError(f"the environment says MASTER_PORT={port}: ports are 0 to 65535")
     if not 0 <= rank < world:
         raise ValueError(f"the environment says RANK={rank} and WORLD_SIZE={world}: ranks are 0 to {world - 1}")
     local = _number(environment, "LOCAL_RANK", 0) if environment.get("LOCAL_RANK", "").strip() else None

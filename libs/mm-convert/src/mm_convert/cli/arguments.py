@@ -190,8 +190,8 @@ class _Words(NamedTuple):
 def _split(argv: list[str], known: Mapping[str, Option]) -> _Words:
     """The words of a command line by the options that they belong to. ValueError for one that belongs to none."""
     for word in argv:
-        if any("\ud800" <= letter <= "\udfff" for letter in word):  # so Python holds bytes that are no UTF-8
-            raise ValueError(f"{word!r} is not UTF-8 text, as configurations and records are: give it another name")
+        if any("\ud800" <= letter <= "\udfff" for letter in word):  # so Python holds bytes that it cannot decode
+            raise ValueError(_why_undecoded(word))
     positional = [name for name, option in known.items() if option.positional]
     flags = known.keys() - positional | {"config", "print_config", "help"}
     given: dict[str, tuple[str, str]] = {}
@@ -225,6 +225,15 @@ def _split(argv: list[str], known: Mapping[str, Option]) -> _Words:
         raise ValueError(f"{bare[len(positional)]!r} belongs to no option: values follow a --flag")
     given |= {name: (name, word) for name, word in zip(positional, bare, strict=False)}
     return _Words(given, files, printing, wants_help)
+
+
+def _why_undecoded(word: str) -> str:
+    try:
+        text = os.fsencode(word).decode()
+    except UnicodeError:
+        return f"{word!r} is not UTF-8 text, as configurations and records are: give it another name"
+    encoding = sys.getfilesystemencoding()
+    return f"Python reads the command line as {encoding} here, and {text!r} is UTF-8: set PYTHONUTF8=1"
 
 
 def _value(flag: str, words: list[str], option: Option | None) -> str:

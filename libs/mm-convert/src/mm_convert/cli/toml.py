@@ -56,6 +56,16 @@ class _Loader(yaml.SafeLoader):
             raise ValueError(f"line {line}: a key has no value; null is none, and text that begins with # is quoted")
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name in seen:  # the second would replace the first unsaid; TOML refuses it, too
+                raise ValueError(f"line {key.start_mark.line + 1}: {name} is there twice")
+            if name is not None:
+                seen.add(name)
+        return super().construct_mapping(node, deep)
+
 
 for _tag, _pattern in {
     "null": "null",

@@ -125,7 +125,7 @@ def _or_refuse(name: str, value: Any, hint: Any) -> Any:
     except _Unfit:
         plain = isinstance(value, _Text) and re.fullmatch(r"[\w.+/-]{1,80}", value)
         example = ' (a list is written ["a", "b"] or [1, 2])' if any(map(_is_list, kinds_of(hint))) else ""
-        example += ' (a table is written {"name": 1})' if any(map(_is_table, kinds_of(hint))) else ""
+        example += ' (a table is written {"name": 1}, each name once)' if any(map(_is_table, kinds_of(hint))) else ""
         example += " (a whole number has 64 bits at most)" if re.fullmatch(r"[+-]?[0-9_]{19,}", str(value)) else ""
         shown = value if plain else _SHORT.repr(value)
         raise ValueError(f"{name} is {shown}; it takes {describe(hint)}{example}") from None
@@ -276,8 +276,13 @@ def _list(text: str) -> list:
 
 
 def _table(text: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):  # a second value would replace the first unsaid
+            raise _Unfit
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError):  # also a number of 5,000 digits
         raise _Unfit from None
 

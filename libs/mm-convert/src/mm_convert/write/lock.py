@@ -53,8 +53,12 @@ def _take(file: Path, output: str | Path) -> int | None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_there(file, descriptor):
                 who = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now().astimezone():%F %T %z}"
-                os.truncate(descriptor, 0)
-                os.write(descriptor, who.encode())
+                try:
+                    os.truncate(descriptor, 0)
+                    os.write(descriptor, who.encode())
+                except OSError as error:  # the disk is full
+                    file.unlink(missing_ok=True)
+                    raise OSError(error.errno, error.strerror, str(file)) from error
                 return descriptor
             os.close(descriptor)  # who had it has removed it since we opened it
         except BlockingIOError:
