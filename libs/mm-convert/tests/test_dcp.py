@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from itertools import pairwise
@@ -245,7 +246,7 @@ def test_what_is_no_index_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"\.metadata"):
             read_dcp(tmp_path)
     with (tmp_path / ".metadata").open("wb") as file:
-        file.truncate(2**30)
+        file.truncate(3 * 2**30)
     with pytest.raises(ValueError, match="more than any index"):
         read_dcp(tmp_path)
 
@@ -393,3 +394,23 @@ def test_four_ranks_load_ours_and_save_what_we_read(small_chunks, tmp_path):
     sharded = read_dcp(tmp_path / "block")
     assert set(sharded) == {f"model.{name}" for name in block}
     assert all(eager(sharded[f"model.{name}"]).equal(tensor) for name, tensor in block.items())
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40_000])
+def test_the_index_of_a_thousand_ranks_is_read(tmp_path, monkeypatch, rows):
+    """An honest index has fewer instructions for each byte than the limit, whatever its size."""
+    torch = pytest.importorskip("torch")
+    from torch.distributed.checkpoint import metadata as kinds
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    ranks, described, places = 1024, {}, {}
+    for name in ("model.a", "model.b"):
+        offsets = [torch.Size((rank * rows,)) for rank in range(ranks)]
+        chunks = [kinds.ChunkStorageMetadata(offset, torch.Size((rows,))) for offset in offsets]
+        size = torch.Size((ranks * rows,))
+        described[name] = kinds.TensorStorageMetadata(kinds.TensorProperties(torch.float32), size, chunks)
+        for rank, offset in enumerate(offsets):
+            places[kinds.MetadataIndex(name, offset, rank)] = _StorageInfo(f"__{rank}_0.distcp", 0, 9)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(kinds.Metadata(described, {}, places)))
+    monkeypatch.setattr("mm_convert.store.dcp._MAX_OPCODES", 0)
+    assert len(Index(tmp_path).describe("model.b").chunks) == ranks

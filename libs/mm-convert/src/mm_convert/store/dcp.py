@@ -23,8 +23,9 @@ from mm_convert.tensors.mapping import Tensors
 from mm_convert.tensors.views import MAX_SIDES, Computed, LazyTensor, rows
 
 INDEX = ".metadata"
-_MAX_INDEX = 200 * 2**20
-_MAX_OPCODES = 25_000_000  # 65 for every chunk, 110 for every tensor
+_MAX_INDEX = 2 * 2**30  # bytes: a chunk has some 140, and 1,024 ranks cut 3,300 tensors into 3.4 million
+_MAX_OPCODES = 5_000_000  # of a small index; of a larger one, so many for each byte:
+_OPCODES_PER_BYTE = 0.75  # 65 for every chunk, 110 for every tensor
 _CHUNK_BYTES = 64 * 2**20  # written at once: a rank that wants some rows reads little more than them
 _FILE_BYTES = 4 * 2**30
 
@@ -156,7 +157,8 @@ def _read_index(folder: Path) -> tuple[dict[str, Opaque], dict[tuple[str, tuple[
     path = folder / INDEX
     if not path.exists():
         raise ValueError(f"{folder} has no {INDEX}: it is no DCP checkpoint, or saving it was interrupted")
-    index = unpickle(read_bytes(path, _MAX_INDEX, "index"), str(path), {}, limit=_MAX_OPCODES)
+    data = read_bytes(path, _MAX_INDEX, "index")
+    index = unpickle(data, str(path), {}, limit=max(_MAX_OPCODES, int(_OPCODES_PER_BYTE * len(data))))
     try:
         described, places = index.state["state_dict_metadata"], {}
         for key, info in index.state["storage_data"].items():

@@ -7,11 +7,13 @@ inert `Opaque` objects; every other is refused.
 
 from __future__ import annotations
 
+import gc
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 # Objects of these packages lie beside the weights in training checkpoints: arguments, random states, optimizers.
@@ -37,7 +39,7 @@ class Flood(ValueError):
     """The pickle is small, but what it asks for is not."""
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, slots=True)  # an index has millions of them
 class Opaque:
     """A class or function that a pickle names, or, if it has `args`, an object made by it. Neither was imported.
 
@@ -48,15 +50,16 @@ class Opaque:
     name: str
     args: tuple[Any, ...] | None = None
     state: Any = None
-    items: list[Any] = field(default_factory=list)
+    items: list[Any] | None = None
 
     def __call__(self, *args: Any) -> Opaque:
         return Opaque(self.module, self.name, args)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.items.append((key, value))
+        self.append((key, value))
 
     def append(self, item: Any) -> None:
+        self.items = [] if self.items is None else self.items
         self.items.append(item)
 
     add = append
@@ -87,13 +90,26 @@ def unpickle(
     it can hold is worth.
     """
     try:
-        return _Unpickler(data, where, {**_BUILDERS, **builders}, load, limit).load()
+        with _without_collector():
+            return _Unpickler(data, where, {**_BUILDERS, **builders}, load, limit).load()
     except Refused:
         raise
     except Flood as error:
         raise ValueError(f"{where} is no honest checkpoint: {error}") from error
     except Exception as error:  # a damaged program can fail in any way
         raise ValueError(f"{where} is damaged: its pickle cannot be read ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """It would look through all that has been made again and again: half of the time of a large index."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _encode(text: str, encoding: str) -> bytes:
