@@ -61,7 +61,7 @@ def asked(tmp_path_factory):
 @pytest.mark.parametrize("program", [train, extract])
 def test_a_rank_that_is_gone_is_named(asked, program, fate):
     victim = 0 if (program, fate) == (train, "killed") else 1
-    ends = launch(2, program, asked[program], fate, victim, within=20)
+    ends = launch(2, program, asked[program], fate, victim, within=90)
     other = ends[1 - victim]
     assert ends[victim].code in (-signal.SIGKILL, None)
     assert other.code == 1
@@ -85,7 +85,7 @@ def one_is_asked_otherwise(rank: int, program: object, argv: list[str], otherwis
 )
 def test_a_rank_that_cannot_begin_ends_the_others_and_says_why(asked, program, otherwise, message):
     main = {train: training.main, extract: extracting.main}[program]
-    ends: list[End] = launch(2, one_is_asked_otherwise, main, asked[program], otherwise, within=20)
+    ends: list[End] = launch(2, one_is_asked_otherwise, main, asked[program], otherwise, within=90)
     assert [end.code for end in ends] == [1, 2]
     assert message in ends[1].said
     assert "rank 1 failed before it joined the others: " in ends[0].said
@@ -94,6 +94,6 @@ def test_a_rank_that_cannot_begin_ends_the_others_and_says_why(asked, program, o
 
 def test_what_is_wrong_on_all_ranks_is_said_once(asked):
     for wrong in (["--weights", "nope"], ["--optim.leraning_rate", "1"]):
-        ends = launch(2, one_is_asked_otherwise, training.main, [*asked[train], *wrong], [], within=20)
+        ends = launch(2, one_is_asked_otherwise, training.main, [*asked[train], *wrong], [], within=90)
         assert [end.code for end in ends] == [2, 2]
         assert (ends[0].said.count("error: "), ends[1].said) == (1, "")

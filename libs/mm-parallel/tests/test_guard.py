@@ -209,7 +209,7 @@ def main(rank: int, scenario: str) -> None:
     assert threading.active_count() == 1
 
 
-def run(scenario, world: int, within: float = 15) -> list[End]:
+def run(scenario, world: int, within: float = 60) -> list[End]:
     """Runs a function of this file on `world` ranks, and kills none: how each ended within some seconds."""
     return launch(world, main, scenario.__name__, within=within)
 

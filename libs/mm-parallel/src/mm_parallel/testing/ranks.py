@@ -33,6 +33,7 @@ _ALWAYS = [
     "torch.distributed.checkpoint",
     "torch.distributed.pipelining",
 ]
+_PATIENCE = 2  # seconds that a rank which died leaves the others to say why
 _LOADERS = (importlib.machinery.SourceFileLoader, importlib.machinery.ExtensionFileLoader)
 
 
@@ -85,23 +86,30 @@ def _collect(ranks: list, folder: Path, name: str, timeout: float) -> list[Any]:
     deadline = time.monotonic() + timeout
     waiting = {ours: rank for rank, (_, ours) in enumerate(ranks)}
     results: dict[int, Any] = {}
+    failures: list[str] = []
     while waiting:
         ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        if not ready and failures:
+            break
         if not ready:
             stacks = "\n".join(_stack_of(rank, ranks[rank][0], folder) for rank in waiting.values())
             raise TimeoutError(f"{name}: ranks {sorted(waiting.values())} still run after {timeout} s\n{stacks}")
-        failures = []
+        told = False
         for ours in ready:
             rank = waiting.pop(ours)
             try:
                 results[rank], failure = ours.recv()
+                told = told or bool(failure)
             except EOFError:  # no word: killed, or aborted in C++
                 ranks[rank][0].join()
                 failure = f"died with exit code {ranks[rank][0].exitcode}"
+                deadline = min(deadline, time.monotonic() + _PATIENCE)  # another may be about to say why
             if failure:
                 failures.append(f"rank {rank} of {len(ranks)} in {name}: {failure}")
-        if failures:
-            raise RuntimeError("\n".join(failures))
+        if told:
+            break
+    if failures:
+        raise RuntimeError("\n".join(failures))
     return [results[rank] for rank in range(len(ranks))]
 
 
