@@ -41,10 +41,10 @@ def spawn(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 60) -
     """Calls `fn(rank, world, *args)` in `world` new processes, one gloo process group; returns their results by rank.
 
     `fn` is a top-level function of an importable module or of a test file; arguments and results are pickled. Each rank
-    computes on one thread. Raises RuntimeError with the traceback of the rank that failed first (or its exit code, if
-    it was killed), and TimeoutError with the stacks of those that still run after `timeout` seconds. Either way no rank
-    is left. Ranks are forked from a server that imports, at the first call, what this process has imported by then:
-    that takes some seconds, and every call a tenth of a second.
+    computes on one thread. Raises RuntimeError with the traceback of the rank that failed first (of one that died
+    without a word its exit code, and what another says just after), and TimeoutError with the stacks of those that
+    still run after `timeout` seconds. Either way no rank is left. Ranks are forked from a server that imports, at the
+    first call, what this process has imported by then: that takes some seconds, and every call a tenth of a second.
     """
     context = multiprocessing.get_context("forkserver")
     # the test file is loaded by path, because pytest's importlib mode gives it a name nobody can import
