@@ -79,15 +79,7 @@ def _prepare_model(options: Convert) -> tuple[Checkpoint, Files]:
         checkpoint = _open(options, config=model.config)
         return checkpoint, prepare_like(checkpoint, options.target, model, dtype=options.dtype)
     checkpoint = _open(options)
-    files = prepare_conversion(
-        checkpoint,
-        options.target,
-        _form(options, checkpoint),
-        pp_layers=_layers(options.pp_layers, options.vit_pp_layers),
-        tp_size=options.tp_size,
-        shard_bytes=_shard_bytes(options),
-        dtype=options.dtype,
-    )
+    files = prepare_conversion(checkpoint, options.target, _form(options, checkpoint), **_cut(options))
     return checkpoint, files
 
 
@@ -95,22 +87,18 @@ def _prepare_merge(options: Convert, expert: str) -> tuple[Checkpoint, Files]:
     assert options.lora
     base = _open(options)
     adapter = open_lora(options.lora, alpha=options.lora_alpha, rank=options.lora_rank, expert=expert)
-    files = prepare_merge(
-        base,
-        adapter,
-        options.lora,
-        options.target,
-        _form(options, base),
-        pp_layers=_layers(options.pp_layers, options.vit_pp_layers),
-        tp_size=options.tp_size,
-        shard_bytes=_shard_bytes(options),
-        dtype=options.dtype,
-    )
+    files = prepare_merge(base, adapter, options.lora, options.target, _form(options, base), **_cut(options))
     return base, files
 
 
-def _shard_bytes(options: Convert) -> int | None:
-    return None if options.shard_gb is None else int(options.shard_gb * 1e9)
+def _cut(options: Convert) -> dict[str, Any]:
+    """How a target is cut into stages, ranks and files, and its dtype."""
+    return {
+        "pp_layers": _layers(options.pp_layers, options.vit_pp_layers),
+        "tp_size": options.tp_size,
+        "shard_bytes": None if options.shard_gb is None else int(options.shard_gb * 1e9),
+        "dtype": options.dtype,
+    }
 
 
 def _open(options: Convert, config: dict[str, Any] | None = None) -> Checkpoint:
