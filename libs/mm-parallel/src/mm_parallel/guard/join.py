@@ -71,10 +71,12 @@ def connect(rank: int, world: int, start: float) -> dist.Store:
     of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     hosts = rank == 0 and not of_torchrun
     try:
+        if not hosts:
+            _wait_for_host(host, port, start)
         store = dist.TCPStore(
             host, port, None, hosts, timedelta(seconds=start), wait_for_workers=False, multi_tenant=not of_torchrun
         )
-    except (dist.DistError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # torch's own errors are of both kinds
         why = str(error).splitlines()[0]
         who = "torchrun" if of_torchrun else "rank 0"
         raise ConnectionError(
@@ -82,6 +84,19 @@ def connect(rank: int, world: int, start: float) -> dist.Store:
             f"MASTER_PORT; {who} hosts it) within {start:g} s: {why}"
         ) from error
     return dist.PrefixStore(f"start/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _wait_for_host(host: str, port: int, patience: float) -> None:
+    """Waits until somebody listens there. OSError if nobody does in time. (Torch fills the screen while it waits.)"""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, until - time.monotonic())).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(_BETWEEN)
 
 
 def call_roll(store: dist.Store, rank: int, world: int, start: float, patience: float) -> None:
