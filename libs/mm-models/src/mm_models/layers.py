@@ -69,10 +69,17 @@ def gated(x: Tensor, gate: Tensor, y: Tensor, noisy: Tensor | None = None) -> Te
     return torch.addcmul(x, gate, y)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """Softmax attention on B L H h (tokens before heads), as is: no dropout, scale 1/√h. Causal: token i sees 0 … i."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal)
-    return out.transpose(1, 2)
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention on B L H h (tokens before heads), as is: no dropout, scale 1/√h. Causal: token i sees 0 … i.
+
+    mask: B Lk, bool: True for a key that is attended. A query that sees no key at all gives 0.
+    Raises ValueError for a mask together with causal.
+    """
+    if mask is not None and causal:
+        raise ValueError("causal attention with a mask of keys: there is no such kernel; mask what is lost instead")
+    seen = None if mask is None else mask[:, None, None]  # B 1 1 Lk: the same for all heads and queries
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal).transpose(1, 2)
 
 
 class Sequence(NamedTuple):
@@ -87,10 +94,16 @@ class Sequence(NamedTuple):
     segments: tuple[int, ...] | None = None
 
 
-def core(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
-    """The attention between tokens where all of them are here: the seam of a ladder that nobody has cut. B L H h."""
+def core(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, mask: Tensor | None = None) -> Tensor:
+    """The attention between tokens where all of them are here: the seam of a ladder that nobody has cut. B L H h.
+
+    mask: B L, bool, of the whole sequence: True for a token that is attended (as a key; every token asks). None: all.
+    Raises ValueError for a mask together with causal or with segments.
+    """
     if sequence.segments is None:
-        return attention(q, k, v, sequence.causal)
+        return attention(q, k, v, sequence.causal, mask)
+    if mask is not None:
+        raise ValueError("packed samples with a mask of keys: leave out what is masked when you pack")
     samples = ((x[:, start:stop] for x in (q, k, v)) for start, stop in pairwise(sequence.segments))
     return torch.cat([attention(*qkv, sequence.causal) for qkv in samples], 1)
 
