@@ -76,7 +76,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tenso
     Raises ValueError for a mask together with causal.
     """
     if mask is not None and causal:
-        raise ValueError("causal attention with a mask of keys: there is no such kernel; mask what is lost instead")
+        raise ValueError(
+            "causal attention with a mask of keys: there is no such kernel; pack without what is masked instead"
+        )
     seen = None if mask is None else mask[:, None, None]  # B 1 1 Lk: the same for all heads and queries
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal).transpose(1, 2)

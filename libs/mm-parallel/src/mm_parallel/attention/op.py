@@ -95,9 +95,14 @@ def check_mask(
             f"a mask {tuple(mask.shape)} {str(mask.dtype).removeprefix('torch.')} of {q.shape[0]} samples with {keys} "
             f"keys: needs ({q.shape[0]}, {keys}) bool, True for a key that is attended"
         )
-    if causal or segments is not None:
-        what = "causal attention" if causal else f"{len(segments) - 1} packed samples"
-        raise ValueError(f"{what} with a mask of keys: the two cannot be combined; leave out what is masked, or causal")
+    if segments is not None:
+        raise ValueError(
+            f"{len(segments) - 1} packed samples with a mask of keys: leave out what is masked when you pack"
+        )
+    if causal:
+        raise ValueError(
+            "causal attention with a mask of keys: there is no such kernel; pack without what is masked instead"
+        )
 
 
 def forward(
