@@ -85,6 +85,14 @@ class ObjectiveConfig:
     """Of flow matching: loss weight per timestep. bsmntw is a bell around t=500 (DiffSynth, MindSpeed-MM; the default
     for Wan), none weighs all alike.
     """
+    snr_gamma: Annotated[float, ">= 0"] | None = None
+    """Of DDPM: the error at a timestep weighs min(snr, gamma) / snr, or / (snr + 1) with v-prediction, so that those
+    with little noise do not outweigh the others (min-SNR); 5 is usual. 0 weighs all alike.
+    """
+    noise_offset: Annotated[float, ">= 0"] | None = None
+    """Of DDPM: so much noise more that is the same in all of a channel, and is drawn for each sample and channel. A
+    model that has seen it makes videos that are darker and brighter as a whole; 0.02 is usual.
+    """
 
 
 @dataclass
