@@ -7,48 +7,23 @@ alone, so an image is a video of one frame.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-Size = Annotated[int, ">= 1", "<= 65536"]
+from mm_models.opensoraplan.vae_config import GROUPS, OLDER, PUBLISHED, VAEConfig
 
+LOGVAR = -30, 20
+"""Between which the log of the variance is held."""
 FRAMES = 4
 """Images that the flat half of the encoder holds at once; the result is that of any other number."""
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """Widths of the VAE; the defaults are those of the released one (239,189,991 parameters)."""
-
-    hidden_size: Size = 128
-    """Channels of the first level; a multiple of 32, the groups of the norms."""
-    hidden_size_mult: tuple[Size, Size, Size, Size] = (1, 2, 4, 4)
-    """Channels of each level, times hidden_size."""
-    num_res_blocks: Annotated[int, ">= 1", "<= 64"] = 2
-    """Of each level of the encoder; the decoder has one more."""
-    z_channels: Size = 4
-    embed_dim: Size = 4
-    """Channels of the latents."""
-    frames_mix: bool = False
-    """Whether the attention takes frames and channels for one another, as `AttnBlock3D` does; the released VAE has
-    `AttnBlock3DFix`, which does not.
-    """
-
-    @property
-    def widths(self) -> list[int]:
-        """Channels of each level."""
-        return [self.hidden_size * factor for factor in self.hidden_size_mult]
 
 
 class CausalVAE(nn.Module):
     """Encoder and decoder, with the 1x1x1 convolutions between them and the latents."""
 
-    def __init__(self, config: VAEConfig = VAEConfig()) -> None:  # noqa: B008 - frozen
+    def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
@@ -61,8 +36,12 @@ class CausalVAE(nn.Module):
 
         F = 4k + 1, F' = k + 1; H and W are multiples of 8.
         """
-        mean, logvar = self.quant_conv(self.encoder(video)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
+        mean, logvar = self.moments(video).chunk(2, dim=1)
+        return mean, logvar.clamp(*LOGVAR)
+
+    def moments(self, video: Tensor) -> Tensor:
+        """Both as they come, one after the other, B 2C F' H/8 W/8: what tiles are blended from."""
+        return self.quant_conv(self.encoder(video))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents B C F' h w (not scaled) to a video B 3 4F'-3 8h 8w."""
@@ -94,7 +73,7 @@ class Encoder(nn.Module):
             if level < 3:
                 down.downsample = Downsample3d(width) if level else Downsample2d(width)
             self.down.append(down)
-        self.mid = Middle(widths[3], config.frames_mix)
+        self.mid = Middle(widths[3], config.attention)
         self.norm_out = GroupNorm(widths[3])
         self.conv_out = CausalConv3d(widths[3], 2 * config.z_channels, 3)
 
@@ -128,7 +107,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = config.widths
         self.conv_in = CausalConv3d(config.z_channels, widths[3], 3)
-        self.mid = Middle(widths[3], config.frames_mix)
+        self.mid = Middle(widths[3], config.attention)
         self.up = nn.ModuleList()
         for level, width in enumerate(widths):
             into = [widths[min(level + 1, 3)], *[width] * config.num_res_blocks]
@@ -154,10 +133,10 @@ class Decoder(nn.Module):
 class Middle(nn.Module):
     """At the lowest resolution, where frames are attended to."""
 
-    def __init__(self, width: int, frames_mix: bool) -> None:
+    def __init__(self, width: int, attention: str) -> None:
         super().__init__()
         self.block_1 = ResnetBlock3d(width, width)
-        self.attn_1 = MixedAttention(width) if frames_mix else Attention(width)
+        self.attn_1 = {PUBLISHED: Attention, OLDER: MixedAttention}[attention](width)
         self.block_2 = ResnetBlock3d(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,7 +168,7 @@ class GroupNorm(nn.GroupNorm):
     """Over 32 groups of channels; of a video over all its frames at once, so a later frame changes an earlier one."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(32, channels, eps=1e-6)
+        super().__init__(GROUPS, channels, eps=1e-6)
 
 
 class ResnetBlock3d(nn.Module):
