@@ -85,6 +85,14 @@ class ObjectiveConfig:
     """Of flow matching: loss weight per timestep. bsmntw is a bell around t=500 (DiffSynth, MindSpeed-MM; the default
     for Wan), none weighs all alike.
     """
+    snr_gamma: Annotated[float, ">= 0"] | None = None
+    """Of DDPM: the error at a timestep weighs min(snr, gamma) / snr, or / (snr + 1) with v-prediction, so that those
+    with little noise do not outweigh the others (min-SNR); 5 is usual. 0 weighs all alike.
+    """
+    noise_offset: Annotated[float, ">= 0"] | None = None
+    """Of DDPM: so much noise more that is the same in all of a channel, and is drawn for each sample and channel. A
+    model that has seen it makes videos that are darker and brighter as a whole; 0.02 is usual.
+    """
 
 
 @dataclass
@@ -113,8 +121,10 @@ class LoRAOptions:
     rank: Annotated[int, ">= 0", "<= 65536"] = 0
     alpha: Annotated[float, "> 0"] = 16.0
     dropout: Annotated[float, ">= 0", "< 1"] = 0.0
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "ffn.0", "ffn.2")
-    """Names of the linears that get an adapter (matched as peft does, by suffix)."""
+    targets: tuple[str, ...] | None = None
+    """Names of the linears that get an adapter (matched as peft does, by suffix); by default those of all attentions
+    and feed-forwards.
+    """
     weights: Path | None = None
     """An adapter to go on from, in any format that mm-convert reads; by default they are fresh. Rank, alpha and targets
     must be its own.

@@ -11,7 +11,6 @@ from itertools import count
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from mm_convert import replace_file
@@ -25,6 +24,7 @@ from mm_data import (
     Step,
     check_samples,
     for_task,
+    pad_texts,
     read_manifest,
     select,
     survey,
@@ -109,4 +109,4 @@ def _collated(batch: ClipBatch, features: list[dict[str, Tensor]], encoders: Enc
     """One batch, on the CPU."""
     texts = [one.pop("text.0").cpu() if "text.0" in one else encoders.empty_text for one in features]
     tensors = {name: torch.stack([one[name].cpu() for one in features]) for name in features[0]}
-    return Batch(tensors | {"text": pad_sequence(texts, batch_first=True)}, batch.ids, batch.epochs)
+    return Batch(tensors | pad_texts(texts), batch.ids, batch.epochs)

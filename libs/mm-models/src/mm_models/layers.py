@@ -93,10 +93,15 @@ def gated(x: Tensor, gate: Tensor, y: Tensor, noisy: Tensor | None = None) -> Te
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """Softmax attention on B L H h (tokens before heads), as is: no dropout, scale 1/√h. Causal: token i sees 0 … i.
 
-    mask: B Lk bool, true for the keys that are attended to. None: all.
+    mask: B Lk, bool: True for a key that is attended. A query that sees no key at all gives 0.
+    Raises ValueError for a mask together with causal.
     """
+    if mask is not None and causal:
+        raise ValueError(
+            "causal attention with a mask of keys: there is no such kernel; pack without what is masked instead"
+        )
+    seen = None if mask is None else mask[:, None, None]  # B 1 1 Lk: the same for all heads and queries
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    seen = None if mask is None else mask[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal).transpose(1, 2)
 
 
@@ -115,10 +120,13 @@ class Sequence(NamedTuple):
 def core(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, mask: Tensor | None = None) -> Tensor:
     """The attention between tokens where all of them are here: the seam of a ladder that nobody has cut. B L H h.
 
-    mask: B L bool, true for the tokens that are attended to. None: all.
+    mask: B L, bool, of the whole sequence: True for a token that is attended (as a key; every token asks). None: all.
+    Raises ValueError for a mask together with causal or with segments.
     """
     if sequence.segments is None:
         return attention(q, k, v, sequence.causal, mask)
+    if mask is not None:
+        raise ValueError("packed samples with a mask of keys: leave out what is masked when you pack")
     samples = ((x[:, start:stop] for x in (q, k, v)) for start, stop in pairwise(sequence.segments))
     return torch.cat([attention(*qkv, sequence.causal) for qkv in samples], 1)
 
