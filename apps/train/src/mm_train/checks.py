@@ -20,6 +20,7 @@ from mm_parallel.launch import read_launch
 from mm_train.adapter import check_adapter
 from mm_train.config import Config
 from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
+from mm_train.settle import settle_samples
 
 When = Literal["at once", "with torch"]
 
@@ -179,6 +180,7 @@ def _samples(config: Config) -> None:
         raise ValueError(
             f"--sample.from_validation {s.from_validation}: give --validation.features, and how many of them"
         )
+    s = settle_samples(config)
     family, shape = architecture(config)
     folders = [part for part in family.encoders(shape) if part != "image_encoder"]  # what it saw lies in the features
     check_encoders(s.encoders, folders, "sample videos: --sample.encoders")
