@@ -36,7 +36,9 @@ class DataConfig:
     features: Path | None = None
     """Directory written by mm_train.extract, or a MindSpeed-MM feature folder."""
     manifest: Path | None = None
-    """In place of features: data.txt, data.json or .jsonl in the format of MindSpeed-MM."""
+    """In place of features: data.txt, data.json or .jsonl in the format of MindSpeed-MM, or a folder with
+    annotation.json in it or in its folders.
+    """
     encoders: Path | None = None
     """For a manifest: diffusers directory with vae/, text_encoder/, tokenizer/ (and image_encoder/ with CLIP)."""
     geometry: Geometry = field(default_factory=Geometry)
