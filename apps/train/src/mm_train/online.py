@@ -32,13 +32,13 @@ from mm_data import (
 from mm_parallel.encoders import interleave, share_encoding
 from mm_train.config import Config
 from mm_train.encode import Encoders
-from mm_train.ranks import map_over_ranks
+from mm_train.ranks import map_over_ranks, say
 
 
 def find_clips(config: Config, encoders: Encoders) -> ClipDataset:
     """The samples that an extraction would use, as far as that shows without decoding them; the others are reported."""
     manifest = config.data.manifest
-    samples = for_task(read_manifest(manifest), controls=encoders.task.reads_control)
+    samples = for_task(read_manifest(manifest, say), controls=encoders.task.reads_control)
     geometry = encoders.fit_geometry(config.data.geometry)
     selection = select(samples, geometry, map_over_ranks(samples, partial(check_samples, geometry=geometry)))
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
