@@ -36,7 +36,9 @@ class DataConfig:
     features: Path | None = None
     """Directory written by mm_train.extract, or a MindSpeed-MM feature folder."""
     manifest: Path | None = None
-    """In place of features: data.txt, data.json or .jsonl in the format of MindSpeed-MM."""
+    """In place of features: data.txt, data.json or .jsonl in the format of MindSpeed-MM, or a folder with
+    annotation.json in it or in its folders.
+    """
     encoders: Path | None = None
     """For a manifest: diffusers directory with vae/, text_encoder/, tokenizer/ (and image_encoder/ with CLIP)."""
     geometry: Geometry = field(default_factory=Geometry)
@@ -122,8 +124,10 @@ class LoRAOptions:
     rank: Annotated[int, ">= 0", "<= 65536"] = 0
     alpha: Annotated[float, "> 0"] = 16.0
     dropout: Annotated[float, ">= 0", "< 1"] = 0.0
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "ffn.0", "ffn.2")
-    """Names of the linears that get an adapter (matched as peft does, by suffix)."""
+    targets: tuple[str, ...] | None = None
+    """Names of the linears that get an adapter (matched as peft does, by suffix); by default those of all attentions
+    and feed-forwards.
+    """
     weights: Path | None = None
     """An adapter to go on from, in any format that mm-convert reads; by default they are fresh. Rank, alpha and targets
     must be its own.

@@ -125,6 +125,8 @@ class Family:
     """How `mm_parallel` may cut it."""
     cost: Callable[[nn.Module], Callable[[Mapping[str, Any]], tuple[int, float]]]
     """model -> (tensors of a batch -> its tokens, FLOPs of training on it)."""
+    lora_targets: tuple[str, ...]
+    """The linears that usually get an adapter, by the ends of their names."""
     start: Callable[[], Any]
     """The module with `initial`, `missing`, `grow`, `ZERO` and `GROWN`; see `mm_models.wan.start`."""
 

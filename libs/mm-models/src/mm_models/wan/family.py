@@ -28,6 +28,7 @@ WAN = Family(
     build=later("mm_models.wan.model", "WanModel"),
     plan=later("mm_models.wan.plan", "plan"),
     cost=later("mm_models.wan.cost", "Cost"),
+    lora_targets=("q", "k", "v", "o", "ffn.0", "ffn.2"),
     start=start,
     objective=later("mm_models.wan.encode", "objective"),
     objective_options={"shift": 5.0, "range": None, "weighting": "bsmntw"},
