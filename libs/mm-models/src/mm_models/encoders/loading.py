@@ -6,12 +6,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mm_models.folder import check_tokenizer, check_weights, read_json
+
+_TELLING = (".json", ".model", ".safetensors", ".ckpt", ".pt")
 
 
 def load_strictly(kind: type, folder: Path, dtype: torch.dtype) -> Any:
@@ -49,6 +52,8 @@ def load_tokenizer(folder: Path, vocabulary: int) -> Any:
     from transformers import AutoTokenizer
 
     check_tokenizer(folder)
+    if not (folder / "tokenizer.json").exists() and (folder / "spiece.model").exists():
+        _require("sentencepiece", "google.protobuf", why=f"{folder / 'spiece.model'} is read by")
     with readable(folder, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         most = max(tokenizer.get_vocab().values())
@@ -60,6 +65,12 @@ def load_tokenizer(folder: Path, vocabulary: int) -> Any:
     if not ids or ids[-1] != tokenizer.eos_token_id:
         raise ValueError(f"{folder} does not end a prompt with the mark of its end, so it is not the model's tokenizer")
     return tokenizer
+
+
+def _require(*modules: str, why: str) -> None:
+    """Raises ValueError for modules that are not installed, which a library would say in other words."""
+    if missing := [name.removeprefix("google.") for name in modules if not find_spec(name)]:
+        raise ValueError(f"{why} {' and '.join(missing)}, not installed here: pip install mm-models[encoders]")
 
 
 @contextmanager
@@ -134,7 +145,7 @@ def identity(folders: list[Path], options: dict) -> str:
     digest = sha256(json.dumps(options, sort_keys=True).encode())
     block = 1 << 16
     for folder in folders:
-        for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".model", ".safetensors")):
+        for file in sorted(f for f in folder.iterdir() if f.suffix in _TELLING):
             size = file.stat().st_size
             digest.update(f"{folder.name}/{file.name}:{size}".encode())
             with open(file, "rb") as stream:
