@@ -1,12 +1,15 @@
-"""UMT5 and the Wan VAE, from a diffusers directory that the test writes: tiny, random, in the real format."""
+"""UMT5, mT5 and the Wan VAE, from a diffusers directory that the test writes: tiny, random, in the real format."""
 
+import io
+import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mm_models.encoders import TextEncoder, clean
+from mm_models.encoders import TextEncoder, clean, loading
+from mm_models.opensoraplan.captions import clean as clean_captions
 from mm_models.wan.vae import WanVAE
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "circle", "moves", "left", "&", "▁"]
@@ -156,3 +159,97 @@ def test_no_bar_in_a_log_and_the_setting_is_given_back(repository, capfd):
     TextEncoder(repository, dtype=torch.float32)
     assert "Loading weights" not in capfd.readouterr().err
     assert logging.is_progress_bar_enabled()
+
+
+@pytest.fixture(scope="module")
+def mt5(tmp_path_factory):
+    """mT5 as google/mt5-xxl publishes its tokenizer: spiece.model, and no tokenizer.json."""
+    import sentencepiece
+    from transformers import MT5Config, MT5EncoderModel
+
+    path = tmp_path_factory.mktemp("mt5")
+    torch.manual_seed(0)
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4, "dropout_rate": 0.0}
+    model = MT5EncoderModel(MT5Config(vocab_size=96, feed_forward_proj="gated-gelu", **shape))
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3)
+    model.save_pretrained(path / "text_encoder")
+
+    words = io.BytesIO()
+    sentences = ["a red circle moves to the left", "the blue square rests", "then it stops, and a café opens"] * 20
+    marks = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=words,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **marks,
+    )
+    folder = path / "tokenizer"
+    folder.mkdir()
+    (folder / "spiece.model").write_bytes(words.getvalue())
+    tokens = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(tokens), encoding="utf-8")
+    said = tokens | {"extra_ids": 0, "additional_special_tokens": None, "tokenizer_class": "T5Tokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said), encoding="utf-8")
+    return path
+
+
+def test_mt5_as_upstream_encodes_prompts(mt5):
+    """Padded to 64 tokens and masked, in one batch; ours go through one by one."""
+    import sentencepiece
+    from transformers import MT5EncoderModel
+
+    encoder = TextEncoder(mt5, dtype=torch.float32, max_length=64, kind="mt5")
+    prompts = ["a red circle moves, then it stops", "the blue square", ""]
+    ours = encoder.encode(prompts)
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(mt5 / "tokenizer" / "spiece.model"))
+    rows = [[*pieces.encode(prompt), 1] for prompt in prompts]
+    assert [len(one) for one in ours] == [len(row) for row in rows] != [1, 1, 1]
+    ids = torch.tensor([row + [0] * (64 - len(row)) for row in rows])
+    model = MT5EncoderModel.from_pretrained(mt5 / "text_encoder").eval()
+    with torch.no_grad():
+        theirs = model(ids, attention_mask=(ids != 0).long()).last_hidden_state
+    for one, row in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, row[: len(one)], atol=1e-5)
+
+
+def test_the_kind_of_a_text_encoder_is_that_of_its_folder(mt5, repository):
+    with pytest.raises(ValueError, match="model_type is 'mt5', and must be 'umt5'"):
+        TextEncoder(mt5)
+    with pytest.raises(ValueError, match="model_type is 'umt5', and must be 'mt5'"):
+        TextEncoder(repository, kind="mt5")
+
+
+def test_sentencepiece_is_asked_for(mt5, monkeypatch):
+    monkeypatch.setattr(loading, "find_spec", lambda name: None if name == "sentencepiece" else object())
+    with pytest.raises(ValueError, match=r"spiece\.model is read by sentencepiece, not .*mm-models\[encoders\]"):
+        TextEncoder(mt5, kind="mt5")
+
+
+def test_a_cleaner_is_part_of_the_identity(mt5):
+    usual, own = TextEncoder(mt5, kind="mt5"), TextEncoder(mt5, kind="mt5", cleaner=clean_captions)
+    assert usual.identity != own.identity
+    assert torch.equal(own.encode(["A <b>RED</b> circle"])[0], own.encode(["a red circle"])[0])
+    assert not torch.equal(own.encode(["A RED circle"])[0], usual.encode(["A RED circle"])[0])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cleaned"),
+    [
+        ("", ""),
+        ("A Cat, in the <b>Rain</b>! &amp; more", "a cat, in the rain! more"),
+        ("(masterpiece), (best quality), a CAT. emotional, 4k", "masterpiece , best quality , a cat. emotional, 4k"),
+        ("see https://www.example.com/page or me@mail.com", "see or me"),
+        ("this-is-my-cute-cat by @nick", "this is my cute cat by"),
+        ("\u201cquoted\u201d \u2014 dash \u2018one\u2019 more", "\"quoted\" - dash 'one' more"),
+        ("#123 1234567 jc6640 a.png in 1920x1080", "in"),
+        ("一只猫 ㈱ walks ..  slowly\n", "一只猫 walks slowly"),
+        ("x : y , z/a,b.c", "x: y , z a, b. c"),
+        ("a%20b+c", "a b c"),
+    ],
+)
+def test_prompts_are_cleaned_as_the_captions_of_open_sora_plan(prompt, cleaned):
+    assert clean_captions(prompt) == cleaned

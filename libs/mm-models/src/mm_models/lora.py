@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mm_models.families import family_of
 from mm_models.layers import Linear, wide
 
 
@@ -20,8 +21,10 @@ class LoRAConfig:
     alpha: float = 16.0
     dropout: float = 0.0
     """On the input of A, while training."""
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "ffn.0", "ffn.2")
-    """Linears by our names, whole or their end: "q" is the q of every attention in every block."""
+    targets: tuple[str, ...] | None = None
+    """Linears by our names, whole or their end: "q" is the q of every attention in every block of a Wan. None: those
+    that are usual for the model's family (`Family.lora_targets`).
+    """
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -39,7 +42,8 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     Raises:
         ValueError: a target that names no linear of this model, or a model that has adapters already.
     """
-    return _inject(model, config.targets, r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout)
+    targets = family_of(model.config).lora_targets if config.targets is None else config.targets
+    return _inject(model, targets, r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout)
 
 
 def load_lora(model: nn.Module, tensors: Mapping[str, Tensor], alphas: Mapping[str, float]) -> nn.Module:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def load_tokenizer(folder: Path, vocabulary: int) -> Any:
     from transformers import AutoTokenizer
 
     check_tokenizer(folder)
+    if not (folder / "tokenizer.json").exists() and (folder / "spiece.model").exists():
+        _require("sentencepiece", "google.protobuf", why=f"{folder / 'spiece.model'} is read by")
     with readable(folder, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         most = max(tokenizer.get_vocab().values())
@@ -62,6 +65,12 @@ def load_tokenizer(folder: Path, vocabulary: int) -> Any:
     if not ids or ids[-1] != tokenizer.eos_token_id:
         raise ValueError(f"{folder} does not end a prompt with the mark of its end, so it is not the model's tokenizer")
     return tokenizer
+
+
+def _require(*modules: str, why: str) -> None:
+    """Raises ValueError for modules that are not installed, which a library would say in other words."""
+    if missing := [name.removeprefix("google.") for name in modules if not find_spec(name)]:
+        raise ValueError(f"{why} {' and '.join(missing)}, not installed here: pip install mm-models[encoders]")
 
 
 @contextmanager

@@ -1,10 +1,11 @@
-"""Prompts to embeddings: UMT5."""
+"""Prompts to embeddings: UMT5 and mT5."""
 
 import html
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -13,8 +14,23 @@ from mm_models.encoders.loading import identity, load_strictly, load_tokenizer
 from mm_models.folder import check_weights, part_of, read_count
 
 
+def clean(prompt: str) -> str:
+    """A prompt as the Wan pipelines clean it: broken unicode mended, HTML entities read, white space collapsed."""
+    import ftfy
+
+    prompt = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", prompt).strip()
+
+
 class TextEncoder:
-    """UMT5 from `text_encoder/` and `tokenizer/` of a diffusers directory."""
+    """UMT5 or mT5 from `text_encoder/` and `tokenizer/` of a diffusers directory.
+
+    Args:
+        path: the directory.
+        max_length: most tokens of a prompt, with the end mark.
+        kind: "umt5" has position biases in every layer, "mt5" in the first alone.
+        cleaner: what is done to a prompt first; by default `clean`. Another is part of the encoder's identity.
+    """
 
     def __init__(
         self,
@@ -22,16 +38,22 @@ class TextEncoder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         max_length: int = 512,
+        kind: Literal["umt5", "mt5"] = "umt5",
+        cleaner: Callable[[str], str] | None = None,
     ) -> None:
-        from transformers import UMT5Config, UMT5EncoderModel
+        from transformers import MT5EncoderModel, UMT5EncoderModel
 
+        model = {"umt5": UMT5EncoderModel, "mt5": MT5EncoderModel}[kind]
         weights, words = part_of(path, "text_encoder"), part_of(path, "tokenizer")
-        self.device, self.max_length = torch.device(device), max_length
+        self.device, self.max_length, self.clean = torch.device(device), max_length, cleaner or clean
         check_weights(weights)
-        vocabulary = read_count(weights / "config.json", "vocab_size", UMT5Config.vocab_size)
+        vocabulary = read_count(weights / "config.json", "vocab_size", model.config_class.vocab_size)
         self.tokenizer = load_tokenizer(words, vocabulary)
-        self.model = load_strictly(UMT5EncoderModel, weights, dtype).to(self.device)
-        self.identity = identity([weights, words], {"dtype": str(dtype), "max_length": max_length})
+        self.model = load_strictly(model, weights, dtype).to(self.device)
+        options = {"dtype": str(dtype), "max_length": max_length}
+        if cleaner is not None:
+            options["cleaner"] = f"{cleaner.__module__}.{cleaner.__qualname__}"
+        self.identity = identity([weights, words], options)
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the weights to a device, and what is encoded from then on is made there. Returns itself."""
@@ -48,19 +70,11 @@ class TextEncoder:
         """
         encoded = []
         for prompt in prompts:
-            tokens = self.tokenizer(clean(prompt)).input_ids
+            tokens = self.tokenizer(self.clean(prompt)).input_ids
             if len(tokens) > self.max_length:
                 warnings.warn(
                     f"a prompt of {len(tokens)} tokens was cut to {self.max_length}: {prompt[:60]!r}…", stacklevel=3
                 )
-                tokens = self.tokenizer(clean(prompt), truncation=True, max_length=self.max_length).input_ids
+                tokens = self.tokenizer(self.clean(prompt), truncation=True, max_length=self.max_length).input_ids
             encoded.append(self.model(torch.tensor([tokens], device=self.device)).last_hidden_state[0])
         return encoded
-
-
-def clean(prompt: str) -> str:
-    """A prompt as the Wan pipelines clean it: broken unicode mended, HTML entities read, white space collapsed."""
-    import ftfy
-
-    prompt = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    return re.sub(r"\s+", " ", prompt).strip()
