@@ -114,6 +114,7 @@ def training_runs(root: Path, base: str) -> dict[str, tuple[int, list[str]]]:
     runs["t2v on line, shared"] = 2, t2v(*data, "--parallel.cp", "2")
     videos = ["--sample.encoders", str(root / "encoders"), "--sample.steps", "2", "--sample.frames", "5"]
     videos += ["--sample.height", "32", "--sample.width", "48", "--sample.every", "3"]
+    videos += ["--sample.guidance", "5", "--sample.flow_shift", "3", "--sample.negative_prompt", ""]
     runs["t2v with samples"] = 1, t2v(*videos, "--sample.prompts", '["a cat"]', "--sample.from_validation", "1")
     runs["vace with samples"] = 1, vace(*videos, "--sample.from_validation", "1")
     return runs

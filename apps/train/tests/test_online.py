@@ -2,17 +2,21 @@
 
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mm_data import Geometry, write_video
 from mm_models.wan.testing import write_encoders
 from mm_parallel.testing import spawn
 from mm_train.checks import check
+from mm_train.data import training_data
 from mm_train.extract import Data, ExtractConfig, extract
+from mm_train.objective import build_objective
 from mm_train.recipe import load_config
 from mm_train.train import train
 
@@ -118,6 +122,27 @@ def test_losses_are_those_of_extracted_features(encoders, manifest, expected, tm
     losses_of([*ahead, "--steps", "4"])  # six were encoded
     losses_of([*ahead, "--steps", "6"])
     assert losses_of(arguments(tmp_path / "ahead", *features, *MANY)) == expected
+
+
+def test_batches_are_those_of_extracted_features(encoders, manifest, tmp_path):
+    """Captions have several lengths, and some are dropped: so are their masks."""
+    steps = []
+    for name, data in (
+        ("v", from_videos(manifest, encoders)),
+        ("f", from_features(manifest, encoders, tmp_path / "f")),
+    ):
+        config = load_config(arguments(tmp_path / name, *data, *MANY))
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        made = training_data(config, build_objective(config), None, torch.device("cpu"))
+        steps.append(list(islice(made.steps(0), 8)))
+    padded = 0
+    for batches in zip(*steps, strict=True):
+        for one, other in zip(*(step.micro for step in batches), strict=True):
+            assert one.tensors.keys() == other.tensors.keys() == {"latents", "text", "text_mask"}
+            assert all(torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
+            assert torch.equal(one.tensors["text_mask"], one.tensors["text"].abs().sum(-1) > 0)
+            padded += not one.tensors["text_mask"].all()
+    assert padded
 
 
 def ranks_train(rank: int, world: int, argv: list[str]) -> None:

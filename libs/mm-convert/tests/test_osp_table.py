@@ -57,6 +57,30 @@ def test_config_json_there_and_back():
     assert OPENSORAPLAN.complete(read | content.config) == (config, [])
 
 
+def test_what_is_predicted_and_how_much_text_is_read():
+    """Both are not published, and usual where nothing is said: they are written only where they are not."""
+    content = identify(shapes(), "toy")
+    usual, _ = OPENSORAPLAN.complete(content.config | {"num_heads": 2})
+    assert (usual["prediction_type"], usual["text_tokens"]) == ("epsilon", 512)
+    assert not {"prediction_type", "text_tokens"} & set(OPENSORAPLAN.write_config["original"](usual))
+    said = {"prediction_type": "v_prediction", "text_tokens": 300}
+    json = OPENSORAPLAN.write_config["original"](usual | said)
+    assert said.items() <= OPENSORAPLAN.read_config(json).items()
+    config, notes = OPENSORAPLAN.complete(usual | {"prediction_type": "x", "text_tokens": 0})
+    assert config == usual
+    assert len(notes) == 2
+
+
+def test_nothing_is_assumed_of_size_and_scale():
+    """Weights of 29 frames and of 93, of 480p and of 720p have the same tensors."""
+    content = identify(shapes(), "toy")
+    config, _ = OPENSORAPLAN.complete(content.config | {"num_heads": 2})
+    assert not {"sample_size", "interpolation_scale"} & set(config)
+    json = OPENSORAPLAN.write_config["original"](config)
+    assert not {"sample_size", "sample_size_t", "interpolation_scale_h"} & set(json)
+    assert OPENSORAPLAN.complete(config | {"sample_size": None})[0] == config | {"sample_size": None}  # of any size
+
+
 def test_values_that_cannot_be_are_left_out_and_said():
     content = identify(shapes(), "toy")
     said = {"num_heads": 5, "interpolation_scale": [1.0, "2"], "sample_size": [0, 8, 12], "eps": 3}

@@ -215,14 +215,28 @@ def test_batches_hold_the_samples_they_name(dataset):
     for step in take(build_loader(dataset, global_batch=6, micro_batch=3), 20):
         for batch in step.micro:
             numbers = torch.tensor([float(name[1:]) for name in batch.ids])
-            assert set(batch.tensors) == {"latents", "text", "image"}
+            assert set(batch.tensors) == {"latents", "text", "text_mask", "image"}
             assert torch.equal(batch.tensors["latents"][:, 0, 0, 0, 0], numbers)
             assert torch.equal(batch.tensors["image"][:, 0], numbers)
             assert torch.equal(batch.tensors["text"][:, 0, 0] // 10, numbers)
-            for row in batch.tensors["text"]:
+            assert batch.tensors["text_mask"].dtype == torch.bool
+            for row, mask in zip(batch.tensors["text"], batch.tensors["text_mask"], strict=True):
                 length = 1 + int(row[0, 0] - row[0, 0] // 10 * 10)
                 assert (row[:length] == row[0, 0]).all()
                 assert (row[length:] == 0).all()
+                assert mask.tolist() == [True] * length + [False] * (len(row) - length)
+
+
+def test_the_mask_of_a_dropped_caption_is_that_of_the_empty_prompt(path):
+    dataset = FeatureDataset(path, Captions(seed=1, dropout=0.5))
+    seen = set()
+    for step in take(build_loader(dataset, global_batch=6, micro_batch=3), 5):
+        for batch in step.micro:
+            for row, mask in zip(batch.tensors["text"], batch.tensors["text_mask"], strict=True):
+                seen.add(dropped := bool(row[0, 0] == -1))
+                assert mask.sum() == (1 if dropped else 1 + int(row[0, 0] % 10))
+                assert mask[0]
+    assert seen == {True, False}
 
 
 def test_without_captions_there_is_no_text(path, tmp_path):

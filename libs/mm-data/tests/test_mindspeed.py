@@ -48,8 +48,11 @@ def test_both_generations(tmp_path, generation):
     assert set(dataset[0]["conditions"]) == {"image", "condition"}
     assert dataset.empty_text is None
     (step,) = itertools.islice(build_loader(dataset, global_batch=4, micro_batch=4), 1)
-    assert step.micro[0].tensors["text"].shape == (4, 8, 4)
     (batch,) = step.micro
+    assert batch.tensors["text"].shape == (4, 8, 4)
+    lengths = 5 + batch.tensors["latents"][:, 0, 0, 0, 0].int()  # as the masks of the files say
+    assert torch.equal(batch.tensors["text_mask"].sum(1), lengths)
+    assert torch.equal(batch.tensors["text_mask"], torch.arange(8) < lengths[:, None])
     assert batch.tensors["image"].shape == (4, 257, 8)
     assert batch.tensors["condition"].shape == (4, 16, 3, 4, 6)
     assert torch.equal(batch.tensors["condition"][:, 0, 0, 0, 0], 10 + batch.tensors["latents"][:, 0, 0, 0, 0])
@@ -125,8 +128,11 @@ def test_what_changes_while_it_is_read_and_odd_lines_are_one_line(tmp_path):
         ({"prompt_ids": torch.zeros(4, 512, 8)}, "prompt_ids has the shape"),
         ({"prompt_ids": [torch.zeros(512, 8)] * 2, "prompt_mask": [torch.ones(512)]}, r"2 texts .* but 1 masks"),
         ({"prompt_mask": {}}, "prompt_mask is a dict"),
+        ({"prompt_mask": torch.arange(512) > 506}, "prompt_mask marks 5 of 512 tokens, not the first rows"),
+        ({"prompt_mask": torch.ones(300)}, "marks 300 of 300 tokens, not the first rows of prompt_ids, which has 512"),
         ({"vace_context": torch.zeros(())}, "vace_context has the shape"),
         ({"text.0": torch.zeros(3, 8)}, "holds a tensor 'text.0', a name that has another meaning"),
+        ({"text_mask": torch.zeros(3)}, "holds a tensor 'text_mask', a name that has another meaning"),
     ],
 )
 def test_other_contents_of_a_file_are_named(tmp_path, held, message):

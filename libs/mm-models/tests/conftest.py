@@ -1,4 +1,4 @@
-"""Tiny Wan models with nothing at a trivial value: every parameter is drawn, so every one of them matters."""
+"""Tiny models with nothing at a trivial value: every parameter is drawn, so every one of them matters."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mm_models.opensoraplan import OpenSoraPlanConfig, OpenSoraPlanModel
 from mm_models.wan import WanConfig, WanModel
 
 
@@ -61,5 +62,41 @@ def batch() -> Callable[[WanModel], dict[str, Tensor]]:
         if config.vace_layers:
             inputs["control"] = torch.randn(2, config.control_channels, 5, 8, 6, generator=generator)
         return inputs
+
+    return make
+
+
+@pytest.fixture
+def tiny_plan() -> Callable[..., OpenSoraPlanModel]:
+    """tiny_plan(**fields of OpenSoraPlanConfig) -> an Open-Sora-Plan model with random weights."""
+
+    def make(**fields) -> OpenSoraPlanModel:
+        dim = fields.get("dim", 48)
+        sizes = {"dim": dim, "num_heads": 2, "ffn_dim": 4 * dim, "num_layers": 3, "text_dim": 32}
+        model = OpenSoraPlanModel(OpenSoraPlanConfig(**sizes | fields))
+        randomise(model)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def plan_batch() -> Callable[..., dict[str, Tensor]]:
+    """plan_batch(frames, masks) -> two samples on a grid of three different sizes, the second one partly padding."""
+
+    def make(frames: int = 3, masks: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        inputs = {
+            "video": torch.randn(2, 4, frames, 8, 12, generator=generator),
+            "t": torch.tensor([911, 37]),
+            "text": torch.randn(2, 9, 32, generator=generator),
+        }
+        text_mask, video_mask = torch.ones(2, 9, dtype=torch.bool), torch.ones(2, frames, 8, 12, dtype=torch.bool)
+        text_mask[0, 7:] = text_mask[1, 4:] = False
+        video_mask[1, 2:] = False  # the last frame
+        video_mask[1, :, :, 9:] = False  # and three columns: a token of columns 8 and 9 is seen
+        return inputs | {
+            name: mask for name, mask in (("text_mask", text_mask), ("video_mask", video_mask)) if name in masks
+        }
 
     return make

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mm_models.diffusion.flow import FlowMatching
+from mm_models.diffusion.objective import blend
 
 
 def test_schedule():
@@ -42,7 +43,7 @@ def test_line_and_loss():
     x0, noise = torch.randn(3, 16, 2, 4, 4), torch.randn(3, 16, 2, 4, 4)
     index = torch.tensor([0, 500, 999])
     level = flow.level(index)
-    x = flow.noised(x0, noise, level)
+    x = blend(x0, noise, level)
     assert torch.equal(x[0], noise[0])
     for i in range(3):  # going back along the target arrives at x0
         assert torch.allclose(x[i] - flow.sigmas[index[i]] * flow.target(x0, noise, level)[i], x0[i], atol=1e-5)

@@ -28,3 +28,38 @@ def test_causal_attention_sees_nothing_that_comes_later():
     after = core(q, k, v, Sequence(6, causal=True))
     assert torch.equal(before[:, :4], after[:, :4])
     assert not torch.equal(before[:, 4:], after[:, 4:])
+
+
+def test_masked_keys_are_left_out():
+    """As though they were not there: sample by sample, values and gradients."""
+    q, k, v, weight = torch.randn(4, 3, 9, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    mask = torch.tensor([[True] * 5 + [False] * 4, [False, True, True] * 3, [True] * 9])
+    together = core(*inputs, Sequence(9), mask)
+    samples = [(q[i : i + 1], k[i : i + 1, mask[i]], v[i : i + 1, mask[i]]) for i in range(3)]
+    apart = torch.cat([attention(*sample) for sample in samples])
+    torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-14)
+    grads, wanted = (torch.autograd.grad((out * weight).sum(), inputs) for out in (together, apart))
+    for a, b in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    assert not any(grad[~mask].any() for grad in grads[1:])
+    assert torch.equal(core(*inputs, Sequence(9), mask), attention(*inputs, mask=mask))
+
+
+def test_a_query_that_sees_nothing_gives_zero():
+    q, k, v = torch.randn(3, 2, 6, 2, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    mask = torch.tensor([[False] * 6, [True] * 6])
+    out = attention(q, k, v, mask=mask)
+    (grad,) = torch.autograd.grad(out.square().sum(), q)
+    assert not out[0].any()
+    assert not grad[0].any()
+    assert grad.isfinite().all()
+
+
+def test_a_mask_is_not_combined():
+    q, k, v = torch.randn(3, 1, 6, 2, 4)
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    with pytest.raises(ValueError, match="causal attention with a mask of keys"):
+        core(q, k, v, Sequence(6, causal=True), mask)
+    with pytest.raises(ValueError, match="packed samples with a mask of keys"):
+        core(q, k, v, Sequence(6, segments=(0, 3, 6)), mask)

@@ -202,7 +202,8 @@ def test_mistakes_are_named():
         ({"guidance": (4, 3)}, r"guidance \(4, 3\): give one number"),
         ({"steps": 0}, "steps is 0"),
         ({"flow_shift": 0}, "flow shift is 0"),
-        ({"sampler": "ddim"}, "'ddim' is not known"),
+        ({"sampler": "dpm"}, "'dpm' is not known; there are unipc, euler"),
+        ({"sampler": "ddim"}, "'ddim' does not fit a model that predicts flow; there are unipc, euler"),
         ({"grid": "linear"}, "'linear' is not known"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -280,3 +282,97 @@ def test_packed_queries_need_packed_keys():
     q, k, v, _ = make(9, 4)
     with pytest.raises(ValueError, match="packed samples of 9 queries and 4 keys"):
         attention(q, k, v, segments=(0, 4, 9))
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    """The formula: weights of what is masked are 0, and so is a query that sees nothing."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
+    largest = scores.detach().amax(-1, keepdim=True).nan_to_num(neginf=0)
+    weights = (scores - largest).exp()
+    return torch.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdim=True).clamp(min=1e-300), v)
+
+
+keys_seen = st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "math"])
+@given(keys_seen)
+@example([[False] * 7, [True] * 7])
+@example([[True, False] * 3 + [True]] * 2 + [[False] * 6 + [True]])
+def test_a_mask_is_the_formula(backend, seen):
+    mask = torch.tensor(seen)
+    inputs = random_qkv(len(seen), 5, 7)
+    got = out_and_grads(partial(attention, mask=mask, backend=backend), *inputs)
+    want = out_and_grads(partial(masked, mask=mask), *inputs)
+    assert error(got, want) <= 1e-13
+    assert all(x.isfinite().all() for x in got)
+    assert not got[2][~mask].any()  # exactly 0
+    assert not got[3][~mask].any()
+
+
+def random_qkv(samples: int, queries: int, keys: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(samples)
+    shapes = ((samples, length, 3, 6) for length in (queries, keys, keys, queries))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def test_a_mask_of_all_is_no_mask():
+    inputs = random_qkv(3, 7, 7)
+    got = out_and_grads(partial(attention, mask=torch.ones(3, 7, dtype=torch.bool)), *inputs)
+    assert all(map(torch.equal, got, out_and_grads(attention, *inputs)))
+
+
+def test_what_is_masked_may_be_anything():
+    """Not even nan there reaches a query, or a gradient."""
+    q, k, v, weight = random_qkv(2, 5, 7)
+    mask = torch.tensor([[True] * 4 + [False] * 3, [False, True] * 3 + [False]])
+    want = out_and_grads(partial(attention, mask=mask), q, k, v, weight)
+    k, v = (x.detach().masked_fill(~mask[:, :, None, None], float("nan")).requires_grad_() for x in (k, v))
+    assert all(map(torch.equal, out_and_grads(partial(attention, mask=mask), q, k, v, weight), want))
+
+
+def test_samples_that_see_the_same_go_together(monkeypatch):
+    shapes = []
+    real = BACKENDS["cpu"]
+    counted = real._replace(forward=lambda q, k, *rest: shapes.append(tuple(k.shape[:2])) or real.forward(q, k, *rest))
+    monkeypatch.setitem(BACKENDS, "cpu", counted)
+    q, k, v, _ = random_qkv(4, 5, 7)
+    some, none = [True] * 3 + [False] * 4, [False] * 7
+    attention(q, k, v, mask=torch.tensor([some, some, none, [True] * 7]))
+    assert shapes == [(2, 3), (1, 7)]
+    attention(q, k, v)
+    assert shapes[2:] == [(4, 7)]
+
+
+@pytest.mark.parametrize("masked", [[[True] * 5], [[True, False] * 2 + [True]], [[False] * 5]])
+def test_a_mask_is_registered_as_torch_wants_it(masked):
+    q, k, v, _ = random_qkv(1, 5, 5)
+    args = (q, k, v, 0.4, False, "cpu", torch.tensor(masked))
+    torch.library.opcheck(torch.ops.mm_parallel.attention.default, args)
+
+
+def test_a_mask_on_meta():
+    x = torch.empty(2, 32_760, 40, 128, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    attention(x, x, x, mask=torch.empty(2, 32_760, dtype=torch.bool, device="meta")).sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_the_seam_takes_a_mask():
+    q, k, v, _ = random_qkv(2, 7, 7)
+    mask = torch.tensor([[True] * 4 + [False] * 3, [False, True] * 3 + [False]])
+    assert torch.equal(core(q, k, v, Sequence(7), mask), attention(q, k, v, mask=mask))
+    assert torch.equal(core(q, k, v, Sequence(7), mask=None), attention(q, k, v))
+
+
+def test_masks_that_do_not_fit_are_refused():
+    q, k, v, _ = random_qkv(2, 7, 7)
+    good = torch.ones(2, 7, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"a mask \(2, 6\) bool of 2 samples with 7 keys: needs \(2, 7\) bool"):
+        attention(q, k, v, mask=good[:, :6])
+    with pytest.raises(ValueError, match=r"a mask \(2, 7\) float32 of 2 samples"):
+        attention(q, k, v, mask=good.float())
+    with pytest.raises(ValueError, match="causal attention with a mask of keys"):
+        attention(q, k, v, causal=True, mask=good)
+    with pytest.raises(ValueError, match="2 packed samples with a mask of keys"):
+        core(q, k, v, Sequence(7, segments=(0, 3, 7)), good)

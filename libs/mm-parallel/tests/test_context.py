@@ -46,28 +46,43 @@ def test_a_causal_ring_holds_front_and_back():
     assert [TokenLayout(10, 2, 2).pieces(rank) for rank in range(4)] == [[(0, 3)], [(3, 5)], [(5, 8)], [(8, 10)]]
 
 
-def one_device(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def one_device(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
+    """By torch; with a mask by the formula: what is masked weighs 0, and a query that sees nothing gives 0."""
+    if mask is not None:
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+        weights = (scores - scores.detach().amax(-1, keepdim=True)).exp() * mask[:, None, None]
+        return torch.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdim=True).clamp(min=1e-300), v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
 
 
 def attend(
-    rank: int, mesh: DeviceMesh, tokens: int, heads: int, samples: int, causal: bool, dtype: torch.dtype = torch.float64
+    rank: int,
+    mesh: DeviceMesh,
+    tokens: int,
+    heads: int,
+    samples: int,
+    causal: bool,
+    dtype: torch.dtype = torch.float64,
+    mask: Tensor | None = None,
 ) -> float:
     """Largest error, relative to the largest value, of the result and of the gradients of q, k and v."""
     generator = torch.Generator().manual_seed(tokens)
     shape = (samples, tokens, heads, HEAD_DIM)
     weight, *whole = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4))
     whole = [x.to(dtype).double().requires_grad_() for x in whole]
-    expected = one_device(*whole, causal)
+    expected = one_device(*whole, causal, mask)
     wanted = torch.autograd.grad((expected * weight).sum(), whole)
 
     pieces = TokenLayout(tokens, mesh["ring"].size(), mesh["ulysses"].size(), causal).pieces(rank)
-    own = context_attention(*(take(x, 1, pieces).to(dtype) for x in whole), Sequence(tokens, causal), mesh)
+    own = context_attention(*(take(x, 1, pieces).to(dtype) for x in whole), Sequence(tokens, causal), mesh, mask=mask)
     out = gather(own.double(), Sequence(tokens, causal), mesh)
     got = torch.autograd.grad((out * weight).sum(), whole)
     for grad in got:
         dist.all_reduce(grad, dist.ReduceOp.AVG)
+    assert all(x.isfinite().all() for x in (out, *got))  # max() below would pass over nan
+    if mask is not None:
+        assert not any(grad[~mask].any() for grad in got[1:]), "masked keys have a gradient"
     pairs = zip((out, *got), (expected, *wanted), strict=True)
     return max((a - b).abs().max().item() / b.abs().max().clamp(min=1e-3).item() for a, b in pairs)
 
@@ -115,6 +130,63 @@ def test_attention_equals_one_device(world, cases):
     for done, worst in spawn(world, attend_all, cases):
         assert done >= 32
         assert worst > 0
+
+
+def draw_mask(draw: random.Random, samples: int, layout: TokenLayout) -> Tensor:
+    """B L, each sample in a way of its own: any tokens, padding at the end, ring ranks without any, none, or all."""
+    rows = []
+    for _ in range(samples):
+        kind, row = draw.choice(("any", "any", "padding", "ranks", "ranks", "none", "all")), [True] * layout.tokens
+        if kind == "any":
+            rate = draw.choice((0.1, 0.5, 0.9))
+            row = [draw.random() < rate for _ in row]
+        elif kind == "padding":
+            start = draw.randint(1, layout.tokens)
+            row[start:] = [False] * (layout.tokens - start)
+        elif kind == "ranks":
+            for ring in draw.sample(range(layout.ring), draw.randint(1, layout.ring)):
+                for start, stop in layout.block(ring):
+                    row[start:stop] = [False] * (stop - start)
+        elif kind == "none":
+            row = [False] * layout.tokens
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+def attend_masked(rank: int, world: int, cases: int) -> tuple[int, float]:
+    draw, done, worst = random.Random(world), 0, 0.0
+    meshes = layouts(world)
+    for case in range(cases):
+        for mesh in meshes:
+            tokens, heads, samples = draw.randint(1, 61), draw.randint(1, 5), draw.choice((1, 2, 3))
+            if case == 0:
+                tokens, heads = 1, 1
+            ring, ulysses = mesh["ring"].size(), mesh["ulysses"].size()
+            mask = draw_mask(draw, samples, TokenLayout(tokens, ring, ulysses))
+            error = attend(rank, mesh, tokens, heads, samples, False, mask=mask)
+            where = f"{tokens} tokens, {heads} heads, ring {ring}, ulysses {ulysses}, mask {mask.int().tolist()}"
+            assert error <= 1e-10, f"{where}: {error}"
+            done, worst = done + 1, max(worst, error)
+    return done, worst
+
+
+@pytest.mark.parametrize(("world", "cases"), [(2, 40), (3, 30), (4, 20), (8, 6)])
+def test_masked_attention_is_the_formula(world, cases):
+    for done, worst in spawn(world, attend_masked, cases):
+        assert done >= 24
+        assert worst > 0
+
+
+def lower_precision_masked(rank: int, world: int) -> None:
+    draw = random.Random(0)
+    for mesh in layouts(world):
+        mask = draw_mask(draw, 6, TokenLayout(61, mesh["ring"].size(), mesh["ulysses"].size()))
+        assert attend(rank, mesh, 61, 3, 6, False, torch.float32, mask) <= 1e-6
+        assert attend(rank, mesh, 61, 3, 6, False, torch.bfloat16, mask) <= 1.5e-2
+
+
+def test_lower_precision_with_a_mask():
+    spawn(4, lower_precision_masked)
 
 
 def named_sizes(rank: int, world: int) -> None:
@@ -189,6 +261,24 @@ def test_what_is_sent_is_what_the_formulas_say(tokens, heads):
         assert counts["ring"] == (sum(passing[:-1]), sum(passing[:-1]) + sum(passing))
 
 
+def sent_with_masks(rank: int, world: int) -> list[int]:
+    """Elements that a ring sends, forward and backward, without a mask, with one, and with one that sees nothing."""
+    mesh, sent = make_mesh(ParallelConfig(ring=world), "cpu"), []
+    some = torch.arange(5 * world)[None] % 3 > 0
+    for mask in (None, some, torch.zeros_like(some)):
+        with Counted() as counted:
+            q, k, v = (torch.randn(1, 5, 2, HEAD_DIM, requires_grad=True) for _ in range(3))
+            context_attention(q, k, v, Sequence(5 * world), mesh, mask=mask).sum().backward()
+        sent.append(counted.sent)
+    return sent
+
+
+def test_keys_travel_whole_whatever_is_masked():
+    for sent in spawn(3, sent_with_masks):
+        assert sent == [sent[0]] * 3
+        assert sent[0] > 0
+
+
 def kept(rank: int, world: int) -> tuple[int, int]:
     """Elements sent in the backward of a ring, without and with recompute of all but attention."""
     mesh, sent = make_mesh(ParallelConfig(ring=world), "cpu"), []
@@ -212,6 +302,12 @@ def registered(rank: int, world: int) -> None:
     q, k, v = (torch.randn(1, 4, 2, HEAD_DIM) for _ in range(3))
     args = (q, k, v, 0.4, True, "cpu", [2] * 2 * world, group)
     tests = ("test_schema", "test_faketensor")  # the others call it as often as they like, and a ring must agree
+    torch.library.opcheck(torch.ops.mm_parallel.ring_attention.default, args, test_utils=tests)
+    out, lse = torch.ops.mm_parallel.ring_attention.default(*args)
+    args = (torch.randn_like(q), q, k, v, out, lse, *args[3:])
+    torch.library.opcheck(torch.ops.mm_parallel.ring_attention_backward.default, args, test_utils=tests)
+    mask = torch.arange(4 * world)[None] < 3  # of the first rank alone
+    args = (q, k, v, 0.4, False, "cpu", [4] * world, group, mask)
     torch.library.opcheck(torch.ops.mm_parallel.ring_attention.default, args, test_utils=tests)
     out, lse = torch.ops.mm_parallel.ring_attention.default(*args)
     args = (torch.randn_like(q), q, k, v, out, lse, *args[3:])
@@ -263,10 +359,11 @@ def meta(rank: int, world: int) -> None:
             model = TinyLadder()
         parallel = ParallelConfig(ring=mesh["ring"].size(), ulysses=mesh["ulysses"].size())
         context.cut(model, TinyLadder.plan, make_mesh(parallel, "cpu"))
-        y = model(torch.empty(2, 11, 5, device="meta"), torch.empty(2, 3, device="meta"))
-        assert y.shape == (2, 11, 5)
-        y.sum().backward()
-        assert all(p.grad.shape == p.shape for p in model.parameters())
+        for mask in (None, torch.empty(2, 11, dtype=torch.bool, device="meta")):
+            y = model(torch.empty(2, 11, 5, device="meta"), torch.empty(2, 3, device="meta"), mask)
+            assert y.shape == (2, 11, 5)
+            y.sum().backward()
+            assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
 def test_shapes_are_known_on_meta():
@@ -275,13 +372,16 @@ def test_shapes_are_known_on_meta():
 
 def wrong(rank: int, world: int) -> list[str]:
     mesh, said = make_mesh(ParallelConfig(cp=world), "cpu"), []
-    q = torch.zeros(1, 3, 2, 4)
+    q, mask = torch.zeros(1, 3, 2, 4), torch.ones(1, 6, dtype=torch.bool)
     stream = build(False).stem(*batch()[:2])
     for attempt in (
         lambda: context_attention(q, q, q, Sequence(9), mesh),
         lambda: context_attention(
             q, q, q, Sequence(6, segments=(0, 2, 6)), make_mesh(ParallelConfig(ring=world), "cpu")
         ),
+        lambda: context_attention(q, q, q, Sequence(6), mesh, mask=mask[:, :3]),  # of a rank's own tokens
+        lambda: context_attention(q, q, q, Sequence(6, causal=True), mesh, mask=mask),
+        lambda: context_attention(q, q, q, Sequence(6, segments=(0, 2, 6)), mesh, mask=mask),
         lambda: context.cut(TinyLadder(), ParallelPlan(("blocks.*",)), mesh),
         lambda: context.cut(TinyLadder(), ParallelPlan(("blocks.*",), tokens={"x": 1}, core="kernel"), mesh),
         lambda: split(stream._replace(place=stream.place[:4]), {"x": 1, "place": 0}, TokenLayout(11, 1, world), rank),
@@ -297,6 +397,9 @@ def test_what_cannot_be_is_refused():
     assert said == [
         "attention of 3 queries and 3 keys, but of 9 tokens this rank (ring 0 of 1, ulysses 0 of 2) has 5",
         "2 packed samples over ring=2: a ring takes one sample; use ulysses for all of cp, or do not pack",
+        "a mask (1, 3) bool of 1 samples with 6 keys: needs (1, 6) bool, True for a key that is attended",
+        "causal attention with a mask of keys: there is no such kernel; pack without what is masked instead",
+        "2 packed samples with a mask of keys: leave out what is masked when you pack",
         "the plan names no tokens, so nothing can be cut over cp: give ParallelPlan(tokens={…: dim})",
         "the plan's seam 'kernel' is no attribute of TinyLadder",
         "stream.place has 4 tokens in dim 0, but the sequence has 11",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mm_parallel.testing import TinyLadder, spawn
-from mm_parallel.testing.equivalence import SAMPLES, Case, Subject, check, every_case
+from mm_parallel.testing.equivalence import SAMPLES, Case, Subject, check, combine, every_case
 
 CASES = every_case(seed=int(os.environ.get("RANDOM_SEED", 0)), larger=int(os.environ.get("RANDOM_LAYOUTS", 4)))
 CHUNK = 10
@@ -40,3 +40,43 @@ def test_one_rank(case):
 )
 def test_several_ranks(world, first):
     spawn(world, ladder, CASES[world][first : first + CHUNK], timeout=120)
+
+
+def masked_batch() -> dict[str, Tensor]:
+    """Each sample has other keys. Some are seen on one rank of two alone, and of the last sample on the last rank."""
+    mask = torch.ones(SAMPLES, 7, dtype=torch.bool)
+    for sample, hidden in enumerate(((), (6,), (4, 5, 6), (0, 2, 4, 6), (1, 2, 3, 4, 5), (3,), (), (0, 1, 2, 3, 4, 5))):
+        mask[sample, list(hidden)] = False
+    return batch() | {"mask": mask}
+
+
+def masked_ladder(rank: int, world: int, cases: list[Case]) -> None:
+    check(rank, world, Subject(build, lambda model: TinyLadder.plan, masked_batch), cases)
+
+
+MASKED = every_case(larger=0, all_of=1)
+for together in (
+    ("ring", "ulysses", "but-attention"),
+    ("ring", "virtual", "offload-attention"),
+    ("ulysses", "zero-bubble", "meta"),
+    ("shards", "ring", "tensor", "some-recompute", "accumulate"),
+):
+    case = combine(together)
+    MASKED.setdefault(case.ranks, []).append(case)
+
+
+@pytest.mark.parametrize("world", sorted(MASKED))
+def test_masked_keys(world):
+    if world == 1:
+        masked_ladder(0, 1, MASKED[1])
+    else:
+        spawn(world, masked_ladder, MASKED[world], timeout=120)
+
+
+def test_the_mask_matters():
+    inputs = masked_batch()
+    inputs.pop("target")
+    model, masked = build(), inputs.pop("mask")
+    with torch.no_grad():
+        differ = (model(**inputs) != model(**inputs, mask=masked)).flatten(1).any(1)
+    assert differ.tolist() == (~masked).any(1).tolist()

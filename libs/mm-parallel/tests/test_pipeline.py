@@ -432,3 +432,30 @@ def test_layers_may_lie_deeper():
     assert model.language.layers[0] is model.language.embed is None
     assert model.table is not None
     assert model.act is not None
+
+
+def with_and_without_a_mask(rank: int, world: int) -> None:
+    """Forwards and steps of one pipeline, whose ranks share the tokens, too: a mask comes, goes, and comes again."""
+    parallel = ParallelConfig(ring=2, pp_layers=((2, 1), (1, 1)))
+    mesh = make_mesh(parallel, "cpu")
+    alone, model = build(5), build(5)
+    pipeline = Pipeline(model, TinyLadder.plan, mesh, parallel)
+    mask = torch.tensor([[True] * 2 + [False] * 4, [False, True, True] * 2])
+    for case, seen in enumerate((mask, None, ~mask)):
+        batches = [micro_batch(2 * case + number, SHORT) | {"mask": seen} for number in range(2)]
+        targets = [batch.pop("target") for batch in batches]
+        with torch.no_grad():
+            expected = [alone(**batch) for batch in batches]
+        torch.testing.assert_close(pipeline(**batches[0]), expected[0], rtol=1e-12, atol=1e-14)
+        own = pipeline.step(2, batches.__getitem__, lambda output, i, targets=targets: losses(output, targets[i]), 4)
+        for got, output, target in zip(own, expected, targets, strict=bool(own)):
+            torch.testing.assert_close(got, losses(output, target), rtol=1e-12, atol=0)
+        for batch, target in zip(batches, targets, strict=True):
+            (losses(alone(**batch), target).sum() / 4).backward()
+    finish_gradients(model, mesh)
+    actual, whole = gradients(model), gradients(alone)
+    assert_same_grads(actual, {name: whole[name] for name in actual}, 1e-10)
+
+
+def test_masks_come_and_go():
+    spawn(4, with_and_without_a_mask)

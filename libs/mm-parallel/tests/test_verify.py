@@ -21,7 +21,7 @@ def batch(samples: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return x, t, target
 
 
-def train(world: int, samples: int, tokens: int, exact: bool = True) -> list[list]:
+def train(world: int, samples: int, tokens: int, exact: bool = True, mask: Tensor | None = None) -> list[list]:
     """Losses, outputs and weights of three steps, as bits."""
     mesh = make_mesh(ParallelConfig(cp=world), "cpu")
     model = (verify.parallelize if exact else parallelize)(build(torch.float32), TinyLadder.plan, mesh)
@@ -29,7 +29,7 @@ def train(world: int, samples: int, tokens: int, exact: bool = True) -> list[lis
     x, t, target = batch(samples, tokens, torch.float32)
     seen = []
     for _ in range(3):
-        y = model(x, t)
+        y = model(x, t, mask)
         loss = (y - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -37,7 +37,7 @@ def train(world: int, samples: int, tokens: int, exact: bool = True) -> list[lis
         optimizer.step()
         seen += [loss.detach(), y.detach()]
     with torch.no_grad():
-        seen.append(model(x, t))
+        seen.append(model(x, t, mask))
     return [x.contiguous().view(torch.int32).tolist() for x in (*seen, *map(whole, model.parameters()))]
 
 
@@ -62,6 +62,24 @@ def test_the_same_bits_on_1_2_and_4_ranks():
             assert plain != plain_single  # or else nothing would have been shown
 
 
+def masks() -> list[Tensor]:
+    """37 tokens: of the second sample nothing is seen on three ranks of four."""
+    places = torch.arange(37)
+    return [(places % 3 > 0)[None], torch.stack((places < 25, places < 5))]
+
+
+def train_masked(rank: int, world: int) -> list[list[list]]:
+    return [train(world, len(mask), 37, mask=mask) for mask in masks()]
+
+
+def test_the_same_bits_with_masked_keys():
+    (single,) = spawn(1, train_masked)
+    assert single[0] != train(1, 1, 37)  # the mask matters
+    for world in (2, 4):
+        for ranks in spawn(world, train_masked):
+            assert ranks == single, world
+
+
 def train_two_ladders(rank: int, world: int) -> list[list]:
     """Weights of three steps, as bits: the ladder in the stem runs whole on every rank."""
     mesh = make_mesh(ParallelConfig(cp=world), "cpu")
@@ -82,13 +100,15 @@ def test_the_same_bits_with_a_ladder_in_the_stem():
     assert pair == [single, single]
 
 
+@pytest.mark.parametrize("mask", [None, (True, False, True)])
 @pytest.mark.parametrize("tokens", [37, 10, 3])
-def test_the_numbers_of_the_plain_model(tokens):
+def test_the_numbers_of_the_plain_model(tokens, mask):
     """Here, in one process without process group."""
     x, t, target = batch(2, tokens, torch.float64)
+    mask = None if mask is None else torch.tensor(mask).repeat(2, 13)[:, :tokens]
     plain = build(torch.float64)
     exact = verify.parallelize(build(torch.float64), TinyLadder.plan, make_mesh(ParallelConfig(), "cpu"))
-    losses = [(model(x, t) - target).square().mean() for model in (plain, exact)]
+    losses = [(model(x, t, mask) - target).square().mean() for model in (plain, exact)]
     for loss in losses:
         loss.backward()
     assert abs(losses[0] / losses[1] - 1) <= 1e-13

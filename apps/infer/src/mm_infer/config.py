@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from mm_convert.cli.values import check_config
+from mm_models.diffusion.samplers import Grid, SamplerName
 
-Sampling = Literal["unipc", "euler"]
-Grid = Literal["guides", "diffusers"]
 Boundary = Annotated[float, "> 0", "< 1"] | None
 Scale = Annotated[float, ">= 1"]
 
@@ -20,26 +19,30 @@ class Options:
     "t2v text, i2v image, flf2v first and last image, ti2v a clean first frame, v2v video, vace control to video (default: by the model and by what is given)"  # noqa: E501
     negative_prompt: str | None = None
     "what to stay away from; not used with guidance 1 (default: MindSpeed-MM's list, in Chinese for Wan2.2)"
+    prompt_template: str | None = None
+    "what is put around each prompt, where {} stands; default: as the model was published, which is {} alone for Wan"
     height: Annotated[int, ">= 1"] | None = None
     "pixels, a multiple of 16 (32 for Wan2.2 5B); default 480, 704 for the 5B, 720 for 14B t2v, flf2v, VACE and A14B; with an image or a source video its shape, in about that area"  # noqa: E501
     width: Annotated[int, ">= 1"] | None = None
     "pixels, likewise; default 832, 1280"
     frames: Annotated[int, ">= 1"] | None = None
     "4k+1 frames; default 81, 121 for Wan2.2 5B, at most those of a source video"
+    other_frames: bool = False
+    "weights that make one length of video only: make another one, for weights that you trained on it"
     fps: Annotated[float, "> 0", "<= 240"] | None = None
     "frames per second of the mp4, and of what is taken from a source video; default 16, 24 for Wan2.2 5B"
     steps: Annotated[int, ">= 1", "<= 1000"] | None = None
-    "denoising steps; each runs the model twice, or once with guidance 1; default 50, 40 for i2v and A14B"
+    "denoising steps; each runs the model twice, or once with guidance 1; pndm makes 9 calls more; default 50, 40 for i2v and A14B"  # noqa: E501
     guidance: Scale | tuple[Scale, Scale] | None = None
     "weight of the prompt against the negative prompt, 1 leaves that out; two experts may have two, [high, low]; default 5, flf2v 5.5, A14B [4, 3], A14B i2v 3.5"  # noqa: E501
     flow_shift: Annotated[float, "> 0"] | None = None
-    "bends the steps towards noise; default 3 for 480p and 5 for 720p, whichever the size is nearer to; flf2v and VACE 16, A14B 12, A14B i2v and 5B 5"  # noqa: E501
-    sampler: Sampling = "unipc"
-    "solver"
-    grid: Grid = "guides"
-    "noise levels of the steps: as in MindSpeed-MM and diffusers before 0.37, or as in later diffusers"
+    "flow matching: bends the steps towards noise; default 3 for 480p and 5 for 720p, whichever the size is nearer to; flf2v and VACE 16, A14B 12, A14B i2v and 5B 5"  # noqa: E501
+    sampler: SamplerName | None = None
+    "flow matching (Wan): unipc, euler; models that predict noise or v: euler_ancestral, pndm, ddim, ddpm; default: that which the model was published with, unipc for Wan"  # noqa: E501
+    grid: Grid | None = None
+    "flow matching: noise levels of the steps, as in MindSpeed-MM and diffusers before 0.37 (guides, the default), or as in later diffusers"  # noqa: E501
     seed: Annotated[int, ">= 0", "<= 9223372036854775807"] = 0
-    "of the initial noise, the same for every prompt"
+    "of the initial noise, the same for every prompt, and of the noise that euler_ancestral and ddpm add"
     clip_crop: bool = False
     "i2v, flf2v with CLIP: it sees the middle square of an image, as in diffusers; by default all of it, squashed, as in MindSpeed-MM and in training"  # noqa: E501
     strength: Annotated[float, "> 0", "<= 1"] | None = None
@@ -49,6 +52,10 @@ class Options:
 
     def __post_init__(self) -> None:
         check_config(self)
+
+    def fill_template(self, prompt: str) -> str:
+        """The prompt as it is encoded."""
+        return self.prompt_template.replace("{}", prompt)
 
     @property
     def scales(self) -> tuple[float, float]:

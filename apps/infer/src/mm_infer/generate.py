@@ -25,7 +25,7 @@ from mm_infer.inputs import Given
 from mm_infer.lists import Request
 from mm_infer.ranks import Share, claim_output
 from mm_infer.sample import Sampler
-from mm_infer.settle import start_of
+from mm_infer.settle import calls_of
 from mm_infer.weights import Weights
 from mm_parallel.guard import Watchdog, agree
 from mm_parallel.guard.agree import COPY
@@ -135,9 +135,10 @@ def run(job: Job, guard: Watchdog, patience: float) -> None:
     if job.alone:
         say(f"note: {job.alone} is one of two experts, and makes all steps alone; name the folder above it for both")
     start = time.perf_counter()
-    say(f"text: encoding {len({video.prompt for video in videos})} prompt(s)")
+    prompts = [video.options.fill_template(video.prompt) for video in videos]
+    say(f"text: encoding {len(set(prompts))} prompt(s)")
     negative = [video.options.negative_prompt for video in videos if max(video.options.scales) > 1]
-    job.sampler.encode([*(video.prompt for video in videos), *negative])
+    job.sampler.encode([*prompts, *negative])
     total["text"] = time.perf_counter() - start
     start = time.perf_counter()
     job.sampler.encoders.see_all([(video.given, video.options) for video in videos])
@@ -164,7 +165,7 @@ def _watched(
     show: Callable, guard: Watchdog, patience: float, name: str, options: Options
 ) -> Callable[[int, Tensor], None]:
     """`show`, which also tells the watchdog that a step is done."""
-    last = options.steps - start_of(options)
+    last = calls_of(options)
 
     def told(done: int, latents: Tensor) -> None:
         show(done, latents)
@@ -200,7 +201,7 @@ def _say(text: str) -> None:
 @contextmanager
 def _progress(job: Job, options: Options, name: str) -> Iterator[Any]:
     """A bar on a terminal, of rank 0; elsewhere a line every tenth of the way."""
-    steps = options.steps - start_of(options)
+    steps = calls_of(options)
     if job.rank == 0 and sys.stderr.isatty():
         with tqdm(total=steps, desc=name, unit="step", leave=False) as bar:
             yield lambda done, latents: bar.update()

@@ -113,7 +113,8 @@ class Sampler:
             progress: called after each step with the number of steps done and the latents.
             options: fields of `mm_infer.inputs.Given` (image, last_image, video, mask, references: paths, or uint8
                 H W 3 and F H W 3) and of `mm_infer.config.Options` (task, negative_prompt, height, width, frames, fps,
-                steps, guidance, flow_shift, sampler, grid, seed, strength, control_scale).
+                steps, guidance, flow_shift, sampler, grid, seed, strength, control_scale, prompt_template,
+                other_frames).
 
         Raises:
             ValueError: an option that is unknown or out of range, a task that the model cannot do, a broken file.
@@ -145,7 +146,8 @@ class Sampler:
         conditioning = self.family.conditioning(self.config, options.task)
         negative = [options.negative_prompt] if max(options.scales) > 1 else []
         with self._timed(seconds, "text"):
-            text, *away = [t[None].to(self.device) for t in self.encode([prompt, *negative])]
+            texts = self.encode([options.fill_template(prompt), *negative])
+            text, *away = [text[None].to(self.device) for text in texts]
         with self._timed(seconds, "inputs"):
             conditions = self.encoders.conditions(conditioning, given, options)
         with self._timed(seconds, "load"):
@@ -167,6 +169,8 @@ class Sampler:
                 conditions=conditions,
                 arguments={name: getattr(options, name) for name in own if name != "strength"},
                 guidance=options.scales,
+                prediction=self.weights.facts.prediction,
+                seeds=[options.seed],
                 start=start,
                 progress=progress,
                 pair=self.pair,

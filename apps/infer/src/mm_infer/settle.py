@@ -15,6 +15,7 @@ import mm_data
 from mm_infer.config import Options
 from mm_infer.inputs import Given, footage, masking, picture
 from mm_infer.weights import Facts, must_exist
+from mm_models.diffusion.samplers import check_frames, check_sampling, count_calls, settle_sampling
 from mm_models.families import FAMILIES
 from mm_models.family import Published, Task
 
@@ -30,6 +31,7 @@ def settle(options: Options, given: Given, facts: Facts) -> Options:
     shape, frames, fps = _look(options, given, usual, time)
     if frames < task.least_frames:
         raise ValueError(f"frames {frames}: for task {task.name} at least {task.least_frames} are needed")
+    check_frames(frames, usual, options.other_frames)
     height, width = _size(options, usual.size, shape, lcm(*sides))
     settled = replace(
         options,
@@ -38,10 +40,7 @@ def settle(options: Options, given: Given, facts: Facts) -> Options:
         width=width,
         frames=frames,
         fps=fps,
-        flow_shift=options.flow_shift or usual.flow_shift or _flow_shift(height, width),
-        steps=options.steps or usual.steps,
-        guidance=usual.guidance if options.guidance is None else options.guidance,
-        negative_prompt=usual.negative_prompt if options.negative_prompt is None else options.negative_prompt,
+        **settle_sampling(vars(options), usual, facts.prediction, (height, width)),
         **{name: value for name, value in task.options.items() if getattr(options, name) is None},
     )
     _check_guidance(settled, facts)
@@ -56,6 +55,11 @@ def start_of(options: Options) -> int:
     return 0 if options.strength is None else first_step(options.steps, options.strength)
 
 
+def calls_of(options: Options) -> int:
+    """How often the progress of a video is reported: the steps that its sampler makes."""
+    return count_calls(options.sampler, options.steps, start_of(options))
+
+
 def check(options: Options, given: Given, facts: Facts) -> Task:
     """The task that is meant. Here, without torch, all is refused that can be before a file is opened: ValueError."""
     task = choose_task(facts, options.task, given.there())
@@ -65,8 +69,11 @@ def check(options: Options, given: Given, facts: Facts) -> Task:
         value = getattr(options, name)
         if value is not None and name not in task.options:
             raise ValueError(f"{name} {value} is for task {' or '.join(tasks)}, but this is {task.name}: leave it out")
+    check_sampling(vars(options), facts.published, facts.prediction)
     if options.guidance is not None:
         _check_guidance(options, facts)
+    if options.frames is not None:
+        check_frames(options.frames, facts.published, options.other_frames)
     time, *sides = facts.family.multiples(facts.config, facts.repository)
     if options.frames is not None and (options.frames - 1) % time:
         raise ValueError(
@@ -166,11 +173,6 @@ def _size(options: Options, usual: tuple[int, int], shape: tuple[int, int] | Non
             f"({shape[0]}x{shape[1]}) at about {usual[0]}x{usual[1]} pixels"
         )
     return mm_data.area_size(*shape, usual[0] * usual[1], multiple)
-
-
-def _flow_shift(height: int, width: int) -> float:
-    """3 for 480p and 5 for 720p; midway between the two areas it changes, so that every size has an answer."""
-    return 3.0 if height * width < (480 * 832 + 720 * 1280) / 2 else 5.0
 
 
 def _neighbours(value: int, first: int, step: int) -> str:

@@ -41,6 +41,11 @@ class Facts:
     repository: Path
     """The diffusers directory of the encoders."""
 
+    @property
+    def prediction(self) -> str:
+        """What the model predicts: "flow", "epsilon" or "v_prediction"."""
+        return self.family.prediction(self.config)
+
 
 class Weights:
     """A model, or two experts of one architecture, and its encoders. Names and shapes are compared; no tensor is read

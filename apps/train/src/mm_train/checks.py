@@ -14,12 +14,14 @@ from typing import Literal, NamedTuple
 from mm_convert import read_json
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
+from mm_data.manifest import ANNOTATION, find_annotations
 from mm_models.families import find
 from mm_models.folder import check_parts
 from mm_parallel.launch import read_launch
 from mm_train.adapter import check_adapter
 from mm_train.config import Config
 from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
+from mm_train.settle import settle_samples
 
 When = Literal["at once", "with torch"]
 
@@ -47,6 +49,19 @@ def check_encoders(path: Path | None, folders: Sequence[str], flag: str) -> None
         wanted = ", ".join(f"{folder}/" for folder in folders)
         raise ValueError(f"{flag} {path} has no {', '.join(missing)}: give the diffusers directory with {wanted}")
     check_parts(path, folders)
+
+
+def check_manifest(path: Path) -> None:
+    """Raise ValueError unless this is a list of samples, or a folder of lists. No sample is read."""
+    if not path.exists():
+        raise ValueError(
+            f"--data.manifest {path} is not a file{_near(path)}: give a data.txt, data.json or .jsonl, or a folder "
+            f"with {ANNOTATION} in it or in its folders"
+        )
+    try:
+        find_annotations(path)
+    except ValueError as error:
+        raise ValueError(f"--data.manifest {error}") from error
 
 
 def _limits(config: Config) -> None:
@@ -99,11 +114,10 @@ def _data(config: Config) -> None:
         given = {"encoders": data.encoders is not None, "geometry": data.geometry != Geometry()}
         for name in (name for name, given in given.items() if given):
             raise ValueError(f"--data.{name} is for --data.manifest: features were encoded by mm_train.extract")
-    elif not data.manifest.is_file():
-        raise ValueError(f"--data.manifest {data.manifest} is not a file: give a data.txt, data.json or .jsonl")
-    elif data.encoders is None:
+    elif data.encoders is None and data.manifest.exists():
         raise ValueError("--data.manifest needs --data.encoders, the diffusers directory of the encoders")
     else:
+        check_manifest(data.manifest)
         family, shape = architecture(config)
         check_encoders(data.encoders, family.encoders(shape), "--data.encoders")
     for flag, path in (("data.features", data.features), ("validation.features", config.validation.features)):
@@ -179,6 +193,7 @@ def _samples(config: Config) -> None:
         raise ValueError(
             f"--sample.from_validation {s.from_validation}: give --validation.features, and how many of them"
         )
+    s = settle_samples(config)
     family, shape = architecture(config)
     folders = [part for part in family.encoders(shape) if part != "image_encoder"]  # what it saw lies in the features
     check_encoders(s.encoders, folders, "sample videos: --sample.encoders")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mm_data import Geometry
+from mm_models.diffusion.samplers import SamplerName
 from mm_parallel import MemoryConfig, ParallelConfig
 
 
@@ -35,7 +36,9 @@ class DataConfig:
     features: Path | None = None
     """Directory written by mm_train.extract, or a MindSpeed-MM feature folder."""
     manifest: Path | None = None
-    """In place of features: data.txt, data.json or .jsonl in the format of MindSpeed-MM."""
+    """In place of features: data.txt, data.json or .jsonl in the format of MindSpeed-MM, or a folder with
+    annotation.json in it or in its folders.
+    """
     encoders: Path | None = None
     """For a manifest: diffusers directory with vae/, text_encoder/, tokenizer/ (and image_encoder/ with CLIP)."""
     geometry: Geometry = field(default_factory=Geometry)
@@ -84,6 +87,14 @@ class ObjectiveConfig:
     weighting: Literal["bsmntw", "none"] | None = None
     """Of flow matching: loss weight per timestep. bsmntw is a bell around t=500 (DiffSynth, MindSpeed-MM; the default
     for Wan), none weighs all alike.
+    """
+    snr_gamma: Annotated[float, ">= 0"] | None = None
+    """Of DDPM: the error at a timestep weighs min(snr, gamma) / snr, or / (snr + 1) with v-prediction, so that those
+    with little noise do not outweigh the others (min-SNR); 5 is usual. 0 weighs all alike.
+    """
+    noise_offset: Annotated[float, ">= 0"] | None = None
+    """Of DDPM: so much noise more that is the same in all of a channel, and is drawn for each sample and channel. A
+    model that has seen it makes videos that are darker and brighter as a whole; 0.02 is usual.
     """
 
 
@@ -149,7 +160,9 @@ class ValidationConfig:
 
 @dataclass
 class SampleConfig:
-    """Videos drawn during training by the function that mm_infer uses."""
+    """Videos drawn during training by the function that mm_infer uses. What is not given is as the model was published
+    with, as in mm_infer.
+    """
 
     prompts: tuple[str, ...] = ()
     """Texts to make videos from."""
@@ -158,15 +171,24 @@ class SampleConfig:
     every: Annotated[int, ">= 1"] = 500
     encoders: Path | None = None
     """Diffusers directory with vae/, text_encoder/ and tokenizer/."""
-    height: Annotated[int, ">= 1"] = 480
-    width: Annotated[int, ">= 1"] = 832
-    frames: Annotated[int, ">= 1"] = 81
-    steps: Annotated[int, ">= 1", "<= 1000"] = 50
-    guidance: Annotated[float, ">= 1"] = 5.0
-    """Weight of the prompt against the empty one; 1 leaves that out."""
-    flow_shift: Annotated[float, "> 0"] = 3.0
+    height: Annotated[int, ">= 1"] | None = None
+    width: Annotated[int, ">= 1"] | None = None
+    frames: Annotated[int, ">= 1"] | None = None
+    steps: Annotated[int, ">= 1", "<= 1000"] | None = None
+    guidance: Annotated[float, ">= 1"] | None = None
+    """Weight of the prompt against the negative one; 1 leaves that out."""
+    negative_prompt: str | None = None
+    """What to stay away from."""
+    prompt_template: str | None = None
+    """What is put around each of the prompts, where {} stands; captions of the validation set stay as they are."""
+    sampler: SamplerName | None = None
+    """Flow matching: unipc, euler; models that predict noise or v: euler_ancestral, pndm, ddim, ddpm."""
+    flow_shift: Annotated[float, "> 0"] | None = None
+    """Of flow matching: bends the steps towards noise."""
     seed: Annotated[int, ">= 0", "<= 9223372036854775807"] = 0
-    fps: Annotated[int, ">= 1", "<= 240"] = 16
+    """Of all noise; the same at every step, so that videos compare."""
+    fps: Annotated[float, "> 0", "<= 240"] | None = None
+    """Frames per second of the mp4."""
 
 
 @dataclass

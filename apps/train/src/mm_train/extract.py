@@ -16,7 +16,7 @@ from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
 from mm_parallel.launch import read_launch
-from mm_train.checks import check_encoders
+from mm_train.checks import check_encoders, check_manifest
 from mm_train.command import run
 from mm_train.interrupt import ending_signals
 from mm_train.objective import choose_task
@@ -25,7 +25,9 @@ from mm_train.objective import choose_task
 @dataclass
 class Data:
     manifest: Path
-    """data.txt, data.json or .jsonl in the format of MindSpeed-MM."""
+    """data.txt, data.json or .jsonl in the format of MindSpeed-MM, or a folder with annotation.json in it or in its
+    folders.
+    """
     workers: Annotated[int, ">= 0", "<= 256"] = 2
     """Decoding processes per rank."""
 
@@ -60,10 +62,7 @@ class ExtractConfig:
     def check(self) -> None:
         """ValueError for what cannot work, found without torch."""
         family, preset = find(self.model)
-        if not self.data.manifest.is_file():
-            raise ValueError(
-                f"--data.manifest {self.data.manifest} is not a file: give a data.txt, data.json or .jsonl"
-            )
+        check_manifest(self.data.manifest)
         check_encoders(self.encoders, family.encoders(preset.config), "--encoders")
         check_config(self, "--")
         choose_task(self.model, family, preset.config, self.task, "--task")

@@ -45,7 +45,7 @@ from mm_train.command import prepare_output
 from mm_train.contents import check_ranks, encoder_files
 from mm_train.encode import Encoders
 from mm_train.extract import ExtractConfig
-from mm_train.ranks import map_over_ranks
+from mm_train.ranks import map_over_ranks, say
 
 ADVICE = {
     "HDR": "their colours are taken as they are stored, which looks pale; tone-map the files first to train on colours "
@@ -71,7 +71,7 @@ def _encode_share(config: ExtractConfig, guard: Watchdog) -> Callable[[], int]:
         # Leave the workers their cores: the threads of one operation spin while one of them waits for a core.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world - config.data.workers))
     agree(dump(config), "the configuration")
-    listed = read_manifest(config.data.manifest)
+    listed = read_manifest(config.data.manifest, say)
     dtype, task = getattr(torch, config.dtype), config.chosen_task
     encoders = Encoders(config.encoders, preset(config.model), task, device, dtype, config.tiling)
     samples = for_task(listed, controls=encoders.task.reads_control)
@@ -80,8 +80,8 @@ def _encode_share(config: ExtractConfig, guard: Watchdog) -> Callable[[], int]:
     )
     check_ranks({"encoders": identify_files(encoder_files(config.encoders, encoders.folders))})
     unread = sum(a != b for a, b in zip(listed, samples, strict=True))
-    if rank == 0 and unread:
-        print(f"note: {task} uses no sources, masks or references: {unread} samples have them", file=sys.stderr)
+    if unread:
+        say(f"{task} uses no sources, masks or references: {unread} samples have them")
     geometry = encoders.fit_geometry(config.geometry)
     selection = select(samples, geometry, map_over_ranks(samples, partial(check_samples, geometry=geometry)))
 

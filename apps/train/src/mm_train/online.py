@@ -11,7 +11,6 @@ from itertools import count
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from mm_convert import replace_file
@@ -25,6 +24,7 @@ from mm_data import (
     Step,
     check_samples,
     for_task,
+    pad_texts,
     read_manifest,
     select,
     survey,
@@ -32,13 +32,13 @@ from mm_data import (
 from mm_parallel.encoders import interleave, share_encoding
 from mm_train.config import Config
 from mm_train.encode import Encoders
-from mm_train.ranks import map_over_ranks
+from mm_train.ranks import map_over_ranks, say
 
 
 def find_clips(config: Config, encoders: Encoders) -> ClipDataset:
     """The samples that an extraction would use, as far as that shows without decoding them; the others are reported."""
     manifest = config.data.manifest
-    samples = for_task(read_manifest(manifest), controls=encoders.task.reads_control)
+    samples = for_task(read_manifest(manifest, say), controls=encoders.task.reads_control)
     geometry = encoders.fit_geometry(config.data.geometry)
     selection = select(samples, geometry, map_over_ranks(samples, partial(check_samples, geometry=geometry)))
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -109,4 +109,4 @@ def _collated(batch: ClipBatch, features: list[dict[str, Tensor]], encoders: Enc
     """One batch, on the CPU."""
     texts = [one.pop("text.0").cpu() if "text.0" in one else encoders.empty_text for one in features]
     tensors = {name: torch.stack([one[name].cpu() for one in features]) for name in features[0]}
-    return Batch(tensors | {"text": pad_sequence(texts, batch_first=True)}, batch.ids, batch.epochs)
+    return Batch(tensors | pad_texts(texts), batch.ids, batch.epochs)

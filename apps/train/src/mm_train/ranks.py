@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import TypeVar
@@ -10,8 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mm_convert.cli.terminal import one_line
+
 S = TypeVar("S")
 T = TypeVar("T")
+
+
+def say(note: str) -> None:
+    """Print what a person should know, once."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(one_line(f"note: {note}"), file=sys.stderr, flush=True)
 
 
 def all_sum(*values: Tensor | float, device: torch.device) -> list[float]:

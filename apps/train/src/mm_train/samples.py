@@ -20,6 +20,7 @@ from mm_train.config import Config
 from mm_train.objective import architecture
 from mm_train.optim import EMA
 from mm_train.ranks import broadcast
+from mm_train.settle import settle_samples
 
 
 class SampleRequest(NamedTuple):
@@ -38,7 +39,7 @@ class Samples:
     def __init__(
         self, config: Config, objective: Objective, mesh: DeviceMesh | None, device: torch.device, dtype: torch.dtype
     ):
-        self.config, self.objective, self.options = config, objective, config.sample
+        self.config, self.objective, self.options = config, objective, settle_samples(config)
         self.family, self.shape = architecture(config)
         self.stored = self.family.conditioning(self.shape, objective.task).stored
         self.rank, self.ranks = data_rank(mesh)
@@ -58,8 +59,8 @@ class Samples:
 
     def _encode(self) -> list[Tensor]:
         encoder = self.family.text_encoder(self.shape, self.options.encoders, device=self.device, dtype=self.dtype)
-        # "" is what guidance pushes away from
-        return [text.cpu() for text in encoder.encode([*self.options.prompts, ""])]
+        prompts = [self.options.prompt_template.replace("{}", prompt) for prompt in self.options.prompts]
+        return [text.cpu() for text in encoder.encode([*prompts, self.options.negative_prompt])]
 
     def _from_validation(self) -> list[SampleRequest]:
         if not self.options.from_validation:
@@ -112,6 +113,9 @@ class Samples:
             conditions=conditions,
             steps=o.steps,
             guidance=o.guidance,
+            prediction=self.family.prediction(self.shape),
+            sampler=o.sampler,
             flow_shift=o.flow_shift,
+            seeds=[o.seed],
         )
         return latents[:, :, conditioning.frames_before(request.conditions) :]

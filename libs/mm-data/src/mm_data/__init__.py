@@ -7,7 +7,7 @@ from mm_data.__about__ import __version__ as __version__
 from mm_data.geometry import Geometry
 
 if TYPE_CHECKING:
-    from mm_data.batch import Batch, BatchDataset, Pick
+    from mm_data.batch import Batch, BatchDataset, Pick, pad_texts
     from mm_data.cache import FeatureCache, ToDo
     from mm_data.captions import Captions
     from mm_data.clips import ClipBatch, ClipDataset, ClipShape, survey
@@ -59,6 +59,7 @@ __all__ = [
     "identify_files",
     "is_picture",
     "made_with",
+    "pad_texts",
     "pad_to",
     "probe",
     "read_image",
@@ -72,7 +73,7 @@ __all__ = [
 
 # What needs torch is imported when it is asked for: a command line that holds a Geometry is read without it.
 _HOMES = {
-    "batch": ("Batch", "BatchDataset", "Pick"),
+    "batch": ("Batch", "BatchDataset", "Pick", "pad_texts"),
     "cache": ("FeatureCache", "ToDo"),
     "captions": ("Captions",),
     "clips": ("ClipBatch", "ClipDataset", "ClipShape", "survey"),

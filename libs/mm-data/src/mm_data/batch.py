@@ -4,7 +4,9 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 class Pick(NamedTuple):
@@ -24,6 +26,15 @@ class Batch:
     tensors: dict[str, Tensor]
     ids: list[str]
     epochs: list[int]
+
+
+def pad_texts(texts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Encoded captions, S D each, as the tensors of a batch: `text` B S D, S of the longest and zeros past the end of
+    the others, and `text_mask` B S bool, True where there is a token.
+    """
+    lengths = torch.tensor([len(text) for text in texts])
+    text = pad_sequence(list(texts), batch_first=True)
+    return {"text": text, "text_mask": torch.arange(text.shape[1]) < lengths[:, None]}
 
 
 Made = TypeVar("Made", covariant=True)

@@ -15,7 +15,7 @@ from mm_data.datasets import Clip, VideoDataset, describe
 from mm_data.geometry import Geometry
 from mm_data.images import read_image
 from mm_data.layout import lay_out
-from mm_data.manifest import Sample
+from mm_data.manifest import Sample, find_annotations
 
 
 class ClipShape(NamedTuple):
@@ -118,8 +118,9 @@ class ClipDataset:
 
     @property
     def files(self) -> dict[str, Path]:
-        """What samples are read from, by path: the list, and every video, mask and picture."""
-        return {str(file): file for file in (self.path, *(f for sample in self.videos.samples for f in sample.files))}
+        """What samples are read from, by path: the list, or those of a folder, and every video, mask and picture."""
+        lists = [one.file for one in find_annotations(self.path)] if self.path.is_dir() else [self.path]
+        return {str(file): file for file in (*lists, *(f for sample in self.videos.samples for f in sample.files))}
 
     @property
     def all_captions(self) -> list[tuple[str, ...]]:

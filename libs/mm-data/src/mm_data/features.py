@@ -10,10 +10,9 @@ from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from mm_data import mindspeed
-from mm_data.batch import Batch, Pick
+from mm_data.batch import Batch, Pick, pad_texts
 from mm_data.cache import FORMAT
 from mm_data.captions import OWN, Captions
 from mm_data.files import parse_json, read_lines, shorten
@@ -97,14 +96,14 @@ class FeatureDataset:
         )
 
     def batch(self, picks: Sequence[Pick]) -> Batch:
-        """Samples of one bucket: `latents` B C F H W, `text` B S D (zeros past the end of a caption), and every
-        condition B ... by its name.
+        """Samples of one bucket: `latents` B C F H W, `text` and `text_mask` as of `pad_texts`, and every condition
+        B ... by its name.
         """
         samples = [self[pick.index] for pick in picks]
         tensors = {"latents": torch.stack([sample["latents"] for sample in samples])}
         if self.captions:
             texts = [self._text(sample, pick.epoch) for sample, pick in zip(samples, picks, strict=True)]
-            tensors["text"] = pad_sequence(texts, batch_first=True)
+            tensors |= pad_texts(texts)
         for name in samples[0]["conditions"]:
             tensors[name] = torch.stack([sample["conditions"][name] for sample in samples])
         return Batch(tensors, [sample["id"] for sample in samples], [pick.epoch for pick in picks])

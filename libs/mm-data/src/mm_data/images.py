@@ -1,12 +1,12 @@
 """Pictures, read upright: their colours on white, or as a mask. This file imports no torch."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import isqrt
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mm_data.files import find_fault, open_file
 from mm_data.pixels import lay_on_white, to_grey
@@ -22,7 +22,7 @@ def is_picture(path: str | Path) -> bool:
     if Path(path).suffix.lower() in SUFFIXES:
         return True
     with (
-        contextlib.suppress(Exception),  # see `_read`
+        contextlib.suppress(Exception),  # see `_open`
         open_file(path) as file,
         Image.open(file, formats=_known(MARKED)) as picture,
     ):
@@ -50,29 +50,49 @@ def read_mask(path: str | Path) -> np.ndarray:
     return to_grey(np.asarray(picture.convert("RGB")))
 
 
+def read_size(path: str | Path) -> tuple[int, int]:
+    """Height and width of what `read_image` gives, from the header alone. Raises ValueError for what has none."""
+    with _open(Path(path)) as picture:
+        if picture.format == "TIFF":  # of which Pillow tells the size when upright, and the turn that it will make
+            picture.load()
+        width, height = picture.size
+        on_its_side = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (width, height) if on_its_side else (height, width)
+
+
 def _read(path: Path) -> Image.Image:
     """A picture of 8 bits, upright and in memory."""
-    if fault := find_fault(path):
-        raise ValueError(fault)
-    with open_file(path) as file:
-        try:
-            with Image.open(file, formats=_known(FORMATS)) as picture:
-                frames, kind = getattr(picture, "n_frames", 1), picture.format
-                picture = ImageOps.exif_transpose(picture) if frames == 1 or kind == "MPO" else None
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{path} is not a picture of a known kind: use png, jpg or webp") from error
-        except MemoryError:
-            raise
-        except Exception as error:  # damaged files make Pillow raise nearly anything: SyntaxError, struct.error, …
-            raise ValueError(f"{path} cannot be read as a picture: {error or type(error).__name__}") from error
-    if picture is None:  # MPO: so phones write a jpg with a thumbnail or a depth map
-        raise ValueError(f"{path} holds {frames} pictures: save the one that is meant")
+    with _open(path) as opened:
+        picture = ImageOps.exif_transpose(opened)
     if picture.mode.startswith("I;16"):  # grey of 16 bits, which Pillow would cut off at 255
         grey = np.asarray(picture).astype(np.float32) / 257
         return Image.fromarray(grey.round().astype(np.uint8))
     if picture.mode in ("I", "F"):
         raise ValueError(f"{path} holds numbers of 32 bits, of which none is known to be white: save it with 8 bits")
     return picture
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Image.Image]:
+    """One picture of which the header is read. ValueError for what is none, also if that shows while it is in use."""
+    if fault := find_fault(path):
+        raise ValueError(fault)
+    with open_file(path) as file:
+        frames = 1
+        try:
+            with Image.open(file, formats=_known(FORMATS)) as picture:
+                if picture.format != "MPO":  # so phones write a jpg with a thumbnail or a depth map
+                    frames = getattr(picture, "n_frames", 1)
+                if frames == 1:
+                    yield picture
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{path} is not a picture of a known kind: use png, jpg or webp") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged files make Pillow raise nearly anything: SyntaxError, struct.error, …
+            raise ValueError(f"{path} cannot be read as a picture: {error or type(error).__name__}") from error
+    if frames > 1:
+        raise ValueError(f"{path} holds {frames} pictures: save the one that is meant")
 
 
 def _known(formats: Iterable[str]) -> list[str]:

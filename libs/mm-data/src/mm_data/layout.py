@@ -1,7 +1,7 @@
-"""What the clip of a sample will be, by the packets of its files: nothing is decoded."""
+"""What the clip of a sample will be, by the packets and headers of its files: nothing is decoded."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from mm_data.geometry import Geometry, Unfit, choose_frames, clip_length, clip_r
 from mm_data.images import is_picture, read_mask
 from mm_data.manifest import Sample
 from mm_data.vace import vace_clip
-from mm_data.video import VideoInfo, probe
+from mm_data.video import VideoInfo, probe, probe_picture
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,20 @@ class Layout:
 
     def choose(self, geometry: Geometry, draw: Callable[[int], int]) -> np.ndarray:
         """The indices of the clip's frames; `draw(n)` gives an integer in [0, n)."""
-        return self.available if geometry.rule == "vace" else choose_frames(self.available, geometry, draw)
+        if geometry.rule == "vace" or self.video.num_frames == 1:
+            return self.available
+        return choose_frames(self.available, geometry, draw)
 
 
 def lay_out(sample: Sample, geometry: Geometry) -> Layout:
-    """Look into the files of a sample. Raises ValueError, as Unfit where the files are sound but do not suit."""
+    """Look into the files of a sample. Raises ValueError, as Unfit where the files are sound but do not suit.
+
+    A picture is a clip of one frame, whatever `min_frames` is.
+    """
     check_control(sample)
-    video, control, still_mask = probe(sample.path), {}, None
+    is_still = is_picture(sample.path)
+    geometry = replace(geometry, min_frames=1) if is_still else geometry
+    video, control, still_mask = (probe_picture if is_still else probe)(sample.path), {}, None
     if sample.control:
         given = {"source": sample.control.source, "mask": sample.control.mask}
         if given["mask"] and is_picture(given["mask"]):
@@ -75,7 +82,7 @@ def _span(sample: Sample, video: VideoInfo, others: list[VideoInfo]) -> tuple[in
         first, end = sample.cut
         for info in (video, *others):
             if end > info.num_frames:
-                raise ValueError(f"{info.path} has {info.num_frames} frames: it cannot be cut to [{first}, {end})")
+                raise ValueError(f"{info.path} has {_frames(info.num_frames)}: it cannot be cut to [{first}, {end})")
         return first, end
     for other in others:
         if abs(other.num_frames - video.num_frames) > max(1, video.num_frames // 10):
@@ -85,6 +92,10 @@ def _span(sample: Sample, video: VideoInfo, others: list[VideoInfo]) -> tuple[in
                 "with the video frame by frame, so write them with as many frames",
             )
     return 0, min(info.num_frames for info in (video, *others))
+
+
+def _frames(count: int) -> str:
+    return f"{count} frame{'s' * (count != 1)}"
 
 
 def _check_shape(video: VideoInfo, path: Path, height: int, width: int, pixel_aspect: float = 1.0) -> None:

@@ -1,12 +1,16 @@
-"""Lists of videos and captions: data.txt, data.json and .jsonl, as in MindSpeed-MM's guides.
+"""Lists of videos, pictures and captions: data.txt, data.json and .jsonl, as in MindSpeed-MM's guides, and folders.
 
     data.txt     one data set per line: `folder,annotation`; lines that begin with # are skipped
     data.json    a list of objects; or data.jsonl, one object per line:
                  {"path": "videos/1.mp4", "cap": "a cat", "num_frames": 81, "fps": 24, "resolution": {"height": 480,
                  "width": 832}, "cut": [0, 81]}
+    a folder     with an annotation.json in it, in each of its folders, or in both: lists as data.json is one
 
 Only `path` is required here. `cap` may be a list, of which training draws one. Other tools call it `caption`, `text` or
 `prompt`, and so may a list. Facts that are absent are read from the file when it is decoded.
+
+Open-Sora-Plan writes `duration` (seconds) in place of `num_frames`; the lists of its version 1.1 have `frame_idx`,
+"0:65", where `cut` would be [0, 65]: the first frame, and the one after the last.
 
 Numbers may be as pandas writes them: 48.0 is 48, and NaN is absent, as null is. So are counts, sizes and rates below 1,
 which OpenCV gives where it knows none.
@@ -20,9 +24,10 @@ A sample of VACE has `video` in place of `path`, and beside it, each of them abs
 import json
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -53,11 +58,11 @@ class Control:
 
 @dataclass(frozen=True)
 class Sample:
-    """One video and its captions. The facts are what the annotation claims; None where it says nothing. `cut` is
-    [first, last) in frames.
+    """One video or picture and its captions. The facts are what the annotation claims; None where it says nothing.
+    `cut` is [first, end) in frames of the file.
     """
 
-    id: str  # the path as written, made unique: names the sample in messages, and seeds its draws in training
+    id: str  # the path as written (in a folder of lists: from there), made unique: names it, and seeds its draws
     path: Path
     captions: tuple[str, ...] = ()
     num_frames: int | None = None
@@ -80,6 +85,7 @@ class Sample:
 CONTROL_KEYS = ("src_video", "src_video_mask", "src_ref_images")
 # MindSpeed-MM's name, and those in the lists of musubi-tuner, VideoX-Fun and the hub, and DiffSynth
 CAPTION_KEYS = ("cap", "caption", "text", "prompt")
+ANNOTATION = "annotation.json"  # the list of a folder, as Open-Sora-Plan and its guide name it
 LARGEST = 2**63  # of any number of frames, pixels, seconds
 LONGEST = 4096  # bytes of a path, of Linux
 
@@ -121,42 +127,142 @@ _DECODER = json.JSONDecoder(
 )
 
 
-def read_manifest(path: str | Path) -> list[Sample]:
-    """All samples of a data.txt, data.json or .jsonl, in order.
+@dataclass(frozen=True)
+class Annotation:
+    """A list of samples, and where the paths in it begin: in `folder`; where it is one of a folder of lists, `top`,
+    perhaps there.
+    """
 
-    Paths in an annotation belong to its folder: the one named beside it in data.txt, else its own.
+    file: Path
+    folder: Path
+    top: Path | None = None
 
-    Raises ValueError, naming file and line, for what cannot be understood, and for a list without samples. Videos are
-    not opened, nor looked for.
+    def find(self, name: str, where: str) -> Path:
+        """The path that an entry names. Raises ValueError, after `where`, for one that could be either of two files."""
+        beside = self.folder / name
+        if self.top is None or (below := self.top / name) == beside:
+            return beside
+        found = [path for path in (beside, below) if os.path.exists(path)]
+        if len(found) == 2 and not os.path.samefile(*found):
+            raise ValueError(
+                f"{where}: {show(name)} may be {beside} or {below}, which are two files: keep one, or name it by its "
+                "absolute path"
+            )
+        if found:
+            return found[0]
+        # Neither is there. The one that has a folder can be told what lies in it that is like it.
+        return below if os.path.isdir(below.parent) and not os.path.isdir(beside.parent) else beside
+
+    def identify(self, name: str, path: Path) -> str:
+        """What to call a sample: as it is written, or of a folder of lists by the path from there."""
+        if self.top is None:
+            return name
+        above = os.path.join(os.path.normpath(self.top), "")
+        return os.path.normpath(path).removeprefix(above)
+
+
+def find_annotations(path: str | Path) -> list[Annotation]:
+    """The lists of a manifest, in the order in which they are read: that of a folder, then those of the folders in it.
+
+    Raises ValueError for what is no manifest. Of a data.txt the lines are read, of the others nothing.
     """
     path = Path(path)
     if os.path.isdir(path):
+        folders = [path, *sorted(path / entry.name for entry in os.scandir(path) if entry.is_dir())]
+        found = [Annotation(folder / ANNOTATION, folder, path) for folder in folders if _exists(folder / ANNOTATION)]
+        if found:
+            return found
         inside = sorted(p.name for p in path.iterdir() if p.suffix in (".txt", ".json", ".jsonl"))
         hint = (
             f"did you mean {path / inside[0]}?"
             if inside
             else "write a data.json that lists its videos with their captions"
         )
-        raise ValueError(f"{path} is a folder, not a manifest: {hint}")
+        raise ValueError(f"{path} is a folder without {ANNOTATION}, and so are those in it: {hint}")
     if not os.path.exists(path):
-        raise ValueError(f"{path} does not exist: give a data.txt, data.json or .jsonl")
+        raise ValueError(f"{path} does not exist: give a data.txt, data.json or .jsonl, or a folder with {ANNOTATION}")
     if path.suffix == ".txt":
-        sets = _read_sets(path)
-    elif path.suffix in (".json", ".jsonl"):
-        sets = [(path.parent, path)]
-    else:
-        raise ValueError(
-            f"{path}: a manifest is a .txt, .json or .jsonl file, not {path.suffix or 'one without a suffix'}"
-        )
-    names = _Names()
-    samples: list[Sample] = []
-    for folder, annotation in sets:
-        before = len(samples)
-        for where, record in _read_records(annotation):
-            samples.append(_sample(record, folder, where, names))
-        if len(samples) == before:
-            raise ValueError(f"{annotation} lists no samples")
-    return samples
+        return [Annotation(file, folder) for folder, file in _read_sets(path)]
+    if path.suffix in (".json", ".jsonl"):
+        return [Annotation(path, path.parent)]
+    raise ValueError(f"{path}: a manifest is a .txt, .json or .jsonl file, not {path.suffix or 'one without a suffix'}")
+
+
+def _exists(path: Path) -> bool:
+    """OSError where the system does not say."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _warn(note: str) -> None:
+    warnings.warn(note, stacklevel=3)
+
+
+def read_manifest(path: str | Path, say: Callable[[str], None] = _warn) -> list[Sample]:
+    """All samples of a data.txt, data.json or .jsonl, or of a folder with annotation.json in it, in order.
+
+    Paths in an annotation belong to its folder: the one named beside it in data.txt, else its own. Those in the
+    annotations of a folder belong to the folder of the annotation or to the one given, wherever the file is.
+
+    A file that two annotations of a folder name is one sample, with the captions of both. `say` is called with a line
+    that counts them.
+
+    Raises ValueError, naming file and line, for what cannot be understood, for a path that may mean two files, and for
+    a list without samples. Videos are not opened.
+    """
+    samples = _Samples()
+    for annotation in find_annotations(path):
+        before = samples.read
+        for where, record in _read_records(annotation.file):
+            samples.add(_sample(record, annotation, where), annotation)
+        if samples.read == before:
+            raise ValueError(f"{annotation.file} lists no samples")
+    for note in samples.notes():
+        say(f"{path}: {note}")
+    return samples.all
+
+
+class _Samples:
+    """Those of several lists. Within one list, and without a folder of lists, every entry is a sample of its own."""
+
+    def __init__(self) -> None:
+        self.all: list[Sample] = []
+        self.read = 0
+        self.names = _Names()
+        self.listed: dict[tuple, tuple[Path, list[int]]] = {}  # by file and cut: the first list, its samples
+        self.repeated: list[str] = []
+        self.joined: list[str] = []
+
+    def add(self, sample: Sample, annotation: Annotation) -> None:
+        self.read += 1
+        if annotation.top is not None:
+            key = (os.path.normpath(sample.path), sample.cut, sample.control)
+            file, places = self.listed.setdefault(key, (annotation.file, []))
+            if file != annotation.file:
+                self._join(sample, places)
+                return
+            places.append(len(self.all))
+        self.all.append(replace(sample, id=self.names.own(sample.id)))
+
+    def _join(self, sample: Sample, places: list[int]) -> None:
+        """Give the first of the samples the captions that none of them has."""
+        known = {caption for place in places for caption in self.all[place].captions}
+        new = tuple(caption for caption in sample.captions if caption not in known)
+        first = self.all[places[0]]
+        self.all[places[0]] = replace(first, captions=(*first.captions, *new))
+        (self.joined if new else self.repeated).append(first.id)
+
+    def notes(self) -> Iterator[str]:
+        for names, what in (
+            (self.repeated, "the same captions: each counts once"),
+            (self.joined, "other captions: each counts once and has the captions of both, of which one is drawn"),
+        ):
+            if names:
+                count = f"{len(names):,} {'entries name files' if len(names) > 1 else 'entry names a file'}"
+                yield f"{count} that another {ANNOTATION} lists too, e.g. {shorten(names[0])}, with {what}"
 
 
 _KINDS = {str: "text", list: "a list", dict: 'an object, as {"height": 480, "width": 832}'}
@@ -253,7 +359,7 @@ def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
         raise json_error(path, json.JSONDecodeError("Extra data", text, rest), 1)
 
 
-def _sample(record: Any, folder: Path, where: str, names: _Names) -> Sample:
+def _sample(record: Any, annotation: Annotation, where: str) -> Sample:
     def get(name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         value = record.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
@@ -270,7 +376,7 @@ def _sample(record: Any, folder: Path, where: str, names: _Names) -> Sample:
     path, video = get("path", str), get("video", str)
     if path and video:
         raise ValueError(f"{where}: both path ({show(path)}) and video ({show(video)}, of VACE): keep one of them")
-    control = _control(get, folder, where)
+    control = _control(get, annotation, where)
     if path and control != Control():
         raise ValueError(
             f"{where}: the src_ keys belong to a sample of VACE: name its video {show(path)} `video`, not path"
@@ -282,10 +388,14 @@ def _sample(record: Any, folder: Path, where: str, names: _Names) -> Sample:
     if frames is None and fps and duration:
         frames = max(1, round(fps * duration))
     resolution = get("resolution", dict, {})
-    cut = _cut(get("cut", list), where)
+    cut, frames_of_file = _cut(get("cut", list), where), _frame_idx(get("frame_idx", str), where)
+    if cut and frames_of_file and cut != frames_of_file:
+        raise ValueError(f"{where}: cut is {show(record['cut'])} and frame_idx {show(record['frame_idx'])}: keep one")
+    cut, file = cut or frames_of_file, annotation.find(name, where)
+    shown = annotation.identify(name, file)
     return Sample(
-        id=names.own(name if cut is None else f"{name}[{cut[0]}:{cut[1]}]"),
-        path=folder / name,
+        id=shown if cut is None else f"{shown}[{cut[0]}:{cut[1]}]",
+        path=file,
         captions=_captions(record, where),
         num_frames=frames,
         fps=fps,
@@ -323,6 +433,18 @@ def _cut(value: list | None, where: str) -> tuple[int, int] | None:
     return int(whole[0]), int(whole[1])
 
 
+def _frame_idx(value: str | None, where: str) -> tuple[int, int] | None:
+    """As `cut`, in the words of Open-Sora-Plan 1.1."""
+    if value is None:
+        return None
+    first, _, end = value.partition(":")
+    if not all(number.isdecimal() and len(number) < 20 for number in (first, end)):
+        raise ValueError(f"{where}: frame_idx is {show(value)}; it must be first:end in frames, as 0:65")
+    if not int(first) < int(end) <= LARGEST:
+        raise ValueError(f"{where}: frame_idx is {show(value)}; it must be first:end in frames with first < end")
+    return int(first), int(end)
+
+
 def _captions(record: dict, where: str) -> tuple[str, ...]:
     """Those that are not blank, under whichever key they stand."""
     found = {}
@@ -339,7 +461,7 @@ def _captions(record: dict, where: str) -> tuple[str, ...]:
     return next(iter(found.values()), ())
 
 
-def _control(get: Callable[..., Any], folder: Path, where: str) -> Control:
+def _control(get: Callable[..., Any], annotation: Annotation, where: str) -> Control:
     """`get` reads a key of the record."""
     references = get("src_ref_images", (str, list), [])
     references = [references] if isinstance(references, str) else references
@@ -347,7 +469,7 @@ def _control(get: Callable[..., Any], folder: Path, where: str) -> Control:
         raise ValueError(f"{where}: src_ref_images is {show(references)}; it must be a list of paths, or null")
     source, mask = get("src_video", str), get("src_video_mask", str)
     return Control(
-        source=folder / source if source else None,
-        mask=folder / mask if mask else None,
-        references=tuple(folder / reference for reference in references),
+        source=annotation.find(source, where) if source else None,
+        mask=annotation.find(mask, where) if mask else None,
+        references=tuple(annotation.find(reference, where) for reference in references),
     )

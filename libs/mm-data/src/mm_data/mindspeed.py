@@ -121,7 +121,7 @@ def _conditions(found: dict, channels: int, file: Path) -> dict[str, Tensor]:
         elif name == "vace_context":
             context = _channels(name, value, 2 * channels + 64, file)
             conditions["control"], conditions["control_mask"] = context[: 2 * channels], context[2 * channels :]
-        elif not isinstance(name, str) or name.startswith("text."):
+        elif not isinstance(name, str) or name.startswith("text.") or name in ("text", "text_mask"):
             raise ValueError(f"{file} holds a tensor {shorten(repr(name))}, a name that has another meaning here")
         else:
             conditions[name] = value
@@ -137,11 +137,18 @@ def _channels(name: str, value: Tensor, expected: int, file: Path) -> Tensor:
 
 
 def _trim(name: str, text: Tensor, mask: Tensor | None, file: Path) -> Tensor:
-    """512 D or 1 512 D -> S D."""
+    """512 D or 1 512 D -> S D. Without a mask every row counts as a token."""
     text = _tensor(name, text, 2, file)
     if mask is None:
         return text
-    return text[: int((_tensor("prompt_mask", mask, 1, file) != 0).sum())]
+    tokens = _tensor("prompt_mask", mask, 1, file) != 0
+    length = int(tokens.sum())
+    if len(tokens) != len(text) or not tokens[:length].all():
+        raise ValueError(
+            f"{file}: prompt_mask marks {length} of {len(tokens)} tokens, not the first rows of {name}, which has "
+            f"{len(text)}: pad captions at their end, and extract again"
+        )
+    return text[:length]
 
 
 def _tensor(name: str, value: Any, dims: int, file: Path) -> Tensor:

@@ -17,8 +17,11 @@ from dataclasses import dataclass, replace
 
 from mm_data.files import find_fault, shorten
 from mm_data.geometry import Geometry, Unfit, clip_length, output_size
+from mm_data.images import SUFFIXES
 from mm_data.layout import check_control, lay_out
 from mm_data.manifest import Sample
+from mm_data.nearest import Neighbours
+from mm_data.video import PICTURE
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,19 @@ class Selection:
 
     @property
     def short(self) -> dict[str, int]:
-        """Length of the clip, by id, of every kept sample that has fewer frames than the geometry's num_frames."""
+        """Length of the clip, by id, of every kept video that has fewer frames than the geometry's num_frames."""
         if self.geometry.rule == "vace":
             return {}  # there a clip's length also depends on its size, which annotations of VACE do not give
-        available = {sample.id: _available(sample, self.geometry) for sample in self.kept}
+        videos = [sample for sample in self.kept if not _is_named_picture(sample)]
+        available = {sample.id: _available(sample, self.geometry) for sample in videos}
         lengths = {name: clip_length(n, self.geometry) for name, n in available.items() if n is not None}
         return {name: length for name, length in lengths.items() if length < self.geometry.num_frames}
 
     def __str__(self) -> str:
         total, short = len(self.kept) + len(self.dropped), self.short
         lines = [f"{total} sample{'s' * (total != 1)}, {len(self.kept)} kept, {len(self.dropped)} dropped"]
+        if pictures := sum(map(_is_named_picture, self.kept)):
+            lines.append(f"  kept as clips of one frame, being pictures: {pictures}")
         for kind, count in self.counts.items():
             sample, reason = next(pair for pair in self.dropped if pair[1].kind == kind)
             lines.append(f"  {kind}: {count}, e.g. {shorten(sample.id)}: {shorten(reason.detail, 500)}")
@@ -62,16 +68,19 @@ def check_samples(samples: Sequence[Sample], geometry: Geometry, threads: int = 
     """Each sample, or why it does not suit `geometry`. Files are looked at `threads` at a time.
 
     A sample whose annotation says that it does not suit comes back with the facts of its file, where these do. What an
-    annotation leaves out is not judged here but at decoding.
+    annotation leaves out is not judged here but at decoding. A file that is not there is named with what is most like
+    it in its folder; nothing is put in its place.
 
     Reasons: missing_file, no_file, mask_without_source, no_caption, bad_caption, no_resolution, resolution_too_small,
     aspect_mismatch, too_short, and of VACE's source and mask length_mismatch and shape_mismatch. Of the files of a VACE
     sample all must be there.
     """
 
+    neighbours = Neighbours()
+
     def check(sample: Sample) -> Sample | Unfit:
         try:
-            return _check(sample, geometry)
+            return _check(sample, geometry, neighbours)
         except Unfit as reason:
             return Unfit(reason.kind, reason.detail)  # without the traceback, which holds on to what was looked at
 
@@ -98,10 +107,12 @@ def for_task(samples: Sequence[Sample], controls: bool) -> list[Sample]:
     return list(samples) if controls else [replace(sample, control=None) for sample in samples]
 
 
-def _check(sample: Sample, geometry: Geometry) -> Sample:
+def _check(sample: Sample, geometry: Geometry, neighbours: Neighbours) -> Sample:
     for file in sample.files:
         if fault := find_fault(file):
-            raise Unfit("no_file" if os.path.exists(file) else "missing_file", fault)
+            if os.path.exists(file):
+                raise Unfit("no_file", fault)
+            raise Unfit("missing_file", f"{fault}{neighbours.describe(file)}")
     check_control(sample)
     if not sample.captions:
         raise Unfit("no_caption", "cap is empty or absent")
@@ -129,6 +140,8 @@ def _check_claims(sample: Sample, geometry: Geometry) -> None:
     """Unfit for what the annotation says."""
     if sample.height is not None and sample.width is not None:
         output_size(sample.height, sample.width, geometry)
+    if _is_named_picture(sample):
+        return
     frames = _available(sample, geometry)
     if frames is not None:
         clip_length(frames, geometry)
@@ -142,7 +155,13 @@ def _look(sample: Sample, geometry: Geometry, claimed: Unfit) -> Sample:
         raise
     except Exception as error:  # damaged as well, in whatever way
         raise Unfit(claimed.kind, f"{claimed.detail} (and the file does not say: {error})") from error
-    return replace(sample, num_frames=video.num_frames, fps=video.fps, height=video.height, width=video.width)
+    frames = None if video.container == PICTURE else video.num_frames  # no length is asked of a picture
+    return replace(sample, num_frames=frames, fps=video.fps, height=video.height, width=video.width)
+
+
+def _is_named_picture(sample: Sample) -> bool:
+    """By its name alone: the other files are looked into at decoding."""
+    return sample.path.suffix.lower() in SUFFIXES
 
 
 def _available(sample: Sample, geometry: Geometry) -> int | None:

@@ -7,6 +7,7 @@ and trusts headers where PyAV checks.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -15,8 +16,11 @@ import av
 import numpy as np
 
 from mm_data import video_decord, video_pyav
+from mm_data.images import read_image, read_size
 from mm_data.pixels import to_grey
-from mm_data.video_pyav import VideoInfo
+from mm_data.video_pyav import Orientation, VideoInfo
+
+PICTURE = "picture"  # in place of a container and a codec
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,27 @@ def probe(path: str | Path) -> VideoInfo:
     return video_pyav.scan(Path(path))
 
 
+def probe_picture(path: str | Path) -> VideoInfo:
+    """A picture as a video of one frame, from its header. Raises ValueError, naming the file, for what is none."""
+    height, width = read_size(path)
+    return VideoInfo(
+        path=Path(path),
+        container=PICTURE,
+        codec=PICTURE,
+        height=height,
+        width=width,
+        pixel_aspect=Fraction(1),
+        orientation=Orientation(),
+        has_alpha=False,
+        is_best=True,
+        notes=(),
+        timestamps=np.zeros(1),
+        pts=None,
+        keys=[],
+        key_sizes=[],
+    )
+
+
 def read_video(
     path: str | Path | VideoInfo,
     indices: Sequence[int] | slice | None = None,
@@ -47,18 +72,21 @@ def read_video(
 ) -> VideoClip:
     """The frames with these indices (any order, repeats allowed; None: all), decoded from the key frame before each.
 
-    `path` may be what `probe` gave, which saves looking again. `each` is applied to every frame (H W 3 uint8) as soon
-    as it is decoded, e.g. to shrink it before the next one needs memory. What is transparent lies on white. With
-    `grey`, as masks are read, frames are H W 1: grey values, whatever is transparent. Raises ValueError, naming the
-    file, if it is no video, is damaged where it must be read, or has no such frame.
+    `path` may be what `probe` or `probe_picture` gave, which saves looking again. `each` is applied to every frame
+    (H W 3 uint8) as soon as it is decoded, e.g. to shrink it before the next one needs memory. What is transparent lies
+    on white. With `grey`, as masks are read, frames are H W 1: grey values, whatever is transparent. Raises ValueError,
+    naming the file, if it is no video, is damaged where it must be read, or has no such frame.
     """
     if backend not in ("pyav", "decord"):
         raise ValueError(f"unknown video backend {backend!r}: use pyav or decord")
     info = path if isinstance(path, VideoInfo) else probe(path)
     wanted = _resolve(indices, info)
     order = sorted(set(wanted.tolist()))
-    decode = video_pyav.frames if backend == "pyav" else video_decord.frames
-    decoded = decode(info, order, on_white=not grey)
+    if info.container == PICTURE:
+        decoded = iter([(0, read_image(info.path))])
+    else:
+        decode = video_pyav.frames if backend == "pyav" else video_decord.frames
+        decoded = decode(info, order, on_white=not grey)
     frames: dict[int, np.ndarray] = {}
     for index, picture in decoded:
         if picture.shape != (info.height, info.width, 3):

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from mm_models.family import Family, Preset
+from mm_models.opensoraplan.family import OPENSORAPLAN
 from mm_models.wan.family import WAN
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from mm_parallel.plan import ParallelPlan
 
-FAMILIES: tuple[Family, ...] = (WAN,)
+FAMILIES: tuple[Family, ...] = (WAN, OPENSORAPLAN)
 
 
 def presets() -> tuple[str, ...]:

@@ -31,8 +31,18 @@ class Published:
     guidance: float | tuple[float, float]
     """One number, or of two experts that of the high-noise one and that of the low-noise one."""
     flow_shift: float | None
-    """None: 3 for sizes near 480x832, 5 for sizes near 720x1280."""
+    """Of flow matching. None: 3 for sizes near 480x832, 5 for sizes near 720x1280; or there is no flow to shift."""
     negative_prompt: str
+    sampler: str
+    """One of `mm_models.diffusion.samplers`."""
+    prompt_template: str = "{}"
+    """What is put around a prompt, where {} stands."""
+    trained_frames: int | None = None
+    """The only length that such weights make a video of; None: any."""
+
+    def __post_init__(self) -> None:
+        assert self.trained_frames in (None, self.frames), "the usual length is the trained one"
+        assert self.prompt_template.count("{}") == 1, "a template has one place for the prompt"
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,8 @@ class Family:
     """(config, repository) -> the configuration for these encoders. ValueError unless they are as wide as it takes."""
     describe: Callable[[Any], dict[str, Any]]
     """The fields that are written into config.json."""
+    prediction: Callable[[Any], str]
+    """What such a model predicts: "flow", "epsilon" or "v_prediction". It decides which samplers there are."""
 
     # The model
     build: Callable[[Any], nn.Module]

@@ -1,4 +1,4 @@
-"""First values of parameters, whatever the family: by seed and name, so that every rank can draw its own part."""
+"""What is drawn by seed and name, so that all ranks draw the same: first values of parameters, whatever the family."""
 
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def generator(seed: int, name: str) -> torch.Generator:
-    """A fresh CPU generator that depends on the seed and on the whole name of a parameter."""
+    """A fresh CPU generator that depends on the seed and on the whole name, e.g. of a parameter."""
     key = blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(key, "big") >> 1)
 

@@ -37,10 +37,12 @@ class Ladder(Protocol):
     To have its tokens cut over ranks, a ladder calls three seams, attributes named in its plan:
 
         split(stream) -> stream                 last in the stem; by default it returns the stream
-        core(q, k, v, sequence) -> out          every attention between tokens; q, k, v, out are B L H h
+        core(q, k, v, sequence, mask) -> out    every attention between tokens; q, k, v, out are B L H h
         gather(x, sequence) -> x                in the head: B L … of this rank's tokens -> B L … of all
 
-    where `sequence` is a `Sequence`, which the stream carries under this name, so that `split` knows it too.
+    where `sequence` is a `Sequence`, which the stream carries under this name, so that `split` knows it too. `mask` may
+    be left out: B tokens, bool, True for a token that is attended, of the whole sequence on every rank. So the field of
+    the stream that carries it is none of the plan's `tokens`. Tokens that are masked still ask, and pass as all others.
     """
 
     @property

@@ -58,6 +58,8 @@ TABLE = Table(
 )
 
 HEAD_DIM = 96  # of the published weights; the shapes do not tell the number of heads
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+USUAL: Config = {"text_tokens": 512, "prediction_type": "epsilon"}  # of the published weights, which do not say so
 
 
 def from_sizes(sizes: Mapping[str, int], groups: set[str], layers: Mapping[str, int]) -> Config:
@@ -66,11 +68,18 @@ def from_sizes(sizes: Mapping[str, int], groups: set[str], layers: Mapping[str, 
 
 
 def complete(config: Config) -> tuple[Config, list[str]]:
-    """`interpolation_scale` and `sample_size` are frames, rows and columns; the latter, of latents, may be unknown."""
+    """`interpolation_scale` and `sample_size` are frames, rows and columns; the latter of latents, None for any.
+
+    Published weights differ in both, so nothing is assumed where nothing is said: both stay absent then.
+    """
     config = dict(config)
     notes = settle(config, "eps", 1e-6, is_small)
-    notes += settle(config, "interpolation_scale", [1.0, 1.0, 1.0], _are_scales)
-    notes += settle(config, "sample_size", None, _are_counts)
+    if "interpolation_scale" in config:
+        notes += settle(config, "interpolation_scale", [1.0, 1.0, 1.0], _are_scales)
+    if "sample_size" in config:
+        notes += settle(config, "sample_size", None, _are_counts)
+    notes += settle(config, "text_tokens", USUAL["text_tokens"], is_count)
+    notes += settle(config, "prediction_type", USUAL["prediction_type"], lambda value: value in PREDICTION_TYPES)
     return config, notes + settle_heads(config, HEAD_DIM)
 
 
@@ -91,6 +100,8 @@ _SPELLINGS = {
     "in_channels": "in_channels",
     "out_channels": "out_channels",
     "eps": "norm_eps",
+    "text_tokens": "text_tokens",
+    "prediction_type": "prediction_type",
 }
 _SCALES = ("interpolation_scale_t", "interpolation_scale_h", "interpolation_scale_w")
 _FIXED = {
@@ -120,14 +131,19 @@ def read_config(json: Mapping[str, Any]) -> Config:
     return found
 
 
+def _is_written(field: str, config: Config) -> bool:
+    """The fields that are not published are written only where they are unusual."""
+    return config[field] != USUAL.get(field)
+
+
 def _write_original(config: Config) -> Config:
-    heads, size = config.get("num_heads"), config["sample_size"]
+    heads, size, scales = config.get("num_heads"), config.get("sample_size"), config.get("interpolation_scale")
     return {
         "_class_name": "OpenSoraT2V",
-        **{theirs: config[ours] for ours, theirs in _SPELLINGS.items() if ours in config},
+        **{theirs: config[ours] for ours, theirs in _SPELLINGS.items() if ours in config and _is_written(ours, config)},
         **({"attention_head_dim": config["dim"] // heads} if heads else {}),
         **_FIXED,
-        **dict(zip(_SCALES, config["interpolation_scale"], strict=True)),
+        **(dict(zip(_SCALES, scales, strict=True)) if scales else {}),
         **({"sample_size_t": size[0], "sample_size": size[1:]} if size else {}),
         "cross_attention_dim": config["dim"],
         "patch_size": config["patch_size"][1],

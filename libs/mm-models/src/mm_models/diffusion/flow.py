@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mm_models.diffusion.objective import Level
+from mm_models.diffusion.objective import Level, squared_error
 
 POINTS = 1000
 
@@ -83,11 +83,13 @@ class FlowMatching:
 
     def level(self, index: Tensor) -> Level:
         """The levels at points of the table, B."""
-        return Level(self.timesteps[index], self.sigmas[index], self.weights[index])
+        sigma = self.sigmas[index]
+        return Level(self.timesteps[index], 1 - sigma, sigma, self.weights[index])
 
     def level_at(self, t: Tensor) -> Level:
         """The levels at timesteps B in 0..1000; every error weighs 1."""
-        return Level(t, t / POINTS, torch.ones_like(t))
+        sigma = t / POINTS
+        return Level(t, 1 - sigma, sigma, torch.ones_like(t))
 
     def middles(self, parts: int = 5) -> list[int]:
         """Timesteps in the middle of equal parts of what is trained."""
@@ -102,16 +104,10 @@ class FlowMatching:
         low = self.sigmas[end].item() if end < POINTS else 0.0
         return f"noise from {self.sigmas[first].item():.3f} down to {low:.3f} (points {first} to {end - 1} of {POINTS})"
 
-    def noised(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
-        """(1 - sigma) x0 + sigma noise, for latents B C F H W."""
-        sigma = level.sigma.view(-1, *[1] * (x0.ndim - 1))
-        return (1 - sigma) * x0 + sigma * noise
-
     def target(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
         """What the model should predict, at every level."""
         return noise - x0
 
-    def loss(self, prediction: Tensor, target: Tensor, level: Level) -> Tensor:
+    def loss(self, prediction: Tensor, target: Tensor, level: Level, mask: Tensor | None = None) -> Tensor:
         """Weighted mean squared error of each sample, in float32: B. Their mean is what is trained on."""
-        error = (prediction.float() - target.float()).square().flatten(1).mean(1)
-        return level.weight * error
+        return level.weight * squared_error(prediction, target, mask)

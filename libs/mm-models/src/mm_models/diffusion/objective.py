@@ -18,7 +18,8 @@ class Level(NamedTuple):
     """How noisy each sample of a batch is: B each."""
 
     t: Tensor  # what the model is told
-    sigma: Tensor  # the part that is noise, as the schedule counts it
+    alpha: Tensor  # a noisy sample is alpha · sample + sigma · noise
+    sigma: Tensor
     weight: Tensor  # of the loss
 
 
@@ -34,10 +35,14 @@ class Schedule(Protocol):
     def level_at(self, t: Tensor) -> Level:
         """The levels at timesteps B; every error weighs 1."""
 
-    def noised(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor: ...
-    def target(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor: ...
-    def loss(self, prediction: Tensor, target: Tensor, level: Level) -> Tensor:
-        """The weighted error of each sample: B, float32."""
+    def target(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
+        """What the model is to predict."""
+
+    def loss(self, prediction: Tensor, target: Tensor, level: Level, mask: Tensor | None = None) -> Tensor:
+        """The weighted error of each sample, a mean over its latents: B, float32.
+
+        mask: B F H W (or B 1 F H W), bool, True for latents that count; None: all do.
+        """
 
     def middles(self) -> Sequence[int]:
         """Timesteps at which validation measures: the middles of equal parts of what is trained."""
@@ -100,14 +105,43 @@ class Conditioning(Protocol):
     def hold(self, latents: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """The latents with what is given in its place."""
 
-    def inputs(self, latents: Tensor, t: Tensor, text: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The model's arguments: latents B C F H W with what is held, t B, text B S D, conditions B …"""
+    def inputs(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        text: Tensor,
+        conditions: Mapping[str, Tensor],
+        text_mask: Tensor | None = None,
+        video_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The model's arguments: latents B C F H W with what is held, t B, text B S D, conditions B …
+
+        text_mask: B S, bool, True for a token; None: all are. video_mask: B F H W of the latents, bool, True for what
+        is video and not padding; None: all is. ValueError for one that the model cannot use and must not ignore.
+        """
 
     def learned(self, x: Tensor) -> Tensor:
         """The part of a prediction or a target that a loss is taken over."""
 
     def frames_before(self, conditions: Mapping[str, Tensor]) -> int:
         """Latent frames that stand before the video and are no part of it."""
+
+
+def blend(x0: Tensor, noise: Tensor, level: Level) -> Tensor:
+    """alpha x0 + sigma noise: the noisy sample, B C F H W."""
+    alpha, sigma = (part.view(-1, *[1] * (x0.ndim - 1)) for part in (level.alpha, level.sigma))
+    return alpha * x0 + sigma * noise
+
+
+def squared_error(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean of the squared errors of each sample B C F H W, in float32: B.
+
+    mask: B 1 F H W, bool, True for latents that count; a sample of which none does has no error.
+    """
+    error = (prediction.float() - target.float()).square()
+    if mask is None:
+        return error.flatten(1).mean(1)
+    return (error.mean(1, keepdim=True) * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
 
 
 class Drawn(NamedTuple):
@@ -117,10 +151,17 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class Diffusion:
-    """An `mm_models.objective.Objective`. A batch holds latents B C F H W, text B S D, and the conditions."""
+    """An `mm_models.objective.Objective`. A batch holds latents B C F H W, text B S D, and the conditions.
+
+    It may hold masks as well: text_mask B S, True for a token, and video_mask B F H W of the latents, True for what is
+    video and not padding. With a video mask, every latent that is video weighs the same in a step; all batches of a run
+    have one then, or none has.
+    """
 
     schedule: Schedule
     conditioning: Conditioning
+    noise_offset: float = 0.0
+    """In training, so much noise more that is the same in all of a channel; the target includes it."""
     task: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -137,29 +178,45 @@ class Diffusion:
     def draw(self, tensors: Mapping[str, Tensor], generators: Generators) -> Drawn:
         count = range(len(tensors["latents"]))
         index = torch.stack([self.schedule.draw_index(generators(i, "timestep")) for i in count])
-        return Drawn(self.schedule.level(index), self._noise(tensors, generators))
+        noise = self._noise(tensors, generators)
+        if self.noise_offset:
+            shape = (noise.shape[1], *[1] * (noise.ndim - 2))
+            offset = torch.stack([torch.randn(shape, generator=generators(i, "noise_offset")) for i in count])
+            noise = noise + self.noise_offset * offset
+        return Drawn(self.schedule.level(index), noise)
 
     def draw_at(self, tensors: Mapping[str, Tensor], points: Sequence[float], generators: Generators) -> Drawn:
-        """points: timesteps."""
+        """points: timesteps. The noise has no offset, as in sampling: so runs with other offsets compare."""
         return Drawn(self.schedule.level_at(torch.tensor(points).float()), self._noise(tensors, generators))
 
     def inputs(self, tensors: Mapping[str, Tensor], drawn: Drawn) -> dict[str, Tensor]:
         clean, level, noise = _aligned(tensors, drawn)
         stored = {name: tensors[name] for name in self.conditioning.stored}
         conditions = self.conditioning.complete(clean, stored)
-        noisy = self.conditioning.hold(self.schedule.noised(clean, noise, level), conditions)
-        return self.conditioning.inputs(noisy, level.t, tensors["text"], conditions)
+        noisy = self.conditioning.hold(blend(clean, noise, level), conditions)
+        masks = {name: tensors[name] for name in ("text_mask", "video_mask") if name in tensors}
+        return self.conditioning.inputs(noisy, level.t, tensors["text"], conditions, **masks)
 
     def weigh(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return torch.ones(len(tensors["latents"]))
+        mask = self._mask(tensors)
+        return torch.ones(len(tensors["latents"])) if mask is None else mask.flatten(1).sum(1).float()
 
     def losses(self, output: Tensor, tensors: Mapping[str, Tensor], drawn: Drawn) -> Tensor:
         clean, level, noise = _aligned(tensors, drawn)
-        learned = self.conditioning.learned
-        return self.schedule.loss(learned(output), learned(self.schedule.target(clean, noise, level)), level)
+        learned, mask = self.conditioning.learned, self._mask(tensors)
+        target = learned(self.schedule.target(clean, noise, level))
+        losses = self.schedule.loss(learned(output), target, level, mask)
+        return losses if mask is None else losses * mask.flatten(1).sum(1)
 
     def describe(self) -> str:
-        return self.schedule.describe()
+        offset = f", noise offset {self.noise_offset:g}" if self.noise_offset else ""
+        return self.schedule.describe() + offset
+
+    def _mask(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """B 1 F H W, True for latents that a loss is taken over; None: all are."""
+        if "video_mask" not in tensors:
+            return None
+        return self.conditioning.learned(tensors["video_mask"][:, None])
 
     @staticmethod
     def _noise(tensors: Mapping[str, Tensor], generators: Generators) -> Tensor:

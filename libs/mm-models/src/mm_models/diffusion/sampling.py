@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from mm_models.diffusion.experts import Experts
 from mm_models.diffusion.objective import Conditioning
-from mm_models.diffusion.schedulers import Grid, Sampler, scheduler
+from mm_models.diffusion.samplers import SAMPLERS, Grid, SamplerName
+from mm_models.diffusion.schedulers import scheduler
+from mm_models.initial import generator
 
 Guidance = float | tuple[float, float]
 """One number, or of two experts that of the high-noise one and that of the low-noise one."""
@@ -32,9 +34,11 @@ def denoise(
     arguments: Mapping[str, Any] = {},
     steps: int,
     guidance: Guidance,
-    flow_shift: float,
-    sampler: Sampler = "unipc",
-    grid: Grid = "guides",
+    prediction: str = "flow",
+    sampler: SamplerName = "unipc",
+    flow_shift: float | None = None,
+    grid: Grid | None = None,
+    seeds: Sequence[int] | None = None,
     start: int = 0,
     progress: Callable[[int, Tensor], None] | None = None,
     pair: dist.ProcessGroup | None = None,
@@ -49,9 +53,13 @@ def denoise(
         conditioning, conditions: what the video is made from; conditions are batched, on the device of the latents.
         arguments: of the model, as they are, e.g. the strength of a control.
         guidance: v = v_negative + guidance · (v_text - v_negative), in two passes; 1 or less asks for one pass only.
-        flow_shift, sampler, grid: see `scheduler`.
+        prediction: what the model predicts: "flow", "epsilon" or "v_prediction".
+        sampler, flow_shift, grid: see `scheduler`; a flow needs flow_shift, without one neither it nor grid is given.
+        seeds: of each video, for samplers that draw noise at every step: by (seed, step), on the CPU, so that a video
+            does not depend on device, rank or batch.
         start: steps that are left out; `latents` are then what is there before step `start`, see `partly_noised`.
-        progress: called after each step with the number of steps done and the latents.
+        progress: called after each step with the number of steps done and the latents. How many there will be:
+            `mm_models.diffusion.samplers.count_calls`.
         pair: a group of two ranks, of which each makes one of the two passes; both return the same.
 
     Returns:
@@ -64,26 +72,35 @@ def denoise(
         raise ValueError(
             f"guidance {guidance} needs the encoding of a negative prompt (that of '' will do); 1 needs none"
         )
-    schedule = scheduler(sampler, steps, flow_shift, grid, latents.device, start)
+    if isinstance(model, Experts) and prediction != "flow":
+        raise ValueError(f"two experts share the noise levels of a flow, and these models predict {prediction}")
+    schedule = scheduler(sampler, steps, flow_shift, grid, latents.device, start, prediction)
+    draws = SAMPLERS[sampler].draws
+    if draws and len(seeds or ()) != len(latents):
+        raise ValueError(f"sampler {sampler} draws noise at every step: give the seeds of these {len(latents)} videos")
     latents = latents.float()
+    if prediction != "flow":
+        latents = latents * schedule.init_noise_sigma
     training = model.training
     model.eval()  # adapters may have dropout
     try:
         for done, t in enumerate(schedule.timesteps[start:], 1):
             latents = conditioning.hold(latents, conditions)
-            times = t.float().expand(latents.shape[0])
+            noisy = latents if prediction == "flow" else schedule.scale_model_input(latents, t)
+            times = t.float().to(latents.device).expand(latents.shape[0])
             is_low = isinstance(model, Experts) and not model.is_high(float(t))
             expert = model.at(float(t), latents.device) if isinstance(model, Experts) else model
 
-            def velocity(text: Tensor, expert=expert, latents=latents, times=times) -> Tensor:
-                return expert(**conditioning.inputs(latents, times, text, conditions), **arguments).float()
+            def predict(text: Tensor, expert=expert, noisy=noisy, times=times) -> Tensor:
+                return expert(**conditioning.inputs(noisy, times, text, conditions), **arguments).float()
 
             if weights[is_low] <= 1:
-                v = velocity(text)
+                v = predict(text)
             else:
-                v, away = _both(velocity, text, negative, pair)
+                v, away = _both(predict, text, negative, pair)
                 v = away + weights[is_low] * (v - away)
-            latents = schedule.step(v, t, latents, return_dict=False)[0]
+            drawn = {"generator": [generator(seed, f"step {done}") for seed in seeds]} if draws else {}
+            latents = schedule.step(v, t, latents, return_dict=False, **drawn)[0]
             if progress is not None:
                 progress(done, latents)
     finally:
@@ -92,12 +109,12 @@ def denoise(
 
 
 def _both(
-    velocity: Callable[[Tensor], Tensor], text: Tensor, negative: Tensor, pair: dist.ProcessGroup | None
+    predict: Callable[[Tensor], Tensor], text: Tensor, negative: Tensor, pair: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """The velocities with the prompt and with the negative one."""
+    """The predictions with the prompt and with the negative one."""
     if pair is None:
-        return velocity(text), velocity(negative)
-    mine = velocity((text, negative)[pair.rank()]).contiguous()
+        return predict(text), predict(negative)
+    mine = predict((text, negative)[pair.rank()]).contiguous()
     both = torch.empty_like(mine), torch.empty_like(mine)
     dist.all_gather(list(both), mine, group=pair)
     return both
@@ -114,7 +131,7 @@ def first_step(steps: int, strength: float) -> int:
 
 
 def partly_noised(
-    clean: Tensor, drawn: Tensor, start: int, *, steps: int, flow_shift: float, sampler: Sampler, grid: Grid
+    clean: Tensor, drawn: Tensor, start: int, *, steps: int, flow_shift: float, sampler: SamplerName, grid: Grid
 ) -> Tensor:
     """The latents before step `start` of a video whose clean latents are known: (1 - sigma) clean + sigma drawn,
     where `drawn` is noise."""

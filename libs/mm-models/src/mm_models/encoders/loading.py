@@ -14,6 +14,8 @@ import torch
 
 from mm_models.folder import check_tokenizer, check_weights, read_json
 
+_TELLING = (".json", ".model", ".safetensors", ".ckpt", ".pt")
+
 
 def load_strictly(kind: type, folder: Path, dtype: torch.dtype) -> Any:
     """A model of a class of transformers or diffusers, frozen.
@@ -149,7 +151,7 @@ def identity(folders: list[Path], options: dict) -> str:
     digest = sha256(json.dumps(options, sort_keys=True).encode())
     block = 1 << 16
     for folder in folders:
-        for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".model", ".safetensors")):
+        for file in sorted(f for f in folder.iterdir() if f.suffix in _TELLING):
             size = file.stat().st_size
             digest.update(f"{folder.name}/{file.name}:{size}".encode())
             with open(file, "rb") as stream:

@@ -75,7 +75,15 @@ class Conditioning:
             return latents
         return torch.cat((conditions["first"].to(latents), latents[:, :, 1:]), dim=2)
 
-    def inputs(self, latents: Tensor, t: Tensor, text: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def inputs(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        text: Tensor,
+        conditions: Mapping[str, Tensor],
+        text_mask: Tensor | None = None,
+        video_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """The model's arguments, by name.
 
         Args:
@@ -83,7 +91,11 @@ class Conditioning:
             t: B, in 0..1000.
             text: B S D; it is padded as the model would, so that all batches have one shape.
             conditions: batched. control_mask: numbers in 0..1, or bytes in 0..255.
+            text_mask: not used; a Wan attends to its padding, too, which is zero.
+            video_mask: refused, as a Wan attends to all of a video.
         """
+        if video_mask is not None:
+            raise ValueError("a Wan has no mask of what is video: cut the clips to one size, with no padding")
         text = F.pad(text, (0, 0, 0, self.config.text_tokens - text.shape[1]))
         given = {"video": latents, "t": t, "text": text}
         match self.task:

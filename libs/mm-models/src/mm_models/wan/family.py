@@ -24,6 +24,7 @@ WAN = Family(
     multiples=tasks.multiples,
     fit=tasks.fit,
     describe=tasks.describe,
+    prediction=lambda config: "flow",
     build=later("mm_models.wan.model", "WanModel"),
     plan=later("mm_models.wan.plan", "plan"),
     cost=later("mm_models.wan.cost", "Cost"),

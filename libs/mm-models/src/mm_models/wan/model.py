@@ -38,6 +38,7 @@ from mm_models.layers import (
     gated,
     identity,
     modulate,
+    sinusoid,
     wide,
 )
 from mm_models.wan.check import check
@@ -115,27 +116,6 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     cos, sin = rope.unsqueeze(2)  # L 1 h/2
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
-
-
-def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """[cos | sin] of t·10000^(-i/(dim/2)) for t in 0..1000, any shape: adds a last dim, float32 and accurate to 1e-7.
-
-    The plain product in float32 would be off by 3e-5. So t is split into a whole number and a rest, the frequency into
-    its leading 14 bits and a rest: the large part of the angle, 10 bits times 14 bits, is then exact in 24 bits.
-    """
-    frequency = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim // 2))
-    mantissa, exponent = torch.frexp(frequency)
-    leading = torch.ldexp((mantissa * 2**14).round(), exponent - 14)
-    rest = (frequency - leading).float().to(t.device)
-    leading, frequency = leading.float().to(t.device), frequency.float().to(t.device)
-
-    t = t.float().unsqueeze(-1)
-    whole = t.round()
-    large = whole * leading
-    small = whole * rest + (t - whole) * frequency
-    cos = large.cos() * small.cos() - large.sin() * small.sin()
-    sin = large.sin() * small.cos() + large.cos() * small.sin()
-    return torch.cat((cos, sin), dim=-1)
 
 
 class SelfAttention(nn.Module):

@@ -26,14 +26,15 @@ CHINESE_NEGATIVE_PROMPT = (
 )
 P480, P720 = (480, 832), (720, 1280)
 
-T2V = Published(P480, 81, 16, steps=50, guidance=5.0, flow_shift=None, negative_prompt=NEGATIVE_PROMPT)
+UNIPC = {"sampler": "unipc"}
+T2V = Published(P480, 81, 16, 50, guidance=5.0, flow_shift=None, negative_prompt=NEGATIVE_PROMPT, **UNIPC)
 I2V = replace(T2V, steps=40)
 FLF2V = replace(T2V, size=P720, guidance=5.5, flow_shift=16)
 VACE = replace(T2V, flow_shift=16)
-A14B = Published(P720, 81, 16, 40, guidance=(4.0, 3.0), flow_shift=12, negative_prompt=CHINESE_NEGATIVE_PROMPT)
+A14B = Published(P720, 81, 16, 40, (4.0, 3.0), flow_shift=12, negative_prompt=CHINESE_NEGATIVE_PROMPT, **UNIPC)
 A14B_I2V = replace(A14B, guidance=3.5, flow_shift=5)
 A14B_VACE = replace(A14B, steps=50, guidance=5.0)
-TI2V_5B = Published((704, 1280), 121, 24, 50, 5.0, flow_shift=5, negative_prompt=CHINESE_NEGATIVE_PROMPT)
+TI2V_5B = Published((704, 1280), 121, 24, 50, 5.0, flow_shift=5, negative_prompt=CHINESE_NEGATIVE_PROMPT, **UNIPC)
 
 
 def _in_720p(published: Published) -> Published:

@@ -2,8 +2,13 @@
 
 An op of our own can be named: recompute keeps its results, a planner asks it for shapes (`register_fake`), and what
 computes it is chosen in one place.
+
+A mask says which keys are attended. It is no bias: kernels without one are the fastest, and are all that a ring can
+use. What is masked is left out instead, sample by sample, before the kernel is called; it costs no work, its weight is
+exactly 0, and so are its gradients. A call without a mask is one call of the kernel, as ever.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -22,18 +27,21 @@ def attention(
     scale: float | None = None,
     backend: str | None = None,
     segments: tuple[int, ...] | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention on one device, differentiable: q B Lq H h, k and v B Lk H h -> B Lq H h.
 
     causal: query i sees keys 0 … i; needs Lq = Lk. scale: of the scores, 1/√h if not given. backend: one of
     `BACKENDS`, by default what `pick` says. segments: where packed samples part, see `mm_parallel.plan.Sequence`; each
-    is an attention of its own. A query without keys gives 0. Raises ValueError for shapes, segments or a backend that
-    do not fit.
+    is an attention of its own. mask: B Lk, bool: True for a key that is attended, None: all; not together with causal
+    or segments. A query without keys gives 0. Raises ValueError for shapes, segments, a mask or a backend that do not
+    fit.
     """
     check(q, k, v, causal)
+    check_mask(mask, q, k.shape[1], causal, segments)
     rest = scale_of(q) if scale is None else scale, causal, backend_of(q, backend)
     if segments is None:
-        return _op(q, k, v, *rest)[0]
+        return _op(q, k, v, *rest, mask)[0]
     check_segments(segments, q.shape[1])
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"packed samples of {q.shape[1]} queries and {k.shape[1]} keys: each needs as many of both")
@@ -41,9 +49,9 @@ def attention(
     return torch.cat([_op(*qkv, *rest)[0] for qkv in samples], 1)
 
 
-def core(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
+def core(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, mask: Tensor | None = None) -> Tensor:
     """The seam of a ladder on one device (see `mm_parallel.plan.Ladder`), by our op."""
-    return attention(q, k, v, sequence.causal, segments=sequence.segments)
+    return attention(q, k, v, sequence.causal, segments=sequence.segments, mask=mask)
 
 
 def scale_of(q: Tensor) -> float:
@@ -76,11 +84,42 @@ def check_segments(segments: tuple[int, ...], tokens: int) -> None:
         raise ValueError(f"segments {segments} of {tokens} tokens: must begin with 0, grow, and end with {tokens}")
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, backend: str) -> tuple[Tensor, Tensor]:
-    """A backend's forward for any lengths, also none; contiguous results. No autograd."""
+def check_mask(
+    mask: Tensor | None, q: Tensor, keys: int, causal: bool, segments: tuple[int, ...] | None = None
+) -> None:
+    """Raises ValueError for a mask that is not B keys, bool, and for one together with causal or packed samples."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool or mask.shape != (q.shape[0], keys):
+        raise ValueError(
+            f"a mask {tuple(mask.shape)} {str(mask.dtype).removeprefix('torch.')} of {q.shape[0]} samples with {keys} "
+            f"keys: needs ({q.shape[0]}, {keys}) bool, True for a key that is attended"
+        )
+    if segments is not None:
+        raise ValueError(
+            f"{len(segments) - 1} packed samples with a mask of keys: leave out what is masked when you pack"
+        )
+    if causal:
+        raise ValueError(
+            "causal attention with a mask of keys: there is no such kernel; pack without what is masked instead"
+        )
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, backend: str, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A backend's forward for any lengths, also none; contiguous results. No autograd.
+
+    Where a sample sees no key, out is 0 and lse is -inf.
+    """
     if q.numel() == 0 or k.numel() == 0:
         out, lse = like(q)
         return out.zero_(), lse.fill_(float("-inf"))
+    if mask is not None:
+        out, lse = like(q)
+        for i, seen in visible(mask, q.device):
+            out[i], lse[i] = forward(q[i], k[i][:, seen], v[i][:, seen], scale, causal, backend)
+        return out, lse
     out, lse = BACKENDS[backend].forward(q, k, v, scale, causal)
     return out.contiguous(), lse.contiguous()
 
@@ -95,13 +134,31 @@ def backward(
     scale: float,
     causal: bool,
     backend: str,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A backend's backward for any lengths, also none; contiguous results."""
+    """A backend's backward for any lengths, also none; contiguous results. 0 for keys that nobody sees."""
     if q.numel() == 0 or k.numel() == 0:
         dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
         return dq, dk, dv
+    if mask is not None:
+        dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+        for i, seen in visible(mask, q.device):
+            keys = k[i][:, seen], v[i][:, seen]
+            dq[i], dk[i][:, seen], dv[i][:, seen] = backward(
+                dout[i], q[i], *keys, out[i], lse[i], scale, causal, backend
+            )
+        return dq, dk, dv
     dq, dk, dv = BACKENDS[backend].backward(dout, q, k, v, out, lse, scale, causal)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def visible(mask: Tensor, device: torch.device) -> Iterator[tuple[slice, slice | Tensor]]:
+    """Neighbours in the batch that see the same keys, and these: a slice for all of them, or their places."""
+    rows, counts = mask.cpu().unique_consecutive(dim=0, return_counts=True)  # to the host once: lengths are shapes
+    start = 0
+    for row, count in zip(rows, counts.tolist(), strict=True):
+        yield slice(start, start + count), slice(None) if row.all() else row.nonzero()[:, 0].to(device)
+        start += count
 
 
 def like(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,8 +169,10 @@ def like(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("mm_parallel::attention", mutates_args=())
-def _op(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, backend: str) -> tuple[Tensor, Tensor]:
-    return forward(q, k, v, scale, causal, backend)
+def _op(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, backend: str, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return forward(q, k, v, scale, causal, backend, mask)
 
 
 @torch.library.custom_op("mm_parallel::attention_backward", mutates_args=())
@@ -127,24 +186,26 @@ def _op_backward(
     scale: float,
     causal: bool,
     backend: str,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(dout, q, k, v, out, lse, scale, causal, backend)
+    return backward(dout, q, k, v, out, lse, scale, causal, backend, mask)
 
 
 def complete(op: Any, op_backward: Any) -> None:
-    """Gives an attention op its shapes and its gradient. Both ops begin with q, k, v (behind dout), and what follows is
-    the same for both.
+    """Gives an attention op its shapes and its gradient. Both ops begin with q, k, v (behind dout) and end with the
+    mask, and what is between is the same for both.
     """
 
     def save(ctx, inputs, output):
-        q, k, v, *ctx.rest = inputs
+        q, k, v, *ctx.rest, mask = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, mask)
 
     def differentiate(ctx, dout, _):
-        return *op_backward(dout, *ctx.saved_tensors, *ctx.rest), *(None for _ in ctx.rest)
+        *saved, mask = ctx.saved_tensors
+        return *op_backward(dout, *saved, *ctx.rest, mask), *(None for _ in ctx.rest), None
 
     op.register_fake(lambda q, *rest: like(q))
     op_backward.register_fake(lambda dout, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)))

@@ -10,6 +10,9 @@ Causal: the sequence is 2R chunks, and rank r of R holds chunks r and 2R-1-r. In
 pairs of its queries and the visiting keys are then to do: all queries and the first chunk of an earlier rank, or the
 second chunk's queries and all keys of a later one. All ranks work alike.
 
+Masked: keys and values travel whole, and every rank leaves out the masked ones of the block that has come. A rank may
+hold none that are seen, its own in step 0 among them: then nothing is merged.
+
 Elements that a rank sends per attention (n: of its own q; accumulators are at least fp32):
     forward    2 n (R-1)                    of q's dtype
     backward   2 n (R-1) of q's dtype  +  2 n R of the accumulators
@@ -23,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from mm_parallel.attention.op import backend_of, backward, check, complete, forward, scale_of
+from mm_parallel.attention.op import backend_of, backward, check, check_mask, complete, forward, scale_of
 
 
 def ring_attention(
@@ -35,15 +38,18 @@ def ring_attention(
     causal: bool = False,
     scale: float | None = None,
     backend: str | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention over the tokens of all ranks of `group`, differentiable: B L H h of this rank's tokens.
 
     lengths: tokens of each rank, in order; if causal, of each of the 2R chunks of the sequence, in order: this rank
-    then holds chunk r and behind it chunk 2R-1-r. Other arguments and errors as in `attention`.
+    then holds chunk r and behind it chunk 2R-1-r. mask: of the keys of all ranks, in order. Other arguments and errors
+    as in `attention`.
     """
     check(q, k, v, causal)
+    check_mask(mask, q, sum(lengths), causal)
     scale, backend = scale_of(q) if scale is None else scale, backend_of(q, backend)
-    return _op(q, k, v, scale, causal, backend, list(lengths), group.group_name)[0]
+    return _op(q, k, v, scale, causal, backend, list(lengths), group.group_name, mask)[0]
 
 
 class _Passing:
@@ -66,7 +72,7 @@ class _Passing:
 class _Ring:
     """Who has what, when."""
 
-    def __init__(self, lengths: Sequence[int], causal: bool, group: str) -> None:
+    def __init__(self, lengths: Sequence[int], causal: bool, group: str, mask: Tensor | None) -> None:
         self.group = _resolve_process_group(group)
         self.rank, self.size = self.group.rank(), self.group.size()
         self.causal = causal
@@ -74,6 +80,8 @@ class _Ring:
         # causal: the first and the second chunk of each rank
         self.first = list(lengths[: self.size])
         self.second = list(lengths[self.size :][::-1]) if causal else [0] * self.size
+        # of each rank's keys; on the host, where lengths are asked for
+        self.masks = [None] * self.size if mask is None else mask.cpu().split(self.first, 1)
 
     def steps(self) -> Iterator[tuple[int, bool]]:
         """In every step, whose keys and values are here, and whether it is the last."""
@@ -99,23 +107,32 @@ class _Ring:
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Adds to out (B L H h) and lse (B H L), in place, what other keys give."""
-    weight = torch.sigmoid(part_lse - lse).transpose(1, 2)[..., None]
-    out.lerp_(part.to(out.dtype), weight)
+    weight = torch.sigmoid(part_lse - lse).masked_fill(part_lse == float("-inf"), 0)  # also where lse is -inf, too
+    out.lerp_(part.to(out.dtype), weight.transpose(1, 2)[..., None])
     lse.copy_(torch.logaddexp(lse, part_lse))
 
 
 @torch.library.custom_op("mm_parallel::ring_attention", mutates_args=())
 def _op(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, backend: str, lengths: Sequence[int], group: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    backend: str,
+    lengths: Sequence[int],
+    group: str,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    ring = _Ring(lengths, causal, group)
+    ring = _Ring(lengths, causal, group, mask)
     kv = torch.stack((k, v))
     out, lse = None, None
     for source, at_end in ring.steps():
         passing = None if at_end else ring.pass_on(kv, source)
         first, last, diagonal = ring.work(source)
-        part, part_lse = forward(q[:, first:], kv[0, :, :last], kv[1, :, :last], scale, diagonal, backend)
-        if out is None:  # step 0, our own keys: every query sees some, so lse is finite from here on
+        keys = kv[0, :, :last], kv[1, :, :last]
+        part, part_lse = forward(q[:, first:], *keys, scale, diagonal, backend, ring.masks[source])
+        if out is None:  # step 0, our own keys
             out, lse = part.to(part_lse.dtype), part_lse
         elif last:
             _merge(out[:, first:], lse[:, :, first:], part, part_lse)
@@ -137,15 +154,17 @@ def _op_backward(
     backend: str,
     lengths: Sequence[int],
     group: str,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ring = _Ring(lengths, causal, group)
+    ring = _Ring(lengths, causal, group, mask)
     kv, dq = torch.stack((k, v)), torch.zeros_like(q, dtype=lse.dtype)
     behind = None  # the gradients of kv, so far
     for source, at_end in ring.steps():
         passing = None if at_end else ring.pass_on(kv, source)
         first, last, diagonal = ring.work(source)
         queries, keys = (q[:, first:], out[:, first:], lse[:, :, first:]), (kv[0, :, :last], kv[1, :, :last])
-        part, *parts = backward(dout[:, first:], queries[0], *keys, *queries[1:], scale, diagonal, backend)
+        rest = scale, diagonal, backend, ring.masks[source]
+        part, *parts = backward(dout[:, first:], queries[0], *keys, *queries[1:], *rest)
         dq[:, first:] += part
         dkv = behind.wait() if behind else torch.zeros_like(kv, dtype=lse.dtype)
         for whole, own in zip(dkv, parts, strict=True):

@@ -1,7 +1,8 @@
 """Context parallelism: the ranks of "cp" (ring x ulysses) share the tokens of a sample.
 
 `cut` sets the three seams of a ladder. Everything between attentions then runs on a part of the tokens; what the plan
-does not name as tokens (text, modulation) stays whole on every rank. Loss and gradients are those of one device.
+does not name as tokens (text, modulation, masks of keys) stays whole on every rank. Loss and gradients are those of one
+device.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel.attention import attention, ring_attention
+from mm_parallel.attention.op import check_mask
 from mm_parallel.context import shard
 from mm_parallel.context.shard import TokenLayout, even
 from mm_parallel.context.ulysses import HEADS, TOKENS, exchange
@@ -59,7 +61,15 @@ class Context:
         """This rank's part of a stream; fields: a plan's `tokens`."""
         return shard.split(stream, fields, self.layout(stream.sequence), self.rank)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, backend: str | None = None) -> Tensor:
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sequence: Sequence,
+        mask: Tensor | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
         """See `context_attention`."""
         layout = self.layout(sequence)
         own, heads = layout.shares(self.ring), even(q.shape[HEADS], layout.ulysses)
@@ -74,13 +84,14 @@ class Context:
                 f"{len(sequence.segments) - 1} packed samples over ring={layout.ring}: a ring takes one sample; use "
                 "ulysses for all of cp, or do not pack"
             )
+        check_mask(mask, q, layout.tokens, sequence.causal, sequence.segments)
         scale = q.shape[-1] ** -0.5
         if layout.ulysses > 1:
             q, k, v = exchange((q, k, v), HEADS, heads, TOKENS, own, self.groups["ulysses"])
         if layout.ring > 1:
-            out = ring_attention(q, k, v, layout.chunks, self.groups["ring"], sequence.causal, scale, backend)
+            out = ring_attention(q, k, v, layout.chunks, self.groups["ring"], sequence.causal, scale, backend, mask)
         else:
-            out = attention(q, k, v, sequence.causal, scale, backend, sequence.segments)
+            out = attention(q, k, v, sequence.causal, scale, backend, sequence.segments, mask)
         if layout.ulysses > 1:
             (out,) = exchange((out,), TOKENS, own, HEADS, heads, self.groups["ulysses"])
         return out
@@ -115,13 +126,16 @@ def context_attention(
     sequence: Sequence,
     mesh: DeviceMesh | None,
     backend: str | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Attention between all tokens of the sequence, of which this rank holds those of q, k and v: B L H h -> B L H h.
 
-    Which these are says `mm_parallel.context.shard`. Raises ValueError for another number of tokens, and for packed
-    samples over a ring. In a loop, ask a `Context` instead: to look into a mesh takes a millisecond.
+    Which these are says `mm_parallel.context.shard`. mask: B tokens, bool, of all tokens: True for a key that is
+    attended; the same on every rank. Raises ValueError for another number of tokens, for packed samples over a ring,
+    and for a mask together with causal or packed samples. In a loop, ask a `Context` instead: to look into a mesh takes
+    a millisecond.
     """
-    return Context(mesh).attention(q, k, v, sequence, backend)
+    return Context(mesh).attention(q, k, v, sequence, mask, backend)
 
 
 def gather(x: Tensor, sequence: Sequence, mesh: DeviceMesh | None) -> Tensor:

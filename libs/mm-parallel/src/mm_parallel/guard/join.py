@@ -58,8 +58,9 @@ def join(
     store = connect(*ranks, start)
     if ranks[1] > 1:
         call_roll(store, *ranks, start, silence)
-    with Watchdog(store, ranks, **times) as guard:
-        guard.at("joining the process group", start)
+    guard = Watchdog(store, ranks, **times)
+    guard.at("joining the process group", start)  # before its thread looks for the first time
+    with guard:
         init_distributed(timeout, store)
         guard.at("the beginning")
         yield guard

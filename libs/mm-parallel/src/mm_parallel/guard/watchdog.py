@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -102,8 +102,8 @@ class Watchdog:
         store = self._given or dist.distributed_c10d._get_default_store()  # torch has no public name for it
         self._board = open_board(store, *self._ranks, "watchdog")
         self._neighbour = Neighbour(self._board, self._silence)
-        self._phase = _Phase(0, self._phase.name, self._deadline, time.monotonic())
-        self._board.beat(0, self._phase.name, False, False)
+        self._phase = replace(self._phase, since=time.monotonic())
+        self._board.beat(self._phase.number, self._phase.name, False, False)
         # a connection of its own: the main thread may be waiting on the other one
         self._thread = threading.Thread(target=self._watch, args=(self._board.clone(),), name="watchdog", daemon=True)
         self._thread.start()
@@ -118,7 +118,8 @@ class Watchdog:
             else:
                 self._fail(error)
         except dist.DistError:
-            if not self._failed:  # a rank that failed ends by its own error, whatever has become of the store
+            # a rank that failed ends by its own error, and one that is done by itself, whatever became of the store
+            if not self._failed and not self._phase.done:
                 self._end(None, _STORE_GONE, stacks=False)
 
     def _finish(self) -> None:
@@ -156,6 +157,8 @@ class Watchdog:
                 self._wake.wait(self._interval)
                 self._wake.clear()
         except dist.DistError:
+            if self._phase.done:  # the host waited for us a while, and has ended
+                return
             if self._failed:  # the others heard of it, and are gone
                 self._end_late()
             self._end(None, _STORE_GONE, stacks=False)

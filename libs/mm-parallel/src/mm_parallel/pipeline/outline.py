@@ -1,8 +1,9 @@
 """What crosses from stage to stage, known beforehand: shapes, dtypes, what requires a gradient, static facts."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from inspect import BoundArguments
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -40,7 +41,8 @@ def skeleton(
     """A copy of the whole model on the meta device, to be asked for shapes, dtypes and what requires a gradient.
 
     It takes no memory. It splits and gathers tokens as the model will, and has its weights in the dtype in which the
-    model will read them; attention stays the model's own, because it has the same shapes and needs no other rank.
+    model will read them; attention stays the model's own, because it has the same shapes and needs no other rank. It is
+    given no mask, as that is of the whole sequence.
     trained: every weight is trained, whatever is frozen in the model.
     """
     twins = {}  # deepcopy takes what is here for copies that it has made
@@ -62,8 +64,14 @@ def skeleton(
             seams.append((ladder.get_submodule(owner), core, getattr(ladder.get_submodule(owner), core)))
         context.cut(bones, plan, mesh)
         for owner, core, attention in seams:
-            setattr(owner, core, attention)
+            setattr(owner, core, partial(_attend_all, attention))
     return bones
+
+
+def _attend_all(
+    attention: Callable, q: Tensor, k: Tensor, v: Tensor, sequence: Any, mask: Tensor | None = None
+) -> Tensor:
+    return attention(q, k, v, sequence)
 
 
 def trace(skeleton: Ladder, starts: Sequence[int], call: BoundArguments) -> Outline:

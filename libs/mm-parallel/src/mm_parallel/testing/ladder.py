@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ class Stream(NamedTuple):
     mod: Tensor  # B 2 D, in fp32
     text: Tensor  # B 2 D, the same for all tokens
     sequence: Sequence
+    mask: Tensor | None = None  # B L, bool: the tokens that are attended, of the whole sequence on every rank
 
 
 def identity(x, *_):
@@ -30,11 +32,12 @@ def identity(x, *_):
     return x
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
-    """Softmax attention on B L H h."""
+def attention(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention on B L H h. mask: B L, True for a key that is attended; of one sample, not causal."""
     segments = sequence.segments or (0, sequence.tokens)
     samples = [[x[:, start:stop].transpose(1, 2) for x in (q, k, v)] for start, stop in pairwise(segments)]
-    outs = [F.scaled_dot_product_attention(*qkv, is_causal=sequence.causal) for qkv in samples]
+    seen = None if mask is None else mask[:, None, None]
+    outs = [F.scaled_dot_product_attention(*qkv, attn_mask=seen, is_causal=sequence.causal) for qkv in samples]
     return torch.cat(outs, 2).transpose(1, 2)
 
 
@@ -55,8 +58,8 @@ class RMSNorm(nn.RMSNorm):
 class TinyLadder(nn.Module):
     """Parameters of each kind that stay in fp32, sizes that no world size divides, norms over all heads, a dtype.
 
-    Called as `model(tokens, t) -> y` with tokens B L 5, t B 3 and y B L 5. A block's `read` are the dtypes of its
-    parameters as its last forward found them.
+    Called as `model(tokens, t, mask) -> y` with tokens B L 5, t B 3, mask B L bool (which tokens are attended; None:
+    all) and y B L 5. A block's `read` are the dtypes of its parameters as its last forward found them.
     """
 
     plan = ParallelPlan(
@@ -92,24 +95,25 @@ class TinyLadder(nn.Module):
     def layers(self) -> nn.ModuleList:
         return self.blocks
 
-    def stem(self, tokens: Tensor, t: Tensor) -> Stream:
+    def stem(self, tokens: Tensor, t: Tensor, mask: Tensor | None = None) -> Stream:
         dtype = self.compute_dtype or tokens.dtype
         x = self.embed(tokens.to(dtype)).to(t.dtype)  # the residual stream stays in fp32 as well
         length = tokens.shape[1]
         place = torch.arange(length, device=t.device, dtype=t.dtype)[:, None] * torch.ones(DIM, device=t.device)
         text = self.read(t.to(dtype)).unflatten(1, (2, DIM))
         sequence = Sequence(length, self.causal, self.segments)
-        return self.split(Stream(x, (place / 7).sin(), self.time(t).unflatten(1, (2, DIM)), text, sequence))
+        return self.split(Stream(x, (place / 7).sin(), self.time(t).unflatten(1, (2, DIM)), text, sequence, mask))
 
     def layer(self, i: int, stream: Stream) -> Stream:
-        return self.blocks[i](stream, self.core, self.compute_dtype)
+        core = self.core if stream.mask is None else partial(self.core, mask=stream.mask)
+        return self.blocks[i](stream, core, self.compute_dtype)
 
     def head(self, stream: Stream) -> Tensor:
         y = self.out(stream.x.to(self.compute_dtype or stream.x.dtype)).to(stream.x.dtype)
         return self.gather(y, stream.sequence)
 
-    def forward(self, tokens: Tensor, t: Tensor) -> Tensor:
-        stream = self.stem(tokens, t)
+    def forward(self, tokens: Tensor, t: Tensor, mask: Tensor | None = None) -> Tensor:
+        stream = self.stem(tokens, t, mask)
         for i in range(len(self.blocks)):
             stream = self.layer(i, stream)
         return self.head(stream)

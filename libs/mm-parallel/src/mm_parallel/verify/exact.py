@@ -133,10 +133,11 @@ class Exact:
     def head(self, head: Callable, streams: list[Any]) -> Tensor:
         return self._run(head, streams, True)[1][0]
 
-    def core(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
+    def core(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, mask: Tensor | None = None) -> Tensor:
         if sequence.segments is not None:
             raise ValueError("exact mode takes one sample, and no packed ones: leave exact out, or do not pack")
-        return self.rendezvous.meet((q, k, v), partial(self._attend, sequence))
+        op.check_mask(mask, q, sequence.tokens, sequence.causal)
+        return self.rendezvous.meet((q, k, v), partial(self._attend, sequence, mask))
 
     def gather(self, x: Tensor, sequence: Sequence) -> Tensor:
         return self.rendezvous.meet((x,), partial(self._gather, sequence.tokens))
@@ -157,7 +158,9 @@ class Exact:
         parts = _by_chunk(flat, len(streams))
         return [s._replace(**dict(zip(_tensors(s), part, strict=True))) for s, part in zip(streams, parts, strict=True)]
 
-    def _attend(self, sequence: Sequence, sent: list[tuple[Tensor, ...]]) -> tuple[list[Tensor], Callable]:
+    def _attend(
+        self, sequence: Sequence, mask: Tensor | None, sent: list[tuple[Tensor, ...]]
+    ) -> tuple[list[Tensor], Callable]:
         first = sent[0][0]
         chunks, heads = even(sequence.tokens, CHUNKS), even(first.shape[HEADS], self.ranks)
         of_ranks = [sum(chunks[rank * self.own : (rank + 1) * self.own]) for rank in range(self.ranks)]
@@ -179,7 +182,7 @@ class Exact:
                 zip(*([x.contiguous() for x in own.split(self.mine(chunks), TOKENS)] for own in xs), strict=True)
             )
 
-        rest = op.scale_of(first), sequence.causal, op.backend_of(first, None)
+        rest = op.scale_of(first), sequence.causal, op.backend_of(first, None), mask
         qkv = to_heads(sent)
         results = [op.forward(*head, *rest) for head in qkv]
 

@@ -1,0 +1,27 @@
+"""What is left open of the videos drawn during training, settled by what the model was published with.
+
+This file imports no torch: a setting that does not fit is refused at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mm_models.diffusion.samplers import settle_sampling
+from mm_models.families import find
+from mm_train.config import Config, SampleConfig
+from mm_train.objective import architecture
+
+
+def settle_samples(config: Config) -> SampleConfig:
+    """`config.sample` with nothing left open, by the rule of mm_infer. ValueError for settings that do not go together.
+
+    A length that the published weights do not make is allowed: a run may train them for it.
+    """
+    asked, usual = config.sample, find(config.model)[1].published
+    family, shape = architecture(config)
+    height, width = asked.height or usual.size[0], asked.width or usual.size[1]
+    sampling = settle_sampling(vars(asked), usual, family.prediction(shape), (height, width), "--sample.")
+    del sampling["grid"]  # always the usual one
+    frames, fps = asked.frames or usual.frames, asked.fps or usual.fps
+    return replace(asked, height=height, width=width, frames=frames, fps=fps, **sampling)

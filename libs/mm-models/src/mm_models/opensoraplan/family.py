@@ -1,0 +1,36 @@
+"""Open-Sora-Plan's record: what all others ask of version 1.2."""
+
+from mm_models.family import Family, later
+from mm_models.opensoraplan import tasks
+from mm_models.opensoraplan.config import OpenSoraPlanConfig
+from mm_models.opensoraplan.presets import PRESETS
+
+
+def start():
+    """What an Open-Sora-Plan begins with."""
+    from mm_models.opensoraplan import start
+
+    return start
+
+
+OPENSORAPLAN = Family(
+    name="opensoraplan",
+    presets=PRESETS,
+    config=OpenSoraPlanConfig,
+    checkpoints=("opensoraplan",),
+    tasks=tasks.tasks,
+    tasks_unasked=tasks.tasks_unasked,
+    encoders=tasks.encoders,
+    multiples=tasks.multiples,
+    fit=tasks.fit,
+    describe=tasks.describe,
+    build=later("mm_models.opensoraplan.model", "OpenSoraPlanModel"),
+    plan=later("mm_models.opensoraplan.plan", "plan"),
+    cost=later("mm_models.opensoraplan.cost", "Cost"),
+    start=start,
+    objective=later("mm_models.opensoraplan.encode", "objective"),
+    objective_options={"snr_gamma": 5.0, "noise_offset": 0.02},
+    conditioning=later("mm_models.opensoraplan.encode", "Conditioning"),
+    codec=later("mm_models.opensoraplan.vae", "OpenSoraPlanVAE"),
+    text_encoder=later("mm_models.opensoraplan.encode", "text_encoder"),
+)

@@ -1,0 +1,39 @@
+"""Facts about released weights: architectures, and what was published with them."""
+
+from dataclasses import replace
+
+from mm_models.family import Preset, Published
+from mm_models.opensoraplan.config import OpenSoraPlanConfig
+
+TINY = {"dim": 144, "ffn_dim": 576, "num_heads": 4, "num_layers": 4, "text_dim": 64}  # heads 36 wide
+
+# Of the makers' sampling script, on one line.
+PROMPT_TEMPLATE = (
+    "(masterpiece), (best quality), (ultra-detailed), (unwatermarked), {}. emotional, harmonious, vignette, "
+    "4k epic detailed, shot on kodak, 35mm photo, sharp focus, high budget, cinemascope, moody, epic, gorgeous"
+)
+NEGATIVE_PROMPT = (
+    "nsfw, lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst "
+    "quality, low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
+)
+P480, P720 = (480, 640), (720, 1280)
+
+LONG = Published(P480, 93, 24, steps=100, guidance=7.5, flow_shift=None, negative_prompt=NEGATIVE_PROMPT)
+SHORT = replace(LONG, frames=29, guidance=2.5)  # 7.5 burns it out: issue 393 of the makers
+
+
+def _released(frames: int, published: Published) -> Preset:
+    """frames: of latents."""
+    rows, columns = (side // 8 for side in published.size)
+    scale = (1.0, 1.5, 2.0) if published.size == P720 else (1.0, 1.0, 1.0)
+    return Preset(OpenSoraPlanConfig(interpolation_scale=scale, sample_size=(frames, rows, columns)), published)
+
+
+PRESETS = {
+    "opensoraplan-1.2": _released(24, LONG),
+    "opensoraplan-1.2-29x480p": _released(8, SHORT),
+    "opensoraplan-1.2-93x720p": _released(24, replace(LONG, size=P720)),
+    "opensoraplan-1.2-29x720p": _released(8, replace(LONG, size=P720, frames=29)),
+    # Not released by anybody: small enough to train on a laptop.
+    "opensoraplan-tiny": Preset(OpenSoraPlanConfig(**TINY), SHORT),
+}

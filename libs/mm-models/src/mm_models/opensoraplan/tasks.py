@@ -1,0 +1,51 @@
+"""What an Open-Sora-Plan model can be asked for, and what its encoders must be; facts, known without torch."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mm_models.family import Task
+from mm_models.folder import read_count
+from mm_models.opensoraplan.config import OpenSoraPlanConfig
+
+T2V = Task("t2v")
+VAE_STRIDE = (4, 8, 8)  # of the causal VAE: frames, rows and columns of pixels per latent
+
+
+def tasks(config: OpenSoraPlanConfig) -> tuple[Task, ...]:
+    """Video, or with one frame an image, from a prompt alone."""
+    return (T2V,)
+
+
+def tasks_unasked(config: OpenSoraPlanConfig, repository: Path) -> tuple[Task, ...]:
+    return tasks(config)
+
+
+def encoders(config: OpenSoraPlanConfig) -> tuple[str, ...]:
+    """Folders of the diffusers directory."""
+    return ("vae", "text_encoder", "tokenizer")
+
+
+def multiples(config: OpenSoraPlanConfig, repository: Path) -> tuple[int, int, int]:
+    """Frames per latent frame, and rows and columns of pixels per token: what the sizes of a video must divide by."""
+    frames, rows, columns = (stride * patch for stride, patch in zip(VAE_STRIDE, config.patch_size, strict=True))
+    return frames, rows, columns
+
+
+def fit(config: OpenSoraPlanConfig, repository: Path) -> OpenSoraPlanConfig:
+    """The configuration as it is. ValueError for encoders of another width than the model takes."""
+    wanted = [("video channels", "vae", "embed_dim", config.out_channels)]
+    wanted += [("text width", "text_encoder", "d_model", config.text_dim)]
+    found = [(what, read_count(repository / part / "config.json", key, size), size) for what, part, key, size in wanted]
+    wrong = [f"{what} {said} instead of {size}" for what, said, size in found if said != size]
+    if wrong:
+        raise ValueError(
+            f"{repository} holds the encoders of another model ({', '.join(wrong)}): give a directory with the VAE "
+            "and the mT5 that this model was published with"
+        )
+    return config
+
+
+def describe(config: OpenSoraPlanConfig) -> dict[str, Any]:
+    """The fields that are written into config.json, without a size that is not known."""
+    return {name: value for name, value in asdict(config).items() if value is not None}
