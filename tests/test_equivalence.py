@@ -13,6 +13,7 @@ from mm_parallel.testing import spawn
 from mm_parallel.testing.equivalence import SAMPLES, Case, Subject, check, every_case
 
 WAN = {"dim": 48, "ffn_dim": 80, "num_heads": 4, "num_layers": 4, "text_dim": 16, "text_tokens": 8}
+OPENSORAPLAN = {"dim": 48, "ffn_dim": 80, "num_heads": 4, "num_layers": 4, "text_dim": 16}
 IMAGE = {"in_channels": 36, "image_dim": 24, "image_tokens": 257}
 
 
@@ -49,6 +50,10 @@ def wan_lora() -> nn.Module:
     return filled(add_lora(build("wan-tiny", dtype=torch.float64, **WAN), LoRAConfig(rank=3, alpha=6)))
 
 
+def opensoraplan() -> nn.Module:
+    return filled(build("opensoraplan-tiny", dtype=torch.float64, **OPENSORAPLAN))
+
+
 def videos(**more: tuple[int, ...]) -> dict[str, Tensor]:
     """3 x 3 x 1 tokens: no number of ranks divides them."""
     channels = 36 if "image" in more else 16
@@ -68,6 +73,23 @@ def controlled() -> dict[str, Tensor]:
     return videos(control=(96, 3, 6, 2))
 
 
+def small_videos() -> dict[str, Tensor]:
+    """3 x 3 x 1 tokens of four channels, and text without a mask."""
+    batch = videos()
+    return batch | {name: batch[name][:, :4].contiguous() for name in ("video", "target")}
+
+
+def padded_videos() -> dict[str, Tensor]:
+    """Each sample has text and a video of another size, some of which only a part of the ranks holds."""
+    batch = small_videos()
+    text, video = torch.ones(SAMPLES, 5).bool(), torch.ones(SAMPLES, 3, 6, 2).bool()
+    for sample in range(SAMPLES):
+        text[sample, 1 + sample % 5 :] = False
+        video[sample, 1 + sample % 3 :] = False
+        video[sample, :, 6 - sample % 5 :] = False
+    return batch | {"text_mask": text, "video_mask": video}
+
+
 def from_first_frame() -> dict[str, Tensor]:
     """A timestep per token: the three of the first latent frame are clean."""
     batch = videos()
@@ -83,6 +105,8 @@ SUBJECTS = {
     "wan-per-token": Subject(wan, plan, from_first_frame),
     "vace": Subject(vace, plan, controlled),
     "vace-on-frozen": Subject(vace_on_frozen, plan, controlled),
+    "opensoraplan": Subject(opensoraplan, plan, small_videos),
+    "opensoraplan-masked": Subject(opensoraplan, plan, padded_videos),
 }
 SEED = int(os.environ.get("RANDOM_SEED", 0))
 
@@ -99,6 +123,8 @@ CASES = {
     "wan-per-token": cases_of(4, all_of=0, larger=1),
     "vace": cases_of(5, all_of=1, larger=2),
     "vace-on-frozen": cases_of(6, all_of=0, larger=2),
+    "opensoraplan": cases_of(7, all_of=0, larger=1),
+    "opensoraplan-masked": cases_of(8, all_of=1, larger=2),
 }
 CHUNK = 10
 

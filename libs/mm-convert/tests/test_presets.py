@@ -11,6 +11,7 @@ from mm_convert.read.content import fingerprint, identify
 
 T2V_14B = (14_288_491_584, 1095, "aafcfd9672c3a2456dc46e1cb6e52c70")
 I2V_14B = (16_394_878_784, 1303, "6bfcfb3b342cb286ce886889d519a77e")
+OPENSORAPLAN = (2_771_907_856, 687, None)
 VACE_14B = (17_337_592_896, 1331, "7a513e1f257a861512b1afd387a8ecd9")
 
 # parameters, tensors, md5 of the names and shapes in the original files where that is known
@@ -27,7 +28,10 @@ PUBLISHED = {
     "vace-1.3b": (2_153_972_032, 1264, "a61453409b67cd3246cf0c3bebad47ba"),
     "vace-14b": VACE_14B,
     "vace-a14b": VACE_14B,
-    "opensoraplan-1.2": (2_771_907_856, 687, None),
+    "opensoraplan-1.2": OPENSORAPLAN,
+    "opensoraplan-1.2-29x480p": OPENSORAPLAN,
+    "opensoraplan-1.2-93x720p": OPENSORAPLAN,
+    "opensoraplan-1.2-29x720p": OPENSORAPLAN,
     "opensoraplan-1.2-vae": (239_189_991, 248, None),
     "qwen2.5-vl-3b": (3_754_622_976, 824, None),
     "qwen2.5-vl-7b": (8_292_166_656, 729, None),

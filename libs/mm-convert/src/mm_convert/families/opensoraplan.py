@@ -150,6 +150,16 @@ def _write_original(config: Config) -> Config:
     }
 
 
+NAMES = ("opensoraplan-1.2", *(f"opensoraplan-1.2-{size}" for size in ("29x480p", "93x720p", "29x720p")))
+PUBLISHED: Config = {  # other trainings, the same shapes
+    "dim": 2304,
+    "ffn_dim": 9216,
+    "num_layers": 32,
+    "text_dim": 4096,
+    "in_channels": 4,
+    "out_channels": 4,
+}
+
 OPENSORAPLAN = Family(
     name="opensoraplan",
     table=TABLE,
@@ -157,16 +167,7 @@ OPENSORAPLAN = Family(
     read_config=read_config,
     write_config={"original": _write_original},
     complete=complete,
-    presets={
-        "opensoraplan-1.2": {
-            "dim": 2304,
-            "ffn_dim": 9216,
-            "num_layers": 32,
-            "text_dim": 4096,
-            "in_channels": 4,
-            "out_channels": 4,
-        }
-    },
+    presets=dict.fromkeys(NAMES, PUBLISHED),
     cuts=Cuts(
         ladders=(Ladder("layers", "videodit_blocks.", first=("",), last=("proj_out.", "scale_shift_table")),),
         rows=(

@@ -13,6 +13,7 @@ from torch import Tensor
 from mm_models.diffusion.ddpm import DDPM
 from mm_models.diffusion.objective import Diffusion, Pixels
 from mm_models.encoders.text import TextEncoder
+from mm_models.opensoraplan.captions import clean
 from mm_models.opensoraplan.config import OpenSoraPlanConfig
 
 
@@ -82,8 +83,8 @@ class Conditioning:
 
 
 def text_encoder(config: OpenSoraPlanConfig, path: Path, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
-    """mT5, for as many rows as the model reads."""
-    return TextEncoder(path, device, dtype, config.text_tokens, kind="mt5")
+    """mT5, for as many rows as the model reads, of prompts in the form of the captions of training."""
+    return TextEncoder(path, device, dtype, config.text_tokens, kind="mt5", cleaner=clean)
 
 
 def objective(

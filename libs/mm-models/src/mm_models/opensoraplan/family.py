@@ -4,6 +4,7 @@ from mm_models.family import Family, later
 from mm_models.opensoraplan import tasks
 from mm_models.opensoraplan.config import OpenSoraPlanConfig
 from mm_models.opensoraplan.presets import PRESETS
+from mm_models.opensoraplan.vae_config import check_folder
 
 
 def start():
@@ -21,16 +22,20 @@ OPENSORAPLAN = Family(
     tasks=tasks.tasks,
     tasks_unasked=tasks.tasks_unasked,
     encoders=tasks.encoders,
+    own_folders={"vae": check_folder},
     multiples=tasks.multiples,
     fit=tasks.fit,
     describe=tasks.describe,
+    prediction=lambda config: config.prediction_type,
     build=later("mm_models.opensoraplan.model", "OpenSoraPlanModel"),
     plan=later("mm_models.opensoraplan.plan", "plan"),
     cost=later("mm_models.opensoraplan.cost", "Cost"),
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
     start=start,
     objective=later("mm_models.opensoraplan.encode", "objective"),
     objective_options={"snr_gamma": 5.0, "noise_offset": 0.02},
     conditioning=later("mm_models.opensoraplan.encode", "Conditioning"),
     codec=later("mm_models.opensoraplan.vae", "OpenSoraPlanVAE"),
     text_encoder=later("mm_models.opensoraplan.encode", "text_encoder"),
+    unseen=("interpolation_scale", "sample_size"),
 )

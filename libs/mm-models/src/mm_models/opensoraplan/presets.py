@@ -18,8 +18,19 @@ NEGATIVE_PROMPT = (
 )
 P480, P720 = (480, 640), (720, 1280)
 
-LONG = Published(P480, 93, 24, steps=100, guidance=7.5, flow_shift=None, negative_prompt=NEGATIVE_PROMPT)
-SHORT = replace(LONG, frames=29, guidance=2.5)  # 7.5 burns it out: issue 393 of the makers
+LONG = Published(
+    P480,
+    frames=93,
+    fps=24,
+    steps=100,
+    guidance=7.5,
+    flow_shift=None,
+    negative_prompt=NEGATIVE_PROMPT,
+    sampler="euler_ancestral",
+    prompt_template=PROMPT_TEMPLATE,
+    trained_frames=93,
+)
+SHORT = replace(LONG, frames=29, trained_frames=29)
 
 
 def _released(frames: int, published: Published) -> Preset:
@@ -31,9 +42,9 @@ def _released(frames: int, published: Published) -> Preset:
 
 PRESETS = {
     "opensoraplan-1.2": _released(24, LONG),
-    "opensoraplan-1.2-29x480p": _released(8, SHORT),
+    "opensoraplan-1.2-29x480p": _released(8, replace(SHORT, guidance=2.5)),  # 7.5 is too much: the makers' issue 393
     "opensoraplan-1.2-93x720p": _released(24, replace(LONG, size=P720)),
-    "opensoraplan-1.2-29x720p": _released(8, replace(LONG, size=P720, frames=29)),
+    "opensoraplan-1.2-29x720p": _released(8, replace(SHORT, size=P720)),
     # Not released by anybody: small enough to train on a laptop.
-    "opensoraplan-tiny": Preset(OpenSoraPlanConfig(**TINY), SHORT),
+    "opensoraplan-tiny": Preset(OpenSoraPlanConfig(**TINY), replace(SHORT, trained_frames=None)),
 }

@@ -7,9 +7,9 @@ from typing import Any
 from mm_models.family import Task
 from mm_models.folder import read_count
 from mm_models.opensoraplan.config import OpenSoraPlanConfig
+from mm_models.opensoraplan.vae_config import STRIDE, read_config
 
 T2V = Task("t2v")
-VAE_STRIDE = (4, 8, 8)  # of the causal VAE: frames, rows and columns of pixels per latent
 
 
 def tasks(config: OpenSoraPlanConfig) -> tuple[Task, ...]:
@@ -28,15 +28,15 @@ def encoders(config: OpenSoraPlanConfig) -> tuple[str, ...]:
 
 def multiples(config: OpenSoraPlanConfig, repository: Path) -> tuple[int, int, int]:
     """Frames per latent frame, and rows and columns of pixels per token: what the sizes of a video must divide by."""
-    frames, rows, columns = (stride * patch for stride, patch in zip(VAE_STRIDE, config.patch_size, strict=True))
+    frames, rows, columns = (stride * patch for stride, patch in zip(STRIDE, config.patch_size, strict=True))
     return frames, rows, columns
 
 
 def fit(config: OpenSoraPlanConfig, repository: Path) -> OpenSoraPlanConfig:
     """The configuration as it is. ValueError for encoders of another width than the model takes."""
-    wanted = [("video channels", "vae", "embed_dim", config.out_channels)]
-    wanted += [("text width", "text_encoder", "d_model", config.text_dim)]
-    found = [(what, read_count(repository / part / "config.json", key, size), size) for what, part, key, size in wanted]
+    width = read_count(repository / "text_encoder" / "config.json", "d_model", config.text_dim)
+    found = [("video channels", read_config(repository / "vae").embed_dim, config.out_channels)]
+    found += [("text width", width, config.text_dim)]
     wrong = [f"{what} {said} instead of {size}" for what, said, size in found if said != size]
     if wrong:
         raise ValueError(
@@ -47,5 +47,5 @@ def fit(config: OpenSoraPlanConfig, repository: Path) -> OpenSoraPlanConfig:
 
 
 def describe(config: OpenSoraPlanConfig) -> dict[str, Any]:
-    """The fields that are written into config.json, without a size that is not known."""
-    return {name: value for name, value in asdict(config).items() if value is not None}
+    """The fields that are written into config.json: all, so that a size that there is not is said, too."""
+    return asdict(config)
