@@ -63,7 +63,7 @@ class ExtractConfig:
         """ValueError for what cannot work, found without torch."""
         family, preset = find(self.model)
         check_manifest(self.data.manifest)
-        check_encoders(self.encoders, family.encoders(preset.config), "--encoders")
+        check_encoders(family, self.encoders, family.encoders(preset.config), "--encoders")
         check_config(self, "--")
         choose_task(self.model, family, preset.config, self.task, "--task")
 

@@ -109,6 +109,8 @@ class Family:
     """(config, repository of the encoders) -> of these, those that may be meant when none is named."""
     encoders: Callable[[Any], tuple[str, ...]]
     """Folders of a diffusers directory that it needs, besides its own."""
+    own_folders: Mapping[str, Callable[[Path], Any]] = field(default_factory=dict, kw_only=True)
+    """Of these, the ones with files of its own kind: name -> what raises ValueError for a folder that is not right."""
     multiples: Callable[[Any, Path], tuple[int, int, int]]
     """(config, repository) -> frames per latent frame, rows and columns of pixels per token."""
     fit: Callable[[Any, Path], Any]
@@ -142,6 +144,10 @@ class Family:
     text_encoder: Callable[..., TextEncoder]
     """(config, repository, device, dtype): as long as the model reads."""
     image_encoder: Callable[..., ImageEncoder] | None = None
+    unseen: tuple[str, ...] = ()
+    """Fields of a configuration in which released weights differ and their tensors do not. Where no config.json says
+    them, the preset must be named.
+    """
 
     def task(self, config: Any, name: str) -> Task | None:
         """One of its tasks by name."""

@@ -4,6 +4,7 @@ from mm_models.family import Family, later
 from mm_models.opensoraplan import tasks
 from mm_models.opensoraplan.config import OpenSoraPlanConfig
 from mm_models.opensoraplan.presets import PRESETS
+from mm_models.opensoraplan.vae_config import check_folder
 
 
 def start():
@@ -21,6 +22,7 @@ OPENSORAPLAN = Family(
     tasks=tasks.tasks,
     tasks_unasked=tasks.tasks_unasked,
     encoders=tasks.encoders,
+    own_folders={"vae": check_folder},
     multiples=tasks.multiples,
     fit=tasks.fit,
     describe=tasks.describe,
@@ -35,4 +37,5 @@ OPENSORAPLAN = Family(
     conditioning=later("mm_models.opensoraplan.encode", "Conditioning"),
     codec=later("mm_models.opensoraplan.vae", "OpenSoraPlanVAE"),
     text_encoder=later("mm_models.opensoraplan.encode", "text_encoder"),
+    unseen=("interpolation_scale", "sample_size"),
 )
