@@ -146,7 +146,7 @@ class Family:
     image_encoder: Callable[..., ImageEncoder] | None = None
     unseen: tuple[str, ...] = ()
     """Fields of a configuration in which released weights differ and their tensors do not. Where no config.json says
-    them, the preset must be named.
+    them, mm_infer must be told the preset; where it does, mm_train may go on with others, and says so.
     """
 
     def task(self, config: Any, name: str) -> Task | None:
