@@ -116,7 +116,13 @@ def _check_class(folder: Path, key: str, wanted: str) -> None:
     """Raises ValueError if config.json is of another class."""
     file = folder / "config.json"
     if (said := read_json(file).get(key)) != wanted:
-        raise ValueError(f"{file}: {key} is {said!r}, and must be {wanted!r}: take the folder of this model")
+        ours = read_json(file).get("format") == "mm"
+        way = (
+            "convert it with `mm-convert convert … --to transformers` (or diffusers)"
+            if ours
+            else "take the folder of this model"
+        )
+        raise ValueError(f"{file}: {key} is {said!r}, and must be {wanted!r}: {way}")
 
 
 def _size(kind: Any, folder: Path, of_diffusers: bool) -> int:
