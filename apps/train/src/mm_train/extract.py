@@ -6,6 +6,7 @@ This file imports no torch, so that a command that cannot work is refused at onc
 from __future__ import annotations
 
 import signal
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,6 +22,7 @@ from mm_train.checks import check_encoders, check_manifest
 from mm_train.command import run
 from mm_train.interrupt import ending_signals
 from mm_train.objective import choose_task
+from mm_train.recipe import find_recipe
 
 
 @dataclass
@@ -46,7 +48,7 @@ class ExtractConfig:
     data: Data
     task: str = "auto"
     """What the features are for; auto: what the model was made for. Of Wan: t2v, i2v, flf2v, ti2v or vace."""
-    geometry: Geometry = field(default_factory=Geometry)
+    geometry: Geometry = field(default_factory=Geometry)  # or that of the model's recipe
     batch: Annotated[int, ">= 1"] = 1
     """Clips of one shape that are encoded together."""
     seed: Annotated[int, ">= 0", "<= 9223372036854775807"] = 42
@@ -88,7 +90,14 @@ def extract(config: ExtractConfig) -> int:
 def main(argv: list[str] | None = None) -> None:
     def read() -> ExtractConfig:
         read_launch()
-        config = parse(ExtractConfig, argv, prog="python -m mm_train.extract", description=ExtractConfig.__doc__)
+        geometry = find_recipe(sys.argv[1:] if argv is None else argv).get("data", {}).get("geometry", {})
+        config = parse(
+            ExtractConfig,
+            argv,
+            prog="python -m mm_train.extract",
+            description=ExtractConfig.__doc__,
+            defaults=[{"geometry": geometry}],
+        )
         config.check()
         return config
 
