@@ -144,6 +144,10 @@ class Family:
     text_encoder: Callable[..., TextEncoder]
     """(config, repository, device, dtype): as long as the model reads."""
     image_encoder: Callable[..., ImageEncoder] | None = None
+    sized: Callable[[Published, Any], Published] = lambda published, config: published
+    """(what the nearest preset was published with, config) -> the same, with a size and a length that the configuration
+    says.
+    """
     unseen: tuple[str, ...] = ()
     """Fields of a configuration in which released weights differ and their tensors do not. Where no config.json says
     them, mm_infer must be told the preset; where it does, mm_train may go on with others, and says so.

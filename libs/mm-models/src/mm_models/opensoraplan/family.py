@@ -37,5 +37,6 @@ OPENSORAPLAN = Family(
     conditioning=later("mm_models.opensoraplan.encode", "Conditioning"),
     codec=later("mm_models.opensoraplan.vae", "OpenSoraPlanVAE"),
     text_encoder=later("mm_models.opensoraplan.encode", "text_encoder"),
+    sized=tasks.sized,
     unseen=("interpolation_scale", "sample_size"),
 )
