@@ -5,6 +5,8 @@
 1. A step of Wan (50M parameters, 1,536 tokens) by mm-parallel with every size 1, against a bare torch loop.
 2. Attention shared by two ranks, by Ulysses and by a ring, against two ranks that each compute half the heads and
    exchange nothing: the same work, so the ratio is what the exchange costs.
+3. Attention with a quarter of the keys masked, by our op and by torch's with a bool and with an additive mask, against
+   our op without a mask.
 """
 
 import statistics
@@ -12,6 +14,7 @@ import time
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from mm_models import build, plan
@@ -70,6 +73,25 @@ def shared(rank: int, world: int, tokens: int) -> list[list[float]]:
     )
 
 
+def masked(rank: int, world: int, tokens: int) -> list[list[float]]:
+    """Seconds of forward and backward of two samples: without a mask, ours with one, torch's with the same as bool and
+    as numbers to add."""
+    q, k, v = (torch.randn(2, tokens, 12, 64, requires_grad=True) for _ in range(3))
+    mask = torch.stack((torch.arange(tokens) < tokens * 3 // 4, torch.arange(tokens) % 4 > 0))
+    added = torch.zeros(2, 1, 1, tokens).masked_fill(~mask[:, None, None], float("-inf"))
+
+    def torchs(seen: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=seen)
+
+    ways = (
+        lambda: core(q, k, v, Sequence(tokens)),
+        lambda: core(q, k, v, Sequence(tokens), mask),
+        lambda: torchs(mask[:, None, None]),
+        lambda: torchs(added),
+    )
+    return alternating([lambda way=way: way().square().sum().backward() for way in ways])
+
+
 def alternating(turns: list) -> list[list[float]]:
     seconds: list[list[float]] = [[] for _ in turns]
     for _ in range(ROUNDS):
@@ -93,3 +115,9 @@ if __name__ == "__main__":
         ulysses, ring = ratios(seconds)
         alone = statistics.median(seconds[0])
         print(f"{tokens} tokens on 2 ranks: Ulysses {ulysses:.3f}, ring {ring:.3f} of {alone * 1e3:.0f} ms unshared")
+    seconds = spawn(1, masked, 2048, timeout=600)[0]
+    ours, as_bool, added = ratios(seconds)
+    print(
+        f"2048 tokens, a quarter masked: {ours:.3f}, torch's with a bool mask {as_bool:.3f}, with an additive one "
+        f"{added:.3f} of {statistics.median(seconds[0]) * 1e3:.0f} ms without a mask"
+    )

@@ -1,5 +1,6 @@
 """What videos are made from: which task is meant, the usual numbers, sizes and rates, files and their errors."""
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from mm_infer.__main__ import main
 from mm_infer.config import Config, Options
 from mm_infer.inputs import Given, footage, mask_pixels
 from mm_infer.lists import read_requests
-from mm_infer.settle import choose_task, settle
+from mm_infer.settle import calls_of, check, choose_task, settle
 from mm_infer.weights import Facts
 from mm_models.families import find
 from mm_models.wan.presets import CHINESE_NEGATIVE_PROMPT, NEGATIVE_PROMPT
@@ -60,6 +61,7 @@ def test_usual_numbers(facts, model, given, expected):
     assert o.negative_prompt == (
         CHINESE_NEGATIVE_PROMPT if model.startswith("wan2.2") or "a14b" in model else NEGATIVE_PROMPT
     )
+    assert (o.sampler, o.grid, o.prompt_template) == ("unipc", "guides", "{}")
     assert o.strength == (0.7 if o.task == "v2v" else None)
     assert o.control_scale == (1.0 if o.task == "vace" else None)
 
@@ -103,12 +105,54 @@ def test_a_model_trained_for_a_clean_first_frame_is_asked_by_name(facts):
         ("wan2.1-flf2v-14b", {"frames": 1}, {"image": IMAGE, "last_image": IMAGE}, "at least 5 are needed"),
         ("wan2.2-ti2v-5b", {"height": 720, "width": 1280}, {}, "height 720: .* multiple of 32, as 704 or 736"),
         ("vace-1.3b", {"frames": 29}, {"video": CLIP, "mask": CLIP[:5]}, "the mask .the video given. has 5 frames"),
+        ("wan2.1-t2v-1.3b", {"sampler": "ddim"}, {}, "'ddim' does not fit a model that predicts flow; .* unipc, euler"),
+        ("wan2.1-t2v-1.3b", {"prompt_template": "best"}, {}, r"prompt_template 'best': .* '\{\}' alone leaves"),
         ("wan2.1-i2v-14b-480p", {}, {"image": IMAGE / 255}, r"H W 3 uint8, .* not \(300, 200, 3\) float64"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(facts, model, options, given, message):
     with pytest.raises(ValueError, match=message):
         settle(Options(**options), Given(**given), facts(model))
+
+
+@pytest.fixture
+def noisy(facts) -> Facts:
+    """Facts of a model that predicts noise, of weights that make 93 frames only."""
+    known = facts("wan2.1-t2v-1.3b")
+    family = replace(known.family, prediction=lambda config: "epsilon")
+    sampling = {"flow_shift": None, "sampler": "euler_ancestral", "prompt_template": "(best) {}.", "trained_frames": 93}
+    return replace(known, family=family, published=replace(known.published, frames=93, **sampling))
+
+
+def test_a_model_that_predicts_noise_has_its_own_samplers_and_no_flow(noisy):
+    o = settle(Options(), Given(), noisy)
+    assert (o.sampler, o.flow_shift, o.grid, o.frames, o.steps) == ("euler_ancestral", None, None, 93, 50)
+    assert o.fill_template("a {} cat") == "(best) a {} cat."
+    assert calls_of(o) == 50
+    pndm = settle(Options(sampler="pndm", prompt_template="{}"), Given(), noisy)
+    assert calls_of(pndm) == 59
+    assert pndm.fill_template("a cat") == "a cat"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flow_shift": 3.0}, "flow_shift 3.0: it moves the steps of flow matching .*predicts epsilon: leave it out"),
+        ({"grid": "guides"}, "grid guides: it chooses the noise levels of flow matching"),
+        ({"sampler": "euler"}, r"'euler' does not fit .*predicts epsilon; there are .* did you mean euler_ancestral\?"),
+        ({"sampler": "pndm", "steps": 3}, "steps is 3, but must be at least 4 for pndm"),
+        ({"frames": 29}, "frames 29: the weights .* make 93 frames, and noise at any other length.*other_frames true"),
+    ],
+)
+def test_what_such_a_model_has_not_is_refused_before_a_file_is_opened(noisy, options, message):
+    with pytest.raises(ValueError, match=message):
+        check(Options(**options), Given(), noisy)
+
+
+def test_another_length_is_made_when_asked_twice(noisy):
+    assert settle(Options(frames=29, other_frames=True), Given(), noisy).frames == 29
+    with pytest.raises(ValueError, match=r"frames 29: the weights .* make 93 frames"):  # of a video that is shorter
+        settle(Options(), Given(video=CLIP), noisy)
 
 
 def test_a_video_is_read_at_the_rate_that_is_written(facts, tmp_path):

@@ -96,12 +96,15 @@ def test_every_input_matters(sampler):
         {"guidance": 4.0},
         {"flow_shift": 4.0},
         {"sampler": "euler"},
+        {"prompt_template": "{}, at night"},
         {"grid": "diffusers"},
         {"steps": 5},
     ]
     for change in changes:
         assert difference(sampler(PROMPT, **{**asked, **change}).latents, latents) > 1e-4, change
     assert difference(sampler("A cat", **asked).latents, latents) > 1e-3
+    framed = sampler("A cat", **asked, prompt_template="({}), at night").latents
+    assert torch.equal(framed, sampler("(A cat), at night", **asked).latents)
 
 
 ODD = ["x", -1, 0, 1.5, True, [], [1], {}, float("nan"), 10**30, "1", [["a"]]]

@@ -16,6 +16,7 @@ from mm_data import FeatureDataset, Geometry, build_loader
 from mm_models import build, preset, presets
 from mm_models.diffusion.flow import FlowMatching
 from mm_models.diffusion.objective import Diffusion
+from mm_models.families import find
 from mm_models.wan import WanConfig
 from mm_models.wan.encode import Conditioning
 from mm_models.wan.testing import write_encoders
@@ -28,6 +29,7 @@ from mm_train.config import Config, OptimConfig
 from mm_train.metrics import Metrics
 from mm_train.optim import EMA, build_optimizer, learning_rate
 from mm_train.recipe import RECIPES, load_config
+from mm_train.settle import settle_samples
 from mm_train.step import MicroBatches
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -135,6 +137,10 @@ def test_a_typo_is_refused_with_the_nearest_name(capsys):
         (("--sample.prompts", '["a cat"]'), "--sample.encoders"),
         (("--sample.prompts", '["a cat"]', "--sample.encoders", "ENCODERS", "--sample.frames", "80"), "77 and 81"),
         (("--sample.prompts", '["a cat"]', "--sample.encoders", "ENCODERS", "--sample.height", "470"), "464 and 480"),
+        (("--sample.prompts", '["a cat"]', "--sample.sampler", "ddim"), "--sample.sampler 'ddim' does not fit"),
+        (("--sample.prompts", '["a cat"]', "--sample.prompt_template", "best"), "--sample.prompt_template 'best'"),
+        (("--objective.snr_gamma", "5"), "--objective.snr_gamma 5.0: wan-tiny is trained otherwise"),
+        (("--objective.noise_offset", "-1"), "at least 0"),
         (("--validation.timesteps", "[1000]"), "more than 0, less than 1000"),
         (("--validation.max_samples", "0"), "at least 1"),
         (("--optim.clip", "-1"), "at least 0"),
@@ -156,6 +162,28 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(features, encoders, 
         check(config(features, tmp_path / "run", *flags))
     said = capsys.readouterr().err if stop.value.args == (2,) else str(stop.value)
     assert message in said
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "expected"),
+    [
+        ("wan2.1-t2v-1.3b", (), (480, 832, 81, 16, 50, 5.0, 3.0, "unipc")),
+        ("wan2.1-t2v-14b", (), (720, 1280, 81, 16, 50, 5.0, 5.0, "unipc")),
+        (
+            "wan2.1-t2v-14b",
+            ("--sample.height", "480", "--sample.width", "832"),
+            (480, 832, 81, 16, 50, 5.0, 3.0, "unipc"),
+        ),
+        ("vace-1.3b", ("--sample.sampler", "euler"), (480, 832, 81, 16, 50, 5.0, 16, "euler")),
+        ("wan2.2-ti2v-5b", ("--sample.steps", "4", "--sample.fps", "12"), (704, 1280, 121, 12, 4, 5.0, 5, "unipc")),
+    ],
+)
+def test_sample_videos_are_as_the_model_was_published(tmp_path, model, flags, expected):
+    s = settle_samples(load_config(["--model", model, *flags]))
+    assert (s.height, s.width, s.frames, s.fps, s.steps, s.guidance, s.flow_shift, s.sampler) == expected
+    assert s.negative_prompt == find(model)[1].published.negative_prompt
+    assert s.prompt_template == "{}"
+    assert settle_samples(load_config(["--model", model, "--sample.negative_prompt", ""])).negative_prompt == ""
 
 
 def test_global_batch_has_to_divide(features, tmp_path):

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_models import build, preset
-from mm_models.families import find
+from mm_models.families import find, published_like
 from mm_models.opensoraplan import OpenSoraPlanConfig, Stream, flops
 from mm_models.opensoraplan.cost import Cost, train_flops
 from mm_models.opensoraplan.model import rope_table
@@ -281,6 +281,13 @@ def test_presets_say_what_was_published():
         assert config.interpolation_scale == ((1, 1.5, 2) if published.size == (720, 1280) else (1, 1, 1))
     assert find("opensoraplan-1.2-29x480p")[1].published.guidance == 2.5
     assert find("opensoraplan-1.2")[1].published.guidance == 7.5
+
+
+def test_published_numbers_are_those_of_the_length():
+    for name, like in PRESETS.items():
+        assert published_like(like.config, False) is like, name
+    smaller = replace(preset("opensoraplan-1.2-29x480p"), sample_size=(8, 30, 40))
+    assert published_like(smaller, False) is PRESETS["opensoraplan-1.2-29x480p"]
 
 
 @pytest.mark.parametrize(

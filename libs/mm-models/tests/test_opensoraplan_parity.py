@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 from mm_models import build
+from mm_models.diffusion.sampling import denoise, noise
+from mm_models.initial import generator
 from mm_models.layers import cast_weights
+from mm_models.opensoraplan.encode import Conditioning
 
 BOTH = ("text_mask", "video_mask")
 CASES = {
@@ -104,6 +107,56 @@ def test_output_and_every_gradient(tiny_plan, plan_batch, case):
         assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm() + floor, name
     for name in ("video", "text"):
         assert relative(inputs[name].grad, copies[name].grad) <= 1e-5, name
+
+
+SCHEDULERS = {  # as the makers' sampling script sets them up
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+}
+
+
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+@torch.no_grad()
+def test_final_latents(tiny_plan, plan_batch, sampler, guidance):
+    """…are those of diffusers' model and scheduler in a loop as the makers have it, with their padded text."""
+    import diffusers
+
+    model, seed, steps = tiny_plan(), 7, 6
+    texts = plan_batch()["text"]
+    texts = {"text": texts[:1], "negative": texts[1:2, :2]}  # of other lengths
+    size = tuple(plan_batch()["video"].shape[1:])
+    made = denoise(
+        model,
+        noise(seed, size)[None],
+        **texts,
+        conditioning=Conditioning(model.config, "t2v"),
+        prediction="epsilon",
+        sampler=sampler,
+        seeds=[seed],
+        steps=steps,
+        guidance=guidance,
+    )
+    name, options = SCHEDULERS[sampler]
+    schedule, other = getattr(diffusers, name)(**options), oracle(model)
+    schedule.set_timesteps(steps)
+    x = noise(seed, size)[None] * schedule.init_noise_sigma
+    length = model.config.text_tokens
+    for number, t in enumerate(schedule.timesteps, 1):
+        predicted = {}
+        for which, text in texts.items():
+            padded = torch.cat((text, torch.randn(1, length - text.shape[1], text.shape[2])), dim=1)
+            mask = torch.arange(length)[None] < text.shape[1]
+            given = {"video": schedule.scale_model_input(x, t), "t": t.float()[None], "text": padded, "text_mask": mask}
+            predicted[which] = theirs(other, model.config, given)
+        v = predicted["text"]
+        if guidance > 1:
+            v = predicted["negative"] + guidance * (v - predicted["negative"])
+        drawn = {"generator": generator(seed, f"step {number}")} if sampler in ("euler_ancestral", "ddpm") else {}
+        x = schedule.step(v, t, x, **drawn).prev_sample
+    assert relative(made, x) <= 1e-4
 
 
 def test_bfloat16(tiny_plan, plan_batch, tmp_path):

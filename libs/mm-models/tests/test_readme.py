@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("readme", ["README.md", "src/mm_models/wan/README.md"])
+@pytest.mark.parametrize("readme", ["README.md", "src/mm_models/wan/README.md", "src/mm_models/opensoraplan/README.md"])
 def test_code_runs(readme, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", (PACKAGE / readme).read_text(), re.DOTALL)
     exec(compile(code, readme, "exec"), {})

@@ -86,7 +86,7 @@ class Weights:
             )
         if text_tokens is not None:
             config = replace(config, text_tokens=text_tokens)
-        repository = find_encoders(path, encoders, family.encoders(config))
+        repository = find_encoders(path, encoders, family, config)
         self.facts = Facts(family, family.fit(config, repository), two, like.published, repository)
 
     def load(
@@ -191,6 +191,11 @@ def _config(path: Path, family: Family, checkpoint: Checkpoint, model: str | Non
     if model is None:
         if "num_heads" in known - read.keys():
             raise ValueError(f"{path}: the tensors do not say the number of heads: name the preset (model)")
+        if unsaid := [name for name in family.unseen if name not in read]:
+            raise ValueError(
+                f"{path}: no config.json says {' and '.join(unsaid)}, by which weights of {family.name} differ and "
+                f"their tensors do not: name the preset (model): {', '.join(family.presets)}"
+            )
         return family.config(**read)
     named, preset = find(model)
     if named is not family:
@@ -204,12 +209,12 @@ def _config(path: Path, family: Family, checkpoint: Checkpoint, model: str | Non
     return config
 
 
-def find_encoders(weights: Path, encoders: Path | None, wanted: tuple[str, ...]) -> Path:
-    """The diffusers directory that has these folders. ValueError that says what is missing where, or is wrong there."""
-    repository = weights if encoders is None else encoders
+def find_encoders(weights: Path, encoders: Path | None, family: Family, config: Any) -> Path:
+    """The diffusers directory for such a model. ValueError that says what is missing where, or is wrong there."""
+    repository, wanted = weights if encoders is None else encoders, family.encoders(config)
     missing = [f"{name}/" for name in wanted if not (repository / name).is_dir()]
     if not missing:
-        check_parts(repository, wanted)
+        check_parts(repository, wanted, family.own_folders)
         return repository
     if encoders is None and len(missing) == len(wanted):
         raise ValueError(f"{weights} is a transformer alone: name the diffusers directory of the encoders as well")

@@ -16,6 +16,7 @@ from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_data.manifest import ANNOTATION, find_annotations
 from mm_models.families import find
+from mm_models.family import Family
 from mm_models.folder import check_parts
 from mm_parallel.launch import read_launch
 from mm_train.adapter import check_adapter
@@ -42,13 +43,13 @@ def check(config: Config, when: When = "at once") -> None:
             one.run(config)
 
 
-def check_encoders(path: Path | None, folders: Sequence[str], flag: str) -> None:
+def check_encoders(family: Family, path: Path | None, folders: Sequence[str], flag: str) -> None:
     """Raise ValueError unless a diffusers directory holds these folders, and nothing in them must not be done."""
     missing = [f"{folder}/" for folder in folders if path is None or not (path / folder).is_dir()]
     if missing:
         wanted = ", ".join(f"{folder}/" for folder in folders)
         raise ValueError(f"{flag} {path} has no {', '.join(missing)}: give the diffusers directory with {wanted}")
-    check_parts(path, folders)
+    check_parts(path, folders, family.own_folders)
 
 
 def check_manifest(path: Path) -> None:
@@ -119,7 +120,7 @@ def _data(config: Config) -> None:
     else:
         check_manifest(data.manifest)
         family, shape = architecture(config)
-        check_encoders(data.encoders, family.encoders(shape), "--data.encoders")
+        check_encoders(family, data.encoders, family.encoders(shape), "--data.encoders")
     for flag, path in (("data.features", data.features), ("validation.features", config.validation.features)):
         if path is not None and not path.is_dir():
             raise ValueError(
@@ -196,7 +197,7 @@ def _samples(config: Config) -> None:
     s = settle_samples(config)
     family, shape = architecture(config)
     folders = [part for part in family.encoders(shape) if part != "image_encoder"]  # what it saw lies in the features
-    check_encoders(s.encoders, folders, "sample videos: --sample.encoders")
+    check_encoders(family, s.encoders, folders, "sample videos: --sample.encoders")
     time, rows, columns = family.multiples(shape, s.encoders)
     if s.frames % time != 1 % time:
         below = (s.frames - 1) // time * time + 1

@@ -16,6 +16,7 @@ from mm_convert.cli.terminal import escaped_output
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
+from mm_models.family import AskedTiling
 from mm_parallel.launch import read_launch
 from mm_train.checks import check_encoders, check_manifest
 from mm_train.command import run
@@ -54,8 +55,10 @@ class ExtractConfig:
     """Of the random frame windows."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the text encoder; the VAE and CLIP run in float32."""
-    tiling: bool = False
-    """Let the VAE work in tiles: less memory, slightly other numbers at the seams."""
+    tiling: AskedTiling = None
+    """Let the VAE work in tiles: less memory, slightly other numbers at the seams. By default as the makers did: Wan
+    whole, Open-Sora-Plan in tiles of training; true takes these, inference those of sampling.
+    """
     deadline: Annotated[float, ">= 10", "<= 604800"] = 1800
     """On several ranks: seconds that the clips of one batch may take; then all end and say which rank hangs, and
     where.
@@ -65,7 +68,7 @@ class ExtractConfig:
         """ValueError for what cannot work, found without torch."""
         family, preset = find(self.model)
         check_manifest(self.data.manifest)
-        check_encoders(self.encoders, family.encoders(preset.config), "--encoders")
+        check_encoders(family, self.encoders, family.encoders(preset.config), "--encoders")
         check_config(self, "--")
         choose_task(self.model, family, preset.config, self.task, "--task")
 

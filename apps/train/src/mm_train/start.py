@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,9 +84,14 @@ class Start(Mapping[str, Tensor]):
             )
 
     def describe(self) -> str:
-        """What a person should know of the values that were not in the file; empty where there are none."""
+        """What a person should know: of values that were not in the file, and of what it was trained for that this run
+        is not; empty where there is nothing.
+        """
         grown = f" ({self.family.GROWN})" if self.grown else ""
-        return grown + (f" (adapters of {self.adapter.format}, alpha {self.adapter.alpha:g})" if self.adapter else "")
+        changed = [] if self.file is None else _find_changes(self.file, self.config, family_of(self.config).unseen)
+        before = f" (trained with {', '.join(changed)})" if changed else ""
+        adapter = f" (adapters of {self.adapter.format}, alpha {self.adapter.alpha:g})" if self.adapter else ""
+        return grown + before + adapter
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self.adapters and self.adapter is not None:
@@ -187,8 +192,14 @@ def _open(path: Path, expert: str | None, wanted: Any) -> Checkpoint:
         path = pair.high if expert == "high" else pair.low
     file = open_checkpoint(path)
     check_fields(type(wanted), {n: v for n, v in file.said.items() if v is not None}, f"{file.said_in}: ")
-    said = {k: tuple(v) if isinstance(v, list) else v for k, v in file.config.items()}
-    other = [f"{k} {v} (asked for: {getattr(wanted, k)})" for k, v in said.items() if v != getattr(wanted, k, v)]
-    if other:
+    tensors = [name for name in file.config if name not in family_of(wanted).unseen]
+    if other := _find_changes(file, wanted, tensors):
         raise ValueError(f"--weights {path} is another architecture: {', '.join(other)}")
     return file
+
+
+def _find_changes(file: Checkpoint, wanted: Any, names: Iterable[str]) -> list[str]:
+    """Of these fields, those that the files say differently, in words."""
+    said = {name: file.config[name] for name in names if name in file.config}
+    said = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    return [f"{k} {v} (asked for: {getattr(wanted, k)})" for k, v in said.items() if v != getattr(wanted, k, v)]

@@ -59,21 +59,29 @@ def family_of_weights(checkpoint: str) -> Family:
 
 
 def published_like(config: Any, experts: bool) -> Preset:
-    """The preset that weights are most like: first in what they can do, then in their number, then in most fields.
+    """The preset that weights are most like: first in what they can do, then in their number, then in most fields (of
+    a field of several numbers, such as a size, each counts for its part).
 
     experts: whether there are two of them. Of several that are as near, the first: 480p before 720p.
     """
     family = family_of(config)
 
-    def nearness(candidate: Preset) -> tuple[int, ...]:
+    def nearness(candidate: Preset) -> tuple[float, ...]:
         other = candidate.config
         return (
             family.tasks(other) == family.tasks(config),
             (candidate.boundary is not None) == experts,
-            sum(getattr(other, name) == value for name, value in vars(config).items()),
+            sum(_likeness(getattr(other, name), value) for name, value in vars(config).items()),
         )
 
     return max(family.presets.values(), key=nearness)  # the first of equals
+
+
+def _likeness(one: Any, other: Any) -> float:
+    """0 to 1."""
+    if isinstance(one, tuple) and isinstance(other, tuple) and 0 < len(one) == len(other):
+        return sum(a == b for a, b in zip(one, other, strict=True)) / len(one)
+    return one == other
 
 
 def build(

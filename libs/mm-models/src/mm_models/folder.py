@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,16 @@ def part_of(path: Path | str, name: str) -> Path:
     return folder
 
 
-def check_parts(repository: Path, names: Iterable[str]) -> None:
-    """Raises ValueError for a folder of these that is incomplete, or asks for what is never done."""
+def check_parts(repository: Path, names: Iterable[str], own: Mapping[str, Callable[[Path], Any]]) -> None:
+    """Raises ValueError for a folder of these that is incomplete, or asks for what is never done.
+
+    own: of folders with files of a family's own kind, what checks them (`Family.own_folders`).
+    """
     for name in names:
         folder = part_of(repository, name)
-        if name.startswith("tokenizer"):
+        if name in own:
+            own[name](folder)
+        elif name.startswith("tokenizer"):
             check_tokenizer(folder)
         else:
             check_weights(folder)

@@ -73,7 +73,7 @@ def check_sampler(name: str, prediction: str, flag: str = "") -> None:
     able = fitting(prediction)
     if name in able:
         return
-    near = get_close_matches(name, able, n=1)
+    near = get_close_matches(name, able, n=1, cutoff=0.5)
     hint = f", did you mean {near[0]}?" if near else ""
     why = f"does not fit a model that predicts {prediction}" if name in SAMPLERS else "is not known"
     raise ValueError(f"{flag}sampler {name!r} {why}; there are {', '.join(able)}{hint}")

@@ -4,6 +4,7 @@ from mm_models.family import Family, later
 from mm_models.opensoraplan import tasks
 from mm_models.opensoraplan.config import OpenSoraPlanConfig
 from mm_models.opensoraplan.presets import PRESETS
+from mm_models.opensoraplan.vae_config import check_folder
 
 
 def start():
@@ -21,6 +22,7 @@ OPENSORAPLAN = Family(
     tasks=tasks.tasks,
     tasks_unasked=tasks.tasks_unasked,
     encoders=tasks.encoders,
+    own_folders={"vae": check_folder},
     multiples=tasks.multiples,
     fit=tasks.fit,
     describe=tasks.describe,
@@ -34,5 +36,7 @@ OPENSORAPLAN = Family(
     objective_options={"snr_gamma": 5.0, "noise_offset": 0.02},
     conditioning=later("mm_models.opensoraplan.encode", "Conditioning"),
     codec=later("mm_models.opensoraplan.vae", "OpenSoraPlanVAE"),
+    tiling={"training": "training", "inference": "inference"},
     text_encoder=later("mm_models.opensoraplan.encode", "text_encoder"),
+    unseen=("interpolation_scale", "sample_size"),
 )

@@ -47,5 +47,5 @@ def fit(config: OpenSoraPlanConfig, repository: Path) -> OpenSoraPlanConfig:
 
 
 def describe(config: OpenSoraPlanConfig) -> dict[str, Any]:
-    """The fields that are written into config.json, without a size that is not known."""
-    return {name: value for name, value in asdict(config).items() if value is not None}
+    """The fields that are written into config.json: all, so that a size that there is not is said, too."""
+    return asdict(config)

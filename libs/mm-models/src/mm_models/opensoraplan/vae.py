@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from mm_models.encoders.loading import identity
+from mm_models.family import Tiling
 from mm_models.folder import part_of, read_json
 from mm_models.opensoraplan import tiles
 from mm_models.opensoraplan.vae_config import STRIDE, check_folder, read_config
@@ -22,6 +23,8 @@ TRAINING_ONLY = "loss."
 """Beside a VAE's weights in its makers' checkpoints: the discriminator, the perceptual network and the weight of the
 variance, which trained it. They are left out.
 """
+WRITERS = ("argparse", "collections", "lightning", "numpy", "omegaconf", "opensora", "pytorch_lightning", "torch")
+"""Packages whose objects lie beside the weights in checkpoints."""
 
 
 class OpenSoraPlanVAE:
@@ -32,7 +35,7 @@ class OpenSoraPlanVAE:
         path: Path | str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        tiling: Literal["none", "training", "inference"] = "none",
+        tiling: Tiling = "none",
     ) -> None:
         """tiling: as the makers tile when they train (tiles of 33 frames of 256x256 pixels; of latents 16 of 32x32),
         or when they sample (29 of 512x512; 8 of 64x64). What is no larger than one tile is the same with and without.
@@ -131,20 +134,21 @@ def _choose_weights(file: Path) -> Mapping[str, Any]:
 def _load_pickle(file: Path) -> Mapping[str, Any]:
     """A file of torch.save, mapped. Classes and functions that it names are neither imported nor called.
 
-    In their place stand objects that do nothing, so a checkpoint with the makers' arguments in it can be read.
-    Raises ValueError for a file that is damaged, of the format before torch 1.6, or that names what torch never lets.
+    In place of those of packages that write checkpoints stand objects that do nothing: arguments, random states.
+    Raises ValueError for a file that names others, is damaged, or is of the format before torch 1.6.
     """
+    way_out = f"download it again, or let `mm-convert convert {file} NEW_FOLDER --to original` write safetensors of it"
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        inert = [(type("Inert", (Inert,), {"__module__": "", "__qualname__": name}), name) for name in foreign]
-        with torch.serialization.safe_globals(inert):
+        if refused := [name for name in foreign if name.partition(".")[0] not in WRITERS]:
+            raise ValueError(f"it names {', '.join(refused[:3])}, which has no place among weights")
+        with torch.serialization.safe_globals([(type("Inert", (Inert,), {}), name) for name in foreign]):
             said = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError, TypeError, AttributeError) as error:
-        why = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{file} cannot be read without running what is pickled in it ({type(error).__name__}: {why}): download it "
-            f"again, or let `mm-convert convert {file} {file.parent} --to original` write safetensors of it"
-        ) from error
+    except UnpicklingError as error:  # torch's words tell how to run what is pickled
+        raise ValueError(f"{file} cannot be read without running what is pickled in it: {way_out}") from error
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file} cannot be read as weights ({why}); nothing in it was run: {way_out}") from error
     if not isinstance(said, Mapping):
         raise ValueError(f"{file} holds a {type(said).__name__}, not weights by their names")
     return said

@@ -1,0 +1,101 @@
+"""Open-Sora-Plan is trained: DDPM, text with its mask, weights that say what they were trained for."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mm_convert import open_checkpoint
+from mm_data import FeatureCache, FeatureDataset, build_loader
+from mm_models import preset
+from mm_parallel.testing import spawn
+from mm_train.config import Config
+from mm_train.objective import build_objective
+from mm_train.recipe import load_config
+from mm_train.step import MicroBatches
+from mm_train.train import train
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import as_torchrun, losses
+
+SMALL = {"dim": 48, "num_heads": 2, "num_layers": 2, "ffn_dim": 64, "text_dim": 8, "text_tokens": 16}
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory) -> Path:
+    path, random = tmp_path_factory.mktemp("features"), torch.Generator().manual_seed(0)
+    with FeatureCache(path) as cache:
+        for i in range(8):
+            tensors = {"latents": torch.randn(4, 2, 4, 6, generator=random)}
+            cache.put(f"{i:064d}", tensors | {"text.0": torch.randn(3 + i, 8, generator=random)}, {"id": f"{i}.mp4"})
+        cache.put_empty_text(torch.randn(1, 8, generator=random))
+        cache.finish()
+    return path
+
+
+def config(features: Path, output: Path, *more: str, architecture: dict | None = None) -> Config:
+    return load_config(
+        [
+            *("--model", "opensoraplan-tiny", "--weights", "random", "--dtype", "float32"),
+            *("--architecture", json.dumps(SMALL | (architecture or {}))),
+            *("--data.features", str(features), "--output", str(output), "--data.workers", "0"),
+            *("--data.global_batch", "4", "--data.micro_batch", "2", "--optim.lr", "1e-2", "--steps", "3"),
+            *more,
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(features, tmp_path_factory) -> Path:
+    """The output of a run of three steps."""
+    output = tmp_path_factory.mktemp("run") / "run"
+    train(config(features, output))
+    return output
+
+
+def test_text_is_padded_and_its_padding_is_masked(features):
+    step = next(iter(build_loader(FeatureDataset(features), global_batch=4, micro_batch=4, num_workers=0)))
+    job = MicroBatches(step, build_objective(config(features, Path("unused"))), seed=0, device=torch.device("cpu"))
+    given, tensors = job.inputs(0), job.micro[0].tensors
+    assert given["text"].shape == (4, 16, 8)
+    assert torch.equal(given["text_mask"].sum(1), tensors["text_mask"].sum(1))
+    assert len(set(given["text_mask"].sum(1).tolist())) > 1
+    assert not given["text"][~given["text_mask"]].any()
+    assert "video_mask" not in given  # all of it is seen
+    assert ((given["t"] >= 0) & (given["t"] <= 999)).all()
+
+
+def test_a_run_and_what_it_writes(trained):
+    values = losses(trained)
+    assert len(values) == 3
+    assert all(0 < value < 3 for value in values)  # of standard noise, near 1 or below by min-SNR
+    file = open_checkpoint(trained / "weights")
+    assert file.family == "opensoraplan"
+    assert set(file.config) == set(vars(preset("opensoraplan-tiny")))
+    assert (file.config["sample_size"], file.config["prediction_type"]) == (None, "epsilon")
+
+
+def run(rank: int, world: int, features: Path, output: Path, flags: list[str]) -> None:
+    as_torchrun(rank, world)
+    train(config(features, output, *flags))
+
+
+@pytest.mark.parametrize("flags", [["--parallel.ulysses", "2"], ["--parallel.pp_layers", "[1,1]"]], ids=["cp", "pp"])
+def test_two_ranks_train_as_one(features, trained, tmp_path, flags):
+    spawn(2, run, features, tmp_path / "run", flags, timeout=180)
+    assert losses(tmp_path / "run") == pytest.approx(losses(trained), rel=1e-5)
+
+
+def test_training_goes_on_with_another_size(features, trained, tmp_path, capsys):
+    """As the makers trained stage after stage: longer, then larger with other positions; and it is said."""
+    weights = ["--weights", str(trained / "weights"), "--steps", "1"]
+    larger = {"sample_size": [2, 4, 6], "interpolation_scale": [1, 1.5, 2]}
+    train(config(features, tmp_path / "larger", *weights, architecture=larger))
+    said = capsys.readouterr()
+    assert "trained with interpolation_scale (1.0, 1.0, 1.0) (asked for: (1.0, 1.5, 2.0))" in said.out + said.err
+    file = open_checkpoint(tmp_path / "larger" / "weights")
+    assert file.config["interpolation_scale"] == [1.0, 1.5, 2.0]
+    with pytest.raises(ValueError, match=r"another architecture: num_heads 2 \(asked for: 4\)"):
+        train(config(features, tmp_path / "other", *weights, architecture={"num_heads": 4}))
