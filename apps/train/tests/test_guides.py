@@ -171,6 +171,7 @@ DATA = [
     ({"interleaved": True}, {"encode_every": 1}),
     ({"interleaved": False}, {"encode_every": 0}),
     ({"encoder_offload_interval": 4}, {"encode_every": 4}),
+    ({"encoder_offload_interval": 1}, {"encode_every": 0}),
     ({"enable_encoder_dp": True}, {"share_encoding": True}),
     ({"data_path": "data.txt", "from_pretrained": "E"}, {"manifest": "data.txt", "encoders": "E"}),
 ]

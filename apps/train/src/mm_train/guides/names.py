@@ -171,7 +171,12 @@ NAMES: tuple[Name, ...] = (
         ("encode_every",),
         "so many steps are encoded at a time, then the encoders go to the host; there it needs interleaved, here too",
     ),
-    Name("encoder_offload_interval", "data", ("encode_every",), "its later name, without interleaved", True),
+    Name(
+        "encoder_offload_interval",
+        "data",
+        ("encode_every",),
+        "its later name, without interleaved; 1, as it is there without a word, is off: 0",
+    ),
     Name("enable_encoder_dp", "data", ("share_encoding",), "true or false", True),
     Name("data_path", "data", ("manifest",), "of videos; that of features is features", True),
     *_nothing("data", "a line of data.txt names the folder, other lists stand beside their videos", "data_folder"),

@@ -51,7 +51,7 @@ def translate_data(settings: Mapping[str, object]) -> tuple[dict[str, Any], list
             f"interleaved_steps {count} does nothing without interleaved: give interleaved true, or leave both out"
         )
     if steps or "interleaved" in given:
-        found["encode_every"] = count if steps or interleaved else 0
+        found["encode_every"] = count if interleaved or count > 1 else 0
     return found, notes
 
 
