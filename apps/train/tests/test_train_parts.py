@@ -175,6 +175,12 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(features, encoders, 
             (480, 832, 81, 16, 50, 5.0, 3.0, "unipc"),
         ),
         ("vace-1.3b", ("--sample.sampler", "euler"), (480, 832, 81, 16, 50, 5.0, 16, "euler")),
+        ("opensoraplan-1.2", (), (480, 640, 93, 24, 100, 7.5, None, "euler_ancestral")),
+        (
+            "opensoraplan-1.2",  # for a run that trains it on another length
+            ("--architecture", '{"sample_size": [5, 30, 40]}', "--sample.sampler", "pndm", "--sample.steps", "50"),
+            (240, 320, 17, 24, 50, 7.5, None, "pndm"),
+        ),
         ("wan2.2-ti2v-5b", ("--sample.steps", "4", "--sample.fps", "12"), (704, 1280, 121, 12, 4, 5.0, 5, "unipc")),
     ],
 )
@@ -182,7 +188,7 @@ def test_sample_videos_are_as_the_model_was_published(tmp_path, model, flags, ex
     s = settle_samples(load_config(["--model", model, *flags]))
     assert (s.height, s.width, s.frames, s.fps, s.steps, s.guidance, s.flow_shift, s.sampler) == expected
     assert s.negative_prompt == find(model)[1].published.negative_prompt
-    assert s.prompt_template == "{}"
+    assert s.prompt_template == find(model)[1].published.prompt_template
     assert settle_samples(load_config(["--model", model, "--sample.negative_prompt", ""])).negative_prompt == ""
 
 

@@ -57,6 +57,7 @@ def find_clips(config: Config, encoders: Encoders) -> ClipDataset:
         lines = [json.dumps({"id": sample.id, "reason": str(reason)}) + "\n" for sample, reason in left_out]
         replace_file(report, "".join(lines))
         why = f", {len(left_out)} left out: {report} says why" if left_out else ""
+        print(f"{one_line(manifest)}: {selection}", file=sys.stderr)
         said = f"{len(dataset)} of {len(samples)} samples of {manifest} can be used{why}"
         print(one_line(said), file=sys.stderr, flush=True)
     return dataset

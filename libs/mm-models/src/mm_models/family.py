@@ -152,6 +152,10 @@ class Family:
     text_encoder: Callable[..., TextEncoder]
     """(config, repository, device, dtype): as long as the model reads."""
     image_encoder: Callable[..., ImageEncoder] | None = None
+    sized: Callable[[Published, Any], Published] = lambda published, config: published
+    """(what the nearest preset was published with, config) -> the same, with a size and a length that the configuration
+    says.
+    """
     tiling: Mapping[Program, Tiling] = field(default_factory=lambda: {"training": "none", "inference": "none"})
     """How the codec works where nothing is asked, in a program that trains or extracts and in one that samples."""
     unseen: tuple[str, ...] = ()

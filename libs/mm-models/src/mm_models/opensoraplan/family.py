@@ -38,5 +38,6 @@ OPENSORAPLAN = Family(
     codec=later("mm_models.opensoraplan.vae", "OpenSoraPlanVAE"),
     tiling={"training": "training", "inference": "inference"},
     text_encoder=later("mm_models.opensoraplan.encode", "text_encoder"),
+    sized=tasks.sized,
     unseen=("interpolation_scale", "sample_size"),
 )
