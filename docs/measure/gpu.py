@@ -85,15 +85,18 @@ def exactness(tiny: bool, backend: str) -> dict:
     torch.manual_seed(0)
     worst = {}
     dtype = torch.float32 if device() == "cpu" else torch.bfloat16
-    for (lq, lk), width, causal in [
-        ((384, 384), 128, False), ((333, 257), 128, False), ((333, 333), 80, True), ((192, 192), 64, False),
+    for (lq, lk), width, causal, padded in [
+        ((384, 384), 128, False, 0), ((333, 257), 128, False, 0), ((333, 333), 80, True, 0), ((192, 192), 64, False, 0),
+        ((333, 257), 96, False, 100),
     ]:  # fmt: skip
         q, k, v = (torch.randn(2, n, 4, width, device=device(), dtype=dtype, requires_grad=True) for n in (lq, lk, lk))
-        out = attention(q, k, v, causal, backend=backend)
+        ends = torch.tensor([[lk - padded], [lk]], device=device())
+        mask = torch.arange(lk, device=device()) < ends if padded else None
+        out = attention(q, k, v, causal, backend=backend, mask=mask)
         dout = torch.randn_like(out)
         grads = torch.autograd.grad(out, (q, k, v), dout)
         wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-        right = attention(*wide, causal, backend="math")
+        right = attention(*wide, causal, backend="math", mask=mask)
         expected = torch.autograd.grad(right, wide, dout.double())
         pairs = zip(("out", "dq", "dk", "dv"), (out, *grads), (right, *expected), strict=True)
         for name, a, b in pairs:

@@ -8,6 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from mm_convert import save_checkpoint
+from mm_infer.config import Options
+from mm_infer.inputs import Given
+from mm_infer.settle import check, settle
 from mm_infer.weights import Weights
 from mm_models import build, preset
 from mm_models.families import find
@@ -53,11 +56,16 @@ def test_the_preset_is_believed_where_the_files_say_nothing(write, encoders):
     assert facts.published == find("opensoraplan-tiny")[1].published
 
 
-@pytest.mark.parametrize("frames", [24, 8])
-def test_the_files_say_for_which_length_they_were_trained(write, encoders, frames):
+@pytest.mark.parametrize(("frames", "length"), [(24, 93), (8, 29), (1, 1)])
+def test_the_files_say_for_which_length_they_were_trained(write, encoders, frames, length):
     facts = Weights(write(**SCALE, **SIZE | {"sample_size_t": frames}), encoders).facts
     assert facts.config == replace(preset("opensoraplan-tiny"), sample_size=(frames, 60, 80))
     assert facts.prediction == "epsilon"
+    settled = settle(Options(), Given(), facts)
+    assert (settled.frames, settled.height, settled.width) == (length, 480, 640)
+    with pytest.raises(ValueError, match=rf"frames 17: .* trained on videos of {length} frame\(s\) only, .* as noise"):
+        check(Options(frames=17), Given(), facts)
+    assert settle(Options(frames=17, other_frames=True), Given(), facts).frames == 17
 
 
 def test_our_own_weights_of_any_size_say_so(encoders, tmp_path):

@@ -10,20 +10,30 @@ import pytest
 from PIL import Image
 
 from mm_data import FeatureDataset, write_video
-from mm_models.wan.testing import write_encoders
+from mm_models.opensoraplan.testing import write_encoders as write_opensoraplan
+from mm_models.wan.testing import write_encoders as write_wan
 from mm_train.checks import check
 from mm_train.recipe import load_config
 from mm_train.train import train
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import SMALL, losses
+from runs import losses
 
 GEOMETRY = ["num_frames", "9", "min_frames", "9", "fps", "24", "max_height", "32", "max_width", "48"]
 
 
+WRITERS = {"wan-tiny": write_wan, "opensoraplan-tiny": write_opensoraplan}
+SMALL = {"dim": 72, "num_heads": 2, "num_layers": 2, "ffn_dim": 64, "text_dim": 64}  # suits both
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def model(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def encoders(tmp_path_factory):
-    return write_encoders(tmp_path_factory.mktemp("encoders"), text_dim=64, image_dim=32)
+def encoders(model, tmp_path_factory):
+    return WRITERS[model](tmp_path_factory.mktemp("encoders"), text_dim=64)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +82,8 @@ def flags(prefix: str) -> list[str]:
     return [word for pair in zip(names, values, strict=True) for word in (f"--{prefix}{pair[0]}", pair[1])]
 
 
-def test_a_folder_is_extracted_and_trained_on_with_every_drop_told(encoders, folder, tmp_path, capsys):
-    command = [sys.executable, "-m", "mm_train.extract", "--model", "wan-tiny", "--encoders", str(encoders)]
+def test_a_folder_is_extracted_and_trained_on_with_every_drop_told(model, encoders, folder, tmp_path, capsys):
+    command = [sys.executable, "-m", "mm_train.extract", "--model", model, "--encoders", str(encoders)]
     command += ["--data.manifest", str(folder), "--output", str(tmp_path / "features"), "--dtype", "float32"]
     done = subprocess.run(
         [*command, "--data.workers", "1", *flags("geometry.")], capture_output=True, text=True, check=False
@@ -82,7 +92,8 @@ def test_a_folder_is_extracted_and_trained_on_with_every_drop_told(encoders, fol
     assert f"note: {folder}: 4 entries name files that another annotation.json lists too" in done.stderr
     assert "14 samples, 11 kept, 3 dropped" in done.stderr, done.stderr
     assert "kept as clips of one frame, being pictures: 3" in done.stderr
-    assert "9 of 14 samples" in done.stderr
+    kinds = "2 missing_file, 1 cut_past_end, 1 too_short, 1 unreadable"
+    assert f"9 of 14 samples in {tmp_path}/features, 5 left out ({kinds}): " in done.stderr
     reasons = {}
     for line in (tmp_path / "features/failures.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -102,15 +113,17 @@ def test_a_folder_is_extracted_and_trained_on_with_every_drop_told(encoders, fol
     assert data.ids == KEPT
     assert [shape[1] for shape in data.buckets] == [3] * 4 + [1] * 3 + [3] * 2
 
-    run = ["--model", "wan-tiny", "--weights", "random", "--dtype", "float32", "--steps", "5", "--optim.lr", "1e-2"]
-    run += ["--architecture", json.dumps(SMALL | {"text_dim": 64}), "--data.global_batch", "4"]
+    run = ["--model", model, "--weights", "random", "--dtype", "float32", "--steps", "5", "--optim.lr", "1e-2"]
+    run += ["--architecture", json.dumps(SMALL), "--data.global_batch", "4", "--data.micro_batch", "2"]
+    run += ["--data.text_dropout", "0.3"]
     online = ["--data.manifest", str(folder), "--data.encoders", str(encoders), *flags("data.geometry.")]
     sources = {"stored": ["--data.features", str(tmp_path / "features")], "raw": online}
     for name, source in sources.items():
         train(load_config([*run, *source, "--output", str(tmp_path / name)]))
     assert losses(tmp_path / "raw") == losses(tmp_path / "stored")
     said = capsys.readouterr().err
-    assert "9 of 14 samples" in said
+    assert f"9 of 14 samples of {folder} can be used, 5 left out ({kinds}): " in said
+    assert "kept as clips of one frame, being pictures: 3" in said
     assert said.count("4 entries name files") == 1
     small = [line for line in said.splitlines() if "fewer samples than" in line]
     assert len(small) == 2  # three pictures for a step of four: told by both runs
@@ -125,9 +138,9 @@ def test_a_folder_is_extracted_and_trained_on_with_every_drop_told(encoders, fol
         (folder / "folder_02/annotation.json").write_text(text)
 
 
-def test_a_folder_without_lists_is_refused_before_anything_is_loaded(encoders, tmp_path):
+def test_a_folder_without_lists_is_refused_before_anything_is_loaded(model, encoders, tmp_path):
     (tmp_path / "empty").mkdir()
-    run = ["--model", "wan-tiny", "--weights", "random", "--output", str(tmp_path / "run")]
+    run = ["--model", model, "--weights", "random", "--output", str(tmp_path / "run")]
     run += ["--data.encoders", str(encoders), "--data.manifest"]
     with pytest.raises(ValueError, match=r"--data\.manifest .*/empty is a folder without annotation\.json, and so are"):
         check(load_config([*run, str(tmp_path / "empty")]))

@@ -9,8 +9,10 @@ import pytest
 
 from mm_convert.cli.values import check_fields
 from mm_parallel import MemoryConfig, ParallelConfig
-from mm_train.guides import arguments, from_guides, table, translate
+from mm_train.config import DataConfig
+from mm_train.guides import arguments, from_guides, table, translate, translate_data
 from mm_train.guides.names import NAMES
+from mm_train.recipe import load_config
 
 T2V_14B = {  # examples/wan2.1/14b/t2v: pretrain.sh, zero_config.yaml and pretrain_model.json together
     "TP": "1",
@@ -163,6 +165,54 @@ def test_what_cannot_be_is_refused(settings, message):
         translate(settings)
 
 
+DATA = [
+    ({"interleaved": True, "interleaved_steps": 10}, {"encode_every": 10}),
+    ({"interleaved": "true", "interleaved-steps": "10"}, {"encode_every": 10}),
+    ({"interleaved": True}, {"encode_every": 1}),
+    ({"interleaved": False}, {"encode_every": 0}),
+    ({"encoder_offload_interval": 4}, {"encode_every": 4}),
+    ({"encoder_offload_interval": 1}, {"encode_every": 0}),
+    ({"enable_encoder_dp": True}, {"share_encoding": True}),
+    ({"data_path": "data.txt", "from_pretrained": "E"}, {"manifest": "data.txt", "encoders": "E"}),
+]
+
+
+@pytest.mark.parametrize(("settings", "ours"), DATA)
+def test_data(settings, ours):
+    assert translate_data(settings) == (ours, [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"interleaved_steps": 10}, "interleaved_steps 10 does nothing without interleaved: give interleaved true"),
+        ({"interleaved": False, "interleaved_steps": 10}, "does nothing without interleaved"),
+        (
+            {"interleaved": True, "interleaved_steps": 0},
+            "interleaved_steps is 0, but must be a whole number of at least 1",
+        ),
+        ({"interleaved": 3}, "interleaved is 3, but here it can only be true or false"),
+        ({"interleaved": True, "interleaved_steps": 2, "encoder_offload_interval": 2}, "two names of one thing"),
+        ({"TP": 2}, "tensor_model_parallel_size is no name of data: it is parallel.tensor_model_parallel_size"),
+    ],
+)
+def test_data_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        translate_data(settings)
+
+
+def test_data_on_a_command_line_and_in_a_file(tmp_path):
+    """`interleaved` of Open-Sora-Plan's guide, with our own names beside it."""
+    flags = ["--model", "opensoraplan-tiny", "--data.manifest", "data.txt", "--data.geometry.num_frames", "29"]
+    read = load_config([*flags, "--data.interleaved", "--data.interleaved_steps", "10"])
+    assert (read.data.encode_every, read.data.manifest.name, read.data.geometry.num_frames) == (10, "data.txt", 29)
+    (tmp_path / "mine.toml").write_text("[data]\ninterleaved = false\nglobal_batch = 4\n", encoding="utf-8")
+    read = load_config([*flags, "--config", str(tmp_path / "mine.toml")])
+    assert (read.data.encode_every, read.data.global_batch) == (0, 4)
+    with pytest.raises(ValueError, match=r"data\.interleaved and data\.encode_every are two names of one thing"):
+        from_guides("data", {"interleaved": True, "encode_every": 2})
+
+
 def test_offload_without_a_layer_to_offload_is_said():
     _, memory, notes = translate({"attention_async_offload": True, "recompute_num_layers": 4})
     assert memory == {"recompute": 4, "offload": "none"}
@@ -235,12 +285,13 @@ def test_a_command_line():
 
 def test_names_whose_value_carries_over():
     values = {"pp_layers": (4, 4), "reshard": True, "offload_params": True}
+    values |= {"share_encoding": False, "manifest": "data.txt", "encoders": "E"}
     for row in NAMES:
         if row.as_is:
             (field,) = row.ours
             value = values.get(field, 3)
-            parallel, memory, _ = translate({row.guides: value})
-            assert (parallel if row.section == "parallel" else memory)[field] == value, row
+            found, notes = from_guides(row.section, {row.guides: value})
+            assert (found[field], notes) == (value, []), row
 
 
 ODD = [
@@ -272,6 +323,8 @@ def test_odd_values_are_refused_by_name_or_taken(row):
                 parallel, memory, _ = translate(settings)
                 check_fields(ParallelConfig, parallel)
                 check_fields(MemoryConfig, memory)
+                if row.section == "data":
+                    check_fields(DataConfig, translate_data({row.guides: value})[0])
             except ValueError as error:
                 refused = str(error)
             assert not refused or any(name in refused for name in settings), (settings, refused)
@@ -286,7 +339,8 @@ def test_our_own_names_beside_theirs_are_refused_by_name(field, value):
 
 def test_every_row_names_fields_that_are_there():
     known = {
-        kind: {f.name for f in fields(made)} for kind, made in (("parallel", ParallelConfig), ("memory", MemoryConfig))
+        kind: {f.name for f in fields(made)}
+        for kind, made in (("parallel", ParallelConfig), ("memory", MemoryConfig), ("data", DataConfig))
     }
     assert all(known[row.section].issuperset(row.ours) for row in NAMES)
     assert all(row.says or row.as_is for row in NAMES)

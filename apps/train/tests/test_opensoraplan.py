@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from mm_convert import open_checkpoint
-from mm_data import FeatureCache, FeatureDataset, build_loader
+from mm_data import FeatureCache, FeatureDataset, build_loader, made_with, read_video
 from mm_models import preset
+from mm_models.families import find
+from mm_models.opensoraplan.testing import write_encoders
 from mm_parallel.testing import spawn
 from mm_train.config import Config
 from mm_train.objective import build_objective
@@ -86,6 +88,25 @@ def run(rank: int, world: int, features: Path, output: Path, flags: list[str]) -
 def test_two_ranks_train_as_one(features, trained, tmp_path, flags):
     spawn(2, run, features, tmp_path / "run", flags, timeout=180)
     assert losses(tmp_path / "run") == pytest.approx(losses(trained), rel=1e-5)
+
+
+def test_videos_drawn_meanwhile_have_the_same_noise_each_time(features, tmp_path):
+    """…also that which the sampler adds at each step; and settings that are not given are the published ones."""
+    encoders = write_encoders(tmp_path / "encoders", text_dim=8)
+    asked = ["--sample.prompts", '["a cat", "a dog"]', "--sample.from_validation", "1", "--sample.every", "1"]
+    asked += ["--validation.features", str(features), "--sample.encoders", str(encoders), "--sample.steps", "3"]
+    asked += ["--sample.height", "32", "--sample.width", "48", "--sample.frames", "5", "--optim.lr", "0"]
+    asked += ["--sample.prompt_template", "{}", "--sample.negative_prompt", ""]  # there are 16 rows of text only
+    train(config(features, tmp_path / "run", *asked, "--steps", "2"))
+    first, second = (sorted((tmp_path / "run/samples" / f"step-0000000{i}").glob("*.mp4")) for i in (1, 2))
+    assert [video.name for video in first] == [video.name for video in second] == ["000.mp4", "001.mp4", "002.mp4"]
+    frames = [[read_video(video).frames for video in videos] for videos in (first, second)]
+    for one, other in zip(*frames, strict=True):
+        assert (one == other).all()
+    assert (frames[0][0] != frames[0][1]).any()
+    record, published = made_with(first[0]), find("opensoraplan-tiny")[1].published
+    assert (record["sampler"], record["flow_shift"], record["steps"]) == ("euler_ancestral", None, 3)
+    assert (record["guidance"], record["fps"]) == (published.guidance, published.fps)
 
 
 def test_training_goes_on_with_another_size(features, trained, tmp_path, capsys):

@@ -5,14 +5,15 @@ import json
 import resource
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
 from mm_convert.cli.arguments import dump, read_config
-from mm_data import FeatureDataset, build_loader
-from mm_models import build, presets
+from mm_data import FeatureDataset, Geometry, build_loader
+from mm_models import build, preset, presets
 from mm_models.diffusion.flow import FlowMatching
 from mm_models.diffusion.objective import Diffusion
 from mm_models.families import find
@@ -20,6 +21,7 @@ from mm_models.wan import WanConfig
 from mm_models.wan.encode import Conditioning
 from mm_models.wan.testing import write_encoders
 from mm_train import checkpoint as checkpoints
+from mm_train import extract
 from mm_train.checkpoint import Checkpointer
 from mm_train.checks import CHECKS, check
 from mm_train.command import claim_output
@@ -49,6 +51,41 @@ def test_every_recipe_is_understood_and_names_a_model(recipe):
     assert recipe.removesuffix("-lora") in presets()
     read = load_config(["--model", recipe.removesuffix("-lora"), "--recipe", recipe])
     assert (read.lora.rank > 0) == recipe.endswith("-lora")
+
+
+CLIPS = {
+    "opensoraplan-1.2": (93, 480, 640),
+    "opensoraplan-1.2-29x480p": (29, 480, 640),
+    "opensoraplan-1.2-93x720p": (93, 720, 1280),
+    "opensoraplan-1.2-29x720p": (29, 720, 1280),
+}
+
+
+@pytest.mark.parametrize("model", CLIPS)
+def test_recipes_of_open_sora_plan_have_the_numbers_of_the_guide(model):
+    read = load_config(["--model", model, "--data.manifest", "data.txt"])
+    optim, geometry = read.optim, read.data.geometry
+    assert (optim.lr, optim.schedule, optim.warmup, optim.weight_decay) == (1e-4, "constant", 0, 1e-2)
+    assert (optim.betas, optim.eps, optim.clip, optim.ema) == ((0.9, 0.999), 1e-8, 1.0, 0.999)
+    assert (read.data.text_dropout, read.data.global_batch, read.memory.recompute) == (0.1, 8, "full")
+    assert (geometry.num_frames, geometry.max_height, geometry.max_width) == CLIPS[model]
+    assert (geometry.min_frames, geometry.fps) == (geometry.num_frames, 24)
+    config = preset(model)
+    assert config.sample_size == ((geometry.num_frames - 1) // 4 + 1, geometry.max_height // 8, geometry.max_width // 8)
+
+
+def test_the_geometry_of_a_recipe_is_for_videos(tmp_path, capsys):
+    """Also in extraction; features have one already."""
+    model = ["--model", "opensoraplan-1.2-29x720p"]
+    (tmp_path / "mine.toml").write_text('[data]\nfeatures = "features"\n')
+    for features in (["--data.features", "features"], ["--config", str(tmp_path / "mine.toml")]):
+        assert load_config([*model, *features]).data.geometry == Geometry()
+    for flags, frames in (([], 29), (["--geometry.num_frames", "1", "--geometry.min_frames", "1"], 1)):
+        with pytest.raises(SystemExit) as stop:
+            extract.main([*model, *flags, "--print_config"])
+        assert stop.value.code == 0
+        geometry = tomllib.loads(capsys.readouterr().out)["geometry"]
+        assert (geometry["num_frames"], geometry["max_width"], geometry["fps"]) == (frames, 1280, 24)
 
 
 def test_recipe_below_file_below_flags(tmp_path):
@@ -138,6 +175,12 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(features, encoders, 
             (480, 832, 81, 16, 50, 5.0, 3.0, "unipc"),
         ),
         ("vace-1.3b", ("--sample.sampler", "euler"), (480, 832, 81, 16, 50, 5.0, 16, "euler")),
+        ("opensoraplan-1.2", (), (480, 640, 93, 24, 100, 7.5, None, "euler_ancestral")),
+        (
+            "opensoraplan-1.2",  # for a run that trains it on another length
+            ("--architecture", '{"sample_size": [5, 30, 40]}', "--sample.sampler", "pndm", "--sample.steps", "50"),
+            (240, 320, 17, 24, 50, 7.5, None, "pndm"),
+        ),
         ("wan2.2-ti2v-5b", ("--sample.steps", "4", "--sample.fps", "12"), (704, 1280, 121, 12, 4, 5.0, 5, "unipc")),
     ],
 )
@@ -145,7 +188,7 @@ def test_sample_videos_are_as_the_model_was_published(tmp_path, model, flags, ex
     s = settle_samples(load_config(["--model", model, *flags]))
     assert (s.height, s.width, s.frames, s.fps, s.steps, s.guidance, s.flow_shift, s.sampler) == expected
     assert s.negative_prompt == find(model)[1].published.negative_prompt
-    assert s.prompt_template == "{}"
+    assert s.prompt_template == find(model)[1].published.prompt_template
     assert settle_samples(load_config(["--model", model, "--sample.negative_prompt", ""])).negative_prompt == ""
 
 

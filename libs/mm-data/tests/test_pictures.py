@@ -156,3 +156,10 @@ def test_what_is_wrong_with_a_picture_is_its_reason(manifest, tmp_path):
     assert "a.png has 1 frame: it cannot be cut to [0, 65)" in reasons["cut"]
     with pytest.raises(ValueError, match=r"sample cut: .* has 1 frame"):
         VideoDataset(samples[-1:], GEOMETRY)[0]
+
+
+def test_an_animated_png_is_a_video(tmp_path):
+    frames = [Image.new("RGB", (64, 48), (20 * n, 0, 0)) for n in range(9)]
+    frames[0].save(tmp_path / "moves.png", save_all=True, append_images=frames[1:], duration=40)
+    (clip,) = VideoDataset([Sample("moves", tmp_path / "moves.png", ("x",))], GEOMETRY)
+    assert clip["video"].shape == (3, 9, 48, 64)

@@ -212,6 +212,10 @@ def test_the_npu_is_called_as_documented(causal, monkeypatch):
         inputs = make(queries, keys)
         got = out_and_grads(partial(attention, causal=causal, backend="npu"), *inputs)
         assert error(got, out_and_grads(partial(torchs, causal=causal), *inputs)) <= 1e-13
+        if keys and not causal:
+            mask = torch.tensor([[True] * keys, [False] * (keys - 1) + [True]])
+            got = out_and_grads(partial(attention, mask=mask, backend="npu"), *inputs)
+            assert error(got, out_and_grads(partial(masked, mask=mask), *inputs)) <= 1e-13
 
 
 def test_pick():

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from mm_convert.cli.values import check_config
 from mm_models.diffusion.samplers import Grid, SamplerName
+from mm_models.family import AskedTiling
 
 Boundary = Annotated[float, "> 0", "< 1"] | None
 Scale = Annotated[float, ">= 1"]
@@ -124,8 +125,8 @@ class Config(Options):
     "of transformer and text encoder; by default bfloat16 on an accelerator, float32 on a CPU, as VAE and CLIP always are"  # noqa: E501
     text_tokens: Annotated[int, ">= 1"] | None = None
     "rows of text that the model attends to; by default those it was trained with (512, or what the weights say)"
-    vae_tiling: bool = False
-    "encode and decode in tiles: less memory, faint seams"
+    vae_tiling: AskedTiling = None
+    "encode and decode in tiles: less memory, faint seams; true, training: which tiles, where a model has several; default as the makers did, Wan false, Open-Sora-Plan true"  # noqa: E501
     parallel: Ranks = field(default_factory=Ranks)
     deadline: Annotated[float, ">= 10", "<= 604800"] = 1800
     "on several ranks: seconds that a step of a video may take; then all end and say which rank hangs, and where"

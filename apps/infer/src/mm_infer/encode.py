@@ -13,14 +13,16 @@ from mm_infer.inputs import Given, frames_at_ends, to_pixels
 from mm_infer.weights import Facts
 from mm_models.diffusion.objective import Conditioning
 from mm_models.encoders import Codec
+from mm_models.family import AskedTiling
 
 
 class Encoders:
     """The encoders of one model, in a diffusers directory. What was encoded is remembered, on the CPU."""
 
-    def __init__(self, facts: Facts, device: torch.device, dtype: torch.dtype, tiling: bool) -> None:
+    def __init__(self, facts: Facts, device: torch.device, dtype: torch.dtype, tiling: AskedTiling) -> None:
         self.family, self.config, self.path = facts.family, facts.config, facts.repository
-        self.device, self.dtype, self.tiling = device, dtype, tiling
+        self.device, self.dtype = device, dtype
+        self.tiling = self.family.choose_tiling(tiling, "inference")
         self._texts: dict[str, Tensor] = {}  # S D
         self._seen: dict[bytes, Tensor] = {}  # 1 S D, by the hash of the pixels
 

@@ -104,7 +104,7 @@ def _video(config: Config, sampler: Sampler, request: Request, contents: Content
     record |= {"contents": digest(contents)}
     if config.lora_alpha is not None:
         record["lora_alpha"] = config.lora_alpha
-    record |= {"vae_tiling": config.vae_tiling, "boundary": sampler.weights.boundary}
+    record |= {"vae_tiling": sampler.encoders.tiling, "boundary": sampler.weights.boundary}
     record |= {"dtype": str(sampler.dtype).removeprefix("torch."), "mm_infer": __version__, "torch": torch.__version__}
     return Video(request.prompt, given, options, {k: str(v) if isinstance(v, Path) else v for k, v in record.items()})
 

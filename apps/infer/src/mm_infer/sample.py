@@ -19,6 +19,7 @@ from mm_infer.settle import settle, start_of
 from mm_infer.weights import Weights
 from mm_models.diffusion.sampling import denoise, noise, partly_noised
 from mm_models.encoders import to_frames
+from mm_models.family import AskedTiling
 from mm_parallel import context
 from mm_parallel.device import bf16_ok, synchronize
 from mm_parallel.device import device as accelerator
@@ -44,7 +45,7 @@ def load(
     boundary: float | None = None,
     offload: bool | None = None,
     dtype: torch.dtype | None = None,
-    vae_tiling: bool = False,
+    vae_tiling: AskedTiling = None,
     text_tokens: int | None = None,
     device: torch.device | str | None = None,
     mesh: DeviceMesh | None = None,
@@ -78,7 +79,7 @@ class Sampler:
         dtype: torch.dtype | None = None,
         offload: bool | None = None,
         *,
-        vae_tiling: bool = False,
+        vae_tiling: AskedTiling = None,
         mesh: DeviceMesh | None = None,
         pair: dist.ProcessGroup | None = None,
     ) -> None:

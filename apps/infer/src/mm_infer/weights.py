@@ -37,7 +37,7 @@ class Facts:
     experts: bool
     """Whether there are two, which share the noise levels."""
     published: Published
-    """What these weights, or those they are most like, were published with."""
+    """What these weights, or those they are most like, were published with; of the size that these say."""
     repository: Path
     """The diffusers directory of the encoders."""
 
@@ -87,7 +87,8 @@ class Weights:
         if text_tokens is not None:
             config = replace(config, text_tokens=text_tokens)
         repository = find_encoders(path, encoders, family, config)
-        self.facts = Facts(family, family.fit(config, repository), two, like.published, repository)
+        published = family.sized(like.published, config)
+        self.facts = Facts(family, family.fit(config, repository), two, published, repository)
 
     def load(
         self,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from mm_data import Geometry
 from mm_models.diffusion.samplers import SamplerName
+from mm_models.family import AskedTiling
 from mm_parallel import MemoryConfig, ParallelConfig
 
 
@@ -48,8 +49,10 @@ class DataConfig:
     """
     share_encoding: bool = True
     """For a manifest: ranks that work on the same samples encode a part of them each."""
-    tiling: bool = False
-    """For a manifest: let the VAE work in tiles, with less memory and slightly other numbers at the seams."""
+    tiling: AskedTiling = None
+    """For a manifest: let the VAE work in tiles, with less memory and slightly other numbers at the seams. By default
+    as the makers did: Wan whole, Open-Sora-Plan in tiles of training; true takes these, inference those of sampling.
+    """
     global_batch: Annotated[int, ">= 1", "<= 1048576"] = 8
     """Samples per optimizer step, over all ranks. Part of the sample stream: a resume keeps it."""
     micro_batch: Annotated[int, ">= 1", "<= 1048576"] = 1

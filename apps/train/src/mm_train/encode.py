@@ -15,6 +15,7 @@ from torch import Tensor
 from mm_data import Clip, Geometry
 from mm_models.diffusion.objective import Pixels
 from mm_models.families import family_of
+from mm_models.family import AskedTiling
 
 
 class Encoders:
@@ -27,12 +28,13 @@ class Encoders:
         task: str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
-        tiling: bool = False,
+        tiling: AskedTiling = None,
     ):
         """Args:
         path: diffusers directory with the folders that the model's family names (`Family.encoders`).
         model: the model's configuration.
         dtype: of the text encoder; the others run in float32.
+        tiling: of the VAE; None: what is usual for the family, true: the tiles of training.
 
         Raises ValueError if they are not what the model was made for.
         """
@@ -40,7 +42,7 @@ class Encoders:
         family.fit(model, path)
         self.multiples, self.task = family.multiples(model, path), family.task(model, task)
         self.conditioning = family.conditioning(model, task)
-        self.codec = family.codec(path, device=device, tiling=tiling)
+        self.codec = family.codec(path, device=device, tiling=family.choose_tiling(tiling, "training"))
         self.folders = family.encoders(model)
         sees = "image_encoder" in self.folders
         self.image = family.image_encoder(path, device=device) if sees else None

@@ -6,6 +6,7 @@ This file imports no torch, so that a command that cannot work is refused at onc
 from __future__ import annotations
 
 import signal
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,11 +16,13 @@ from mm_convert.cli.terminal import escaped_output
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_models.families import find
+from mm_models.family import AskedTiling
 from mm_parallel.launch import read_launch
 from mm_train.checks import check_encoders, check_manifest
 from mm_train.command import run
 from mm_train.interrupt import ending_signals
 from mm_train.objective import choose_task
+from mm_train.recipe import find_recipe
 
 
 @dataclass
@@ -45,15 +48,17 @@ class ExtractConfig:
     data: Data
     task: str = "auto"
     """What the features are for; auto: what the model was made for. Of Wan: t2v, i2v, flf2v, ti2v or vace."""
-    geometry: Geometry = field(default_factory=Geometry)
+    geometry: Geometry = field(default_factory=Geometry)  # or that of the model's recipe
     batch: Annotated[int, ">= 1"] = 1
     """Clips of one shape that are encoded together."""
     seed: Annotated[int, ">= 0", "<= 9223372036854775807"] = 42
     """Of the random frame windows."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the text encoder; the VAE and CLIP run in float32."""
-    tiling: bool = False
-    """Let the VAE work in tiles: less memory, slightly other numbers at the seams."""
+    tiling: AskedTiling = None
+    """Let the VAE work in tiles: less memory, slightly other numbers at the seams. By default as the makers did: Wan
+    whole, Open-Sora-Plan in tiles of training; true takes these, inference those of sampling.
+    """
     deadline: Annotated[float, ">= 10", "<= 604800"] = 1800
     """On several ranks: seconds that the clips of one batch may take; then all end and say which rank hangs, and
     where.
@@ -85,7 +90,14 @@ def extract(config: ExtractConfig) -> int:
 def main(argv: list[str] | None = None) -> None:
     def read() -> ExtractConfig:
         read_launch()
-        config = parse(ExtractConfig, argv, prog="python -m mm_train.extract", description=ExtractConfig.__doc__)
+        geometry = find_recipe(sys.argv[1:] if argv is None else argv).get("data", {}).get("geometry", {})
+        config = parse(
+            ExtractConfig,
+            argv,
+            prog="python -m mm_train.extract",
+            description=ExtractConfig.__doc__,
+            defaults=[{"geometry": geometry}],
+        )
         config.check()
         return config
 

@@ -1,6 +1,7 @@
 """From the command line to a Config, by way of the recipe that it selects.
 
-Layouts and memory may be given by MindSpeed-MM's names (`--parallel.pipeline_num_layers`), see `mm_train.guides`.
+Layouts, memory and data may be given by MindSpeed-MM's names (`--parallel.pipeline_num_layers`), see
+`mm_train.guides`.
 
 Precedence: defaults of the dataclasses < ``recipes/<recipe>.toml`` < ``--config mine.toml`` < flags.
 """
@@ -34,7 +35,7 @@ def load_config(argv: list[str] | None = None) -> Config:
         sys.exit(2)
 
     def reword(tables: dict[str, Any]) -> dict[str, Any]:
-        for section in ("parallel", "memory"):
+        for section in guides.SECTIONS:
             if isinstance(tables.get(section), dict):
                 ours, more = guides.from_guides(section, tables[section])
                 tables = tables | {section: ours}
@@ -42,20 +43,31 @@ def load_config(argv: list[str] | None = None) -> Config:
         return tables
 
     config = parse(
-        Config, argv, prog="python -m mm_train", description=Config.__doc__, defaults=_recipe(argv), reword=reword
+        Config, argv, prog="python -m mm_train", description=Config.__doc__, defaults=[_recipe(argv)], reword=reword
     )
     for note in dict.fromkeys(said + notes):
         print(f"note: {one_line(note)}", file=sys.stderr)
     return config
 
 
-def _recipe(argv: list[str]) -> list[Path]:
-    """The recipe file has to be known before the flags are parsed, as its values lie below theirs."""
+def _recipe(argv: list[str]) -> dict[str, Any]:
+    """The recipe as it stands below files and flags. Features have a geometry of their own."""
+    tables = find_recipe(argv)
+    data = tables.get("data", {})
+    of_files = [file.get("data") for file in _files(argv)]
+    if _values(argv, "data.features") or any(isinstance(said, dict) and "features" in said for said in of_files):
+        data.pop("geometry", None)
+    return tables
+
+
+def find_recipe(argv: list[str]) -> dict[str, Any]:
+    """The tables of the recipe that a command line or its files select, by `recipe` or `model`; {} where there is none.
+
+    It has to be known before the flags are parsed, as its values lie below theirs.
+    """
     chosen: dict[str, str] = {}
-    for file in _values(argv, "config"):
-        with contextlib.suppress(ValueError):  # `parse` reads it again, and says what is wrong with it
-            written = read_tables(Path(file))
-            chosen |= {k: v for k, v in written.items() if k in ("model", "recipe") and isinstance(v, str)}
+    for written in _files(argv):
+        chosen |= {k: v for k, v in written.items() if k in ("model", "recipe") and isinstance(v, str)}
     for flag in ("model", "recipe"):
         for value in _values(argv, flag):
             chosen[flag] = value
@@ -66,7 +78,16 @@ def _recipe(argv: list[str]) -> list[Path]:
         sys.stderr.write(f"error: {one_line(said)}\n")
         sys.exit(2)
     name = recipe or chosen.get("model", "")
-    return [RECIPES / f"{name}.toml"] if name in known else []
+    return read_tables(RECIPES / f"{name}.toml") if name in known else {}
+
+
+def _files(argv: list[str]) -> list[dict[str, Any]]:
+    """The tables of the files that `--config` names. One that cannot be read is left out: `parse` says why."""
+    read = []
+    for file in _values(argv, "config"):
+        with contextlib.suppress(ValueError):
+            read.append(read_tables(Path(file)))
+    return read
 
 
 def _values(argv: list[str], flag: str) -> list[str]:

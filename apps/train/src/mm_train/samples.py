@@ -84,7 +84,8 @@ class Samples:
         """
         directory = self.config.run_dir / "samples" / f"step-{step:08d}"
         directory.mkdir(parents=True, exist_ok=True)
-        codec = self.family.codec(self.options.encoders, device=self.device)
+        tiling = self.family.choose_tiling(None, "inference")
+        codec = self.family.codec(self.options.encoders, device=self.device, tiling=tiling)
         count = len(self.requests)
         with average.apply():
             # A sharded model is run by all ranks together: those without a request left repeat one and throw it away.
@@ -94,7 +95,7 @@ class Samples:
                 latents = self._denoise(model, codec, request)
                 if number < count and self.reports:
                     made_with = asdict(self.options) | {"prompt": request.name, "step": step}
-                    made_with["encoders"] = str(self.options.encoders)
+                    made_with |= {"encoders": str(self.options.encoders), "vae_tiling": tiling}
                     frames = to_frames(codec, latents).numpy()
                     write_video(directory / f"{number:03d}.mp4", frames, self.options.fps, made_with)
         return directory

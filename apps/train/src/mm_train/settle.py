@@ -18,8 +18,8 @@ def settle_samples(config: Config) -> SampleConfig:
 
     A length that the published weights do not make is allowed: a run may train them for it.
     """
-    asked, usual = config.sample, find(config.model)[1].published
     family, shape = architecture(config)
+    asked, usual = config.sample, family.sized(find(config.model)[1].published, shape)
     height, width = asked.height or usual.size[0], asked.width or usual.size[1]
     sampling = settle_sampling(vars(asked), usual, family.prediction(shape), (height, width), "--sample.")
     del sampling["grid"]  # always the usual one

@@ -18,8 +18,12 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", 
 
 
 def is_picture(path: str | Path) -> bool:
-    """Whether a file is a picture, not a video: by its name, or where that does not say, by how it begins."""
-    if Path(path).suffix.lower() in SUFFIXES:
+    """Whether a file is a picture, not a video: by its name, or where that does not say, by how it begins.
+
+    A .png may be animated, which is a video.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in SUFFIXES and suffix != ".png":
         return True
     with (
         contextlib.suppress(Exception),  # see `_open`
@@ -27,7 +31,7 @@ def is_picture(path: str | Path) -> bool:
         Image.open(file, formats=_known(MARKED)) as picture,
     ):
         return picture.format == "MPO" or getattr(picture, "n_frames", 1) == 1
-    return False
+    return suffix == ".png"
 
 
 def read_image(path: str | Path) -> np.ndarray:

@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ class Annotation:
     def find(self, name: str, where: str) -> Path:
         """The path that an entry names. Raises ValueError, after `where`, for one that could be either of two files."""
         beside = self.folder / name
-        if self.top is None or (below := self.top / name) == beside:
+        if self.top is None or self.top is self.folder or (below := self.top / name) == beside:
             return beside
         found = [path for path in (beside, below) if os.path.exists(path)]
         if len(found) == 2 and not os.path.samefile(*found):
@@ -155,10 +156,11 @@ class Annotation:
 
     def identify(self, name: str, path: Path) -> str:
         """What to call a sample: as it is written, or of a folder of lists by the path from there."""
-        if self.top is None:
-            return name
-        above = os.path.join(os.path.normpath(self.top), "")
-        return os.path.normpath(path).removeprefix(above)
+        return name if self.top is None else os.path.normpath(path).removeprefix(self._above)
+
+    @cached_property
+    def _above(self) -> str:
+        return os.path.join(os.path.normpath(self.top), "")
 
 
 def find_annotations(path: str | Path) -> list[Annotation]:
@@ -239,20 +241,22 @@ class _Samples:
     def add(self, sample: Sample, annotation: Annotation) -> None:
         self.read += 1
         if annotation.top is not None:
-            key = (os.path.normpath(sample.path), sample.cut, sample.control)
+            key = (sample.id, sample.cut, sample.control)  # the path in its shortest form is in the id
             file, places = self.listed.setdefault(key, (annotation.file, []))
             if file != annotation.file:
                 self._join(sample, places)
                 return
             places.append(len(self.all))
-        self.all.append(replace(sample, id=self.names.own(sample.id)))
+        name = self.names.own(sample.id)
+        self.all.append(sample if name == sample.id else replace(sample, id=name))
 
     def _join(self, sample: Sample, places: list[int]) -> None:
         """Give the first of the samples the captions that none of them has."""
+        first = self.all[places[0]]
         known = {caption for place in places for caption in self.all[place].captions}
         new = tuple(caption for caption in sample.captions if caption not in known)
-        first = self.all[places[0]]
-        self.all[places[0]] = replace(first, captions=(*first.captions, *new))
+        if new:
+            self.all[places[0]] = replace(first, captions=(*first.captions, *new))
         (self.joined if new else self.repeated).append(first.id)
 
     def notes(self) -> Iterator[str]:

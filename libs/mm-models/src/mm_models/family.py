@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from mm_models.encoders import Codec, ImageEncoder, TextEncoder
     from mm_models.objective import Objective
     from mm_parallel.plan import ParallelPlan
+
+
+Program = Literal["training", "inference"]
+"""Of which kind a program is: extraction trains."""
+Tiling = Literal["none", "training", "inference"]
+"""Whether a codec works in tiles, and in those that its makers train or sample with, where these differ."""
+AskedTiling = bool | Program | None
+"""The flag: true is the program's own kind, null what is usual for the family."""
 
 
 @dataclass(frozen=True)
@@ -140,10 +148,16 @@ class Family:
     conditioning: Callable[[Any, str], Any]
     """(config, task name) -> `mm_models.diffusion.Conditioning`."""
     codec: Callable[..., Codec]
-    """(repository, device, dtype, tiling)"""
+    """(repository, device, dtype, tiling), of which tiling is what `choose_tiling` says."""
     text_encoder: Callable[..., TextEncoder]
     """(config, repository, device, dtype): as long as the model reads."""
     image_encoder: Callable[..., ImageEncoder] | None = None
+    sized: Callable[[Published, Any], Published] = lambda published, config: published
+    """(what the nearest preset was published with, config) -> the same, with a size and a length that the configuration
+    says.
+    """
+    tiling: Mapping[Program, Tiling] = field(default_factory=lambda: {"training": "none", "inference": "none"})
+    """How the codec works where nothing is asked, in a program that trains or extracts and in one that samples."""
     unseen: tuple[str, ...] = ()
     """Fields of a configuration in which released weights differ and their tensors do not. Where no config.json says
     them, mm_infer must be told the preset; where it does, mm_train may go on with others, and says so.
@@ -152,6 +166,12 @@ class Family:
     def task(self, config: Any, name: str) -> Task | None:
         """One of its tasks by name."""
         return next((task for task in self.tasks(config) if task.name == name), None)
+
+    def choose_tiling(self, asked: AskedTiling, program: Program) -> Tiling:
+        """How the codec works: as asked; true is the program's own kind, None what is usual for this family."""
+        if asked is None:
+            return self.tiling[program]
+        return (program if asked else "none") if isinstance(asked, bool) else asked
 
 
 def later(module: str, name: str) -> Callable[..., Any]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
-from mm_train.guides.names import OURS, Section, row_of
-from mm_train.guides.translate import number, translate, value_of
+from mm_train.guides.names import OURS, SECTIONS, Section, row_of
+from mm_train.guides.translate import number, translate, translate_data, value_of
 
 
 def from_guides(section: Section, given: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
@@ -19,11 +19,14 @@ def from_guides(section: Section, given: Mapping[str, object]) -> tuple[dict[str
     own = {name: value for name, value in given.items() if name in OURS[section]}
     theirs = {name: value for name, value in given.items() if _is_theirs(section, name)}
     rest = {name: value for name, value in given.items() if name not in own and name not in theirs}
-    known = _context_of(own, theirs)
-    parallel, memory, notes = translate(known | theirs)
-    found = parallel if section == "parallel" else memory
-    if "context_parallel_size" in known:  # it was ours, under whichever of its three names
-        found.pop("cp", None)
+    if section == "data":
+        found, notes = translate_data(theirs)
+    else:
+        known = _context_of(own, theirs)
+        parallel, memory, notes = translate(known | theirs)
+        found = parallel if section == "parallel" else memory
+        if "context_parallel_size" in known:  # it was ours, under whichever of its three names
+            found.pop("cp", None)
     for name in theirs:
         for field in row_of(name).ours:
             if field in own and field in found:
@@ -50,15 +53,16 @@ def _context_of(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, 
 
 
 def arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command line with MindSpeed-MM's names under `--parallel.` and `--memory.` replaced by ours, and notes.
+    """A command line with MindSpeed-MM's names under `--parallel.`, `--memory.` and `--data.` replaced by ours, and
+    notes.
 
     Raises ValueError as `from_guides` does.
     """
-    kept, sections = [], {"parallel": {}, "memory": {}}
+    kept, sections = [], {section: {} for section in SECTIONS}
     words = list(argv)
     while words:
         word = words.pop(0)
-        flag = re.fullmatch(r"--(parallel|memory)\.([\w-]+)(?:=(.*))?", word, re.DOTALL)
+        flag = re.fullmatch(rf"--({'|'.join(SECTIONS)})\.([\w-]+)(?:=(.*))?", word, re.DOTALL)
         if flag is None:
             kept.append(word)
             continue

@@ -1,15 +1,17 @@
 """The table of MindSpeed-MM's names."""
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from mm_parallel import MemoryConfig
-from mm_train.config import LayoutConfig
+from mm_train.config import DataConfig, LayoutConfig
 
-Section = Literal["parallel", "memory"]
+Section = Literal["parallel", "memory", "data"]
+SECTIONS: tuple[Section, ...] = get_args(Section)
 OURS = {
     "parallel": {field.name for field in fields(LayoutConfig)},
     "memory": {field.name for field in fields(MemoryConfig)},
+    "data": {field.name for field in fields(DataConfig)},
 }
 
 
@@ -157,6 +159,34 @@ NAMES: tuple[Name, ...] = (
     ),
     Name("distribute_saved_activations", "memory", says="refused, as there"),
     *_nothing("memory", "recompute is non-reentrant, and the same numbers", "use_reentrant"),
+    Name(
+        "interleaved",
+        "data",
+        ("encode_every",),
+        "`true`: interleaved_steps; `false`, as it is there without a word: 0, the encoders stay on the device",
+    ),
+    Name(
+        "interleaved_steps",
+        "data",
+        ("encode_every",),
+        "so many steps are encoded at a time, then the encoders go to the host; there it needs interleaved, here too",
+    ),
+    Name(
+        "encoder_offload_interval",
+        "data",
+        ("encode_every",),
+        "its later name, without interleaved; 1, as it is there without a word, is off: 0",
+    ),
+    Name("enable_encoder_dp", "data", ("share_encoding",), "true or false", True),
+    Name("data_path", "data", ("manifest",), "of videos; that of features is features", True),
+    *_nothing("data", "a line of data.txt names the folder, other lists stand beside their videos", "data_folder"),
+    Name(
+        "from_pretrained",
+        "data",
+        ("encoders",),
+        "of VAE, tokenizer and text encoder: one folder with vae/, tokenizer/, text_encoder/; of the model --weights",
+        True,
+    ),
 )
 
 _BY_NAME = {spelling: row for row in NAMES for spelling in (row.guides, *row.also)}

@@ -22,6 +22,41 @@ def translate(settings: Mapping[str, object]) -> tuple[dict[str, Any], dict[str,
     Raises ValueError for a name that is not in the table, for what MindSpeed-MM refuses, for options that contradict
     each other, and for the few things that cannot be had here.
     """
+    given, notes = _rows(settings)
+    if of_data := [name for name in given if row_of(name).section == "data"]:
+        raise ValueError(f"{of_data[0]} is neither of the layout nor of memory: it is data.{row_of(of_data[0]).guides}")
+    parallel = _context(given) | _pipeline(given, notes) | _sharding(given)
+    if (tp := given.get("tensor_model_parallel_size")) is not None:
+        parallel["tp"] = number("tensor_model_parallel_size", tp)
+    return parallel, _recompute(given, notes) | _fsdp(given, notes), notes
+
+
+def translate_data(settings: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
+    """(fields of DataConfig, what has no effect here and why), of MindSpeed-MM's names for data, as `translate`."""
+    given, notes = _rows(settings)
+    if others := [name for name in given if row_of(name).section != "data"]:
+        raise ValueError(f"{others[0]} is no name of data: it is {row_of(others[0]).section}.{others[0]}")
+    found: dict[str, Any] = {
+        row_of(name).ours[0]: given[name] for name in ("data_path", "from_pretrained") if name in given
+    }
+    if "enable_encoder_dp" in given:
+        found["share_encoding"] = _switch("enable_encoder_dp", given["enable_encoder_dp"])
+    steps = [name for name in ("interleaved_steps", "encoder_offload_interval") if name in given]
+    if len(steps) == 2:
+        raise ValueError("interleaved_steps and encoder_offload_interval are two names of one thing: give one of them")
+    count = number(steps[0], given[steps[0]]) if steps else 1
+    interleaved = _switch("interleaved", given.get("interleaved", False))
+    if steps == ["interleaved_steps"] and not interleaved:
+        raise ValueError(
+            f"interleaved_steps {count} does nothing without interleaved: give interleaved true, or leave both out"
+        )
+    if steps or "interleaved" in given:
+        found["encode_every"] = count if interleaved or count > 1 else 0
+    return found, notes
+
+
+def _rows(settings: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
+    """(values by the names of the table, notes on those that have no effect). ValueError for what is not in it."""
     given: dict[str, Any] = {}
     notes: list[str] = []
     for name, value in settings.items():
@@ -34,10 +69,7 @@ def translate(settings: Mapping[str, object]) -> tuple[dict[str, Any], dict[str,
         given[row.guides] = value_of(value)
         if not row.ours and given[row.guides] is not False:
             notes.append(f"{row.guides}: {row.says}")
-    parallel = _context(given) | _pipeline(given, notes) | _sharding(given)
-    if (tp := given.get("tensor_model_parallel_size")) is not None:
-        parallel["tp"] = number("tensor_model_parallel_size", tp)
-    return parallel, _recompute(given, notes) | _fsdp(given, notes), notes
+    return given, notes
 
 
 def _context(given: Mapping[str, Any]) -> dict[str, int]:

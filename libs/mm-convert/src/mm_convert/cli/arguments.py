@@ -76,7 +76,7 @@ def parse(
     *,
     prog: str,
     description: str = "",
-    defaults: Sequence[Path] = (),
+    defaults: Sequence[Path | Mapping[str, Any]] = (),
     environment: str = "",
     reword: Callable[[dict[str, Any]], dict[str, Any]] = lambda tables: tables,
 ) -> T:
@@ -84,7 +84,8 @@ def parse(
 
     Args:
         argv: arguments without the program's name; None takes sys.argv[1:].
-        defaults: TOML files (recipes) that stand between the dataclass defaults and `--config`; missing is an error.
+        defaults: TOML files, or their tables, that stand between the dataclass defaults and `--config`; a missing file
+            is an error.
         environment: environment variables that begin so are values too: this prefix and the name of the field in upper
             case, with two underscores for each dot.
 
@@ -113,7 +114,7 @@ def parse_options(
     prog: str,
     description: str = "",
     groups: Mapping[str, str] | None = None,
-    defaults: Sequence[Path] = (),
+    defaults: Sequence[Path | Mapping[str, Any]] = (),
     environment: str = "",
     reword: Callable[[dict[str, Any]], dict[str, Any]] = lambda tables: tables,
 ) -> T:
@@ -126,7 +127,7 @@ def parse_options(
         words = _split(list(sys.argv[1:] if argv is None else argv), known)
         values = {name: option.default for name, option in known.items()}
         for file in defaults:
-            values |= _read_file(Path(file), known, reword)
+            values |= _check(file, known) if isinstance(file, Mapping) else _read_file(Path(file), known, reword)
         values |= _read_environment(environment, known) if environment else {}
         for file in words.files:
             values |= _read_file(Path(file), known, reword)
@@ -253,10 +254,14 @@ def _read_file(
     """Values by the options' names. ValueError, with the file's name, for what is no option or does not fit."""
     tables = read_tables(path)
     try:
-        tables = reword(tables)
-        return {name: check_value(name, value, known[name].hint) for name, value in _flatten(tables, known)}
+        return _check(reword(tables), known)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _check(tables: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:
+    """Values of tables by the options' names. ValueError for what is no option or does not fit."""
+    return {name: check_value(name, value, known[name].hint) for name, value in _flatten(tables, known)}
 
 
 def _flatten(tables: Mapping[str, Any], known: Mapping[str, Option], prefix: str = "") -> Iterator[tuple[str, Any]]:

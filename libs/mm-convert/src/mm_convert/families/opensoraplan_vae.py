@@ -97,8 +97,40 @@ _SPELLINGS = {
 
 
 def read_config(json: Mapping[str, Any]) -> Config:
-    """Our fields from a config.json of `CausalVAEModel`, only those that stand in it."""
-    return {ours: json[theirs[0]] for ours, theirs in _SPELLINGS.items() if json.get(theirs[0]) is not None}
+    """Our fields from a config.json of `CausalVAEModel`, only those that stand in it.
+
+    `attention` stands there for the older kind alone: its tensors are the same, and what it computes is not.
+    ValueError for a VAE of other blocks, whose tensors may have the same names too.
+    """
+    for key, published in _BLOCKS.items():
+        if json.get(key, published) != published:
+            raise ValueError(f"{key} is {json[key]!r}, and must be {published!r}: it is no VAE of Open-Sora-Plan 1.2")
+    kinds = [json.get(key, _FIXED) for key in _ATTENTION]
+    if kinds not in ([_FIXED] * 2, [_OLDER] * 2):
+        raise ValueError(
+            f"{' and '.join(_ATTENTION)} are {kinds[0]!r} and {kinds[1]!r}, and must both be {_FIXED}, or both {_OLDER}"
+        )
+    attention = {"attention": _OLDER} if kinds[0] == _OLDER else {}
+    return attention | {ours: json[theirs[0]] for ours, theirs in _SPELLINGS.items() if json.get(theirs[0]) is not None}
+
+
+_FIXED, _OLDER = "AttnBlock3DFix", "AttnBlock3D"
+_ATTENTION = ("encoder_attention", "decoder_attention")
+_BLOCKS = {
+    "q_conv": "CausalConv3d",
+    "encoder_conv_in": "Conv2d",
+    "encoder_conv_out": "CausalConv3d",
+    "encoder_resnet_blocks": ["ResnetBlock2D", "ResnetBlock2D", "ResnetBlock3D", "ResnetBlock3D"],
+    "encoder_mid_resnet": "ResnetBlock3D",
+    "encoder_spatial_downsample": ["Downsample", *["Spatial2xTime2x3DDownsample"] * 2, ""],
+    "encoder_temporal_downsample": [""] * 4,
+    "decoder_conv_in": "CausalConv3d",
+    "decoder_conv_out": "CausalConv3d",
+    "decoder_resnet_blocks": ["ResnetBlock3D"] * 4,
+    "decoder_mid_resnet": "ResnetBlock3D",
+    "decoder_spatial_upsample": ["", "SpatialUpsample2x", *["Spatial2xTime2x3DUpsample"] * 2],
+    "decoder_temporal_upsample": [""] * 4,
+}
 
 
 def _write_original(config: Config) -> Config:
@@ -112,21 +144,8 @@ def _write_original(config: Config) -> Config:
         "attn_resolutions": [],
         "resolution": 256,
         "use_quant_layer": True,
-        "q_conv": "CausalConv3d",
-        "encoder_conv_in": "Conv2d",
-        "encoder_conv_out": "CausalConv3d",
-        "encoder_attention": "AttnBlock3DFix",
-        "encoder_resnet_blocks": ["ResnetBlock2D", "ResnetBlock2D", "ResnetBlock3D", "ResnetBlock3D"],
-        "encoder_mid_resnet": "ResnetBlock3D",
-        "encoder_spatial_downsample": ["Downsample", *["Spatial2xTime2x3DDownsample"] * 2, ""],
-        "encoder_temporal_downsample": [""] * 4,
-        "decoder_conv_in": "CausalConv3d",
-        "decoder_conv_out": "CausalConv3d",
-        "decoder_attention": "AttnBlock3DFix",
-        "decoder_resnet_blocks": ["ResnetBlock3D"] * 4,
-        "decoder_mid_resnet": "ResnetBlock3D",
-        "decoder_spatial_upsample": ["", "SpatialUpsample2x", *["Spatial2xTime2x3DUpsample"] * 2],
-        "decoder_temporal_upsample": [""] * 4,
+        **dict.fromkeys(_ATTENTION, config.get("attention", _FIXED)),
+        **_BLOCKS,
     }
 
 

@@ -125,9 +125,8 @@ def check_frames(frames: int, published: Published, other_frames: bool, flag: st
     if only is None or frames == only or other_frames:
         return
     raise ValueError(
-        f"{flag}frames {frames}: the weights that were published for this model make {only} frames, and noise at any "
-        f"other length: ask for {only}, or leave it out. For weights that were trained on {frames} frames: "
-        f"{flag}other_frames true"
+        f"{flag}frames {frames}: these weights were trained on videos of {only} frame(s) only, and others come out as "
+        f"noise: ask for {only}, or leave it out. For weights that you trained on {frames}: {flag}other_frames true"
     )
 
 

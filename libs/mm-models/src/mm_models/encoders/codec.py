@@ -7,7 +7,11 @@ from torch import Tensor
 
 
 class Codec(Protocol):
-    """A video VAE, frozen, made of `(path of a diffusers directory, device, dtype, tiling)`."""
+    """A video VAE, frozen, made of `(path of a diffusers directory, device, dtype, tiling)`.
+
+    tiling: "none", "training" or "inference" (`mm_models.family.Tiling`). In tiles it takes less memory, and makes
+    slightly other numbers at the seams. A VAE with one kind of tiles takes both words for it.
+    """
 
     stride: tuple[int, int, int]
     """Frames, rows and columns of pixels per latent."""

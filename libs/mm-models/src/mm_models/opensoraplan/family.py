@@ -36,6 +36,8 @@ OPENSORAPLAN = Family(
     objective_options={"snr_gamma": 5.0, "noise_offset": 0.02},
     conditioning=later("mm_models.opensoraplan.encode", "Conditioning"),
     codec=later("mm_models.opensoraplan.vae", "OpenSoraPlanVAE"),
+    tiling={"training": "training", "inference": "inference"},
     text_encoder=later("mm_models.opensoraplan.encode", "text_encoder"),
+    sized=tasks.sized,
     unseen=("interpolation_scale", "sample_size"),
 )

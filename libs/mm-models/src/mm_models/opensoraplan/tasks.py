@@ -1,10 +1,10 @@
 """What an Open-Sora-Plan model can be asked for, and what its encoders must be; facts, known without torch."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mm_models.family import Task
+from mm_models.family import Published, Task
 from mm_models.folder import read_count
 from mm_models.opensoraplan.config import OpenSoraPlanConfig
 from mm_models.opensoraplan.vae_config import STRIDE, read_config
@@ -44,6 +44,16 @@ def fit(config: OpenSoraPlanConfig, repository: Path) -> OpenSoraPlanConfig:
             "and the mT5 that this model was published with"
         )
     return config
+
+
+def sized(published: Published, config: OpenSoraPlanConfig) -> Published:
+    """With the size and the length that weights were trained on, where they say so; they make no other length."""
+    if config.sample_size is None:
+        return published
+    frames, rows, columns = config.sample_size
+    frames = (frames - 1) * STRIDE[0] + 1
+    size = rows * STRIDE[1], columns * STRIDE[2]
+    return replace(published, size=size, frames=frames, trained_frames=frames)
 
 
 def describe(config: OpenSoraPlanConfig) -> dict[str, Any]:

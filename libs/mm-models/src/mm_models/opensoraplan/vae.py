@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from mm_models.encoders.loading import identity
+from mm_models.family import Tiling
 from mm_models.folder import part_of, read_json
 from mm_models.opensoraplan import tiles
 from mm_models.opensoraplan.vae_config import STRIDE, check_folder, read_config
@@ -34,7 +35,7 @@ class OpenSoraPlanVAE:
         path: Path | str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        tiling: Literal["none", "training", "inference"] = "none",
+        tiling: Tiling = "none",
     ) -> None:
         """tiling: as the makers tile when they train (tiles of 33 frames of 256x256 pixels; of latents 16 of 32x32),
         or when they sample (29 of 512x512; 8 of 64x64). What is no larger than one tile is the same with and without.

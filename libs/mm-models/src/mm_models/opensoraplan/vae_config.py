@@ -3,7 +3,8 @@
 config.json + checkpoint.ckpt                       as the model's makers publish it
 config.json + diffusion_pytorch_model.safetensors   as `mm-convert convert --to original` writes it
 config.json + model.safetensors(.index.json)        as `mm-convert convert` writes it in our own layout
-casualvae_mm.pt                                     as MindSpeed-MM's `vae_convert` writes it; config.json may be there
+casualvae_mm.pt                                     as MindSpeed-MM's `vae_convert` writes it, or mm-convert; beside it
+                                                    may lie a config.json, or what mm-convert notes of it
 """
 
 from __future__ import annotations
@@ -136,16 +137,18 @@ def check_folder(folder: Path) -> Path:
 
 
 def read_config(folder: Path) -> VAEConfig:
-    """What config.json says; the published shape where there is none beside casualvae_mm.pt.
+    """What config.json says, or beside casualvae_mm.pt mm-convert's note; the published shape where there is neither.
 
     Raises ValueError for a VAE of other blocks, naming what differs.
     """
-    file = folder / "config.json"
+    file, note = folder / "config.json", folder / "casualvae_mm.pt.mm_convert.json"
     if not file.exists() and (folder / "casualvae_mm.pt").exists():
-        return VAEConfig()
+        if not note.exists():
+            return VAEConfig()
+        file = note
     said = read_json(file)
     try:
-        return _from_ours(said) if said.get("format") == "mm" else _from_published(said)
+        return _from_ours(said) if file == note or said.get("format") == "mm" else _from_published(said)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mm_models.encoders.loading import identity, load_strictly, readable
+from mm_models.family import Tiling
 from mm_models.folder import part_of, read_count
 
 
@@ -21,15 +22,16 @@ class WanVAE:
         path: Path | str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        tiling: bool = False,
+        tiling: Tiling = "none",
     ) -> None:
         from diffusers import AutoencoderKLWan
 
         folder = part_of(path, "vae")
         self.device, self.dtype = torch.device(device), dtype
         self.vae = load_strictly(AutoencoderKLWan, folder, dtype).to(self.device)
-        self.identity = identity([folder], {"dtype": str(dtype), "tiling": tiling})
-        if tiling:
+        in_tiles = tiling != "none"  # diffusers has one kind
+        self.identity = identity([folder], {"dtype": str(dtype), "tiling": in_tiles})
+        if in_tiles:
             self.vae.enable_tiling()
         config = self.vae.config
         for key in ("patch_size", "scale_factor_spatial", "scale_factor_temporal"):  # which diffusers does not look at
