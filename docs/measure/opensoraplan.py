@@ -6,7 +6,7 @@
 
 load: a bfloat16 safetensors file of all 687 tensors, sparse on the disk (zeros take no room), is loaded by four ranks
 that each keep a quarter, as mm_train does under `--parallel.dp_shard 4`. Said of each rank: resident bytes of its own
-(anonymous memory) and of files (shared, and given back when others need room), before, after, and the most.
+(anonymous memory) and of files (one copy for all, given back when others need room), before, at most, and after.
 step: floating-point operations by formula and by torch's counter, on the meta device; bytes that the backward of one
 layer keeps per token, ours and diffusers'.
 """
@@ -15,10 +15,13 @@ import json
 import os
 import sys
 import tempfile
+import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_models import build
@@ -27,6 +30,7 @@ from mm_models.opensoraplan import OpenSoraPlanConfig, OpenSoraPlanModel, flops
 
 NAME = "opensoraplan-1.2"
 RANKS = 4
+TIMES = (("before", "before"), ("most", "at most"), ("after", "after"))
 
 
 def write_sparse(folder: Path) -> Path:
@@ -47,12 +51,22 @@ def write_sparse(folder: Path) -> Path:
 
 
 def resident() -> dict[str, float]:
-    """MB of this process: its own, of files, and the most it ever had of both."""
+    """MB of this process: its own, and of files."""
     lines = (line.split() for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
-    said = {
-        words[0].rstrip(":"): int(words[1]) / 1e3 * 1.024 for words in lines if words[0].startswith(("Rss", "VmHWM"))
-    }
-    return {"own": said["RssAnon"], "files": said["RssFile"], "most": said["VmHWM"]}
+    said = {words[0].rstrip(":"): int(words[1]) * 1.024 / 1e3 for words in lines if words[0].startswith("Rss")}
+    return {"own": said["RssAnon"], "files": said["RssFile"]}
+
+
+class Watch(threading.Thread):
+    """Looks every hundredth of a second how much there is, and keeps the most of each."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most, self.over = resident(), threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.01):
+            self.most = {kind: max(size, self.most[kind]) for kind, size in resident().items()}
 
 
 def load(rank: int, world: int, folder: Path, dtype: torch.dtype) -> dict[str, dict[str, float]]:
@@ -66,10 +80,15 @@ def load(rank: int, world: int, folder: Path, dtype: torch.dtype) -> dict[str, d
     model.compute_dtype = torch.bfloat16
     layout = ParallelConfig(dp_shard=world)
     parallelize(model, plan(model), make_mesh(layout, "cpu"), layout, MemoryConfig(), torch.bfloat16)
-    before = resident()
+    before, begin, watch = resident(), time.perf_counter(), Watch()
+    watch.start()
     load_parameters(model, open_checkpoint(folder), torch.device("cpu"))
-    held = sum(p.to_local().numel() * p.element_size() for p in model.parameters())
-    return {"before": before, "after": resident(), "held": {"own": held / 1e6}}
+    watch.over.set()
+    seconds, held = time.perf_counter() - begin, {"shards": 0.0, "whole": 0.0}
+    for p in model.parameters():
+        local = p.to_local() if isinstance(p, DTensor) else p
+        held["shards" if isinstance(p, DTensor) else "whole"] += local.numel() * local.element_size() / 1e6
+    return {"before": before, "most": watch.most, "after": resident(), "held": held, "time": {"seconds": seconds}}
 
 
 def measure_load() -> None:
@@ -80,11 +99,12 @@ def measure_load() -> None:
         for dtype in (torch.bfloat16, torch.float32):
             print(f"kept in {str(dtype).removeprefix('torch.')}, MB:")
             for rank, seen in enumerate(spawn(RANKS, load, Path(folder), dtype, timeout=580)):
-                before, after = seen["before"], seen["after"]
+                own, files = (
+                    ", ".join(f"{seen[when][kind]:,.0f} {word}" for when, word in TIMES) for kind in ("own", "files")
+                )
                 print(
-                    f"  rank {rank}: own {before['own']:,.0f} before, {after['own']:,.0f} after, of which "
-                    f"{seen['held']['own']:,.0f} are its parameters; of files {before['files']:,.0f} before, "
-                    f"{after['files']:,.0f} after; the most of both {after['most']:,.0f}",
+                    f"  rank {rank}: own {own}, of which its shards {seen['held']['shards']:,.0f} and what every rank "
+                    f"holds whole {seen['held']['whole']:,.0f}; of files {files}; {seen['time']['seconds']:.1f} s",
                     flush=True,
                 )
 
@@ -155,8 +175,8 @@ def measure_activations() -> None:
         ((fewer, more),) = pairwise(bytes_of_a_layer)
         per_token = (more - fewer) / (8 * 8)
         print(
-            f"{who}: a layer keeps {per_token:,.0f} bytes a token ({per_token / dim:.1f} D), and {more / 128:,.0f} with "
-            "the 512 rows of text shared over 128 tokens",
+            f"{who}: a layer keeps {per_token:,.0f} bytes a token ({per_token / dim:.1f} D); of 128 tokens, with what "
+            f"is kept of 512 rows of text, {more / 128:,.0f} a token",
             flush=True,
         )
 

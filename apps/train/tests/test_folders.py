@@ -92,7 +92,8 @@ def test_a_folder_is_extracted_and_trained_on_with_every_drop_told(model, encode
     assert f"note: {folder}: 4 entries name files that another annotation.json lists too" in done.stderr
     assert "14 samples, 11 kept, 3 dropped" in done.stderr, done.stderr
     assert "kept as clips of one frame, being pictures: 3" in done.stderr
-    assert "9 of 14 samples" in done.stderr
+    kinds = "2 missing_file, 1 cut_past_end, 1 too_short, 1 unreadable"
+    assert f"9 of 14 samples in {tmp_path}/features, 5 left out ({kinds}): " in done.stderr
     reasons = {}
     for line in (tmp_path / "features/failures.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -121,7 +122,8 @@ def test_a_folder_is_extracted_and_trained_on_with_every_drop_told(model, encode
         train(load_config([*run, *source, "--output", str(tmp_path / name)]))
     assert losses(tmp_path / "raw") == losses(tmp_path / "stored")
     said = capsys.readouterr().err
-    assert "9 of 14 samples" in said
+    assert f"9 of 14 samples of {folder} can be used, 5 left out ({kinds}): " in said
+    assert "kept as clips of one frame, being pictures: 3" in said
     assert said.count("4 entries name files") == 1
     small = [line for line in said.splitlines() if "fewer samples than" in line]
     assert len(small) == 2  # three pictures for a step of four: told by both runs

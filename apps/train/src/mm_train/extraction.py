@@ -45,7 +45,7 @@ from mm_train.command import prepare_output
 from mm_train.contents import check_ranks, encoder_files
 from mm_train.encode import Encoders
 from mm_train.extract import ExtractConfig
-from mm_train.ranks import map_over_ranks, say
+from mm_train.ranks import describe_missing, map_over_ranks, say
 
 ADVICE = {
     "HDR": "their colours are taken as they are stored, which looks pale; tone-map the files first to train on colours "
@@ -110,7 +110,7 @@ def _encode_share(config: ExtractConfig, guard: Watchdog) -> Callable[[], int]:
     def publish() -> int:
         found = cache.finish(todo, selection.dropped)
         missing = len(samples) - found
-        why = f", {missing} left out: {config.output / 'failures.jsonl'} says why" if missing else ""
+        why = describe_missing(cache.failures().values(), config.output / "failures.jsonl")
         print(one_line(f"{found} of {len(samples)} samples in {config.output}{why}"), file=sys.stderr)
         for note, names in cache.notes(todo).items():
             many = f"{len(names)} sample{'s' * (len(names) != 1)}, e.g. {names[0]}"

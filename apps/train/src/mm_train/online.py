@@ -32,7 +32,7 @@ from mm_data import (
 from mm_parallel.encoders import interleave, share_encoding
 from mm_train.config import Config
 from mm_train.encode import Encoders
-from mm_train.ranks import map_over_ranks, say
+from mm_train.ranks import describe_missing, map_over_ranks, say
 
 
 def find_clips(config: Config, encoders: Encoders) -> ClipDataset:
@@ -56,7 +56,7 @@ def find_clips(config: Config, encoders: Encoders) -> ClipDataset:
         report = config.run_dir / "failures.jsonl"
         lines = [json.dumps({"id": sample.id, "reason": str(reason)}) + "\n" for sample, reason in left_out]
         replace_file(report, "".join(lines))
-        why = f", {len(left_out)} left out: {report} says why" if left_out else ""
+        why = describe_missing([str(reason) for _, reason in left_out], report)
         print(f"{one_line(manifest)}: {selection}", file=sys.stderr)
         said = f"{len(dataset)} of {len(samples)} samples of {manifest} can be used{why}"
         print(one_line(said), file=sys.stderr, flush=True)

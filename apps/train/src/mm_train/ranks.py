@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mm_convert.cli.terminal import one_line
+from mm_data import count_reasons
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -21,6 +23,12 @@ def say(note: str) -> None:
     """Print what a person should know, once."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(one_line(f"note: {note}"), file=sys.stderr, flush=True)
+
+
+def describe_missing(reasons: Collection[str], report: Path) -> str:
+    """What to say of samples that are left out, by kind; empty where none is. `report`: where all reasons stand."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in count_reasons(reasons).items())
+    return f", {len(reasons)} left out ({kinds}): {report} says why" if reasons else ""
 
 
 def all_sum(*values: Tensor | float, device: torch.device) -> list[float]:

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mm_data.__about__ import __version__ as __version__
-from mm_data.geometry import Geometry
+from mm_data.geometry import Geometry, count_reasons
 
 if TYPE_CHECKING:
     from mm_data.batch import Batch, BatchDataset, Pick, pad_texts
@@ -52,6 +52,7 @@ __all__ = [
     "build_loader",
     "check_samples",
     "content_key",
+    "count_reasons",
     "crop_to",
     "decode",
     "files_below",

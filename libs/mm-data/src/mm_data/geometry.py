@@ -1,6 +1,7 @@
 """Which frames of a video, at which size: pure functions of its length, time stamps and resolution."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from math import sqrt
@@ -8,17 +9,31 @@ from typing import Annotated, Literal
 
 import numpy as np
 
+KINDS = (
+    *("missing_file", "no_file", "no_caption", "bad_caption", "no_resolution", "resolution_too_small"),
+    *("aspect_mismatch", "too_short", "cut_past_end", "mask_without_source", "length_mismatch", "shape_mismatch"),
+)
+UNREADABLE = "unreadable"  # of what is damaged, in whatever way
+
 
 class Unfit(ValueError):
-    """A sound video that this geometry cannot use. `kind` is one of a few words that a report counts."""
+    """A sound video that this geometry cannot use. `kind`, one of `KINDS`, is what a report counts."""
 
     def __init__(self, kind: str, detail: str):
+        assert kind in KINDS, kind
         super().__init__(kind, detail)  # what it is pickled by, for other ranks
         self.kind = kind
         self.detail = detail
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.detail}"
+
+
+def count_reasons(reasons: Iterable[str]) -> dict[str, int]:
+    """How often there is each kind, most frequent first, of reasons as `failures.jsonl` has them."""
+    kinds = (reason.partition(": ")[0] for reason in reasons)
+    counts = Counter(kind if kind in KINDS else UNREADABLE for kind in kinds)
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 @dataclass(frozen=True)

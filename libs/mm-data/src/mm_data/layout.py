@@ -82,7 +82,9 @@ def _span(sample: Sample, video: VideoInfo, others: list[VideoInfo]) -> tuple[in
         first, end = sample.cut
         for info in (video, *others):
             if end > info.num_frames:
-                raise ValueError(f"{info.path} has {_frames(info.num_frames)}: it cannot be cut to [{first}, {end})")
+                raise Unfit(
+                    "cut_past_end", f"{info.path} has {_frames(info.num_frames)}: it cannot be cut to [{first}, {end})"
+                )
         return first, end
     for other in others:
         if abs(other.num_frames - video.num_frames) > max(1, video.num_frames // 10):

@@ -71,9 +71,7 @@ def check_samples(samples: Sequence[Sample], geometry: Geometry, threads: int = 
     annotation leaves out is not judged here but at decoding. A file that is not there is named with what is most like
     it in its folder; nothing is put in its place.
 
-    Reasons: missing_file, no_file, mask_without_source, no_caption, bad_caption, no_resolution, resolution_too_small,
-    aspect_mismatch, too_short, and of VACE's source and mask length_mismatch and shape_mismatch. Of the files of a VACE
-    sample all must be there.
+    Reasons are those of `KINDS`. Of the files of a VACE sample all must be there.
     """
 
     neighbours = Neighbours()
