@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mm_convert import cli
+from mm_convert import cli, convert_ckpt_to_mm
 from mm_convert.cli.arguments import parse
 from mm_infer.config import Config as InferConfig
 from mm_models import presets
@@ -19,7 +19,8 @@ from mm_train.extract import ExtractConfig
 from mm_train.recipe import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
-WAN = ROOT / "docs/wan.md"  # has one block for all models: see `expand`
+WAN, OPENSORAPLAN = ROOT / "docs/wan.md", ROOT / "docs/opensoraplan.md"
+TEMPLATES = (WAN, OPENSORAPLAN)  # have blocks with variables, for all models: see `expand`
 READMES = [ROOT / "README.md", ROOT / "README.zh.md", *ROOT.glob("apps/*/README.md"), *ROOT.glob("docs/**/*.md")]
 COUNTS = ("--nnodes", "--nproc_per_node")  # of torchrun
 PROGRAMS = {
@@ -28,6 +29,7 @@ PROGRAMS = {
     "mm_train.export": lambda argv: parse(ExportConfig, argv, prog="export"),
     "mm_infer": lambda argv: parse(InferConfig, argv, prog="infer"),
 }
+CONVERTERS = {"mm-convert": cli.main, "mm_convert.convert_ckpt_to_mm": convert_ckpt_to_mm.main}
 
 
 Command = tuple[str, list[str], int]  # program, arguments, ranks
@@ -41,7 +43,9 @@ def command(words: list[str]) -> Command | None:
     """What a line of a shell starts, if it is a program of ours."""
     if words[:1] == ["mm-convert"]:
         return "mm-convert", words[1:], 1
-    if words[:1] not in (["python"], ["torchrun"]) or "-m" not in words or words[words.index("-m") + 1] not in PROGRAMS:
+    if words[:1] not in (["python"], ["torchrun"]) or "-m" not in words:
+        return None
+    if words[words.index("-m") + 1] not in PROGRAMS | CONVERTERS:
         return None
     at = words.index("-m") + 1
     return words[at], words[at + 1 :], prod(int(words[i + 1]) for i, word in enumerate(words[:at]) if word in COUNTS)
@@ -52,7 +56,7 @@ def written() -> list[Command]:
     lines = [
         line
         for readme in READMES
-        if readme != WAN
+        if readme not in TEMPLATES
         for block in blocks(readme)
         for line in block.replace("\\\n", " ").splitlines()
     ]
@@ -62,16 +66,16 @@ def written() -> list[Command]:
     return [found for words in typed if (found := command(words))]
 
 
-def table(*first: str) -> list[dict[str, str]]:
-    """The rows of the table of docs/wan.md whose header begins so, by the headers of its columns."""
+def table(page: Path, *first: str) -> list[dict[str, str]]:
+    """The rows of the table of a page whose header begins so, by the headers of its columns; [] if it has none."""
     rows = []
-    for line in WAN.read_text(encoding="utf-8").splitlines():
+    for line in page.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if rows and not line.startswith("|"):
             break
         if rows or [cell.strip("`") for cell in cells[: len(first)]] == [*first]:
             rows.append(cells)
-    head, _, *rows = rows
+    head, _, *rows = rows or [[], []]
     return [dict(zip([name.strip("`") for name in head], row, strict=True)) for row in rows]
 
 
@@ -81,51 +85,60 @@ def values(cell: str) -> list[str]:
     return ["no"] if cell == "no" else spans if spans and "nothing" not in cell else ["", *spans]
 
 
-def settings() -> Iterator[dict[str, str]]:
-    """Variables for the block of docs/wan.md, as its tables have them: every model, on 1, 8 and 16 devices."""
-    for model, ranks in product(table("MODEL", "W"), table("devices")):
+def settings(page: Path) -> Iterator[dict[str, str]]:
+    """Variables for the blocks of a page, as its tables have them: every model, on 1, 8 and 16 devices."""
+    for model, ranks in product(table(page, "MODEL", "W"), table(page, "devices")):
         name, devices = model["MODEL"], ranks["devices"]
         chosen = {variable: values(cell) for variable, cell in (model | ranks).items() if variable.isupper()}
-        chosen["E"] = values(model["E"] or model["W"])
-        chosen |= {
-            row["variable"].strip("`"): values(row[devices]) for row in table("variable") if name in row["MODEL"]
-        }
-        (given,) = (values(row["GIVEN"]) for row in table("MODEL", "GIVEN") if name in row["MODEL"])
-        chosen["GIVEN"] = given if devices == "1" else given[:1]
+        if "E" in model:
+            chosen["E"] = values(model["E"] or model["W"])
+        rows = [row for row in table(page, "variable") if name in row["MODEL"]]
+        chosen |= {row["variable"].strip("`"): values(row[devices]) for row in rows}
+        for row in table(page, "MODEL", "GIVEN"):
+            if name in row["MODEL"]:
+                given = values(row["GIVEN"])
+                chosen["GIVEN"] = given if devices == "1" else given[:1]
         for one_of_each in product(*chosen.values()):
             yield dict(zip(chosen, one_of_each, strict=True))
 
 
-def expand(variables: dict[str, str]) -> list[Command]:
-    """The commands that bash makes of the blocks of docs/wan.md, once the variables of the first block are set."""
-    first, *others = blocks(WAN, "shell")
-    programs = ("python", "torchrun", "hf", "mm-convert")
+def expand(page: Path, variables: dict[str, str]) -> list[Command]:
+    """The commands that bash makes of the blocks of a page, once the variables of one of them are set."""
+    programs = ("python", "torchrun", "hf", "mm-convert", "mkdir", "cp")
     script = [f"{name}() {{ printf '%s\\037' {name} \"$@\"; echo; }}" for name in programs]  # says what it is given
-    script += [first, *(f"{name}={shlex.quote(value)}" for name, value in variables.items()), *others]
+    for block in blocks(page, "shell"):
+        script.append(block)
+        if block.startswith("MODEL="):
+            script += [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
     said = subprocess.run(["bash", "-euc", "\n".join(script)], check=True, capture_output=True, text=True).stdout
     found = [command(line.split("\037")[:-1]) for line in said.splitlines()]
     return [made for made in found if made and "no" not in made[1]]  # does not fit so few devices
 
 
+def expand_all(page: Path) -> list[Command]:
+    return [made for variables in settings(page) for made in expand(page, variables)]
+
+
 def commands() -> list[Command]:
     """Each command of ours in the documentation, once."""
-    found = [*written(), *(made for variables in settings() for made in expand(variables))]
+    found = [*written(), *(made for page in TEMPLATES for made in expand_all(page))]
     return list({str(made): made for made in found}.values())
 
 
 def test_one_block_stands_for_every_model_on_every_number_of_devices():
     """In full, where so many devices hold it, and LoRA; each expert."""
-    made = [made for variables in settings() for made in expand(variables)]
     trained = {
         (arguments[1], ranks, "--recipe" in arguments, *re.findall("--expert (.*)", " ".join(arguments)))
-        for program, arguments, ranks in made
+        for page in TEMPLATES
+        for program, arguments, ranks in expand_all(page)
         if program == "mm_train" and "--data.features" in arguments
     }
     fits = {"wan2.1-t2v-1.3b", "wan2.1-i2v-1.3b", "wan2.2-ti2v-5b", "vace-1.3b"}  # in full on one device
+    fits |= {model for model in presets() if model.startswith("opensoraplan-1.2")}
     assert trained == {
         (model, ranks, lora, *expert)
         for model in presets()
-        if model.startswith(("wan2", "vace"))
+        if "-tiny" not in model
         for ranks, lora in product((1, 8, 16), (False, True))
         for expert in ([("high",), ("low",)] if "a14b" in model else [()])
         if lora or ranks > 1 or model in fits
@@ -133,7 +146,7 @@ def test_one_block_stands_for_every_model_on_every_number_of_devices():
 
 
 def test_there_are_commands_of_every_program():
-    assert {program for program, *_ in commands()} == {*PROGRAMS, "mm-convert"}
+    assert {program for program, *_ in commands()} == {*PROGRAMS, *CONVERTERS}
 
 
 @pytest.mark.parametrize(("program", "arguments", "ranks"), commands())
@@ -141,14 +154,14 @@ def test_the_command_is_understood(program, arguments, ranks, tmp_path, monkeypa
     """And, of training, that its layout fits the ranks and its batch the layout."""
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     monkeypatch.chdir(tmp_path)
-    if program != "mm-convert":
+    if program in PROGRAMS:
         read = PROGRAMS[program](arguments)
         if program == "mm_train":
             parallel = read.parallel.resolve(ranks)
             read.micro_batches(parallel.dp_replicate * parallel.dp_shard)
         return
     with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
+        CONVERTERS[program](arguments)
     said = capsys.readouterr().err
     assert stop.value.code == 2
     assert said.endswith("does not exist\n"), said  # refused only because the example's files are not here

@@ -78,6 +78,9 @@ class _OnDevice(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name].to(self.device)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors  # and nothing moves
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 
