@@ -8,10 +8,7 @@ from mm_models.opensoraplan.config import OpenSoraPlanConfig
 TINY = {"dim": 144, "ffn_dim": 576, "num_heads": 4, "num_layers": 4, "text_dim": 64}  # heads 36 wide
 
 # Of the makers' sampling script, on one line.
-PROMPT_TEMPLATE = (
-    "(masterpiece), (best quality), (ultra-detailed), (unwatermarked), {}. emotional, harmonious, vignette, "
-    "4k epic detailed, shot on kodak, 35mm photo, sharp focus, high budget, cinemascope, moody, epic, gorgeous"
-)
+PROMPT_TEMPLATE = "(masterpiece), (best quality), (ultra-detailed), {}."
 NEGATIVE_PROMPT = (
     "nsfw, lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst "
     "quality, low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
