@@ -1,10 +1,12 @@
 """The video VAE of the demo's Open-Sora-Plan: a very small but real `CausalVAEModel` (stride 4, 8, 8; 4 channels).
 
-    python docs/demo/causal_codec.py docs/demo/causal_codec       # trains it (about 15 minutes on one core)
+    python docs/demo/causal_codec.py docs/demo/causal_codec       # trains it (about 10 minutes on one core)
     python docs/demo/causal_codec.py docs/demo/causal_codec --sheet codec.png     # only measures it, and draws
 
 The result is shipped in docs/demo/causal_codec, so the demo does not run this. The training clips are more varied than
 the demo's (any colour, size and velocity), so the codec knows shapes in general, not the demo's data set.
+(The shipped one comes from 350 steps of an earlier form of this file, in which latent 3 began at random and colours
+were swapped at random. It keeps all colours and motions, but tells no shapes apart: they look round.)
 
 Its norms have 32 groups, as always in this class, and here 32 or 64 channels. So each channel loses its own strength
 over a video, and with it the colours: trained from random weights, the codec saw where things are, but all of them in
@@ -201,8 +203,8 @@ def reconstruct(codec: CausalVAE, video: Tensor) -> Tensor:
 def normalise(codec: CausalVAE) -> None:
     """Moves mean and deviation of the latents, per channel, into the 1x1x1 convolutions around them.
 
-    Afterwards the latents of clips such as the demo's have mean 0, and times SCALE the deviation 1, which no config.json
-    of this class can say. What is decoded stays the same.
+    Afterwards the latents of clips such as the demo's have mean 0, and times SCALE the deviation 1: no config.json of
+    this class can say them. What is decoded stays the same.
     """
     latents = torch.cat([codec.encode(some)[0] for some in wan.demo_clips().split(8)])
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))

@@ -143,9 +143,7 @@ OPENSORAPLAN = {
         "mm-convert OpenSoraPlanConverter mm_to_hf --cfg.source_path {out}/run/weights-ema"
         " --cfg.target_path {out}/transformer"
     ),
-    "Generate what was held out": generate(
-        "held_out", "transformer", "generated", config="opensoraplan-generate.toml"
-    ),
+    "Generate what was held out": generate("held_out", "transformer", "generated", config="opensoraplan-generate.toml"),
     "Measure": measure("held_out.txt", "generated"),
 }
 
