@@ -1,12 +1,10 @@
 """The video VAE of the demo's Open-Sora-Plan: a very small but real `CausalVAEModel` (stride 4, 8, 8; 4 channels).
 
-    python docs/demo/causal_codec.py docs/demo/causal_codec       # trains it (about 10 minutes on one core)
+    python docs/demo/causal_codec.py docs/demo/causal_codec       # trains it (about 11 minutes on one core)
     python docs/demo/causal_codec.py docs/demo/causal_codec --sheet codec.png     # only measures it, and draws
 
 The result is shipped in docs/demo/causal_codec, so the demo does not run this. The training clips are more varied than
 the demo's (any colour, size and velocity), so the codec knows shapes in general, not the demo's data set.
-(The shipped one comes from 350 steps of an earlier form of this file, in which latent 3 began at random and colours
-were swapped at random. It keeps all colours and motions, but tells no shapes apart: they look round.)
 
 Its norms have 32 groups, as always in this class, and here 32 or 64 channels. So each channel loses its own strength
 over a video, and with it the colours: trained from random weights, the codec saw where things are, but all of them in
@@ -247,7 +245,7 @@ def report(folder: Path, path: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=600, help="of training")
+    parser.add_argument("--steps", type=int, default=1000, help="of training")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument(
         "--sheet", type=Path, help="do not train: measure the codec in the folder and draw this picture"
