@@ -14,6 +14,7 @@ from mm_models.families import find
 from mm_models.opensoraplan.testing import write_encoders
 from mm_parallel.testing import spawn
 from mm_train.config import Config
+from mm_train.data import training_data
 from mm_train.objective import build_objective
 from mm_train.recipe import load_config
 from mm_train.step import MicroBatches
@@ -120,3 +121,16 @@ def test_training_goes_on_with_another_size(features, trained, tmp_path, capsys)
     assert file.config["interpolation_scale"] == [1.0, 1.5, 2.0]
     with pytest.raises(ValueError, match=r"another architecture: num_heads 2 \(asked for: 4\)"):
         train(config(features, tmp_path / "other", *weights, architecture={"num_heads": 4}))
+
+
+@pytest.mark.parametrize(("size", "noted"), [([24, 4, 6], True), ([2, 8, 6], True), ([2, 4, 6], False)])
+def test_a_size_that_no_sample_has_is_told_before_the_first_step(features, size, noted):
+    """…as config.json will say that the weights make it, and mm_infer makes no other length then."""
+    asked = config(features, Path("unused"), architecture={"sample_size": size})
+    notes = training_data(asked, build_objective(asked), None, torch.device("cpu")).notes
+    assert len(notes) == noted
+    if noted:
+        frames, rows, columns = (size[0] - 1) * 4 + 1, size[1] * 8, size[2] * 8
+        assert notes[0].startswith(f"no sample has {frames} frames of {rows}x{columns}, which config.json will say")
+        assert "There are 5 frames of 32x48: choose another --model" in notes[0]
+        assert """--architecture '{"sample_size": [2, 4, 6]}'""" in notes[0]

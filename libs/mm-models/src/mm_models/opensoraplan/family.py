@@ -39,5 +39,6 @@ OPENSORAPLAN = Family(
     tiling={"training": "training", "inference": "inference"},
     text_encoder=later("mm_models.opensoraplan.encode", "text_encoder"),
     sized=tasks.sized,
+    note_shapes=tasks.note_shapes,
     unseen=("interpolation_scale", "sample_size"),
 )
