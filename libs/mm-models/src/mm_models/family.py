@@ -119,6 +119,10 @@ class Family:
     """Folders of a diffusers directory that it needs, besides its own."""
     own_folders: Mapping[str, Callable[[Path], Any]] = field(default_factory=dict, kw_only=True)
     """Of these, the ones with files of its own kind: name -> what raises ValueError for a folder that is not right."""
+    kinds: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    """Of the other folders with weights, what their config.json must say: diffusers' `_class_name`, or transformers'
+    `model_type`.
+    """
     multiples: Callable[[Any, Path], tuple[int, int, int]]
     """(config, repository) -> frames per latent frame, rows and columns of pixels per token."""
     fit: Callable[[Any, Path], Any]

@@ -23,6 +23,7 @@ OPENSORAPLAN = Family(
     tasks_unasked=tasks.tasks_unasked,
     encoders=tasks.encoders,
     own_folders={"vae": check_folder},
+    kinds={"text_encoder": "mt5"},
     multiples=tasks.multiples,
     fit=tasks.fit,
     describe=tasks.describe,

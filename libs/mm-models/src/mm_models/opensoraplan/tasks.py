@@ -63,7 +63,7 @@ def note_shapes(config: OpenSoraPlanConfig, shapes: Collection[tuple[int, int, i
     usual, *others = Counter(shapes).most_common()
     found, more = usual[0], f", and {len(others)} other shapes" * bool(others)
     return (
-        f"no sample has {_words(config.sample_size)}, which config.json will say and mm_infer will make. There are "
+        f"no sample has {_words(config.sample_size)}, which config.json will say and mm_infer will make. Samples have "
         f"{_words(found)}{more}: choose another --model, or --architecture '{{\"sample_size\": {list(found)}}}'"
     )
 
@@ -76,7 +76,7 @@ def _pixels(latents: tuple[int, int, int]) -> tuple[int, int, int]:
 
 def _words(latents: tuple[int, int, int]) -> str:
     frames, rows, columns = _pixels(latents)
-    return f"{frames} frames of {rows}x{columns}"
+    return f"{frames} frame{'s' * (frames > 1)} of {rows}x{columns}"
 
 
 def describe(config: OpenSoraPlanConfig) -> dict[str, Any]:
