@@ -1,6 +1,7 @@
 """Open-Sora-Plan is trained: DDPM, text with its mask, weights that say what they were trained for."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,13 +10,17 @@ import torch
 
 from mm_convert import open_checkpoint
 from mm_data import FeatureCache, FeatureDataset, build_loader, made_with, read_video
-from mm_models import preset
+from mm_models import build, preset
 from mm_models.families import find
 from mm_models.opensoraplan.testing import write_encoders
+from mm_models.wan import testing as wan_testing
 from mm_parallel.testing import spawn
+from mm_train.checks import check_encoders
 from mm_train.config import Config
+from mm_train.data import training_data
 from mm_train.objective import build_objective
 from mm_train.recipe import load_config
+from mm_train.start import Start
 from mm_train.step import MicroBatches
 from mm_train.train import train
 
@@ -118,5 +123,43 @@ def test_training_goes_on_with_another_size(features, trained, tmp_path, capsys)
     assert "trained with interpolation_scale (1.0, 1.0, 1.0) (asked for: (1.0, 1.5, 2.0))" in said.out + said.err
     file = open_checkpoint(tmp_path / "larger" / "weights")
     assert file.config["interpolation_scale"] == [1.0, 1.5, 2.0]
+    with pytest.raises(ValueError, match="weights holds opensoraplan, and the model asked for is of wan"):
+        Start(build("wan-tiny", device="meta"), str(trained / "weights"), None, seed=0)
     with pytest.raises(ValueError, match=r"another architecture: num_heads 2 \(asked for: 4\)"):
         train(config(features, tmp_path / "other", *weights, architecture={"num_heads": 4}))
+
+
+@pytest.mark.parametrize(("size", "noted"), [([24, 4, 6], True), ([2, 8, 6], True), ([2, 4, 6], False)])
+def test_a_size_that_no_sample_has_is_told_before_the_first_step(features, size, noted):
+    """…as config.json will say that the weights make it, and mm_infer makes no other length then."""
+    asked = config(features, Path("unused"), architecture={"sample_size": size})
+    notes = training_data(asked, build_objective(asked), None, torch.device("cpu")).notes
+    assert len(notes) == noted
+    if noted:
+        frames, rows, columns = (size[0] - 1) * 4 + 1, size[1] * 8, size[2] * 8
+        assert notes[0].startswith(f"no sample has {frames} frames of {rows}x{columns}, which config.json will say")
+        assert "Samples have 5 frames of 32x48: choose another --model" in notes[0]
+        assert """--architecture '{"sample_size": [2, 4, 6]}'""" in notes[0]
+
+
+def test_encoders_of_another_family_are_refused_before_they_are_loaded(tmp_path):
+    """…each folder of them, by what its config.json says it is."""
+    theirs = {"opensoraplan-tiny": tmp_path / "osp", "wan-tiny": tmp_path / "wan"}
+    write_encoders(theirs["opensoraplan-tiny"])
+    wan_testing.write_encoders(theirs["wan-tiny"])
+    reasons = {
+        ("opensoraplan-tiny", "vae"): "_class_name is 'AutoencoderKLWan', and must be 'CausalVAEModel'",
+        ("opensoraplan-tiny", "text_encoder"): "model_type is 'umt5', and must be 'mt5'",
+        ("wan-tiny", "vae"): "_class_name is 'CausalVAEModel', and must be 'AutoencoderKLWan'",
+        ("wan-tiny", "text_encoder"): "model_type is 'mt5', and must be 'umt5'",
+    }
+    for (model, part), reason in reasons.items():
+        family, preset = find(model)
+        folders = family.encoders(preset.config)
+        check_encoders(family, theirs[model], folders, "--encoders")
+        mixed = tmp_path / f"{model} {part}"
+        for folder in folders:
+            (source,) = (path for name, path in theirs.items() if (name == model) != (folder == part))
+            shutil.copytree(source / folder, mixed / folder)
+        with pytest.raises(ValueError, match=reason):
+            check_encoders(family, mixed, folders, "--encoders")

@@ -93,9 +93,14 @@ def training_data(config: Config, objective: Objective, mesh: DeviceMesh | None,
 
 
 def _notes(dataset: BatchDataset, config: Config) -> list[str]:
-    """Buckets too small for a step. Raises ValueError where all are, and are to be dropped."""
+    """Buckets too small for a step, and shapes of which the weights will not tell. Raises ValueError where all buckets
+    are too small, and are to be dropped.
+    """
     small = Order(dataset.buckets, config.data.global_batch, config.seed, config.data.small_buckets).small
-    return [small.describe("--data.small_buckets ", "--data.global_batch ")] if small else []
+    notes = [small.describe("--data.small_buckets ", "--data.global_batch ")] if small else []
+    family, shape = architecture(config)
+    other = family.note_shapes(shape, [tuple(frames_rows_columns) for _, *frames_rows_columns in dataset.buckets])
+    return [*notes, other] if other else notes
 
 
 def _steps(dataset: BatchDataset, config: Config, mesh: DeviceMesh | None, cursor: int) -> Iterator:
