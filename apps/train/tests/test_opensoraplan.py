@@ -72,6 +72,15 @@ def test_text_is_padded_and_its_padding_is_masked(features):
     assert ((given["t"] >= 0) & (given["t"] <= 999)).all()
 
 
+def test_text_of_more_rows_than_are_read_is_refused_at_the_start(features, tmp_path):
+    """The longest of eight has 10."""
+    train(config(features, tmp_path / "run", "--steps", "1", architecture={"text_tokens": 10}))
+    with pytest.raises(
+        ValueError, match=r"text of 7\.mp4 has 10 rows, .* asked to read 9: .* text_tokens of at least 10"
+    ):
+        train(config(features, tmp_path / "other", architecture={"text_tokens": 9}))
+
+
 def test_a_run_and_what_it_writes(trained):
     values = losses(trained)
     assert len(values) == 3
