@@ -64,7 +64,7 @@ class Conditioning:
             video_mask: B F H W bool, if some latents are padding. Where none is, leave it out: masked attention of
                 videos is slower.
         """
-        more = self.config.text_tokens - text.shape[1]
+        more = max(0, self.config.text_tokens - text.shape[1])  # the model refuses text that is too long
         if text_mask is None:
             text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         given = {

@@ -96,7 +96,7 @@ class Conditioning:
         """
         if video_mask is not None:
             raise ValueError("a Wan has no mask of what is video: cut the clips to one size, with no padding")
-        text = F.pad(text, (0, 0, 0, self.config.text_tokens - text.shape[1]))
+        text = F.pad(text, (0, 0, 0, max(0, self.config.text_tokens - text.shape[1])))  # too long: the model refuses it
         given = {"video": latents, "t": t, "text": text}
         match self.task:
             case "i2v" | "flf2v":
