@@ -92,6 +92,15 @@ def test_a_file_of_two_lists_counts_once_and_that_is_said(tmp_path):
     assert [str(one.message) for one in told] == notes
 
 
+def test_links_to_a_folder_do_not_make_its_samples_twice(tmp_path):
+    write(tmp_path / "set", "a.mp4", files=["a.mp4"])
+    write(tmp_path / "set/folder_01", "b.mp4", files=["b.mp4"])
+    write(tmp_path / "elsewhere", "c.mp4", files=["c.mp4"])
+    for link, target in (("00", "folder_01"), ("99", "folder_01"), ("loop", "."), ("c", "../elsewhere")):
+        (tmp_path / "set" / link).symlink_to(target)
+    assert [sample.id for sample in read(tmp_path / "set")[0]] == ["a.mp4", "c/c.mp4", "folder_01/b.mp4"]
+
+
 def test_what_one_list_says_twice_is_two_samples(tmp_path):
     """As in every list: a sample that is listed twice is trained on twice."""
     write(tmp_path, "f/1.mp4", "f/1.mp4")

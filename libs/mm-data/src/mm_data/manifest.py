@@ -165,12 +165,15 @@ class Annotation:
 
 def find_annotations(path: str | Path) -> list[Annotation]:
     """The lists of a manifest, in the order in which they are read: that of a folder, then those of the folders in it.
+    A folder to which links lead as well is read once.
 
     Raises ValueError for what is no manifest. Of a data.txt the lines are read, of the others nothing.
     """
     path = Path(path)
     if os.path.isdir(path):
-        folders = [path, *sorted(path / entry.name for entry in os.scandir(path) if entry.is_dir())]
+        below = sorted((entry.is_symlink(), path / entry.name) for entry in os.scandir(path) if entry.is_dir())
+        once = {os.path.realpath(folder): folder for folder in [*(folder for _, folder in reversed(below)), path]}
+        folders = [path, *sorted(set(once.values()) - {path})]
         found = [Annotation(folder / ANNOTATION, folder, path) for folder in folders if _exists(folder / ANNOTATION)]
         if found:
             return found
