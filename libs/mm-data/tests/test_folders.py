@@ -101,6 +101,14 @@ def test_links_to_a_folder_do_not_make_its_samples_twice(tmp_path):
     assert [sample.id for sample in read(tmp_path / "set")[0]] == ["a.mp4", "c/c.mp4", "folder_01/b.mp4"]
 
 
+def test_a_list_that_is_a_link_to_nothing_is_not_passed_over(tmp_path):
+    write(tmp_path, "a.mp4", files=["a.mp4"])
+    (tmp_path / "folder_01").mkdir()
+    (tmp_path / "folder_01/annotation.json").symlink_to("moved.json")
+    with pytest.raises(ValueError, match=r"folder_01/annotation\.json is a link to moved\.json, which is not there"):
+        read(tmp_path)
+
+
 def test_what_one_list_says_twice_is_two_samples(tmp_path):
     """As in every list: a sample that is listed twice is trained on twice."""
     write(tmp_path, "f/1.mp4", "f/1.mp4")

@@ -194,11 +194,13 @@ def find_annotations(path: str | Path) -> list[Annotation]:
 
 
 def _exists(path: Path) -> bool:
-    """OSError where the system does not say."""
+    """ValueError for a link to nothing, which is not the same as no list; OSError where the system does not say."""
     try:
-        path.stat()
+        path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
+    if not path.exists():
+        raise ValueError(f"{path} is a link to {os.readlink(path)}, which is not there: mend the link, or remove it")
     return True
 
 
