@@ -251,6 +251,7 @@ def test_a_cleaner_is_part_of_the_identity(mt5):
         ("一只猫 ㈱ walks ..  slowly\n", "一只猫 walks slowly"),
         ("x : y , z/a,b.c", "x: y , z a, b. c"),
         ("a%20b+c", "a b c"),
+        ("a <![ cat <![person", "a <! cat <! person"),  # which no parser of HTML understands
     ],
 )
 def test_prompts_are_cleaned_as_the_captions_of_open_sora_plan(prompt, cleaned):

@@ -81,10 +81,13 @@ def _apply(rules: list[tuple[str, str]], text: str) -> str:
 
 
 def _without_markup(text: str) -> str:
-    """The text between the tags of HTML."""
+    """The text between the tags of HTML; all of it where it is none, as after `<![`."""
     parts: list[str] = []
     reader = HTMLParser()
     reader.handle_data = parts.append
-    reader.feed(text)
-    reader.close()
+    try:
+        reader.feed(text)
+        reader.close()
+    except AssertionError:  # so the parser of Python says that it does not understand
+        return text
     return "".join(parts)
