@@ -60,7 +60,9 @@ def test_names_are_the_same_from_wherever_the_command_runs(tmp_path, monkeypatch
     assert [sample.id for sample in read(tmp_path / "set")[0]] == expected
     monkeypatch.chdir(tmp_path)
     for path in ("set", "./set/", "set/folder_01/.."):
-        assert [sample.id for sample in read(path)[0]][1:] == expected[1:]
+        assert [sample.id for sample in read(path)[0]] == expected
+    monkeypatch.chdir(tmp_path / "set")
+    assert [sample.id for sample in read(".")[0]] == expected
 
 
 def test_a_path_that_may_be_two_files_is_refused_with_both(tmp_path):

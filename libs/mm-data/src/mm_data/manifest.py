@@ -155,12 +155,14 @@ class Annotation:
         return below if os.path.isdir(below.parent) and not os.path.isdir(beside.parent) else beside
 
     def identify(self, name: str, path: Path) -> str:
-        """What to call a sample: as it is written, or of a folder of lists by the path from there."""
-        return name if self.top is None else os.path.normpath(path).removeprefix(self._above)
+        """What to call a sample: as it is written, or of a folder of lists by the path from there; by the whole path
+        where that lies elsewhere.
+        """
+        return name if self.top is None else os.path.abspath(path).removeprefix(self._above)
 
     @cached_property
     def _above(self) -> str:
-        return os.path.join(os.path.normpath(self.top), "")
+        return os.path.join(os.path.abspath(self.top), "")
 
 
 def find_annotations(path: str | Path) -> list[Annotation]:
