@@ -43,6 +43,15 @@ def test_starts_as_the_base_and_trains_nothing_else(base, batch):
     assert {name.replace(".base_layer.", ".") for name in model.state_dict() if "lora_" not in name} == names
 
 
+def test_without_targets_those_of_the_family():
+    """Of every block of Open-Sora-Plan: two attentions and the feed-forward."""
+    model = add_lora(build("opensoraplan-tiny", device="meta"), LoRAConfig(rank=2))
+    adapted = {name.partition(".lora_")[0] for name in lora_state_dict(model)}
+    ends = {f"attn{n}.{part}" for n in (1, 2) for part in ("to_q", "to_k", "to_v", "to_out.0")}
+    ends |= {"ff.net.0.proj", "ff.net.2"}
+    assert adapted == {f"transformer_blocks.{i}.{end}" for i in range(4) for end in ends}
+
+
 def test_rank_alpha_and_targets(base, batch):
     model = add_lora(base(), LoRAConfig(rank=4, alpha=8.0, targets=("ffn.2", "blocks.1.self_attn.q")))
     shapes = {name: tuple(tensor.shape) for name, tensor in lora_state_dict(model).items()}

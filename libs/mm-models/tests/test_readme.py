@@ -11,6 +11,8 @@ PACKAGE = Path(__file__).parent.parent
 @pytest.mark.parametrize("readme", ["README.md", "src/mm_models/wan/README.md", "src/mm_models/opensoraplan/README.md"])
 def test_code_runs(readme, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # where it writes
-    (code,) = re.findall(r"```python\n(.*?)```", (PACKAGE / readme).read_text(), re.DOTALL)
-    exec(compile(code, readme, "exec"), {})
-    assert "torch.Size" in capsys.readouterr().out
+    blocks = re.findall(r"```python\n(.*?)```", (PACKAGE / readme).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for code in blocks:
+        exec(compile(code, readme, "exec"), {})
+        assert "torch.Size" in capsys.readouterr().out
