@@ -112,6 +112,12 @@ def _quiet() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
+def check_finite(model: torch.nn.Module, place: Path) -> None:
+    """Raises ValueError for weights that are NaN or infinite: of a VAE, videos would be black without a word."""
+    if broken := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{place}: {len(broken)} tensors hold NaN or infinity, first {broken[0]}: download it again")
+
+
 def _check_class(folder: Path, key: str, wanted: str) -> None:
     """Raises ValueError if config.json is of another class."""
     file = folder / "config.json"

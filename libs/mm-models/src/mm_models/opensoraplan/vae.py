@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from mm_models.encoders.loading import identity
+from mm_models.encoders.loading import check_finite, identity
 from mm_models.family import Tiling
 from mm_models.folder import part_of, read_json
 from mm_models.opensoraplan import tiles
@@ -100,8 +100,7 @@ def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = 
     _check_tensors(file, tensors, model.state_dict())
     model = model.to(dtype).to_empty(device=device)
     model.load_state_dict(tensors)  # copies one by one out of the mapped file
-    if broken := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{file}: {len(broken)} tensors hold NaN or infinity, first {broken[0]}: download it again")
+    check_finite(model, file)
     return model.eval().requires_grad_(False)
 
 
