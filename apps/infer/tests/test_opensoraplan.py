@@ -56,6 +56,15 @@ def test_the_preset_is_believed_where_the_files_say_nothing(write, encoders):
     assert facts.published == find("opensoraplan-tiny")[1].published
 
 
+def test_what_a_preset_contradicts_has_a_way_out(write, encoders):
+    said = write(prediction_type="v_prediction")
+    with pytest.raises(ValueError, match=r"v_prediction instead of epsilon; .* write .* sample_size into its config"):
+        Weights(said, encoders, model="opensoraplan-tiny")
+    anything = {"sample_size": None, "sample_size_t": None}
+    facts = Weights(write(prediction_type="v_prediction", **SCALE, **anything), encoders).facts
+    assert (facts.prediction, facts.published.trained_frames) == ("v_prediction", None)
+
+
 @pytest.mark.parametrize(("frames", "length"), [(24, 93), (8, 29), (1, 1)])
 def test_the_files_say_for_which_length_they_were_trained(write, encoders, frames, length):
     facts = Weights(write(**SCALE, **SIZE | {"sample_size_t": frames}), encoders).facts

@@ -212,6 +212,19 @@ def test_features_are_told_apart_by_task_where_they_differ(encoders):
     assert len({t2v, *others}) == 4
 
 
+@pytest.mark.parametrize(("part", "name"), [("text", "text.0"), ("codec", "latents")])
+def test_features_that_are_no_numbers_are_refused(encoders, part, name):
+    broken = Encoders(encoders, preset("wan-tiny"), "t2v", dtype=torch.float32)
+    module = broken.text.model if part == "text" else broken.codec.vae
+    next(module.parameters()).data.fill_(torch.nan)
+    clip = {"id": "a.mp4", "video": torch.zeros(3, 5, 32, 48), "captions": ("a cat",), "meta": {}}
+    with pytest.raises(FloatingPointError, match=rf"a\.mp4: {name} came out as NaN or infinite: .* weights in"):
+        broken.encode([clip])
+    if part == "text":
+        with pytest.raises(FloatingPointError, match="the empty prompt: text came out as NaN"):
+            assert broken.empty_text is None
+
+
 def test_sizes_suit_the_vae_of_the_model(tmp_path):
     """That of Wan2.2 5B packs 16x16 pixels, so a token is 32x32."""
     model = replace(preset("wan-tiny"), in_channels=48, out_channels=48)

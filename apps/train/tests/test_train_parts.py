@@ -80,6 +80,8 @@ def test_the_geometry_of_a_recipe_is_for_videos(tmp_path, capsys):
     (tmp_path / "mine.toml").write_text('[data]\nfeatures = "features"\n')
     for features in (["--data.features", "features"], ["--config", str(tmp_path / "mine.toml")]):
         assert load_config([*model, *features]).data.geometry == Geometry()
+        given = load_config([*model, *features, "--data.features", "null", "--data.manifest", "m"]).data
+        assert (given.features, given.geometry.num_frames) == (None, 29)  # videos after all
     for flags, frames in (([], 29), (["--geometry.num_frames", "1", "--geometry.min_frames", "1"], 1)):
         with pytest.raises(SystemExit) as stop:
             extract.main([*model, *flags, "--print_config"])

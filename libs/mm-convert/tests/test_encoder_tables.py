@@ -163,3 +163,14 @@ def test_mt5_is_converted_without_torch(published_mt5, tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     said = json.loads((tmp_path / "encoder" / "config.json").read_text(encoding="utf-8"))
     assert (said["model_type"], said["architectures"], said["num_layers"]) == ("mt5", ["MT5EncoderModel"], 3)
+
+
+def test_parts_in_torchs_format_have_a_way_out(tmp_path):
+    for name in (
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model-00002-of-00002.bin",
+        "pytorch_model.bin.index.json",
+    ):
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin\.index\.json names parts .* `save_pretrained`"):
+        open_checkpoint(tmp_path)

@@ -104,14 +104,25 @@ def test_values_that_cannot_be_are_left_out_and_said():
     said = {"num_heads": 5, "interpolation_scale": [1.0, "2"], "sample_size": [0, 8, 12], "eps": 3}
     config, notes = OPENSORAPLAN.complete(said | content.config)
     assert len(notes) == 5  # and that the number of heads is unknown
-    assert (config["interpolation_scale"], config["sample_size"], config["eps"]) == ([1.0, 1.0, 1.0], None, 1e-6)
+    assert (config["interpolation_scale"], config["eps"]) == ([1.0, 1.0, 1.0], 1e-6)
+    assert "sample_size" not in config  # None would say that there is no such size
     json = OPENSORAPLAN.write_config["original"](config)
     assert not {"num_attention_heads", "attention_head_dim", "sample_size"} & set(json)
 
 
-def test_a_config_json_of_another_network_is_refused():
-    with pytest.raises(ValueError, match="use_rope is False"):
-        OPENSORAPLAN.read_config({"use_rope": False})
+@pytest.mark.parametrize(("key", "value"), [("use_rope", False), ("sparse1d", True), ("only_cross_attention", True)])
+def test_a_config_json_of_another_network_is_refused(key, value):
+    """Also of version 1.3, whose sparse attention has the same tensors."""
+    with pytest.raises(ValueError, match=f"{key} is {value}"):
+        OPENSORAPLAN.read_config({key: value})
+
+
+@pytest.mark.parametrize("size", [None, [24, 60, 80]])
+def test_that_there_is_no_size_is_said_too(size):
+    config = {"dim": 48, "patch_size": [1, 2, 2], "eps": 1e-6, "sample_size": size}
+    assert OPENSORAPLAN.read_config(OPENSORAPLAN.write_config["original"](config))["sample_size"] == size
+    del config["sample_size"]
+    assert "sample_size" not in OPENSORAPLAN.read_config(OPENSORAPLAN.write_config["original"](config))
 
 
 def test_cuts_name_what_there_is():

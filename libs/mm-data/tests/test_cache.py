@@ -143,6 +143,14 @@ def test_whatever_decides_the_tensors_makes_them_stale(tmp_path, samples, change
         cache.finish()
 
 
+def test_the_empty_prompt_of_other_encoders_was_not_decoded(tmp_path, samples):
+    with FeatureCache(tmp_path / "out") as cache:
+        cache.put_empty_text(torch.zeros(1, 8), "another encoder")
+    todo = FeatureCache(tmp_path / "out").find_work(samples[:1], Geometry(), "encoder")
+    assert todo.stale == 1
+    assert "decoder" not in str(todo)
+
+
 def test_entries_of_another_decoder_are_stale(tmp_path, samples, monkeypatch):
     """PyAV 15 and 16 read other colours than 17 from the same file: the two are not mixed."""
     with FeatureCache(tmp_path / "out") as cache:

@@ -60,7 +60,9 @@ def test_names_are_the_same_from_wherever_the_command_runs(tmp_path, monkeypatch
     assert [sample.id for sample in read(tmp_path / "set")[0]] == expected
     monkeypatch.chdir(tmp_path)
     for path in ("set", "./set/", "set/folder_01/.."):
-        assert [sample.id for sample in read(path)[0]][1:] == expected[1:]
+        assert [sample.id for sample in read(path)[0]] == expected
+    monkeypatch.chdir(tmp_path / "set")
+    assert [sample.id for sample in read(".")[0]] == expected
 
 
 def test_a_path_that_may_be_two_files_is_refused_with_both(tmp_path):
@@ -90,6 +92,23 @@ def test_a_file_of_two_lists_counts_once_and_that_is_said(tmp_path):
     with pytest.warns(UserWarning, match="entr") as told:
         read_manifest(tmp_path)
     assert [str(one.message) for one in told] == notes
+
+
+def test_links_to_a_folder_do_not_make_its_samples_twice(tmp_path):
+    write(tmp_path / "set", "a.mp4", files=["a.mp4"])
+    write(tmp_path / "set/folder_01", "b.mp4", files=["b.mp4"])
+    write(tmp_path / "elsewhere", "c.mp4", files=["c.mp4"])
+    for link, target in (("00", "folder_01"), ("99", "folder_01"), ("loop", "."), ("c", "../elsewhere")):
+        (tmp_path / "set" / link).symlink_to(target)
+    assert [sample.id for sample in read(tmp_path / "set")[0]] == ["a.mp4", "c/c.mp4", "folder_01/b.mp4"]
+
+
+def test_a_list_that_is_a_link_to_nothing_is_not_passed_over(tmp_path):
+    write(tmp_path, "a.mp4", files=["a.mp4"])
+    (tmp_path / "folder_01").mkdir()
+    (tmp_path / "folder_01/annotation.json").symlink_to("moved.json")
+    with pytest.raises(ValueError, match=r"folder_01/annotation\.json is a link to moved\.json, which is not there"):
+        read(tmp_path)
 
 
 def test_what_one_list_says_twice_is_two_samples(tmp_path):

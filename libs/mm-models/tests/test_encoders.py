@@ -256,6 +256,7 @@ def test_a_cleaner_is_part_of_the_identity(mt5):
             "<![CDATA[a cat]]> &lt;i&gt; runs &bogus; &#39;so&#39; at&t &copy; r&b &quote",
             "a cat runs bogus 'so' at t r b e",
         ),
+        ("a <![ cat <![person", "a <! cat <! person"),  # which no parser of HTML understands
     ],
 )
 def test_prompts_are_cleaned_as_the_captions_of_open_sora_plan(prompt, cleaned):

@@ -65,6 +65,12 @@ def lacks(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
+def no_numbers(folder: Path) -> None:
+    tensors = load_file(folder / VAE)
+    next(iter(tensors.values())).fill_(torch.inf)
+    save_file(tensors, folder / VAE, {"format": "pt"})
+
+
 def cut(name: str, at: int) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:at])
 
@@ -242,6 +248,7 @@ OTHERS = {
     ("vae", "number for a list"): (says(dim_mult=5), "cannot be loaded as AutoencoderKLWan"),
     ("vae", "factor"): (says(scale_factor_spatial=0), "scale_factor_spatial is 0, and must be a positive integer"),
     ("vae", "patches"): (says(patch_size="x"), "patch_size is 'x', and must be a positive integer"),
+    ("vae", "no numbers"): (no_numbers, "1 tensors hold NaN or infinity, first"),
     ("vae", "cut"): (cut(VAE, 1000), "is no complete safetensors file"),
     ("image_encoder", "class"): (says(model_type="clip"), "model_type is 'clip', and must be 'clip_vision_model'"),
     ("image_encoder", "activation"): (says(hidden_act="own"), "cannot be loaded as CLIPVisionModel"),

@@ -189,10 +189,11 @@ def _config(path: Path, family: Family, checkpoint: Checkpoint, model: str | Non
     known = {field.name for field in fields(family.config)}
     read = {name: value for name, value in checkpoint.config.items() if name in known}
     read = check_fields(family.config, read, f"{path}: ")
+    unsaid = [name for name in family.unseen if name not in read]
     if model is None:
         if "num_heads" in known - read.keys():
             raise ValueError(f"{path}: the tensors do not say the number of heads: name the preset (model)")
-        if unsaid := [name for name in family.unseen if name not in read]:
+        if unsaid:
             raise ValueError(
                 f"{path}: no config.json says {' and '.join(unsaid)}, by which weights of {family.name} differ and "
                 f"their tensors do not: name the preset (model): {', '.join(family.presets)}"
@@ -206,7 +207,8 @@ def _config(path: Path, family: Family, checkpoint: Checkpoint, model: str | Non
     config = preset.config
     other = [f"{k} {v} instead of {getattr(config, k)}" for k, v in read.items() if v != getattr(config, k)]
     if other:
-        raise ValueError(f"{path} is no {model}: it has {', '.join(other)}; without model, it is taken as it is")
+        way = f"write {' and '.join(unsaid)} into its config.json" if unsaid else "it is taken as it is"
+        raise ValueError(f"{path} is no {model}: it has {', '.join(other)}; without model, {way}")
     return config
 
 

@@ -163,8 +163,8 @@ def _trained(config: Config) -> None:
         )
     if config.lora.rank and config.weights == "random":
         raise ValueError(
-            "--lora.rank with --weights random: a fresh model's last projection is zero and would be frozen, so "
-            "that no adapter could learn. Give --weights, or train without adapters"
+            "--lora.rank with --weights random: adapters stand beside weights that stay as they are, and these would "
+            "have learnt nothing. Give --weights, or train without adapters"
         )
     if config.lora.dropout and config.parallel.tp > 1:
         raise ValueError("--lora.dropout would be drawn apart by --parallel.tp ranks: use 0, or no tp")

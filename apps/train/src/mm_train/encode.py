@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from math import lcm
@@ -40,6 +40,7 @@ class Encoders:
         """
         family = family_of(model)
         family.fit(model, path)
+        self.path = path
         self.multiples, self.task = family.multiples(model, path), family.task(model, task)
         self.conditioning = family.conditioning(model, task)
         self.codec = family.codec(path, device=device, tiling=family.choose_tiling(tiling, "training"))
@@ -55,7 +56,9 @@ class Encoders:
     @cached_property
     def empty_text(self) -> Tensor:
         """The encoding S D of the empty prompt, on the CPU: what text dropout trains on."""
-        return self.text.encode([""])[0].cpu()
+        text = self.text.encode([""])[0].cpu()
+        self._check_finite("the empty prompt", {"text": text})
+        return text
 
     def to(self, device: torch.device) -> None:
         """Move all of them, e.g. to the host while the model trains."""
@@ -76,7 +79,10 @@ class Encoders:
 
     @torch.no_grad()
     def encode(self, clips: Sequence[Clip]) -> list[dict[str, Tensor]]:
-        """Features of clips of one shape, by the names of the cache: latents, a text for each caption, conditions."""
+        """Features of clips of one shape, by the names of the cache: latents, a text for each caption, conditions.
+
+        Raises FloatingPointError for NaN and infinity, which nobody would find out before they are trained on.
+        """
         video = self._stack([clip["video"] for clip in clips])
         latents = self.codec.encode(video)
         conditions: Sequence[dict[str, Tensor]] = [{} for _ in clips]
@@ -86,7 +92,15 @@ class Encoders:
         features = [self.conditioning.to_store(*one) for one in zip(latents, conditions, strict=True)]
         for one, clip in zip(features, clips, strict=True):
             one |= {f"text.{i}": text for i, text in enumerate(self.text.encode(list(clip["captions"])))}
+            self._check_finite(clip["id"], one)
         return features
+
+    def _check_finite(self, what: str, features: Mapping[str, Tensor]) -> None:
+        for name, tensor in features.items():
+            if not tensor.isfinite().all():
+                raise FloatingPointError(
+                    f"{what}: {name} came out as NaN or infinite: look at the weights in {self.path}"
+                )
 
     def _pixels(self, video: Tensor, clips: Sequence[Clip]) -> Pixels:
         """What the clips would be made from: their own first and last frames; source, mask and references if read."""

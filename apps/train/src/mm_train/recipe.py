@@ -54,8 +54,9 @@ def _recipe(argv: list[str]) -> dict[str, Any]:
     """The recipe as it stands below files and flags. Features have a geometry of their own."""
     tables = find_recipe(argv)
     data = tables.get("data", {})
-    of_files = [file.get("data") for file in _files(argv)]
-    if _values(argv, "data.features") or any(isinstance(said, dict) and "features" in said for said in of_files):
+    of_files = [said for file in _files(argv) if isinstance(said := file.get("data"), dict)]
+    features = [said["features"] for said in of_files if "features" in said] + _values(argv, "data.features")
+    if features and features[-1] != "null":
         data.pop("geometry", None)
     return tables
 

@@ -255,8 +255,8 @@ class FeatureCache:
             (done if key in self else repeated if key in asked else to_encode).append(sample)
             asked.add(key)
         stale = self._entries.keys() - asked - {content_key("", None, encoder)}
-        of_videos = [meta for meta in map(self.meta, stale) if meta["id"]]  # and the empty text of another encoder
-        others = Counter(meta.get("decoder", "an unknown decoder") for meta in of_videos)
+        metas = [self.meta(key) for key in stale]
+        others = Counter(meta.get("decoder", "an unknown decoder") for meta in metas if meta["id"])  # "": no video
         del others[decoder]
         return ToDo(encoder, decoder, keys, done, to_encode, repeated, failed, len(stale), dict(others))
 

@@ -155,22 +155,27 @@ class Annotation:
         return below if os.path.isdir(below.parent) and not os.path.isdir(beside.parent) else beside
 
     def identify(self, name: str, path: Path) -> str:
-        """What to call a sample: as it is written, or of a folder of lists by the path from there."""
-        return name if self.top is None else os.path.normpath(path).removeprefix(self._above)
+        """What to call a sample: as it is written, or of a folder of lists by the path from there; by the whole path
+        where that lies elsewhere.
+        """
+        return name if self.top is None else os.path.abspath(path).removeprefix(self._above)
 
     @cached_property
     def _above(self) -> str:
-        return os.path.join(os.path.normpath(self.top), "")
+        return os.path.join(os.path.abspath(self.top), "")
 
 
 def find_annotations(path: str | Path) -> list[Annotation]:
     """The lists of a manifest, in the order in which they are read: that of a folder, then those of the folders in it.
+    A folder to which links lead as well is read once.
 
     Raises ValueError for what is no manifest. Of a data.txt the lines are read, of the others nothing.
     """
     path = Path(path)
     if os.path.isdir(path):
-        folders = [path, *sorted(path / entry.name for entry in os.scandir(path) if entry.is_dir())]
+        below = sorted((entry.is_symlink(), path / entry.name) for entry in os.scandir(path) if entry.is_dir())
+        once = {os.path.realpath(folder): folder for folder in [*(folder for _, folder in reversed(below)), path]}
+        folders = [path, *sorted(set(once.values()) - {path})]
         found = [Annotation(folder / ANNOTATION, folder, path) for folder in folders if _exists(folder / ANNOTATION)]
         if found:
             return found
@@ -191,11 +196,13 @@ def find_annotations(path: str | Path) -> list[Annotation]:
 
 
 def _exists(path: Path) -> bool:
-    """OSError where the system does not say."""
+    """ValueError for a link to nothing, which is not the same as no list; OSError where the system does not say."""
     try:
-        path.stat()
+        path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
+    if not path.exists():
+        raise ValueError(f"{path} is a link to {os.readlink(path)}, which is not there: mend the link, or remove it")
     return True
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from mm_convert.families.family import Config, Cuts, Family, Ladder
 from mm_convert.families.fields import is_count, is_small, settle, settle_heads
+from mm_convert.files import brief
 from mm_convert.tensors.rules import Row, Table
 
 
@@ -68,7 +69,8 @@ def from_sizes(sizes: Mapping[str, int], groups: set[str], layers: Mapping[str, 
 
 
 def complete(config: Config) -> tuple[Config, list[str]]:
-    """`interpolation_scale` and `sample_size` are frames, rows and columns; the latter of latents, None for any.
+    """`interpolation_scale` and `sample_size` are frames, rows and columns; the latter of latents, None where it is
+    said that there is none.
 
     Published weights differ in both, so nothing is assumed where nothing is said: both stay absent then.
     """
@@ -76,8 +78,10 @@ def complete(config: Config) -> tuple[Config, list[str]]:
     notes = settle(config, "eps", 1e-6, is_small)
     if "interpolation_scale" in config:
         notes += settle(config, "interpolation_scale", [1.0, 1.0, 1.0], _are_scales)
-    if "sample_size" in config:
-        notes += settle(config, "sample_size", None, _are_counts)
+    size = config.get("sample_size")
+    if size is not None and not _are_counts(size):
+        notes.append(f"sample_size is said to be {brief(size)}, which cannot be: it is left out")
+        del config["sample_size"]
     notes += settle(config, "text_tokens", USUAL["text_tokens"], is_count)
     notes += settle(config, "prediction_type", USUAL["prediction_type"], lambda value: value in PREDICTION_TYPES)
     return config, notes + settle_heads(config, HEAD_DIM)
@@ -112,21 +116,28 @@ _FIXED = {
     "patch_size_t": 1,
     "use_rope": True,
 }
+_WITHOUT = (
+    "sparse1d",
+    "only_cross_attention",
+    "double_self_attention",
+)  # other attention with the same tensors, as in version 1.3
 
 
 def read_config(json: Mapping[str, Any]) -> Config:
     """Our fields from a config.json of `OpenSoraT2V`, or of diffusers' Allegro, only those that stand in it."""
-    for key, value in _FIXED.items():
+    for key, value in {**_FIXED, **dict.fromkeys(_WITHOUT, False)}.items():
         if json.get(key, value) != value:
             raise ValueError(f"{key} is {json[key]!r}; of Open-Sora-Plan 1.2 only {value!r} is published and supported")
     found = {ours: json[theirs] for ours, theirs in _SPELLINGS.items() if json.get(theirs) is not None}
     heads, head_dim = json.get("num_attention_heads"), json.get("attention_head_dim")
     if is_count(heads) and is_count(head_dim):
         found["dim"] = heads * head_dim
-    frames, size = json.get("sample_size_t"), json.get("sample_size")
+    frames, size = (json.get(key, "unsaid") for key in ("sample_size_t", "sample_size"))
     size = [size, size] if is_count(size) else size
-    if frames is not None and isinstance(size, list):
+    if isinstance(size, list):
         found["sample_size"] = [frames, *size]
+    elif frames is size is None:  # it is said that there is none
+        found["sample_size"] = None
     scales = [json.get(scale) for scale in _SCALES]
     if None in scales and set(_SCALES) <= json.keys() and _are_counts(found.get("sample_size")):
         usual = _scales_of(*found["sample_size"])
@@ -147,14 +158,15 @@ def _is_written(field: str, config: Config) -> bool:
 
 
 def _write_original(config: Config) -> Config:
-    heads, size, scales = config.get("num_heads"), config.get("sample_size"), config.get("interpolation_scale")
+    heads, scales = config.get("num_heads"), config.get("interpolation_scale")
+    frames, *size = config.get("sample_size") or [None]
     return {
         "_class_name": "OpenSoraT2V",
         **{theirs: config[ours] for ours, theirs in _SPELLINGS.items() if ours in config and _is_written(ours, config)},
         **({"attention_head_dim": config["dim"] // heads} if heads else {}),
         **_FIXED,
         **(dict(zip(_SCALES, scales, strict=True)) if scales else {}),
-        **({"sample_size_t": size[0], "sample_size": size[1:]} if size else {}),
+        **({"sample_size_t": frames, "sample_size": size or None} if "sample_size" in config else {}),
         "cross_attention_dim": config["dim"],
         "patch_size": config["patch_size"][1],
     }

@@ -146,6 +146,11 @@ def _file(path: Path, part: str) -> Source:
 def _torch_folder(folder: Path, part: str) -> Source:
     files = [file for file in sorted(folder.iterdir()) if file.suffix in TORCH_SUFFIXES and not file.is_dir()]
     if len(files) != 1:
+        if index := next(folder.glob("*.bin.index.json"), None):
+            raise ValueError(
+                f"{index} names parts in torch's own format, which are not joined here: load the model with "
+                "transformers and save it anew (`save_pretrained`), which writes safetensors"
+            )
         found = ", ".join(file.name for file in files[:5])
         what = f"several torch files ({found}); name one of them" if files else "no checkpoint"
         raise ValueError(f"{folder} holds no *.safetensors file and {what}")

@@ -108,6 +108,12 @@ def _quiet() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
+def check_finite(model: torch.nn.Module, place: Path) -> None:
+    """Raises ValueError for weights that are NaN or infinite: of a VAE, videos would be black without a word."""
+    if broken := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{place}: {len(broken)} tensors hold NaN or infinity, first {broken[0]}: download it again")
+
+
 def _size(kind: Any, folder: Path, of_diffusers: bool) -> int:
     """Parameters of the model that config.json describes, which a library would fill with noise."""
     with torch.device("meta"):

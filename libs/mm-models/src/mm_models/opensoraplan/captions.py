@@ -82,10 +82,13 @@ def _apply(rules: list[tuple[str, str]], text: str) -> str:
 
 
 def _without_markup(text: str) -> str:
-    """The text between the tags of HTML, as the makers' BeautifulSoup gives it."""
+    """The text between the tags of HTML, as the makers' BeautifulSoup gives it; all of it where it is none (`<![`)."""
     reader = _Text()
-    reader.feed(text)
-    reader.close()
+    try:
+        reader.feed(text)
+        reader.close()
+    except AssertionError:  # so the parser of Python says that it does not understand
+        return text
     return "".join(reader.parts)
 
 

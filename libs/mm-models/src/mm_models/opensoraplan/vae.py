@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from mm_models.encoders.loading import identity
+from mm_models.encoders.loading import check_finite, identity
 from mm_models.family import Tiling
 from mm_models.folder import part_of, read_json
 from mm_models.opensoraplan import tiles
@@ -90,7 +90,9 @@ class OpenSoraPlanVAE:
 
 
 def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> CausalVAE:
-    """The VAE of a folder, frozen. ValueError unless its files hold exactly its tensors; nothing pickled is run."""
+    """The VAE of a folder, frozen. ValueError unless its files hold exactly its tensors, and these only finite numbers;
+    nothing pickled is run.
+    """
     file, config = check_folder(folder), read_config(folder)
     with torch.device("meta"):
         model = CausalVAE(config)
@@ -98,6 +100,7 @@ def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = 
     _check_tensors(file, tensors, model.state_dict())
     model = model.to(dtype).to_empty(device=device)
     model.load_state_dict(tensors)  # copies one by one out of the mapped file
+    check_finite(model, file)
     return model.eval().requires_grad_(False)
 
 
@@ -110,7 +113,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for part in parts:
         tensors |= _read_safetensors(part) if part.suffix == ".safetensors" else _choose_weights(part)
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(TRAINING_ONLY)}
+    named = {str(name): tensor for name, tensor in tensors.items()}  # a pickle may have numbers for names
+    return {name: tensor for name, tensor in named.items() if not name.startswith(TRAINING_ONLY)}
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -124,7 +128,7 @@ def _choose_weights(file: Path) -> Mapping[str, Any]:
     said = _load_pickle(file)
     averaged, trained = said.get("ema_state_dict"), said.get("state_dict")
     if isinstance(averaged, Mapping) and averaged:
-        return {name.removeprefix("module."): tensor for name, tensor in averaged.items()}
+        return {str(name).removeprefix("module."): tensor for name, tensor in averaged.items()}
     if isinstance(trained, Mapping):
         generator = trained.get("gen_model", trained)
         return generator if isinstance(generator, Mapping) else {}
@@ -172,11 +176,11 @@ def _check_tensors(file: Path, found: Mapping[str, Any], wanted: Mapping[str, Te
     fit = "the weights do not belong to this config.json, or the file is incomplete"
     if missing := sorted(wanted.keys() - found.keys()):
         raise ValueError(f"{file} lacks {len(missing)} tensors, first {', '.join(missing[:3])}: {fit}")
-    if unknown := sorted(map(str, found.keys() - wanted.keys())):
+    if unknown := sorted(found.keys() - wanted.keys()):
         raise ValueError(f"{file} has {len(unknown)} tensors too many, first {', '.join(unknown[:3])}: {fit}")
     for name, tensor in found.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise ValueError(f"{file}: {name} is no tensor of floating-point numbers")
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
+            raise ValueError(f"{file}: {name} is no dense tensor of floating-point numbers")
         if tensor.shape != wanted[name].shape:
             raise ValueError(f"{file}: {name} is {list(tensor.shape)}, and must be {list(wanted[name].shape)}: {fit}")
 

@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from mm_models.encoders.loading import identity, load_strictly, readable
+from mm_models.encoders.loading import check_finite, identity, load_strictly, readable
 from mm_models.family import Tiling
 from mm_models.folder import part_of, read_count
 
@@ -29,6 +29,7 @@ class WanVAE:
         folder = part_of(path, "vae")
         self.device, self.dtype = torch.device(device), dtype
         self.vae = load_strictly(AutoencoderKLWan, folder, dtype).to(self.device)
+        check_finite(self.vae, folder)
         in_tiles = tiling != "none"  # diffusers has one kind
         self.identity = identity([folder], {"dtype": str(dtype), "tiling": in_tiles})
         if in_tiles:
