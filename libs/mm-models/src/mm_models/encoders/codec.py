@@ -38,3 +38,18 @@ def to_frames(codec: Codec, latents: Tensor) -> Tensor:
     """Latents of one video, 1 C F' h w, to what is written to a file: F H W 3, uint8 on the CPU."""
     video = codec.decode(latents)[0].clamp(-1, 1)
     return ((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0).contiguous().cpu()
+
+
+def check_video(video: Tensor, stride: tuple[int, int, int]) -> None:
+    """Raises ValueError unless pixels B 3 F H W become whole latents of a VAE that packs frames after the first."""
+    time, height, width = stride
+    if video.ndim != 5 or video.shape[1] != 3:
+        raise ValueError(f"video has shape {tuple(video.shape)}, but must be B 3 F H W")
+    frames, rows, columns = video.shape[2:]
+    if (frames - 1) % time:
+        raise ValueError(f"{frames} frames: must be {time}k + 1, e.g. {(frames - 1) // time * time + 1}")
+    if rows % height or columns % width:
+        raise ValueError(
+            f"frames of {rows}x{columns} pixels: both must be multiples of {height}, "
+            f"e.g. {rows // height * height}x{columns // width * width}"
+        )

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from mm_models.encoders.codec import check_video
 from mm_models.encoders.loading import check_finite, identity
 from mm_models.family import Tiling
 from mm_models.folder import part_of, read_json
@@ -69,7 +70,7 @@ class OpenSoraPlanVAE:
     @torch.no_grad()
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log of the variance of the latents of a video, both B 4 F' h w in float32, not scaled."""
-        _check_size(video, self.stride)
+        check_video(video, self.stride)
         moments = self._moments(video) if self.tiles is None else tiles.encode(self._moments, video, self.tiles)
         mean, logvar = moments.float().chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR)
@@ -183,17 +184,3 @@ def _check_tensors(file: Path, found: Mapping[str, Any], wanted: Mapping[str, Te
             raise ValueError(f"{file}: {name} is no dense tensor of floating-point numbers")
         if tensor.shape != wanted[name].shape:
             raise ValueError(f"{file}: {name} is {list(tensor.shape)}, and must be {list(wanted[name].shape)}: {fit}")
-
-
-def _check_size(video: Tensor, stride: tuple[int, int, int]) -> None:
-    time, height, width = stride
-    if video.ndim != 5 or video.shape[1] != 3:
-        raise ValueError(f"video has shape {tuple(video.shape)}, but must be B 3 F H W")
-    frames, rows, columns = video.shape[2:]
-    if (frames - 1) % time:
-        raise ValueError(f"{frames} frames: must be {time}k + 1, e.g. {(frames - 1) // time * time + 1}")
-    if rows % height or columns % width:
-        raise ValueError(
-            f"frames of {rows}x{columns} pixels: both must be multiples of {height}, "
-            f"e.g. {rows // height * height}x{columns // width * width}"
-        )

@@ -6,6 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from mm_models.encoders.codec import check_video
 from mm_models.encoders.loading import check_finite, identity, load_strictly, readable
 from mm_models.family import Tiling
 from mm_models.folder import part_of, read_count
@@ -68,17 +69,7 @@ class WanVAE:
         """Video B 3 F H W in [-1, 1] to normalised latents B C F' h w in float32, F' = (F - 1) / 4 + 1: the mode of the
         posterior, so no chance is involved. Raises ValueError for a size that the VAE would have to crop.
         """
-        time, height, width = self.stride
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise ValueError(f"video has shape {tuple(video.shape)}, but must be B 3 F H W")
-        frames, rows, columns = video.shape[2:]
-        if (frames - 1) % time:
-            raise ValueError(f"{frames} frames: must be {time}k + 1, e.g. {(frames - 1) // time * time + 1}")
-        if rows % height or columns % width:
-            raise ValueError(
-                f"frames of {rows}x{columns} pixels: both must be multiples of {height}, "
-                f"e.g. {rows // height * height}x{columns // width * width}"
-            )
+        check_video(video, self.stride)
         latents = self.vae.encode(video.to(self.device, self.dtype)).latent_dist.mode()
         return (latents.float() - self.mean) / self.std
 
