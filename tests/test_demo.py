@@ -56,8 +56,9 @@ def test_the_demo_runs_to_its_report(tmp_path):
         ("ti2v", "<th>image</th><th>result</th>", 2 + 2, 2),
         ("vace", "<th>source</th><th>mask</th><th>reference</th><th>result</th>", 2 * 2 * 3 + 2, 2),
         ("experts", "", 2, 0),
+        ("opensoraplan", "", 2 + 2, 0),
     ],
-    ids=["i2v", "ti2v", "vace", "experts"],
+    ids=["i2v", "ti2v", "vace", "experts", "opensoraplan"],
 )
 def test_the_commands_of_a_task(task, heads, videos, images, tmp_path, monkeypatch):
     demo, stages = tasks.DEMOS[task], []
@@ -75,7 +76,7 @@ def test_the_commands_of_a_task(task, heads, videos, images, tmp_path, monkeypat
         clips = json.loads((tmp_path / f"{name}.json").read_text())["clips"]
         assert len(clips) == 2
         assert all(f">{clip['prompt']}<" in report for clip in clips)
-        assert all(bool(clip["given"]) == (clip["kept"] is not None) == (task != "experts") for clip in clips)
+        assert all(bool(clip["given"]) == (clip["kept"] is not None) == ("<th>" in heads) for clip in clips)
 
 
 def _run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,9 +32,11 @@ FIRST_LOGVAR = -4.0  # of the noise on the latents when training starts: at diff
 SMALLEST_STD = 0.25  # of the largest: channels that carry nothing are not blown up to unit variance
 
 
-def random_clip(rng: np.random.Generator, size: int) -> np.ndarray:
-    """uint8 F size size 3: a shape of any colour and velocity that passes somewhere through the window."""
-    middle, velocity = rng.uniform(-4, size + 4, 2), rng.uniform(-5, 5, 2)
+def random_clip(rng: np.random.Generator, size: int, margin: float = -4) -> np.ndarray:
+    """uint8 F size size 3: a shape of any colour and velocity that passes somewhere through the window, in the middle
+    of the clip at least `margin` pixels from its border.
+    """
+    middle, velocity = rng.uniform(margin, size - margin, 2), rng.uniform(-5, 5, 2)
     if rng.random() < 0.5:
         velocity[rng.integers(2)] = 0  # along an axis, as in the demo
     start = middle - velocity * (clips.FRAMES - 1) / 2

@@ -28,20 +28,33 @@ def extract(model: str, source: str, features: str, task: str = "") -> str:
 
 
 def train(
-    model: str, flags: str = "", weights: str = "random", run: str = "run", data: str = DATA, samples: str = ""
+    model: str,
+    flags: str = "",
+    weights: str = "random",
+    run: str = "run",
+    data: str = DATA,
+    samples: str = "",
+    config: str = "train.toml",
 ) -> str:
     """`samples`: flags that say which sample videos are drawn meanwhile, where it is not the prompt of train.toml."""
     return (
-        f"python -m mm_train --model {model} --weights {weights} --config {{here}}/train.toml{flags}{data}"
+        f"python -m mm_train --model {model} --weights {weights} --config {{here}}/{config}{flags}{data}"
         f"{samples} --sample.encoders {{out}}/encoders --output {{out}}/{run}"
     )
 
 
-def generate(asked: str, weights: str, output: str, flags: str = "", lists: tuple[str, ...] = ()) -> str:
+def generate(
+    asked: str,
+    weights: str,
+    output: str,
+    flags: str = "",
+    lists: tuple[str, ...] = (),
+    config: str = "generate.toml",
+) -> str:
     """`lists`: the flags of mm_infer whose files stand beside the prompts."""
     files = "".join(f" --{name}_file {{out}}/clips/{asked}_{name}.txt" for name in lists)
     return (
-        f"python -m mm_infer --weights {{out}}/{weights} --encoders {{out}}/encoders --config {{here}}/generate.toml"
+        f"python -m mm_infer --weights {{out}}/{weights} --encoders {{out}}/encoders --config {{here}}/{config}"
         f"{flags} --prompt_file {{out}}/clips/{asked}.txt{files} --output {{out}}/{output}"
     )
 
@@ -120,6 +133,20 @@ EXPERTS = {
     "Measure": measure("held_out.txt", "generated"),
 }
 
+OPENSORAPLAN = {
+    "Write clips": CLIPS,
+    "Assemble VAE and text encoder": ENCODERS + " --opensoraplan",
+    "Encode clips and captions": extract("opensoraplan-tiny", "data", "features"),
+    "Encode the validation set": extract("opensoraplan-tiny", "validation", "validation"),
+    "Train": train("opensoraplan-tiny", config="opensoraplan-train.toml"),
+    "Convert to the released format": (
+        "mm-convert OpenSoraPlanConverter mm_to_hf --cfg.source_path {out}/run/weights-ema"
+        " --cfg.target_path {out}/transformer"
+    ),
+    "Generate what was held out": generate("held_out", "transformer", "generated", config="opensoraplan-generate.toml"),
+    "Measure": measure("held_out.txt", "generated"),
+}
+
 DEMOS = {
     "t2v": Demo("A small Wan2.1, trained on this machine", HELD_OUT, T2V),
     "i2v": Demo(
@@ -146,4 +173,5 @@ DEMOS = {
         EXPERTS,
         runs=("run/high", "run/low"),
     ),
+    "opensoraplan": Demo("A small Open-Sora-Plan 1.2, trained on this machine", HELD_OUT, OPENSORAPLAN),
 }

@@ -1,11 +1,14 @@
 """The demo's text encoder and tokenizer: tiny but real, in the files and folders of a diffusers repository.
 
     python docs/demo/text.py DIR [--image_encoder]
+    python docs/demo/text.py DIR --opensoraplan
 
 writes DIR/tokenizer (one token per word, T5's special tokens), DIR/text_encoder (a `UMT5EncoderModel` of random, seeded
 weights), DIR/vae (a copy of docs/demo/codec), DIR/scheduler and DIR/model_index.json: a Wan2.1 repository without its
 transformer. With --image_encoder also DIR/image_encoder, a `CLIPVisionModel` of random weights, for models that see an
 image through CLIP.
+With --opensoraplan: what Open-Sora-Plan 1.2 has beside its transformer, a tokenizer, an `MT5EncoderModel` and a causal
+VAE (a copy of docs/demo/causal_codec).
 Random weights will do: a sentence of nine words needs to be told from another, not to be understood.
 So does a picture.
 """
@@ -14,16 +17,24 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import TypeVar
 
 import clips
 import torch
 from diffusers import UniPCMultistepScheduler
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    MT5EncoderModel,
+    PreTrainedTokenizerFast,
+    UMT5EncoderModel,
+)
 
-CODEC = Path(__file__).parent / "codec"
+CODEC, CAUSAL_CODEC = (Path(__file__).parent / name for name in ("codec", "causal_codec"))
 DIM = 64  # of an embedding; the `text_dim` of the model that is trained on them
 IMAGE_DIM = 32  # of an image token; the `image_dim` of the model
+T5 = TypeVar("T5", UMT5EncoderModel, MT5EncoderModel)
 FLOW_SHIFT = 3.0  # of the sampler, when the repository is opened with diffusers
 
 
@@ -37,13 +48,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=512, **special)
 
 
-def text_encoder(vocabulary: int, seed: int = 0) -> UMT5EncoderModel:
+def text_encoder(vocabulary: int, seed: int = 0, kind: type[T5] = UMT5EncoderModel) -> T5:
     """One layer, random. Its last norm gives every embedding unit variance, so no word is louder than another."""
-    config = UMT5Config(
-        vocab_size=vocabulary, d_model=DIM, d_kv=16, num_heads=4, d_ff=128, num_layers=1, feed_forward_proj="gated-gelu"
-    )
+    shape = {"d_model": DIM, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 1}
     torch.manual_seed(seed)
-    return UMT5EncoderModel(config).eval()
+    return kind(kind.config_class(vocab_size=vocabulary, feed_forward_proj="gated-gelu", **shape)).eval()
 
 
 def image_encoder(seed: int = 0) -> CLIPVisionModel:
@@ -84,12 +93,24 @@ def write(folder: Path, codec: Path = CODEC, with_image_encoder: bool = False) -
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def write_opensoraplan(folder: Path, codec: Path = CAUSAL_CODEC) -> None:
+    """The folders that an Open-Sora-Plan is trained and sampled with."""
+    words = tokenizer()
+    words.save_pretrained(folder / "tokenizer")
+    text_encoder(len(words), kind=MT5EncoderModel).save_pretrained(folder / "text_encoder")
+    shutil.copytree(codec, folder / "vae", dirs_exist_ok=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--image_encoder", action="store_true", help="write image_encoder/, too")
+    parser.add_argument("--opensoraplan", action="store_true", help="write what Open-Sora-Plan needs, not Wan")
     options = parser.parse_args()
-    write(options.folder, with_image_encoder=options.image_encoder)
+    if options.opensoraplan:
+        write_opensoraplan(options.folder)
+    else:
+        write(options.folder, with_image_encoder=options.image_encoder)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from mm_convert import open_checkpoint
+from mm_convert.cli import main as mm_convert
 from mm_data import FeatureCache, FeatureDataset, build_loader, made_with, read_video
+from mm_data.random import generator
 from mm_models import build, preset
 from mm_models.families import find
 from mm_models.opensoraplan.testing import write_encoders
 from mm_models.wan import testing as wan_testing
+from mm_parallel import forward_backward
 from mm_parallel.testing import spawn
 from mm_train.checks import check_encoders
 from mm_train.config import Config
@@ -72,6 +75,15 @@ def test_text_is_padded_and_its_padding_is_masked(features):
     assert not given["text"][~given["text_mask"]].any()
     assert "video_mask" not in given  # all of it is seen
     assert ((given["t"] >= 0) & (given["t"] <= 999)).all()
+
+
+def test_text_of_more_rows_than_are_read_is_refused_at_the_start(features, tmp_path):
+    """The longest of eight has 10."""
+    train(config(features, tmp_path / "run", "--steps", "1", architecture={"text_tokens": 10}))
+    with pytest.raises(
+        ValueError, match=r"text of 7\.mp4 has 10 rows, .* asked to read 9: .* text_tokens of at least 10"
+    ):
+        train(config(features, tmp_path / "other", architecture={"text_tokens": 9}))
 
 
 def test_a_run_and_what_it_writes(trained):
@@ -163,3 +175,70 @@ def test_encoders_of_another_family_are_refused_before_they_are_loaded(tmp_path)
             shutil.copytree(source / folder, mixed / folder)
         with pytest.raises(ValueError, match=reason):
             check_encoders(family, mixed, folders, "--encoders")
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_every_visible_latent_of_a_step_weighs_the_same(features, micro_batch):
+    """…in whatever micro-batch it is: the loss and the gradient of the makers' formula over the whole step."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    asked = config(features, Path("unused"))
+    loader = build_loader(FeatureDataset(features), global_batch=4, micro_batch=micro_batch, num_workers=0)
+    step = next(iter(loader))
+    for batch in step.micro:
+        seen = torch.ones(len(batch.ids), 2, 4, 6, dtype=torch.bool)
+        for i, name in enumerate(batch.ids):
+            seen[i, :, :, 2 + int(name.removesuffix(".mp4")) % 4 :] = False
+        batch.tensors["video_mask"] = seen
+    torch.manual_seed(0)
+    model = build(asked.model, **asked.architecture)
+    job = MicroBatches(step, build_objective(asked), asked.seed, torch.device("cpu"))
+    total = float(job.weigh())
+    losses = forward_backward(model, len(job), job.inputs, job.losses, total)
+    found = model.proj_out.weight.grad.clone()
+
+    theirs, errors, visible = DDPMScheduler(), 0, 0
+    for batch in step.micro:
+        for i, name in enumerate(batch.ids):
+            one = {key: value[i : i + 1] for key, value in batch.tensors.items()}
+
+            def random(purpose, name=name, epoch=batch.epochs[i]):
+                return generator(asked.seed, epoch, name, purpose)
+
+            t = torch.randint(0, 1000, (1,), generator=random("timestep"))
+            noise = torch.randn(1, 4, 2, 4, 6, generator=random("noise"))
+            noise = noise + 0.02 * torch.randn(1, 4, 1, 1, 1, generator=random("noise_offset"))
+            noisy = theirs.add_noise(one["latents"], noise, t)
+            output = model(noisy, t, one["text"], one["text_mask"], one["video_mask"])
+            weight = compute_snr(theirs, t).clamp(max=5) / compute_snr(theirs, t)
+            mask = one["video_mask"][:, None].expand_as(output)
+            errors, visible = errors + (weight * (output - noise) ** 2 * mask).sum(), visible + mask.sum()
+    assert torch.cat(losses).sum() / total == pytest.approx((errors / visible).item(), rel=1e-5)
+    (expected,) = torch.autograd.grad(errors / visible, [model.proj_out.weight])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_peft_puts_an_adapter_on_the_class_of_diffusers(features, tmp_path):
+    """…as it is written: merged by peft and by mm-convert, it makes the same weights."""
+    from diffusers import AllegroTransformer3DModel
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    wide = {"ffn_dim": 192}  # four times the width, as Allegro has it
+    base = train(config(features, tmp_path / "base", "--steps", "1", architecture=wide))
+    lora = ["--weights", str(base), "--lora.rank", "2", "--lora.alpha", "4"]
+    adapter = train(config(features, tmp_path / "lora", *lora, architecture=wide))
+    merged = tmp_path / "merged"
+    mm_convert(["convert", str(base), str(merged), "--lora", str(adapter), "--to", "original"])
+    model = AllegroTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=24, num_layers=2, cross_attention_dim=48, caption_channels=8
+    )
+    model.load_state_dict(dict(load_file(next(base.glob("*.safetensors")))))
+    tuned = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().state_dict()
+    written = load_file(next(merged.glob("*.safetensors")))
+    before = load_file(next(base.glob("*.safetensors")))
+    moved = {name for name, tensor in written.items() if not torch.equal(tensor, before[name])}
+    assert len(moved) == 2 * (4 + 4 + 2)  # layers x linears of both attentions and of the feed-forward
+    for name, tensor in tuned.items():
+        torch.testing.assert_close(written[name], tensor, rtol=1e-5, atol=1e-6)
