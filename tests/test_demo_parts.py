@@ -210,15 +210,13 @@ def test_whole_clips_equal_diffusers_chunks(vae) -> None:
     torch.testing.assert_close(whole_restored, restored, rtol=0, atol=1e-4)
 
 
-def test_the_causal_codec_keeps_colour_and_motion() -> None:
+def test_the_causal_codec_keeps_what_clips_show() -> None:
     """12 of the combinations, through the files that are shipped; their latents are normalised."""
     vae, video = causal_codec.load(DEMO / "causal_codec"), codec.demo_clips()[::6]
     restored = causal_codec.reconstruct(vae, video)
-    assert codec.psnr(video, restored) > 23
+    assert codec.psnr(video, restored) > 29
     for frames, combination in zip(codec.to_frames(restored), clips.all_combinations()[::6], strict=True):
-        right = measure.look(frames).matches(combination)
-        assert right["colour"]
-        assert right["direction"]
+        assert all(measure.look(frames).matches(combination).values())
     with torch.no_grad():
         latents = torch.cat([vae.encode(some)[0] for some in video.split(8)]) * causal_codec.SCALE
     assert latents.shape == (12, 4, 3, 8, 8)

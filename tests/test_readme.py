@@ -125,6 +125,15 @@ def commands() -> list[Command]:
     return list({str(made): made for made in found}.values())
 
 
+def test_each_pattern_of_a_download_has_its_own_flag():
+    """Without one, hf takes it for the name of the one file to fetch, and ignores all other patterns."""
+    lines = {line for page in READMES for block in blocks(page) for line in block.splitlines()}
+    downloads = [shlex.split(line) for line in lines if line.startswith("hf download ")]
+    patterns = [(words[i - 1], word) for words in downloads for i, word in enumerate(words) if "*" in word]
+    assert len(patterns) >= 3
+    assert all(flag in ("--include", "--exclude") for flag, _ in patterns)
+
+
 def test_one_block_stands_for_every_model_on_every_number_of_devices():
     """In full, where so many devices hold it, and LoRA; each expert."""
     trained = {

@@ -1,6 +1,7 @@
 """Open-Sora-Plan is trained: DDPM, text with its mask, weights that say what they were trained for."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,14 +9,21 @@ import pytest
 import torch
 
 from mm_convert import open_checkpoint
+from mm_convert.cli import main as mm_convert
 from mm_data import FeatureCache, FeatureDataset, build_loader, made_with, read_video
-from mm_models import preset
+from mm_data.random import generator
+from mm_models import build, preset
 from mm_models.families import find
 from mm_models.opensoraplan.testing import write_encoders
+from mm_models.wan import testing as wan_testing
+from mm_parallel import forward_backward
 from mm_parallel.testing import spawn
+from mm_train.checks import check_encoders
 from mm_train.config import Config
+from mm_train.data import training_data
 from mm_train.objective import build_objective
 from mm_train.recipe import load_config
+from mm_train.start import Start
 from mm_train.step import MicroBatches
 from mm_train.train import train
 
@@ -69,6 +77,15 @@ def test_text_is_padded_and_its_padding_is_masked(features):
     assert ((given["t"] >= 0) & (given["t"] <= 999)).all()
 
 
+def test_text_of_more_rows_than_are_read_is_refused_at_the_start(features, tmp_path):
+    """The longest of eight has 10."""
+    train(config(features, tmp_path / "run", "--steps", "1", architecture={"text_tokens": 10}))
+    with pytest.raises(
+        ValueError, match=r"text of 7\.mp4 has 10 rows, .* asked to read 9: .* text_tokens of at least 10"
+    ):
+        train(config(features, tmp_path / "other", architecture={"text_tokens": 9}))
+
+
 def test_a_run_and_what_it_writes(trained):
     values = losses(trained)
     assert len(values) == 3
@@ -118,5 +135,110 @@ def test_training_goes_on_with_another_size(features, trained, tmp_path, capsys)
     assert "trained with interpolation_scale (1.0, 1.0, 1.0) (asked for: (1.0, 1.5, 2.0))" in said.out + said.err
     file = open_checkpoint(tmp_path / "larger" / "weights")
     assert file.config["interpolation_scale"] == [1.0, 1.5, 2.0]
+    with pytest.raises(ValueError, match="weights holds opensoraplan, and the model asked for is of wan"):
+        Start(build("wan-tiny", device="meta"), str(trained / "weights"), None, seed=0)
     with pytest.raises(ValueError, match=r"another architecture: num_heads 2 \(asked for: 4\)"):
         train(config(features, tmp_path / "other", *weights, architecture={"num_heads": 4}))
+
+
+@pytest.mark.parametrize(("size", "noted"), [([24, 4, 6], True), ([2, 8, 6], True), ([2, 4, 6], False)])
+def test_a_size_that_no_sample_has_is_told_before_the_first_step(features, size, noted):
+    """…as config.json will say that the weights make it, and mm_infer makes no other length then."""
+    asked = config(features, Path("unused"), architecture={"sample_size": size})
+    notes = training_data(asked, build_objective(asked), None, torch.device("cpu")).notes
+    assert len(notes) == noted
+    if noted:
+        frames, rows, columns = (size[0] - 1) * 4 + 1, size[1] * 8, size[2] * 8
+        assert notes[0].startswith(f"no sample has {frames} frames of {rows}x{columns}, which config.json will say")
+        assert "Samples have 5 frames of 32x48: choose another --model" in notes[0]
+        assert """--architecture '{"sample_size": [2, 4, 6]}'""" in notes[0]
+
+
+def test_encoders_of_another_family_are_refused_before_they_are_loaded(tmp_path):
+    """…each folder of them, by what its config.json says it is."""
+    theirs = {"opensoraplan-tiny": tmp_path / "osp", "wan-tiny": tmp_path / "wan"}
+    write_encoders(theirs["opensoraplan-tiny"])
+    wan_testing.write_encoders(theirs["wan-tiny"])
+    reasons = {
+        ("opensoraplan-tiny", "vae"): "_class_name is 'AutoencoderKLWan', and must be 'CausalVAEModel'",
+        ("opensoraplan-tiny", "text_encoder"): "model_type is 'umt5', and must be 'mt5'",
+        ("wan-tiny", "vae"): "_class_name is 'CausalVAEModel', and must be 'AutoencoderKLWan'",
+        ("wan-tiny", "text_encoder"): "model_type is 'mt5', and must be 'umt5'",
+    }
+    for (model, part), reason in reasons.items():
+        family, preset = find(model)
+        folders = family.encoders(preset.config)
+        check_encoders(family, theirs[model], folders, "--encoders")
+        mixed = tmp_path / f"{model} {part}"
+        for folder in folders:
+            (source,) = (path for name, path in theirs.items() if (name == model) != (folder == part))
+            shutil.copytree(source / folder, mixed / folder)
+        with pytest.raises(ValueError, match=reason):
+            check_encoders(family, mixed, folders, "--encoders")
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_every_visible_latent_of_a_step_weighs_the_same(features, micro_batch):
+    """…in whatever micro-batch it is: the loss and the gradient of the makers' formula over the whole step."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    asked = config(features, Path("unused"))
+    loader = build_loader(FeatureDataset(features), global_batch=4, micro_batch=micro_batch, num_workers=0)
+    step = next(iter(loader))
+    for batch in step.micro:
+        seen = torch.ones(len(batch.ids), 2, 4, 6, dtype=torch.bool)
+        for i, name in enumerate(batch.ids):
+            seen[i, :, :, 2 + int(name.removesuffix(".mp4")) % 4 :] = False
+        batch.tensors["video_mask"] = seen
+    torch.manual_seed(0)
+    model = build(asked.model, **asked.architecture)
+    job = MicroBatches(step, build_objective(asked), asked.seed, torch.device("cpu"))
+    total = float(job.weigh())
+    losses = forward_backward(model, len(job), job.inputs, job.losses, total)
+    found = model.proj_out.weight.grad.clone()
+
+    theirs, errors, visible = DDPMScheduler(), 0, 0
+    for batch in step.micro:
+        for i, name in enumerate(batch.ids):
+            one = {key: value[i : i + 1] for key, value in batch.tensors.items()}
+
+            def random(purpose, name=name, epoch=batch.epochs[i]):
+                return generator(asked.seed, epoch, name, purpose)
+
+            t = torch.randint(0, 1000, (1,), generator=random("timestep"))
+            noise = torch.randn(1, 4, 2, 4, 6, generator=random("noise"))
+            noise = noise + 0.02 * torch.randn(1, 4, 1, 1, 1, generator=random("noise_offset"))
+            noisy = theirs.add_noise(one["latents"], noise, t)
+            output = model(noisy, t, one["text"], one["text_mask"], one["video_mask"])
+            weight = compute_snr(theirs, t).clamp(max=5) / compute_snr(theirs, t)
+            mask = one["video_mask"][:, None].expand_as(output)
+            errors, visible = errors + (weight * (output - noise) ** 2 * mask).sum(), visible + mask.sum()
+    assert torch.cat(losses).sum() / total == pytest.approx((errors / visible).item(), rel=1e-5)
+    (expected,) = torch.autograd.grad(errors / visible, [model.proj_out.weight])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_peft_puts_an_adapter_on_the_class_of_diffusers(features, tmp_path):
+    """…as it is written: merged by peft and by mm-convert, it makes the same weights."""
+    from diffusers import AllegroTransformer3DModel
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    wide = {"ffn_dim": 192}  # four times the width, as Allegro has it
+    base = train(config(features, tmp_path / "base", "--steps", "1", architecture=wide))
+    lora = ["--weights", str(base), "--lora.rank", "2", "--lora.alpha", "4"]
+    adapter = train(config(features, tmp_path / "lora", *lora, architecture=wide))
+    merged = tmp_path / "merged"
+    mm_convert(["convert", str(base), str(merged), "--lora", str(adapter), "--to", "original"])
+    model = AllegroTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=24, num_layers=2, cross_attention_dim=48, caption_channels=8
+    )
+    model.load_state_dict(dict(load_file(next(base.glob("*.safetensors")))))
+    tuned = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().state_dict()
+    written = load_file(next(merged.glob("*.safetensors")))
+    before = load_file(next(base.glob("*.safetensors")))
+    moved = {name for name, tensor in written.items() if not torch.equal(tensor, before[name])}
+    assert len(moved) == 2 * (4 + 4 + 2)  # layers x linears of both attentions and of the feed-forward
+    for name, tensor in tuned.items():
+        torch.testing.assert_close(written[name], tensor, rtol=1e-5, atol=1e-6)

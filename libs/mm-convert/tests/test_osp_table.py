@@ -81,6 +81,24 @@ def test_nothing_is_assumed_of_size_and_scale():
     assert OPENSORAPLAN.complete(config | {"sample_size": None})[0] == config | {"sample_size": None}  # of any size
 
 
+@pytest.mark.parametrize(
+    ("said", "size", "scales"),
+    [
+        ((24, [60, 80], None, None, None), [24, 60, 80], [1.5, 2.0, 2.0]),
+        ((8, [90, 160], 1.0, None, None), [8, 90, 160], [1.0, 3.0, 4.0]),
+        ((17, 60, None, 1.5, None), [17, 60, 60], [2.0, 1.5, 1.5]),
+        ((1, [60, 80], None, 1.0, 1.0), [1, 60, 80], [1.0, 1.0, 1.0]),
+    ],
+)
+def test_scales_that_are_null_follow_from_the_size(said, size, scales):
+    """As `OpenSoraT2V` of v1.2.0 makes them of latents: frames / 16 (odd ones by whole 16), rows / 30, columns / 40."""
+    names = ("sample_size_t", "sample_size", "interpolation_scale_t", "interpolation_scale_h", "interpolation_scale_w")
+    read = OPENSORAPLAN.read_config(dict(zip(names, said, strict=True)))
+    assert (read["sample_size"], read["interpolation_scale"]) == (size, scales)
+    without_size = dict(zip(names[2:], said[2:], strict=True))
+    assert "interpolation_scale" not in OPENSORAPLAN.read_config(without_size)
+
+
 def test_values_that_cannot_be_are_left_out_and_said():
     content = identify(shapes(), "toy")
     said = {"num_heads": 5, "interpolation_scale": [1.0, "2"], "sample_size": [0, 8, 12], "eps": 3}

@@ -164,6 +164,10 @@ def test_entries_of_another_decoder_are_stale(tmp_path, samples, monkeypatch):
     assert (len(todo.done), todo.stale) == (1, 1)
     assert "1 stale entry, 1 from PyAV 16.0.1 libavcodec 61.19.101; videos are decoded by PyAV" in str(todo)
     assert cache.finish(todo) == 1
+    with FeatureCache(tmp_path / "out") as cache:
+        cache.put_empty_text(torch.zeros(1, 4), "e")
+    todo = FeatureCache(tmp_path / "out").find_work([], Geometry(), "another encoder")
+    assert "3 stale entries, 1 from PyAV 16.0.1 libavcodec 61.19.101; videos" in str(todo)  # no video decoded the text
     assert decoder_identity("pyav").startswith(f"PyAV {av.__version__} libavformat ")
 
 

@@ -251,6 +251,11 @@ def test_a_cleaner_is_part_of_the_identity(mt5):
         ("一只猫 ㈱ walks ..  slowly\n", "一只猫 walks slowly"),
         ("x : y , z/a,b.c", "x: y , z a, b. c"),
         ("a%20b+c", "a b c"),
+        ("a <script>var b = 1;</script>cat<style>i {c: d}</style> runs", "a cat runs"),
+        (
+            "<![CDATA[a cat]]> &lt;i&gt; runs &bogus; &#39;so&#39; at&t &copy; r&b &quote",
+            "a cat runs bogus 'so' at t r b e",
+        ),
         ("a <![ cat <![person", "a <! cat <! person"),  # which no parser of HTML understands
     ],
 )

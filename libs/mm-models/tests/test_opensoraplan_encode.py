@@ -1,5 +1,7 @@
 """What an Open-Sora-Plan model is told, and by which encoders."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -59,6 +61,17 @@ def test_inputs_are_padded_and_masked():
     assert given["video_mask"] is seen
     longer = told.inputs(latents, t, torch.ones(2, 513, 64), {})  # is not cut: the model says that it is too long
     assert longer["text"].shape[1] == longer["text_mask"].shape[1] == 513
+
+
+@pytest.mark.parametrize("name", ["opensoraplan-tiny", "wan-tiny"])
+def test_no_prompt_is_cut_in_silence(name):
+    """…as padding by a negative number would: features of 6 rows for a model of 5."""
+    family, preset = find(name)
+    told = family.conditioning(replace(preset.config, text_tokens=5), "t2v")
+    latents, t = torch.zeros(1, preset.config.out_channels, 1, 4, 4), torch.ones(1)
+    with pytest.raises(ValueError, match=r"encoded to 6 rows, but .* read 5: ask for text_tokens 6"):
+        told.inputs(latents, t, torch.ones(1, 6, 64), {}, text_mask=torch.ones(1, 6).bool())
+    assert told.inputs(latents, t, torch.ones(1, 5, 64), {})["text"].all()
 
 
 def test_there_are_no_conditions():

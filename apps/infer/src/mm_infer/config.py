@@ -19,27 +19,27 @@ class Options:
     task: str | None = None
     "t2v text, i2v image, flf2v first and last image, ti2v a clean first frame, v2v video, vace control to video (default: by the model and by what is given)"  # noqa: E501
     negative_prompt: str | None = None
-    "what to stay away from; not used with guidance 1 (default: MindSpeed-MM's list, in Chinese for Wan2.2)"
+    "what to stay away from; not used with guidance 1 (default: Wan: MindSpeed-MM's list, in Chinese for Wan2.2; Open-Sora-Plan: its makers')"  # noqa: E501
     prompt_template: str | None = None
     "what is put around each prompt, where {} stands; default: as the model was published, which is {} alone for Wan"
     height: Annotated[int, ">= 1"] | None = None
-    "pixels, a multiple of 16 (32 for Wan2.2 5B); default 480, 704 for the 5B, 720 for 14B t2v, flf2v, VACE and A14B; with an image or a source video its shape, in about that area"  # noqa: E501
+    "pixels, a multiple of 16 (32 for Wan2.2 5B); default that of the weights: Wan 480, 704 for the 5B, 720 for 14B t2v, flf2v, VACE and A14B; Open-Sora-Plan 480 or 720; with an image or a source video its shape, in about that area"  # noqa: E501
     width: Annotated[int, ">= 1"] | None = None
-    "pixels, likewise; default 832, 1280"
+    "pixels, likewise; default Wan 832, 1280; Open-Sora-Plan 640, 1280"
     frames: Annotated[int, ">= 1"] | None = None
-    "4k+1 frames; default 81, 121 for Wan2.2 5B, at most those of a source video"
+    "4k+1 frames; default Wan 81, 121 for the 5B, at most those of a source video; Open-Sora-Plan those of the weights, 29 or 93"  # noqa: E501
     other_frames: bool = False
     "weights that make one length of video only: make another one, for weights that you trained on it"
     fps: Annotated[float, "> 0", "<= 240"] | None = None
-    "frames per second of the mp4, and of what is taken from a source video; default 16, 24 for Wan2.2 5B"
+    "frames per second of the mp4, and of what is taken from a source video; default Wan 16, 24 for the 5B; Open-Sora-Plan 24"  # noqa: E501
     steps: Annotated[int, ">= 1", "<= 1000"] | None = None
-    "denoising steps; each runs the model twice, or once with guidance 1; pndm makes 9 calls more; default 50, 40 for i2v and A14B"  # noqa: E501
+    "denoising steps; each runs the model twice, or once with guidance 1; pndm makes 9 calls more; default Wan 50, 40 for i2v and A14B; Open-Sora-Plan 100"  # noqa: E501
     guidance: Scale | tuple[Scale, Scale] | None = None
-    "weight of the prompt against the negative prompt, 1 leaves that out; two experts may have two, [high, low]; default 5, flf2v 5.5, A14B [4, 3], A14B i2v 3.5"  # noqa: E501
+    "weight of the prompt against the negative prompt, 1 leaves that out; two experts may have two, [high, low]; default Wan 5, flf2v 5.5, A14B [4, 3], A14B i2v 3.5; Open-Sora-Plan 7.5, 29x480p 2.5"  # noqa: E501
     flow_shift: Annotated[float, "> 0"] | None = None
     "flow matching: bends the steps towards noise; default 3 for 480p and 5 for 720p, whichever the size is nearer to; flf2v and VACE 16, A14B 12, A14B i2v and 5B 5"  # noqa: E501
     sampler: SamplerName | None = None
-    "flow matching (Wan): unipc, euler; models that predict noise or v: euler_ancestral, pndm, ddim, ddpm; default: that which the model was published with, unipc for Wan"  # noqa: E501
+    "flow matching (Wan): unipc, euler; models that predict noise or v: euler_ancestral, pndm, ddim, ddpm; default: that which the model was published with, unipc for Wan, euler_ancestral for Open-Sora-Plan"  # noqa: E501
     grid: Grid | None = None
     "flow matching: noise levels of the steps, as in MindSpeed-MM and diffusers before 0.37 (guides, the default), or as in later diffusers"  # noqa: E501
     seed: Annotated[int, ">= 0", "<= 9223372036854775807"] = 0

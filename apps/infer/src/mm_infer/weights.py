@@ -217,7 +217,7 @@ def find_encoders(weights: Path, encoders: Path | None, family: Family, config: 
     repository, wanted = weights if encoders is None else encoders, family.encoders(config)
     missing = [f"{name}/" for name in wanted if not (repository / name).is_dir()]
     if not missing:
-        check_parts(repository, wanted, family.own_folders)
+        check_parts(repository, wanted, family.own_folders, family.kinds)
         return repository
     if encoders is None and len(missing) == len(wanted):
         raise ValueError(f"{weights} is a transformer alone: name the diffusers directory of the encoders as well")

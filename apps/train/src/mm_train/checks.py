@@ -49,7 +49,7 @@ def check_encoders(family: Family, path: Path | None, folders: Sequence[str], fl
     if missing:
         wanted = ", ".join(f"{folder}/" for folder in folders)
         raise ValueError(f"{flag} {path} has no {', '.join(missing)}: give the diffusers directory with {wanted}")
-    check_parts(path, folders, family.own_folders)
+    check_parts(path, folders, family.own_folders, family.kinds)
 
 
 def check_manifest(path: Path) -> None:

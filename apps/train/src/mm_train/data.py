@@ -93,9 +93,14 @@ def training_data(config: Config, objective: Objective, mesh: DeviceMesh | None,
 
 
 def _notes(dataset: BatchDataset, config: Config) -> list[str]:
-    """Buckets too small for a step. Raises ValueError where all are, and are to be dropped."""
+    """Buckets too small for a step, and shapes of which the weights will not tell. Raises ValueError where all buckets
+    are too small, and are to be dropped.
+    """
     small = Order(dataset.buckets, config.data.global_batch, config.seed, config.data.small_buckets).small
-    return [small.describe("--data.small_buckets ", "--data.global_batch ")] if small else []
+    notes = [small.describe("--data.small_buckets ", "--data.global_batch ")] if small else []
+    family, shape = architecture(config)
+    other = family.note_shapes(shape, [tuple(frames_rows_columns) for _, *frames_rows_columns in dataset.buckets])
+    return [*notes, other] if other else notes
 
 
 def _steps(dataset: BatchDataset, config: Config, mesh: DeviceMesh | None, cursor: int) -> Iterator:
@@ -126,6 +131,12 @@ def check_features(path: Path, config: Config) -> None:
         raise ValueError(
             f"{path} holds latents of {found['latents']} channels and text of width {found['text']}; {config.model} "
             f"takes {sizes['latents']} and {sizes['text']}: extract again with its own encoders"
+        )
+    rows, longest = dataset.longest_text
+    if rows > shape.text_tokens:
+        raise ValueError(
+            f"{path}: a text of {longest} has {rows} rows, but the model is asked to read {shape.text_tokens}: give "
+            f"--architecture with text_tokens of at least {rows}, as prompts are not cut once they are encoded"
         )
     if misfit := family.conditioning(shape, objective.task).find_misfit(item["conditions"]):
         raise ValueError(f"{path} {misfit}: extract again with --task {objective.task}")

@@ -191,8 +191,11 @@ def _open(path: Path, expert: str | None, wanted: Any) -> Checkpoint:
     if expert and (pair := open_experts(path)):
         path = pair.high if expert == "high" else pair.low
     file = open_checkpoint(path)
+    family = family_of(wanted)
+    if file.family not in family.checkpoints:
+        raise ValueError(f"--weights {path} holds {file.family}, and the model asked for is of {family.name}")
     check_fields(type(wanted), {n: v for n, v in file.said.items() if v is not None}, f"{file.said_in}: ")
-    tensors = [name for name in file.config if name not in family_of(wanted).unseen]
+    tensors = [name for name in file.config if name not in family.unseen]
     if other := _find_changes(file, wanted, tensors):
         raise ValueError(f"--weights {path} is another architecture: {', '.join(other)}")
     return file

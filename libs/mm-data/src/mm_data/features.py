@@ -112,6 +112,14 @@ class FeatureDataset:
         chosen = self.captions.choose(len(sample["text"]), epoch, sample["id"])
         return self.empty_text if chosen is None else sample["text"][chosen]
 
+    @property
+    def longest_text(self) -> tuple[int, str]:
+        """Rows of the longest text, and the id of its sample; known without reading."""
+        rows = [
+            max((s[0] for name, s in r.shapes.items() if name.startswith("text.")), default=0) for r in self.records
+        ]
+        return max(rows), self.ids[rows.index(max(rows))]
+
     @cached_property
     def empty_text(self) -> Tensor | None:
         """The encoding (S D) of the empty prompt, or None if the extraction stored none."""

@@ -5,7 +5,7 @@ This file imports no torch: a preset's name is looked up, and a typo answered, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -119,6 +119,10 @@ class Family:
     """Folders of a diffusers directory that it needs, besides its own."""
     own_folders: Mapping[str, Callable[[Path], Any]] = field(default_factory=dict, kw_only=True)
     """Of these, the ones with files of its own kind: name -> what raises ValueError for a folder that is not right."""
+    kinds: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    """Of the other folders with weights, what their config.json must say: diffusers' `_class_name`, or transformers'
+    `model_type`.
+    """
     multiples: Callable[[Any, Path], tuple[int, int, int]]
     """(config, repository) -> frames per latent frame, rows and columns of pixels per token."""
     fit: Callable[[Any, Path], Any]
@@ -155,6 +159,10 @@ class Family:
     sized: Callable[[Published, Any], Published] = lambda published, config: published
     """(what the nearest preset was published with, config) -> the same, with a size and a length that the configuration
     says.
+    """
+    note_shapes: Callable[[Any, Collection[tuple[int, int, int]]], str | None] = lambda config, shapes: None
+    """(config, F H W of the latents of each sample) -> what to tell before training, where the configuration says a
+    length or a size that no sample has; else None.
     """
     tiling: Mapping[Program, Tiling] = field(default_factory=lambda: {"training": "none", "inference": "none"})
     """How the codec works where nothing is asked, in a program that trains or extracts and in one that samples."""

@@ -48,10 +48,13 @@ def part_of(path: Path | str, name: str) -> Path:
     return folder
 
 
-def check_parts(repository: Path, names: Iterable[str], own: Mapping[str, Callable[[Path], Any]]) -> None:
-    """Raises ValueError for a folder of these that is incomplete, or asks for what is never done.
+def check_parts(
+    repository: Path, names: Iterable[str], own: Mapping[str, Callable[[Path], Any]], kinds: Mapping[str, str]
+) -> None:
+    """Raises ValueError for a folder of these that is incomplete, of another model, or asks for what is never done.
 
     own: of folders with files of a family's own kind, what checks them (`Family.own_folders`).
+    kinds: what the others must be (`Family.kinds`).
     """
     for name in names:
         folder = part_of(repository, name)
@@ -60,12 +63,13 @@ def check_parts(repository: Path, names: Iterable[str], own: Mapping[str, Callab
         elif name.startswith("tokenizer"):
             check_tokenizer(folder)
         else:
-            check_weights(folder)
+            check_weights(folder, kinds.get(name))
 
 
-def check_weights(folder: Path) -> int:
+def check_weights(folder: Path, kind: str | None = None) -> int:
     """How many numbers the safetensors files of a folder with a config.json hold, by their headers.
 
+    kind: the `_class_name` of diffusers or `model_type` of transformers that config.json must say; None: any.
     Raises ValueError unless they are complete and the only weights, and for a configuration that asks for more.
     """
     check_files(folder)
@@ -73,6 +77,8 @@ def check_weights(folder: Path) -> int:
         raise ValueError(f"{folder} holds an adapter (adapter_config.json) of another model: {_LET}")
     config = read_json(folder / "config.json")
     _refuse(folder / "config.json", config)
+    if kind is not None:
+        _check_kind(folder / "config.json", config, kind)
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
     tensors = numbers = 0
     for file in _files_of_weights(folder, stem):
@@ -209,6 +215,19 @@ def _refuse(file: Path, said: Mapping[str, Any]) -> None:
     for key in _ATTENTION:
         if said.get(key) not in (None, "eager", "sdpa"):
             raise ValueError(f"{file} {_KERNELS} ({key} is {said[key]!r}): {_LET}")
+
+
+def _check_kind(file: Path, config: Mapping[str, Any], wanted: str) -> None:
+    """Raises ValueError if a config.json is of another class."""
+    key = "_class_name" if "_class_name" in config else "model_type"
+    if config.get(key) == wanted:
+        return
+    if config.get("format") == "mm":
+        raise ValueError(
+            f"{file} is of mm-convert's own form ({config.get('family')}), and must be {wanted!r}: if it is this "
+            "model, convert it with `mm-convert convert … --to transformers` (or diffusers)"
+        )
+    raise ValueError(f"{file}: {key} is {config.get(key)!r}, and must be {wanted!r}: take the folder of this model")
 
 
 def _files_of_weights(folder: Path, stem: str) -> list[Path]:

@@ -132,14 +132,24 @@ def read_config(json: Mapping[str, Any]) -> Config:
     heads, head_dim = json.get("num_attention_heads"), json.get("attention_head_dim")
     if is_count(heads) and is_count(head_dim):
         found["dim"] = heads * head_dim
-    if all(json.get(scale) is not None for scale in _SCALES):
-        found["interpolation_scale"] = [json[scale] for scale in _SCALES]
     frames, size = (json.get(key, "unsaid") for key in ("sample_size_t", "sample_size"))
+    size = [size, size] if is_count(size) else size
     if isinstance(size, list):
         found["sample_size"] = [frames, *size]
     elif frames is size is None:  # it is said that there is none
         found["sample_size"] = None
+    scales = [json.get(scale) for scale in _SCALES]
+    if None in scales and set(_SCALES) <= json.keys() and _are_counts(found.get("sample_size")):
+        usual = _scales_of(*found["sample_size"])
+        scales = [theirs if said is None else said for said, theirs in zip(scales, usual, strict=True)]
+    if None not in scales:
+        found["interpolation_scale"] = scales
     return found
+
+
+def _scales_of(frames: int, rows: int, columns: int) -> list[float]:
+    """What `OpenSoraT2V` makes of null: scales that follow from the size of its latents."""
+    return [(frames - 1) // 16 + 1.0 if frames % 2 else frames / 16, rows / 30, columns / 40]
 
 
 def _is_written(field: str, config: Config) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mm_models.objective import Generators
@@ -131,6 +132,20 @@ def blend(x0: Tensor, noise: Tensor, level: Level) -> Tensor:
     """alpha x0 + sigma noise: the noisy sample, B C F H W."""
     alpha, sigma = (part.view(-1, *[1] * (x0.ndim - 1)) for part in (level.alpha, level.sigma))
     return alpha * x0 + sigma * noise
+
+
+def pad_text(text: Tensor, tokens: int) -> Tensor:
+    """Text B S D with rows of zeros up to `tokens`, so that all batches have one shape.
+
+    ValueError for more rows than that: the end of a prompt is never dropped in silence.
+    """
+    rows = text.shape[1]
+    if rows > tokens:
+        raise ValueError(
+            f"a prompt was encoded to {rows} rows, but this model is made to read {tokens}: "
+            f"ask for text_tokens {rows} or more, or encode the prompts again for {tokens}"
+        )
+    return F.pad(text, (0, 0, 0, tokens - rows))
 
 
 def squared_error(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mm_models.folder import check_tokenizer, check_weights, read_json
+from mm_models.folder import check_tokenizer, check_weights
 
 _TELLING = (".json", ".model", ".safetensors", ".ckpt", ".pt")
 
@@ -23,12 +23,8 @@ def load_strictly(kind: type, folder: Path, dtype: torch.dtype) -> Any:
     Nothing but the folder's own safetensors and config.json is read, no code of it is run, and nothing is downloaded.
     Raises ValueError unless its tensors are exactly those of the model.
     """
-    numbers = check_weights(folder)
     of_diffusers = hasattr(kind, "load_config")
-    if of_diffusers:
-        _check_class(folder, "_class_name", kind.__name__)
-    else:
-        _check_class(folder, "model_type", kind.config_class.model_type)
+    numbers = check_weights(folder, kind.__name__ if of_diffusers else kind.config_class.model_type)
     with readable(folder, kind.__name__):
         size = _size(kind, folder, of_diffusers)
     if size > 2 * numbers + (1 << 24):  # much larger; what is missing of a similar size is named below
@@ -116,19 +112,6 @@ def check_finite(model: torch.nn.Module, place: Path) -> None:
     """Raises ValueError for weights that are NaN or infinite: of a VAE, videos would be black without a word."""
     if broken := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
         raise ValueError(f"{place}: {len(broken)} tensors hold NaN or infinity, first {broken[0]}: download it again")
-
-
-def _check_class(folder: Path, key: str, wanted: str) -> None:
-    """Raises ValueError if config.json is of another class."""
-    file = folder / "config.json"
-    if (said := read_json(file).get(key)) != wanted:
-        ours = read_json(file).get("format") == "mm"
-        way = (
-            "convert it with `mm-convert convert … --to transformers` (or diffusers)"
-            if ours
-            else "take the folder of this model"
-        )
-        raise ValueError(f"{file}: {key} is {said!r}, and must be {wanted!r}: {way}")
 
 
 def _size(kind: Any, folder: Path, of_diffusers: bool) -> int:

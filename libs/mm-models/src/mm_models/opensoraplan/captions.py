@@ -6,6 +6,7 @@ file names, numbers of articles and most punctuation. Chinese stays, unlike in t
 
 import html
 import re
+from html.entities import html5
 from html.parser import HTMLParser
 from urllib.parse import unquote_plus
 
@@ -81,13 +82,33 @@ def _apply(rules: list[tuple[str, str]], text: str) -> str:
 
 
 def _without_markup(text: str) -> str:
-    """The text between the tags of HTML; all of it where it is none, as after `<![`."""
-    parts: list[str] = []
-    reader = HTMLParser()
-    reader.handle_data = parts.append
+    """The text between the tags of HTML, as the makers' BeautifulSoup gives it; all of it where it is none (`<![`)."""
+    reader = _Text()
     try:
         reader.feed(text)
         reader.close()
     except AssertionError:  # so the parser of Python says that it does not understand
         return text
-    return "".join(parts)
+    return "".join(reader.parts)
+
+
+class _Text(HTMLParser):
+    """Scripts and style sheets are no text. Of an entity that is not known, only the semicolon is lost."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=False)
+        self.parts: list[str] = []
+
+    def handle_data(self, data: str) -> None:
+        if self.cdata_elem not in ("script", "style"):
+            self.parts.append(data)
+
+    def handle_entityref(self, name: str) -> None:
+        self.parts.append(html5.get(f"{name};", f"&{name}"))
+
+    def handle_charref(self, name: str) -> None:
+        self.parts.append(html.unescape(f"&#{name};"))
+
+    def unknown_decl(self, data: str) -> None:
+        if data.upper().startswith("CDATA["):
+            self.parts.append(data[len("CDATA[") :])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm_models.diffusion.ddpm import DDPM
-from mm_models.diffusion.objective import Diffusion, Pixels
+from mm_models.diffusion.objective import Diffusion, Pixels, pad_text
 from mm_models.encoders.text import TextEncoder
 from mm_models.opensoraplan.captions import clean
 from mm_models.opensoraplan.config import OpenSoraPlanConfig
@@ -59,19 +59,19 @@ class Conditioning:
         Args:
             latents: B C F H W, noisy.
             t: B, in 0..999.
-            text: B S D; it is padded to `config.text_tokens` rows, so that all batches have one shape.
+            text: B S D with S <= `config.text_tokens`, to which it is padded, so that all batches have one shape.
             text_mask: B S bool. None: all S rows are text, and what is added is padding.
             video_mask: B F H W bool, if some latents are padding. Where none is, leave it out: masked attention of
                 videos is slower.
         """
-        more = max(0, self.config.text_tokens - text.shape[1])  # the model refuses text that is too long
+        padded = pad_text(text, self.config.text_tokens)
         if text_mask is None:
             text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         given = {
             "video": latents,
             "t": t,
-            "text": F.pad(text, (0, 0, 0, more)),
-            "text_mask": F.pad(text_mask, (0, more)),
+            "text": padded,
+            "text_mask": F.pad(text_mask, (0, padded.shape[1] - text.shape[1])),
         }
         return given if video_mask is None else given | {"video_mask": video_mask}
 

@@ -23,6 +23,7 @@ OPENSORAPLAN = Family(
     tasks_unasked=tasks.tasks_unasked,
     encoders=tasks.encoders,
     own_folders={"vae": check_folder},
+    kinds={"text_encoder": "mt5"},
     multiples=tasks.multiples,
     fit=tasks.fit,
     describe=tasks.describe,
@@ -39,5 +40,6 @@ OPENSORAPLAN = Family(
     tiling={"training": "training", "inference": "inference"},
     text_encoder=later("mm_models.opensoraplan.encode", "text_encoder"),
     sized=tasks.sized,
+    note_shapes=tasks.note_shapes,
     unseen=("interpolation_scale", "sample_size"),
 )

@@ -1,5 +1,7 @@
 """What an Open-Sora-Plan model can be asked for, and what its encoders must be; facts, known without torch."""
 
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -50,10 +52,31 @@ def sized(published: Published, config: OpenSoraPlanConfig) -> Published:
     """With the size and the length that weights were trained on, where they say so; they make no other length."""
     if config.sample_size is None:
         return published
-    frames, rows, columns = config.sample_size
-    frames = (frames - 1) * STRIDE[0] + 1
-    size = rows * STRIDE[1], columns * STRIDE[2]
-    return replace(published, size=size, frames=frames, trained_frames=frames)
+    frames, *size = _pixels(config.sample_size)
+    return replace(published, size=tuple(size), frames=frames, trained_frames=frames)
+
+
+def note_shapes(config: OpenSoraPlanConfig, shapes: Collection[tuple[int, int, int]]) -> str | None:
+    """What to tell where no sample has the length and size of config.json, by which mm_infer goes; else None."""
+    if config.sample_size is None or config.sample_size in shapes:
+        return None
+    usual, *others = Counter(shapes).most_common()
+    found, more = usual[0], f", and {len(others)} other shapes" * bool(others)
+    return (
+        f"no sample has {_words(config.sample_size)}, which config.json will say and mm_infer will make. Samples have "
+        f"{_words(found)}{more}: choose another --model, or --architecture '{{\"sample_size\": {list(found)}}}'"
+    )
+
+
+def _pixels(latents: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Frames, rows and columns of the video that becomes such latents."""
+    frames, rows, columns = latents
+    return (frames - 1) * STRIDE[0] + 1, rows * STRIDE[1], columns * STRIDE[2]
+
+
+def _words(latents: tuple[int, int, int]) -> str:
+    frames, rows, columns = _pixels(latents)
+    return f"{frames} frame{'s' * (frames > 1)} of {rows}x{columns}"
 
 
 def describe(config: OpenSoraPlanConfig) -> dict[str, Any]:

@@ -12,12 +12,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from mm_models.diffusion.flow import FlowMatching, expert_range
-from mm_models.diffusion.objective import Diffusion, Pixels
+from mm_models.diffusion.objective import Diffusion, Pixels, pad_text
 from mm_models.encoders.text import TextEncoder
 from mm_models.wan.config import WanConfig
 from mm_models.wan.tasks import CONDITION, MASK_SIDE, stored
@@ -96,8 +95,7 @@ class Conditioning:
         """
         if video_mask is not None:
             raise ValueError("a Wan has no mask of what is video: cut the clips to one size, with no padding")
-        text = F.pad(text, (0, 0, 0, max(0, self.config.text_tokens - text.shape[1])))  # too long: the model refuses it
-        given = {"video": latents, "t": t, "text": text}
+        given = {"video": latents, "t": t, "text": pad_text(text, self.config.text_tokens)}
         match self.task:
             case "i2v" | "flf2v":
                 mask = keep_mask(latents, last=self.task == "flf2v")

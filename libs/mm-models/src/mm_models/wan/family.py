@@ -21,6 +21,7 @@ WAN = Family(
     tasks=tasks.tasks,
     tasks_unasked=tasks.tasks_unasked,
     encoders=tasks.encoders,
+    kinds={"vae": "AutoencoderKLWan", "text_encoder": "umt5", "image_encoder": "clip_vision_model"},
     multiples=tasks.multiples,
     fit=tasks.fit,
     describe=tasks.describe,
