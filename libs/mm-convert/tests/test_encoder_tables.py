@@ -166,11 +166,7 @@ def test_mt5_is_converted_without_torch(published_mt5, tmp_path):
 
 
 def test_parts_in_torchs_format_have_a_way_out(tmp_path):
-    for name in (
-        "pytorch_model-00001-of-00002.bin",
-        "pytorch_model-00002-of-00002.bin",
-        "pytorch_model.bin.index.json",
-    ):
-        (tmp_path / name).write_bytes(b"{}")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin\.index\.json names parts .* `save_pretrained`"):
+    for name in ("-00001-of-00002.bin", "-00002-of-00002.bin", ".bin.index.json"):
+        (tmp_path / f"pytorch_model{name}").write_bytes(b"{}")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin\.index\.json names parts .*`save_pretrained`"):
         open_checkpoint(tmp_path)

@@ -123,6 +123,7 @@ def test_that_there_is_no_size_is_said_too(size):
     assert OPENSORAPLAN.read_config(OPENSORAPLAN.write_config["original"](config))["sample_size"] == size
     del config["sample_size"]
     assert "sample_size" not in OPENSORAPLAN.read_config(OPENSORAPLAN.write_config["original"](config))
+    assert "sample_size" not in OPENSORAPLAN.read_config({"sample_size": [60, 80]})  # and of how many frames?
 
 
 def test_cuts_name_what_there_is():

@@ -116,11 +116,8 @@ _FIXED = {
     "patch_size_t": 1,
     "use_rope": True,
 }
-_WITHOUT = (
-    "sparse1d",
-    "only_cross_attention",
-    "double_self_attention",
-)  # other attention with the same tensors, as in version 1.3
+# Other attention with the same tensors, as in version 1.3
+_WITHOUT = ("sparse1d", "only_cross_attention", "double_self_attention")
 
 
 def read_config(json: Mapping[str, Any]) -> Config:
@@ -134,7 +131,7 @@ def read_config(json: Mapping[str, Any]) -> Config:
         found["dim"] = heads * head_dim
     frames, size = (json.get(key, "unsaid") for key in ("sample_size_t", "sample_size"))
     size = [size, size] if is_count(size) else size
-    if isinstance(size, list):
+    if isinstance(size, list) and frames not in (None, "unsaid"):
         found["sample_size"] = [frames, *size]
     elif frames is size is None:  # it is said that there is none
         found["sample_size"] = None
