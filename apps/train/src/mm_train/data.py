@@ -132,13 +132,14 @@ def check_features(path: Path, config: Config) -> None:
             f"{path} holds latents of {found['latents']} channels and text of width {found['text']}; {config.model} "
             f"takes {sizes['latents']} and {sizes['text']}: extract again with its own encoders"
         )
-    rows, longest = dataset.longest_text
-    if rows > shape.text_tokens:
+    conditioning = family.conditioning(shape, objective.task)
+    (rows, longest), most = dataset.longest_text, conditioning.text_tokens
+    if most is not None and rows > most:
         raise ValueError(
-            f"{path}: a text of {longest} has {rows} rows, but the model is asked to read {shape.text_tokens}: give "
+            f"{path}: a text of {longest} has {rows} rows, but the model is asked to read {most}: give "
             f"--architecture with text_tokens of at least {rows}, as prompts are not cut once they are encoded"
         )
-    if misfit := family.conditioning(shape, objective.task).find_misfit(item["conditions"]):
+    if misfit := conditioning.find_misfit(item["conditions"]):
         raise ValueError(f"{path} {misfit}: extract again with --task {objective.task}")
     wrong = [
         f"{name} {found.get(name, 'missing')} instead of {size}"

@@ -83,6 +83,10 @@ class Conditioning(Protocol):
         """What every sample holds, whatever the task: channels of `latents`, width of `text`."""
 
     @property
+    def text_tokens(self) -> int | None:
+        """The most rows of text that the model reads; None: any number."""
+
+    @property
     def stored(self) -> Mapping[str, int]:
         """The conditions of a sample that must be stored for training, with their channels (or rows)."""
 

@@ -25,6 +25,7 @@ class Conditioning:
     def __init__(self, config: OpenSoraPlanConfig, task: str) -> None:
         self.config, self.task = config, task
         self.always = {"latents": config.out_channels, "text": config.text_dim}
+        self.text_tokens = config.text_tokens
 
     def encode(
         self, pixels: Pixels, encode: Callable[[Tensor], Tensor], see: Callable[[Tensor], Tensor] | None = None

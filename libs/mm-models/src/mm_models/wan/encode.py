@@ -30,6 +30,7 @@ class Conditioning:
     def __init__(self, config: WanConfig, task: str) -> None:
         self.config, self.task = config, task
         self.always = {"latents": config.out_channels, "text": config.text_dim}
+        self.text_tokens = config.text_tokens
         self.stored = stored(config, task)
 
     def encode(self, pixels: Pixels, encode: Encode, see: Encode | None = None) -> list[dict[str, Tensor]]:
