@@ -20,6 +20,7 @@ embedding, modulation, norms, rotary positions, gates and the residual stream ar
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
@@ -70,26 +71,17 @@ class PatchEmbedding(nn.Module):
         return F.linear(x, self.proj.weight.flatten(1).to(x.dtype), self.proj.bias.to(x.dtype))
 
 
-class TextProjection(nn.Module):
-    """Text to the width of the model. B S text_dim -> B S D"""
+class Projection(nn.Module):
+    """Text, or the wave of a timestep, to the width of the model. … C -> … D"""
 
-    def __init__(self, text_dim: int, dim: int) -> None:
+    def __init__(self, channels: int, dim: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.linear_1 = Linear(text_dim, dim)
+        self.linear_1 = Linear(channels, dim)
         self.linear_2 = Linear(dim, dim)
+        self.activation = activation
 
-    def forward(self, text: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))
-
-
-class TimestepEmbedder(nn.Module):
-    def __init__(self, freq_dim: int, dim: int) -> None:
-        super().__init__()
-        self.linear_1 = Linear(freq_dim, dim)
-        self.linear_2 = Linear(dim, dim)
-
-    def forward(self, wave: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(wave)))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(self.activation(self.linear_1(x)))
 
 
 class TimeModulation(nn.Module):
@@ -97,7 +89,7 @@ class TimeModulation(nn.Module):
 
     def __init__(self, freq_dim: int, dim: int) -> None:
         super().__init__()
-        self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(freq_dim, dim)})
+        self.emb = nn.ModuleDict({"timestep_embedder": Projection(freq_dim, dim, F.silu)})
         self.linear = Linear(dim, 6 * dim)
 
     def forward(self, wave: Tensor) -> Tensor:
@@ -223,7 +215,7 @@ class OpenSoraPlanModel(nn.Module):
         self.config = config
         dim = config.dim
         self.pos_embed = PatchEmbedding(config.in_channels, dim, config.patch_size[1])
-        self.caption_projection = TextProjection(config.text_dim, dim)
+        self.caption_projection = Projection(config.text_dim, dim, partial(F.gelu, approximate="tanh"))
         self.adaln_single = TimeModulation(config.freq_dim, dim)
         self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm_out = LayerNorm(dim, config.eps, elementwise_affine=False)
