@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm_data import Geometry, read_manifest, select
-from mm_data.manifest import find_annotations
+from mm_data.annotations import find_annotations
 from mm_data.nearest import Neighbours
 
 CLIP = {"cap": ["a cat"], "resolution": {"height": 480, "width": 640}, "fps": 24.0, "duration": 8.0}

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from mm_convert import read_json
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
-from mm_data.manifest import ANNOTATION, find_annotations
+from mm_data.annotations import ANNOTATION, find_annotations
 from mm_models.families import find
 from mm_models.family import Family
 from mm_models.folder import check_parts

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from mm_data.annotations import find_annotations
 from mm_data.batch import Pick
 from mm_data.captions import OWN, Captions
 from mm_data.datasets import Clip, VideoDataset, describe
 from mm_data.geometry import Geometry
 from mm_data.images import read_image
 from mm_data.layout import lay_out
-from mm_data.manifest import Sample, find_annotations
+from mm_data.manifest import Sample
 
 
 class ClipShape(NamedTuple):
