@@ -54,10 +54,6 @@ class Options:
     def __post_init__(self) -> None:
         check_config(self)
 
-    def fill_template(self, prompt: str) -> str:
-        """The prompt as it is encoded."""
-        return self.prompt_template.replace("{}", prompt)
-
     @property
     def scales(self) -> tuple[float, float]:
         """Guidance at high and at low noise."""

@@ -27,6 +27,7 @@ from mm_infer.ranks import Share, claim_output
 from mm_infer.sample import Sampler
 from mm_infer.settle import calls_of
 from mm_infer.weights import Weights
+from mm_models.diffusion.samplers import fill_template
 from mm_parallel.guard import Watchdog, agree
 from mm_parallel.guard.agree import COPY
 
@@ -135,7 +136,7 @@ def run(job: Job, guard: Watchdog, patience: float) -> None:
     if job.alone:
         say(f"note: {job.alone} is one of two experts, and makes all steps alone; name the folder above it for both")
     start = time.perf_counter()
-    prompts = [video.options.fill_template(video.prompt) for video in videos]
+    prompts = [fill_template(video.options.prompt_template, video.prompt) for video in videos]
     say(f"text: encoding {len(set(prompts))} prompt(s)")
     negative = [video.options.negative_prompt for video in videos if max(video.options.scales) > 1]
     job.sampler.encode([*prompts, *negative])

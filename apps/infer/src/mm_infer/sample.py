@@ -17,6 +17,7 @@ from mm_infer.encode import Encoders
 from mm_infer.inputs import Given
 from mm_infer.settle import settle, start_of
 from mm_infer.weights import Weights
+from mm_models.diffusion.samplers import fill_template
 from mm_models.diffusion.sampling import denoise, noise, partly_noised
 from mm_models.encoders import to_frames
 from mm_models.family import AskedTiling
@@ -147,7 +148,7 @@ class Sampler:
         conditioning = self.family.conditioning(self.config, options.task)
         negative = [options.negative_prompt] if max(options.scales) > 1 else []
         with self._timed(seconds, "text"):
-            texts = self.encode([options.fill_template(prompt), *negative])
+            texts = self.encode([fill_template(options.prompt_template, prompt), *negative])
             text, *away = [text[None].to(self.device) for text in texts]
         with self._timed(seconds, "inputs"):
             conditions = self.encoders.conditions(conditioning, given, options)

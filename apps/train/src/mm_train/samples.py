@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mm_data import FeatureDataset, write_video
+from mm_models.diffusion.samplers import fill_template
 from mm_models.diffusion.sampling import denoise, noise
 from mm_models.encoders import Codec, to_frames
 from mm_models.objective import Objective
@@ -59,7 +60,7 @@ class Samples:
 
     def _encode(self) -> list[Tensor]:
         encoder = self.family.text_encoder(self.shape, self.options.encoders, device=self.device, dtype=self.dtype)
-        prompts = [self.options.prompt_template.replace("{}", prompt) for prompt in self.options.prompts]
+        prompts = [fill_template(self.options.prompt_template, prompt) for prompt in self.options.prompts]
         return [text.cpu() for text in encoder.encode([*prompts, self.options.negative_prompt])]
 
     def _from_validation(self) -> list[SampleRequest]:

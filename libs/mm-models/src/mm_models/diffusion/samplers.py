@@ -116,6 +116,11 @@ def settle_sampling(
     return {name: value if asked.get(name) is None else asked[name] for name, value in usual.items()}
 
 
+def fill_template(template: str, prompt: str) -> str:
+    """The prompt as it is encoded."""
+    return template.replace("{}", prompt)
+
+
 PUBLISHED = ("steps", "guidance", "negative_prompt", "prompt_template", "sampler")
 
 
