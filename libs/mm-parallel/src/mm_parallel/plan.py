@@ -186,6 +186,23 @@ class ParallelPlan:
         found = _matching(getattr(self, kind), list(modules), _match_parts, kind, "module")
         return {name: modules[name] for name in found}
 
+    def set_seam(self, model: nn.Module, path: str, seam: object) -> None:
+        """Sets an attribute that this plan names, of the model or of a module in it; ValueError where there is none.
+
+        Nothing happens on a pipeline stage without its owner.
+        """
+        parent, _, name = path.rpartition(".")
+        first = path.partition(".")[0]
+        if first in self.last and getattr(model, first, None) is None:
+            return
+        try:
+            owner = model.get_submodule(parent)
+        except AttributeError:
+            owner = None
+        if not hasattr(owner, name):
+            raise ValueError(f"the plan's seam {path!r} is no attribute of {type(model).__name__}")
+        setattr(owner, name, seam)
+
     def fp32_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters of this ladder that stay in fp32, by name. Raises ValueError for a pattern without match."""
         parameters = self._parameters(model)
