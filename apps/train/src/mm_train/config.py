@@ -111,6 +111,11 @@ class OptimConfig:
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup: Annotated[int, ">= 0"] = 0
     """Steps over which the learning rate rises linearly from 0."""
+    rates: dict[str, Annotated[float, ">= 0", "<= 1"]] = field(default_factory=dict)
+    """Learning rates in place of lr for some of what is trained: a part of the model, its last layers, or a pattern of
+    names, as for --trained, e.g. '{"vision": 2e-6}'. Of several that name a parameter the last counts. Warmup and
+    schedule are the same for all, and min_lr stands to each as to lr.
+    """
     weight_decay: Annotated[float, ">= 0"] = 0.01
     betas: tuple[Annotated[float, ">= 0", "< 1"], Annotated[float, ">= 0", "< 1"]] = (0.9, 0.999)
     eps: Annotated[float, "> 0"] = 1e-8
@@ -128,8 +133,8 @@ class LoRAOptions:
     alpha: Annotated[float, "> 0"] = 16.0
     dropout: Annotated[float, ">= 0", "< 1"] = 0.0
     targets: tuple[str, ...] | None = None
-    """Names of the linears that get an adapter (matched as peft does, by suffix); by default those of all attentions
-    and feed-forwards.
+    """Names of the linears that get an adapter (matched as peft does, by suffix), also in one part of the model
+    alone (vision:qkv), or a part, which means all in it; by default those of all attentions and feed-forwards.
     """
     weights: Path | None = None
     """An adapter to go on from, in any format that mm-convert reads; by default they are fresh. Rank, alpha and targets
@@ -211,7 +216,9 @@ class Config:
     expert: Literal["high", "low"] | None = None
     """Of a model that is two experts, which one is trained. Both go into the same --output, one after the other."""
     trained: tuple[str, ...] = ("*",)
-    """Patterns of the names of parameters that are trained; the others stay as they are, e.g. ["vace_*"]."""
+    """What is trained; the others stay as they are. Patterns of the names of parameters, e.g. ["vace_*"]; where a
+    model's family has parts, also these, and their last layers: ["merger", "language:-4"].
+    """
     architecture: dict[str, Any] = field(default_factory=dict)
     """Fields of the preset to replace, e.g. --architecture '{"num_layers": 4}'."""
     steps: Annotated[int, ">= 1"] = 5000
