@@ -147,10 +147,14 @@ def test_initial_depends_on_name_and_seed_only():
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_what_a_family_is_asked_is_there(family):
     """What is imported later is there, so that no seam fails when it is first used."""
-    for seam in ("build", "plan", "cost", "objective", "conditioning", "codec", "text_encoder", "image_encoder"):
-        if seam == "image_encoder" and family.image_encoder is None:
-            continue
-        module, _, name = getattr(family, seam).__qualname__.rpartition(".")
+    seams = {seam: getattr(family, seam) for seam in ("build", "plan", "cost", "objective")}
+    if family.video is not None:
+        own = ("conditioning", "codec", "text_encoder", "image_encoder")
+        seams |= {seam: getattr(family.video, seam) for seam in own if getattr(family.video, seam) is not None}
+    if family.chat is not None:
+        seams["processing"] = family.chat.processing
+    for seam, later in seams.items():
+        module, _, name = later.__qualname__.rpartition(".")
         assert callable(getattr(import_module(module), name)), seam
     assert all(callable(getattr(family.start(), name)) for name in ("initial", "missing", "grow"))
 

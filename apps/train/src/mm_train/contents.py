@@ -42,10 +42,10 @@ def identify(config: Config, data: FeatureDataset | ClipDataset, continuing: boo
         ("sample.encoders", sampled and config.sample.encoders),
     ):
         if path:
-            files[flag] = encoder_files(path, family.encoders(shape))
+            files[flag] = encoder_files(path, family.video.encoders(shape))
     contents = {flag: identify_files(those) for flag, those in files.items()}
     if isinstance(data, ClipDataset):
-        if (tiling := family.choose_tiling(config.data.tiling, "training")) != "none":
+        if (tiling := family.video.choose_tiling(config.data.tiling, "training")) != "none":
             contents["data.encoders"]["the tiles of vae"] = tiling
         contents["data.manifest"]["its captions"] = sha256(json.dumps(data.all_captions).encode()).hexdigest()[:16]
     return contents

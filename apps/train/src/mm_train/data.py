@@ -99,7 +99,7 @@ def _notes(dataset: BatchDataset, config: Config) -> list[str]:
     small = Order(dataset.buckets, config.data.global_batch, config.seed, config.data.small_buckets).small
     notes = [small.describe("--data.small_buckets ", "--data.global_batch ")] if small else []
     family, shape = architecture(config)
-    other = family.note_shapes(shape, [tuple(frames_rows_columns) for _, *frames_rows_columns in dataset.buckets])
+    other = family.video.note_shapes(shape, [tuple(frames_rows_columns) for _, *frames_rows_columns in dataset.buckets])
     return [*notes, other] if other else notes
 
 
@@ -132,7 +132,7 @@ def check_features(path: Path, config: Config) -> None:
             f"{path} holds latents of {found['latents']} channels and text of width {found['text']}; {config.model} "
             f"takes {sizes['latents']} and {sizes['text']}: extract again with its own encoders"
         )
-    conditioning = family.conditioning(shape, objective.task)
+    conditioning = family.video.conditioning(shape, objective.task)
     (rows, longest), most = dataset.longest_text, conditioning.text_tokens
     if most is not None and rows > most:
         raise ValueError(
