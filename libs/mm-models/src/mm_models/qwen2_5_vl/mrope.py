@@ -94,9 +94,7 @@ def _find_spans(rows: np.ndarray, grids: Sequence[Grid], config: Qwen25VLConfig)
                 )
             spans.append(_Span(number, start, grid, bool(row[start] == config.video_token)))
     if len(spans) < len(grids):
-        raise ValueError(
-            f"grid_thw has {len(grids)} rows, but there are tokens of {len(spans)} images and videos only"
-        )
+        raise ValueError(f"grid_thw has {len(grids)} rows, but there are tokens of {len(spans)} images and videos only")
     return spans
 
 
