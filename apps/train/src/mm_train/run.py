@@ -100,10 +100,10 @@ class Run:
         self.objective = build_objective(config)
         guard.at("looking at the data", config.patience)
         self.data = training_data(config, self.objective, self.mesh, self.device)
-        agree({"the samples": self.data.fingerprint}, self.data.name)
+        agree({"the samples": self.data.identity}, self.data.name)
         # Refuses a directory that this run must not continue. One rank looks, so that all go the same way.
         found, changed = broadcast(lambda: find_checkpoint(config))
-        contents = identify(config, self.data.samples, continuing=found is not None)
+        contents = identify(config, self.data, continuing=found is not None)
         check_ranks(contents)
         if found:
             saved = read_progress(found)
@@ -118,7 +118,7 @@ class Run:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]  # the highest of each
         self.average = EMA(self.parameters, config.optim.ema)
         self.checkpoints = Checkpointer(config.run_dir / "checkpoints", config.checkpoint.keep)
-        self.progress = Progress(dataset=self.data.fingerprint)
+        self.progress = Progress(dataset=self.data.identity)
         if found:
             self.progress = Progress(**self.checkpoints.load(found, self.parameters, self.optimizer, self.average))
         self.progress.contents |= contents
@@ -261,7 +261,7 @@ def summarize(
         f"task       {objective.task}{f', expert {config.expert}' if config.expert else ''}, {objective.describe()}",
         f"weights    {f'{found} (continuing)' if found else config.weights}{built.notes}",
         *(f"changed    {change}" for change in changed),
-        f"data       {len(data.ids):,} samples in {len(set(data.buckets))} shapes, {data.name}",
+        f"data       {data.described}, {data.name}",
         *(f"           {note}" for note in data.notes),
         f"ranks      {ranks}",
         f"step       {config.data.global_batch} samples = {step}",
