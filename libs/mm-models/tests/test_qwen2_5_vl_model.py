@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mm_models import build, preset
 from mm_models.layers import Sequence, core
+from mm_models.lora import LoRAConfig, add_lora
 from mm_models.qwen2_5_vl.start import initial
 from mm_models.qwen2_5_vl.vision import attend, put_calls, rotate
 from mm_models.qwen2_5_vl.windows import MOST_CALLS, lay_out
@@ -298,6 +299,20 @@ def test_sizes_that_do_not_fit_each_other(change, said):
     with pytest.raises(ValueError, match=said):
         replace(TINY, **change)
     assert replace(TINY, mrope_section=[2, 3, 3]) == TINY
+
+
+def test_adapters(tiny_chat, talk):
+    """On linears of any part; at the head one would not be computed, so it is refused."""
+    pytest.importorskip("peft")
+    model = add_lora(tiny_chat(), LoRAConfig(2, targets=("q_proj", "mlp.up_proj", "attn.qkv", "merger.mlp.2")))
+    one = talk(model.config, *PARTS)
+    model(**one.inputs, labels=one.labels).sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert len(trained) == 2 * (2 + 5 + 3 + 1)
+    assert all(".lora_" in name for name in trained)
+    model = add_lora(tiny_chat(), LoRAConfig(2, targets=("lm_head",)))
+    with pytest.raises(ValueError, match="the head has an adapter, but its weight alone is multiplied by"):
+        model(**one.inputs)
 
 
 def test_from_scratch():
