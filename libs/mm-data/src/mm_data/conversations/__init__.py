@@ -1,0 +1,21 @@
+"""Conversations about pictures and videos, in the formats that people have: one strict reader."""
+
+from mm_data.conversations.conversation import REASONS, Box, Conversation, Media, Turn, Unusable
+from mm_data.conversations.ledger import Ledger
+from mm_data.conversations.reader import Conversations, Source, read_conversations
+from mm_data.conversations.survey import Survey, find_missing
+
+__all__ = [
+    "REASONS",
+    "Box",
+    "Conversation",
+    "Conversations",
+    "Ledger",
+    "Media",
+    "Source",
+    "Survey",
+    "Turn",
+    "Unusable",
+    "find_missing",
+    "read_conversations",
+]
