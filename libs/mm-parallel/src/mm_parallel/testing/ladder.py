@@ -60,8 +60,9 @@ class RMSNorm(nn.RMSNorm):
 class TinyLadder(nn.Module):
     """Parameters of each kind that stay in fp32, sizes that no world size divides, norms over all heads, a dtype.
 
-    Called as `model(tokens, t, mask) -> y` with tokens B L 5, t B 3, mask B L bool (which tokens are attended; None:
-    all) and y B L 5. A block's `read` are the dtypes of its parameters as its last forward found them.
+    Called as `model(tokens, t, mask, segments) -> y` with tokens B L 5, t B 3, y B L 5, mask B L bool (which tokens are
+    attended; None: all), and segments in place of the model's own. A block's `read` are the dtypes of its parameters as
+    its last forward found them.
     """
 
     plan = ParallelPlan(
@@ -97,13 +98,15 @@ class TinyLadder(nn.Module):
     def layers(self) -> nn.ModuleList:
         return self.blocks
 
-    def stem(self, tokens: Tensor, t: Tensor, mask: Tensor | None = None) -> Stream:
+    def stem(
+        self, tokens: Tensor, t: Tensor, mask: Tensor | None = None, segments: tuple[int, ...] | None = None
+    ) -> Stream:
         dtype = self.compute_dtype or tokens.dtype
         x = self.embed(tokens.to(dtype)).to(t.dtype)  # the residual stream stays in fp32 as well
         length = tokens.shape[1]
         place = torch.arange(length, device=t.device, dtype=t.dtype)[:, None] * torch.ones(DIM, device=t.device)
         text = self.read(t.to(dtype)).unflatten(1, (2, DIM))
-        sequence = Sequence(length, self.causal, self.segments)
+        sequence = Sequence(length, self.causal, segments or self.segments)
         return self.split(Stream(x, (place / 7).sin(), self.time(t).unflatten(1, (2, DIM)), text, sequence, mask))
 
     def layer(self, i: int, stream: Stream) -> Stream:
@@ -114,8 +117,10 @@ class TinyLadder(nn.Module):
         y = self.out(stream.x.to(self.compute_dtype or stream.x.dtype)).to(stream.x.dtype)
         return self.gather(y, stream.sequence)
 
-    def forward(self, tokens: Tensor, t: Tensor, mask: Tensor | None = None) -> Tensor:
-        stream = self.stem(tokens, t, mask)
+    def forward(
+        self, tokens: Tensor, t: Tensor, mask: Tensor | None = None, segments: tuple[int, ...] | None = None
+    ) -> Tensor:
+        stream = self.stem(tokens, t, mask, segments)
         for i in range(len(self.blocks)):
             stream = self.layer(i, stream)
         return self.head(stream)
@@ -183,8 +188,8 @@ class TinyTower(TinyLadder):
 class TwoLadders(TinyLadder):
     """A ladder in whose stem another runs, as a vision tower in a language model's.
 
-    Called as `model(tokens, t, image, grids, owner)`: image N P 5 are N items of one part; or, with grids (see
-    `TinyTower`), rows 5. owner: of each item the sample to whose tokens it is added (without, one for each sample).
+    Called as `model(tokens, t, image, grids, owner, segments)`: image N P 5 are N items of one part; or, with grids
+    (see `TinyTower`), rows 5. owner: of each item the sample to whose tokens it is added (without, one for each).
     """
 
     plan = replace(TinyLadder.plan, inner={"tower": TinyTower.plan})
@@ -200,6 +205,7 @@ class TwoLadders(TinyLadder):
         image: Tensor,
         grids: tuple[tuple[int, int], ...] | None = None,
         owner: tuple[int, ...] | None = None,
+        segments: tuple[int, ...] | None = None,
     ) -> Stream:
         if grids is None:
             grids = ((1, image.shape[1]),) * len(image)
@@ -210,7 +216,7 @@ class TwoLadders(TinyLadder):
         seen = self.tower(image, grids) * torch.tensor(shares, device=tokens.device, dtype=tokens.dtype)[:, None]
         rows = torch.tensor(rows, device=tokens.device, dtype=torch.long)
         seen = torch.zeros_like(tokens[:, 0]).index_add(0, rows, seen)  # a graph through the tower, also of no item
-        return super().stem(tokens + seen[:, None], t)
+        return super().stem(tokens + seen[:, None], t, segments=segments)
 
     def forward(
         self,
@@ -219,8 +225,9 @@ class TwoLadders(TinyLadder):
         image: Tensor,
         grids: tuple[tuple[int, int], ...] | None = None,
         owner: tuple[int, ...] | None = None,
+        segments: tuple[int, ...] | None = None,
     ) -> Tensor:
-        stream = self.stem(tokens, t, image, grids, owner)
+        stream = self.stem(tokens, t, image, grids, owner, segments)
         for i in range(len(self.blocks)):
             stream = self.layer(i, stream)
         return self.head(stream)
