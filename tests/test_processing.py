@@ -347,7 +347,7 @@ def test_the_real_rate_decides_positions(hub, files, fps, most, frames, rate):
     else:
         encoded = processing.encode(conversation)
     pads = encoded.input_ids == processing._pads["video"]
-    grids, rows, columns = encoded.grid_thw[0].tolist()
+    grids, _, _ = encoded.grid_thw[0].tolist()
     assert grids == math.ceil(frames / 2)
     first = int(pads.nonzero()[0])
     times = encoded.position_ids[0, pads].reshape(grids, -1)
