@@ -205,6 +205,10 @@ class Family:
     """Of a family of conversation models."""
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Parts of its models that can be trained, frozen or given a learning rate by name: patterns of parameters."""
+    unserved: tuple[str, ...] = ()
+    """Of the parts, those whose adapters servers leave out unless they are told otherwise."""
+    exported: str = "mm"
+    """The form in which trained weights are written: "mm", our own, or a dialect of its names in mm_convert."""
     unseen: tuple[str, ...] = ()
     """Fields of a configuration in which released weights differ and their tensors do not. Where no config.json says
     them, mm_infer must be told the preset; where it does, mm_train may go on with others, and says so.

@@ -12,10 +12,11 @@ Seams that do nothing here, and let others cut tokens and vocabulary over device
     model.split          Stream -> Stream, last thing in the stem: keep this rank's part of the tokens
     model.core           (q: B L H h, k and v: B L K h, sequence) -> B L H h, the attention between tokens
     model.gather         (B L …, sequence) -> (B L …), at the end of the head: join what `split` cut
-    model.token_losses   (x: B L D, weight: V D, labels: B L) -> B L: cross-entropies, if a rank has some rows of weight
+    model.token_losses   (x: B L D, weight: V D, labels: B L) -> B L: the cross entropy of each label
+    model.token_logits   (x: B L D, weight: V D) -> B L V; where a rank has some rows of weight, these two join them
 
-Precision: all runs in `model.compute_dtype` (None: the dtype of the embedding's weight), the residual stream too, as the
-makers have it. Statistics of norms, rotary positions and the losses are at least float32.
+Precision: all runs in `model.compute_dtype` (None: the dtype of the embedding's weight), the residual stream too, as
+the makers have it. Statistics of norms, rotary positions and the losses are at least float32.
 """
 
 from collections.abc import Callable
@@ -74,8 +75,8 @@ class Block(nn.Module):
 
 
 class Qwen25VLModel(nn.Module):
-    """`model(input_ids, position_ids, pixel_values, grid_thw, sequence) -> logits`, or with `labels` -> the loss of each
-    token; see `stem` for shapes and errors.
+    """`model(input_ids, position_ids, pixel_values, grid_thw, sequence) -> logits`; with `labels` -> the loss of each
+    token. See `stem` for shapes and errors.
 
     Weights are made for loading into: `mm_models.build` fills them the way the authors did.
     """
@@ -101,6 +102,7 @@ class Qwen25VLModel(nn.Module):
         self.core: Callable[[Tensor, Tensor, Tensor, Sequence], Tensor] = core
         self.gather: Callable[[Tensor, Sequence], Tensor] = identity
         self.token_losses: Callable[[Tensor, Tensor, Tensor], Tensor] = token_losses
+        self.token_logits: Callable[[Tensor, Tensor], Tensor] = token_logits
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -171,8 +173,13 @@ class Qwen25VLModel(nn.Module):
         x = self.model.norm(stream.x)
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         if stream.labels is None:
-            return self.gather(F.linear(x, head.weight.to(x.dtype)), stream.sequence)
+            return self.gather(self.token_logits(x, head.weight), stream.sequence)
         return self.gather(self.token_losses(x, head.weight, stream.labels), stream.sequence)
+
+
+def token_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """The seam of that name on one device."""
+    return F.linear(x, weight.to(x.dtype))
 
 
 def rope_table(position_ids: Tensor, config: Qwen25VLConfig) -> Tensor:

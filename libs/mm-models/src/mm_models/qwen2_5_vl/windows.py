@@ -121,8 +121,8 @@ def _group(sizes: np.ndarray) -> tuple[Group, ...]:
 
 
 def _share_calls(sizes: np.ndarray) -> Sequence[int]:
-    """How many stretches, the largest first, each call takes: one for each size, or if these are more than `MOST_CALLS`,
-    as the sum of squares of what is computed is least.
+    """How many stretches, the largest first, each call takes: those of one size, or if there are more sizes than
+    `MOST_CALLS`, so that the sum of squares of what is computed is least.
     """
     distinct, counts = np.unique(-sizes, return_counts=True)
     distinct = -distinct

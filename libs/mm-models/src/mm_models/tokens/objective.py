@@ -23,7 +23,7 @@ class NextToken:
     """An `mm_models.objective.Objective`. A batch is one pack: conversations behind each other, in one row.
 
     Tensors: input_ids 1 L; labels 1 L, what each token must predict, or `IGNORED`; position_ids 1 3 L; segments
-    1 S+1, where the conversations part, from 0 to L; pixel_values 1 N P and grid_thw 1 M 3, of all images and videos.
+    1 S+1, where the conversations part, from 0 to the end of the last, behind which is padding; pixel_values 1 N P and grid_thw 1 M 3, of all images and videos.
     """
 
     average: Average = "token"
@@ -51,7 +51,8 @@ class NextToken:
 
     def inputs(self, tensors: Mapping[str, Tensor], drawn: None = None) -> dict[str, Any]:
         """input_ids 1 L, position_ids 3 1 L, pixel_values N P, grid_thw M 3, sequence, labels 1 L."""
-        bounds = _bounds(tensors)
+        bounds, tokens = _bounds(tensors), tensors["input_ids"].shape[1]
+        bounds = bounds if bounds[-1] == tokens else (*bounds, tokens)  # padding attends to itself
         return {
             "input_ids": tensors["input_ids"],
             "position_ids": tensors["position_ids"].transpose(0, 1),
@@ -75,6 +76,14 @@ class NextToken:
         if self.average == "token":
             return losses
         return losses / _label_counts(tensors).clamp(min=1).to(losses)
+
+    def count(self, tensors: Mapping[str, Tensor]) -> Mapping[str, float]:
+        """Tokens of the conversations, those of them that are trained, and patches of images."""
+        return {
+            "tokens": float(tensors["segments"][0, -1]),
+            "label_tokens": float((tensors["labels"] != IGNORED).sum()),
+            "patches": float(tensors["pixel_values"].shape[1]),
+        }
 
     def describe(self) -> str:
         per = {"token": "label token", "micro_batch": "conversation", "sample": "conversation that has labels"}
