@@ -89,7 +89,7 @@ def train_two_ladders(rank: int, world: int) -> list[list]:
     x, t, target = batch(2, 11, torch.float32)
     for _ in range(3):
         optimizer.zero_grad()
-        (model(x, t, x[:, :5]) - target).square().mean().backward()
+        (model(x, t, x[:, :6]) - target).square().mean().backward()
         finish_gradients(model, mesh)
         optimizer.step()
     return [whole(p).contiguous().view(torch.int32).tolist() for p in model.parameters()]

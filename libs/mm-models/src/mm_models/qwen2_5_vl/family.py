@@ -20,7 +20,6 @@ CHAT = Chat(
         *("special_tokens_map.json", "chat_template.json", "chat_template.jinja", "generation_config.json"),
         *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
     ),
-    end_tokens=("<|im_end|>", "<|endoftext|>"),
 )
 
 QWEN2_5_VL = Family(

@@ -1,8 +1,8 @@
 """Context parallelism: the ranks of "cp" (ring x ulysses) share the tokens of a sample.
 
 `cut` sets the three seams of a ladder. Everything between attentions then runs on a part of the tokens; what the plan
-does not name as tokens (text, modulation, masks of keys) stays whole on every rank. Loss and gradients are those of one
-device.
+does not name as tokens (text, modulation, masks of keys) stays whole on every rank. The items of a ladder in the stem
+are shared, see `mm_parallel.context.items`. Loss and gradients are those of one device.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from mm_parallel.attention import attention, ring_attention
 from mm_parallel.attention.op import check, check_mask
 from mm_parallel.context import shard
+from mm_parallel.context.items import Items
 from mm_parallel.context.shard import TokenLayout, spans
 from mm_parallel.context.ulysses import HEADS, TOKENS, HeadLayout, exchange, repeat
 from mm_parallel.mesh import rank_in, size, submesh
@@ -28,10 +29,13 @@ def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh | None) -> None:
     """
     if not plan.tokens:
         raise ValueError("the plan names no tokens, so nothing can be cut over cp: give ParallelPlan(tokens={…: dim})")
+    ranks = Context(mesh)
+    set_seams(model, plan, partial(ranks.split, fields=plan.tokens), ranks.attention, ranks.gather)
     for prefix, ladder, own in plan.ladders(model):
-        if own.tokens:
-            ranks = InnerContext(mesh) if prefix else Context(mesh)
-            set_seams(ladder, own, partial(ranks.split, fields=own.tokens), ranks.attention, ranks.gather)
+        if prefix and own.share and ranks.groups:
+            items = Items(ranks.rank, ranks.groups["cp"], own.merge)
+            own.set_seam(ladder, own.share, items.share)
+            own.set_seam(ladder, own.collect, items.collect)
 
 
 def set_seams(model: nn.Module, plan: ParallelPlan, split: object, core: object, join: object) -> None:
@@ -100,24 +104,6 @@ class Context:
     def gather(self, x: Tensor, sequence: Sequence) -> Tensor:
         """See `gather`."""
         return shard.Gather.apply(x, self.layout(sequence), self.groups["cp"]) if self.groups else x
-
-
-class InnerContext(Context):
-    """The same for a ladder in another's stem.
-
-    Only Ulysses ranks share its tokens, as they may be packed samples (images), which a ring does not take. Ranks of a
-    ring do the same.
-    """
-
-    def __init__(self, mesh: DeviceMesh | None) -> None:
-        super().__init__(mesh)
-        self.sizes, self.ring, self.rank = (1, self.sizes[1]), 0, self.ulysses
-
-    def gather(self, x: Tensor, sequence: Sequence) -> Tensor:
-        """All tokens on every rank, for an outer ladder that cuts its own."""
-        if not self.groups:
-            return x
-        return shard.InnerGather.apply(x, self.layout(sequence), self.groups["ulysses"], self.groups["cp"])
 
 
 def context_attention(
