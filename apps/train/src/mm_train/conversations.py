@@ -21,7 +21,7 @@ from mm_train.objective import architecture
 
 if TYPE_CHECKING:
     from mm_data.conversation_dataset import ConversationDataset
-    from mm_data.processing import Processing
+    from mm_models.processors import Processing
 
 
 def read_sources(listed: Listed, flag: str) -> tuple[Source, ...]:
@@ -48,18 +48,15 @@ def _source(word: str, flag: str) -> Source:
 
 
 def find_processor(config: Config, chat: Chat) -> Path:
-    """The hub's folder of tokenizer and image processor. ValueError where no folder, or none with their files, is
-    given.
-    """
+    """The hub's folder of tokenizer and image processor. ValueError where there is nothing of that."""
     flag, path = "--data.processor", config.data.processor
     if path is None:
         flag, path = "--weights", Path(config.weights)
-    missing = [name for name in chat.needs if not (path / name).is_file()]
-    if missing:
-        given = f"{flag} {path} has no {', '.join(missing)}" if path.exists() else f"{flag} {path} is no folder"
+    if not any((path / name).is_file() for name in chat.files):
+        given = f"{flag} {path} holds no tokenizer and no processor" if path.is_dir() else f"{flag} {path} is no folder"
         raise ValueError(
-            f"{given}: give --data.processor with the folder of the hub, which holds {', '.join(chat.needs)} beside "
-            "the weights"
+            f"{given}: give --data.processor with the folder of the hub, where {', '.join(chat.files[:2])}, … lie "
+            "beside the weights"
         )
     return path
 
@@ -67,7 +64,7 @@ def find_processor(config: Config, chat: Chat) -> Path:
 def open_processing(config: Config) -> Processing:
     """What makes tokens and pixels of a conversation, for training, validation and answers alike."""
     family, shape = architecture(config)
-    return family.chat.processing(shape, find_processor(config, family.chat), config.data.chat)
+    return family.chat.processing(find_processor(config, family.chat), config.data.chat, shape)
 
 
 def open_conversations(

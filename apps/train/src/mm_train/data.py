@@ -1,4 +1,4 @@
-"""What a run is trained on: features from a cache, or made of videos on the way, with the same numbers; conversations."""
+"""What a run is trained on: features from a cache, or made of videos on the way, the same numbers; conversations."""
 
 from __future__ import annotations
 
