@@ -16,7 +16,7 @@ from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_data.annotations import ANNOTATION, find_annotations
 from mm_models.families import find
-from mm_models.family import Family
+from mm_models.family import Video
 from mm_models.folder import check_parts
 from mm_parallel.launch import read_launch
 from mm_train.adapter import check_adapter
@@ -43,13 +43,13 @@ def check(config: Config, when: When = "at once") -> None:
             one.run(config)
 
 
-def check_encoders(family: Family, path: Path | None, folders: Sequence[str], flag: str) -> None:
+def check_encoders(video: Video, path: Path | None, folders: Sequence[str], flag: str) -> None:
     """Raise ValueError unless a diffusers directory holds these folders, and nothing in them must not be done."""
     missing = [f"{folder}/" for folder in folders if path is None or not (path / folder).is_dir()]
     if missing:
         wanted = ", ".join(f"{folder}/" for folder in folders)
         raise ValueError(f"{flag} {path} has no {', '.join(missing)}: give the diffusers directory with {wanted}")
-    check_parts(path, folders, family.own_folders, family.kinds)
+    check_parts(path, folders, video.own_folders, video.kinds)
 
 
 def check_manifest(path: Path) -> None:
@@ -120,7 +120,7 @@ def _data(config: Config) -> None:
     else:
         check_manifest(data.manifest)
         family, shape = architecture(config)
-        check_encoders(family, data.encoders, family.encoders(shape), "--data.encoders")
+        check_encoders(family.video, data.encoders, family.video.encoders(shape), "--data.encoders")
     for flag, path in (("data.features", data.features), ("validation.features", config.validation.features)):
         if path is not None and not path.is_dir():
             raise ValueError(
@@ -196,9 +196,10 @@ def _samples(config: Config) -> None:
         )
     s = settle_samples(config)
     family, shape = architecture(config)
-    folders = [part for part in family.encoders(shape) if part != "image_encoder"]  # what it saw lies in the features
-    check_encoders(family, s.encoders, folders, "sample videos: --sample.encoders")
-    time, rows, columns = family.multiples(shape, s.encoders)
+    video = family.video
+    folders = [part for part in video.encoders(shape) if part != "image_encoder"]  # what it saw lies in the features
+    check_encoders(video, s.encoders, folders, "sample videos: --sample.encoders")
+    time, rows, columns = video.multiples(shape, s.encoders)
     if s.frames % time != 1 % time:
         below = (s.frames - 1) // time * time + 1
         raise ValueError(f"--sample.frames {s.frames} is not {time}k+1; the nearest are {below} and {below + time}")

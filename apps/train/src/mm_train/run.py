@@ -100,10 +100,10 @@ class Run:
         self.objective = build_objective(config)
         guard.at("looking at the data", config.patience)
         self.data = training_data(config, self.objective, self.mesh, self.device)
-        agree({"the samples": self.data.fingerprint}, self.data.name)
+        agree({"the samples": self.data.identity}, self.data.name)
         # Refuses a directory that this run must not continue. One rank looks, so that all go the same way.
         found, changed = broadcast(lambda: find_checkpoint(config))
-        contents = identify(config, self.data.samples, continuing=found is not None)
+        contents = identify(config, self.data, continuing=found is not None)
         check_ranks(contents)
         if found:
             saved = read_progress(found)
@@ -114,10 +114,11 @@ class Run:
         self.samples = Samples(config, self.objective, self.mesh, self.device, getattr(torch, config.dtype))
         built = build_model(config, self.mesh, self.device, continuing=found is not None)
         self.model, self.parameters = built.model, built.parameters
-        self.optimizer = build_optimizer(self.parameters, config.optim)
+        self.optimizer = build_optimizer(self.parameters, config.optim, built.rates)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # the highest of each
         self.average = EMA(self.parameters, config.optim.ema)
         self.checkpoints = Checkpointer(config.run_dir / "checkpoints", config.checkpoint.keep)
-        self.progress = Progress(dataset=self.data.fingerprint)
+        self.progress = Progress(dataset=self.data.identity)
         if found:
             self.progress = Progress(**self.checkpoints.load(found, self.parameters, self.optimizer, self.average))
         self.progress.contents |= contents
@@ -152,8 +153,10 @@ class Run:
             reset_max_memory(self.device)
 
     def set_rate(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.progress.step, self.config.steps, self.config.optim)
+        place = (self.progress.step, self.config.steps, self.config.optim)
+        self.rate = learning_rate(*place)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = learning_rate(*place, rate)
 
     def outcome(self, batch: MicroBatches, losses: list[Tensor], norm: Tensor) -> Outcome:
         """The step in global numbers; from here on, its samples count as seen."""
@@ -179,7 +182,7 @@ class Run:
             "step": self.progress.step,
             "loss": step.loss,
             "grad_norm": step.norm,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.rate,
             "samples": self.progress.cursor,
             "seconds": seconds,
             "data_seconds": self.data_seconds,
@@ -254,10 +257,11 @@ def summarize(
     """
     lines = [
         f"model      {config.model}: {built.size:,} parameters, {built.trained:,} trained, matrices in {config.dtype}",
+        *(f"{'           ' if i else 'parts      '}{row}" for i, row in enumerate(built.parts)),
         f"task       {objective.task}{f', expert {config.expert}' if config.expert else ''}, {objective.describe()}",
         f"weights    {f'{found} (continuing)' if found else config.weights}{built.notes}",
         *(f"changed    {change}" for change in changed),
-        f"data       {len(data.ids):,} samples in {len(set(data.buckets))} shapes, {data.name}",
+        f"data       {data.described}, {data.name}",
         *(f"           {note}" for note in data.notes),
         f"ranks      {ranks}",
         f"step       {config.data.global_batch} samples = {step}",

@@ -42,7 +42,8 @@ class Samples:
     ):
         self.config, self.objective, self.options = config, objective, settle_samples(config)
         self.family, self.shape = architecture(config)
-        self.stored = self.family.conditioning(self.shape, objective.task).stored
+        self.video = self.family.video
+        self.stored = self.video.conditioning(self.shape, objective.task).stored
         self.rank, self.ranks = data_rank(mesh)
         self.reports, self.device, self.dtype = reports_loss(mesh), device, dtype
         self.requests: list[SampleRequest] = []
@@ -59,7 +60,7 @@ class Samples:
             self.requests += self._from_validation()
 
     def _encode(self) -> list[Tensor]:
-        encoder = self.family.text_encoder(self.shape, self.options.encoders, device=self.device, dtype=self.dtype)
+        encoder = self.video.text_encoder(self.shape, self.options.encoders, device=self.device, dtype=self.dtype)
         prompts = [fill_template(self.options.prompt_template, prompt) for prompt in self.options.prompts]
         return [text.cpu() for text in encoder.encode([*prompts, self.options.negative_prompt])]
 
@@ -72,7 +73,7 @@ class Samples:
             sample = data[i]
             conditions = {name: sample["conditions"][name][None] for name in self.stored}
             latents, task = sample["latents"], self.objective.task
-            conditions = dict(self.family.conditioning(self.shape, task).complete(latents[None], conditions))
+            conditions = dict(self.video.conditioning(self.shape, task).complete(latents[None], conditions))
             requests.append(SampleRequest(sample["id"], task, sample["text"][0], conditions, tuple(latents.shape)))
         return requests
 
@@ -85,8 +86,8 @@ class Samples:
         """
         directory = self.config.run_dir / "samples" / f"step-{step:08d}"
         directory.mkdir(parents=True, exist_ok=True)
-        tiling = self.family.choose_tiling(None, "inference")
-        codec = self.family.codec(self.options.encoders, device=self.device, tiling=tiling)
+        tiling = self.video.choose_tiling(None, "inference")
+        codec = self.video.codec(self.options.encoders, device=self.device, tiling=tiling)
         count = len(self.requests)
         with average.apply():
             # A sharded model is run by all ranks together: those without a request left repeat one and throw it away.
@@ -105,7 +106,7 @@ class Samples:
         o = self.options
         shape = request.shape or codec.latent_shape(o.frames, o.height, o.width)
         conditions = {name: tensor.to(self.device) for name, tensor in request.conditions.items()}
-        conditioning = self.family.conditioning(self.shape, request.task)
+        conditioning = self.video.conditioning(self.shape, request.task)
         latents = denoise(
             model,
             noise(o.seed, shape, self.device)[None],
@@ -115,7 +116,7 @@ class Samples:
             conditions=conditions,
             steps=o.steps,
             guidance=o.guidance,
-            prediction=self.family.prediction(self.shape),
+            prediction=self.video.prediction(self.shape),
             sampler=o.sampler,
             flow_shift=o.flow_shift,
             seeds=[o.seed],

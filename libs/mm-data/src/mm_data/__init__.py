@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mm_data.cache import FeatureCache, ToDo
     from mm_data.captions import Captions
     from mm_data.clips import ClipBatch, ClipDataset, ClipShape, survey
+    from mm_data.conversation_dataset import ConversationDataset, Pack
     from mm_data.datasets import Clip, Failure, VideoDataset
     from mm_data.decoding import decode
     from mm_data.features import FeatureDataset
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mm_data.loader import Loader, Step, build_loader
     from mm_data.manifest import Control, Sample, read_manifest
     from mm_data.order import Order
+    from mm_data.processing import Encoded, Flops, Processing, Size
     from mm_data.selection import Selection, check_samples, for_task, select
     from mm_data.transforms import crop_to, pad_to
     from mm_data.video import VideoClip, VideoInfo, probe, read_video
@@ -34,15 +36,21 @@ __all__ = [
     "ClipDataset",
     "ClipShape",
     "Control",
+    "ConversationDataset",
+    "Encoded",
     "Failure",
     "FeatureCache",
     "FeatureDataset",
+    "Flops",
     "Geometry",
     "Loader",
     "Order",
+    "Pack",
     "Pick",
+    "Processing",
     "Sample",
     "Selection",
+    "Size",
     "Step",
     "ToDo",
     "VideoClip",
@@ -78,6 +86,7 @@ _HOMES = {
     "cache": ("FeatureCache", "ToDo"),
     "captions": ("Captions",),
     "clips": ("ClipBatch", "ClipDataset", "ClipShape", "survey"),
+    "conversation_dataset": ("ConversationDataset", "Pack"),
     "datasets": ("Clip", "Failure", "VideoDataset"),
     "decoding": ("decode",),
     "features": ("FeatureDataset",),
@@ -87,6 +96,7 @@ _HOMES = {
     "loader": ("Loader", "Step", "build_loader"),
     "manifest": ("Control", "Sample", "read_manifest"),
     "order": ("Order",),
+    "processing": ("Encoded", "Flops", "Processing", "Size"),
     "selection": ("Selection", "check_samples", "for_task", "select"),
     "transforms": ("crop_to", "pad_to"),
     "video": ("VideoClip", "VideoInfo", "probe", "read_video"),

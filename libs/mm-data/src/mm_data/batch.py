@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ class Pick(NamedTuple):
 class Batch:
     """A micro batch. Draws for its samples (timestep, noise) belong to (seed, epochs[i], ids[i]).
 
-    The tensors have the samples as their first dimension. The data set names them, see its `batch`.
+    The tensors have the samples as their first dimension, of packed samples the pack, which is one. The data set names
+    them, see its `batch`.
     """
 
     tensors: dict[str, Tensor]
@@ -53,3 +54,16 @@ class BatchDataset(Protocol[Made]):
     def batch(self, picks: Sequence[Pick]) -> Made:
         """The micro batch of these samples, which are of one bucket: a `Batch`, or what the data set makes."""
         ...
+
+
+@runtime_checkable
+class PackedDataset(BatchDataset[Made], Protocol[Made]):
+    """A data set that says itself which samples of a step go together, in as many micro batches as they need.
+
+    `sets` are numbers of samples and their weights, see `Order`. `plan` gives, for each rank and each of its micro
+    batches, the arguments of `batch`: alike whoever asks, and as many micro batches for every rank.
+    """
+
+    sets: Sequence[tuple[int, float]]
+
+    def plan(self, picks: Sequence[Pick], dp_size: int) -> Sequence[Sequence[tuple[Any, ...]]]: ...

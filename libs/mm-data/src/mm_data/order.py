@@ -5,12 +5,16 @@ epoch. Its batch j takes the places [jG, (j+1)G). In *round* e, bucket b with n 
 floor(e n / G) ... floor((e + 1) n / G) - 1, and the batches of all buckets are shuffled. So every step has one key,
 nothing is left over (the rest of a round comes first in the next), buckets are seen in proportion to their size, and
 no rank, worker or restart enters into it.
+
+Several sets in one bucket may have weights: a set of m samples and weight w then has round(m w) of the bucket's n
+places in every epoch. These places, epoch after epoch, go through the set's own permutations, one after another: a
+weight of 2 shows each sample twice in an epoch, one of 0.5 half of the set in one epoch and the other half in the next.
 """
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import gcd
+from math import ceil, gcd
 from typing import Literal
 
 import numpy as np
@@ -54,8 +58,19 @@ class Small:
         )
 
 
+@dataclass(frozen=True)
+class _Share:
+    """The places of one set among those of a bucket."""
+
+    members: np.ndarray  # the set's samples in this bucket
+    places: int  # in an epoch
+    before: int  # places of the sets before it
+    name: str  # its own permutations are drawn by it
+
+
 class Order:
-    """`order.step(s)` gives the G picks of step s, for every s >= 0. Epochs count per bucket.
+    """`order.step(s)` gives the G picks of step s, for every s >= 0. Epochs count per bucket, or per set where it has a
+    weight.
 
     `buckets[i]` is the key of sample i's bucket. `small_buckets` is for buckets with fewer samples than G:
 
@@ -64,11 +79,18 @@ class Order:
     - "drop": they are left out, and no sample stands twice in a step: the first step that an epoch shares with the one
       before takes other samples than those that are in it already.
 
-    `small` describes such buckets; None where there are none. Raises ValueError if no sample is left.
+    `small` describes such buckets; None where there are none. `sets`: (number of samples, weight) of each, in the order
+    of the samples; none: all are one set of weight 1. Of a set with another weight than 1 a sample may stand twice in a
+    step. Raises ValueError if no sample is left, and for a weight with which a set is never shown.
     """
 
     def __init__(
-        self, buckets: Sequence[Hashable], global_batch: int, seed: int, small_buckets: SmallBuckets = "repeat"
+        self,
+        buckets: Sequence[Hashable],
+        global_batch: int,
+        seed: int,
+        small_buckets: SmallBuckets = "repeat",
+        sets: Sequence[tuple[int, float]] = (),
     ):
         if not buckets:
             raise ValueError("the data set has no samples")
@@ -79,28 +101,36 @@ class Order:
         found: dict[Hashable, list[int]] = {}
         for index, key in enumerate(buckets):
             found.setdefault(key, []).append(index)
-        self.members = [found[key] for key in sorted(found, key=repr)]  # of each bucket
+        keys = sorted(found, key=repr)
+        sets = sets or [(len(buckets), 1.0)]
+        assert sum(count for count, _ in sets) == len(buckets)
+        # of each bucket, the sets that are in it
+        self.shares = [_share(np.array(found.pop(key)), sets, f"bucket {number}") for number, key in enumerate(keys)]
         self.global_batch = global_batch
         self.seed = seed
         self.distinct = small_buckets == "drop"
-        sizes = [len(bucket) for bucket in self.members]
-        few = [size for size in sizes if size < global_batch]
-        self.small = Small(few, len(sizes), len(buckets), global_batch, self.distinct) if few else None
-        if self.distinct:
-            self.members = [bucket for bucket in self.members if len(bucket) >= global_batch]
-        if not self.members:
+        self.sizes = [sum(share.places for share in shares) for shares in self.shares]
+        few = [size for size in self.sizes if size < global_batch]
+        self.small = Small(few, len(self.sizes), sum(self.sizes), global_batch, self.distinct) if few else None
+        most = max(self.sizes)
+        kept = [number for number, size in enumerate(self.sizes) if size >= (global_batch if self.distinct else 1)]
+        if not kept:
             raise ValueError(
-                f"no bucket is left: all {len(sizes)} have fewer samples than a step takes ({global_batch}), the "
-                f"largest has {max(sizes)}. Take a global batch of {max(sizes)} or less, or repeat samples in a step: "
+                f"no bucket is left: all {len(self.sizes)} have fewer samples than a step takes ({global_batch}), the "
+                f"largest has {most}. Take a global batch of {most} or less, or repeat samples in a step: "
                 "small_buckets repeat"
             )
+        self.shares, self.sizes = [self.shares[number] for number in kept], [self.sizes[number] for number in kept]
         # A few permutations stay at hand: a batch lies in one epoch or two, and steps go through the buckets in turn.
-        self._permutation = lru_cache(maxsize=2 * len(self.members) + 2)(self._permutation)
+        self._permutation = lru_cache(maxsize=2 * len(self.sizes) + 2)(self._permutation)
+        # A step of a set in two epochs of the bucket lies in so many of its own.
+        own = sum(ceil(2 * share.places / len(share.members)) + 1 for shares in self.shares for share in shares)
+        self._own_permutation = lru_cache(maxsize=own)(self._own_permutation)
         self._round = lru_cache(maxsize=2)(self._round)
 
     def batches_before(self, round_: int) -> int:
         """The number of steps in all rounds before `round_`."""
-        return sum(round_ * len(bucket) // self.global_batch for bucket in self.members)
+        return sum(round_ * size // self.global_batch for size in self.sizes)
 
     def step(self, step: int) -> list[Pick]:
         """The samples of a step, in the order in which ranks take them."""
@@ -112,19 +142,27 @@ class Order:
             middle = (low + high) // 2
             low, high = (middle, high) if self.batches_before(middle) <= step else (low, middle)
         bucket, batch = self._round(low)[step - self.batches_before(low)]
-        size = len(self.members[bucket])
+        size = self.sizes[bucket]
         places = range(batch * self.global_batch, (batch + 1) * self.global_batch)
         return [
-            Pick(self.members[bucket][self._permutation(bucket, place // size)[place % size]], place // size)
+            self._pick(bucket, place // size, int(self._permutation(bucket, place // size)[place % size]))
             for place in places
         ]
 
+    def _pick(self, bucket: int, epoch: int, place: int) -> Pick:
+        """The sample at a place of a bucket's epoch."""
+        share = next(share for share in reversed(self.shares[bucket]) if share.before <= place)
+        size = len(share.members)
+        if share.places != size:
+            epoch, place_in_set = divmod(epoch * share.places + place - share.before, size)
+            return Pick(int(share.members[self._own_permutation(share.name, size, epoch)[place_in_set]]), epoch)
+        return Pick(int(share.members[place - share.before]), epoch)
+
     def _round(self, round_: int) -> list[tuple[int, int]]:
         """(bucket, batch) of each step of a round."""
-        counts = [len(bucket) for bucket in self.members]
         batches = [
             (b, j)
-            for b, n in enumerate(counts)
+            for b, n in enumerate(self.sizes)
             for j in range(round_ * n // self.global_batch, (round_ + 1) * n // self.global_batch)
         ]
         return [batches[i] for i in permutation(len(batches), self.seed, round_, "round")]
@@ -133,7 +171,10 @@ class Order:
         return self._distinct(bucket, epoch) if self.distinct else self._drawn(bucket, epoch)
 
     def _drawn(self, bucket: int, epoch: int) -> np.ndarray:
-        return permutation(len(self.members[bucket]), self.seed, epoch, f"bucket {bucket}")
+        return permutation(self.sizes[bucket], self.seed, epoch, f"bucket {bucket}")
+
+    def _own_permutation(self, name: str, size: int, epoch: int) -> np.ndarray:
+        return permutation(size, self.seed, epoch, name)
 
     def _distinct(self, bucket: int, epoch: int) -> np.ndarray:
         """A permutation that begins with other samples than those that its first step has of the epoch before.
@@ -142,7 +183,7 @@ class Order:
         so the end of the epoch before is as drawn. In a smaller one its order is followed from the last epoch that
         began with a step of its own: less than G epochs.
         """
-        size, step = len(self.members[bucket]), self.global_batch
+        size, step = self.sizes[bucket], self.global_batch
         period = step // gcd(size, step)
         first = epoch // period * period if size < 2 * step else max(0, epoch - 1)
         order = self._drawn(bucket, first)
@@ -152,6 +193,24 @@ class Order:
             taken = np.isin(drawn[:step], order[size - left :])
             order = np.concatenate((drawn[:step][~taken], drawn[:step][taken], drawn[step:]))
         return order
+
+
+def _share(members: np.ndarray, sets: Sequence[tuple[int, float]], bucket: str) -> list[_Share]:
+    """The sets that have samples in a bucket, with their places."""
+    shares: list[_Share] = []
+    first, before = 0, 0
+    for number, (count, weight) in enumerate(sets):
+        own = members[(members >= first) & (members < first + count)]
+        places = round(len(own) * weight)
+        if len(own) and not places:
+            raise ValueError(
+                f"a weight of {weight:g} for a set of {count} samples: it would never be shown. Give it a weight of "
+                f"more than {0.5 / len(own):g}, or leave it out"
+            )
+        if places:
+            shares.append(_Share(own, places, before, f"set {number} of {bucket}"))
+        first, before = first + count, before + places
+    return shares
 
 
 def _most_repeats(size: int, global_batch: int) -> int:

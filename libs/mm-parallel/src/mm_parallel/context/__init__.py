@@ -37,7 +37,7 @@ def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh | None) -> None:
 def set_seams(model: nn.Module, plan: ParallelPlan, split: object, core: object, join: object) -> None:
     """Sets the attributes that the plan calls split, core and gather; ValueError where there are none."""
     for path, seam in ((plan.split, split), (plan.core, core), (plan.gather, join)):
-        _set(model, path, plan, seam)
+        plan.set_seam(model, path, seam)
 
 
 class Context:
@@ -141,17 +141,3 @@ def context_attention(
 def gather(x: Tensor, sequence: Sequence, mesh: DeviceMesh | None) -> Tensor:
     """B L … of this rank's tokens -> B tokens … of all, in their order, on every rank."""
     return Context(mesh).gather(x, sequence)
-
-
-def _set(model: nn.Module, path: str, plan: ParallelPlan, seam: object) -> None:
-    parent, _, name = path.rpartition(".")
-    first = path.partition(".")[0]
-    if first in plan.last and getattr(model, first, None) is None:  # a pipeline stage without its head
-        return
-    try:
-        owner = model.get_submodule(parent)
-    except AttributeError:
-        owner = None
-    if not hasattr(owner, name):
-        raise ValueError(f"the plan's seam {path!r} is no attribute of {type(model).__name__}")
-    setattr(owner, name, seam)
