@@ -153,13 +153,11 @@ class Chat:
     """What a family has whose models read a conversation, with its images and videos, and write the next answer."""
 
     processing: Callable[..., Any]
-    """(config, hub folder, `mm_data.chat_options.ChatOptions`) -> `mm_data.processing.Processing`: what makes tokens,
-    labels and pixels of a conversation.
+    """(hub folder, `mm_data.chat_options.ChatOptions`, config) -> `mm_models.processors.Processing`: what makes tokens,
+    labels and pixels of a conversation, and text of an answer.
     """
     files: tuple[str, ...]
     """Of a hub folder, the names of the files of processor, tokenizer and template: they go with the weights."""
-    end_tokens: tuple[str, ...]
-    """The special tokens with which an answer ends."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ class NextToken:
     """An `mm_models.objective.Objective`. A batch is one pack: conversations behind each other, in one row.
 
     Tensors: input_ids 1 L; labels 1 L, what each token must predict, or `IGNORED`; position_ids 1 3 L; segments
-    1 S+1, where the conversations part, from 0 to the end of the last, behind which is padding; pixel_values 1 N P and grid_thw 1 M 3, of all images and videos.
+    1 S+1, where the conversations part, from 0 to the end of the last (what follows is padding); pixel_values 1 N P and
+    grid_thw 1 M 3, of all images and videos.
     """
 
     average: Average = "token"
@@ -78,11 +79,13 @@ class NextToken:
         return losses / _label_counts(tensors).clamp(min=1).to(losses)
 
     def count(self, tensors: Mapping[str, Tensor]) -> Mapping[str, float]:
-        """Tokens of the conversations, those of them that are trained, and patches of images."""
+        """Tokens of the conversations, those of them that are trained, tokens of padding, and patches of images."""
+        tokens = int(tensors["segments"][0, -1])
         return {
-            "tokens": float(tensors["segments"][0, -1]),
-            "label_tokens": float((tensors["labels"] != IGNORED).sum()),
-            "patches": float(tensors["pixel_values"].shape[1]),
+            "tokens": tokens,
+            "padding": tensors["input_ids"].shape[1] - tokens,
+            "label_tokens": int((tensors["labels"] != IGNORED).sum()),
+            "patches": tensors["pixel_values"].shape[1],
         }
 
     def describe(self) -> str:
