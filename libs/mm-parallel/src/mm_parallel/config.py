@@ -3,6 +3,7 @@
 This file imports no torch, so that a command line can be read, and a typo answered, without waiting for it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Annotated, Literal
