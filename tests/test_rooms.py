@@ -67,8 +67,9 @@ def test_no_module_outside_a_room_names_a_family(file):
 
 def test_no_module_outside_a_room_reads_a_field_of_a_configuration():
     """Widths and channels are facts of a family too: its record tells what others need of them."""
-    # also names of other things; the rows of text are a flag of mm_infer, what is predicted a field of DDPM
-    shared = {"dim", "eps", "text_tokens", "prediction_type"}
+    # also names of other things; the rows of text are a flag of mm_infer, what is predicted a field of DDPM, and
+    # encoders of text have a vocabulary
+    shared = {"dim", "eps", "text_tokens", "prediction_type", "vocab_size"}
     fields = {field.name for family in FAMILIES for field in dataclasses.fields(family.config)} - shared
     for file in modules():
         if "mm_parallel" not in file.parts and "mm_data" not in file.parts:  # they know no configuration

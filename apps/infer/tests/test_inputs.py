@@ -120,7 +120,8 @@ def test_numbers_that_do_not_fit_are_refused(facts, model, options, given, messa
 def noisy(facts) -> Facts:
     """Facts of a model that predicts noise, of weights that make 93 frames only."""
     known = facts("wan2.1-t2v-1.3b")
-    family = replace(known.family, prediction=lambda config: "epsilon")
+    video = replace(known.family.video, prediction=lambda config: "epsilon")
+    family = replace(known.family, video=video)
     sampling = {"flow_shift": None, "sampler": "euler_ancestral", "prompt_template": "(best) {}.", "trained_frames": 93}
     return replace(known, family=family, published=replace(known.published, frames=93, **sampling))
 

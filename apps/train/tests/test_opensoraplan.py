@@ -167,14 +167,14 @@ def test_encoders_of_another_family_are_refused_before_they_are_loaded(tmp_path)
     }
     for (model, part), reason in reasons.items():
         family, preset = find(model)
-        folders = family.encoders(preset.config)
-        check_encoders(family, theirs[model], folders, "--encoders")
+        folders = family.video.encoders(preset.config)
+        check_encoders(family.video, theirs[model], folders, "--encoders")
         mixed = tmp_path / f"{model} {part}"
         for folder in folders:
             (source,) = (path for name, path in theirs.items() if (name == model) != (folder == part))
             shutil.copytree(source / folder, mixed / folder)
         with pytest.raises(ValueError, match=reason):
-            check_encoders(family, mixed, folders, "--encoders")
+            check_encoders(family.video, mixed, folders, "--encoders")
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])

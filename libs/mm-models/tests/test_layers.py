@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mm_models.layers import Sequence, attention, core
 
@@ -19,6 +20,42 @@ def test_packed_samples_attend_as_apart(causal):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-14)
     assert not torch.allclose(together, core(*inputs, Sequence(9, causal)))  # who sees whom matters
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("ends", [None, (0, 9), (0, 1, 2, 5, 8, 9), (0, 3, 6, 9)])
+@pytest.mark.parametrize("shared", [1, 2, 6])
+def test_heads_of_keys_are_shared(causal, ends, shared):
+    """As though every head of queries had its own: values, and gradients summed over those that share."""
+    generator = torch.Generator().manual_seed(shared)
+    shapes = ((2, 9, heads, 5) for heads in (6, shared, shared, 6))
+    q, k, v, weight = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = core(*inputs, Sequence(9, causal, ends))
+    whole = [x.repeat_interleave(6 // shared, 2) for x in (k, v)]
+    samples = [[x[:, a:b].transpose(1, 2) for x in (q, *whole)] for a, b in pairwise(ends or (0, 9))]
+    apart = [F.scaled_dot_product_attention(*sample, is_causal=causal).transpose(1, 2) for sample in samples]
+    wanted = torch.cat(apart, 1)
+    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-14)
+    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), inputs) for x in (out, wanted)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_shared_heads_with_a_mask():
+    q, k = torch.randn(2, 4, 6, 5), torch.randn(2, 7, 2, 5)
+    mask = torch.arange(7) < torch.tensor([[3], [7]])
+    whole = k.repeat_interleave(3, 2)
+    torch.testing.assert_close(attention(q, k, k, mask=mask), attention(q, whole, whole, mask=mask))
+    with pytest.raises(ValueError, match="attention of 6 heads of queries and 4 of keys"):
+        attention(q, torch.randn(2, 7, 4, 5), torch.randn(2, 7, 4, 5))
+
+
+@pytest.mark.parametrize("ends", [None, (0,)])
+def test_no_token_at_all(ends):
+    q, k, v = (torch.randn(1, 0, heads, 5).requires_grad_() for heads in (6, 2, 2))
+    out = core(q, k, v, Sequence(0, True, ends))
+    out.sum().backward()
+    assert [x.shape for x in (out, k.grad)] == [(1, 0, 6, 5), (1, 0, 2, 5)]
 
 
 def test_causal_attention_sees_nothing_that_comes_later():

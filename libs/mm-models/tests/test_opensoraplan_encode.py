@@ -41,9 +41,9 @@ def test_prompts_take_the_form_of_the_captions(tmp_path):
 
 def test_encoders_fit_and_the_vae_is_there(tmp_path):
     write_encoders(tmp_path)
-    assert FAMILY.fit(PRESET.config, tmp_path) == PRESET.config
-    assert FAMILY.multiples(PRESET.config, tmp_path) == (4, 16, 16)
-    codec = FAMILY.codec(tmp_path, "cpu", torch.float32, "none")
+    assert FAMILY.video.fit(PRESET.config, tmp_path) == PRESET.config
+    assert FAMILY.video.multiples(PRESET.config, tmp_path) == (4, 16, 16)
+    codec = FAMILY.video.codec(tmp_path, "cpu", torch.float32, "none")
     assert (codec.channels, codec.stride) == (4, (4, 8, 8))
 
 
@@ -65,7 +65,7 @@ def test_inputs_are_padded_and_masked():
 def test_no_prompt_is_cut_in_silence(name):
     """…as padding by a negative number would: features of 6 rows for a model of 5."""
     family, preset = find(name)
-    told = family.conditioning(replace(preset.config, text_tokens=5), "t2v")
+    told = family.video.conditioning(replace(preset.config, text_tokens=5), "t2v")
     latents, t = torch.zeros(1, preset.config.out_channels, 1, 4, 4), torch.ones(1)
     with pytest.raises(ValueError, match=r"encoded to 6 rows, but .* read 5: ask for text_tokens 6"):
         told.inputs(latents, t, torch.ones(1, 6, 64), {}, text_mask=torch.ones(1, 6).bool())

@@ -38,8 +38,19 @@ RELEASED = {  # parameters, tensors, fingerprint of names and shapes as known fr
     "opensoraplan-1.2-29x480p": OPENSORAPLAN,
     "opensoraplan-1.2-93x720p": OPENSORAPLAN,
     "opensoraplan-1.2-29x720p": OPENSORAPLAN,
+    "qwen2.5-vl-3b": (3_754_622_976, 824, None),  # without a head of its own
+    "qwen2.5-vl-7b": (8_292_166_656, 729, None),
+    "qwen2.5-vl-32b": (33_452_718_336, 1161, None),
+    "qwen2.5-vl-72b": (73_410_777_344, 1353, None),
 }
-TINY = {"wan-tiny", "wan-tiny-i2v", "wan-tiny-a14b", "wan-tiny-vace", "opensoraplan-tiny"}
+TOWERS = {"3b": 668_684_288, "7b": 676_550_144, "32b": 688_841_984, "72b": 704_573_696}
+TINY = {"wan-tiny", "wan-tiny-i2v", "wan-tiny-a14b", "wan-tiny-vace", "opensoraplan-tiny", "qwen2.5-vl-tiny"}
+WIDTHS = {  # of a head, released and tiny, by the first word of a preset
+    "wan": ({128}, {32}),
+    "vace": ({128}, set()),
+    "opensoraplan": ({96}, {36}),
+    "qwen": ({128}, {16}),
+}
 
 
 def fingerprint(model) -> str:
@@ -54,16 +65,23 @@ def test_released(name):
     model = build(name, device="meta")
     parameters, tensors, md5 = RELEASED[name]
     assert (sum(p.numel() for p in model.parameters()), len(model.state_dict())) == (parameters, tensors)
-    if md5:  # else the names are compared with those of another library, see test_opensoraplan_parity
+    if md5:  # else the names are compared with those of another library, see test_…_parity.py
         assert fingerprint(model) == md5
     assert set(dict(model.named_parameters())) == set(model.state_dict()), "buffers would need re-making after meta"
 
 
 def test_every_preset_is_known_here():
     assert set(presets()) == {*RELEASED, *TINY}
-    assert {preset(name).head_dim for name in RELEASED if "opensora" not in name} == {128}
-    assert {preset(name).head_dim for name in TINY if "opensora" not in name} == {32}
-    assert {preset(name).head_dim for name in presets() if "opensora" in name} == {96, 36}
+    for word, (released, tiny) in WIDTHS.items():
+        assert {preset(name).head_dim for name in RELEASED if name.startswith(word)} == released
+        assert {preset(name).head_dim for name in TINY if name.startswith(word)} == tiny
+
+
+@pytest.mark.parametrize("size", TOWERS)
+def test_the_tower_as_released(size):
+    tower = build(f"qwen2.5-vl-{size}", device="meta").visual
+    assert sum(p.numel() for p in tower.parameters()) == TOWERS[size]
+    assert tower.patch_embed.proj.weight.shape == (1280, 3, 2, 14, 14)
 
 
 def test_where_experts_change():
@@ -92,6 +110,19 @@ def test_the_plan_of_another_family_matches_its_model():
     assert kept == {f"{embedding}.linear_1", f"{embedding}.linear_2", "adaln_single.linear"} | tables
     assert len(cut.modules_of(model, "columns")) == 32 * 7
     assert len(cut.modules_of(model, "rows")) == 32 * 3
+
+
+def test_the_plan_of_a_model_with_a_tower_matches_it():
+    model = build("qwen2.5-vl-3b", device="meta")
+    cut = plan(model)
+    assert list(cut.modules_of(model, "layers")) == [f"model.layers.{i}" for i in range(36)]
+    assert (len(cut.modules_of(model, "columns")), len(cut.modules_of(model, "rows"))) == (36 * 5, 36 * 2)
+    tower = cut.inner["visual"]
+    assert list(tower.modules_of(model.visual, "layers")) == [f"blocks.{i}" for i in range(32)]
+    assert (len(tower.modules_of(model.visual, "columns")), len(tower.modules_of(model.visual, "rows"))) == (65, 33)
+    for name in ("qwen2.5-vl-7b", "qwen2.5-vl-tiny"):
+        model = build(name, device="meta")
+        plan(model).check(model)
 
 
 def test_mistakes_are_named():
@@ -147,10 +178,14 @@ def test_initial_depends_on_name_and_seed_only():
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_what_a_family_is_asked_is_there(family):
     """What is imported later is there, so that no seam fails when it is first used."""
-    for seam in ("build", "plan", "cost", "objective", "conditioning", "codec", "text_encoder", "image_encoder"):
-        if seam == "image_encoder" and family.image_encoder is None:
-            continue
-        module, _, name = getattr(family, seam).__qualname__.rpartition(".")
+    seams = {seam: getattr(family, seam) for seam in ("build", "plan", "cost", "objective")}
+    if family.video is not None:
+        own = ("conditioning", "codec", "text_encoder", "image_encoder")
+        seams |= {seam: getattr(family.video, seam) for seam in own if getattr(family.video, seam) is not None}
+    if family.chat is not None:
+        seams["processing"] = family.chat.processing
+    for seam, later in seams.items():
+        module, _, name = later.__qualname__.rpartition(".")
         assert callable(getattr(import_module(module), name)), seam
     assert all(callable(getattr(family.start(), name)) for name in ("initial", "missing", "grow"))
 

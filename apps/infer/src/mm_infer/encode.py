@@ -22,20 +22,20 @@ class Encoders:
     def __init__(self, facts: Facts, device: torch.device, dtype: torch.dtype, tiling: AskedTiling) -> None:
         self.family, self.config, self.path = facts.family, facts.config, facts.repository
         self.device, self.dtype = device, dtype
-        self.tiling = self.family.choose_tiling(tiling, "inference")
+        self.tiling = self.family.video.choose_tiling(tiling, "inference")
         self._texts: dict[str, Tensor] = {}  # S D
         self._seen: dict[bytes, Tensor] = {}  # 1 S D, by the hash of the pixels
 
     @cached_property
     def codec(self) -> Codec:
         """It stays, as it is also what decodes."""
-        return self.family.codec(self.path, device=self.device, dtype=torch.float32, tiling=self.tiling)
+        return self.family.video.codec(self.path, device=self.device, dtype=torch.float32, tiling=self.tiling)
 
     def texts(self, prompts: Sequence[str]) -> list[Tensor]:
         """S D each; the text encoder is gone again afterwards."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         if new:
-            encoder = self.family.text_encoder(self.config, self.path, device=self.device, dtype=self.dtype)
+            encoder = self.family.video.text_encoder(self.config, self.path, device=self.device, dtype=self.dtype)
             encoded = encoder.encode(new)  # one by one, so that an encoding depends on its prompt alone
             self._texts |= {prompt: text.cpu() for prompt, text in zip(new, encoded, strict=True)}
             del encoder, encoded
@@ -47,7 +47,7 @@ class Encoders:
         keys = [sha256(one.numpy().tobytes() + str((one.shape, crop)).encode()).digest() for one in images]
         new = {key: one for key, one in zip(keys, images, strict=True) if key not in self._seen}
         if new:
-            encoder = self.family.image_encoder(self.path, device=self.device)
+            encoder = self.family.video.image_encoder(self.path, device=self.device)
             self._seen |= {key: encoder.encode(one, crop).cpu() for key, one in new.items()}
             del encoder
             self._free()
@@ -55,7 +55,7 @@ class Encoders:
 
     def see_all(self, videos: Sequence[tuple[Given, Options]]) -> None:
         """`see` for several videos, so that the image encoder is loaded once; nothing for models that have none."""
-        if "image_encoder" in self.family.encoders(self.config):
+        if "image_encoder" in self.family.video.encoders(self.config):
             for crop in {options.clip_crop for _, options in videos}:  # one command has one
                 ends = (frames_at_ends(given, options) for given, options in videos)
                 self.see([image for pair in ends for image in pair if image is not None], crop)

@@ -15,7 +15,7 @@ Contents = dict[str, dict[str, str]]
 
 def identify(config: Config, facts: Facts) -> Contents:
     """What lies in --weights, --encoders and --lora now: sizes and samples of bytes, cheap also for large files."""
-    parts = facts.family.encoders(facts.config)
+    parts = facts.family.video.encoders(facts.config)
     files: dict[str, dict[str, Path]] = {
         "weights": weight_files(config.weights),
         "encoders": {

@@ -145,7 +145,7 @@ class Sampler:
     ) -> Result:
         """The same with all options, as `settle` gives them; without `decode`, with no frames."""
         seconds: dict[str, float] = {}
-        conditioning = self.family.conditioning(self.config, options.task)
+        conditioning = self.family.video.conditioning(self.config, options.task)
         negative = [options.negative_prompt] if max(options.scales) > 1 else []
         with self._timed(seconds, "text"):
             texts = self.encode([fill_template(options.prompt_template, prompt), *negative])

@@ -27,7 +27,7 @@ def settle(options: Options, given: Given, facts: Facts) -> Options:
     """
     task = check(options, given, facts)
     usual = facts.published
-    time, *sides = facts.family.multiples(facts.config, facts.repository)
+    time, *sides = facts.family.video.multiples(facts.config, facts.repository)
     shape, frames, fps = _look(options, given, usual, time)
     if frames < task.least_frames:
         raise ValueError(f"frames {frames}: for task {task.name} at least {task.least_frames} are needed")
@@ -63,7 +63,7 @@ def calls_of(options: Options) -> int:
 def check(options: Options, given: Given, facts: Facts) -> Task:
     """The task that is meant. Here, without torch, all is refused that can be before a file is opened: ValueError."""
     task = choose_task(facts, options.task, given.there())
-    if options.clip_crop and "image_encoder" not in facts.family.encoders(facts.config):
+    if options.clip_crop and "image_encoder" not in facts.family.video.encoders(facts.config):
         raise ValueError("clip_crop is for models with CLIP, and this has none: leave it out")
     for name, tasks in _own_options().items():
         value = getattr(options, name)
@@ -74,7 +74,7 @@ def check(options: Options, given: Given, facts: Facts) -> Task:
         _check_guidance(options, facts)
     if options.frames is not None:
         check_frames(options.frames, facts.published, options.other_frames)
-    time, *sides = facts.family.multiples(facts.config, facts.repository)
+    time, *sides = facts.family.video.multiples(facts.config, facts.repository)
     if options.frames is not None and (options.frames - 1) % time:
         raise ValueError(
             f"frames {options.frames}: the VAE turns {time}k+1 frames into k+1, so ask for "
@@ -105,7 +105,7 @@ def choose_task(facts: Facts, asked: str | None, given: Collection[str]) -> Task
         near = get_close_matches(asked, [task.name for task in able], n=1)
         hint = f", did you mean {near[0]}?" if near else ""
         raise ValueError(f"task {asked}: these weights can do {_list(able)}{hint}")
-    wanted = named or facts.family.tasks_unasked(facts.config, facts.repository)
+    wanted = named or facts.family.video.tasks_unasked(facts.config, facts.repository)
     if "mask" in given and "video" not in given and any("mask" in task.inputs for task in able):
         raise ValueError("mask says which pixels of video change: give video as well")
 

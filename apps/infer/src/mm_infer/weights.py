@@ -44,7 +44,7 @@ class Facts:
     @property
     def prediction(self) -> str:
         """What the model predicts: "flow", "epsilon" or "v_prediction"."""
-        return self.family.prediction(self.config)
+        return self.family.video.prediction(self.config)
 
 
 class Weights:
@@ -87,8 +87,8 @@ class Weights:
         if text_tokens is not None:
             config = replace(config, text_tokens=text_tokens)
         repository = find_encoders(path, encoders, family, config)
-        published = family.sized(like.published, config)
-        self.facts = Facts(family, family.fit(config, repository), two, published, repository)
+        published = family.video.sized(like.published, config)
+        self.facts = Facts(family, family.video.fit(config, repository), two, published, repository)
 
     def load(
         self,
@@ -116,6 +116,7 @@ class Transformer:
         self.checkpoint = open_checkpoint(path)
         self.lora = None if lora is None else open_lora(lora, alpha=alpha, expert=expert)
         self.family = family_of_weights(self.checkpoint.family)
+        self.family.need_video(f"give `python -m mm_infer.chat --weights {path} --prompt …`")
         self.config = _config(path, self.family, self.checkpoint, model)
         for note in self.checkpoint.notes:
             print(one_line(f"{path}: {note}"), file=sys.stderr)
@@ -214,10 +215,10 @@ def _config(path: Path, family: Family, checkpoint: Checkpoint, model: str | Non
 
 def find_encoders(weights: Path, encoders: Path | None, family: Family, config: Any) -> Path:
     """The diffusers directory for such a model. ValueError that says what is missing where, or is wrong there."""
-    repository, wanted = weights if encoders is None else encoders, family.encoders(config)
+    repository, wanted = weights if encoders is None else encoders, family.video.encoders(config)
     missing = [f"{name}/" for name in wanted if not (repository / name).is_dir()]
     if not missing:
-        check_parts(repository, wanted, family.own_folders, family.kinds)
+        check_parts(repository, wanted, family.video.own_folders, family.video.kinds)
         return repository
     if encoders is None and len(missing) == len(wanted):
         raise ValueError(f"{weights} is a transformer alone: name the diffusers directory of the encoders as well")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mm_data import Geometry
+from mm_data.chat_options import ChatOptions
 from mm_models.diffusion.samplers import SamplerName
 from mm_models.family import AskedTiling
 from mm_parallel import MemoryConfig, ParallelConfig
@@ -30,12 +31,16 @@ class LayoutConfig(ParallelConfig):
         return super().resolve(world)
 
 
+Listed = tuple[str, ...] | str
+"""Files: a list of them, or text with commas between them. `a.json=0.5` shows half of that one in an epoch."""
+
+
 @dataclass
-class DataConfig:
-    """What is trained on, in what portions: features, or videos that are encoded as they are needed."""
+class VideoData:
+    """Of models that make videos: features, or videos that are encoded as they are needed."""
 
     features: Path | None = None
-    """Directory written by mm_train.extract, or a MindSpeed-MM feature folder."""
+    """For videos: directory written by mm_train.extract, or a MindSpeed-MM feature folder."""
     manifest: Path | None = None
     """In place of features: data.txt, data.json or .jsonl in the format of MindSpeed-MM, or a folder with
     annotation.json in it or in its folders.
@@ -53,16 +58,51 @@ class DataConfig:
     """For a manifest: let the VAE work in tiles, with less memory and slightly other numbers at the seams. By default
     as the makers did: Wan whole, Open-Sora-Plan in tiles of training; true takes these, inference those of sampling.
     """
+    micro_batch: Annotated[int, ">= 1", "<= 1048576"] = 1
+    """For videos: samples per forward on one rank; the rest of the global batch is accumulated."""
+    text_dropout: Annotated[float, ">= 0", "< 1"] = 0.0
+    """For videos: probability of training a sample on the empty prompt (needed for guidance; 0.1 is usual)."""
+
+
+@dataclass
+class ConversationData:
+    """Of models that read conversations: files of them, encoded and packed as they are needed."""
+
+    conversations: Listed = ()
+    """For conversations: JSON or JSONL, in any format that people have, or MindSpeed-MM's data_3b.json. Several are a
+    list, or a,b.jsonl; a.json=0.5 shows half of it in an epoch, =2 all of it twice.
+    """
+    media: Path | None = None
+    """For conversations: the folder from which the paths of images and videos begin; by default that of each file."""
+    processor: Path | None = None
+    """For conversations: the hub's folder with tokenizer and preprocessor_config.json; by default --weights."""
+    max_tokens: Annotated[int, ">= 16", "<= 16777216"] = 4096
+    """For conversations: the most tokens, of text and images, of one, and of a forward on one rank."""
+    max_patches: Annotated[int, ">= 1", "<= 67108864"] | None = None
+    """For conversations: the most image patches, of one, and of a forward; by default 4 for each of max_tokens."""
+    too_long: Literal["drop", "refuse", "drop_turns", "shrink"] = "drop"
+    """For conversations: what becomes of one with more than max_tokens or max_patches. drop: it is left out, counted
+    and named; refuse: an error; drop_turns: its oldest turns go; shrink: its images become smaller.
+    """
+    packing: bool = True
+    """For conversations: forwards hold as many as fit; false: one each. Losses are the same."""
+    survey: bool = True
+    """For conversations: look for all files, and into their headers, before training; false: as they come."""
+    chat: ChatOptions = field(default_factory=ChatOptions)
+
+
+@dataclass
+class DataConfig(ConversationData, VideoData):
+    """What is trained on, in what portions. Videos: features, or a manifest of videos that are encoded as they are
+    needed. Conversations: files of them.
+    """
+
     global_batch: Annotated[int, ">= 1", "<= 1048576"] = 8
     """Samples per optimizer step, over all ranks. Part of the sample stream: a resume keeps it."""
-    micro_batch: Annotated[int, ">= 1", "<= 1048576"] = 1
-    """Samples per forward on one rank; the rest of the global batch is accumulated."""
     small_buckets: Literal["repeat", "drop"] = "repeat"
     """Shapes with fewer samples than a global batch: repeat their samples within a step, or leave these shapes out.
     Part of the sample stream: a resume keeps it.
     """
-    text_dropout: Annotated[float, ">= 0", "< 1"] = 0.0
-    """Probability of training a sample on the empty prompt (needed for guidance; 0.1 is usual)."""
     workers: Annotated[int, ">= 0", "<= 256"] = 2
     """Loader threads per rank."""
 
@@ -95,6 +135,10 @@ class ObjectiveConfig:
     """Of DDPM: the error at a timestep weighs min(snr, gamma) / snr, or / (snr + 1) with v-prediction, so that those
     with little noise do not outweigh the others (min-SNR); 5 is usual. 0 weighs all alike.
     """
+    average: Literal["token", "micro_batch", "sample"] | None = None
+    """Of conversations: what counts alike in a step. token: every token that is trained, over all ranks (the default);
+    micro_batch: every conversation, as MindSpeed-MM with one in a micro-batch; sample: every one that has such tokens.
+    """
     noise_offset: Annotated[float, ">= 0"] | None = None
     """Of DDPM: so much noise more that is the same in all of a channel, and is drawn for each sample and channel. A
     model that has seen it makes videos that are darker and brighter as a whole; 0.02 is usual.
@@ -111,6 +155,11 @@ class OptimConfig:
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup: Annotated[int, ">= 0"] = 0
     """Steps over which the learning rate rises linearly from 0."""
+    rates: dict[str, Annotated[float, ">= 0", "<= 1"]] = field(default_factory=dict)
+    """Learning rates in place of lr for some of what is trained: a part of the model, its last layers, or a pattern of
+    names, as for --trained, e.g. '{"vision": 2e-6}'. Of several that name a parameter the last counts. Warmup and
+    schedule are the same for all, and min_lr stands to each as to lr.
+    """
     weight_decay: Annotated[float, ">= 0"] = 0.01
     betas: tuple[Annotated[float, ">= 0", "< 1"], Annotated[float, ">= 0", "< 1"]] = (0.9, 0.999)
     eps: Annotated[float, "> 0"] = 1e-8
@@ -128,8 +177,8 @@ class LoRAOptions:
     alpha: Annotated[float, "> 0"] = 16.0
     dropout: Annotated[float, ">= 0", "< 1"] = 0.0
     targets: tuple[str, ...] | None = None
-    """Names of the linears that get an adapter (matched as peft does, by suffix); by default those of all attentions
-    and feed-forwards.
+    """Names of the linears that get an adapter (matched as peft does, by suffix), also in one part of the model
+    alone (vision:qkv), or a part, which means all in it; by default those of all attentions and feed-forwards.
     """
     weights: Path | None = None
     """An adapter to go on from, in any format that mm-convert reads; by default they are fresh. Rank, alpha and targets
@@ -150,30 +199,41 @@ class CheckpointConfig:
 
 
 @dataclass
-class ValidationConfig:
+class VideoValidation:
     features: Path | None = None
-    """Features of the validation set; none, no validation."""
-    every: Annotated[int, ">= 1"] = 500
+    """For videos: features of the validation set; none, no validation."""
     timesteps: tuple[Annotated[int, "> 0", "< 1000"], ...] = ()
-    """t in 0..1000 at which every sample is measured, each with its own fixed noise; by default the middles of five
-    equal parts of what is trained (100, 300, 500, 700, 900 where that is everything).
+    """For videos: t in 0..1000 at which every sample is measured, each with its own fixed noise; by default the middles
+    of five equal parts of what is trained (100, 300, 500, 700, 900 where that is everything).
     """
+
+
+@dataclass
+class ConversationValidation:
+    conversations: Listed = ()
+    """For conversations: files of the validation set, as for --data.conversations; none, no validation."""
+    answers: Annotated[int, ">= 0"] = 0
+    """For conversations: of so many of them, the last answer is also given by the model, token by token, and compared
+    with the one that is there. Each token of all of them is a forward.
+    """
+
+
+@dataclass
+class ValidationConfig(ConversationValidation, VideoValidation):
+    """A loss on samples that are not trained, and for conversations how many answers are right to the letter."""
+
+    every: Annotated[int, ">= 1"] = 500
     max_samples: Annotated[int, ">= 1"] = 64
 
 
 @dataclass
-class SampleConfig:
-    """Videos drawn during training by the function that mm_infer uses. What is not given is as the model was published
-    with, as in mm_infer.
-    """
+class VideoSamples:
+    """Of videos. What is not given is as the model was published with, as in mm_infer."""
 
     prompts: tuple[str, ...] = ()
-    """Texts to make videos from."""
-    from_validation: Annotated[int, ">= 0"] = 0
-    """How many samples of the validation set are made again, from their captions and conditions (images, control)."""
-    every: Annotated[int, ">= 1"] = 500
+    """For videos: texts to make them from."""
     encoders: Path | None = None
-    """Diffusers directory with vae/, text_encoder/ and tokenizer/."""
+    """For videos: diffusers directory with vae/, text_encoder/ and tokenizer/."""
     height: Annotated[int, ">= 1"] | None = None
     width: Annotated[int, ">= 1"] | None = None
     frames: Annotated[int, ">= 1"] | None = None
@@ -195,8 +255,29 @@ class SampleConfig:
 
 
 @dataclass
+class AnswerSamples:
+    max_new_tokens: Annotated[int, ">= 1", "<= 65536"] = 128
+    """For conversations: the most tokens of an answer, here and in validation."""
+
+
+@dataclass
+class SampleConfig(AnswerSamples, VideoSamples):
+    """What the model makes meanwhile. Videos: drawn by the function that mm_infer uses; what is not given is as the
+    model was published with. Conversations: answers to questions of the validation set, beside those that are there.
+    """
+
+    from_validation: Annotated[int, ">= 0"] = 0
+    """How many samples of the validation set are made again: videos from their captions and conditions (images,
+    control), the last answers of conversations from all that stands before them.
+    """
+    every: Annotated[int, ">= 1"] = 500
+
+
+@dataclass
 class Config:
-    """Train a model on extracted features, or straight from videos."""
+    """Train a model of videos, on extracted features or straight from videos; or a model that answers, on conversations
+    with images and videos.
+    """
 
     model: str
     """Preset, as wan2.1-t2v-1.3b; the README has a table of them."""
@@ -211,7 +292,9 @@ class Config:
     expert: Literal["high", "low"] | None = None
     """Of a model that is two experts, which one is trained. Both go into the same --output, one after the other."""
     trained: tuple[str, ...] = ("*",)
-    """Patterns of the names of parameters that are trained; the others stay as they are, e.g. ["vace_*"]."""
+    """What is trained; the others stay as they are. Patterns of the names of parameters, e.g. ["vace_*"]; where a
+    model's family has parts, also these, and their last layers: ["merger", "language:-4"].
+    """
     architecture: dict[str, Any] = field(default_factory=dict)
     """Fields of the preset to replace, e.g. --architecture '{"num_layers": 4}'."""
     steps: Annotated[int, ">= 1"] = 5000
@@ -223,6 +306,10 @@ class Config:
     """Seconds that a step may take, up to a week; then the run ends and says which rank hangs, and where."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a non-finite loss or gradient does."""
+    log_tps: bool = False
+    """For conversations: say at the end how many tokens a second were trained, in MindSpeed-MM's way of counting (its
+    --log-tps), to compare with its tables.
+    """
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -5,50 +5,52 @@ Told by what files hold, not by their names or times: sizes and a part of the by
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from hashlib import sha256
+import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm_convert import open_experts, read_toml, weight_files
-from mm_data import ClipDataset, FeatureDataset, files_below, identify_files
+from mm_convert.cli.arguments import dump
+from mm_data import FeatureDataset, files_below, identify_files
 from mm_parallel.guard import agree
 from mm_parallel.guard.agree import COPY
 from mm_train.config import Config
+from mm_train.conversations import find_files, read_sources
 from mm_train.objective import architecture
+
+if TYPE_CHECKING:
+    from mm_train.data import TrainingData
 
 Contents = dict[str, dict[str, str]]
 """By flag, the identity of each file by its name."""
 
 # What a continued run reads again, and what it was trained on before.
-AGAIN = ("weights", "data.features", "data.manifest", "data.encoders", "validation.features")
+AGAIN = (
+    "weights",
+    *("data.features", "data.manifest", "data.encoders", "data.conversations", "data.processor"),
+    *("validation.features", "validation.conversations"),
+)
 
 
-def identify(config: Config, data: FeatureDataset | ClipDataset, continuing: bool) -> Contents:
+def identify(config: Config, data: TrainingData, continuing: bool) -> Contents:
     """What lies at the paths of a run now; of a continued one without the weights that it does not read again."""
-    files: dict[str, dict[str, Path]] = {}
+    files: dict[str, Mapping[str, Path]] = {}
     if config.weights != "random" and (config.has_frozen or not continuing):
         files["weights"] = weight_files(_of_expert(Path(config.weights), config.expert))
     if config.lora.weights is not None and not continuing:
         files["lora.weights"] = weight_files(_of_expert(config.lora.weights, config.expert))
-    files["data.features" if config.data.features else "data.manifest"] = data.files
+    files |= data.files
     if config.validation.features is not None:
         files["validation.features"] = FeatureDataset(config.validation.features, None).files
-    sampled = bool(config.sample.prompts or config.sample.from_validation)
+    if config.validation.conversations:
+        files["validation.conversations"] = find_files(
+            read_sources(config.validation.conversations, "--validation.conversations")
+        )
     family, shape = architecture(config)
-    for flag, path in (
-        ("data.encoders", config.data.encoders),
-        ("sample.encoders", sampled and config.sample.encoders),
-    ):
-        if path:
-            files[flag] = encoder_files(path, family.encoders(shape))
-    contents = {flag: identify_files(those) for flag, those in files.items()}
-    if isinstance(data, ClipDataset):
-        if (tiling := family.choose_tiling(config.data.tiling, "training")) != "none":
-            contents["data.encoders"]["the tiles of vae"] = tiling
-        contents["data.manifest"]["its captions"] = sha256(json.dumps(data.all_captions).encode()).hexdigest()[:16]
-    return contents
+    if config.sample.encoders and (config.sample.prompts or config.sample.from_validation):
+        files["sample.encoders"] = encoder_files(config.sample.encoders, family.video.encoders(shape))
+    return {flag: identify_files(those) | data.contents.get(flag, {}) for flag, those in files.items()}
 
 
 def check_ranks(contents: Contents) -> None:
@@ -66,12 +68,13 @@ def check_again(contents: Contents, saved: dict[str, Any], found: Path, config: 
     Raises ValueError for what is not: features, or a base below adapters, of other contents make another run.
     """
     changed = []
-    before = read_toml(found / "config.toml")
+    before, now_said = read_toml(found / "config.toml"), tomllib.loads(dump(config))
     for flag in AGAIN:
         then, now = saved.get("contents", {}).get(flag), contents.get(flag)
         if then is None or now is None or then == now:
             continue
-        if flag == "validation.features" and before["validation"]["features"] != str(config.validation.features):
+        section, _, name = flag.partition(".")
+        if section == "validation" and before[section].get(name) != now_said[section][name]:
             continue  # other ones were asked for
         differing = _differing(then, now)
         if config.checkpoint.resume != "changed":

@@ -1,23 +1,33 @@
-"""What a run is trained on: features from a cache, or made of videos on the way. The numbers are the same."""
+"""What a run is trained on: features from a cache, or made of videos on the way, the same numbers; conversations."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from mm_data import BatchDataset, Captions, ClipDataset, FeatureDataset, Order, Step, build_loader
+from mm_data import BatchDataset, Captions, FeatureDataset, Order, Step, build_loader
 from mm_models.objective import Objective
 from mm_parallel.encoders import ranks_of_sample
-from mm_parallel.mesh import data_rank
+from mm_parallel.mesh import data_rank, size
 from mm_train.config import Config
+from mm_train.contents import encoder_files
+from mm_train.conversations import (
+    Refusals,
+    describe_refused,
+    describe_sources,
+    find_files,
+    find_processor_files,
+    open_conversations,
+    open_processing,
+    read_sources,
+)
 from mm_train.encode import Encoders
 from mm_train.objective import architecture, build_objective
 from mm_train.online import encoded_steps, find_clips
@@ -29,26 +39,26 @@ class TrainingData:
 
     name: str
     """The flag that chose them, with its value."""
-    samples: FeatureDataset | ClipDataset
-    ids: list[str]
-    buckets: list[Hashable]
-    """What the samples of one step have alike: C F H W of the latents."""
+    identity: str
+    """Changes when samples are added, removed, reordered or reshaped, i.e. when the sample stream changes."""
+    described: str
+    """How many samples there are, in words."""
+    files: Mapping[str, Mapping[str, Path]]
+    """By flag, the files that are read, by what they are called."""
+    contents: Mapping[str, Mapping[str, str]]
+    """By flag, what decides besides what is read, by what it is called."""
     steps: Callable[[int], Iterator[Step]]
     """This rank's steps, without end, from a cursor on: `Step.cursor_after` of the last one that was trained on."""
     steps_at_once: int = 1
     """So many may be made before one is given out."""
     notes: list[str] = field(default_factory=list)
     """What a person should know before the first step, one line each."""
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Changes when samples are added, removed, reordered or reshaped, i.e. when the sample stream changes."""
-        rows = list(zip(self.ids, self.buckets, strict=True))
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    refusals: Refusals | None = None
+    """Of conversations, those that are not used."""
 
     def check_same(self, progress: dict[str, Any], config: Config) -> None:
         """Raise ValueError if the samples are no longer those that the checkpoint was trained on."""
-        if progress.get("dataset", self.fingerprint) != self.fingerprint:
+        if progress.get("dataset", self.identity) != self.identity:
             raise ValueError(
                 f"the samples of {self.name} have changed since this run was saved, so its position in them means "
                 f"nothing. Start a new run from its weights: --output another/ --weights {config.artifact} "
@@ -57,60 +67,107 @@ class TrainingData:
 
 
 def training_data(config: Config, objective: Objective, mesh: DeviceMesh | None, device: torch.device) -> TrainingData:
-    """The data of a run, from --data.features or --data.manifest. Raises ValueError for samples that cannot be used."""
-    data = config.data
-    if data.features:
-        features = FeatureDataset(data.features, Captions(config.seed, data.text_dropout))
-        name = f"--data.features {data.features}"
-        notes = _notes(features, config)
-        return TrainingData(
-            name,
-            features,
-            features.ids,
-            features.buckets,
-            lambda cursor: _steps(features, config, mesh, cursor),
-            notes=notes,
-        )
+    """The data of a run: conversations, or videos from --data.features or --data.manifest.
 
-    dtype = getattr(torch, config.dtype)
-    _, shape = architecture(config)
+    Raises ValueError for samples that cannot be used.
+    """
+    if architecture(config)[0].chat is not None:
+        return _conversations(config, mesh)
+    return _features(config, mesh) if config.data.features else _clips(config, objective, mesh, device)
+
+
+def _features(config: Config, mesh: DeviceMesh | None) -> TrainingData:
+    features = FeatureDataset(config.data.features, Captions(config.seed, config.data.text_dropout))
+    return TrainingData(
+        f"--data.features {config.data.features}",
+        _fingerprint(features.ids, features.buckets),
+        _describe(features),
+        {"data.features": features.files},
+        {},
+        lambda cursor: _steps(features, config, mesh, cursor),
+        notes=_notes(features, config),
+    )
+
+
+def _clips(config: Config, objective: Objective, mesh: DeviceMesh | None, device: torch.device) -> TrainingData:
+    data, dtype = config.data, getattr(torch, config.dtype)
+    family, shape = architecture(config)
     encoders = Encoders(data.encoders, shape, objective.task, "cpu", dtype, data.tiling)
     clips = find_clips(config, encoders)
     group = ranks_of_sample(mesh) if data.share_encoding else None
+    captions = sha256(json.dumps(clips.all_captions).encode()).hexdigest()[:16]
+    tiling = family.video.choose_tiling(data.tiling, "training")
 
     def steps(cursor: int) -> Iterator[Step]:
         return encoded_steps(_steps(clips, config, mesh, cursor), encoders, data.encode_every, device, group)
 
     return TrainingData(
         f"--data.manifest {data.manifest}",
-        clips,
-        clips.ids,
-        clips.buckets,
+        _fingerprint(clips.ids, clips.buckets),
+        _describe(clips),
+        {"data.manifest": clips.files, "data.encoders": encoder_files(data.encoders, encoders.folders)},
+        {
+            "data.manifest": {"its captions": captions},
+            "data.encoders": {"the tiles of vae": tiling} if tiling != "none" else {},
+        },
         steps,
         steps_at_once=max(1, data.encode_every),
         notes=_notes(clips, config),
     )
 
 
+def _conversations(config: Config, mesh: DeviceMesh | None) -> TrainingData:
+    """Images and videos are identified by what the survey sees of them: names and sizes."""
+    flag, listed = "--data.conversations", config.data.conversations
+    processing = open_processing(config)
+    pad = size(mesh, "pp") > 1
+    conversations = open_conversations(config, listed, flag, processing, "", pad=pad)
+    sources = read_sources(listed, flag)
+    refused = describe_refused(conversations.ledger)
+    left_out = [f"left out: {refused}; {config.run_dir / 'failures.jsonl'} names them"] if refused else []
+    return TrainingData(
+        f"{flag} {describe_sources(sources)}",
+        conversations.identity,
+        f"{len(conversations.ids):,} conversations",
+        {"data.conversations": find_files(sources), "data.processor": find_processor_files(config)},
+        {"data.processor": {"what is made of a conversation": processing.identity}},
+        lambda cursor: _steps(conversations, config, mesh, cursor),
+        notes=[*left_out, *_small(conversations, config)],
+        refusals=Refusals(conversations.ledger, config.run_dir / "failures.jsonl"),
+    )
+
+
+def _fingerprint(ids: Sequence[str], buckets: Sequence[Hashable]) -> str:
+    return sha256(json.dumps(list(zip(ids, buckets, strict=True))).encode()).hexdigest()
+
+
+def _describe(dataset: BatchDataset) -> str:
+    return f"{len(dataset.ids):,} samples in {len(set(dataset.buckets))} shapes"
+
+
 def _notes(dataset: BatchDataset, config: Config) -> list[str]:
     """Buckets too small for a step, and shapes of which the weights will not tell. Raises ValueError where all buckets
     are too small, and are to be dropped.
     """
-    small = Order(dataset.buckets, config.data.global_batch, config.seed, config.data.small_buckets).small
-    notes = [small.describe("--data.small_buckets ", "--data.global_batch ")] if small else []
     family, shape = architecture(config)
-    other = family.note_shapes(shape, [tuple(frames_rows_columns) for _, *frames_rows_columns in dataset.buckets])
-    return [*notes, other] if other else notes
+    shapes = [tuple(frames_rows_columns) for _, *frames_rows_columns in dataset.buckets]
+    other = family.video.note_shapes(shape, shapes)
+    return [*_small(dataset, config), *([other] if other else [])]
+
+
+def _small(dataset: BatchDataset, config: Config) -> list[str]:
+    small = Order(dataset.buckets, config.data.global_batch, config.seed, config.data.small_buckets).small
+    return [small.describe("--data.small_buckets ", "--data.global_batch ")] if small else []
 
 
 def _steps(dataset: BatchDataset, config: Config, mesh: DeviceMesh | None, cursor: int) -> Iterator:
-    rank, size = data_rank(mesh)
+    rank, ranks = data_rank(mesh)
     loader = build_loader(
         dataset,
         global_batch=config.data.global_batch,
         micro_batch=config.data.micro_batch,
         dp_rank=rank,
-        dp_size=size,
+        dp_size=ranks,
         seed=config.seed,
         cursor=cursor,
         num_workers=config.data.workers,
@@ -132,7 +189,7 @@ def check_features(path: Path, config: Config) -> None:
             f"{path} holds latents of {found['latents']} channels and text of width {found['text']}; {config.model} "
             f"takes {sizes['latents']} and {sizes['text']}: extract again with its own encoders"
         )
-    conditioning = family.conditioning(shape, objective.task)
+    conditioning = family.video.conditioning(shape, objective.task)
     (rows, longest), most = dataset.longest_text, conditioning.text_tokens
     if most is not None and rows > most:
         raise ValueError(

@@ -39,15 +39,15 @@ class Encoders:
         Raises ValueError if they are not what the model was made for.
         """
         family = family_of(model)
-        family.fit(model, path)
+        family.video.fit(model, path)
         self.path = path
-        self.multiples, self.task = family.multiples(model, path), family.task(model, task)
-        self.conditioning = family.conditioning(model, task)
-        self.codec = family.codec(path, device=device, tiling=family.choose_tiling(tiling, "training"))
-        self.folders = family.encoders(model)
+        self.multiples, self.task = family.video.multiples(model, path), family.task(model, task)
+        self.conditioning = family.video.conditioning(model, task)
+        self.codec = family.video.codec(path, device=device, tiling=family.video.choose_tiling(tiling, "training"))
+        self.folders = family.video.encoders(model)
         sees = "image_encoder" in self.folders
-        self.image = family.image_encoder(path, device=device) if sees else None
-        self.text = family.text_encoder(model, path, device=device, dtype=dtype)
+        self.image = family.video.image_encoder(path, device=device) if sees else None
+        self.text = family.video.text_encoder(model, path, device=device, dtype=dtype)
         self.parts = [part for part in (self.codec, self.text, self.image) if part is not None]
         # tasks without conditions of their own are trained on the same features
         named = [task] if self.conditioning.stored else []

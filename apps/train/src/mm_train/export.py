@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mm_convert import open_dcp, save_checkpoint, save_lora, write_experts
 from mm_convert.cli.arguments import parse, read_config
@@ -28,7 +28,9 @@ if TYPE_CHECKING:  # torch takes seconds, a missing path should not
 
 @dataclass
 class ExportConfig:
-    """Write the weights of a training checkpoint in our own layout; those of a LoRA run as an adapter."""
+    """Write the weights of a training checkpoint in the form that is usual for the model; those of a LoRA run as an
+    adapter, as peft writes it.
+    """
 
     checkpoint: Path = field(metadata={"positional": True})
     """Directory run/checkpoints/step-…, or the run itself for its newest."""
@@ -36,6 +38,14 @@ class ExportConfig:
     """Directory to write."""
     ema: bool = False
     """The moving average instead of the last weights."""
+    to: str | None = None
+    """mm, our own form, or one that others read, as for mm-convert; by default what is usual for the model: mm for
+    videos, transformers (a folder of the hub, with processor and tokenizer) for conversations.
+    """
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of all weights; by default as they were trained, in float32, and in a form that others read as they were computed
+    with (--dtype of the run).
+    """
     overwrite: bool = False
 
 
@@ -58,8 +68,15 @@ class Filled(Mapping):
         return len(self.start)
 
 
-def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = False) -> Path:
-    """Write the weights of `checkpoint` to the directory `output` and return it."""
+def export(
+    checkpoint: Path,
+    output: Path,
+    ema: bool = False,
+    overwrite: bool = False,
+    to: str | None = None,
+    dtype: str | None = None,
+) -> Path:
+    """Write the weights of `checkpoint` to the directory `output` and return it. See `ExportConfig`."""
     if not checkpoint.is_dir():
         what = "is not a directory" if checkpoint.exists() else "does not exist"
         raise ValueError(f"{checkpoint} {what}: name a run, or one of its checkpoints/step-…")
@@ -77,9 +94,15 @@ def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = 
         raise ValueError(f"{checkpoint} holds no moving average (the run kept no --optim.ema)")
     tensors = open_dcp(checkpoint, "ema" if ema else "model")
     if config.lora.rank:
+        if to or dtype:
+            raise ValueError(
+                f"{checkpoint} holds adapters, which are written as peft writes them: leave out --to and --dtype; "
+                "mm-convert turns adapters into other forms, and merges them"
+            )
         more = {"dropout": config.lora.dropout, "base": Path(config.weights), "overwrite": overwrite}
         return save_lora(output, tensors, config.lora.alpha, **more)
     from mm_train.contents import check_base  # torch, only now
+    from mm_train.conversations import find_processor
     from mm_train.start import Start
 
     family, _ = architecture(config)
@@ -88,7 +111,13 @@ def export(checkpoint: Path, output: Path, ema: bool = False, overwrite: bool = 
     if config.has_frozen:
         check_base(config, read_progress(checkpoint), checkpoint)
         whole = Filled(tensors, Start(model, config.weights, config.expert, config.seed))
-    save_checkpoint(output, whole, family.describe(model.config), overwrite=overwrite)
+    form, more = to or family.exported, {}
+    if form != "mm":
+        dtype = dtype or config.dtype
+    if family.chat and form != "mm":
+        more = {"published": find_processor(config, family.chat), "copies": family.chat.files}
+    fields = family.describe(model.config)
+    save_checkpoint(output, whole, fields, to=form, dtype=dtype, overwrite=overwrite, **more)
     return output
 
 
@@ -112,7 +141,8 @@ def export_final(config: Config, checkpoint: Path, leader: bool) -> Path:
 def main(argv: list[str] | None = None) -> None:
     def work() -> None:
         config = parse(ExportConfig, argv, prog="python -m mm_train.export")
-        print(one_line(export(config.checkpoint, config.output, config.ema, config.overwrite)))
+        asked = (config.checkpoint, config.output, config.ema, config.overwrite, config.to, config.dtype)
+        print(one_line(export(*asked)))
 
     run_alone(work)
 

@@ -67,8 +67,12 @@ class ExtractConfig:
     def check(self) -> None:
         """ValueError for what cannot work, found without torch."""
         family, preset = find(self.model)
+        video = family.need_video(
+            "nothing is extracted for it, as it is trained straight from them: give `python -m mm_train --model "
+            f"{self.model} --data.conversations …`"
+        )
         check_manifest(self.data.manifest)
-        check_encoders(family, self.encoders, family.encoders(preset.config), "--encoders")
+        check_encoders(video, self.encoders, video.encoders(preset.config), "--encoders")
         check_config(self, "--")
         choose_task(self.model, family, preset.config, self.task, "--task")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,31 +15,39 @@ from mm_parallel.grads import by_layout
 from mm_train.config import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, rates: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; biases and vectors are not decayed (Megatron's rule, as MindSpeed-MM does).
 
-    Parameters that are cut differently lie in separate groups, since one fused kernel cannot take both.
+    Parameters that are cut differently lie in separate groups, since one fused kernel cannot take both. So do those
+    with other learning rates: `rates` by name, `config.lr` for all others.
     """
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(config.lr, True): [], (config.lr, False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim > 1 and not name.endswith("bias")].append(parameter)
-    alike = [(config.weight_decay if decay else 0.0, part) for decay, all in groups.items() for part in by_layout(all)]
+            decay = parameter.ndim > 1 and not name.endswith("bias")
+            groups.setdefault(((rates or {}).get(name, config.lr), decay), []).append(parameter)
+    alike = [(key, part) for key, those in groups.items() for part in by_layout(those)]
     if not alike:
         raise ValueError("nothing to train: no parameter requires a gradient")
     return torch.optim.AdamW(
-        [{"params": part, "weight_decay": weight_decay} for weight_decay, part in alike],
-        lr=config.lr,
+        [
+            {"params": part, "lr": rate, "weight_decay": config.weight_decay if decay else 0.0}
+            for (rate, decay), part in alike
+        ],
         betas=config.betas,
         eps=config.eps,
         fused=True,
     )
 
 
-def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
+def learning_rate(step: int, steps: int, config: OptimConfig, rate: float | None = None) -> float:
     """Rate of optimizer step `step` (from 0) of `steps`; a function of the step alone, so there is no state to
-    restore.
+    restore. Where its highest is `rate` and not `config.lr`, the lowest is another in the same proportion.
     """
+    if rate is not None and rate != config.lr:
+        config = replace(config, lr=rate, min_lr=config.min_lr and config.min_lr * rate / config.lr)
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from mm_convert.cli.terminal import one_line
 from mm_data import FeatureDataset, write_video
 from mm_models.diffusion.samplers import fill_template
 from mm_models.diffusion.sampling import denoise, noise
@@ -42,7 +42,8 @@ class Samples:
     ):
         self.config, self.objective, self.options = config, objective, settle_samples(config)
         self.family, self.shape = architecture(config)
-        self.stored = self.family.conditioning(self.shape, objective.task).stored
+        self.video = self.family.video
+        self.stored = self.video.conditioning(self.shape, objective.task).stored
         self.rank, self.ranks = data_rank(mesh)
         self.reports, self.device, self.dtype = reports_loss(mesh), device, dtype
         self.requests: list[SampleRequest] = []
@@ -59,7 +60,7 @@ class Samples:
             self.requests += self._from_validation()
 
     def _encode(self) -> list[Tensor]:
-        encoder = self.family.text_encoder(self.shape, self.options.encoders, device=self.device, dtype=self.dtype)
+        encoder = self.video.text_encoder(self.shape, self.options.encoders, device=self.device, dtype=self.dtype)
         prompts = [fill_template(self.options.prompt_template, prompt) for prompt in self.options.prompts]
         return [text.cpu() for text in encoder.encode([*prompts, self.options.negative_prompt])]
 
@@ -72,21 +73,21 @@ class Samples:
             sample = data[i]
             conditions = {name: sample["conditions"][name][None] for name in self.stored}
             latents, task = sample["latents"], self.objective.task
-            conditions = dict(self.family.conditioning(self.shape, task).complete(latents[None], conditions))
+            conditions = dict(self.video.conditioning(self.shape, task).complete(latents[None], conditions))
             requests.append(SampleRequest(sample["id"], task, sample["text"][0], conditions, tuple(latents.shape)))
         return requests
 
     def due(self, step: int) -> bool:
         return bool(self.requests) and (step % self.options.every == 0 or step == self.config.steps)
 
-    def __call__(self, model: nn.Module | Pipeline, average: EMA, step: int) -> Path:
-        """Write this rank's share of the videos; returns their directory. Uses the averaged weights where there are
-        some.
+    def __call__(self, model: nn.Module | Pipeline, average: EMA, step: int) -> str:
+        """Write this rank's share of the videos; returns what to tell of them. Uses the averaged weights where there
+        are some.
         """
         directory = self.config.run_dir / "samples" / f"step-{step:08d}"
         directory.mkdir(parents=True, exist_ok=True)
-        tiling = self.family.choose_tiling(None, "inference")
-        codec = self.family.codec(self.options.encoders, device=self.device, tiling=tiling)
+        tiling = self.video.choose_tiling(None, "inference")
+        codec = self.video.codec(self.options.encoders, device=self.device, tiling=tiling)
         count = len(self.requests)
         with average.apply():
             # A sharded model is run by all ranks together: those without a request left repeat one and throw it away.
@@ -99,13 +100,13 @@ class Samples:
                     made_with |= {"encoders": str(self.options.encoders), "vae_tiling": tiling}
                     frames = to_frames(codec, latents).numpy()
                     write_video(directory / f"{number:03d}.mp4", frames, self.options.fps, made_with)
-        return directory
+        return f"samples in {one_line(directory)}"
 
     def _denoise(self, model: nn.Module | Pipeline, codec: Codec, request: SampleRequest) -> Tensor:
         o = self.options
         shape = request.shape or codec.latent_shape(o.frames, o.height, o.width)
         conditions = {name: tensor.to(self.device) for name, tensor in request.conditions.items()}
-        conditioning = self.family.conditioning(self.shape, request.task)
+        conditioning = self.video.conditioning(self.shape, request.task)
         latents = denoise(
             model,
             noise(o.seed, shape, self.device)[None],
@@ -115,7 +116,7 @@ class Samples:
             conditions=conditions,
             steps=o.steps,
             guidance=o.guidance,
-            prediction=self.family.prediction(self.shape),
+            prediction=self.video.prediction(self.shape),
             sampler=o.sampler,
             flow_shift=o.flow_shift,
             seeds=[o.seed],

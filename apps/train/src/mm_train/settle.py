@@ -19,9 +19,9 @@ def settle_samples(config: Config) -> SampleConfig:
     A length that the published weights do not make is allowed: a run may train them for it.
     """
     family, shape = architecture(config)
-    asked, usual = config.sample, family.sized(find(config.model)[1].published, shape)
+    asked, usual = config.sample, family.video.sized(find(config.model)[1].published, shape)
     height, width = asked.height or usual.size[0], asked.width or usual.size[1]
-    sampling = settle_sampling(vars(asked), usual, family.prediction(shape), (height, width), "--sample.")
+    sampling = settle_sampling(vars(asked), usual, family.video.prediction(shape), (height, width), "--sample.")
     del sampling["grid"]  # always the usual one
     frames, fps = asked.frames or usual.frames, asked.fps or usual.fps
     return replace(asked, height=height, width=width, frames=frames, fps=fps, **sampling)

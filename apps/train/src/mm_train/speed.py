@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -26,12 +26,19 @@ class Speed:
         return sum(tokens for tokens, _ in counts), sum(operations for _, operations in counts)
 
     def measure(
-        self, tokens: float, operations: float, seconds: float, data_seconds: float
+        self, tokens: float, operations: float, counts: Mapping[str, float], seconds: float, data_seconds: float
     ) -> tuple[dict[str, float], str]:
-        """(numbers to keep, text for the line) of a step; tokens and operations are those of all ranks."""
-        row = {"tokens_per_second": tokens / seconds, "tflops": operations / seconds / 1e12}
+        """(numbers to keep, text for the line) of a step; tokens, operations and counts are those of all ranks.
+
+        counts: see `Objective.count`. Of padding the share of all that is computed on is kept.
+        """
+        row: dict[str, float] = dict(counts)
+        if "padding" in counts:
+            row["padding"] = counts["padding"] / max(1, counts["padding"] + counts["tokens"])
+        row |= {"tokens_per_second": tokens / seconds, "tflops": operations / seconds / 1e12}
         pace = f"{seconds:.3f} s/step (data {data_seconds:.3f}) | {row['tokens_per_second']:,.0f} tok/s"
-        text = f"{pace} | {row['tflops']:.3g} TFLOP/s"
+        others = [f"{counts[name] / seconds:,.0f} {name}/s" for name in ("label_tokens", "patches") if name in counts]
+        text = " | ".join([pace, *others, f"{row['tflops']:.3g} TFLOP/s"]).replace("_", " ")
         if self.peak:
             row["mfu"] = operations / seconds / (self.peak * self.world)
             text += f" (MFU {100 * row['mfu']:.1f} %)"

@@ -19,32 +19,27 @@ from mm_models.families import family_of
 from mm_models.initial import initial_adapter
 from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora
+from mm_models.parts import find_parameters
 from mm_parallel import Pipeline, load_parameters, parallelize, verify
 from mm_parallel.mesh import rank_in, size
 from mm_parallel.weights import allocate
 from mm_train.adapter import check_targets, open_adapter
 from mm_train.checks import check_space
 from mm_train.config import Config
+from mm_train.parts import find_rates, tabulate
 from mm_train.ranks import all_gather
 
 
 def freeze(model: nn.Module, trained: Sequence[str], dtype: torch.dtype) -> None:
-    """Leaves only the parameters that a pattern names to be trained; the others need no float32 masters.
+    """Leaves only the parameters that a part or a pattern names to be trained; the others need no float32 masters.
 
-    ValueError for a pattern that names none.
+    ValueError for one that names none.
     """
-    frozen = dict(model.named_parameters())
-    for pattern in trained:
-        named = [name for name in model.state_dict() if fnmatch(name, pattern)]
-        if not named:
-            firsts = dict.fromkeys(name.partition(".")[0] + ".*" for name in model.state_dict())
-            raise ValueError(f"--trained {pattern!r} names no parameter; there are {', '.join(firsts)}")
-        for name in named:
-            frozen.pop(name, None)
+    chosen = {name for wanted in trained for name in find_parameters(model, wanted, "--trained")}
     wide = {name: p.dtype for name, p in model.named_parameters()}
     cast_weights(model, dtype)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = name not in frozen
+        parameter.requires_grad = name in chosen
         if parameter.requires_grad:
             parameter.data = parameter.data.to(wide[name])
 
@@ -125,6 +120,10 @@ class Built(NamedTuple):
     size: int
     """Parameters of the whole model."""
     trained: int
+    rates: Mapping[str, float]
+    """Of parameters that have a learning rate of their own, by name; of the whole model."""
+    parts: list[str]
+    """A table of the parts: how many parameters each has, how many of them are trained, and at which rate."""
     notes: str = ""
     """What a person should know of the values it begins with."""
 
@@ -145,6 +144,8 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
         freeze(model, config.trained, dtype)
     sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (True, False)]
     check_space(sizes[1], config)
+    rates = find_rates(model, config.optim)
+    facts = (*sizes, rates, tabulate(model, rates, config))
     source = None
     if config.has_frozen or not continuing:
         adapter = open_adapter(config) if config.lora.weights and not continuing else None
@@ -153,14 +154,14 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
     run = _cut(model, config, mesh, dtype)
     if source is None:
         allocate(model, device, config.memory.offload_params)
-        return Built(model.train(), run, *sizes)
+        return Built(model.train(), run, *facts)
     elsewhere = () if run is model else run.elsewhere
     load_parameters(model, source, device, elsewhere, config.memory.offload_params)
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if not torch.isfinite(local).all():
             raise ValueError(f"--weights {config.weights}: {name} holds numbers that are not finite")
-    return Built(model.train(), run, *sizes, source.describe())
+    return Built(model.train(), run, *facts, source.describe())
 
 
 def _cut(model: nn.Module, config: Config, mesh: DeviceMesh | None, dtype: torch.dtype) -> nn.Module | Pipeline:

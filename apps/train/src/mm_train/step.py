@@ -44,6 +44,11 @@ class MicroBatches:
         """The weight of this rank's samples, a scalar on the CPU."""
         return sum(self.objective.weigh(batch.tensors).double().sum() for batch in self.micro)
 
+    def count(self) -> dict[str, float]:
+        """What this rank's batches hold, by the names of `Objective.count`."""
+        counts = [self.objective.count(batch.tensors) for batch in self.micro]
+        return {name: sum(one[name] for one in counts) for name in counts[0]}
+
     def inputs(self, number: int) -> dict[str, Any]:
         """What the model is called with, by name."""
         self.before(number)
@@ -56,7 +61,7 @@ class MicroBatches:
         return losses
 
     def _tensors(self, number: int) -> Mapping[str, Tensor]:
-        return _OnDevice(self.micro[number].tensors, self.device)
+        return OnDevice(self.micro[number].tensors, self.device, self.objective.host)
 
     def _draw(self, number: int) -> Any:
         if number not in self._drawn:
@@ -69,14 +74,14 @@ class MicroBatches:
         return self._drawn[number]
 
 
-class _OnDevice(Mapping[str, Tensor]):
-    """Tensors that move when they are asked for: losses need the latents alone."""
+class OnDevice(Mapping[str, Tensor]):
+    """Tensors that move when they are asked for: losses need the latents alone. Those of `host` never do."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device):
-        self.tensors, self.device = tensors, device
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, host: Sequence[str]):
+        self.tensors, self.device, self.host = tensors, device, host
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name].to(self.device)
+        return self.tensors[name] if name in self.host else self.tensors[name].to(self.device)
 
     def __contains__(self, name: object) -> bool:
         return name in self.tensors  # and nothing moves

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm_models.family import Family, Preset
 from mm_models.opensoraplan.family import OPENSORAPLAN
+from mm_models.qwen2_5_vl.family import QWEN2_5_VL
 from mm_models.wan.family import WAN
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from mm_parallel.plan import ParallelPlan
 
-FAMILIES: tuple[Family, ...] = (WAN, OPENSORAPLAN)
+FAMILIES: tuple[Family, ...] = (WAN, OPENSORAPLAN, QWEN2_5_VL)
 
 
 def presets() -> tuple[str, ...]:

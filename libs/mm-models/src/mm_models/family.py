@@ -58,7 +58,8 @@ class Preset:
     """A fact about released weights: their architecture, and what was published with them."""
 
     config: Any
-    published: Published
+    published: Published | None = None
+    """Of a video model."""
     boundary: float | None = None
     """Of two experts of this architecture: the noise level (sigma) from which on the high-noise one generates."""
 
@@ -100,21 +101,12 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Family:
-    """A model family. Configurations (`config`) are of its own dataclass; what needs torch is imported when called."""
-
-    name: str
-    presets: Mapping[str, Preset]
-    config: type
-    """The dataclass of its architectures."""
-    checkpoints: tuple[str, ...]
-    """Families of mm_convert whose weights are this one's."""
+class Video:
+    """What a family of video models has besides: encoders, conditions, and how such a model is sampled from."""
 
     # Facts about a configuration
-    tasks: Callable[[Any], tuple[Task, ...]]
-    """What such a model can be asked for, the usual first."""
     tasks_unasked: Callable[[Any, Path], tuple[Task, ...]]
-    """(config, repository of the encoders) -> of these, those that may be meant when none is named."""
+    """(config, repository of the encoders) -> of the family's tasks, those that may be meant when none is named."""
     encoders: Callable[[Any], tuple[str, ...]]
     """Folders of a diffusers directory that it needs, besides its own."""
     own_folders: Mapping[str, Callable[[Path], Any]] = field(default_factory=dict, kw_only=True)
@@ -127,28 +119,10 @@ class Family:
     """(config, repository) -> frames per latent frame, rows and columns of pixels per token."""
     fit: Callable[[Any, Path], Any]
     """(config, repository) -> the configuration for these encoders. ValueError unless they are as wide as it takes."""
-    describe: Callable[[Any], dict[str, Any]]
-    """The fields that are written into config.json."""
     prediction: Callable[[Any], str]
     """What such a model predicts: "flow", "epsilon" or "v_prediction". It decides which samplers there are."""
 
-    # The model
-    build: Callable[[Any], nn.Module]
-    """A model with parameters that are not filled."""
-    plan: Callable[[nn.Module], ParallelPlan]
-    """How `mm_parallel` may cut it."""
-    cost: Callable[[nn.Module], Callable[[Mapping[str, Any]], tuple[int, float]]]
-    """model -> (tensors of a batch -> its tokens, FLOPs of training on it)."""
-    lora_targets: tuple[str, ...]
-    """The linears that usually get an adapter, by the ends of their names."""
-    start: Callable[[], Any]
-    """The module with `initial`, `missing`, `grow`, `ZERO` and `GROWN`; see `mm_models.wan.start`."""
-
-    # What it learns, and from what
-    objective: Callable[..., Objective]
-    """(config, task name, expert, boundary, and the options below) -> what it is trained to do."""
-    objective_options: Mapping[str, Any]
-    """Options of the objective that a user may set, with what the makers train with."""
+    # What it is told
     conditioning: Callable[[Any, str], Any]
     """(config, task name) -> `mm_models.diffusion.Conditioning`."""
     codec: Callable[..., Codec]
@@ -166,20 +140,90 @@ class Family:
     """
     tiling: Mapping[Program, Tiling] = field(default_factory=lambda: {"training": "none", "inference": "none"})
     """How the codec works where nothing is asked, in a program that trains or extracts and in one that samples."""
-    unseen: tuple[str, ...] = ()
-    """Fields of a configuration in which released weights differ and their tensors do not. Where no config.json says
-    them, mm_infer must be told the preset; where it does, mm_train may go on with others, and says so.
-    """
-
-    def task(self, config: Any, name: str) -> Task | None:
-        """One of its tasks by name."""
-        return next((task for task in self.tasks(config) if task.name == name), None)
 
     def choose_tiling(self, asked: AskedTiling, program: Program) -> Tiling:
         """How the codec works: as asked; true is the program's own kind, None what is usual for this family."""
         if asked is None:
             return self.tiling[program]
         return (program if asked else "none") if isinstance(asked, bool) else asked
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What a family has whose models read a conversation, with its images and videos, and write the next answer."""
+
+    processing: Callable[..., Any]
+    """(hub folder, `mm_data.chat_options.ChatOptions`, config) -> `mm_models.processors.Processing`: what makes tokens,
+    labels and pixels of a conversation, and text of an answer.
+    """
+    files: tuple[str, ...]
+    """Of a hub folder, the names of the files of processor, tokenizer and template: they go with the weights."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family. Configurations (`config`) are of its own dataclass; what needs torch is imported when called.
+
+    It makes videos or answers: one of `video` and `chat` is there, with all that only such a family has.
+    """
+
+    name: str
+    presets: Mapping[str, Preset]
+    config: type
+    """The dataclass of its architectures."""
+    checkpoints: tuple[str, ...]
+    """Families of mm_convert whose weights are this one's."""
+
+    # Facts about a configuration
+    tasks: Callable[[Any], tuple[Task, ...]]
+    """What such a model can be asked for, the usual first."""
+    describe: Callable[[Any], dict[str, Any]]
+    """The fields that are written into config.json."""
+
+    # The model
+    build: Callable[[Any], nn.Module]
+    """A model with parameters that are not filled."""
+    plan: Callable[[nn.Module], ParallelPlan]
+    """How `mm_parallel` may cut it."""
+    cost: Callable[[nn.Module], Callable[[Mapping[str, Any]], tuple[int, float]]]
+    """model -> (tensors of a batch -> its tokens, FLOPs of training on it)."""
+    lora_targets: tuple[str, ...]
+    """The linears that usually get an adapter, by the ends of their names."""
+    start: Callable[[], Any]
+    """The module with `initial`, `missing`, `grow`, `ZERO` and `GROWN`; see `mm_models.wan.start`."""
+
+    # What it learns
+    objective: Callable[..., Objective]
+    """(config, task name, expert, boundary, and the options below) -> what it is trained to do."""
+    objective_options: Mapping[str, Any]
+    """Options of the objective that a user may set, with what the makers train with."""
+    video: Video | None = None
+    """Of a family of video models."""
+    chat: Chat | None = None
+    """Of a family of conversation models."""
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Parts of its models that can be trained, frozen or given a learning rate by name: patterns of parameters."""
+    unserved: tuple[str, ...] = ()
+    """Of the parts, those whose adapters servers leave out unless they are told otherwise."""
+    exported: str = "mm"
+    """The form in which trained weights are written: "mm", our own, or a dialect of its names in mm_convert."""
+    unseen: tuple[str, ...] = ()
+    """Fields of a configuration in which released weights differ and their tensors do not. Where no config.json says
+    them, mm_infer must be told the preset; where it does, mm_train may go on with others, and says so.
+    """
+
+    def __post_init__(self) -> None:
+        assert (self.video is None) != (self.chat is None), f"{self.name} makes videos or answers, and not both"
+
+    def task(self, config: Any, name: str) -> Task | None:
+        """One of its tasks by name."""
+        return next((task for task in self.tasks(config) if task.name == name), None)
+
+    def need_video(self, instead: str) -> Video:
+        """What it has of videos. ValueError for a family that makes none; `instead`: the command to give."""
+        if self.video is None:
+            raise ValueError(f"weights of {self.name} read conversations and make no video: {instead}")
+        return self.video
 
 
 def later(module: str, name: str) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 
 def wide(x: Tensor) -> Tensor:
@@ -91,18 +92,44 @@ def gated(x: Tensor, gate: Tensor, y: Tensor, noisy: Tensor | None = None) -> Te
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention on B L H h (tokens before heads), as is: no dropout, scale 1/√h. Causal: token i sees 0 … i.
+    """Softmax attention, as is: no dropout, scale 1/√h. q B Lq H h, k and v B Lk K h -> B Lq H h.
 
+    K divides H: heads of keys and values that H/K neighbouring heads of queries share. Causal: token i sees 0 … i.
     mask: B Lk, bool: True for a key that is attended. A query that sees no key at all gives 0.
-    Raises ValueError for a mask together with causal.
+    Raises ValueError for a mask together with causal, and where K does not divide H.
     """
     if mask is not None and causal:
         raise ValueError(
             "causal attention with a mask of keys: there is no such kernel; pack without what is masked instead"
         )
+    heads, shared = q.shape[2], k.shape[2]
+    if heads != shared and (shared == 0 or heads % shared):
+        raise ValueError(
+            f"attention of {heads} heads of queries and {shared} of keys: neighbours share one, so the second number "
+            "must divide the first"
+        )
+    grouped = heads != shared
+    if grouped and not _groups_heads(q, mask):
+        k, v = (x.repeat_interleave(heads // shared, 2) for x in (k, v))
+        grouped = False
     seen = None if mask is None else mask[:, None, None]  # B 1 1 Lk: the same for all heads and queries
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def _groups_heads(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether torch has a kernel that reads shared heads in place.
+
+    For others `enable_gqa` would hold the scores of all pairs: repeated keys and values are smaller.
+    """
+    if q.device.type == "cpu":
+        return True
+    return _has_flash(q) and mask is None
+
+
+def _has_flash(q: Tensor) -> bool:
+    return q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256
 
 
 class Sequence(NamedTuple):
@@ -118,8 +145,9 @@ class Sequence(NamedTuple):
 
 
 def core(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, mask: Tensor | None = None) -> Tensor:
-    """The attention between tokens where all of them are here: the seam of a ladder that nobody has cut. B L H h.
+    """The attention between tokens where all of them are here: the seam of a ladder that nobody has cut.
 
+    q B L H h, k and v B L K h -> B L H h, see `attention`; any number of packed samples, and no token at all.
     mask: B L, bool, of the whole sequence: True for a token that is attended (as a key; every token asks). None: all.
     Raises ValueError for a mask together with causal or with segments.
     """
@@ -127,8 +155,37 @@ def core(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, mask: Tensor | Non
         return attention(q, k, v, sequence.causal, mask)
     if mask is not None:
         raise ValueError("packed samples with a mask of keys: leave out what is masked when you pack")
-    samples = ((x[:, start:stop] for x in (q, k, v)) for start, stop in pairwise(sequence.segments))
-    return torch.cat([attention(*qkv, sequence.causal) for qkv in samples], 1)
+    if len(sequence.segments) <= 2:  # one sample, or none
+        return attention(q, k, v, sequence.causal)
+    if _has_flash(q):
+        return _attend_varlen(q, k, v, sequence)
+    return _attend_by_length(q, k, v, sequence)
+
+
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
+    """All packed samples of all rows in one call of CUDA's flash kernel, which reads their ends on the device."""
+    rows, ends = q.shape[0], sequence.segments
+    longest = max(b - a for a, b in pairwise(ends))
+    ends = torch.tensor([0, *(row * sequence.tokens + end for row in range(rows) for end in ends[1:])])
+    ends = ends.to(q.device, torch.int32, non_blocking=True)
+    window = (-1, 0 if sequence.causal else -1)
+    dim, flat = q.shape[-1], [F.pad(x, (0, -x.shape[-1] % 8)).flatten(0, 1) for x in (q, k, v)]  # it wants whole 8s
+    out = varlen_attn(*flat, ends, ends, longest, longest, scale=dim**-0.5, window_size=window, enable_gqa=True)
+    return out[..., :dim].unflatten(0, (rows, -1))
+
+
+def _attend_by_length(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
+    """Packed samples of equal length in one call, as a batch."""
+    lengths = [b - a for a, b in pairwise(sequence.segments)]
+    places: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        places.setdefault(length, []).append(i)
+    parts = [x.split(lengths, 1) for x in (q, k, v)]  # whose backward is one cat, where slices would each fill a whole
+    outs: dict[int, Tensor] = {}
+    for alike in places.values():
+        out = attention(*(torch.cat([part[i] for i in alike]) for part in parts), sequence.causal)
+        outs |= zip(alike, out.chunk(len(alike)), strict=True)
+    return torch.cat([outs[i] for i in range(len(lengths))], 1)
 
 
 def identity(x, *_):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mm_models.families import family_of
 from mm_models.layers import Linear, wide
+from mm_models.parts import find_linears
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class LoRAConfig:
     dropout: float = 0.0
     """On the input of A, while training."""
     targets: tuple[str, ...] | None = None
-    """Linears by our names, whole or their end: "q" is the q of every attention in every block of a Wan. None: those
-    that are usual for the model's family (`Family.lora_targets`).
+    """Linears by our names, whole or their end: "q" is the q of every attention in every block of a Wan. Where the
+    family has parts, "vision:qkv" is that end in one of them, and "vision" all linears there. None: those that are
+    usual for the model's family (`Family.lora_targets`).
     """
 
     def __post_init__(self) -> None:
@@ -117,14 +119,16 @@ def _inject(model: nn.Module, targets: Sequence[str], **settings) -> nn.Module:
     if _adapted(model):
         raise ValueError("this model has LoRA adapters already: merge them first (merge_lora), or start from the base")
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linears):
-            ends = sorted({".".join(part for part in name.split(".")[2:]) or name for name in linears})
-            raise ValueError(f"LoRA target {target!r} names no linear of this model; there are {', '.join(ends)}")
+    found = {target: find_linears(model, target, linears) for target in targets}
+    for target in (target for target, those in found.items() if not those):
+        ends = sorted({".".join(part for part in name.split(".")[2:]) or name for name in linears})
+        parts = [f"{part}:…" for part in family_of(model.config).parts]
+        raise ValueError(f"LoRA target {target!r} names no linear of this model; there are {', '.join(ends + parts)}")
 
     model.requires_grad_(False)
     on_meta = next(model.parameters()).is_meta
-    config = LoraConfig(target_modules=list(targets), bias="none", **settings)
+    wrapped = [*dict.fromkeys(name for those in found.values() for name in those)]
+    config = LoraConfig(target_modules=wrapped, bias="none", **settings)
     inject_adapter_in_model(config, model, low_cpu_mem_usage=on_meta)
     for layer in _adapted(model):
         layer.cast_input_dtype_enabled = False

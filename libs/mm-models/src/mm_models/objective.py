@@ -19,6 +19,10 @@ class Objective(Protocol):
     task: str
 
     @property
+    def host(self) -> Sequence[str]:
+        """Names of tensors that stay on the host, as their values are asked for before anything is computed."""
+
+    @property
     def stored(self) -> Mapping[str, int]:
         """What a sample must hold: names, and the size by which each is known (channels, rows, or a width)."""
 
@@ -40,6 +44,9 @@ class Objective(Protocol):
 
     def losses(self, output: Tensor, tensors: Mapping[str, Tensor], drawn: Any) -> Tensor:
         """B, float32: the loss of each sample, already multiplied by its weight."""
+
+    def count(self, tensors: Mapping[str, Tensor]) -> Mapping[str, float]:
+        """What there is to count in a batch besides its samples, by the names of metrics.jsonl."""
 
     def describe(self) -> str:
         """What is trained on, besides the task, in words for the reader of a log."""

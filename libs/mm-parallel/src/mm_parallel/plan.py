@@ -30,9 +30,13 @@ class Ladder(Protocol):
     """A network that runs from stem to head: `head(layer(n-1, … layer(0, stem(…))))`.
 
     The stream is a NamedTuple of what travels up: tensors, and facts that are the same for every rank (numbers, tuples
-    of them, a `Sequence`). A layer returns a stream of the same shapes, and writes into none. Stem and head are
-    methods, not submodules, so that parameter names stay the published ones; `layers` are modules, in the order in
+    of them, a `Sequence`). A layer returns a stream of the same shapes and facts, and writes into none. Stem and head
+    are methods, not submodules, so that parameter names stay the published ones; `layers` are modules, in the order in
     which they run.
+
+    A pipeline runs stem, layers and head on the meta device as well, to learn what crosses between its stages. There an
+    argument that is a tensor has a shape and no values. What the stem must know by value (a `Sequence`, the grids of
+    images) is a number, a tuple of numbers, or a NamedTuple of these.
 
     To have its tokens cut over ranks, a ladder calls three seams, attributes named in its plan:
 
@@ -43,6 +47,20 @@ class Ladder(Protocol):
     where `sequence` is a `Sequence`, which the stream carries under this name, so that `split` knows it too. `mask` may
     be left out: B tokens, bool, True for a token that is attended, of the whole sequence on every rank. So the field of
     the stream that carries it is none of the plan's `tokens`. Tokens that are masked still ask, and pass as all others.
+
+    A ladder whose head multiplies by a vocabulary (`vocabulary` of its plan) calls for it, instead of the linear:
+
+        token_losses(x, weight, labels) -> losses   B L D, V D, B L -> B L float32, 0 where a label is -100
+        token_logits(x, weight) -> logits           B L D, V D -> B L V
+
+    An inner ladder that works on items (images; a video is one, too) shares them over the context ranks by two seams:
+
+        share(x, grids) -> (own x, own grids)       first of all: N … rows of all items -> those of this rank
+        collect(y, grids) -> y                      at its end: M … rows of this rank's items -> of all, in their order
+
+    Both are given the grids of all items: a tuple of tuples of numbers, whose product is the number of the item's rows
+    in x. The first of them counts parts of equal size that do not know of each other (frames: attention and positions
+    are within one). A rank may be given some of an item's parts, and no item at all.
     """
 
     @property
@@ -65,11 +83,15 @@ class ParallelPlan:
     tokens: fields of the stream that hold tokens, with the dim in which. A field of size 1 there is the same for all
         tokens, and stays whole; not so the first.
     split, core, gather: where the three seams are (see `Ladder`).
-    heads: attention heads; the ranks of tensor parallelism must divide them.
+    heads: attention heads; the ranks of tensor parallelism must divide them. Where there are several counts, all of
+        them by name: {"key-value heads": 2, "heads": 16}.
     columns: patterns of linears whose rows of the weight (columns of the output) are cut over tensor-parallel ranks;
         what they compute is local until a linear of `rows`, whose outputs are summed.
     rows: patterns of linears that take what `columns` make.
     norms: patterns of RMSNorms over all heads between the two, whose mean of squares is taken over the ranks.
+    vocabulary: names of a linear without bias and of an embedding, each with a row of its weight for each token of the
+        vocabulary; these are cut over tensor-parallel ranks. A tied head is the embedding alone.
+    losses, logits: where the two seams of the vocabulary are (see `Ladder`).
     companions: modules by name that run just before a layer, in the same call of `layer`, with its number (a second
         ladder that runs in step). They are sharded and recomputed like layers, each by itself, and go with their layer
         to its pipeline stage.
@@ -79,8 +101,11 @@ class ParallelPlan:
         tensor itself, and the rest behind it.
     inner: plans of ladders that run in this one's stem (a vision tower), by the module's name; their names are relative
         to it. Their layers are units like ours, and nothing of ours is said of what they hold. They are called as
-        modules, by all ranks alike, and live on the first pipeline stage. Context parallelism cuts the tokens of those
-        that name some.
+        modules, by all ranks alike, and live on the first pipeline stage. What they return is used, and reaches each of
+        their weights, also where it has no rows: FSDP waits for gradients. Context parallelism leaves their tokens
+        whole, and shares items where `share` is named.
+    share, collect: of an inner ladder, where its two seams are (see `Ladder`). Empty: each rank computes all of it.
+    merge: rows of an item at `share` that are one at `collect`.
 
     A pattern that matches nothing is an error, because a misspelt name would silently be rounded.
     """
@@ -92,13 +117,19 @@ class ParallelPlan:
     split: str = "split"
     core: str = "core"
     gather: str = "gather"
-    heads: int = 0
+    heads: int | Mapping[str, int] = 0
     columns: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] = ()
+    losses: str = "token_losses"
+    logits: str = "token_logits"
     companions: Mapping[str, int] = field(default_factory=dict)
     residual: str = "x"
     inner: Mapping[str, "ParallelPlan"] = field(default_factory=dict)
+    share: str = ""
+    collect: str = ""
+    merge: int = 1
 
     def ladders(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, "ParallelPlan"]]:
         """(prefix of its names, module, plan) of every ladder in the model: the inner ones first, as they run first."""
@@ -114,14 +145,14 @@ class ParallelPlan:
             "keep_fp32": tuple(p for p in self.keep_fp32 if any(fnmatchcase(name, p) for name in parameters)),
             "inner": {name: plan for name, plan in self.inner.items() if name in dict(model.named_modules())},
         }
-        for kind in ("layers", "columns", "rows", "norms"):
+        for kind in ("layers", "columns", "rows", "norms", "vocabulary"):
             kept[kind] = tuple(p for p in getattr(self, kind) if any(_match_parts(name, p) for name in modules))
         return replace(self, **kept)
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError for a pattern or a name that means nothing in the whole model."""
         self.fp32_parameters(model)
-        for kind in ("layers", "columns", "rows", "norms"):
+        for kind in ("layers", "columns", "rows", "norms", "vocabulary"):
             self.modules_of(model, kind)
         everything = dict(model.named_modules())
         for name, plan in self.inner.items():
@@ -151,10 +182,27 @@ class ParallelPlan:
         return {name: modules[name] for name in self.units_in_order(model) if name in modules}
 
     def modules_of(self, model: nn.Module, kind: str) -> dict[str, nn.Module]:
-        """The modules by name that the patterns of a field mean: `layers`, `columns`, `rows` or `norms`."""
+        """The modules by name that the patterns of a field mean, e.g. `layers` or `columns`."""
         modules = self._modules(model)
         found = _matching(getattr(self, kind), list(modules), _match_parts, kind, "module")
         return {name: modules[name] for name in found}
+
+    def set_seam(self, model: nn.Module, path: str, seam: object) -> None:
+        """Sets an attribute that this plan names, of the model or of a module in it; ValueError where there is none.
+
+        Nothing happens on a pipeline stage without its owner.
+        """
+        parent, _, name = path.rpartition(".")
+        first = path.partition(".")[0]
+        if first in self.last and getattr(model, first, None) is None:
+            return
+        try:
+            owner = model.get_submodule(parent)
+        except AttributeError:
+            owner = None
+        if not hasattr(owner, name):
+            raise ValueError(f"the plan's seam {path!r} is no attribute of {type(model).__name__}")
+        setattr(owner, name, seam)
 
     def fp32_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters of this ladder that stay in fp32, by name. Raises ValueError for a pattern without match."""

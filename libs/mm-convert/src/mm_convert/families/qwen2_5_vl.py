@@ -270,4 +270,5 @@ QWEN2_5_VL = Family(
     heads=heads,
     cuts=CUTS,
     tied=("model.embed_tokens.weight", "lm_head.weight"),
+    in_memory="transformers-v5",
 )

@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from mm_convert.families.family import Family
 from mm_convert.lora.adapter import Adapter, LowRank
 from mm_convert.lora.names import PEFT, rename
 from mm_convert.store.mm import name_of
 from mm_convert.tensors.views import Computed, LazyTensor
 
-_SPELLINGS = {  # prefix, dialect ("": ours), A and B
+_SPELLINGS = {  # prefix, dialect ("": that of models in memory), A and B
     "mm": (PEFT, "", "lora_A", "lora_B"),
     "peft": (PEFT, "", "lora_A", "lora_B"),
     "diffusers": ("transformer.", "diffusers", "lora_A", "lora_B"),
@@ -31,7 +32,7 @@ def lora_tensors(adapter: Adapter, to: str) -> tuple[dict[str, LazyTensor], dict
     if to not in _SPELLINGS:
         raise ValueError(f"adapters cannot be written as {to!r}, but as {', '.join(_SPELLINGS)}")
     prefix, dialect, a, b = _SPELLINGS[to]
-    theirs = rename(adapter.family, dialect or adapter.family.table.dialects[0], adapter.modules)
+    theirs = rename(adapter.family, dialect or _in_memory(adapter.family), adapter.modules)
     modules = {theirs[ours]: module for ours, module in adapter.modules.items()}
     tensors: dict[str, LazyTensor] = {}
     for name, module in modules.items():
@@ -49,6 +50,10 @@ def lora_tensors(adapter: Adapter, to: str) -> tuple[dict[str, LazyTensor], dict
     elif to != "comfyui":
         header["lora_adapter_metadata"] = _json(config)
     return tensors, header, config if to in ("mm", "peft") else None
+
+
+def _in_memory(family: Family) -> str:
+    return family.in_memory or family.table.dialects[0]
 
 
 def _config(modules: Mapping[str, LowRank], base: str, dropout: float) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm_convert.families.family import Config, Family
 from mm_convert.files import read_bytes, read_json
 from mm_convert.lora.adapter import Adapter
 from mm_convert.lora.merging import merge
@@ -204,10 +205,33 @@ def _config_like(path: Path, dtype: str | None) -> Output:
     """The published config.json; where the dtype changes, it says the new one, which transformers loads in."""
     if dtype is None:
         return text_file("config.json", read_bytes(path))
-    config = read_json(path)
-    for table in (config, *(value for value in config.values() if isinstance(value, dict))):
+    return text_file("config.json", as_json(_replace_dtype(read_json(path), dtype)))
+
+
+def config_of(folder: Path | None, family: Family, config: Config) -> dict[str, Any] | None:
+    """The config.json in a published folder, if there is one and it is of this architecture."""
+    path = None if folder is None else folder / "config.json"
+    if path is None or not path.is_file():
+        return None
+    json_ = read_json(path)
+    try:
+        said = family.read_config(json_)
+    except ValueError:
+        return None
+    return json_ if said and all(config.get(name, value) == value for name, value in said.items()) else None
+
+
+def state_dtype(json_: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """A config.json that says the dtype of all its tensors, where they have one."""
+    if dtype is None:
+        return dict(json_)
+    return _replace_dtype({"torch_dtype": dtype, **json_} if "dtype" not in json_ else dict(json_), dtype)
+
+
+def _replace_dtype(json_: dict[str, Any], dtype: str) -> dict[str, Any]:
+    for table in (json_, *(value for value in json_.values() if isinstance(value, dict))):
         table.update({key: dtype for key in ("dtype", "torch_dtype") if key in table})
-    return text_file("config.json", as_json(config))
+    return json_
 
 
 def _is_in_place(target: Path, checkpoint: Checkpoint, to: str) -> bool:

@@ -11,11 +11,12 @@ from mm_convert.lora.names import PEFT
 from mm_convert.lora.reading import read_lora
 from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
 from mm_convert.read.content import identify
-from mm_convert.store.mm import name_of
+from mm_convert.store.mm import FORMAT, as_json, name_of
 from mm_convert.tensors.mapping import lazy_tensors
 from mm_convert.tensors.stages import Layers
-from mm_convert.write.prepare import prepare_adapter, prepare_conversion
-from mm_convert.write.targets import Target, prepare_target, split_of
+from mm_convert.write.outputs import copy_file, text_file
+from mm_convert.write.prepare import config_of, prepare_adapter, prepare_conversion, state_dtype
+from mm_convert.write.targets import Target, cast_all, prepare_target, split_of
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +70,9 @@ def save_checkpoint(
     to: str = "mm",
     pp_layers: Mapping[str, Any] | Sequence[Any] = (),
     tp_size: int = 1,
+    dtype: str | None = None,
+    published: str | Path | None = None,
+    copies: Sequence[str] = (),
     overwrite: bool = False,
     shard_bytes: int | None = None,
     show_progress: bool = False,
@@ -79,7 +83,10 @@ def save_checkpoint(
         tensors: our names to tensors, on any device. A lazy mapping is asked twice for each, for its shape and to write
             it; one that has a method `meta(name)`, which gives a tensor on the meta device, only to write it.
         config: the model's configuration, a dataclass or a mapping, for example a `WanConfig`.
-        to, pp_layers, tp_size, shard_bytes: as in `convert`; files hold at most 5 GB where nothing else is said.
+        to, pp_layers, tp_size, shard_bytes, dtype: as in `convert`; files hold at most 5 GB where nothing else is said.
+        published: a folder of the hub, as that from which these weights were trained. Where its config.json is of the
+            same architecture, it is kept, with our dtype in it. For published forms, not for our own.
+        copies: names of its files that go along where they are there, as those of a tokenizer.
 
     Raises ValueError, before anything is written, for names and shapes that are no whole model, for a config that
     contradicts them, and for a target that exists.
@@ -92,9 +99,16 @@ def save_checkpoint(
         if fields.get(field, value) != value:
             raise ValueError(f"the configuration says {field} {fields[field]}, the tensors say {value}")
     ours = {content.names[name]: item for name, item in items.items()}
+    ours = ours if dtype is None else cast_all(ours, dtype)
     complete, _ = content.family.complete({**fields, **content.config})
     target = Target(Path(path), to, split_of(content.family, pp_layers, tp_size), shard_bytes=shard_bytes)
     files = prepare_target(target, content, ours, complete, source="memory", source_form="our names")
+    if "config.json" in files.names and to != FORMAT and (published or dtype):
+        folder = None if published is None else Path(published)
+        json_ = config_of(folder, content.family, complete) or content.family.write_config[to](complete)
+        said = text_file("config.json", as_json(state_dtype(json_, dtype)))
+        files.outputs = [said if output.name == said.name else output for output in files.outputs]
+        files.outputs += [] if folder is None else [copy_file(folder / n) for n in copies if (folder / n).is_file()]
     files.write(overwrite=overwrite, show_progress=show_progress)
 
 

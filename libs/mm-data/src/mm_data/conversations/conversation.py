@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from mm_data.files import shorten
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mm_data.video import VideoInfo
 
 # Why a conversation cannot be used: what a ledger counts.
 REASONS = (
@@ -43,6 +53,52 @@ class Media:
     path: str
     max_pixels: int | None = None  # of a picture, or of a frame: less than the processor's own, where an item says so
 
+    # A model's processing imports nothing from here: it asks a medium to open itself, which raises Unusable.
+
+    def read_size(self) -> tuple[int, int]:
+        """Of a picture: height and width of what `read_image` gives, from the header alone."""
+        from mm_data.images import read_size
+
+        with self._refusing():
+            return read_size(self.path)
+
+    def read_image(self) -> np.ndarray:
+        """Of a picture: H W 3 uint8; see `mm_data.images.read_image`."""
+        from mm_data.images import read_image
+
+        with self._refusing():
+            return read_image(self.path)
+
+    def probe(self) -> VideoInfo:
+        """Of a video: what its packets tell; see `mm_data.video.probe`."""
+        from mm_data.video import probe
+
+        with self._refusing():
+            return probe(self.path)
+
+    def read_frames(
+        self, info: VideoInfo, indices: Sequence[int], each: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """Of a video that was probed: frames F H W 3 uint8 by their numbers, each of which went through `each`."""
+        from mm_data.video import read_video
+
+        with self._refusing():
+            return read_video(info, indices, each=each).frames
+
+    def refuse(self, reason: str) -> Unusable:
+        """The error for what a model cannot take: `raise media.refuse("is 3x9000: ...")`."""
+        return Unusable("unreadable_media", f"{shorten(self.path, 200)} {reason}")
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except Unusable:
+            raise
+        except (ValueError, OSError) as error:
+            there = self.path.startswith("data:") or os.path.exists(self.path)
+            raise Unusable("unreadable_media" if there else "missing_media", str(error)) from error
+
 
 @dataclass(frozen=True)
 class Box:
@@ -53,6 +109,19 @@ class Box:
     numbers: tuple[float, ...]
     media: int
     normalized: bool = False
+
+    def scale(self, size: tuple[int, int], resized: tuple[int, int]) -> tuple[int, ...]:
+        """Its numbers in a picture of height and width `size` that was resized: whole pixels, as models say them.
+
+        Raises Unusable for what lies outside of the picture.
+        """
+        (height, width), (rows, columns) = size, resized
+        by_x, by_y = (columns, rows) if self.normalized else (columns / width, rows / height)
+        scaled = tuple(number * by for number, by in zip(self.numbers, (by_x, by_y) * 2, strict=False))
+        if not all(-0.5 <= number <= most + 0.5 for number, most in zip(scaled, (columns, rows) * 2, strict=False)):
+            picture = "0 to 1" if self.normalized else f"a picture of {height}x{width}"
+            raise Unusable("boxes", f"a box of {list(self.numbers)} lies outside of {picture}")
+        return tuple(round(number) for number in scaled)
 
 
 @dataclass(frozen=True)

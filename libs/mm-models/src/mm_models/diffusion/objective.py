@@ -182,6 +182,7 @@ class Diffusion:
     noise_offset: float = 0.0
     """In training, so much noise more that is the same in all of a channel; the target includes it."""
     task: str = field(init=False)
+    host: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "task", self.conditioning.task)
@@ -226,6 +227,9 @@ class Diffusion:
         target = learned(self.schedule.target(clean, noise, level))
         losses = self.schedule.loss(learned(output), target, level, mask)
         return losses if mask is None else losses * mask.flatten(1).sum(1)
+
+    def count(self, tensors: Mapping[str, Tensor]) -> Mapping[str, float]:
+        return {}
 
     def describe(self) -> str:
         offset = f", noise offset {self.noise_offset:g}" if self.noise_offset else ""

@@ -1,6 +1,6 @@
 """Wan's record: what all others ask of Wan2.1, Wan2.2 and VACE."""
 
-from mm_models.family import Family, later
+from mm_models.family import Family, Video, later
 from mm_models.wan import tasks
 from mm_models.wan.config import WanConfig
 from mm_models.wan.presets import PRESETS
@@ -19,13 +19,7 @@ WAN = Family(
     config=WanConfig,
     checkpoints=("wan", "vace"),
     tasks=tasks.tasks,
-    tasks_unasked=tasks.tasks_unasked,
-    encoders=tasks.encoders,
-    kinds={"vae": "AutoencoderKLWan", "text_encoder": "umt5", "image_encoder": "clip_vision_model"},
-    multiples=tasks.multiples,
-    fit=tasks.fit,
     describe=tasks.describe,
-    prediction=lambda config: "flow",
     build=later("mm_models.wan.model", "WanModel"),
     plan=later("mm_models.wan.plan", "plan"),
     cost=later("mm_models.wan.cost", "Cost"),
@@ -33,8 +27,16 @@ WAN = Family(
     start=start,
     objective=later("mm_models.wan.encode", "objective"),
     objective_options={"shift": 5.0, "range": None, "weighting": "bsmntw"},
-    conditioning=later("mm_models.wan.encode", "Conditioning"),
-    codec=later("mm_models.wan.vae", "WanVAE"),
-    text_encoder=later("mm_models.wan.encode", "text_encoder"),
-    image_encoder=later("mm_models.encoders.image", "ImageEncoder"),
+    video=Video(
+        tasks_unasked=tasks.tasks_unasked,
+        encoders=tasks.encoders,
+        kinds={"vae": "AutoencoderKLWan", "text_encoder": "umt5", "image_encoder": "clip_vision_model"},
+        multiples=tasks.multiples,
+        fit=tasks.fit,
+        prediction=lambda config: "flow",
+        conditioning=later("mm_models.wan.encode", "Conditioning"),
+        codec=later("mm_models.wan.vae", "WanVAE"),
+        text_encoder=later("mm_models.wan.encode", "text_encoder"),
+        image_encoder=later("mm_models.encoders.image", "ImageEncoder"),
+    ),
 )

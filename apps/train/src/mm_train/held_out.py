@@ -1,0 +1,32 @@
+"""The validation set of a run on conversations."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from mm_data import Pick
+from mm_data.conversation_dataset import ConversationDataset, Pack
+from mm_models.processors import Processing
+from mm_train.config import Config
+from mm_train.conversations import open_conversations, open_processing
+
+
+class HeldOut(NamedTuple):
+    """Conversations that are not trained, by the same processing as those that are."""
+
+    data: ConversationDataset
+    processing: Processing
+
+    def packs(self, most: int) -> list[Pack]:
+        """The first `most` of them, for one rank."""
+        picks = [Pick(i, 0) for i in range(min(len(self.data.ids), most))]
+        return self.data.plan(picks, 1)[0]
+
+
+def open_held_out(config: Config) -> HeldOut | None:
+    """What --validation.conversations names. ValueError where none of it can be used."""
+    listed, flag = config.validation.conversations, "--validation.conversations"
+    if not listed:
+        return None
+    processing = open_processing(config)
+    return HeldOut(open_conversations(config, listed, flag, processing, "validation-", pad=False), processing)

@@ -1,0 +1,229 @@
+"""A tiny Qwen2.5-VL in the files of the hub: tokenizer, chat template, processor, configuration and random weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mm_models.qwen2_5_vl.config import Qwen25VLConfig
+
+# In the order of their ids on the hub. Those that are no special tokens may stand in anybody's text.
+SPECIAL = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
+    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+    *("<|image_pad|>", "<|video_pad|>"),
+)
+ADDED = (
+    *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
+    *("<|repo_name|>", "<|file_sep|>"),
+)
+# How a text is split before its bytes are merged, a fact about the released tokenizer.
+SPLIT = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""  # noqa: E501
+TEMPLATE = """\
+{%- set seen = namespace(images=0, videos=0) -%}
+{%- for turn in messages -%}
+{%- if loop.first and turn.role != 'system' -%}
+{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif -%}
+{{ '<|im_start|>' + turn.role + '\\n' }}
+{%- set parts = [{'text': turn.content}] if turn.content is string else turn.content -%}
+{%- for part in parts -%}
+{%- if part.type == 'image' or 'image' in part or 'image_url' in part -%}
+{%- set seen.images = seen.images + 1 -%}
+{{ ('Picture ' + seen.images|string + ': ' if add_vision_id else '') + '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- elif part.type == 'video' or 'video' in part -%}
+{%- set seen.videos = seen.videos + 1 -%}
+{{ ('Video ' + seen.videos|string + ': ' if add_vision_id else '') + '<|vision_start|><|video_pad|><|vision_end|>' }}
+{%- elif 'text' in part -%}
+{{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{{ '<|im_start|>assistant\\n' if add_generation_prompt else '' }}"""
+TEXTS = (
+    "You are a helpful assistant. system user assistant",
+    "What is in this picture? Which colour is the shape, and where does it move? How many are there?",
+    "The circle is red, the square is blue, the triangle is green. It moves to the left, to the right, up, down.",
+)
+
+
+def write_hub_folder(
+    path: Path | str,
+    config: Qwen25VLConfig | None = None,
+    seed: int = 0,
+    *,
+    texts: Iterable[str] = TEXTS,
+    weights: bool = True,
+) -> Path:
+    """A folder like those of the hub; transformers opens it as it opens them.
+
+    Args:
+        path: the folder; made where it is missing.
+        config: the sizes, by default those of the tiny preset. Its token ids are replaced by those of the tokenizer.
+        seed: of the weights.
+        texts: what the tokenizer learns its merges from: as many as fit into the vocabulary, at most 256.
+        weights: whether to write model.safetensors, which takes transformers seconds.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    if config is None:
+        from mm_models.qwen2_5_vl.presets import PRESETS
+
+        config = PRESETS["qwen2.5-vl-tiny"].config
+    tokenizer = _tokenizer(config.vocab_size, texts)
+    _write_tokenizer(path, tokenizer)
+    named = {
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "vision_start_token": "<|vision_start|>",
+        "vision_end_token": "<|vision_end|>",
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|im_end|>",
+    }
+    config = replace(config, **{field: tokenizer.token_to_id(token) for field, token in named.items()})
+    pad = tokenizer.token_to_id("<|endoftext|>")
+    generation = {"bos_token_id": pad, "pad_token_id": pad, "eos_token_id": [config.eos_token, pad]}
+    _write(path / "generation_config.json", {**generation, "do_sample": True, "temperature": 1e-6})
+    _write(path / "preprocessor_config.json", _preprocessor(config))
+    if weights:
+        _write_weights(path, _hub_config(config), seed)
+    _write(path / "config.json", _hub_config(config))
+    return path
+
+
+def _tokenizer(vocab_size: int, texts: Iterable[str]):
+    """Byte-level BPE: 256 bytes, merges, and the special tokens behind them."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    free = vocab_size - len(SPECIAL) - len(ADDED)
+    if free < 256:
+        raise ValueError(f"a vocabulary of {vocab_size} has no room for 256 bytes and {vocab_size - free} added tokens")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=min(free, 512), initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(list(texts), trainer)
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ADDED])
+    return tokenizer
+
+
+def _write_tokenizer(path: Path, tokenizer: Any) -> None:
+    tokenizer.save(str(path / "tokenizer.json"))
+    tokenizer.model.save(str(path))  # vocab.json and merges.txt
+    kinds = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    added = {
+        str(tokenizer.token_to_id(token)): {"content": token, **kinds, "special": token in SPECIAL}
+        for token in (*SPECIAL, *ADDED)
+    }
+    config = {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": added,
+        "additional_special_tokens": list(SPECIAL[1:]),
+        "bos_token": None,
+        "chat_template": TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 131072,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    _write(path / "tokenizer_config.json", config)
+    _write(path / "chat_template.json", {"chat_template": TEMPLATE})
+
+
+def _preprocessor(config: Qwen25VLConfig) -> dict[str, Any]:
+    """As on the hub, with fewer pixels at most."""
+    return {
+        "min_pixels": 3136,
+        "max_pixels": 100352,
+        "patch_size": config.patch_size,
+        "temporal_patch_size": config.temporal_patch_size,
+        "merge_size": config.spatial_merge_size,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+    }
+
+
+def _hub_config(config: Qwen25VLConfig) -> dict[str, Any]:
+    """The spelling of the released files, which transformers 4 and 5 read."""
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "attention_dropout": 0.0,
+        "bos_token_id": config.bos_token,
+        "eos_token_id": config.eos_token,
+        "image_token_id": config.image_token,
+        "video_token_id": config.video_token,
+        "vision_start_token_id": config.vision_start_token,
+        "vision_end_token_id": config.vision_end_token,
+        "hidden_act": "silu",
+        "hidden_size": config.dim,
+        "initializer_range": 0.02,
+        "intermediate_size": config.ffn_dim,
+        "max_position_embeddings": config.max_positions,
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "rms_norm_eps": config.eps,
+        "rope_scaling": {"type": "mrope", "mrope_section": list(config.mrope_section)},
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tied,
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vision_config": {
+            "depth": config.vision_layers,
+            "fullatt_block_indexes": list(config.full_attention_layers),
+            "hidden_act": "silu",
+            "hidden_size": config.vision_dim,
+            "in_chans": config.channels,
+            "intermediate_size": config.vision_ffn_dim,
+            "model_type": "qwen2_5_vl",
+            "num_heads": config.vision_heads,
+            "out_hidden_size": config.dim,
+            "patch_size": config.patch_size,
+            "spatial_merge_size": config.spatial_merge_size,
+            "spatial_patch_size": config.patch_size,
+            "temporal_patch_size": config.temporal_patch_size,
+            "tokens_per_second": config.tokens_per_second,
+            "window_size": config.window_size,
+        },
+        "vocab_size": config.vocab_size,
+    }
+
+
+def _write_weights(path: Path, config: dict[str, Any], seed: int) -> None:
+    """model.safetensors with the names of the hub, made and saved by transformers."""
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():  # no parameter at a trivial value, and matrices that keep the size of a signal
+        for name, parameter in model.named_parameters():
+            parameter.normal_(generator=generator)
+            if parameter.ndim > 1 and "embed_tokens" not in name:
+                parameter.div_(parameter[0].numel() ** 0.5)
+            elif parameter.ndim == 1 and name.endswith("weight"):
+                parameter.mul_(0.3).add_(1)
+            else:
+                parameter.mul_(0.4)
+    model.save_pretrained(path)
+
+
+def _write(path: Path, json_: dict[str, Any]) -> None:
+    path.write_text(json.dumps(json_, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

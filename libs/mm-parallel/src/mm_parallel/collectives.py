@@ -1,0 +1,44 @@
+"""The two ends of what tensor-parallel ranks compute apart (see `mm_parallel.tensor`)."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+class Enter(torch.autograd.Function):
+    """The same x on all ranks, as it is; the backward sums their gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return sum_over(grad, ctx.group), None
+
+
+class Leave(torch.autograd.Function):
+    """The sum over the ranks, the same on all; the backward hands its gradient on as it is."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return sum_over(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)  # others may hold it
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def local_part(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """This rank's part of a parameter, in a dtype. To be asked at call time: FSDP exchanges the parameter."""
+    if isinstance(parameter, DTensor):
+        parameter = parameter.to_local()
+    return parameter if dtype is None else parameter.to(dtype)
