@@ -118,6 +118,7 @@ class Answerer:
             processing.prompt(conversation),
             max_new_tokens=max_new_tokens,
             stop_ids=processing.stop_ids,
+            banned_ids=processing.banned_ids,
             temperature=temperature,
             seed=seed,
         )

@@ -108,12 +108,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_question(config: Config) -> Conversation:
-    """The prompt with its images and videos. ValueError for marks that are not as many as there are of them."""
+    """The prompt with its images and videos. ValueError for one that cannot be read, and for marks <image> and <video>
+    that are not as many as there are of them.
+    """
     given = {kind: [str(path) for path in _paths(getattr(config, kind))] for kind in ("image", "video")}
-    for path in (path for paths in given.values() for path in paths):
-        if not Path(path).is_file():
-            raise ValueError(f"{path} is no file")
-    media = {kind: [Media(kind, path) for path in paths] for kind, paths in given.items()}
+    media = {kind: [_checked(Media(kind, path)) for path in paths] for kind, paths in given.items()}
     marks = {kind: config.prompt.count(f"<{kind}>") if media[kind] else 0 for kind in media}
     for kind, count in marks.items():
         if count not in (0, len(media[kind])):
@@ -127,6 +126,12 @@ def make_question(config: Config) -> Conversation:
     placed = {kind: iter(media[kind]) for kind in marked}
     parts = [next(placed[text]) if i % 2 else text for i, text in enumerate(texts)]
     return Conversation("prompt", (Turn("user", tuple(part for part in [*before, *parts] if part)),))
+
+
+def _checked(one: Media) -> Media:
+    """The same. Raises Unusable where its header cannot be read."""
+    one.read_size() if one.kind == "image" else one.probe()
+    return one
 
 
 def _paths(given: Path | list[Path] | None) -> list[Path]:
@@ -207,7 +212,10 @@ class _Asking:
             if word == "/new":
                 turns, media = [], []
             elif word in ("/image", "/video") and path.strip():
-                media = self._add(media, Media(word[1:], path.strip()))
+                try:
+                    media = [*media, _checked(Media(word[1:], path.strip()))]
+                except Unusable as error:
+                    print(error)
             elif word.startswith("/"):
                 print(f"{shorten(word)} is no command: {HELP}")
             elif line:
@@ -221,15 +229,6 @@ class _Asking:
                 print(answer.text)
                 said = (answer.text,) if answer.text else ()
                 turns, media = [*asked, Turn("assistant", said)], []
-
-    def _add(self, media: list[Media], one: Media) -> list[Media]:
-        """With this one, if its header can be read."""
-        try:
-            one.read_size() if one.kind == "image" else one.probe()
-        except Unusable as error:
-            print(error)
-            return media
-        return [*media, one]
 
 
 def _lines() -> Iterator[str]:

@@ -157,8 +157,8 @@ class Chat:
     labels and pixels of a conversation, and text of an answer.
     """
     generator: Callable[..., Any]
-    """(config, tensors by our names, device, dtype) -> generator(prompt, *, max_new_tokens, stop_ids, temperature,
-    seed) -> the tokens of an answer: what `mm_infer.chat` answers with. `prompt` is what a processing makes.
+    """(config, tensors by our names, device, dtype) -> generator(prompt, *, max_new_tokens, stop_ids, banned_ids,
+    temperature, seed) -> the tokens of an answer: what `mm_infer.chat` answers with. `prompt` is what a processing makes.
     """
     files: tuple[str, ...]
     """Of a hub folder, the names of the files of processor, tokenizer and template: they go with the weights."""

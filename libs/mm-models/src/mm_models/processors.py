@@ -121,6 +121,8 @@ class Processing(Protocol):
     identity: str
     stop_ids: tuple[int, ...]
     """Tokens that end an answer."""
+    banned_ids: tuple[int, ...]
+    """Tokens that no answer has: those that stand for a picture or a video."""
 
     def measure(self, conversation: Conversation) -> Size: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
 
@@ -34,7 +35,10 @@ class Qwen25VLGenerator:
                 "install transformers>=5"
             )
         from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+        from transformers.utils import logging
 
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
         self.config, self.device = config, device
         self.model, found = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             None,
@@ -55,11 +59,13 @@ class Qwen25VLGenerator:
         *,
         max_new_tokens: int,
         stop_ids: Collection[int],
+        banned_ids: Collection[int] = (),
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[int]:
         """The tokens of an answer, without the one that ends it.
 
+        banned_ids: tokens that no answer has.
         temperature: 0 takes the likeliest token; above, tokens are drawn, from all, with `seed`.
 
         Nothing of generation_config.json counts, such as the makers' repetition_penalty.
@@ -69,7 +75,11 @@ class Qwen25VLGenerator:
         drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
         stops = sorted(stop_ids)
         how = GenerationConfig(
-            max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[0], **{"do_sample": False} | drawn
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+            suppress_tokens=sorted(banned_ids) or None,
+            **{"do_sample": False} | drawn,
         )
         with torch.random.fork_rng(devices=[] if self.device.type == "cpu" else [self.device]):
             torch.manual_seed(seed)

@@ -47,7 +47,7 @@ def write_config(config: Qwen25VLConfig) -> dict[str, Any]:
             "spatial_merge_size": config.spatial_merge_size,
             "spatial_patch_size": config.patch_size,
             "temporal_patch_size": config.temporal_patch_size,
-            "tokens_per_second": config.tokens_per_second,
+            "tokens_per_second": int(pace) if (pace := config.tokens_per_second) == int(pace) else pace,
             "window_size": config.window_size,
         },
         "vocab_size": config.vocab_size,

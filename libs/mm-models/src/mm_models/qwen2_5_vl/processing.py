@@ -70,6 +70,7 @@ class Qwen25VLProcessing:
         self._vision = tokens["vision_start"], tokens["vision_end"]
         self._pads = {"image": tokens["image_pad"], "video": tokens["video_pad"]}
         self.stop_ids = (tokens["im_end"], tokens["endoftext"])
+        self.banned_ids = tuple(self._pads.values())
         self._check(folder)
         self._ways = {kind: self._way(kind) for kind in ("image", "video")}
         self._newline = self._spell("\n")
