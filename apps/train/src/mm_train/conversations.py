@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from mm_convert.cli.terminal import one_line
-from mm_data.conversations import Ledger, Source, read_conversations
+from mm_data.conversations import Ledger, Source, Unusable, read_conversations
 from mm_models.family import Chat
 from mm_train.config import Config, Listed
 from mm_train.objective import architecture
@@ -114,6 +114,42 @@ def open_conversations(
             f"{config.run_dir / f'{name}failures.jsonl'} names them"
         )
     return dataset
+
+
+class Refusals:
+    """Tells of conversations that are left out on the way, and keeps `failures.jsonl`."""
+
+    TOLD = 20  # of one rank; then the file has to be looked at
+
+    def __init__(self, ledger: Ledger, file: Path):
+        self.ledger, self.file = ledger, file
+        self.known = self.written = len(ledger)
+        self.told = 0
+
+    def tell(self) -> None:
+        """A line for each that was found on this rank since it was last asked."""
+        if len(self.ledger) == self.known:
+            return
+        new = self.ledger.entries[self.known :]
+        self.known += len(new)
+        for entry in new[: self.TOLD - self.told]:
+            print(one_line(f"left out: {entry.id}: {entry.reason}: {entry.text}"), file=sys.stderr, flush=True)
+        self.told += len(new)
+        if self.told - len(new) < self.TOLD <= self.told:
+            print(one_line(f"more that are left out are named in {self.file} alone"), file=sys.stderr, flush=True)
+
+    def write(self) -> None:
+        """What all ranks have found; all of them must call it."""
+        import torch.distributed as dist
+
+        from mm_train.ranks import all_gather
+
+        found = Ledger()
+        for entry in all_gather(self.ledger.entries):
+            found.add(entry.id, Unusable(entry.reason, entry.text))
+        if len(found) > self.written and not (dist.is_initialized() and dist.get_rank()):
+            found.write(self.file)
+        self.written = len(found)
 
 
 def describe_refused(ledger: Ledger) -> str:

@@ -158,6 +158,8 @@ class Run:
             step = next(steps)
             self.guard.at(f"step {number}")
             self.data_seconds = time.perf_counter() - self.started
+            if self.data.refusals:
+                self.data.refusals.tell()
             place = (self.config.seed, step.index, self.data_index, rank_in(self.mesh, "cp"))
             batch = MicroBatches(step, self.objective, self.config.seed, self.device, partial(seed_dropout, *place))
             weight = batch.weigh() if reports_loss(self.mesh) else 0.0
@@ -184,8 +186,7 @@ class Run:
             )
         self.progress.cursor = step.cursor_after
         self.progress.skipped += 1
-        ids = [sample for micro in step.micro for sample in micro.ids]
-        self.metrics.say(f"no token of a step is trained, samples: {one_line(', '.join(ids[:8]))}. Skipped")
+        self.metrics.say(f"there is nothing to train on in the samples up to {step.cursor_after:,}. Skipped")
 
     def set_rate(self) -> None:
         place = (self.progress.step, self.config.steps, self.config.optim)
@@ -270,6 +271,8 @@ class Run:
             raise KeyboardInterrupt(f"stopped after step {self.progress.step}; the same command continues from there")
 
     def _save(self) -> None:
+        if self.data.refusals:
+            self.data.refusals.write()
         if self.progress.step == 0:
             return  # nothing is lost, and an optimizer without a step has no state to save
         self.checkpoints.save(

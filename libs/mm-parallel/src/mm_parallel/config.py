@@ -148,6 +148,30 @@ class MemoryConfig:
     """FSDP's shards, their gradients and their optimizer states live on the host."""
 
 
+def check_in_stem(layers: Sequence[int] | Sequence[Sequence[int]], pp_layers: Layers, flag: str) -> None:
+    """Whether the layers of a ladder in the stem (a vision tower), one number for each stage, are all on the first.
+
+    That is where they run, whole: [32, 0, 0, 0] beside pp_layers [1, 10, 10, 7]. Whoever has such numbers, under a
+    flag of this name, asks here. Raises ValueError for others, and for another number of stages.
+    """
+    rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in layers]
+    if not any(isinstance(row, (list, tuple)) for row in layers):
+        rows = [list(layers)]
+    stages, given = [list(row) for row in ParallelConfig(pp_layers=pp_layers).stages] if pp_layers else [[0]], list(layers)
+    if [len(row) for row in rows] != [len(row) for row in stages]:
+        raise ValueError(
+            f"{flag} {given} are {_shape(rows)} stages, but pp_layers {list(pp_layers)} are {_shape(stages)}: give one "
+            "number for each"
+        )
+    first, *later = [count for row in rows for count in row]
+    if any(later):
+        raise ValueError(
+            f"{flag} {given}: {sum(later)} of {first + sum(later)} layers are behind the first stage. The vision tower "
+            f"runs in the stem, whole, on the first stage: give [{', '.join(map(str, [first + sum(later), *[0] * len(later)]))}], and let that stage have "
+            "fewer layers of pp_layers"
+        )
+
+
 def _product(sizes: dict[str, int]) -> str:
     return " x ".join(f"{name}={size}" if name != "pp_layers" else f"{size} stages" for name, size in sizes.items())
 
