@@ -150,17 +150,17 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".jsonl":
         for number, line in read_lines(path):
             if line.strip():
-                yield f"{path}, line {number}", parse_json(line, path, number, _DECODER)
+                yield f"{path}, line {number}", parse_json(line, path, number, DECODER)
         return
     text = read_text(path)
     place = skip_space(text, 0)
     if not text.startswith("[", place):
-        found = parse_json(text, path, decoder=_DECODER)
+        found = parse_json(text, path, decoder=DECODER)
         raise ValueError(f"{path}: expected a list of objects, found {type(found).__name__}")
     place = skip_space(text, place + 1)
     number = 0
     while not (number == 0 and text.startswith("]", place)):  # one by one: they take ten times the memory of the text
-        record, end = parse_json_at(text, place, path, decoder=_DECODER)
+        record, end = parse_json_at(text, place, path, decoder=DECODER)
         yield f"{path}, sample {number}", record
         number, place = number + 1, skip_space(text, end)
         if not text.startswith(",", place):
@@ -204,6 +204,6 @@ def _parse_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_DECODER = json.JSONDecoder(
+DECODER = json.JSONDecoder(
     parse_int=_parse_int, parse_float=_parse_float, parse_constant=_parse_constant, object_pairs_hook=_parse_object
 )
