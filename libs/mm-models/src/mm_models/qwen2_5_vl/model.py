@@ -26,11 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm_models.layers import Linear, RMSNorm, Sequence, core, identity
+from mm_models.layers import Linear, Sequence, core, identity
 from mm_models.qwen2_5_vl.check import check, check_tokens
 from mm_models.qwen2_5_vl.config import Qwen25VLConfig
 from mm_models.qwen2_5_vl.grids import Grid, read_grids
-from mm_models.qwen2_5_vl.vision import GatedMLP, VisionTower, rotate
+from mm_models.qwen2_5_vl.layers import GatedMLP, RMSNorm, rotate
+from mm_models.qwen2_5_vl.vision import VisionTower
 from mm_models.tokens.head import token_losses
 
 
