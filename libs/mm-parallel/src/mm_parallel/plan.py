@@ -44,18 +44,24 @@ class Ladder(Protocol):
         core(q, k, v, sequence, mask) -> out    every attention between tokens; q, out are B L H h, k, v are B L K h
         gather(x, sequence) -> x                in the head: B L … of this rank's tokens -> B L … of all
 
-    where K divides H (neighbouring heads of q share one of k and v) and `sequence` is a `Sequence`, which the
-    stream carries under this name, so that `split` knows it too. `mask` may be left out: B tokens, bool, True for a
-    token that is attended, of the whole sequence on every rank. So the field of the stream that carries it is none
-    of the plan's `tokens`. Tokens that are masked still ask, and pass as all others. A ladder whose head multiplies
-    by a vocabulary (`vocabulary` of its plan) calls for it, instead of the linear: token_losses(x, weight, labels)
-    -> losses B L D, V D, B L -> B L float32, 0 where a label is -100 token_logits(x, weight) -> logits B L D, V D
-    -> B L V An inner ladder that works on items (images; a video is one, too) shares them over the context ranks by
-    two seams: share(x, grids) -> (own x, own grids) first of all: N … rows of all items -> those of this rank
-    collect(y, grids) -> y at its end: M … rows of this rank's items -> of all, in their order Both are given the
-    grids of all items: a tuple of tuples of numbers, whose product is the number of the item's rows in x. The first
-    of them counts parts of equal size that do not know of each other (frames: attention and positions are within
-    one). A rank may be given some of an item's parts, and no item at all.
+    where `sequence` is a `Sequence`, which the stream carries under this name, so that `split` knows it too. K divides
+    H: neighbouring heads of q share one of k and v. `mask` may be left out: B tokens, bool, True for a token that is
+    attended, of the whole sequence on every rank. So the field of the stream that carries it is none of the plan's
+    `tokens`. Tokens that are masked still ask, and pass as all others.
+
+    A ladder whose head multiplies by a vocabulary (`vocabulary` of its plan) calls for it, instead of the linear:
+
+        token_losses(x, weight, labels) -> losses   B L D, V D, B L -> B L float32, 0 where a label is -100
+        token_logits(x, weight) -> logits           B L D, V D -> B L V
+
+    An inner ladder that works on items (images; a video is one, too) shares them over the context ranks by two seams:
+
+        share(x, grids) -> (own x, own grids)       first of all: N … rows of all items -> those of this rank
+        collect(y, grids) -> y                      at its end: M … rows of this rank's items -> of all, in their order
+
+    Both are given the grids of all items: a tuple of tuples of numbers, whose product is the number of the item's rows
+    in x. The first of them counts parts of equal size that do not know of each other (frames: attention and positions
+    are within one). A rank may be given some of an item's parts, and no item at all.
     """
 
     @property
