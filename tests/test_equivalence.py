@@ -1,19 +1,27 @@
 """Every family of mm_models, cut in every way: the numbers of one device. A new family is one more entry."""
 
 import os
+from collections.abc import Callable
+from itertools import accumulate
+from math import prod
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_models import build, plan
 from mm_models.families import FAMILIES, family_of
+from mm_models.layers import Sequence
 from mm_models.lora import LoRAConfig, add_lora
+from mm_models.qwen2_5_vl import positions
 from mm_parallel.testing import spawn
 from mm_parallel.testing.equivalence import SAMPLES, Case, Subject, check, every_case
 
 WAN = {"dim": 48, "ffn_dim": 80, "num_heads": 4, "num_layers": 4, "text_dim": 16, "text_tokens": 8}
 OPENSORAPLAN = {"dim": 48, "ffn_dim": 80, "num_heads": 4, "num_layers": 4, "text_dim": 16}
+QWEN = {"dim": 32, "ffn_dim": 48, "mrope_section": (2, 1, 1), "patch_size": 2, "window_size": 8}
+QWEN |= {"vision_dim": 32, "vision_ffn_dim": 24, "vision_layers": 2, "full_attention_layers": (1,)}
 IMAGE = {"in_channels": 36, "image_dim": 24, "image_tokens": 257}
 
 
@@ -22,7 +30,7 @@ def filled(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data = 0.15 * values + name.endswith("norm.weight")
+        parameter.data = 0.15 * values + name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln_q.weight"))
     return model
 
 
@@ -52,6 +60,19 @@ def wan_lora() -> nn.Module:
 
 def opensoraplan() -> nn.Module:
     return filled(build("opensoraplan-tiny", dtype=torch.float64, **OPENSORAPLAN))
+
+
+def qwen() -> nn.Module:
+    return filled(build("qwen2.5-vl-tiny", dtype=torch.float64, **QWEN))
+
+
+def qwen_tied() -> nn.Module:
+    return filled(build("qwen2.5-vl-tiny", dtype=torch.float64, **QWEN, tied=True))
+
+
+def qwen_lora() -> nn.Module:
+    """Adapters in the language model; all else is frozen, the vision tower too."""
+    return filled(add_lora(qwen(), LoRAConfig(rank=3, alpha=6)))
 
 
 def videos(**more: tuple[int, ...]) -> dict[str, Tensor]:
@@ -98,6 +119,56 @@ def from_first_frame() -> dict[str, Tensor]:
     return batch | {"t": t}
 
 
+GRIDS = [[(1, 4, 4)], [], [(1, 2, 6), (1, 4, 2)], [(2, 4, 4)], [], [(1, 4, 8)], [], []]  # of each conversation
+TEXT = (5, 9, 3, 2, 7, 2, 6, 4)  # tokens besides
+LONGEST = 12
+
+
+def conversations() -> dict:
+    """Text and images, a video in the fourth. The fifth has no labels, and the last two, which are a pack where
+    conversations go by twos, no image.
+    """
+    config, generator = qwen().config, torch.Generator().manual_seed(1)
+    drawn = []
+    for number, (grids, text) in enumerate(zip(GRIDS, TEXT, strict=True)):
+        ids = torch.randint(256, (text,), generator=generator)
+        for grid in grids:  # between two words
+            token = config.video_token if grid[0] > 1 else config.image_token
+            ids = torch.cat((ids[:1], torch.full((prod(grid) // 4,), token), ids[1:]))
+        labels = torch.cat((ids[1:], torch.tensor([config.eos_token])))
+        labels[(labels >= config.image_token) | (torch.rand(len(ids), generator=generator) < 0.2)] = -100
+        drawn.append(
+            {
+                "input_ids": ids,
+                "labels": torch.full_like(labels, -100) if number == 4 else labels,
+                "position_ids": positions(ids, grids, [0.5] * (number == 3), config=config),
+                "pixel_values": torch.randn(sum(map(prod, grids)), 24, generator=generator, dtype=torch.float64),
+                "grid_thw": torch.tensor(grids, dtype=torch.long).reshape(-1, 3),
+            }
+        )
+    return {"conversations": drawn}
+
+
+def pack(batch: dict, samples: slice, weight: Tensor) -> tuple[dict, Callable[[Tensor], Tensor]]:
+    """Conversations in one row, padded as a pipeline needs it, with the summed losses of their tokens."""
+    own = batch["conversations"][samples]
+    lengths = [len(one["labels"]) for one in own]
+    padding = LONGEST * len(own) - sum(lengths)
+    rows = {name: torch.cat([one[name] for one in own], -1) for name in ("input_ids", "labels", "position_ids")}
+    rows = {name: F.pad(row, (0, padding), value=-100 * (name == "labels")) for name, row in rows.items()}
+    ends = tuple(accumulate([*lengths, padding], initial=0))
+    inputs = {
+        "input_ids": rows["input_ids"][None],
+        "labels": rows["labels"][None],
+        "position_ids": rows["position_ids"][:, None],
+        "pixel_values": torch.cat([one["pixel_values"] for one in own]),
+        "grid_thw": torch.cat([one["grid_thw"] for one in own]),
+        "sequence": Sequence(ends[-1], causal=True, segments=ends),
+    }
+    counts = torch.cat([weight, weight.new_zeros(1)]).repeat_interleave(torch.tensor([*lengths, padding]))
+    return inputs, lambda output: (counts * output).sum(1)
+
+
 SUBJECTS = {
     "wan": Subject(wan, plan, videos),
     "wan-image": Subject(wan_image, plan, images),
@@ -107,6 +178,9 @@ SUBJECTS = {
     "vace-on-frozen": Subject(vace_on_frozen, plan, controlled),
     "opensoraplan": Subject(opensoraplan, plan, small_videos),
     "opensoraplan-masked": Subject(opensoraplan, plan, padded_videos),
+    "qwen2.5-vl": Subject(qwen, plan, conversations, pack),
+    "qwen2.5-vl-tied": Subject(qwen_tied, plan, conversations, pack),
+    "qwen2.5-vl-lora": Subject(qwen_lora, plan, conversations, pack),
 }
 SEED = int(os.environ.get("RANDOM_SEED", 0))
 
@@ -114,6 +188,12 @@ SEED = int(os.environ.get("RANDOM_SEED", 0))
 def cases_of(number: int, all_of: int, larger: int) -> dict[int, list[Case]]:
     """Of the subject with that number. A scheduled workflow asks for many more `larger` sets, others each time."""
     return every_case(SEED + number, int(os.environ.get("RANDOM_LAYOUTS", larger)), all_of)
+
+
+def without_pipeline(cases: dict[int, list[Case]]) -> dict[int, list[Case]]:
+    """The tied head is on the first stage, and on the last; that is refused."""
+    left = {world: [case for case in own if case.parallel.pp == 1] for world, own in cases.items()}
+    return {world: own for world, own in left.items() if own}
 
 
 CASES = {
@@ -125,6 +205,9 @@ CASES = {
     "vace-on-frozen": cases_of(6, all_of=0, larger=2),
     "opensoraplan": cases_of(7, all_of=0, larger=1),
     "opensoraplan-masked": cases_of(8, all_of=1, larger=2),
+    "qwen2.5-vl": cases_of(9, all_of=1, larger=3),
+    "qwen2.5-vl-tied": without_pipeline(cases_of(10, all_of=0, larger=3)),
+    "qwen2.5-vl-lora": cases_of(11, all_of=0, larger=2),
 }
 CHUNK = 10
 
