@@ -138,7 +138,7 @@ def export(
     whole = tensors
     if config.has_frozen:
         check_base(config, read_progress(checkpoint), checkpoint)
-        start = Start(model, config.weights, config.expert, config.seed)
+        start = Start(model, config)
         scale = config.lora.alpha / max(1, config.lora.rank)
         whole = Merged(tensors, start, scale) if merge else Filled(tensors, start)
     form, more = to or family.exported, {}
