@@ -260,7 +260,7 @@ def test_broken_json_is_named_with_its_line(tmp_path):
     ]
     # in an array: an item is named where the others can be told from it
     path = tmp_path / "d.json"
-    path.write_text(f"[{good},\n{broken}]}},\n{good}]", encoding="utf-8")
+    path.write_text(f"[{good},\n{broken}}},\n{good}]", encoding="utf-8")
     found = read(path)
     assert found[0].turns == found[2].turns
     with pytest.raises(Unusable, match=r"line 2 \(byte \d+\): not JSON: Expecting value"):
@@ -400,7 +400,7 @@ def test_where_media_are_looked_for(tmp_path, monkeypatch):
     path = write(Path("data/d.json"), [{"messages": TURNS, "image": name} for name in names])
     found = [conversation.media[0].path for conversation in read(path, Path("media"))]
     assert found[:3] == [str(given), str(beside), str(here)]
-    assert found[3:] == [str(tmp_path / "x.png"), "media/nowhere.png", "././data/b.png"]
+    assert found[3:] == [str(tmp_path / "x.png"), "media/nowhere.png", "./data/b.png"]
     late = read(path, Path("media"))
     assert late[4].media[0].path == "media/nowhere.png"
     picture(Path("media/nowhere.png"))

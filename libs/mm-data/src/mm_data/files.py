@@ -11,6 +11,7 @@ import os
 import re
 import reprlib
 import stat
+import unicodedata
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,6 +157,19 @@ def shorten(text: str, length: int = 80) -> str:
     """The text for a message: in one line, of at most so many characters, without what steers a terminal."""
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:length])
     return safe if len(text) <= length else f"{safe}... ({len(text):,} characters)"
+
+
+def escape(text: str) -> str:
+    """The text as lines of a terminal, without what steers one: `\\x1b`, `\\u202e`. Line breaks and spaces stay."""
+    return "".join(c if c.isprintable() or c == "\n" or _is_space(c) else _spell(c) for c in text)
+
+
+def _is_space(character: str) -> bool:
+    return unicodedata.category(character) == "Zs"
+
+
+def _spell(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def show(value: Any) -> str:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel.attention import attention, ring_attention
-from mm_parallel.attention.op import check_mask
+from mm_parallel.attention.op import check, check_mask
 from mm_parallel.context import shard
 from mm_parallel.context.items import Items
-from mm_parallel.context.shard import TokenLayout, even
-from mm_parallel.context.ulysses import HEADS, TOKENS, exchange
+from mm_parallel.context.shard import TokenLayout, spans
+from mm_parallel.context.ulysses import HEADS, TOKENS, HeadLayout, exchange, repeat
 from mm_parallel.mesh import rank_in, size, submesh
 from mm_parallel.plan import ParallelPlan, Sequence
 
@@ -76,28 +76,29 @@ class Context:
     ) -> Tensor:
         """See `context_attention`."""
         layout = self.layout(sequence)
-        own, heads = layout.shares(self.ring), even(q.shape[HEADS], layout.ulysses)
+        own = layout.shares(self.ring)
         if not q.shape[TOKENS] == k.shape[TOKENS] == own[self.ulysses]:
             raise ValueError(
                 f"attention of {q.shape[TOKENS]} queries and {k.shape[TOKENS]} keys, but of {layout.tokens} tokens "
                 f"this rank (ring {self.ring} of {layout.ring}, ulysses {self.ulysses} of {layout.ulysses}) has "
                 f"{own[self.ulysses]}"
             )
-        if layout.ring > 1 and sequence.segments is not None:
-            raise ValueError(
-                f"{len(sequence.segments) - 1} packed samples over ring={layout.ring}: a ring takes one sample; use "
-                "ulysses for all of cp, or do not pack"
-            )
+        check(q, k, v, sequence.causal)
         check_mask(mask, q, layout.tokens, sequence.causal, sequence.segments)
         scale = q.shape[-1] ** -0.5
         if layout.ulysses > 1:
-            q, k, v = exchange((q, k, v), HEADS, heads, TOKENS, own, self.groups["ulysses"])
+            heads = HeadLayout(q.shape[HEADS], k.shape[HEADS], layout.ulysses)
+            pieces = heads.queries, heads.keys, heads.keys
+            q, k, v = exchange((q, k, v), HEADS, pieces, TOKENS, [own] * 3, self.groups["ulysses"])
+            k, v = (repeat(x, heads.copies(self.ulysses)) for x in (k, v))
         if layout.ring > 1:
-            out = ring_attention(q, k, v, layout.chunks, self.groups["ring"], sequence.causal, scale, backend, mask)
+            ring = layout.chunks, self.groups["ring"]
+            out = ring_attention(q, k, v, *ring, sequence.causal, scale, backend, mask, sequence.segments)
         else:
             out = attention(q, k, v, sequence.causal, scale, backend, sequence.segments, mask)
         if layout.ulysses > 1:
-            (out,) = exchange((out,), TOKENS, own, HEADS, heads, self.groups["ulysses"])
+            sizes = [stop - start for start, stop in heads.queries]
+            (out,) = exchange((out,), TOKENS, [spans(own)], HEADS, [sizes], self.groups["ulysses"])
         return out
 
     def gather(self, x: Tensor, sequence: Sequence) -> Tensor:
@@ -116,10 +117,10 @@ def context_attention(
 ) -> Tensor:
     """Attention between all tokens of the sequence, of which this rank holds those of q, k and v: B L H h -> B L H h.
 
-    Which these are says `mm_parallel.context.shard`. mask: B tokens, bool, of all tokens: True for a key that is
-    attended; the same on every rank. Raises ValueError for another number of tokens, for packed samples over a ring,
-    and for a mask together with causal or packed samples. In a loop, ask a `Context` instead: to look into a mesh takes
-    a millisecond.
+    k and v: B L K h, where K divides H: each of their heads is shared by H/K neighbouring heads of q.
+    Which tokens these are says `mm_parallel.context.shard`. mask: B tokens, bool, of all tokens: True for a key that is
+    attended; the same on every rank. Raises ValueError for another number of tokens or heads, and for a mask together
+    with causal or packed samples. In a loop, ask a `Context` instead: to look into a mesh takes a millisecond.
     """
     return Context(mesh).attention(q, k, v, sequence, mask, backend)
 

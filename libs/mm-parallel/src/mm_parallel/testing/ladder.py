@@ -34,12 +34,16 @@ def identity(x, *_):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention on B L H h. mask: B L, True for a key that is attended; of one sample, not causal."""
+    """Softmax attention on B L H h, k and v perhaps of fewer heads.
+
+    mask: B L, True for a key that is attended; of one sample, not causal.
+    """
     segments = sequence.segments or (0, sequence.tokens)
     spans = list(pairwise(segments)) or [(0, 0)]  # of no sample, too, q, k and v get a gradient: FSDP waits for it
     samples = [[x[:, start:stop].transpose(1, 2) for x in (q, k, v)] for start, stop in spans]
     seen = None if mask is None else mask[:, None, None]
-    outs = [F.scaled_dot_product_attention(*qkv, attn_mask=seen, is_causal=sequence.causal) for qkv in samples]
+    how = {"attn_mask": seen, "is_causal": sequence.causal, "enable_gqa": q.shape[2] != k.shape[2]}
+    outs = [F.scaled_dot_product_attention(*qkv, **how) for qkv in samples]
     return torch.cat(outs, 2).transpose(1, 2)
 
 
@@ -60,8 +64,10 @@ class RMSNorm(nn.RMSNorm):
 class TinyLadder(nn.Module):
     """Parameters of each kind that stay in fp32, sizes that no world size divides, norms over all heads, a dtype.
 
-    Called as `model(tokens, t, mask) -> y` with tokens B L 5, t B 3, mask B L bool (which tokens are attended; None:
-    all) and y B L 5. A block's `read` are the dtypes of its parameters as its last forward found them.
+    Called as `model(tokens, t, mask, segments) -> y` with tokens B L 5, t B 3, mask B L bool (which tokens are
+    attended; None: all), segments in place of the model's own, and y B L 5. shared: heads of keys and values, of which
+    several heads of queries may share one. segments: where samples part in every row, with causal or without. A block's
+    `read` are the dtypes of its parameters as its last forward found them.
     """
 
     plan = ParallelPlan(
@@ -81,13 +87,14 @@ class TinyLadder(nn.Module):
         compute_dtype: torch.dtype | None = None,
         causal: bool = False,
         segments: tuple[int, ...] | None = None,
+        shared: int = HEADS,
     ) -> None:
         super().__init__()
         self.compute_dtype, self.causal, self.segments = compute_dtype, causal, segments
         self.embed = Linear(5, DIM)
         self.read = Linear(3, 2 * DIM)
         self.time = nn.Sequential(nn.Linear(3, 9), nn.SiLU(), nn.Linear(9, 2 * DIM))  # matrices: a group of its own
-        self.blocks = nn.ModuleList(TinyBlock() for _ in range(layers))
+        self.blocks = nn.ModuleList(TinyBlock(shared) for _ in range(layers))
         self.out = Linear(DIM, 5)
         self.split: Callable = identity
         self.core: Callable = attention
@@ -97,13 +104,15 @@ class TinyLadder(nn.Module):
     def layers(self) -> nn.ModuleList:
         return self.blocks
 
-    def stem(self, tokens: Tensor, t: Tensor, mask: Tensor | None = None) -> Stream:
+    def stem(
+        self, tokens: Tensor, t: Tensor, mask: Tensor | None = None, segments: tuple[int, ...] | None = None
+    ) -> Stream:
         dtype = self.compute_dtype or tokens.dtype
         x = self.embed(tokens.to(dtype)).to(t.dtype)  # the residual stream stays in fp32 as well
         length = tokens.shape[1]
         place = torch.arange(length, device=t.device, dtype=t.dtype)[:, None] * torch.ones(DIM, device=t.device)
         text = self.read(t.to(dtype)).unflatten(1, (2, DIM))
-        sequence = Sequence(length, self.causal, self.segments)
+        sequence = Sequence(length, self.causal, segments or self.segments)
         return self.split(Stream(x, (place / 7).sin(), self.time(t).unflatten(1, (2, DIM)), text, sequence, mask))
 
     def layer(self, i: int, stream: Stream) -> Stream:
@@ -114,20 +123,24 @@ class TinyLadder(nn.Module):
         y = self.out(stream.x.to(self.compute_dtype or stream.x.dtype)).to(stream.x.dtype)
         return self.gather(y, stream.sequence)
 
-    def forward(self, tokens: Tensor, t: Tensor, mask: Tensor | None = None) -> Tensor:
-        stream = self.stem(tokens, t, mask)
+    def forward(
+        self, tokens: Tensor, t: Tensor, mask: Tensor | None = None, segments: tuple[int, ...] | None = None
+    ) -> Tensor:
+        stream = self.stem(tokens, t, mask, segments)
         for i in range(len(self.blocks)):
             stream = self.layer(i, stream)
         return self.head(stream)
 
 
 class TinyBlock(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, shared: int) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.randn(1, 2, DIM) / DIM**0.5)  # fp32, in a module with matrices: replicated
         self.norm = nn.LayerNorm(DIM, bias=False)
-        self.q, self.k, self.v, self.o = (Linear(DIM, DIM) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(DIM, eps=1e-6), RMSNorm(DIM, eps=1e-6)  # over all heads together
+        self.q, self.k, self.v = (Linear(DIM, heads * HEAD_DIM) for heads in (HEADS, shared, shared))
+        self.o = Linear(DIM, DIM)
+        # over all heads together
+        self.norm_q, self.norm_k = RMSNorm(DIM, eps=1e-6), RMSNorm(shared * HEAD_DIM, eps=1e-6)
         self.up, self.down = Linear(DIM, 10), Linear(10, DIM)
         self.read: dict[str, torch.dtype] = {}
 
@@ -183,8 +196,8 @@ class TinyTower(TinyLadder):
 class TwoLadders(TinyLadder):
     """A ladder in whose stem another runs, as a vision tower in a language model's.
 
-    Called as `model(tokens, t, image, grids, owner)`: image N P 5 are N items of one part; or, with grids (see
-    `TinyTower`), rows 5. owner: of each item the sample to whose tokens it is added (without, one for each sample).
+    Called as `model(tokens, t, image, grids, owner, segments)`: image N P 5 are N items of one part; or, with grids
+    (see `TinyTower`), rows 5. owner: of each item the sample to whose tokens it is added (without, one for each).
     """
 
     plan = replace(TinyLadder.plan, inner={"tower": TinyTower.plan})
@@ -200,6 +213,7 @@ class TwoLadders(TinyLadder):
         image: Tensor,
         grids: tuple[tuple[int, int], ...] | None = None,
         owner: tuple[int, ...] | None = None,
+        segments: tuple[int, ...] | None = None,
     ) -> Stream:
         if grids is None:
             grids = ((1, image.shape[1]),) * len(image)
@@ -210,7 +224,7 @@ class TwoLadders(TinyLadder):
         seen = self.tower(image, grids) * torch.tensor(shares, device=tokens.device, dtype=tokens.dtype)[:, None]
         rows = torch.tensor(rows, device=tokens.device, dtype=torch.long)
         seen = torch.zeros_like(tokens[:, 0]).index_add(0, rows, seen)  # a graph through the tower, also of no item
-        return super().stem(tokens + seen[:, None], t)
+        return super().stem(tokens + seen[:, None], t, segments=segments)
 
     def forward(
         self,
@@ -219,8 +233,9 @@ class TwoLadders(TinyLadder):
         image: Tensor,
         grids: tuple[tuple[int, int], ...] | None = None,
         owner: tuple[int, ...] | None = None,
+        segments: tuple[int, ...] | None = None,
     ) -> Tensor:
-        stream = self.stem(tokens, t, image, grids, owner)
+        stream = self.stem(tokens, t, image, grids, owner, segments)
         for i in range(len(self.blocks)):
             stream = self.layer(i, stream)
         return self.head(stream)
