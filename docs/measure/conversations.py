@@ -62,11 +62,11 @@ def _survey(path: Path, media: Path, headers: bool) -> str:
 
 def _work(task: Callable[[Path, Path], str], path: Path, media: Path, answer: multiprocessing.Queue) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
+    started = time.perf_counter(), time.process_time()
     said = task(path, media)
-    seconds = time.perf_counter() - started
+    seconds, busy = time.perf_counter() - started[0], time.process_time() - started[1]
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
-    answer.put(f"{task.__name__}: {seconds:.1f} s, {memory:,.0f} MB more memory, {said}")
+    answer.put(f"{task.__name__}: {seconds:.1f} s ({busy:.1f} s of a core), {memory:,.0f} MB more memory, {said}")
 
 
 def main() -> None:
