@@ -8,7 +8,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("readme", ["README.md", "src/mm_models/wan/README.md", "src/mm_models/opensoraplan/README.md"])
+ROOMS = ("wan", "opensoraplan", "qwen2_5_vl")
+
+
+@pytest.mark.parametrize("readme", ["README.md", *(f"src/mm_models/{room}/README.md" for room in ROOMS)])
 def test_code_runs(readme, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # where it writes
     blocks = re.findall(r"```python\n(.*?)```", (PACKAGE / readme).read_text(encoding="utf-8"), re.DOTALL)

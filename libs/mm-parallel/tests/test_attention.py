@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from mm_parallel.attention import BACKENDS, KEPT, attention, core, pick
+from mm_parallel.attention import BACKENDS, KEPT, PACKED, attention, core, pick
 from mm_parallel.plan import Sequence
 
 LENGTHS = [(9, 9), (1, 1), (9, 4), (1, 7), (40, 3), (0, 3), (3, 0), (0, 0)]
@@ -146,7 +146,7 @@ def documented_forward(
 ):
     p, largest = documented_scores(query, key, head_num, input_layout, atten_mask, scale, sparse_mode)
     total = p.sum(-1, keepdim=True)
-    out = torch.einsum("bnst,btnd->bsnd", p / total, value)
+    out = torch.einsum("bnst,btnd->bsnd", p / total, value.repeat_interleave(head_num // value.shape[2], 2))
     return out, largest.expand(*p.shape[:3], 8), total.expand(*p.shape[:3], 8), torch.empty(0), 0, 0, 0
 
 
@@ -183,14 +183,44 @@ def documented_backward(
     assert softmax_max.shape == softmax_sum.shape == (*query.transpose(1, 2).shape[:3], 8)
     p, largest = documented_scores(query, key, head_num, input_layout, atten_mask, scale_value, sparse_mode)
     p = p * (largest - softmax_max[..., :1]).exp() / softmax_sum[..., :1]
+    heads = key.shape[2]
+    key, value = (x.repeat_interleave(head_num // heads, 2) for x in (key, value))
     dp = torch.einsum("bsnd,btnd->bnst", dy, value)
     ds = p * (dp - (dy * attention_in).sum(-1).transpose(1, 2)[..., None]) * scale_value
     dq, dk = torch.einsum("bnst,btnd->bsnd", ds, key), torch.einsum("bnst,bsnd->btnd", ds, query)
-    return dq, dk, torch.einsum("bnst,bsnd->btnd", p, dy), None
+    dk, dv = (x.unflatten(2, (heads, -1)).sum(3) for x in (dk, torch.einsum("bnst,bsnd->btnd", p, dy)))
+    return dq, dk, dv, None
+
+
+def packed_or_not(documented):
+    """In the layout TND, every sample on its own, cut where the actual lengths say."""
+
+    def call(query, key, value, *rest, actual_seq_qlen=None, actual_seq_kvlen=None, **named):
+        *rest, head_num, layout = rest
+        if layout != "TND":
+            return documented(query, key, value, *rest, head_num, layout, **named)
+        assert actual_seq_qlen == actual_seq_kvlen
+        assert actual_seq_qlen[-1] == len(query)
+        places = [slice(a, b) for a, b in pairwise([0, *actual_seq_qlen])]
+        results = []
+        for place in places:
+            own = {k: x[place].transpose(0, 1)[None] if "softmax" in k else x for k, x in named.items()}  # T N 8
+            own |= {k: x[None, place] for k, x in named.items() if k == "attention_in"}
+            inputs = (x[None, place] for x in (query, key, value, *rest))
+            results.append(documented(*inputs, head_num, "BSND", **own))
+        if documented is documented_backward:
+            return *(torch.cat(grads, 1)[0] for grads in list(zip(*results, strict=True))[:3]), None
+        out, largest, total = (
+            torch.cat(parts, 2 if i else 1)[0] for i, parts in enumerate(list(zip(*results, strict=True))[:3])
+        )
+        return out, largest.transpose(0, 1), total.transpose(0, 1), torch.empty(0), 0, 0, 0
+
+    return call
 
 
 def documented_scores(query, key, head_num, input_layout, atten_mask, scale, sparse_mode):
     assert (input_layout, head_num) == ("BSND", query.shape[2])
+    key = key.repeat_interleave(head_num // key.shape[2], 2)  # fewer heads of keys are shared
     assert query.is_contiguous()
     assert key.is_contiguous()
     scores = torch.einsum("bsnd,btnd->bnst", query, key) * scale
@@ -218,6 +248,21 @@ def test_the_npu_is_called_as_documented(causal, monkeypatch):
             assert error(got, out_and_grads(partial(masked, mask=mask), *inputs)) <= 1e-13
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shared", [1, 2, 6])
+def test_the_npu_takes_packs_and_shared_heads_as_documented(causal, shared, monkeypatch):
+    stand_in = SimpleNamespace(
+        npu_fusion_attention=packed_or_not(documented_forward),
+        npu_fusion_attention_grad=packed_or_not(documented_backward),
+    )
+    monkeypatch.setitem(sys.modules, "torch_npu", stand_in)
+    inputs = make_shared(9, 6, shared)
+    for segments in (None, (0, 1, 5, 9)):
+        got = out_and_grads(partial(attention, causal=causal, backend="npu", segments=segments), *inputs)
+        want = out_and_grads(partial(repeated, segments=segments or (0, 9), causal=causal), *inputs)
+        assert error(got, want) <= 1e-13
+
+
 def test_pick():
     assert pick("cpu", torch.bfloat16, 7) == "cpu"
     assert [pick("cuda", torch.bfloat16, h) for h in (64, 128, 256, 512)] == ["flash", "flash", "flash", "efficient"]
@@ -236,8 +281,12 @@ def test_what_does_not_fit_is_refused():
         attention(q, k, v, backend="fast")
     with pytest.raises(ValueError, match="where 9 queries begin in 4 keys is open"):
         attention(q, k, v, causal=True)
-    with pytest.raises(ValueError, match="repeat shared heads"):
-        attention(q, k[:, :, :1], v[:, :, :1])
+    with pytest.raises(
+        ValueError, match="3 heads of q and 2 of k and v; neighbours share one, so the second number must"
+    ):
+        attention(q, k[:, :, :2], v[:, :, :2])
+    with pytest.raises(ValueError, match="all alike but for L and H of q"):
+        attention(q, k[..., :1], v[..., :1])
     with pytest.raises(ValueError, match="cast them to one dtype"):
         attention(q, k.float(), v)
 
@@ -273,6 +322,88 @@ def test_packed_samples_are_as_apart(backend, causal, segments):
     assert error(got, out_and_grads(partial(separate, segments=segments, causal=causal), *inputs)) <= 1e-13
     q, k, v, _ = inputs
     assert torch.equal(core(q, k, v, Sequence(9, causal, segments)), attention(q, k, v, causal, segments=segments))
+
+
+def make_shared(length: int, heads: int, shared: int, dtype=torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    shapes = ((2, length, number, 6) for number in (heads, shared, shared, heads))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+def repeated(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...], causal: bool) -> Tensor:
+    """As though every head of q had a head of k and v of its own."""
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    return separate(q, k, v, segments, causal)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "math"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("heads", "shared"), [(6, 1), (6, 2), (3, 3)])
+@pytest.mark.parametrize("segments", [None, (0, 9), (0, 1, 3, 4, 7, 9), (0, 3, 6, 9)])
+def test_heads_are_shared(backend, causal, heads, shared, segments):
+    inputs = make_shared(9, heads, shared)
+    got = out_and_grads(partial(attention, causal=causal, backend=backend, segments=segments), *inputs)
+    want = out_and_grads(partial(repeated, segments=segments or (0, 9), causal=causal), *inputs)
+    assert error(got, want) <= 1e-13
+    if not causal and segments is None:
+        mask = torch.tensor([[True, False, True] * 3, [False] * 9])
+        got = out_and_grads(partial(attention, mask=mask, backend=backend), *inputs)
+        want = out_and_grads(
+            lambda q, k, v: masked(q, *(x.repeat_interleave(heads // shared, 2) for x in (k, v)), mask), *inputs
+        )
+        assert error(got, want) <= 1e-13
+
+
+@pytest.mark.parametrize("backend", ["cpu", "math"])
+def test_shared_heads_in_lower_precision(backend):
+    inputs = make_shared(40, 8, 2, torch.bfloat16)
+    segments = (0, 7, 8, 15, 40)
+    got = out_and_grads(partial(attention, causal=True, backend=backend, segments=segments), *inputs)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    want = out_and_grads(partial(repeated, segments=segments, causal=True), *wide)
+    assert all(x.dtype == torch.bfloat16 for x in got)
+    assert error(got, want) <= 20 * torch.finfo(torch.bfloat16).eps
+
+
+def test_samples_of_one_length_share_a_call(monkeypatch):
+    shapes = []
+    real = BACKENDS["cpu"]
+    counted = real._replace(forward=lambda q, k, *rest: shapes.append(tuple(k.shape[:2])) or real.forward(q, k, *rest))
+    monkeypatch.setitem(BACKENDS, "cpu", counted)
+    q, k, v, _ = make(64, 64)
+    attention(q, k, v, True, segments=(0, *range(4, 33, 4), 50, 64))
+    assert shapes == [(16, 4), (2, 18), (2, 14)]
+    attention(q, k, v, True, segments=(0, 64))
+    assert shapes[3:] == [(2, 64)]
+
+
+def test_packs_are_registered_as_torch_wants_it():
+    q, k, v, _ = make_shared(5, 4, 2)
+    for segments in ([0, 2, 5], [0, 1, 2, 5]):
+        torch.library.opcheck(torch.ops.mm_parallel.attention.default, (q, k, v, 0.4, True, "cpu", None, segments))
+
+
+@pytest.mark.parametrize("segments", [None, (0,)])
+def test_no_token_at_all(segments):
+    inputs = make_shared(0, 4, 2)
+    got = out_and_grads(partial(attention, causal=True, segments=segments), *inputs)
+    assert [x.shape for x in got] == [x.shape for x in (inputs[0], *inputs[:3])]
+
+
+@pytest.mark.parametrize("shared", [1, 2, 6])
+@pytest.mark.parametrize("head_dim", [64, 12])
+def test_the_packed_cuda_kernel_is_called_as_it_is_declared(head_dim, shared):
+    """On fake tensors, as above; one call for all samples."""
+    forward, backward = PACKED["flash"]
+    segments = (0, 3, 4, 40)
+    with FakeTensorMode():
+        q, dout = (torch.empty(2, 40, 6, head_dim, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        k, v = (torch.empty(2, 40, shared, head_dim, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        out, lse = forward(q, k, v, 0.1, True, segments)
+        assert (out.shape, out.dtype) == (q.shape, torch.bfloat16)
+        assert (lse.shape, lse.dtype) == ((2, 6, 40), torch.float32)
+        grads = backward(dout, q, k, v, out, lse, 0.1, True, segments)
+        assert [(x.shape, x.dtype) for x in grads] == [(x.shape, torch.bfloat16) for x in (q, k, v)]
 
 
 @pytest.mark.parametrize("segments", [(), (0,), (0, 8), (0, 5, 5, 9), (0, 6, 4, 9), (1, 9)])

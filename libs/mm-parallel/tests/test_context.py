@@ -15,9 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mm_parallel import ParallelConfig, ParallelPlan, context, finish_gradients, make_mesh, parallelize
-from mm_parallel.attention import KEPT
+from mm_parallel.attention import BACKENDS, KEPT
 from mm_parallel.context import context_attention, gather
 from mm_parallel.context.shard import TokenLayout, split, take
+from mm_parallel.context.ulysses import HeadLayout
 from mm_parallel.plan import Sequence
 from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
 
@@ -108,6 +109,133 @@ def packed(rank: int, world: int) -> None:
 
 def test_ulysses_takes_packed_samples():
     spawn(3, packed)
+
+
+def apart(q: Tensor, k: Tensor, v: Tensor, causal: bool, segments: tuple[int, ...] | None) -> Tensor:
+    """By torch: every sample on its own, and a head of k and v for every head of q."""
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    ends = (0, *(segments or (0, q.shape[1]))[1:-1], q.shape[1])
+    return torch.cat([one_device(*(x[:, a:b] for x in (q, k, v)), causal) for a, b in itertools.pairwise(ends)], 1)
+
+
+def attend_packed(
+    rank: int, mesh: DeviceMesh, sequence: Sequence, heads: int, shared: int, samples: int, dtype=torch.float64
+) -> float:
+    """Largest error, relative to the largest value, of the result and of the gradients of q, k and v."""
+    generator, tokens = torch.Generator().manual_seed(sequence.tokens), sequence.tokens
+    shapes = ((samples, tokens, number, HEAD_DIM) for number in (heads, heads, shared, shared))
+    weight, *whole = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    whole = [x.to(dtype).double().requires_grad_() for x in whole]
+    expected = apart(*whole, sequence.causal, sequence.segments)
+    wanted = torch.autograd.grad((expected * weight).sum(), whole)
+    pieces = TokenLayout(tokens, mesh["ring"].size(), mesh["ulysses"].size(), sequence.causal).pieces(rank)
+    own = context_attention(*(take(x, 1, pieces).to(dtype) for x in whole), sequence, mesh)
+    out = gather(own.double(), sequence, mesh)
+    got = torch.autograd.grad((out * weight).sum(), whole)
+    for grad in got:
+        dist.all_reduce(grad, dist.ReduceOp.AVG)
+    assert all(x.isfinite().all() for x in (out, *got))
+    pairs = [(a, b) for a, b in zip((out, *got), (expected, *wanted), strict=True) if b.numel()]
+    return max(((a - b).abs().max().item() / b.abs().max().clamp(min=1e-3).item() for a, b in pairs), default=0.0)
+
+
+def draw_ends(draw: random.Random, tokens: int) -> tuple[int, ...] | None:
+    """Where samples part: nowhere, anywhere, after every token, into few or many of any lengths."""
+    if draw.random() < 0.2:
+        return None
+    rate = draw.choice((0, 0.03, 0.1, 0.4, 1))
+    return (0, *(end for end in range(1, tokens) if draw.random() < rate), *((tokens,) if tokens else ()))
+
+
+def attend_all_packed(rank: int, world: int, cases: int) -> int:
+    draw, done = random.Random(world), 0
+    meshes = layouts(world)
+    for case in range(cases):
+        for mesh in meshes:
+            tokens, shared, samples = draw.randint(0, 61), draw.randint(1, 5), draw.choice((1, 1, 2))
+            if case < 2:
+                tokens = case  # fewer than ranks
+            heads, causal = shared * draw.randint(1, 7), draw.random() < 0.8
+            sequence = Sequence(tokens, causal, draw_ends(draw, tokens))
+            error = attend_packed(rank, mesh, sequence, heads, shared, samples)
+            where = f"ring {mesh['ring'].size()}, ulysses {mesh['ulysses'].size()}, {heads} heads share {shared}"
+            assert error <= 1e-10, f"{sequence}, {where}: {error}"
+            done += 1
+    return done
+
+
+@pytest.mark.parametrize(("world", "cases"), [(2, 40), (3, 30), (4, 30), (8, 10)])
+def test_packed_samples_and_shared_heads_equal_one_device(world, cases):
+    assert min(spawn(world, attend_all_packed, cases)) >= 40
+
+
+def named_heads(rank: int, world: int) -> None:
+    """Qwen2.5-VL's numbers of heads, over as many ranks as share one head, and more."""
+    for mesh in layouts(world):
+        for heads, shared in ((16, 2), (28, 4)):
+            sequence = Sequence(33, True, (0, 7, 8, 30, 33))
+            assert attend_packed(rank, mesh, sequence, heads, shared, 1) <= 1e-10
+        assert attend_packed(rank, mesh, sequence, 16, 2, 1, torch.float32) <= 1e-6
+        assert attend_packed(rank, mesh, sequence, 16, 2, 1, torch.bfloat16) <= 2e-2
+
+
+def test_16_heads_share_2_and_28_share_4():
+    spawn(4, named_heads)
+    spawn(8, named_heads)
+
+
+@given(st.integers(0, 12), st.integers(1, 8), st.integers(1, 9))
+def test_every_head_meets_the_one_that_it_shares(shared, each, ranks):
+    layout = HeadLayout(shared * each, shared, ranks)
+    for rank, ((first, last), (start, stop)) in enumerate(zip(layout.queries, layout.keys, strict=True)):
+        held = [head for head, n in zip(range(start, stop), layout.copies(rank), strict=True) for _ in range(n)]
+        wanted = [head // each for head in range(first, last)]
+        assert [held[i * len(held) // len(wanted)] for i in range(len(wanted))] == wanted
+        assert sorted(set(wanted)) == list(range(start, stop))  # none that nobody here needs
+        if shared % ranks == 0:
+            assert held == list(range(rank * shared // ranks, (rank + 1) * shared // ranks))
+
+
+def pairs_computed(rank: int, world: int, segments: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Queries and keys of every call of a kernel."""
+    calls, real = [], BACKENDS["cpu"]
+    BACKENDS["cpu"] = real._replace(
+        forward=lambda q, k, *rest: calls.append((q.shape[0] * q.shape[1], k.shape[1])) or real.forward(q, k, *rest)
+    )
+    mesh, sequence = make_mesh(ParallelConfig(ring=world), "cpu"), Sequence(segments[-1], True, segments)
+    pieces = TokenLayout(segments[-1], world, 1, True).pieces(rank)
+    context_attention(*(take(torch.randn(1, segments[-1], 2, HEAD_DIM), 1, pieces) for _ in range(3)), sequence, mesh)
+    BACKENDS["cpu"] = real
+    return calls
+
+
+def test_a_ring_computes_only_what_samples_need():
+    # 24 tokens, 8 chunks of 3; rank 0 has chunks 0 and 7, rank 1 chunks 1 and 6, ...
+    assert spawn(4, pairs_computed, tuple(range(0, 25, 3))) == [[(6, 3)]] * 4  # two samples of 3 tokens in one call
+    first = spawn(4, pairs_computed, (0, 12, 24))
+    assert first[0] == [(6, 3), (3, 3), (3, 3), (3, 3)]  # samples of its own, then queries of chunk 7, keys of 6, 5, 4
+    assert first[3] == [(6, 3), (3, 3), (3, 3), (3, 3)]  # queries of chunk 3, keys of 2, 1, 0
+    assert [sum(q * k for q, k in calls) for calls in first] == [18 + 27] * 4
+
+
+def sent_by_shared_heads(rank: int, world: int, axis: str, heads: int, shared: int) -> tuple[int, int]:
+    mesh, sequence = make_mesh(ParallelConfig(**{axis: world}), "cpu"), Sequence(8 * world, True, (0, 3, 8 * world))
+    q, k, v = (torch.randn(1, 8, number, HEAD_DIM, requires_grad=True) for number in (heads, shared, shared))
+    with Counted() as forward:
+        out = context_attention(q, k, v, sequence, mesh)
+    with Counted() as backward:
+        out.sum().backward()
+    return forward.sent, backward.sent
+
+
+def test_shared_heads_travel_once():
+    token = 8 * HEAD_DIM  # of one head of a rank
+    for forward, backward in spawn(4, sent_by_shared_heads, "ring", 16, 2):
+        assert (forward, backward) == (2 * 3 * 2 * token, 2 * 3 * 2 * token + 2 * 4 * 2 * token)
+    for forward, backward in spawn(4, sent_by_shared_heads, "ulysses", 16, 4):  # one for each rank
+        assert forward == backward == 12 * token + 2 * 3 * token + 3 * 4 * token
+    for forward, backward in spawn(4, sent_by_shared_heads, "ulysses", 16, 2):  # two ranks need the same
+        assert forward == backward == 12 * token + 2 * 3 * token + 3 * 4 * token
 
 
 def attend_all(rank: int, world: int, cases: int) -> tuple[int, float]:
@@ -333,7 +461,7 @@ def build(causal: bool, segments: tuple[int, ...] | None = None) -> TinyLadder:
 def ladder(rank: int, world: int, rings: tuple[int, ...]) -> int:
     data, done = batch(), 0
     for ring in rings:
-        for causal, segments in ((False, None), (True, None), *(((True, (0, 3, 4, 11)),) if ring == 1 else ())):
+        for causal, segments in ((False, None), (True, None), (True, (0, 3, 4, 11))):
             single, parallel = build(causal, segments), ParallelConfig(ring=ring, ulysses=world // ring)
             expected = (single(*data[:2]) - data[2]).square().mean()
             expected.backward()
@@ -350,7 +478,7 @@ def ladder(rank: int, world: int, rings: tuple[int, ...]) -> int:
 
 @pytest.mark.parametrize(("world", "rings"), [(2, (1, 2)), (3, (1, 3)), (4, (1, 2, 4)), (8, (2,))])
 def test_a_ladder_equals_one_device(world, rings):
-    assert spawn(world, ladder, rings) == [2 * len(rings) + (1 in rings)] * world
+    assert spawn(world, ladder, rings) == [3 * len(rings)] * world
 
 
 def meta(rank: int, world: int) -> None:
@@ -377,7 +505,7 @@ def wrong(rank: int, world: int) -> list[str]:
     for attempt in (
         lambda: context_attention(q, q, q, Sequence(9), mesh),
         lambda: context_attention(
-            q, q, q, Sequence(6, segments=(0, 2, 6)), make_mesh(ParallelConfig(ring=world), "cpu")
+            q, q, q, Sequence(6, segments=(0, 2, 7)), make_mesh(ParallelConfig(ring=world), "cpu")
         ),
         lambda: context_attention(q, q, q, Sequence(6), mesh, mask=mask[:, :3]),  # of a rank's own tokens
         lambda: context_attention(q, q, q, Sequence(6, causal=True), mesh, mask=mask),
@@ -396,7 +524,7 @@ def test_what_cannot_be_is_refused():
     said = spawn(2, wrong)[0]
     assert said == [
         "attention of 3 queries and 3 keys, but of 9 tokens this rank (ring 0 of 1, ulysses 0 of 2) has 5",
-        "2 packed samples over ring=2: a ring takes one sample; use ulysses for all of cp, or do not pack",
+        "segments (0, 2, 7) of 6 tokens: must begin with 0, grow, and end with 6",
         "a mask (1, 3) bool of 1 samples with 6 keys: needs (1, 6) bool, True for a key that is attended",
         "causal attention with a mask of keys: there is no such kernel; pack without what is masked instead",
         "2 packed samples with a mask of keys: leave out what is masked when you pack",

@@ -73,6 +73,35 @@ def test_masked_keys(world):
         spawn(world, masked_ladder, MASKED[world], timeout=120)
 
 
+def build_language() -> TinyLadder:
+    """As a language model's: packed samples that are causal, and two heads of queries to one of keys."""
+    torch.manual_seed(0)
+    return TinyLadder(layers=4, causal=True, segments=(0, 1, 5, 7), shared=2).double()
+
+
+def language_ladder(rank: int, world: int, cases: list[Case]) -> None:
+    check(rank, world, Subject(build_language, lambda model: TinyLadder.plan, batch), cases)
+
+
+PACKED = every_case(larger=0, all_of=1)
+for together in (
+    ("ring", "ulysses", "but-attention"),
+    ("ring", "tensor", "virtual", "offload-attention"),
+    ("ulysses", "tensor", "zero-bubble", "meta"),
+    ("shards", "ring", "ulysses", "some-recompute", "accumulate"),
+):
+    case = combine(together)
+    PACKED.setdefault(case.ranks, []).append(case)
+
+
+@pytest.mark.parametrize("world", sorted(PACKED))
+def test_packed_samples_and_shared_heads(world):
+    if world == 1:
+        language_ladder(0, 1, PACKED[1])
+    else:
+        spawn(world, language_ladder, PACKED[world], timeout=120)
+
+
 def test_the_mask_matters():
     inputs = masked_batch()
     inputs.pop("target")

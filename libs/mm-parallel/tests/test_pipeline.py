@@ -1,8 +1,9 @@
 """A model in stages against one device: losses and every gradient, forwards, steps, checkpoints."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,10 @@ from mm_parallel import (
 )
 from mm_parallel.grads import by_layout
 from mm_parallel.pipeline.prune import prune
-from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
+from mm_parallel.pipeline.recent import Recent
+from mm_parallel.plan import Sequence
+from mm_parallel.testing import TinyLadder, TwoLadders, assert_same_grads, gradients, spawn
+from mm_parallel.testing.ladder import Stream
 
 SHORT, LONG = 6, 9
 
@@ -345,6 +349,11 @@ def refusals(rank: int, world: int) -> None:
     wide = ParallelConfig(pp_layers=(2, 1, 1))
     mesh = make_mesh(ParallelConfig(pp_layers=(2, 2)), "cpu")
     same_error(lambda: Pipeline(build(4), TinyLadder.plan, mesh, wide), "stages for 3 ranks, the mesh has 2")
+    tied = replace(TinyLadder.plan, vocabulary=("embed",))
+    two = ParallelConfig(pp_layers=(2, 2))
+    same_error(
+        lambda: Pipeline(build(4), tied, mesh, two), "tied head: embed is used by the first stage and by the last"
+    )
 
     pipeline = make(((1, 1), (1, 1)))
     same_error(lambda: step(5, SHORT), r"5 micro-batches cannot go in 2 equal rounds .* use 4 or 6")
@@ -459,3 +468,151 @@ def with_and_without_a_mask(rank: int, world: int) -> None:
 
 def test_masks_come_and_go():
     spawn(4, with_and_without_a_mask)
+
+
+GRIDS = (((2, 4), (1, 8)), (), ((1, 6),), ((3, 2), (1, 2), (1, 4)))
+SEGMENTS = {SHORT: ((0, 6), (0, 2, 6), (0, 1, 3, 6), (0, 5, 6)), LONG: ((0, 9), (0, 2, 9), (0, 1, 3, 9), (0, 4, 5, 9))}
+
+
+def pack(number: int, length: int) -> dict:
+    """One sample's worth of tokens, packed and illustrated unlike those of other numbers."""
+    grids = GRIDS[number]
+    generator = torch.Generator().manual_seed(100 * length + number)
+    shapes = {"tokens": (1, length, 5), "t": (1, 3), "image": (sum(map(prod, grids)), 5)}
+    tensors = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    return tensors | {"grids": grids, "owner": (0,) * len(grids), "segments": SEGMENTS[length][number]}
+
+
+def outline(number: int, length: int) -> dict:
+    """The same without values."""
+    return {
+        name: value.to("meta") if isinstance(value, Tensor) else value for name, value in pack(number, length).items()
+    }
+
+
+def two_ladders() -> TwoLadders:
+    torch.manual_seed(0)
+    return TwoLadders(4).double()
+
+
+def unlike_micro_batches(rank: int, world: int, layouts: list[dict]) -> None:
+    single = two_ladders()
+    for length in (SHORT, LONG, SHORT):
+        for number in range(len(GRIDS)):
+            (single(**pack(number, length)).square().sum() / 4).backward()
+    expected = gradients(single)
+    for layout in layouts:
+        memory = layout.get("memory", MemoryConfig())
+        parallel = ParallelConfig(**{name: value for name, value in layout.items() if name != "memory"})
+        mesh = make_mesh(parallel, "cpu")
+        index, parts = data_rank(mesh)
+        model, asked = two_ladders(), []
+        pipeline = Pipeline(model, TwoLadders.plan, mesh, parallel, memory)
+        count = len(GRIDS) // parts
+
+        def inputs(i: int, length: int, first=index * count, asked=asked) -> dict:
+            asked.append(i)
+            return pack(first + i, length)
+
+        for length in (SHORT, LONG, SHORT):
+            forward_backward(
+                pipeline,
+                count,
+                partial(inputs, length=length),
+                lambda y, i: y.square().flatten(1).sum(1),
+                total=4,
+                mesh=mesh,
+                outlines=lambda i, length=length, first=index * count: outline(first + i, length),
+            )
+        finish_gradients(model, mesh)
+        actual = gradients(model)
+        assert_same_grads(actual, {name: expected[name] for name in actual}, 1e-10)
+        assert asked == list(range(count)) * 3 * (mesh.get_local_rank("pp") == 0)
+        with torch.no_grad():
+            torch.testing.assert_close(pipeline(**pack(3, LONG)), single(**pack(3, LONG)), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("world", "layouts"),
+    [
+        (
+            2,
+            [
+                {"pp_layers": (1, 3)},
+                {"pp_layers": ((1, 1), (1, 1))},
+                {"pp_layers": (2, 2), "schedule": "zero_bubble"},
+                {"pp_layers": ((1, 1), (1, 1)), "memory": MemoryConfig("full")},
+            ],
+        ),
+        (
+            4,
+            [
+                {"pp_layers": (2, 2), "dp_shard": 2, "memory": MemoryConfig(1)},
+                {"pp_layers": ((1, 1), (1, 1)), "ulysses": 2},
+                {"pp_layers": (3, 1), "tp": 2},
+            ],
+        ),
+    ],
+)
+def test_micro_batches_may_differ_in_what_does_not_travel(world, layouts):
+    spawn(world, unlike_micro_batches, layouts)
+
+
+def unlike_refusals(rank: int, world: int) -> None:
+    parallel = ParallelConfig(pp_layers=(2, 2))
+    mesh = make_mesh(parallel, "cpu")
+    pipeline = Pipeline(two_ladders(), TwoLadders.plan, mesh, parallel)
+
+    def step(lengths: tuple[int, int] = (SHORT, SHORT), told: Callable = outline) -> list[Tensor]:
+        outlines = [told(i, length) for i, length in enumerate(lengths)]
+        batches = [pack(i, length) for i, length in enumerate(lengths)]
+        return pipeline.step(2, batches.__getitem__, lambda y, i: y.square().mean(), 1, outlines.__getitem__)
+
+    same_error(
+        lambda: step((SHORT, LONG)),
+        r"micro-batch 1 would send x 1x9x12 float64, .* began with x 1x6x12 float64, .* pad the micro-batches",
+    )
+    same_error(
+        lambda: step(told=lambda i, length: outline(i, length) | {"segments": (0, 1 + rank, length)}),
+        r"rank 0: a step of \(tokens 1x6x5 .* segments \(0, 1, 6\)\); rank 1: .* segments \(0, 2, 6\)\)",
+    )
+    step()  # and still works
+
+
+def test_micro_batches_that_do_not_fit_are_refused():
+    spawn(2, unlike_refusals)
+
+
+def announced_otherwise(rank: int, world: int) -> None:
+    parallel = ParallelConfig(pp_layers=(2, 2))
+    pipeline = Pipeline(two_ladders(), TwoLadders.plan, make_mesh(parallel, "cpu"), parallel)
+    told = outline(1, SHORT) | {"segments": (0, 3, 6)}
+    pipeline.step(1, lambda i: pack(1, SHORT), lambda y, i: y.square().mean(), 1, lambda i: told)
+
+
+def test_inputs_are_as_announced():
+    with pytest.raises(RuntimeError, match=r"segments \(0, 2, 6\), but was announced as .* segments \(0, 3, 6\)"):
+        spawn(2, announced_otherwise)
+
+
+class Forgetful(TinyLadder):
+    def layer(self, i: int, stream: Stream) -> Stream:
+        return super().layer(i, stream)._replace(sequence=Sequence(stream.sequence.tokens, causal=i > 0))
+
+
+def changes_facts(rank: int, world: int) -> None:
+    parallel = ParallelConfig(pp_layers=(2, 2))
+    pipeline = Pipeline(Forgetful(4).double(), TinyLadder.plan, make_mesh(parallel, "cpu"), parallel)
+    batch = micro_batch(0, SHORT)
+    same_error(lambda: pipeline(batch["tokens"], batch["t"]), r"layer 1 made facts .* only the stem makes facts")
+
+
+def test_only_the_stem_makes_facts():
+    spawn(2, changes_facts)
+
+
+def test_only_what_was_asked_for_last_is_kept():
+    made, recent = [], Recent(2)
+    for name in "abacab":
+        assert recent.get(name, lambda name=name: made.append(name) or name.upper()) == name.upper()
+    assert "".join(made) == "abcb"

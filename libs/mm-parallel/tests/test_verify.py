@@ -80,6 +80,41 @@ def test_the_same_bits_with_masked_keys():
             assert ranks == single, world
 
 
+def train_packed(rank: int, world: int) -> list[list[list]]:
+    """Weights of two steps, as bits: packed samples, causal or not, whose heads share keys."""
+    mesh, trained = make_mesh(ParallelConfig(cp=world), "cpu"), []
+    x, t, target = batch(2, 11, torch.float32)
+    for causal in (False, True):
+        torch.manual_seed(0)
+        model = TinyLadder(causal=causal, segments=(0, 1, 6, 11), shared=2)
+        model = verify.parallelize(model, TinyLadder.plan, mesh)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (model(x, t) - target).square().mean().backward()
+            optimizer.step()
+        trained.append([whole(p).contiguous().view(torch.int32).tolist() for p in model.parameters()])
+    return trained
+
+
+def test_the_same_bits_with_packed_samples_and_shared_heads():
+    (single,) = spawn(1, train_packed)
+    assert single[0] != single[1]  # causal or not matters
+    for world in (2, 4):
+        assert spawn(world, train_packed) == [single] * world
+
+
+def test_the_numbers_of_the_plain_model_with_packed_samples_and_shared_heads():
+    x, t, target = batch(2, 11, torch.float64)
+    models = []
+    for exact in (False, True):
+        torch.manual_seed(0)
+        model = TinyLadder(causal=True, segments=(0, 1, 6, 11), shared=1).double()
+        models.append(verify.parallelize(model, TinyLadder.plan) if exact else model)
+        (model(x, t) - target).square().mean().backward()
+    assert_same_grads(gradients(models[1]), gradients(models[0]), 1e-12)
+
+
 def train_two_ladders(rank: int, world: int) -> list[list]:
     """Weights of three steps, as bits: the ladder in the stem runs whole on every rank."""
     mesh = make_mesh(ParallelConfig(cp=world), "cpu")
@@ -89,7 +124,7 @@ def train_two_ladders(rank: int, world: int) -> list[list]:
     x, t, target = batch(2, 11, torch.float32)
     for _ in range(3):
         optimizer.zero_grad()
-        (model(x, t, x[:, :5]) - target).square().mean().backward()
+        (model(x, t, x[:, :6]) - target).square().mean().backward()
         finish_gradients(model, mesh)
         optimizer.step()
     return [whole(p).contiguous().view(torch.int32).tolist() for p in model.parameters()]

@@ -13,7 +13,7 @@ from torch import nn
 from mm_convert import replace_file
 from mm_data.conversations import Conversation, Unusable
 from mm_data.files import shorten
-from mm_data.processing import Encoded
+from mm_models.processors import Encoded
 from mm_models.tokens import greedy
 from mm_parallel import Pipeline
 from mm_train.config import Config
@@ -99,9 +99,8 @@ def read_questions(held_out: HeldOut, count: int) -> list[Question]:
 def _question(held_out: HeldOut, index: int) -> Question:
     conversation, processing = held_out.data.conversation(index), held_out.processing
     prompt, whole = processing.prompt(conversation), processing.encode(conversation)
-    answer = whole.input_ids[len(prompt.input_ids) :].tolist()
-    end = next((i for i, token in enumerate(answer) if token in processing.stop_ids), len(answer))
-    return Question(held_out.data.ids[index], _text(conversation), processing.read_answer(answer[:end]), prompt)
+    reference = processing.read_answer(whole.input_ids[len(prompt.input_ids) :].tolist())
+    return Question(held_out.data.ids[index], _text(conversation), reference, prompt)
 
 
 def _text(conversation: Conversation) -> str:
@@ -127,6 +126,11 @@ def _packed(questions: Sequence[Question], max_tokens: int, most: int) -> Iterat
         tokens += size
     if some:
         yield some
+
+
+def share_exact(answers: Sequence[Answer]) -> float:
+    """The share of answers that are as expected; NaN of none."""
+    return sum(answer.exact for answer in answers) / len(answers) if answers else float("nan")
 
 
 def describe(answers: Sequence[Answer], file: Path) -> str:

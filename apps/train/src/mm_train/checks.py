@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,9 +21,22 @@ from mm_models.family import Video
 from mm_models.folder import check_parts
 from mm_parallel.launch import read_launch
 from mm_train.adapter import check_adapter
-from mm_train.config import Config
+from mm_train.config import (
+    AnswerSamples,
+    Config,
+    ConversationData,
+    ConversationValidation,
+    VideoData,
+    VideoSamples,
+    VideoValidation,
+)
+from mm_train.conversations import find_processor, read_sources
 from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
 from mm_train.settle import settle_samples
+
+# The options of a run that are for one kind of model alone.
+VIDEOS = {"data": VideoData, "validation": VideoValidation, "sample": VideoSamples}
+CONVERSATIONS = {"data": ConversationData, "validation": ConversationValidation, "sample": AnswerSamples}
 
 When = Literal["at once", "with torch"]
 
@@ -103,7 +117,52 @@ def _near(path: Path) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
+def _kind(config: Config) -> None:
+    """Options are for what the model is trained on: videos, or conversations."""
+    chats = architecture(config)[0].chat is not None
+    others, what = (VIDEOS, "videos") if chats else (CONVERSATIONS, "conversations")
+    reads = "reads conversations" if chats else "makes videos"
+    for section, of in others.items():
+        for one in fields(of):
+            default = one.default if one.default_factory is MISSING else one.default_factory()
+            if getattr(getattr(config, section), one.name) != default:
+                raise ValueError(
+                    f"--{section}.{one.name} is for {what}, and {config.model} {reads}: leave it out"
+                    + (" (give --data.conversations)" if chats and section == "data" else "")
+                )
+    if config.log_tps and not chats:
+        raise ValueError(f"--log_tps is for conversations, and {config.model} {reads}: leave it out")
+
+
 def _data(config: Config) -> None:
+    _conversations(config) if architecture(config)[0].chat is not None else _videos(config)
+
+
+def _conversations(config: Config) -> None:
+    """Files and folders are there. What is in them is looked at later."""
+    data = config.data
+    if not data.conversations:
+        raise ValueError(
+            "no training data: give --data.conversations with JSON or JSONL of conversations, e.g. "
+            "--data.conversations a.json,b.jsonl"
+        )
+    for flag, listed in (
+        ("--data.conversations", data.conversations),
+        ("--validation.conversations", config.validation.conversations),
+    ):
+        for source in read_sources(listed, flag):
+            if not source.path.is_file():
+                raise ValueError(f"{flag} {source.path} is not a file{_near(source.path)}")
+    if data.media is not None and not data.media.is_dir():
+        raise ValueError(f"--data.media {data.media} is not a folder{_near(data.media)}")
+    find_processor(config, architecture(config)[0].chat)
+    if config.validation.answers and not config.validation.conversations:
+        raise ValueError(
+            f"--validation.answers {config.validation.answers}: give --validation.conversations, from which they are"
+        )
+
+
+def _videos(config: Config) -> None:
     data = config.data
     if (data.features is None) == (data.manifest is None):
         raise ValueError(
@@ -185,6 +244,13 @@ def _samples(config: Config) -> None:
     s = config.sample
     if not s.prompts and not s.from_validation:
         return
+    family, shape = architecture(config)
+    if family.chat is not None:
+        if not config.validation.conversations:
+            raise ValueError(
+                f"--sample.from_validation {s.from_validation}: give --validation.conversations, which are asked"
+            )
+        return
     if config.expert:
         raise ValueError(
             f"--sample.* with --expert {config.expert}: a video takes both experts. Generate with mm_infer, from the "
@@ -195,7 +261,6 @@ def _samples(config: Config) -> None:
             f"--sample.from_validation {s.from_validation}: give --validation.features, and how many of them"
         )
     s = settle_samples(config)
-    family, shape = architecture(config)
     video = family.video
     folders = [part for part in video.encoders(shape) if part != "image_encoder"]  # what it saw lies in the features
     check_encoders(video, s.encoders, folders, "sample videos: --sample.encoders")
@@ -247,13 +312,14 @@ CHECKS = (
     Check("limits", "at once", _limits),
     Check("model", "at once", _model),
     Check("weights", "at once", _weights),
+    Check("kind", "at once", _kind),
     Check("data", "at once", _data),
     Check("objective", "at once", _objective),
     Check("learning rate", "at once", _rates),
     Check("what is trained", "at once", _trained),
     Check("adapter", "at once", check_adapter),
     Check("layout", "at once", _layout),
-    Check("sample videos", "at once", _samples),
+    Check("samples", "at once", _samples),
     Check("output", "at once", _output),
     Check("features", "with torch", _features),
 )

@@ -14,24 +14,41 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from mm_convert.cli.terminal import one_line
-from mm_data.conversations import Ledger, Source, read_conversations
+from mm_data.conversations import Ledger, Source, Unusable, read_conversations
+from mm_data.conversations.mindspeed import is_data_json, read_data_json
 from mm_models.family import Chat
 from mm_train.config import Config, Listed
 from mm_train.objective import architecture
 
 if TYPE_CHECKING:
     from mm_data.conversation_dataset import ConversationDataset
-    from mm_data.processing import Processing
+    from mm_models.processors import Processing
 
 
 def read_sources(listed: Listed, flag: str) -> tuple[Source, ...]:
-    """The files that a flag names. ValueError for a weight that is none, and a file that is named twice."""
-    words = [word.strip() for word in listed.split(",")] if isinstance(listed, str) else list(listed)
-    sources = [_source(word, flag) for word in words if word]
+    """The files that a flag names, and those that a data JSON of MindSpeed-MM names for it.
+
+    ValueError for a weight that is none, and a file that is named twice.
+    """
+    given = [_source(word, flag) for word in split(listed)]
+    sources = [source for one in given for source in _expand(one, validation=flag.startswith("--validation"))]
     paths = [Path(source.path).resolve() for source in sources]
     if twice := [source.path for i, source in enumerate(sources) if paths[i] in paths[:i]]:
         raise ValueError(f"{flag} names {twice[0]} twice: give it once, with a weight, as {twice[0]}=2")
     return tuple(sources)
+
+
+def split(listed: Listed) -> list[str]:
+    """The words of a list of files."""
+    words = listed.split(",") if isinstance(listed, str) else listed
+    return [word.strip() for word in words if word.strip()]
+
+
+def _expand(source: Source, validation: bool) -> tuple[Source, ...]:
+    if not is_data_json(source.path):
+        return (source,)
+    said = read_data_json(source.path)
+    return said.validation if validation else said.sources
 
 
 def _source(word: str, flag: str) -> Source:
@@ -48,18 +65,15 @@ def _source(word: str, flag: str) -> Source:
 
 
 def find_processor(config: Config, chat: Chat) -> Path:
-    """The hub's folder of tokenizer and image processor. ValueError where no folder, or none with their files, is
-    given.
-    """
+    """The hub's folder of tokenizer and image processor. ValueError where there is nothing of that."""
     flag, path = "--data.processor", config.data.processor
     if path is None:
         flag, path = "--weights", Path(config.weights)
-    missing = [name for name in chat.needs if not (path / name).is_file()]
-    if missing:
-        given = f"{flag} {path} has no {', '.join(missing)}" if path.exists() else f"{flag} {path} is no folder"
+    if not any((path / name).is_file() for name in chat.files):
+        given = f"{flag} {path} holds no tokenizer and no processor" if path.is_dir() else f"{flag} {path} is no folder"
         raise ValueError(
-            f"{given}: give --data.processor with the folder of the hub, which holds {', '.join(chat.needs)} beside "
-            "the weights"
+            f"{given}: give --data.processor with the folder of the hub, where {', '.join(chat.files[:2])}, … lie "
+            "beside the weights"
         )
     return path
 
@@ -67,7 +81,7 @@ def find_processor(config: Config, chat: Chat) -> Path:
 def open_processing(config: Config) -> Processing:
     """What makes tokens and pixels of a conversation, for training, validation and answers alike."""
     family, shape = architecture(config)
-    return family.chat.processing(shape, find_processor(config, family.chat), config.data.chat)
+    return family.chat.processing(find_processor(config, family.chat), config.data.chat, shape)
 
 
 def open_conversations(
@@ -117,6 +131,42 @@ def open_conversations(
             f"{config.run_dir / f'{name}failures.jsonl'} names them"
         )
     return dataset
+
+
+class Refusals:
+    """Tells of conversations that are left out on the way, and keeps `failures.jsonl`."""
+
+    TOLD = 20  # of one rank; then the file has to be looked at
+
+    def __init__(self, ledger: Ledger, file: Path):
+        self.ledger, self.file = ledger, file
+        self.known = self.written = len(ledger)
+        self.told = 0
+
+    def tell(self) -> None:
+        """A line for each that was found on this rank since it was last asked."""
+        if len(self.ledger) == self.known:
+            return
+        new = self.ledger.entries[self.known :]
+        self.known += len(new)
+        for entry in new[: self.TOLD - self.told]:
+            print(one_line(f"left out: {entry.id}: {entry.reason}: {entry.text}"), file=sys.stderr, flush=True)
+        self.told += len(new)
+        if self.told - len(new) < self.TOLD <= self.told:
+            print(one_line(f"more that are left out are named in {self.file} alone"), file=sys.stderr, flush=True)
+
+    def write(self) -> None:
+        """What all ranks have found; all of them must call it."""
+        import torch.distributed as dist
+
+        from mm_train.ranks import all_gather
+
+        found = Ledger()
+        for entry in all_gather(self.ledger.entries):
+            found.add(entry.id, Unusable(entry.reason, entry.text))
+        if len(found) > self.written and not (dist.is_initialized() and dist.get_rank()):
+            found.write(self.file)
+        self.written = len(found)
 
 
 def describe_refused(ledger: Ledger) -> str:

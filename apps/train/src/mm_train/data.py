@@ -1,4 +1,4 @@
-"""What a run is trained on: features from a cache, or made of videos on the way, with the same numbers; conversations."""
+"""What a run is trained on: features from a cache, or made of videos on the way, the same numbers; conversations."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from mm_data import BatchDataset, Captions, FeatureDataset, Order, Step, build_loader
-from mm_data.conversations import Ledger
 from mm_models.objective import Objective
 from mm_parallel.encoders import ranks_of_sample
 from mm_parallel.mesh import data_rank, size
 from mm_train.config import Config
 from mm_train.contents import encoder_files
 from mm_train.conversations import (
+    Refusals,
     describe_refused,
     describe_sources,
     find_files,
@@ -53,8 +53,8 @@ class TrainingData:
     """So many may be made before one is given out."""
     notes: list[str] = field(default_factory=list)
     """What a person should know before the first step, one line each."""
-    ledger: Ledger | None = None
-    """Of conversations, those that are not used; it may grow when they come."""
+    refusals: Refusals | None = None
+    """Of conversations, those that are not used."""
 
     def check_same(self, progress: dict[str, Any], config: Config) -> None:
         """Raise ValueError if the samples are no longer those that the checkpoint was trained on."""
@@ -133,7 +133,7 @@ def _conversations(config: Config, mesh: DeviceMesh | None) -> TrainingData:
         {"data.processor": {"what is made of a conversation": processing.identity}},
         lambda cursor: _steps(conversations, config, mesh, cursor),
         notes=[*left_out, *_small(conversations, config)],
-        ledger=conversations.ledger,
+        refusals=Refusals(conversations.ledger, config.run_dir / "failures.jsonl"),
     )
 
 

@@ -102,6 +102,7 @@ def export(
         more = {"dropout": config.lora.dropout, "base": Path(config.weights), "overwrite": overwrite}
         return save_lora(output, tensors, config.lora.alpha, **more)
     from mm_train.contents import check_base  # torch, only now
+    from mm_train.conversations import find_processor
     from mm_train.start import Start
 
     family, _ = architecture(config)
@@ -110,27 +111,14 @@ def export(
     if config.has_frozen:
         check_base(config, read_progress(checkpoint), checkpoint)
         whole = Filled(tensors, Start(model, config.weights, config.expert, config.seed))
-    form = to or family.exported
+    form, more = to or family.exported, {}
     if form != "mm":
         dtype = dtype or config.dtype
-    published = processor_folder(config)
-    save_checkpoint(
-        output,
-        whole,
-        family.describe(model.config),
-        to=form,
-        dtype=dtype,
-        published=published,
-        copies=family.chat.files if family.chat and published else (),
-        overwrite=overwrite,
-    )
+    if family.chat and form != "mm":
+        more = {"published": find_processor(config, family.chat), "copies": family.chat.files}
+    fields = family.describe(model.config)
+    save_checkpoint(output, whole, fields, to=form, dtype=dtype, overwrite=overwrite, **more)
     return output
-
-
-def processor_folder(config: Config) -> Path | None:
-    """The folder of the hub with what stands beside the weights: --data.processor, else --weights where it is one."""
-    weights = Path(config.weights)
-    return config.data.processor or (weights if config.weights != "random" and weights.is_dir() else None)
 
 
 def export_final(config: Config, checkpoint: Path, leader: bool) -> Path:

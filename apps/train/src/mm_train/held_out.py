@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from mm_data import Pick
 from mm_data.conversation_dataset import ConversationDataset, Pack
-from mm_data.processing import Processing
+from mm_models.processors import Processing
 from mm_train.config import Config
 from mm_train.conversations import open_conversations, open_processing
 

@@ -16,21 +16,25 @@ from torch import Tensor
 
 from mm_convert.cli.arguments import dump
 from mm_convert.cli.terminal import one_line
+from mm_data import Step
 from mm_models.objective import Objective
 from mm_parallel.device import device as accelerator
 from mm_parallel.device import reset_max_memory, synchronize
 from mm_parallel.guard import Watchdog, agree, join
 from mm_parallel.mesh import data_rank, describe, make_mesh, rank_in, reports_loss
+from mm_train.answers import Answers, share_exact
 from mm_train.checkpoint import Checkpointer
 from mm_train.checks import check
 from mm_train.command import claim_output
 from mm_train.config import Config
 from mm_train.contents import Contents, check_again, check_ranks, identify
 from mm_train.data import TrainingData, training_data
+from mm_train.held_out import open_held_out
 from mm_train.interrupt import Interrupt
+from mm_train.log_tps import LogTps
 from mm_train.metrics import Metrics
-from mm_train.nonfinite import Watch
-from mm_train.objective import build_objective
+from mm_train.nonfinite import MOST_IN_A_ROW, Watch
+from mm_train.objective import architecture, build_objective
 from mm_train.optim import EMA, build_optimizer, learning_rate
 from mm_train.ranks import all_sum, broadcast
 from mm_train.resume import find_checkpoint, read_progress
@@ -39,6 +43,8 @@ from mm_train.speed import Speed
 from mm_train.start import Built, build_model
 from mm_train.step import MicroBatches, seed_dropout
 from mm_train.validate import Validation
+
+LOG_TPS = "tokens of --log-tps"
 
 
 @dataclass
@@ -67,6 +73,7 @@ class Outcome:
     finite: bool
     tokens: float
     operations: float  # floating-point, that training needs
+    counts: dict[str, float]  # see `mm_models.objective.Objective.count`
 
 
 @contextmanager
@@ -90,11 +97,12 @@ class Run:
     """One training run on this rank. `model` is called, `parameters` is the module that holds this rank's weights."""
 
     def __init__(self, config: Config, rank: int, world: int, guard: Watchdog, held: ExitStack):
-        self.config, self.rank, self.guard, self.interrupt = config, rank, guard, Interrupt()
+        self.config, self.rank, self.world, self.guard = config, rank, world, guard
+        self.interrupt = Interrupt()
         self.device = accelerator()
         self.mesh = make_mesh(config.parallel, self.device.type)
         self.data_index, data_ranks = data_rank(self.mesh)
-        micro_batches = config.micro_batches(data_ranks)
+        micro_batches = describe_micro_batches(config, data_ranks)
         check(config, "with torch")
         held.enter_context(claim_output(config.run_dir))
         self.objective = build_objective(config)
@@ -110,8 +118,11 @@ class Run:
             self.data.check_same(saved, config)
             changed = changed + check_again(contents, saved, found, config)
         guard.at("building the model", config.patience)
-        # Before the model: it needs the text encoder for a moment.
-        self.samples = Samples(config, self.objective, self.mesh, self.device, getattr(torch, config.dtype))
+        held_out = open_held_out(config)
+        if architecture(config)[0].chat is not None:
+            self.samples: Samples | Answers = Answers(config, held_out, self.device, leader=rank == 0)
+        else:  # before the model: it needs the text encoder for a moment
+            self.samples = Samples(config, self.objective, self.mesh, self.device, getattr(torch, config.dtype))
         built = build_model(config, self.mesh, self.device, continuing=found is not None)
         self.model, self.parameters = built.model, built.parameters
         self.optimizer = build_optimizer(self.parameters, config.optim, built.rates)
@@ -124,14 +135,16 @@ class Run:
         self.progress.contents |= contents
 
         self.metrics = Metrics(config.run_dir, leader=rank == 0, steps=config.steps, start=self.progress.step)
-        step = f"{data_ranks} x {micro_batches} micro-batches of {config.data.micro_batch}"
-        self.metrics.say(summarize(config, self.objective, built, self.data, found, changed, describe(self.mesh), step))
+        layout = (describe(self.mesh), f"{data_ranks} x {micro_batches}")
+        self.metrics.say(summarize(config, self.objective, built, self.data, found, changed, *layout))
         if self.progress.step == config.steps:
             self.metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
-        self.validation = Validation(config, self.objective, self.mesh, self.device)
+        self.validation = Validation(config, self.objective, held_out, self.mesh, self.device)
         self.speed = Speed(self.parameters, self.device, world)
         self.watch = Watch(config.on_nonfinite)
         self.max_norm = config.optim.clip or math.inf
+        self.log_tps = LogTps(config.data.global_batch) if config.log_tps else None
+        self.masked_in_a_row = 0
 
     def batches(self) -> Iterator[MicroBatches]:
         """This rank's part of one step after the other, from where the run is."""
@@ -145,12 +158,35 @@ class Run:
             step = next(steps)
             self.guard.at(f"step {number}")
             self.data_seconds = time.perf_counter() - self.started
+            if self.data.refusals:
+                self.data.refusals.tell()
             place = (self.config.seed, step.index, self.data_index, rank_in(self.mesh, "cp"))
             batch = MicroBatches(step, self.objective, self.config.seed, self.device, partial(seed_dropout, *place))
             weight = batch.weigh() if reports_loss(self.mesh) else 0.0
-            (batch.total,) = all_sum(weight, device=self.device)
+            digest = float(step.digest % 2**20)  # sums of these are exact
+            batch.total, digests = all_sum(weight, digest, device=self.device)
+            if digests != digest * self.world:
+                raise ValueError(
+                    f"ranks planned other packs for step {number}: {self.data.name} is not the same on all"
+                )
+            if batch.total == 0:
+                self._skip_masked(step)
+                continue
+            self.masked_in_a_row = 0
             yield batch
             reset_max_memory(self.device)
+
+    def _skip_masked(self, step: Step) -> None:
+        """Goes on behind a step of which no token is trained. ValueError where there is nothing but such steps."""
+        self.masked_in_a_row += 1
+        if self.masked_in_a_row == MOST_IN_A_ROW:
+            raise ValueError(
+                f"{MOST_IN_A_ROW} steps in a row had nothing to train on: not one sample of them has a token that is "
+                f"trained. Look at {self.data.name}"
+            )
+        self.progress.cursor = step.cursor_after
+        self.progress.skipped += 1
+        self.metrics.say(f"there is nothing to train on in the samples up to {step.cursor_after:,}. Skipped")
 
     def set_rate(self) -> None:
         place = (self.progress.step, self.config.steps, self.config.optim)
@@ -161,13 +197,18 @@ class Run:
     def outcome(self, batch: MicroBatches, losses: list[Tensor], norm: Tensor) -> Outcome:
         """The step in global numbers; from here on, its samples count as seen."""
         own = torch.cat(losses).cpu().double().sum() if reports_loss(self.mesh) else 0.0
-        counts = self.speed.count(batch.micro) if reports_loss(self.mesh) else (0.0, 0.0)
-        summed, tokens, operations, signals = all_sum(own, *counts, float(self.interrupt.signal), device=self.device)
+        spent = self.speed.count(batch.micro) if reports_loss(self.mesh) else (0.0, 0.0)
+        counts = batch.count() | ({LOG_TPS: LogTps.count(batch.micro)} if self.log_tps else {})
+        counted = [count if reports_loss(self.mesh) else 0.0 for count in counts.values()]
+        summed, tokens, operations, signals, *counted = all_sum(
+            own, *spent, float(self.interrupt.signal), *counted, device=self.device
+        )
         self.interrupt.hear(signals)
         loss = summed / batch.total
         self.progress.cursor = batch.step.cursor_after
         finite = self.watch.finite(loss, norm, losses, batch.step)
-        return Outcome(self.progress.step, loss, float(norm), finite, tokens, operations)
+        counts = dict(zip(counts, counted, strict=True))
+        return Outcome(self.progress.step, loss, float(norm), finite, tokens, operations, counts)
 
     def report(self, step: Outcome) -> None:
         """Tells and keeps what a step was. Raises FloatingPointError if the run must end with a step that is not
@@ -187,7 +228,9 @@ class Run:
             "seconds": seconds,
             "data_seconds": self.data_seconds,
         }
-        measured, text = self.speed.measure(step.tokens, step.operations, seconds, self.data_seconds)
+        if self.log_tps:
+            self.log_tps.add(seconds, step.counts.pop(LOG_TPS))
+        measured, text = self.speed.measure(step.tokens, step.operations, step.counts, seconds, self.data_seconds)
         self.metrics.step(row | measured, text)
         self.checkpoints.check()
 
@@ -209,7 +252,7 @@ class Run:
             self._save()
 
     def evaluate_if_due(self, step: Outcome) -> None:
-        """Validation and sample videos."""
+        """Validation, and samples of what the model makes."""
         if step.finite:
             self._evaluate()
 
@@ -218,6 +261,8 @@ class Run:
         self.guard.at("the last checkpoint", deadline=math.inf)
         self._save()
         self.checkpoints.wait()
+        if self.log_tps:
+            self.metrics.say(self.log_tps.summarize())
         self.metrics.close()
 
     def check_finished(self) -> None:
@@ -226,6 +271,8 @@ class Run:
             raise KeyboardInterrupt(f"stopped after step {self.progress.step}; the same command continues from there")
 
     def _save(self) -> None:
+        if self.data.refusals:
+            self.data.refusals.write()
         if self.progress.step == 0:
             return  # nothing is lost, and an optimizer without a step has no state to save
         self.checkpoints.save(
@@ -236,10 +283,23 @@ class Run:
         step = self.progress.step
         if self.validation.due(step):
             self.guard.at(f"validation after step {step}", deadline=math.inf)
-            self.metrics.event({"step": step, "validation_loss": self.validation(self.model)})
+            row = {"step": step, "validation_loss": self.validation(self.model)}
+            if isinstance(self.samples, Answers) and (count := self.config.validation.answers):
+                row["validation_exact"] = share_exact(self.samples.ask(self.model, count))
+            self.metrics.event(row)
         if self.samples.due(step):
             self.guard.at(f"samples after step {step}", deadline=math.inf)
-            self.metrics.say(f"step {step} | samples in {one_line(self.samples(self.model, self.average, step))}")
+            self.metrics.say(f"step {step} | {self.samples(self.model, self.average, step)}")
+
+
+def describe_micro_batches(config: Config, data_ranks: int) -> str:
+    """What a rank does in a step, in words. ValueError where the global batch cannot be shared out."""
+    each = config.micro_batches(data_ranks)
+    if architecture(config)[0].chat is None:
+        return f"{each} micro-batches of {config.data.micro_batch}"
+    if not config.data.packing:
+        return f"{each} conversations, one by one"
+    return f"{each} conversations in packs of at most {config.data.max_tokens:,} tokens"
 
 
 def summarize(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from mm_convert.cli.terminal import one_line
 from mm_data import FeatureDataset, write_video
 from mm_models.diffusion.samplers import fill_template
 from mm_models.diffusion.sampling import denoise, noise
@@ -80,9 +80,9 @@ class Samples:
     def due(self, step: int) -> bool:
         return bool(self.requests) and (step % self.options.every == 0 or step == self.config.steps)
 
-    def __call__(self, model: nn.Module | Pipeline, average: EMA, step: int) -> Path:
-        """Write this rank's share of the videos; returns their directory. Uses the averaged weights where there are
-        some.
+    def __call__(self, model: nn.Module | Pipeline, average: EMA, step: int) -> str:
+        """Write this rank's share of the videos; returns what to tell of them. Uses the averaged weights where there
+        are some.
         """
         directory = self.config.run_dir / "samples" / f"step-{step:08d}"
         directory.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ class Samples:
                     made_with |= {"encoders": str(self.options.encoders), "vae_tiling": tiling}
                     frames = to_frames(codec, latents).numpy()
                     write_video(directory / f"{number:03d}.mp4", frames, self.options.fps, made_with)
-        return directory
+        return f"samples in {one_line(directory)}"
 
     def _denoise(self, model: nn.Module | Pipeline, codec: Codec, request: SampleRequest) -> Tensor:
         o = self.options

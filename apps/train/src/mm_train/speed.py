@@ -30,15 +30,15 @@ class Speed:
     ) -> tuple[dict[str, float], str]:
         """(numbers to keep, text for the line) of a step; tokens, operations and counts are those of all ranks.
 
-        tokens: all that the model computes on, padding too. counts: see `Objective.count`.
+        counts: see `Objective.count`. Of padding the share of all that is computed on is kept.
         """
         row: dict[str, float] = dict(counts)
-        if "tokens" in counts:
-            row["padding"] = 1 - counts["tokens"] / max(1, tokens)
-        row |= {"tokens_per_second": counts.get("tokens", tokens) / seconds, "tflops": operations / seconds / 1e12}
+        if "padding" in counts:
+            row["padding"] = counts["padding"] / max(1, counts["padding"] + counts["tokens"])
+        row |= {"tokens_per_second": tokens / seconds, "tflops": operations / seconds / 1e12}
         pace = f"{seconds:.3f} s/step (data {data_seconds:.3f}) | {row['tokens_per_second']:,.0f} tok/s"
-        others = (f" | {count / seconds:,.0f} {name}/s" for name, count in counts.items() if name != "tokens")
-        text = f"{pace}{''.join(others).replace('_', ' ')} | {row['tflops']:.3g} TFLOP/s"
+        others = [f"{counts[name] / seconds:,.0f} {name}/s" for name in ("label_tokens", "patches") if name in counts]
+        text = " | ".join([pace, *others, f"{row['tflops']:.3g} TFLOP/s"]).replace("_", " ")
         if self.peak:
             row["mfu"] = operations / seconds / (self.peak * self.world)
             text += f" (MFU {100 * row['mfu']:.1f} %)"

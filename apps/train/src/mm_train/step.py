@@ -61,7 +61,7 @@ class MicroBatches:
         return losses
 
     def _tensors(self, number: int) -> Mapping[str, Tensor]:
-        return _OnDevice(self.micro[number].tensors, self.device, self.objective.host)
+        return OnDevice(self.micro[number].tensors, self.device, self.objective.host)
 
     def _draw(self, number: int) -> Any:
         if number not in self._drawn:
@@ -74,7 +74,7 @@ class MicroBatches:
         return self._drawn[number]
 
 
-class _OnDevice(Mapping[str, Tensor]):
+class OnDevice(Mapping[str, Tensor]):
     """Tensors that move when they are asked for: losses need the latents alone. Those of `host` never do."""
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, host: Sequence[str]):

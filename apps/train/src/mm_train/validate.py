@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,36 +17,53 @@ from mm_models.objective import Objective
 from mm_parallel import Pipeline
 from mm_parallel.mesh import data_rank, reports_loss
 from mm_train.config import Config
+from mm_train.held_out import HeldOut
+from mm_train.objective import build_objective
 from mm_train.ranks import all_sum
+from mm_train.step import OnDevice
 
 # Not the training seed: runs with different seeds are measured on the same noise.
 SEED = 0
 
-Pair = tuple[int, Any]
-"""A sample, and the point of the objective at which it is measured: for diffusion a timestep."""
+
+class Measured(NamedTuple):
+    """A batch of the validation set."""
+
+    asked: tuple[Any, ...]
+    """What the data set's `batch` is asked with."""
+    points: list[Any]
+    """The point of the objective at which each sample of it is measured: for diffusion a timestep."""
 
 
 class Validation:
-    """The objective's mean loss over pairs of samples and points, by their weights: for videos every pair weighs 1."""
+    """The objective's mean loss over samples and points, by their weights: for videos every pair of them weighs 1, for
+    conversations every token that is trained.
+    """
 
-    def __init__(self, config: Config, objective: Objective, mesh: DeviceMesh | None, device: torch.device):
+    def __init__(
+        self,
+        config: Config,
+        objective: Objective,
+        held_out: HeldOut | None,
+        mesh: DeviceMesh | None,
+        device: torch.device,
+    ):
         self.reports = reports_loss(mesh)
         rank, ranks = data_rank(mesh)
         self.every, self.steps = config.validation.every, config.steps
         self.objective, self.device = objective, device
-        self.batches: list[list[Pair]] = []  # this rank's
-        if config.validation.features is None:
+        if config.validation.features is not None:
+            self.data = FeatureDataset(config.validation.features, Captions(first=True))
+            batches = list(_pairs(self.data, objective, config))
+        elif held_out is not None:  # whatever a run is trained by, so that runs compare
+            self.objective = build_objective(replace(config, objective=replace(config.objective, average=None)))
+            self.data = held_out.data
+            batches = [Measured(pack, []) for pack in held_out.packs(config.validation.max_samples)]
+        else:
             return
-        self.data = FeatureDataset(config.validation.features, Captions(first=True))
-        points = config.validation.timesteps or objective.points
-        chosen = sorted(range(min(len(self.data), config.validation.max_samples)), key=lambda i: self.data.buckets[i])
-        batches = []
-        for _, bucket in groupby(chosen, key=lambda i: self.data.buckets[i]):
-            pairs = [(i, point) for i in bucket for point in points]
-            batches += [pairs[k : k + config.data.micro_batch] for k in range(0, len(pairs), config.data.micro_batch)]
         # Sharded models need the same number of forwards on every rank: short ranks repeat a batch that does not count.
         self.rounds = -(-len(batches) // ranks)
-        self.batches = batches[rank::ranks]
+        self.batches = batches[rank::ranks]  # this rank's
         self.filler = batches[0]
 
     def due(self, step: int) -> bool:
@@ -63,15 +82,25 @@ class Validation:
         loss, total = all_sum(summed, weight, device=self.device)
         return loss / total
 
-    def _measure(self, model: nn.Module | Pipeline, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
-        """(weighted losses, weights) of the pairs."""
-        batch = self.data.batch([Pick(i, 0) for i, _ in pairs])
-        points = [point for _, point in pairs]
+    def _measure(self, model: nn.Module | Pipeline, measured: Measured) -> tuple[Tensor, Tensor]:
+        """(weighted losses, weights) of the samples."""
+        batch, points = self.data.batch(*measured.asked), measured.points
 
         def generators(i: int, _: str) -> torch.Generator:
             return generator(SEED, points[i], batch.ids[i], "validation")
 
         drawn = self.objective.draw_at(batch.tensors, points, generators)
-        tensors = {name: tensor.to(self.device) for name, tensor in batch.tensors.items()}
+        tensors = OnDevice(batch.tensors, self.device, self.objective.host)
         output = model(**self.objective.inputs(tensors, drawn))
         return self.objective.losses(output, tensors, drawn), self.objective.weigh(batch.tensors)
+
+
+def _pairs(data: FeatureDataset, objective: Objective, config: Config) -> Iterator[Measured]:
+    """Every sample at every point, in batches of one shape."""
+    points, size = config.validation.timesteps or objective.points, config.data.micro_batch
+    chosen = sorted(range(min(len(data), config.validation.max_samples)), key=lambda i: data.buckets[i])
+    for _, bucket in groupby(chosen, key=lambda i: data.buckets[i]):
+        pairs = [(Pick(i, 0), point) for i in bucket for point in points]
+        for start in range(0, len(pairs), size):
+            picks, at = zip(*pairs[start : start + size], strict=True)
+            yield Measured((list(picks),), list(at))

@@ -153,13 +153,15 @@ class Chat:
     """What a family has whose models read a conversation, with its images and videos, and write the next answer."""
 
     processing: Callable[..., Any]
-    """(config, hub folder, `mm_data.chat_options.ChatOptions`) -> `mm_data.processing.Processing`: what makes tokens,
-    labels and pixels of a conversation.
+    """(hub folder, `mm_data.chat_options.ChatOptions`, config) -> `mm_models.processors.Processing`: what makes tokens,
+    labels and pixels of a conversation, and text of an answer.
+    """
+    generator: Callable[..., Any]
+    """(config, tensors by our names, device, dtype) -> generator(prompt, *, max_new_tokens, stop_ids, banned_ids,
+    temperature, seed) -> the tokens of an answer: what `mm_infer.chat` answers with. `prompt` is what a processing makes.
     """
     files: tuple[str, ...]
     """Of a hub folder, the names of the files of processor, tokenizer and template: they go with the weights."""
-    end_tokens: tuple[str, ...]
-    """The special tokens with which an answer ends."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,12 @@ class Family:
     def task(self, config: Any, name: str) -> Task | None:
         """One of its tasks by name."""
         return next((task for task in self.tasks(config) if task.name == name), None)
+
+    def need_chat(self, instead: str) -> Chat:
+        """What it has of conversations. ValueError for a family that has none; `instead`: the command to give."""
+        if self.chat is None:
+            raise ValueError(f"weights of {self.name} make videos and answer no question: {instead}")
+        return self.chat
 
     def need_video(self, instead: str) -> Video:
         """What it has of videos. ValueError for a family that makes none; `instead`: the command to give."""

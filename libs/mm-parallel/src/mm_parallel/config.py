@@ -3,6 +3,7 @@
 This file imports no torch, so that a command line can be read, and a typo answered, without waiting for it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Annotated, Literal
@@ -146,6 +147,21 @@ class MemoryConfig:
     """
     offload_params: bool = False
     """FSDP's shards, their gradients and their optimizer states live on the host."""
+
+
+def check_in_stem(layers: Sequence[int] | Sequence[Sequence[int]], flag: str) -> None:
+    """Whether a ladder in the stem (a vision tower) is on the first pipeline stage, where it runs as a whole.
+
+    layers: how many of its layers are on each stage, as others' scripts say it: [32, 0, 0, 0]; nested like `pp_layers`
+        with virtual stages. flag: its name, for the message. Raises ValueError for layers behind the first stage.
+    """
+    first, *later = (count for row in layers for count in (row if isinstance(row, (list, tuple)) else (row,)))
+    if any(later):
+        raise ValueError(
+            f"{flag} {list(layers)}: {sum(later)} of {first + sum(later)} layers are behind the first stage, but a "
+            "ladder in the stem runs there as a whole. Put all of them first, and let that stage have fewer layers of "
+            "pp_layers"
+        )
 
 
 def _product(sizes: dict[str, int]) -> str:

@@ -101,8 +101,9 @@ class ParallelPlan:
         tensor itself, and the rest behind it.
     inner: plans of ladders that run in this one's stem (a vision tower), by the module's name; their names are relative
         to it. Their layers are units like ours, and nothing of ours is said of what they hold. They are called as
-        modules, by all ranks alike, and live on the first pipeline stage. Context parallelism cuts the tokens of those
-        that name some.
+        modules, by all ranks alike, and live on the first pipeline stage. What they return is used, and reaches each of
+        their weights, also where it has no rows: FSDP waits for gradients. Context parallelism leaves their tokens
+        whole, and shares items where `share` is named.
     share, collect: of an inner ladder, where its two seams are (see `Ladder`). Empty: each rank computes all of it.
     merge: rows of an item at `share` that are one at `collect`.
 

@@ -73,7 +73,8 @@ class Recomputed:
             x, rest = getattr(stream, self.residual), stream._replace(**{self.residual: None})
         del stream  # nothing here may hold on to x
         kept = self._keep("attention") if self.word == "but_attention" else None
-        with _elsewhere(x.data_ptr(), self._keep("inputs")) if self.offload == "inputs" else nullcontext():
+        moves = self.offload == "inputs" and x.numel() > 0  # what is empty lies nowhere
+        with _elsewhere(x.data_ptr(), self._keep("inputs")) if moves else nullcontext():
             # checkpoint keeps tensors that are arguments of their own as autograd would, all else as it is
             result = checkpoint(
                 self._run,
@@ -84,7 +85,7 @@ class Recomputed:
                 use_reentrant=False,
                 context_fn=noop_context_fn if kept is None else lambda: (_Keeping(kept), _Answering(kept)),
             )
-        if kept is not None and not kept.count:
+        if kept is not None and not kept.count and x.numel():  # without rows there may be nothing to attend to
             raise ValueError(
                 f"{self.name} cannot recompute all but attention: none of {', '.join(map(str, KEPT))} ran in it; "
                 'let it call the core that it is handed (see Ladder), or recompute it in "full"'
@@ -225,7 +226,7 @@ def _check_offload(offload: str, words: set[str]) -> None:
 
 def _name_the_core(model: nn.Module, plan: ParallelPlan) -> None:
     """Puts our attention into the seam, as one op for every device."""
-    if not plan.tokens:
+    if not (plan.tokens or plan.share):
         raise ValueError(
             'recompute="but_attention" needs a plan that says where attention is: its tokens (and core) are empty; '
             'recompute in "full", or write them'

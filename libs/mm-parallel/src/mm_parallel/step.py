@@ -21,6 +21,7 @@ def forward_backward(
     losses: Callable[[Tensor, int], Tensor],
     total: float,
     mesh: DeviceMesh | None = None,
+    outlines: Callable[[int], Mapping[str, Any]] | None = None,
 ) -> list[Tensor]:
     """Adds the gradient of `count` micro-batches to the gradients that are there, by the rule in `mm_parallel.grads`.
 
@@ -30,6 +31,7 @@ def forward_backward(
         losses: (output, number) -> losses, each times its weight, of any shape; their sum is what counts.
         total: the weight of the whole step, over all ranks and micro-batches; the same on all ranks.
         mesh: says how many ranks have samples of their own; None for one rank.
+        outlines: for a pipeline whose micro-batches differ, see `Pipeline.step`. Not asked without one.
 
     Returns the losses, detached; of a pipeline only on ranks of its last stage, elsewhere []. Raises ValueError for a
     total that is not above 0.
@@ -38,7 +40,7 @@ def forward_backward(
         raise ValueError(f"the losses of this step weigh {total} together, so nothing can be learned from it")
     share = total / data_rank(mesh)[1]
     if not isinstance(run, nn.Module):
-        return run.step(count, inputs, losses, share)
+        return run.step(count, inputs, losses, share, outlines)
     found = []
     for number in range(count):
         found.append(losses(run(**inputs(number)), number))

@@ -62,8 +62,8 @@ def forward_flops(config: Qwen25VLConfig, work: Work) -> Flops:
 class Trained:
     """Which share of the weights of each part is trained, and whether gradients flow through it at all.
 
-    Frozen weights cost less: no gradient of their own, and where nothing before them is trained, none of their input.
-    (Under adapters 0, and gradients flow; their own cost is left out, as in every MFU.)
+    Frozen weights cost less: no gradient of their own, and where neither they nor what is before them is trained, none
+    of their input. (Under adapters 0, and gradients flow; their own cost is left out, as in every MFU.)
     """
 
     tower: float = 1.0

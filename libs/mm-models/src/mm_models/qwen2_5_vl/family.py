@@ -15,12 +15,12 @@ def start():
 
 CHAT = Chat(
     processing=later("mm_models.qwen2_5_vl.processing", "Qwen25VLProcessing"),
+    generator=later("mm_models.qwen2_5_vl.generation", "Qwen25VLGenerator"),
     files=(
         *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
         *("special_tokens_map.json", "chat_template.json", "chat_template.jinja", "generation_config.json"),
         *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
     ),
-    end_tokens=("<|im_end|>", "<|endoftext|>"),
 )
 
 QWEN2_5_VL = Family(
@@ -33,7 +33,10 @@ QWEN2_5_VL = Family(
     build=later("mm_models.qwen2_5_vl.model", "Qwen25VLModel"),
     plan=later("mm_models.qwen2_5_vl.plan", "plan"),
     cost=later("mm_models.qwen2_5_vl.cost", "Cost"),
-    lora_targets=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    lora_targets=(
+        *(f"language:self_attn.{name}_proj" for name in "qkvo"),
+        *(f"language:mlp.{name}_proj" for name in ("gate", "up", "down")),
+    ),
     start=start,
     objective=later("mm_models.qwen2_5_vl.objective", "objective"),
     objective_options={"average": "token"},
@@ -43,4 +46,6 @@ QWEN2_5_VL = Family(
         "merger": ("visual.merger.*",),
         "language": ("model.*", "lm_head.*"),
     },
+    unserved=("vision", "merger"),
+    exported="transformers",
 )

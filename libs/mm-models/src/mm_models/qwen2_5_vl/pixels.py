@@ -27,9 +27,10 @@ class Bounds(NamedTuple):
     most: int
 
     def limit(self, most: int | None) -> Bounds:
-        """The same, where one picture may not have more than `most`."""
-        most = self.most if most is None else min(self.most, most)
-        return Bounds(min(self.least, most), most)
+        """The same, where one picture may not have more than `most`: nor by enlarging it, which rounds up twice."""
+        if most is None or most >= self.most:
+            return self
+        return Bounds(min(self.least, most // 4), most)
 
 
 class Way(NamedTuple):

@@ -23,7 +23,8 @@ class NextToken:
     """An `mm_models.objective.Objective`. A batch is one pack: conversations behind each other, in one row.
 
     Tensors: input_ids 1 L; labels 1 L, what each token must predict, or `IGNORED`; position_ids 1 3 L; segments
-    1 S+1, where the conversations part, from 0 to the end of the last, behind which is padding; pixel_values 1 N P and grid_thw 1 M 3, of all images and videos.
+    1 S+1, where the conversations part, from 0 to the end of the last (what follows is padding); pixel_values 1 N P and
+    grid_thw 1 M 3, of all images and videos.
     """
 
     average: Average = "token"
@@ -58,7 +59,7 @@ class NextToken:
             "position_ids": tensors["position_ids"].transpose(0, 1),
             "pixel_values": tensors["pixel_values"][0],
             "grid_thw": tensors["grid_thw"][0],
-            "sequence": Tokens(bounds[-1], causal=True, segments=bounds if len(bounds) > 2 else None),
+            "sequence": Tokens(tokens, causal=True, segments=bounds if len(bounds) > 2 else None),
             "labels": tensors["labels"],
         }
 
@@ -72,17 +73,19 @@ class NextToken:
     def losses(self, output: Tensor, tensors: Mapping[str, Tensor], drawn: None = None) -> Tensor:
         """output: 1 L, the loss of each token. Returns S: those of the conversations, times their weights."""
         parts = [output[0, start:stop].sum() for start, stop in pairwise(_bounds(tensors))]
-        losses = torch.stack(parts) if parts else output[0, :0]  # an empty pack has a gradient too: zero
+        losses = torch.stack(parts) if parts else output[0, :0]  # a pack without conversations has a gradient: zero
         if self.average == "token":
             return losses
         return losses / _label_counts(tensors).clamp(min=1).to(losses)
 
     def count(self, tensors: Mapping[str, Tensor]) -> Mapping[str, float]:
-        """Tokens of the conversations, those of them that are trained, and patches of images."""
+        """Tokens of the conversations, those of them that are trained, tokens of padding, and patches of images."""
+        tokens = int(tensors["segments"][0, -1])
         return {
-            "tokens": float(tensors["segments"][0, -1]),
-            "label_tokens": float((tensors["labels"] != IGNORED).sum()),
-            "patches": float(tensors["pixel_values"].shape[1]),
+            "tokens": tokens,
+            "padding": tensors["input_ids"].shape[1] - tokens,
+            "label_tokens": int((tensors["labels"] != IGNORED).sum()),
+            "patches": tensors["pixel_values"].shape[1],
         }
 
     def describe(self) -> str:
@@ -91,7 +94,7 @@ class NextToken:
 
 
 def _bounds(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Where the conversations of a pack part: 0 … L."""
+    """Where the conversations of a pack part: 0 … the end of the last."""
     return tuple(tensors["segments"][0].tolist())
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from mm_parallel.attention.backends import BACKENDS as BACKENDS
+from mm_parallel.attention.backends import PACKED as PACKED
 from mm_parallel.attention.backends import pick as pick
 from mm_parallel.attention.op import attention as attention
 from mm_parallel.attention.op import core as core

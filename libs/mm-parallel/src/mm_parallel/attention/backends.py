@@ -1,6 +1,6 @@
 """Which kernel computes attention.
 
-Every backend is two functions, on B L H h with any lengths but none of them zero:
+Every backend is two functions, on q B Lq H h, k and v B Lk K h with any lengths but none of them zero:
 
     forward(q, k, v, scale, causal) -> out, lse
     backward(dout, q, k, v, out, lse, scale, causal) -> dq, dk, dv
@@ -8,6 +8,12 @@ Every backend is two functions, on B L H h with any lengths but none of them zer
 lse is B H Lq, the natural log of the sum over keys of exp(scale * q.k), in fp32 (fp64 for fp64). The backward's out
 and lse may be those over more keys than the k it is given: then it returns the part of the gradients that is due to
 these keys, which is what a ring needs. Causal: query i sees keys 0 … i, and there are as many queries as keys.
+
+K = H, but for the backends of `SHARING`: these take heads of keys that H/K neighbouring heads of queries share. For
+all others keys and values are repeated in memory before the call.
+
+`PACKED`: the same two functions for packed samples, with `segments` (where they part, from 0 to L) behind causal. One
+call for all samples, whatever their lengths. Where there is none, samples of equal length share a call.
 """
 
 from collections.abc import Callable
@@ -30,6 +36,13 @@ BACKENDS = {
     "efficient": Backend(cuda.efficient_forward, cuda.efficient_backward),
     "npu": Backend(npu.forward, npu.backward),
     "math": Backend(math.forward, math.backward),
+}
+
+SHARING = frozenset(("cpu", "flash", "npu"))
+
+PACKED = {
+    "flash": Backend(cuda.flash_packed_forward, cuda.flash_packed_backward),
+    "npu": Backend(npu.packed_forward, npu.packed_backward),
 }
 
 _SIXTEEN = (torch.float16, torch.bfloat16)

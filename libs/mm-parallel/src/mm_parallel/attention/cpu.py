@@ -1,4 +1,4 @@
-"""Flash attention on the CPU. Any float dtype and head dim."""
+"""Flash attention on the CPU. Any float dtype and head dim; shared heads of keys are read in place."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,11 @@
 """The three attention kernels that torch has for CUDA, called one level below F.scaled_dot_product_attention.
 
-They want head dims that are multiples of 8; others are padded with zeros, which changes no score and no value.
+They want head dims that are multiples of 8; others are padded with zeros, which changes no score and no value. Flash
+alone reads shared heads of keys in place, and alone takes packed samples of any lengths in one call.
 """
+
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +33,39 @@ def flash_backward(
         dout, q, k, v, out, lse, None, None, *lengths, 0.0, causal, seed, seed, scale=scale
     )
     dq, dk, dv = (_back(grad, dim) for grad in grads)
+    return dq, dk, dv
+
+
+def flash_packed_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, segments: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    rows, dim, (ends, longest) = len(q), q.shape[-1], _ends(q, segments)
+    q, k, v = map(_flat, (q, k, v))
+    out, lse, *_ = _aten._flash_attention_forward(
+        q, k, v, ends, ends, longest, longest, 0.0, causal, False, scale=scale
+    )
+    return _rows(out, rows, dim), lse.unflatten(1, (rows, -1)).transpose(0, 1)  # comes as H (B L)
+
+
+def flash_packed_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    segments: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dim, (ends, longest) = len(q), q.shape[-1], _ends(q, segments)
+    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    dout, q, k, v, out = map(_flat, (dout, q, k, v, out))
+    lse = lse.transpose(0, 1).flatten(1).contiguous()
+    grads = _aten._flash_attention_backward(
+        dout, q, k, v, out, lse, ends, ends, longest, longest, 0.0, causal, seed, seed, scale=scale
+    )
+    dq, dk, dv = (_rows(grad, rows, dim) for grad in grads)
     return dq, dk, dv
 
 
@@ -78,6 +115,22 @@ def _into(x: Tensor) -> Tensor:
 
 def _back(x: Tensor, dim: int) -> Tensor:
     return x.transpose(1, 2).narrow(-1, 0, dim)
+
+
+def _ends(q: Tensor, segments: Sequence[int]) -> tuple[Tensor, int]:
+    """Where samples part in all rows, one behind the other, on the device; and the longest sample."""
+    rows, length = q.shape[:2]
+    ends = torch.tensor([0, *(row * length + end for row in range(rows) for end in segments[1:])], dtype=torch.int32)
+    return ends.to(q.device, non_blocking=True), max(stop - start for start, stop in pairwise(segments))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """B L H h -> (B L) H h, the head padded."""
+    return F.pad(x, (0, -x.shape[-1] % _MULTIPLE)).flatten(0, 1).contiguous()
+
+
+def _rows(x: Tensor, rows: int, dim: int) -> Tensor:
+    return x.unflatten(0, (rows, -1)).narrow(-1, 0, dim)
 
 
 def _no_dropout(q: Tensor) -> Tensor:

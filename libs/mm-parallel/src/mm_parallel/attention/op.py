@@ -6,9 +6,12 @@ computes it is chosen in one place.
 A mask says which keys are attended. It is no bias: kernels without one are the fastest, and are all that a ring can
 use. What is masked is left out instead, sample by sample, before the kernel is called; it costs no work, its weight is
 exactly 0, and so are its gradients. A call without a mask is one call of the kernel, as ever.
+
+Heads of keys and values may be fewer than those of queries: neighbouring heads of queries then share one. Nothing is
+repeated in memory where the kernel knows this (see `mm_parallel.attention.backends`).
 """
 
-from collections.abc import Iterator
+from collections import abc
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mm_parallel.attention.backends import BACKENDS, pick
+from mm_parallel.attention.dispatch import backward, forward, like
 from mm_parallel.plan import Sequence
 
 
@@ -29,24 +33,25 @@ def attention(
     segments: tuple[int, ...] | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention on one device, differentiable: q B Lq H h, k and v B Lk H h -> B Lq H h.
+    """Softmax attention on one device, differentiable: q B Lq H h, k and v B Lk K h -> B Lq H h.
 
+    K divides H: each head of k and v is shared by H/K neighbouring heads of q.
     causal: query i sees keys 0 … i; needs Lq = Lk. scale: of the scores, 1/√h if not given. backend: one of
     `BACKENDS`, by default what `pick` says. segments: where packed samples part, see `mm_parallel.plan.Sequence`; each
-    is an attention of its own. mask: B Lk, bool: True for a key that is attended, None: all; not together with causal
-    or segments. A query without keys gives 0. Raises ValueError for shapes, segments, a mask or a backend that do not
-    fit.
+    is an attention of its own, and there may be none. mask: B Lk, bool: True for a key that is attended, None: all; not
+    together with causal or segments. A query without keys gives 0.
+    Raises ValueError for shapes, segments, a mask or a backend that do not fit.
     """
     check(q, k, v, causal)
     check_mask(mask, q, k.shape[1], causal, segments)
     rest = scale_of(q) if scale is None else scale, causal, backend_of(q, backend)
-    if segments is None:
-        return _op(q, k, v, *rest, mask)[0]
-    check_segments(segments, q.shape[1])
-    if q.shape[1] != k.shape[1]:
-        raise ValueError(f"packed samples of {q.shape[1]} queries and {k.shape[1]} keys: each needs as many of both")
-    samples = (tuple(x[:, start:stop] for x in (q, k, v)) for start, stop in pairwise(segments))
-    return torch.cat([_op(*qkv, *rest)[0] for qkv in samples], 1)
+    if segments is not None:
+        check_segments(segments, q.shape[1])
+        if q.shape[1] != k.shape[1]:
+            raise ValueError(
+                f"packed samples of {q.shape[1]} queries and {k.shape[1]} keys: each needs as many of both"
+            )
+    return _op(q, k, v, *rest, mask, parting(segments))[0]
 
 
 def core(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, mask: Tensor | None = None) -> Tensor:
@@ -70,8 +75,14 @@ def backend_of(q: Tensor, name: str | None) -> str:
 def check(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
     """Raises ValueError for shapes or dtypes that are not those of one attention."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.ndim == k.ndim == 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise ValueError(f"attention of {shapes}: needs B L H h, all alike but for the L of q (repeat shared heads)")
+    if not q.ndim == k.ndim == 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"attention of {shapes}: needs B L H h, all alike but for L and H of q")
+    heads, shared = q.shape[2], k.shape[2]
+    if heads != shared and (shared == 0 or heads % shared):
+        raise ValueError(
+            f"attention of {shapes}: {heads} heads of q and {shared} of k and v; neighbours share one, so the second "
+            "number must divide the first"
+        )
     if causal and q.shape[1] != k.shape[1]:
         raise ValueError(f"causal attention of {shapes}: where {q.shape[1]} queries begin in {k.shape[1]} keys is open")
     if not q.dtype == k.dtype == v.dtype:
@@ -81,7 +92,13 @@ def check(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
 def check_segments(segments: tuple[int, ...], tokens: int) -> None:
     """Raises ValueError unless they are ends of samples that are these tokens together."""
     if segments[:1] != (0,) or segments[-1] != tokens or any(a >= b for a, b in pairwise(segments)):
-        raise ValueError(f"segments {segments} of {tokens} tokens: must begin with 0, grow, and end with {tokens}")
+        said = segments if len(segments) <= 8 else f"({', '.join(map(str, segments[:4]))}, … {segments[-1]})"
+        raise ValueError(f"segments {said} of {tokens} tokens: must begin with 0, grow, and end with {tokens}")
+
+
+def parting(segments: abc.Sequence[int] | None) -> abc.Sequence[int] | None:
+    """The segments where they part anything, else None: one sample, or none, is no pack."""
+    return segments if segments is not None and len(segments) > 2 else None
 
 
 def check_mask(
@@ -105,74 +122,18 @@ def check_mask(
         )
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, backend: str, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """A backend's forward for any lengths, also none; contiguous results. No autograd.
-
-    Where a sample sees no key, out is 0 and lse is -inf.
-    """
-    if q.numel() == 0 or k.numel() == 0:
-        out, lse = like(q)
-        return out.zero_(), lse.fill_(float("-inf"))
-    if mask is not None:
-        out, lse = like(q)
-        for i, seen in visible(mask, q.device):
-            out[i], lse[i] = forward(q[i], k[i][:, seen], v[i][:, seen], scale, causal, backend)
-        return out, lse
-    out, lse = BACKENDS[backend].forward(q, k, v, scale, causal)
-    return out.contiguous(), lse.contiguous()
-
-
-def backward(
-    dout: Tensor,
+@torch.library.custom_op("mm_parallel::attention", mutates_args=())
+def _op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     scale: float,
     causal: bool,
     backend: str,
     mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A backend's backward for any lengths, also none; contiguous results. 0 for keys that nobody sees."""
-    if q.numel() == 0 or k.numel() == 0:
-        dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
-        return dq, dk, dv
-    if mask is not None:
-        dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
-        for i, seen in visible(mask, q.device):
-            keys = k[i][:, seen], v[i][:, seen]
-            dq[i], dk[i][:, seen], dv[i][:, seen] = backward(
-                dout[i], q[i], *keys, out[i], lse[i], scale, causal, backend
-            )
-        return dq, dk, dv
-    dq, dk, dv = BACKENDS[backend].backward(dout, q, k, v, out, lse, scale, causal)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
-
-
-def visible(mask: Tensor, device: torch.device) -> Iterator[tuple[slice, slice | Tensor]]:
-    """Neighbours in the batch that see the same keys, and these: a slice for all of them, or their places."""
-    rows, counts = mask.cpu().unique_consecutive(dim=0, return_counts=True)  # to the host once: lengths are shapes
-    start = 0
-    for row, count in zip(rows, counts.tolist(), strict=True):
-        yield slice(start, start + count), slice(None) if row.all() else row.nonzero()[:, 0].to(device)
-        start += count
-
-
-def like(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Empty out and lse of q, as every backend gives them."""
-    b, length, heads, _ = q.shape
-    out = q.new_empty(q.shape)
-    return out, q.new_empty((b, heads, length), dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-@torch.library.custom_op("mm_parallel::attention", mutates_args=())
-def _op(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, backend: str, mask: Tensor | None = None
+    segments: abc.Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return forward(q, k, v, scale, causal, backend, mask)
+    return forward(q, k, v, scale, causal, backend, mask, segments)
 
 
 @torch.library.custom_op("mm_parallel::attention_backward", mutates_args=())
@@ -187,17 +148,18 @@ def _op_backward(
     causal: bool,
     backend: str,
     mask: Tensor | None = None,
+    segments: abc.Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(dout, q, k, v, out, lse, scale, causal, backend, mask)
+    return backward(dout, q, k, v, out, lse, scale, causal, backend, mask, segments)
 
 
 def complete(op: Any, op_backward: Any) -> None:
     """Gives an attention op its shapes and its gradient. Both ops begin with q, k, v (behind dout) and end with the
-    mask, and what is between is the same for both.
+    mask and the segments, and what is between is the same for both.
     """
 
     def save(ctx, inputs, output):
-        q, k, v, *ctx.rest, mask = inputs
+        q, k, v, *ctx.rest, mask, ctx.segments = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -205,7 +167,8 @@ def complete(op: Any, op_backward: Any) -> None:
 
     def differentiate(ctx, dout, _):
         *saved, mask = ctx.saved_tensors
-        return *op_backward(dout, *saved, *ctx.rest, mask), *(None for _ in ctx.rest), None
+        grads = op_backward(dout, *saved, *ctx.rest, mask, ctx.segments)
+        return *grads, *(None for _ in ctx.rest), None, None
 
     op.register_fake(lambda q, *rest: like(q))
     op_backward.register_fake(lambda dout, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)))

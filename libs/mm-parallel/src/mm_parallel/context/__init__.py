@@ -1,8 +1,8 @@
 """Context parallelism: the ranks of "cp" (ring x ulysses) share the tokens of a sample.
 
 `cut` sets the three seams of a ladder. Everything between attentions then runs on a part of the tokens; what the plan
-does not name as tokens (text, modulation, masks of keys) stays whole on every rank. Loss and gradients are those of one
-device.
+does not name as tokens (text, modulation, masks of keys) stays whole on every rank. The items of a ladder in the stem
+are shared, see `mm_parallel.context.items`. Loss and gradients are those of one device.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel.attention import attention, ring_attention
-from mm_parallel.attention.op import check_mask
+from mm_parallel.attention.op import check, check_mask
 from mm_parallel.context import shard
-from mm_parallel.context.shard import TokenLayout, even
-from mm_parallel.context.ulysses import HEADS, TOKENS, exchange
+from mm_parallel.context.items import Items
+from mm_parallel.context.shard import TokenLayout, spans
+from mm_parallel.context.ulysses import HEADS, TOKENS, HeadLayout, exchange, repeat
 from mm_parallel.mesh import rank_in, size, submesh
 from mm_parallel.plan import ParallelPlan, Sequence
 
@@ -28,10 +29,13 @@ def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh | None) -> None:
     """
     if not plan.tokens:
         raise ValueError("the plan names no tokens, so nothing can be cut over cp: give ParallelPlan(tokens={…: dim})")
+    ranks = Context(mesh)
+    set_seams(model, plan, partial(ranks.split, fields=plan.tokens), ranks.attention, ranks.gather)
     for prefix, ladder, own in plan.ladders(model):
-        if own.tokens:
-            ranks = InnerContext(mesh) if prefix else Context(mesh)
-            set_seams(ladder, own, partial(ranks.split, fields=own.tokens), ranks.attention, ranks.gather)
+        if prefix and own.share and ranks.groups:
+            items = Items(ranks.rank, ranks.groups["cp"], own.merge)
+            own.set_seam(ladder, own.share, items.share)
+            own.set_seam(ladder, own.collect, items.collect)
 
 
 def set_seams(model: nn.Module, plan: ParallelPlan, split: object, core: object, join: object) -> None:
@@ -72,51 +76,34 @@ class Context:
     ) -> Tensor:
         """See `context_attention`."""
         layout = self.layout(sequence)
-        own, heads = layout.shares(self.ring), even(q.shape[HEADS], layout.ulysses)
+        own = layout.shares(self.ring)
         if not q.shape[TOKENS] == k.shape[TOKENS] == own[self.ulysses]:
             raise ValueError(
                 f"attention of {q.shape[TOKENS]} queries and {k.shape[TOKENS]} keys, but of {layout.tokens} tokens "
                 f"this rank (ring {self.ring} of {layout.ring}, ulysses {self.ulysses} of {layout.ulysses}) has "
                 f"{own[self.ulysses]}"
             )
-        if layout.ring > 1 and sequence.segments is not None:
-            raise ValueError(
-                f"{len(sequence.segments) - 1} packed samples over ring={layout.ring}: a ring takes one sample; use "
-                "ulysses for all of cp, or do not pack"
-            )
+        check(q, k, v, sequence.causal)
         check_mask(mask, q, layout.tokens, sequence.causal, sequence.segments)
         scale = q.shape[-1] ** -0.5
         if layout.ulysses > 1:
-            q, k, v = exchange((q, k, v), HEADS, heads, TOKENS, own, self.groups["ulysses"])
+            heads = HeadLayout(q.shape[HEADS], k.shape[HEADS], layout.ulysses)
+            pieces = heads.queries, heads.keys, heads.keys
+            q, k, v = exchange((q, k, v), HEADS, pieces, TOKENS, [own] * 3, self.groups["ulysses"])
+            k, v = (repeat(x, heads.copies(self.ulysses)) for x in (k, v))
         if layout.ring > 1:
-            out = ring_attention(q, k, v, layout.chunks, self.groups["ring"], sequence.causal, scale, backend, mask)
+            ring = layout.chunks, self.groups["ring"]
+            out = ring_attention(q, k, v, *ring, sequence.causal, scale, backend, mask, sequence.segments)
         else:
             out = attention(q, k, v, sequence.causal, scale, backend, sequence.segments, mask)
         if layout.ulysses > 1:
-            (out,) = exchange((out,), TOKENS, own, HEADS, heads, self.groups["ulysses"])
+            sizes = [stop - start for start, stop in heads.queries]
+            (out,) = exchange((out,), TOKENS, [spans(own)], HEADS, [sizes], self.groups["ulysses"])
         return out
 
     def gather(self, x: Tensor, sequence: Sequence) -> Tensor:
         """See `gather`."""
         return shard.Gather.apply(x, self.layout(sequence), self.groups["cp"]) if self.groups else x
-
-
-class InnerContext(Context):
-    """The same for a ladder in another's stem.
-
-    Only Ulysses ranks share its tokens, as they may be packed samples (images), which a ring does not take. Ranks of a
-    ring do the same.
-    """
-
-    def __init__(self, mesh: DeviceMesh | None) -> None:
-        super().__init__(mesh)
-        self.sizes, self.ring, self.rank = (1, self.sizes[1]), 0, self.ulysses
-
-    def gather(self, x: Tensor, sequence: Sequence) -> Tensor:
-        """All tokens on every rank, for an outer ladder that cuts its own."""
-        if not self.groups:
-            return x
-        return shard.InnerGather.apply(x, self.layout(sequence), self.groups["ulysses"], self.groups["cp"])
 
 
 def context_attention(
@@ -130,10 +117,10 @@ def context_attention(
 ) -> Tensor:
     """Attention between all tokens of the sequence, of which this rank holds those of q, k and v: B L H h -> B L H h.
 
-    Which these are says `mm_parallel.context.shard`. mask: B tokens, bool, of all tokens: True for a key that is
-    attended; the same on every rank. Raises ValueError for another number of tokens, for packed samples over a ring,
-    and for a mask together with causal or packed samples. In a loop, ask a `Context` instead: to look into a mesh takes
-    a millisecond.
+    k and v: B L K h, where K divides H: each of their heads is shared by H/K neighbouring heads of q.
+    Which tokens these are says `mm_parallel.context.shard`. mask: B tokens, bool, of all tokens: True for a key that is
+    attended; the same on every rank. Raises ValueError for another number of tokens or heads, and for a mask together
+    with causal or packed samples. In a loop, ask a `Context` instead: to look into a mesh takes a millisecond.
     """
     return Context(mesh).attention(q, k, v, sequence, mask, backend)
 

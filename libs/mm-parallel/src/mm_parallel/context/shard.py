@@ -103,7 +103,7 @@ def join(x: Tensor, dim: int, held: list[list[tuple[int, int]]], group: dist.Pro
     """
     sizes = [sum(stop - start for start, stop in pieces) for pieces in held]
     whole = x.new_empty((*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :]))
-    if x.is_meta:  # a pipeline asks for shapes
+    if x.is_meta or not any(sizes):  # a pipeline asks for shapes, or there is no token anywhere
         return whole
     part, rows = x.movedim(dim, 0), whole.movedim(dim, 0)
     sent = part.new_zeros((max(sizes), *part.shape[1:]))
@@ -133,25 +133,3 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         return take(grad, 1, ctx.pieces) * ctx.ranks, None, None
-
-
-class InnerGather(torch.autograd.Function):
-    """`Gather` at the end of a ladder that runs in another's stem, over the Ulysses ranks of `group`.
-
-    What comes back differs between ranks: the outer ladder's split leaves each the gradient through its own tokens,
-    times the number of context ranks (`everyone`). So the backward sums over these before it keeps its own tokens'.
-    Ranks of a ring do the same, and each counts for its part.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, layout: TokenLayout, group: dist.ProcessGroup, everyone: dist.ProcessGroup) -> Tensor:
-        held = [layout.pieces(rank) for rank in range(group.size())]
-        ctx.pieces, ctx.everyone, ctx.alike = held[group.rank()], everyone, everyone.size() // group.size()
-        return join(x, 1, held, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        if not grad.is_meta:
-            grad = grad.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(grad, group=ctx.everyone)
-        return take(grad, 1, ctx.pieces) / ctx.alike, None, None, None

@@ -1,6 +1,6 @@
 """What one stage computes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import BoundArguments
 from typing import Any
@@ -31,7 +31,7 @@ class Stage:
 
 
 class Chunk(nn.Module):
-    """One stage for one shape of input. The first is called with the number of a micro-batch, others with tensors.
+    """One stage, for one shape of what travels. The first is called with a micro-batch's number, others with tensors.
 
     The model is called, not a part of it: so FSDP's hooks on the root run, whatever stage it is (see `call`). It is no
     submodule of the chunk: preparing a schedule, torch drops the gradients of every FSDP module that it finds in a
@@ -45,7 +45,10 @@ class Chunk(nn.Module):
         super().__init__()
         self.stage, self.outline, self.tracked = stage, outline, tracked
         self.__dict__["model"] = model
-        self.inputs: Inputs | None = None  # set for every step
+        # These are set for every step,
+        self.inputs: Inputs | None = None
+        self.facts: Sequence[Any] = ()  # what the stem makes of each micro-batch, see `begin`
+        self.number = 0  # and this before every call: which micro-batch it is
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return self.model.parameters()
@@ -53,13 +56,13 @@ class Chunk(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         if not self.stage.is_first:
             return self.model(self, *map(_receive, tensors))
-        batch = self.inputs(int(tensors[0]))
+        batch = self.inputs(self.number)
         return self.model(self, *batch.args, **batch.kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         """The part of the model's forward that is this stage's."""
-        model, stage = self.model, self.stage
-        stream = model.stem(*args, **kwargs) if stage.is_first else fill(self.outline.entries[stage.index], args)
+        model, stage, facts = self.model, self.stage, self.facts[self.number]
+        stream = model.stem(*args, **kwargs) if stage.is_first else fill(facts, args)
         for i in stage.layers:
             stream = model.layer(i, stream)
         if stage.is_last:
@@ -67,7 +70,7 @@ class Chunk(nn.Module):
         following = self.outline.entries[stage.index + 1]
         if stage.is_first and self.tracked:
             stream = track(stream, following)
-        check(stage.index, stream, following)
+        check(stage.index, stream, following, facts)
         return tuple(_prepare_to_send(tensor, self.tracked) for tensor in tensors_of(stream))
 
 

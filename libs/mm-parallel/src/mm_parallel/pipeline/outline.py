@@ -21,9 +21,10 @@ Stream = TypeVar("Stream", bound=NamedTuple)
 
 @dataclass(frozen=True)
 class Outline(Generic[Stream]):
-    """One shape of input on its way through the pipeline. All tensors are meta.
+    """Micro-batches of one shape on their way through the pipeline. All tensors are meta.
 
-    entries: the stream that enters each stage; None for the first, which makes its own.
+    entries: the stream that enters each stage; None for the first, which makes its own. Its facts are those of the one
+        micro-batch that was traced; those of another are facts of what its stem makes (see `begin`).
     output: what the head returns.
     """
 
@@ -42,7 +43,7 @@ def skeleton(
 
     It takes no memory. It splits and gathers tokens as the model will, and has its weights in the dtype in which the
     model will read them; attention stays the model's own, because it has the same shapes and needs no other rank. It is
-    given no mask, as that is of the whole sequence.
+    given no mask, as that is of the whole sequence. The losses of a vocabulary have the shape of the labels.
     trained: every weight is trained, whatever is frozen in the model.
     """
     twins = {}  # deepcopy takes what is here for copies that it has made
@@ -65,7 +66,13 @@ def skeleton(
         context.cut(bones, plan, mesh)
         for owner, core, attention in seams:
             setattr(owner, core, partial(_attend_all, attention))
+    if plan.vocabulary:
+        plan.set_seam(bones, plan.losses, _losses)
     return bones
+
+
+def _losses(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return x[..., 0].to(torch.promote_types(x.dtype, torch.float32))  # which rows have a label is not known here
 
 
 def _attend_all(
@@ -74,19 +81,54 @@ def _attend_all(
     return attention(q, k, v, sequence)
 
 
+def begin(skeleton: Model, plan: ParallelPlan, call: BoundArguments) -> Any:
+    """What the stem makes of a call: the facts, the shapes and dtypes of the stream. Flags of gradients are not right.
+
+    Milliseconds, as layers change none of this, and those of inner ladders are not run.
+    """
+    inner = [ladder for prefix, ladder, _ in plan.ladders(skeleton) if prefix]
+    for ladder in inner:
+        ladder.layer = _hand_on
+    try:
+        with torch.no_grad():
+            stream = _stem(skeleton, call)
+    finally:
+        for ladder in inner:
+            del ladder.layer
+    return type(stream)(*map(_outline, stream))
+
+
 def trace(skeleton: Ladder, starts: Sequence[int], call: BoundArguments) -> Outline:
-    """Runs the skeleton once. starts: the first layer of every stage."""
-    args = [_meta(value) for value in call.args]
-    kwargs = {name: _meta(value) for name, value in call.kwargs.items()}
+    """Runs the skeleton once. starts: the first layer of every stage. ValueError for a layer that changes facts."""
     with torch.enable_grad():  # so that flags are those of a training step
-        stream = skeleton.stem(*args, **kwargs)
-        entries = [None]
+        stream = _stem(skeleton, call)
+        facts, entries = _facts(stream), [None]
         for i in range(len(skeleton.layers)):
             if i in starts[1:]:
                 stream = type(stream)(*map(_outline, stream))
                 entries.append(stream)
             stream = skeleton.layer(i, stream)
+            if (made := _facts(stream)) != facts:
+                raise ValueError(f"layer {i} made facts of the stream {made} of {facts}: only the stem makes facts")
         return Outline(tuple(entries), _outline(skeleton.head(stream)))
+
+
+def _stem(skeleton: Ladder, call: BoundArguments) -> Any:
+    return skeleton.stem(*map(_meta, call.args), **{name: _meta(value) for name, value in call.kwargs.items()})
+
+
+def _hand_on(i: int, stream: Stream) -> Stream:
+    return stream
+
+
+def _facts(stream: Stream) -> dict[str, Any]:
+    return {name: value for name, value in stream._asdict().items() if not isinstance(value, Tensor)}
+
+
+def describe_shapes(stream: Stream) -> str:
+    """Shapes and dtypes of what travels, by name."""
+    fields = stream._asdict().items()
+    return ", ".join(f"{name} {describe(value)}" for name, value in fields if isinstance(value, Tensor))
 
 
 def track(stream: Stream, outline: Stream) -> Stream:
@@ -106,15 +148,15 @@ def tensors_of(stream: Stream) -> tuple[Tensor, ...]:
     return tuple(value for value in stream if isinstance(value, Tensor))
 
 
-def fill(outline: Stream, tensors: Sequence[Tensor]) -> Stream:
-    """The stream of these tensors, with the outline's facts."""
+def fill(facts: Stream, tensors: Sequence[Tensor]) -> Stream:
+    """The stream of these tensors, with the facts of what the stem makes of its micro-batch."""
     left = iter(tensors)
-    return type(outline)(*(next(left) if isinstance(value, Tensor) else value for value in outline))
+    return type(facts)(*(next(left) if isinstance(value, Tensor) else value for value in facts))
 
 
-def check(stage: int, stream: Stream, outline: Stream) -> None:
+def check(stage: int, stream: Stream, outline: Stream, facts: Stream) -> None:
     """Raises ValueError where a stream is not what the next stage has made room for: that would kill the process."""
-    for name, value, expected in zip(stream._fields, stream, outline, strict=True):
+    for name, value, expected in zip(stream._fields, stream, fill(facts, tensors_of(outline)), strict=True):
         found, wanted = describe(value, torch.is_grad_enabled()), describe(expected, torch.is_grad_enabled())
         if found != wanted:
             raise ValueError(

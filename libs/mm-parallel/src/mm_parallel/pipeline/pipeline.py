@@ -24,8 +24,18 @@ from mm_parallel.mesh import rank_in, size
 from mm_parallel.order import cut
 from mm_parallel.pipeline.chunk import Chunk, Stage, call
 from mm_parallel.pipeline.cut import ranges
-from mm_parallel.pipeline.outline import Outline, describe, describe_call, skeleton, tensors_of, trace
+from mm_parallel.pipeline.outline import (
+    Outline,
+    begin,
+    describe,
+    describe_call,
+    describe_shapes,
+    skeleton,
+    tensors_of,
+    trace,
+)
 from mm_parallel.pipeline.prune import Owner, prune
+from mm_parallel.pipeline.recent import Recent
 from mm_parallel.pipeline.schedule import Schedule, check_count
 from mm_parallel.plan import ParallelPlan
 
@@ -67,6 +77,12 @@ class Pipeline:
                 "1f1b, or recompute nothing"
             )
         plan.check(model)
+        if plan.vocabulary and not set(plan.vocabulary) & set(plan.last):
+            raise ValueError(
+                f"pp_layers {parallel.pp_layers} with a tied head: {plan.vocabulary[0]} is used by the first stage and "
+                "by the last, and each weight lives on one. Give the head a weight of its own, or leave pp_layers out "
+                "(FSDP, tp and cp take a tied head)"
+            )
         parts = ranges(parallel.stages, len(model.layers))
         stages = [Stage(i, len(parts), part) for i, part in enumerate(parts)]
         self.stages, self.mine = stages, stages[rank_in(mesh, "pp") :: ranks]
@@ -79,10 +95,10 @@ class Pipeline:
         self.elsewhere = prune(model, plan.last, plan.companions, kept)
         cut(model, plan.on(model), mesh, memory, dtype)
         model.forward = call
-        self.model, self.memory = model, memory
+        self.model, self.plan, self.memory = model, plan, memory
         self._signature = inspect.signature(self.skeleton.stem)
-        self._outlines: dict[str, Outline] = {}
-        self._newest: tuple[str, Schedule | None] = ("", None)
+        self._facts, self._outlines = Recent(256), Recent(16)  # by what the model is called with, by what travels
+        self._newest: tuple[Outline | None, Schedule | None] = (None, None)
 
     def step(
         self,
@@ -90,60 +106,81 @@ class Pipeline:
         inputs: Callable[[int], Mapping[str, Any]],
         losses: Callable[[Tensor, int], Tensor],
         share: float,
+        outlines: Callable[[int], Mapping[str, Any]] | None = None,
     ) -> list[Tensor]:
         """Adds the gradient of the losses of `count` micro-batches, over `share`, to the gradients that are there.
 
-        inputs: number of a micro-batch -> arguments of the model by name. All of a step have the same shapes; those of
-            steps may differ. Every rank is asked for number 0, to compare shapes; the first stage for all.
+        inputs: number of a micro-batch -> arguments of the model by name. The first stage is asked for all; every rank
+            for number 0, unless there are outlines.
         losses: (output, number) -> losses, of any shape; their sum is what counts. The last stage is asked.
         share: this rank's part of the weight of the whole step, see `mm_parallel.forward_backward`.
+        outlines: number of a micro-batch -> the same arguments, of which shapes, dtypes and facts count: a tensor may
+            be on the meta device. Every rank is asked for all. None: all are as number 0.
+
+        Micro-batches of a step may differ in their arguments (patches, grids, segments). What crosses between stages
+        has the same shapes for all of them; those of steps may differ.
 
         Returns the losses, detached, on the rank of the last stage, elsewhere []. Raises ValueError where ranks were
-        given different shapes or counts, and for a count that the schedule cannot do.
+        given different shapes, facts or counts, and for a count that the schedule cannot do.
         """
         if count < 1:
             raise ValueError(f"a step of {count} micro-batches: at least 1 is needed")
-        first = self._signature.bind(**inputs(0))
-        shape = describe_call(first)
-        what = f"a step of {count} x ({shape})"
+        calls = [self._signature.bind(**(outlines or inputs)(number)) for number in range(count if outlines else 1)]
+        shapes = list(map(describe_call, calls))
+        alike = len(set(shapes)) == 1
+        what = f"a step of {count} x ({shapes[0]})" if alike else f"a step of ({'), ('.join(shapes)})"
         agree_on(what, _WHO, self.group, self.device)
+        facts = list(map(self._begin, calls))
+        crossing = list(map(describe_shapes, facts))
+        for number, found in enumerate(crossing):
+            if found != crossing[0]:
+                raise ValueError(
+                    f"micro-batch {number} would send {found} between stages, but the step began with {crossing[0]}: "
+                    "they must have the same shapes; pad the micro-batches of a step to one length"
+                )
 
         def batch(number: int) -> BoundArguments:
-            bound = self._signature.bind(**inputs(number)) if number else first
-            if (other := describe_call(bound)) != shape:
-                raise ValueError(f"micro-batch {number} is {other}, but the step began with {shape}")
+            bound = calls[0] if not (number or outlines) else self._signature.bind(**inputs(number))
+            if (other := describe_call(bound)) != (told := shapes[number if outlines else 0]):
+                known = f"was announced as {told}" if outlines else f"the step began with {told}"
+                raise ValueError(f"micro-batch {number} is {other}, but {known}")
             return bound
 
-        return self._schedule(what, count, first).step(batch, losses, share)
+        schedule = self._schedule(self._outline(calls[0], facts[0]), count)
+        return schedule.step(batch, facts if outlines else facts * count, losses, share)
 
-    def _schedule(self, what: str, count: int, first: BoundArguments) -> Schedule:
+    def _schedule(self, outline: Outline, count: int) -> Schedule:
         """The one of the step before, or a new one. Only one is kept, because it holds a receive buffer for each
         micro-batch; another takes milliseconds to make."""
-        if self._newest[0] != what:
+        known, schedule = self._newest
+        if schedule is None or schedule.count != count or known is not outline:
             check_count(count, self.ranks, len(self.mine), self.zero_bubble)
-            self._newest = ("", None)
-            outline = self._outline(first)
+            self._newest = (None, None)
             chunks = [Chunk(stage, self.model, outline, self.zero_bubble) for stage in self.mine]
             schedule = Schedule(chunks, outline, count, self.zero_bubble, self.memory.reshard, self.device, self.group)
-            self._newest = (what, schedule)
-        return self._newest[1]
+            self._newest = (outline, schedule)
+        return schedule
 
-    def _outline(self, call: BoundArguments) -> Outline:
-        shape = describe_call(call)
-        if shape not in self._outlines:
-            starts = [stage.layers.start for stage in self.stages]
-            self._outlines[shape] = trace(self.skeleton, starts, call)
-        return self._outlines[shape]
+    def _begin(self, call: BoundArguments) -> Any:
+        return self._facts.get(describe_call(call), lambda: begin(self.skeleton, self.plan, call))
+
+    def _outline(self, call: BoundArguments, facts: Any) -> Outline:
+        """Of a call, of whose stream these are the shapes: one for all that send the same."""
+        given = [name for name, value in call.arguments.items() if value is not None]
+        starts = [stage.layers.start for stage in self.stages]
+        return self._outlines.get(f"{given}: {describe_shapes(facts)}", lambda: trace(self.skeleton, starts, call))
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The model's output, on every rank of the pipeline; without gradients."""
         batch = self._signature.bind(*args, **kwargs)
         agree_on(f"a forward of {describe_call(batch)}", _WHO, self.group, self.device)
-        outline = self._outline(batch)
+        facts = self._begin(batch)
+        outline = self._outline(batch, facts)
         output = self._empty(outline.output)
         for stage in self.mine:
             chunk = Chunk(stage, self.model, outline, tracked=False)
+            chunk.facts = [facts]
             if stage.is_first:
                 chunk.inputs = lambda _: batch
                 tensors = [torch.zeros(1)]

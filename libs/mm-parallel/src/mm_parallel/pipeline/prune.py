@@ -28,7 +28,8 @@ def prune(model: nn.Module, last: Collection[str], companions: Mapping[str, int]
     for shared in owners.values():
         if len(shared) > 1:
             raise ValueError(
-                f"{' and '.join(shared.values())} share a weight, but not a pipeline stage: give each its own"
+                f"{' and '.join(shared.values())} share a weight, but not a pipeline stage: give each its own, or "
+                "leave pp_layers out (FSDP, tp and cp take a shared weight)"
             )
     for parent, key, name, owner in parts:
         part = getattr(parent, key)

@@ -58,14 +58,16 @@ class Schedule:
             entry, index = outline.entries[chunk.stage.index], chunk.stage.index
             following = outline.output if chunk.stage.is_last else tensors_of(outline.entries[index + 1])
             entering = numbers if entry is None else tensors_of(entry)
-            stages.append(PipelineStage(chunk, index, chunk.stage.count, device, entering, following, group=group))
+            stages.append(_Numbered(chunk, index, chunk.stage.count, device, entering, following, group=group))
         self.torch = _make(stages, count, zero_bubble, self._loss)
 
-    def step(self, inputs: Inputs, losses: Callable[[Tensor, int], Tensor], share: float) -> list[Tensor]:
+    def step(
+        self, inputs: Inputs, facts: Sequence[Any], losses: Callable[[Tensor, int], Tensor], share: float
+    ) -> list[Tensor]:
         """Forward and backward of all micro-batches; the losses, detached, on the rank of the last stage."""
         self.losses, self.share, self.found = losses, share, []
         for chunk in self.chunks:
-            chunk.inputs = inputs
+            chunk.inputs, chunk.facts = inputs, facts
         numbers = torch.arange(self.count)
         target: dict[str, Any] = {"target": numbers} if self.is_last else {}
         try:
@@ -79,12 +81,20 @@ class Schedule:
         finally:  # what the two hold, say a batch
             self.losses, self.found = None, []
             for chunk in self.chunks:
-                chunk.inputs = None
+                chunk.inputs, chunk.facts = None, ()
 
     def _loss(self, output: Tensor, number: Tensor) -> Tensor:
         losses = self.losses(output, int(number))
         self.found.append(losses.detach().clone())
         return losses.sum() / self.share
+
+
+class _Numbered(PipelineStage):
+    """Tells its chunk which micro-batch comes, as torch tells the stage alone."""
+
+    def forward_one_chunk(self, number: int, *args: Any, **named: Any) -> Any:
+        self.submod.number = number
+        return super().forward_one_chunk(number, *args, **named)
 
 
 def _make(stages: list[PipelineStage], count: int, zero_bubble: bool, loss: Callable) -> Any:

@@ -3,6 +3,7 @@
 from mm_parallel.testing.compare import assert_same_grads as assert_same_grads
 from mm_parallel.testing.compare import gradients as gradients
 from mm_parallel.testing.ladder import TinyLadder as TinyLadder
+from mm_parallel.testing.ladder import TinyTower as TinyTower
 from mm_parallel.testing.ladder import TwoLadders as TwoLadders
 from mm_parallel.testing.launch import End as End
 from mm_parallel.testing.launch import launch as launch

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from mm_parallel.attention import op
+from mm_parallel.attention import dispatch, op
 from mm_parallel.config import MemoryConfig, ParallelConfig
 from mm_parallel.context import set_seams, shard
 from mm_parallel.context.shard import even, spans, take
@@ -134,9 +134,12 @@ class Exact:
         return self._run(head, streams, True)[1][0]
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, mask: Tensor | None = None) -> Tensor:
+        op.check(q, k, v, sequence.causal)
+        op.check_mask(mask, q, sequence.tokens, sequence.causal, sequence.segments)
         if sequence.segments is not None:
-            raise ValueError("exact mode takes one sample, and no packed ones: leave exact out, or do not pack")
-        op.check_mask(mask, q, sequence.tokens, sequence.causal)
+            op.check_segments(sequence.segments, sequence.tokens)
+        if q.shape[HEADS] != k.shape[HEADS]:  # each chunk sums over the heads that share one, in one order
+            k, v = (x.repeat_interleave(q.shape[HEADS] // x.shape[HEADS], HEADS) for x in (k, v))
         return self.rendezvous.meet((q, k, v), partial(self._attend, sequence, mask))
 
     def gather(self, x: Tensor, sequence: Sequence) -> Tensor:
@@ -162,14 +165,14 @@ class Exact:
         self, sequence: Sequence, mask: Tensor | None, sent: list[tuple[Tensor, ...]]
     ) -> tuple[list[Tensor], Callable]:
         first = sent[0][0]
-        chunks, heads = even(sequence.tokens, CHUNKS), even(first.shape[HEADS], self.ranks)
+        chunks, heads = even(sequence.tokens, CHUNKS), spans(even(first.shape[HEADS], self.ranks))
         of_ranks = [sum(chunks[rank * self.own : (rank + 1) * self.own]) for rank in range(self.ranks)]
 
         def to_heads(parts: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
             """By chunk, its tokens of some tensors -> by head of this rank, all tokens of these tensors."""
             xs = [torch.cat(x, TOKENS) for x in zip(*parts, strict=True)]
             if self.group:
-                xs = move(xs, HEADS, heads, TOKENS, of_ranks, self.group)
+                xs = move(xs, HEADS, [heads] * len(xs), TOKENS, [of_ranks] * len(xs), self.group)
             # in memory of its own: for other strides a kernel may go another way
             return list(zip(*([x.contiguous() for x in whole.split(1, HEADS)] for whole in xs), strict=True))
 
@@ -177,19 +180,20 @@ class Exact:
             """The way back."""
             xs = [torch.cat(x, HEADS) for x in zip(*parts, strict=True)]
             if self.group:
-                xs = move(xs, TOKENS, of_ranks, HEADS, heads, self.group)
+                sizes = [stop - start for start, stop in heads]
+                xs = move(xs, TOKENS, [spans(of_ranks)] * len(xs), HEADS, [sizes] * len(xs), self.group)
             return list(
                 zip(*([x.contiguous() for x in own.split(self.mine(chunks), TOKENS)] for own in xs), strict=True)
             )
 
-        rest = op.scale_of(first), sequence.causal, op.backend_of(first, None), mask
+        rest = op.scale_of(first), sequence.causal, op.backend_of(first, None), mask, op.parting(sequence.segments)
         qkv = to_heads(sent)
-        results = [op.forward(*head, *rest) for head in qkv]
+        results = [dispatch.forward(*head, *rest) for head in qkv]
 
         def back(grads: list[Tensor]) -> list[tuple[Tensor, ...]]:
             douts = to_heads([(grad,) for grad in grads])
             triples = zip(douts, qkv, results, strict=True)
-            return to_chunks([op.backward(dout, *head, *result, *rest) for (dout,), head, result in triples])
+            return to_chunks([dispatch.backward(dout, *head, *result, *rest) for (dout,), head, result in triples])
 
         return [out for (out,) in to_chunks([(out,) for out, _ in results])], back
 
