@@ -167,10 +167,11 @@ class ConversationDataset:
         too_long = [(index, error) for index, error in refused if error.reason == "too_long"]
         if too_long and self.limits.too_long == "refuse":
             first = "; ".join(f"{self.conversations.ids[index]} {error.text}" for index, error in too_long[:3])
+            are = "conversations are" if len(too_long) > 1 else "conversation is"
             more = f", and {len(too_long) - 3:,} more" if len(too_long) > 3 else ""
             raise ValueError(
-                f"{len(too_long):,} conversations are too long: {first}{more}. Raise max_tokens or max_patches, or "
-                "choose too_long: drop, drop_turns or shrink"
+                f"{len(too_long):,} {are} too long: {first}{more}. Raise max_tokens or max_patches, or choose "
+                "too_long: drop, drop_turns or shrink"
             )
 
     def _length(self, packs: Sequence[Sequence[int]], sizes: Sequence) -> int | None:
