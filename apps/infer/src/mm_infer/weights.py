@@ -117,7 +117,7 @@ class Transformer:
         self.lora = None if lora is None else open_lora(lora, alpha=alpha, expert=expert)
         self.family = family_of_weights(self.checkpoint.family)
         self.family.need_video(f"give `python -m mm_infer.chat --weights {path} --prompt …`")
-        self.config = _config(path, self.family, self.checkpoint, model)
+        self.config = read_architecture(path, self.family, self.checkpoint, model)
         for note in self.checkpoint.notes:
             print(one_line(f"{path}: {note}"), file=sys.stderr)
         if self.lora is not None:
@@ -184,7 +184,7 @@ def _experts(
     return (high, low), boundary or pair.boundary
 
 
-def _config(path: Path, family: Family, checkpoint: Checkpoint, model: str | None) -> Any:
+def read_architecture(path: Path, family: Family, checkpoint: Checkpoint, model: str | None) -> Any:
     """The architecture that the files say, or that of the preset if they do not contradict it."""
     check_fields(family.config, {n: v for n, v in checkpoint.said.items() if v is not None}, f"{checkpoint.said_in}: ")
     known = {field.name for field in fields(family.config)}

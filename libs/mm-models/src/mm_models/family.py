@@ -156,6 +156,10 @@ class Chat:
     """(hub folder, `mm_data.chat_options.ChatOptions`, config) -> `mm_models.processors.Processing`: what makes tokens,
     labels and pixels of a conversation, and text of an answer.
     """
+    generator: Callable[..., Any]
+    """(config, tensors by our names, device, dtype) -> generator(prompt, *, max_new_tokens, stop_ids, banned_ids,
+    temperature, seed) -> the tokens of an answer: what `mm_infer.chat` answers with. `prompt` is what a processing makes.
+    """
     files: tuple[str, ...]
     """Of a hub folder, the names of the files of processor, tokenizer and template: they go with the weights."""
 
@@ -218,6 +222,12 @@ class Family:
     def task(self, config: Any, name: str) -> Task | None:
         """One of its tasks by name."""
         return next((task for task in self.tasks(config) if task.name == name), None)
+
+    def need_chat(self, instead: str) -> Chat:
+        """What it has of conversations. ValueError for a family that has none; `instead`: the command to give."""
+        if self.chat is None:
+            raise ValueError(f"weights of {self.name} make videos and answer no question: {instead}")
+        return self.chat
 
     def need_video(self, instead: str) -> Video:
         """What it has of videos. ValueError for a family that makes none; `instead`: the command to give."""

@@ -121,6 +121,8 @@ class Processing(Protocol):
     identity: str
     stop_ids: tuple[int, ...]
     """Tokens that end an answer."""
+    banned_ids: tuple[int, ...]
+    """Tokens that no answer has: those that stand for a picture or a video."""
 
     def measure(self, conversation: Conversation) -> Size: ...
 
@@ -132,6 +134,10 @@ class Processing(Protocol):
 
     def read_answer(self, ids: Sequence[int]) -> str:
         """The text of an answer, up to a stop token."""
+        ...
+
+    def read_reference(self, conversation: Conversation) -> str | None:
+        """The last answer of a conversation as the model should say it; None where it ends with a question."""
         ...
 
     def scale_back(self, answer: str, conversation: Conversation) -> str:
@@ -154,7 +160,7 @@ def load(folder: Path | str, options: Any) -> Processing:
     said = read_json(Path(folder), "config.json").get("model_type")
     for family in FAMILIES:
         if family.chat is not None and family.name == said:
-            return family.chat.processing(None, Path(folder), options)
+            return family.chat.processing(Path(folder), options)
     there = ", ".join(family.name for family in FAMILIES if family.chat is not None)
     raise ValueError(f"{folder}/config.json: model_type is {said!r}, which answers nothing here; there are {there}")
 

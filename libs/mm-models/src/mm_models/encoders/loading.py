@@ -74,7 +74,7 @@ def readable(folder: Path, what: str) -> Iterator[None]:
     """transformers and diffusers in this block: silent, and whatever they raise of a folder is a ValueError of one
     line that names it.
     """
-    with _quiet():
+    with quiet():
         try:
             yield
         except (MemoryError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit):
@@ -88,7 +88,7 @@ def readable(folder: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without their warnings, as what they warn of is refused here, and without bars where stderr is a file."""
     from transformers.utils import logging as bars
 

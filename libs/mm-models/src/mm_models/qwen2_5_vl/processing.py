@@ -70,6 +70,7 @@ class Qwen25VLProcessing:
         self._vision = tokens["vision_start"], tokens["vision_end"]
         self._pads = {"image": tokens["image_pad"], "video": tokens["video_pad"]}
         self.stop_ids = (tokens["im_end"], tokens["endoftext"])
+        self.banned_ids = tuple(self._pads.values())
         self._check(folder)
         self._ways = {kind: self._way(kind) for kind in ("image", "video")}
         self._newline = self._spell("\n")
@@ -97,9 +98,7 @@ class Qwen25VLProcessing:
 
     def prompt(self, conversation: Conversation) -> Encoded:
         """All up to where the last answer begins, whether it is there or not; no label."""
-        turns = list(self._turns(conversation))
-        if turns and turns[-1].role == "assistant":
-            turns.pop()
+        turns, _ = self._part(conversation)
         # Media of the answer are not asked for.
         asked = sum(_is_media(part) for turn in turns for part in turn.parts)
         seen = [self._look(media) for media in conversation.media[:asked]]
@@ -111,6 +110,17 @@ class Qwen25VLProcessing:
         """The text up to the first token that ends an answer."""
         stop = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
         return self.tokenizer.decode(list(ids[:stop]), skip_special_tokens=True)
+
+    def read_reference(self, conversation: Conversation) -> str | None:
+        """The last answer of a conversation as the model should say it; None where it ends with a question."""
+        _, answer = self._part(conversation)
+        if answer is None:
+            return None
+        boxed = any(not isinstance(part, str) for part in answer.parts)
+        seen = [self._look(media) for media in conversation.media] if boxed else []
+        own = sum(map(_is_media, answer.parts))
+        content = self._content("", answer, iter(seen[len(seen) - own :]), seen)
+        return self.read_answer([token for token, is_vision in content if not is_vision])
 
     def scale_back(self, answer: str, conversation: Conversation) -> str:
         """An answer in which every list of two or four whole numbers was scaled to the picture as it is.
@@ -155,6 +165,13 @@ class Qwen25VLProcessing:
         return pieces
 
     # --- tokens
+
+    def _part(self, conversation: Conversation) -> tuple[Sequence[Turn], Turn | None]:
+        """What is asked, and the last answer where there is one."""
+        turns = self._turns(conversation)
+        if turns and turns[-1].role == "assistant":
+            return turns[:-1], turns[-1]
+        return turns, None
 
     def _turns(self, conversation: Conversation) -> Sequence[Turn]:
         """With the usual system prompt where there is none."""
@@ -318,11 +335,6 @@ class Qwen25VLProcessing:
         config = {name: getattr(self.config, name) for name in facts}
         decoders = f"Pillow {version('pillow')} PyAV {version('av')}"
         return f"qwen2_5_vl {VERSION} {tokenizer} {self.images} {config} {asdict(self.options)} {decoders}"
-
-
-def make_processing(config: Qwen25VLConfig | None, folder: Path | str, options: Any) -> Qwen25VLProcessing:
-    """The same, as the family's record has it."""
-    return Qwen25VLProcessing(folder, options, config)
 
 
 class _System(NamedTuple):

@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from mm_models.qwen2_5_vl.config import Qwen25VLConfig
+from mm_models.qwen2_5_vl.config import Qwen25VLConfig
+from mm_models.qwen2_5_vl.hub import write_config
+from mm_models.qwen2_5_vl.presets import PRESETS
 
 # In the order of their ids on the hub. Those that are no special tokens may stand in anybody's text.
 SPECIAL = (
@@ -21,6 +22,14 @@ ADDED = (
     *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
     *("<|repo_name|>", "<|file_sep|>"),
 )
+_TOKENS = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "vision_start_token": "<|vision_start|>",
+    "vision_end_token": "<|vision_end|>",
+    "bos_token": "<|endoftext|>",
+    "eos_token": "<|im_end|>",
+}
 # How a text is split before its bytes are merged, a fact about the released tokenizer.
 SPLIT = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""  # noqa: E501
 TEMPLATE = """\
@@ -52,6 +61,13 @@ TEXTS = (
 )
 
 
+def tiny_config(merges: int = 0, **fields: Any) -> Qwen25VLConfig:
+    """The tiny preset with other fields, and with room for a tokenizer that has learned so many merges."""
+    config = PRESETS["qwen2.5-vl-tiny"].config
+    moved = {name: getattr(config, name) + merges for name in _TOKENS}
+    return replace(config, vocab_size=config.vocab_size + merges, **moved | fields)
+
+
 def write_hub_folder(
     path: Path | str,
     config: Qwen25VLConfig | None = None,
@@ -64,39 +80,31 @@ def write_hub_folder(
 
     Args:
         path: the folder; made where it is missing.
-        config: the sizes, by default those of the tiny preset. Its token ids are replaced by those of the tokenizer.
+        config: the sizes, by default those of the tiny preset. Its special tokens follow 256 bytes and the merges of
+            the tokenizer, so its `bos_token` says how many merges there are; see `tiny_config`.
         seed: of the weights.
-        texts: what the tokenizer learns its merges from: as many as fit into the vocabulary, at most 256.
+        texts: what the tokenizer learns its merges from.
         weights: whether to write model.safetensors, which takes transformers seconds.
-    """
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    if config is None:
-        from mm_models.qwen2_5_vl.presets import PRESETS
 
-        config = PRESETS["qwen2.5-vl-tiny"].config
-    tokenizer = _tokenizer(config.vocab_size, texts)
+    ValueError where the texts have fewer merges in them.
+    """
+    path, config = Path(path), config or tiny_config()
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(config.bos_token - 256, texts)
+    wrong = [name for name, token in _TOKENS.items() if getattr(config, name) != tokenizer.token_to_id(token)]
+    assert not wrong, f"{wrong} are not in the order of the released tokens behind {config.bos_token}: see tiny_config"
     _write_tokenizer(path, tokenizer)
-    named = {
-        "image_token": "<|image_pad|>",
-        "video_token": "<|video_pad|>",
-        "vision_start_token": "<|vision_start|>",
-        "vision_end_token": "<|vision_end|>",
-        "bos_token": "<|endoftext|>",
-        "eos_token": "<|im_end|>",
-    }
-    config = replace(config, **{field: tokenizer.token_to_id(token) for field, token in named.items()})
-    pad = tokenizer.token_to_id("<|endoftext|>")
-    generation = {"bos_token_id": pad, "pad_token_id": pad, "eos_token_id": [config.eos_token, pad]}
-    _write(path / "generation_config.json", {**generation, "do_sample": True, "temperature": 1e-6})
+    generation = {"bos_token_id": config.bos_token, "pad_token_id": config.bos_token, "do_sample": True}
+    generation |= {"eos_token_id": [config.eos_token, config.bos_token], "temperature": 1e-6}
+    _write(path / "generation_config.json", generation)
     _write(path / "preprocessor_config.json", _preprocessor(config))
     if weights:
-        _write_weights(path, _hub_config(config), seed)
-    _write(path / "config.json", _hub_config(config))
+        _write_weights(path, config, seed)
+    _write(path / "config.json", write_config(config))
     return path
 
 
-def _tokenizer(vocab_size: int, texts: Iterable[str]):
+def _tokenizer(merges: int, texts: Iterable[str]):
     """Byte-level BPE: 256 bytes, merges, and the special tokens behind them."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -105,12 +113,11 @@ def _tokenizer(vocab_size: int, texts: Iterable[str]):
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    free = vocab_size - len(SPECIAL) - len(ADDED)
-    if free < 256:
-        raise ValueError(f"a vocabulary of {vocab_size} has no room for 256 bytes and {vocab_size - free} added tokens")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=min(free, 512), initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=256 + merges, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(list(texts), trainer)
+    if (found := tokenizer.get_vocab_size() - 256) < merges:
+        raise ValueError(f"the texts have only {found} merges in them, and {merges} are wanted: give more texts")
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ADDED])
     return tokenizer
@@ -159,59 +166,12 @@ def _preprocessor(config: Qwen25VLConfig) -> dict[str, Any]:
     }
 
 
-def _hub_config(config: Qwen25VLConfig) -> dict[str, Any]:
-    """The spelling of the released files, which transformers 4 and 5 read."""
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "attention_dropout": 0.0,
-        "bos_token_id": config.bos_token,
-        "eos_token_id": config.eos_token,
-        "image_token_id": config.image_token,
-        "video_token_id": config.video_token,
-        "vision_start_token_id": config.vision_start_token,
-        "vision_end_token_id": config.vision_end_token,
-        "hidden_act": "silu",
-        "hidden_size": config.dim,
-        "initializer_range": 0.02,
-        "intermediate_size": config.ffn_dim,
-        "max_position_embeddings": config.max_positions,
-        "num_attention_heads": config.num_heads,
-        "num_hidden_layers": config.num_layers,
-        "num_key_value_heads": config.num_kv_heads,
-        "rms_norm_eps": config.eps,
-        "rope_scaling": {"type": "mrope", "mrope_section": list(config.mrope_section)},
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tied,
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vision_config": {
-            "depth": config.vision_layers,
-            "fullatt_block_indexes": list(config.full_attention_layers),
-            "hidden_act": "silu",
-            "hidden_size": config.vision_dim,
-            "in_chans": config.channels,
-            "intermediate_size": config.vision_ffn_dim,
-            "model_type": "qwen2_5_vl",
-            "num_heads": config.vision_heads,
-            "out_hidden_size": config.dim,
-            "patch_size": config.patch_size,
-            "spatial_merge_size": config.spatial_merge_size,
-            "spatial_patch_size": config.patch_size,
-            "temporal_patch_size": config.temporal_patch_size,
-            "tokens_per_second": config.tokens_per_second,
-            "window_size": config.window_size,
-        },
-        "vocab_size": config.vocab_size,
-    }
-
-
-def _write_weights(path: Path, config: dict[str, Any], seed: int) -> None:
+def _write_weights(path: Path, config: Qwen25VLConfig, seed: int) -> None:
     """model.safetensors with the names of the hub, made and saved by transformers."""
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**write_config(config)))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():  # no parameter at a trivial value, and matrices that keep the size of a signal
         for name, parameter in model.named_parameters():

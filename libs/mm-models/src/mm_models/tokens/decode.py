@@ -31,6 +31,7 @@ def greedy(
     max_new_tokens: int,
     stop_ids: Collection[int],
     device: torch.device | str = "cpu",
+    banned_ids: Collection[int] = (),
 ) -> list[list[int]]:
     """The answers to `prompts`, each without the stop token that ended it.
 
@@ -42,6 +43,7 @@ def greedy(
         max_new_tokens: the most tokens of an answer.
         stop_ids: tokens that end an answer.
         device: where the model computes.
+        banned_ids: tokens that no answer has, such as those that stand for an image.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     open_ = list(range(len(prompts)))
@@ -57,7 +59,9 @@ def greedy(
             grid_thw=torch.cat([prompts[i].grid_thw for i in open_]),
             sequence=Tokens(bounds[-1], causal=True, segments=tuple(bounds) if len(bounds) > 2 else None),
         )
-        chosen = logits[0, [stop - 1 for stop in bounds[1:]]].argmax(-1).tolist()
+        last = logits[0, [stop - 1 for stop in bounds[1:]]]
+        last[:, list(banned_ids)] = float("-inf")
+        chosen = last.argmax(-1).tolist()
         for i, token in zip(open_, chosen, strict=True):
             if token not in stop_ids:
                 answers[i].append(token)

@@ -1,0 +1,260 @@
+"""python -m mm_infer.chat --weights W --image a.png --prompt "What is in this picture?" """
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from mm_convert.cli.arguments import parse
+from mm_convert.cli.terminal import escaped_output, one_line
+from mm_data.chat_options import ChatOptions
+from mm_data.conversations import Conversation, Ledger, Media, Source, Turn, Unusable, read_conversations
+from mm_data.files import shorten
+from mm_infer.answer import Answerer, Model
+
+HELP = "/image PATH and /video PATH go with the next question; /new begins anew; /quit ends"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Ask a model about images and videos: once (--prompt), a file of questions (--questions), or in a conversation."""
+
+    weights: Path
+    "folder of the hub, or of ours, a run of mm_train, or any other form that mm-convert reads"
+    processor: Path | None = None
+    "folder of the hub with tokenizer and image processor; by default the weights, if they lie beside them"
+    model: str | None = None
+    "preset; only needed where the weights do not say what they are"
+    lora: Path | None = None
+    "LoRA that is added to the weights: a file or folder, of any format that mm-convert reads"
+    lora_alpha: Annotated[float, "!= 0"] | None = None
+    "alpha of the LoRA, where its files do not say it"
+    prompt: str | None = None
+    "question; <image> and <video> in it say where they stand, without them they stand before it"
+    image: Path | list[Path] | None = None
+    'image of the question, or several: ["a.png", "b.png"]'
+    video: Path | list[Path] | None = None
+    "video of the question, or several"
+    system: str | None = None
+    "system prompt; by default the model's own, an empty text: none"
+    questions: Path | None = None
+    "file of conversations, in any form that is trained on; the last question of each is asked"
+    media: Path | None = None
+    "folder of the images and videos of --questions"
+    output: Path = Path("answers.jsonl")
+    "of --questions: an object with id, question, answer, reference and exact on each line"
+    overwrite: bool = False
+    "replace an output that is there"
+    max_new_tokens: Annotated[int, ">= 1", "<= 1000000"] = 512
+    "most tokens of an answer"
+    temperature: Annotated[float, ">= 0", "<= 100"] = 0.0
+    "0 takes the likeliest token each time; above, tokens are drawn"
+    seed: Annotated[int, ">= 0", "<= 9223372036854775807"] = 0
+    "of drawn tokens"
+    boxes: Literal["model", "original"] = "model"
+    "boxes of an answer in pixels of the image as the model sees it, or of the image as it is"
+    device: str | None = None
+    "as cpu, cuda:1, npu:0; by default the accelerator"
+    dtype: Literal["bfloat16", "float32"] | None = None
+    "by default bfloat16 on an accelerator, float32 on a CPU"
+    chat: ChatOptions = field(default_factory=ChatOptions)
+
+    def __post_init__(self) -> None:
+        if self.prompt is not None and self.questions is not None:
+            raise ValueError("--prompt is one question, --questions a file of them: leave one out")
+        if self.prompt is None and (self.image or self.video):
+            raise ValueError("--image and --video are of a --prompt: give it; in a conversation, /image PATH adds one")
+        if self.questions is None and self.media is not None:
+            raise ValueError("--media is the folder of --questions: give them")
+
+    @property
+    def options(self) -> ChatOptions:
+        """With the system prompt of the flag."""
+        return self.chat if self.system is None else replace(self.chat, system=self.system)
+
+
+@escaped_output()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exit code 2 for a command that cannot work, found before a tensor is read; 130 after Ctrl-C."""
+    try:
+        config = parse(Config, argv, prog="mm_infer.chat")
+        with _exit_code(2, ValueError, OSError):
+            model = Model(
+                config.weights,
+                config.processor,
+                model=config.model,
+                lora=config.lora,
+                lora_alpha=config.lora_alpha,
+            )
+            asked = None if config.prompt is None else make_question(config)
+            questions = None if config.questions is None else _open_questions(config)
+        with _exit_code(2, ValueError), _exit_code(1, OSError, MemoryError):
+            ask = _Asking(config, _load(config, model))
+            if asked is not None:
+                print(ask(asked).text)
+            elif questions is not None:
+                ask.all(questions)
+            else:
+                ask.in_turn()
+    except KeyboardInterrupt:
+        print("mm_infer.chat: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def make_question(config: Config) -> Conversation:
+    """The prompt with its images and videos. ValueError for one that cannot be read, and for marks <image> and <video>
+    that are not as many as there are of them.
+    """
+    given = {kind: [str(path) for path in _paths(getattr(config, kind))] for kind in ("image", "video")}
+    media = {kind: [_checked(Media(kind, path)) for path in paths] for kind, paths in given.items()}
+    marks = {kind: config.prompt.count(f"<{kind}>") if media[kind] else 0 for kind in media}
+    for kind, count in marks.items():
+        if count not in (0, len(media[kind])):
+            raise ValueError(
+                f"the prompt has {count} marks <{kind}>, but {len(media[kind])} are given (--{kind}): mark the place "
+                "of each, or of none"
+            )
+    before = [one for kind in media for one in media[kind] if not marks[kind]]
+    marked = [kind for kind, count in marks.items() if count]
+    texts = re.split(f"<({'|'.join(marked)})>", config.prompt) if marked else [config.prompt]
+    placed = {kind: iter(media[kind]) for kind in marked}
+    parts = [next(placed[text]) if i % 2 else text for i, text in enumerate(texts)]
+    return Conversation("prompt", (Turn("user", tuple(part for part in [*before, *parts] if part)),))
+
+
+def _checked(one: Media) -> Media:
+    """The same. Raises Unusable where its header cannot be read."""
+    one.read_size() if one.kind == "image" else one.probe()
+    return one
+
+
+def _paths(given: Path | list[Path] | None) -> list[Path]:
+    return [] if given is None else [given] if isinstance(given, Path) else given
+
+
+def _open_questions(config: Config):
+    if config.output.exists() and not config.overwrite:
+        raise ValueError(f"output {config.output} is there already: give --overwrite true, or another --output")
+    return read_conversations([Source(config.questions)], config.media, answered=False)
+
+
+def _load(config: Config, model: Model) -> Answerer:
+    import torch  # only now that the command makes sense
+
+    try:
+        device = None if config.device is None else torch.device(config.device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    return Answerer(model, config.options, device, dtype)
+
+
+class _Asking:
+    """A model, and how it is asked."""
+
+    def __init__(self, config: Config, answerer: Answerer) -> None:
+        self.config, self.answerer = config, answerer
+
+    def __call__(self, conversation: Conversation):
+        config = self.config
+        return self.answerer(
+            conversation,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=config.seed,
+            original_boxes=config.boxes == "original",
+        )
+
+    def all(self, questions: Sequence[Conversation]) -> None:
+        """A line for each as soon as it is answered; what cannot be asked is named in failures.jsonl beside them."""
+        ledger, asked, right = Ledger(), 0, []
+        self.config.output.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.config.output, "w", encoding="utf-8") as file:
+            for number, id in enumerate(questions.ids):
+                try:
+                    conversation = questions[number]
+                    answer = self(conversation)
+                except Unusable as error:
+                    ledger.add(id, error)
+                    continue
+                row = {"id": id, "question": _text(conversation), "answer": answer.text}
+                if answer.reference is not None:
+                    row |= {"reference": answer.reference, "exact": answer.exact}
+                    right.append(answer.exact)
+                asked += 1
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+        print(f"{asked} answers, {self.config.output}")
+        if right:
+            print(f"{sum(right)} of {len(right)} ({sum(right) / len(right):.1%}) are exactly the reference")
+        if len(ledger):
+            failures = self.config.output.with_name("failures.jsonl")
+            ledger.write(failures)
+            print(f"{len(ledger)} could not be asked, {failures}:\n{ledger}", file=sys.stderr)
+        if not asked:
+            raise ValueError(f"{self.config.questions}: not one question could be asked")
+
+    def in_turn(self) -> None:
+        """Questions and answers on the terminal, each with all before it."""
+        print(HELP)
+        turns: list[Turn] = []
+        media: list[Media] = []
+        for line in _lines():
+            word, _, path = line.partition(" ")
+            if word == "/quit":
+                return
+            if word == "/new":
+                turns, media = [], []
+            elif word in ("/image", "/video") and path.strip():
+                try:
+                    media = [*media, _checked(Media(word[1:], path.strip()))]
+                except Unusable as error:
+                    print(error)
+            elif word.startswith("/"):
+                print(f"{shorten(word)} is no command: {HELP}")
+            elif line:
+                asked = [*turns, Turn("user", (*media, line))]
+                try:
+                    answer = self(Conversation("chat", tuple(asked)))
+                except Unusable as error:
+                    print(error)
+                    media = []
+                    continue
+                print(answer.text)
+                said = (answer.text,) if answer.text else ()
+                turns, media = [*asked, Turn("assistant", said)], []
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, line by line, until it ends."""
+    while True:
+        try:
+            yield input("> ").strip()
+        except EOFError:
+            return
+
+
+def _text(conversation: Conversation) -> str:
+    """The last question, with marks where images and videos stand."""
+    asked = next((turn for turn in reversed(conversation.turns) if turn.role == "user"), conversation.turns[-1])
+    return "".join(part if isinstance(part, str) else f"<{getattr(part, 'kind', 'box')}>" for part in asked.parts)
+
+
+@contextmanager
+def _exit_code(code: int, *errors: type[Exception]) -> Iterator[None]:
+    """Ends the program with this code and one line for errors that are not a mistake of ours."""
+    try:
+        yield
+    except errors as error:
+        print(f"mm_infer.chat: error: {one_line(error)}", file=sys.stderr)
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
