@@ -24,7 +24,7 @@ COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> Path:
-    return write_hub_folder(tmp_path_factory.mktemp("hub"))
+    return write_hub_folder(tmp_path_factory.mktemp("hub"), texts=())  # tokens are bytes, as in the preset
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,16 @@
 """Pictures of every kind come upright as RGB, or are refused by name."""
 
 import os
+import struct
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from mm_data import area_size, crop_to, is_picture, pad_to, read_image, read_mask
+from mm_data.images import read_size
 
 # H W 3: red, green over blue, black; not square, so that turns and mirrors show
 CORNERS = np.zeros((20, 30, 3), np.uint8)
@@ -40,6 +42,31 @@ def test_pictures_stand_as_exif_says(tmp_path, orientation):
         image = read_image(path)
         assert image.shape == (20, 30, 3)
         assert np.abs(image.astype(int) - CORNERS).mean() < 8
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 6])
+@pytest.mark.parametrize("place", ["before", "behind"])
+@pytest.mark.parametrize("name", [b"eXIf", b"iTXt"])
+def test_the_size_of_a_png_is_that_of_the_upright_picture(tmp_path, monkeypatch, orientation, place, name):
+    """Wherever it says how it is turned; pixels are decoded only where something stands behind them."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation or 1
+    xmp = f'<x:xmpmeta tiff:Orientation="{orientation}"/>'.encode()
+    data = exif.tobytes()[6:] if name == b"eXIf" else b"XML:com.adobe.xmp\0\0\0\0\0" + xmp
+    plain = saved(tmp_path / "a.png", Image.fromarray(CORNERS)).read_bytes()
+    cut = plain.index(b"IDAT") - 4 if place == "before" else plain.index(b"IEND") - 4
+    path = tmp_path / "b.png"
+    path.write_bytes(plain if orientation is None else plain[:cut] + chunk(name, data) + plain[cut:])
+    assert read_size(path) == read_image(path).shape[:2] == ((30, 20) if orientation == 6 else (20, 30))
+    decoded = []
+    load = PngImagePlugin.PngImageFile.load
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: decoded.append(1) or load(self))
+    read_size(path)
+    assert bool(decoded) == (orientation is not None and place == "behind")
 
 
 def test_other_kinds_of_pixels(tmp_path):

@@ -56,7 +56,7 @@ def test_whatever_the_limit_pictures_stay_whole(pictures, pairs, system, max_tok
     if too_long == "drop_turns":
         most_done = replace(conversation, turns=(*conversation.turns[: int(system)], *conversation.turns[-2:]))
     elif too_long == "shrink":
-        most_done = replace(conversation, turns=cap(conversation.turns, 1024))
+        most_done = replace(conversation, turns=cap(conversation.turns, 64))
     else:
         most_done = conversation
     if not limits.hold(PROCESSING.measure(most_done)):  # nothing that is allowed will do
@@ -80,7 +80,7 @@ def test_whatever_the_limit_pictures_stay_whole(pictures, pairs, system, max_tok
     else:
         assert [cap(turn.parts, 1) for turn in fitted.turns] == [cap(turn.parts, 1) for turn in conversation.turns]
         (pixels,) = {media.max_pixels for media in fitted.media}
-        assert not limits.hold(PROCESSING.measure(replace(conversation, turns=cap(conversation.turns, pixels + 1024))))
+        assert not limits.hold(PROCESSING.measure(replace(conversation, turns=cap(conversation.turns, pixels + 64))))
 
 
 def cap(parts, pixels):

@@ -95,6 +95,53 @@ def test_dropped_buckets_leave_the_stream_of_the_others_distinct_far_away(extra,
         assert picks == Order(keys([global_batch + extra % global_batch, 40, 1]), global_batch, seed, "drop").step(s)
 
 
+weighted = st.lists(st.tuples(st.integers(1, 12), st.sampled_from([0.5, 1.0, 1.3, 2.0, 3.7])), min_size=1, max_size=4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(weighted, st.integers(1, 9), st.integers(0, 3), st.integers(0, 50))
+def test_weights_are_exact_in_closed_form(sets, global_batch, seed, far):
+    """A set of n has round(n w) places in every epoch, and goes through all its samples before one comes again."""
+    sets = [(n, w) for n, w in sets if round(n * w)]
+    if not sets:
+        return
+    numbers = [number for number, (n, _) in enumerate(sets) for _ in range(n)]
+    make = partial(Order, [0] * len(numbers), global_batch, seed, sets=sets)
+    epoch = sum(round(n * w) for n, w in sets)
+    order = make()
+    steps = [order.step(s) for s in range(order.batches_before(global_batch))]  # so many epochs
+    seen = Counter(pick for step in steps for pick in step)
+    for number, (n, w) in enumerate(sets):
+        own = Counter({pick: count for pick, count in seen.items() if numbers[pick.index] == number})
+        shown = round(n * w) * global_batch
+        first = next(i for i, one in enumerate(numbers) if one == number)
+        whole = {(first + i, e) for i in range(n) for e in range(shown // n)}
+        assert own.total() == shown
+        assert set(own.values()) <= {1}
+        assert whole <= set(own)
+        assert all(e == shown // n for i, e in set(own) - whole)
+    assert sum(map(len, steps)) == epoch * global_batch
+    assert make().step(far) == order.step(far)
+
+
+def test_sets_of_weight_one_are_no_sets():
+    plain, sets = Order([0] * 30, 4, 1), Order([0] * 30, 4, 1, sets=[(10, 1.0), (20, 1.0)])
+    assert [plain.step(s) for s in range(20)] == [sets.step(s) for s in range(20)]
+
+
+def test_weights_over_buckets():
+    """Each bucket is a mixture of its own; a set may have samples in all."""
+    order = Order(["a", "b"] * 10, 2, 0, sets=[(8, 2.0), (12, 1.0)])
+    steps = [order.step(s) for s in range(order.batches_before(1))]
+    seen = Counter(pick.index for step in steps for pick in step)
+    assert seen == Counter({i: 2 if i < 8 else 1 for i in range(20)})
+
+
+def test_a_weight_with_which_nothing_is_shown_is_refused():
+    with pytest.raises(ValueError, match=r"a weight of 0.01 for a set of 10 samples.* of more than 0.05"):
+        Order([0] * 30, 4, 0, sets=[(20, 1.0), (10, 0.01)])
+
+
 @settings(max_examples=60, deadline=None)
 @given(sizes, st.integers(1, 12))
 def test_small_buckets_are_described_with_their_numbers(sizes, global_batch):

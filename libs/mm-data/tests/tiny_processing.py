@@ -144,7 +144,7 @@ def make_set(folder: Path, count: int, weights=((None, 1.0),)) -> Listed:
         for turn in range(int(draw.integers(1, 4))):
             parts = []
             for picture in range(int(draw.choice([0, 1, 2], p=[0.5, 0.4, 0.1]))):
-                height, width = draw.integers(8, 40, 2)
+                height, width = draw.integers(8, 30, 2)
                 path = save_png(folder / f"{number}-{turn}-{picture}.png", int(height), int(width), number)
                 parts.append(Media("image", path))
             turns.append(Turn("user", (*parts, "q" * int(draw.integers(1, 60)))))

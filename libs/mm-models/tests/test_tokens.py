@@ -172,9 +172,11 @@ def conversation(length, share, seed):
 CONVERSATIONS = [conversation(6, 0.8, 0), conversation(9, 0.2, 1), conversation(4, 0.0, 2), conversation(13, 0.9, 3)]
 
 
-def pack(*conversations):
-    """As a data set packs them."""
+def pack(*conversations, padding=0):
+    """As a data set packs them; behind them may be padding, which is no conversation."""
     bounds = torch.tensor([0, *(len(ids) for ids, _ in conversations)]).cumsum(0)
+    if padding:
+        conversations = (*conversations, (torch.full((padding,), 5), torch.full((padding,), IGNORED)))
     places = [torch.arange(len(ids)).expand(3, -1) for ids, _ in conversations]
     empty = torch.zeros(0, dtype=torch.long)
     return {
@@ -189,7 +191,7 @@ def pack(*conversations):
 
 def train(objective, ranks):
     """One step of ranks x micro-batches x conversations; their mean gradient, as FSDP makes it, and the loss."""
-    packs = [[pack(*one) for one in rank] for rank in ranks]
+    packs = [[one if isinstance(one, dict) else pack(*one) for one in rank] for rank in ranks]
     total = sum(float(objective.weigh(one).sum()) for rank in packs for one in rank)
     summed, loss = None, 0.0
     for rank in packs:
@@ -234,6 +236,8 @@ def test_a_step_is_the_same_however_it_is_cut(average):
         "2 x 1, packed": [[[a, b]], [[c, d]]],
         "1 x 2, packed otherwise": [[[d, c, b], [a]]],
         "2 x 2, one pack empty": [[[a, d], [b]], [[c], []]],
+        "1 x 3, padded to one length": [[pack(a, b, padding=4), pack(c, padding=15), pack(d, padding=6)]],
+        "2 x 1, padding alone": [[pack(a, b, c, d)], [pack(padding=32)]],
     }
     for name, ranks in layouts.items():
         loss, found = train(NextToken(average), ranks)
@@ -265,6 +269,8 @@ def test_inputs_are_the_models_arguments():
     assert given["grid_thw"].shape == (0, 3)
     assert NextToken().inputs(pack(CONVERSATIONS[0]))["sequence"] == (6, True, None)
     assert NextToken().inputs(pack())["sequence"] == (0, True, None)
+    assert NextToken().inputs(pack(CONVERSATIONS[0], padding=3))["sequence"] == (9, True, (0, 6, 9))
+    assert NextToken().inputs(pack(padding=3))["sequence"] == (3, True, None)
 
 
 # --- answers

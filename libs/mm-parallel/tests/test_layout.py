@@ -6,6 +6,7 @@ from math import prod
 import pytest
 
 from mm_parallel import ParallelConfig
+from mm_parallel.config import check_in_stem
 
 
 @pytest.mark.parametrize(
@@ -69,3 +70,15 @@ def test_a_layout_is_resolved_or_refused_and_then_its_ranks_are_all_there(world)
 def test_impossible_layouts_name_the_numbers_and_the_way_out(config, world, message):
     with pytest.raises(ValueError, match=message):
         ParallelConfig(**config).resolve(world)
+
+
+@pytest.mark.parametrize("layers", [(32,), (32, 0, 0, 0), [[32, 0], [0, 0]], (0, 0)])
+def test_a_tower_on_the_first_stage_is_as_it_runs(layers):
+    check_in_stem(layers, "vit_pp_layers")
+
+
+@pytest.mark.parametrize("layers", [(16, 16), [[16, 0], [16, 0]]])
+def test_a_tower_over_stages_is_refused(layers):
+    message = r"vit_pp_layers \[.*16.*\]: 16 of 32 layers are behind the first stage, .* runs there as a whole"
+    with pytest.raises(ValueError, match=message):
+        check_in_stem(layers, "vit_pp_layers")

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mm_convert.cli.terminal import one_line
 from mm_data.conversations import Ledger, Source, Unusable, read_conversations
+from mm_data.conversations.mindspeed import is_data_json, read_data_json
 from mm_models.family import Chat
 from mm_train.config import Config, Listed
 from mm_train.objective import architecture
@@ -25,13 +26,29 @@ if TYPE_CHECKING:
 
 
 def read_sources(listed: Listed, flag: str) -> tuple[Source, ...]:
-    """The files that a flag names. ValueError for a weight that is none, and a file that is named twice."""
-    words = [word.strip() for word in listed.split(",")] if isinstance(listed, str) else list(listed)
-    sources = [_source(word, flag) for word in words if word]
+    """The files that a flag names, and those that a data JSON of MindSpeed-MM names for it.
+
+    ValueError for a weight that is none, and a file that is named twice.
+    """
+    given = [_source(word, flag) for word in split(listed)]
+    sources = [source for one in given for source in _expand(one, validation=flag.startswith("--validation"))]
     paths = [Path(source.path).resolve() for source in sources]
     if twice := [source.path for i, source in enumerate(sources) if paths[i] in paths[:i]]:
         raise ValueError(f"{flag} names {twice[0]} twice: give it once, with a weight, as {twice[0]}=2")
     return tuple(sources)
+
+
+def split(listed: Listed) -> list[str]:
+    """The words of a list of files."""
+    words = listed.split(",") if isinstance(listed, str) else listed
+    return [word.strip() for word in words if word.strip()]
+
+
+def _expand(source: Source, validation: bool) -> tuple[Source, ...]:
+    if not is_data_json(source.path):
+        return (source,)
+    said = read_data_json(source.path)
+    return said.validation if validation else said.sources
 
 
 def _source(word: str, flag: str) -> Source:

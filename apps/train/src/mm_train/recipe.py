@@ -3,7 +3,8 @@
 Layouts, memory and data may be given by MindSpeed-MM's names (`--parallel.pipeline_num_layers`), see
 `mm_train.guides`.
 
-Precedence: defaults of the dataclasses < ``recipes/<recipe>.toml`` < ``--config mine.toml`` < flags.
+Precedence: defaults of the dataclasses < ``recipes/<recipe>.toml`` < a data JSON of MindSpeed-MM among the
+conversations < ``--config mine.toml`` < flags.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from typing import Any
 from mm_convert.cli.arguments import parse
 from mm_convert.cli.terminal import one_line
 from mm_convert.cli.toml import read_tables
+from mm_convert.cli.values import read_text
+from mm_data.conversations.mindspeed import is_data_json, read_data_json
 from mm_models.families import suggest
 from mm_train import guides
-from mm_train.config import Config
+from mm_train.config import Config, Listed
+from mm_train.conversations import split
 
 RECIPES = Path(str(resources.files("mm_train") / "recipes"))
 
@@ -42,8 +46,15 @@ def load_config(argv: list[str] | None = None) -> Config:
                 notes.extend(more)
         return tables
 
+    try:
+        of_data, more = _data_json(argv)
+    except ValueError as error:
+        sys.stderr.write(f"error: {one_line(error)}\n")
+        sys.exit(2)
+    notes += more
+    defaults = [_recipe(argv), of_data]
     config = parse(
-        Config, argv, prog="python -m mm_train", description=Config.__doc__, defaults=[_recipe(argv)], reword=reword
+        Config, argv, prog="python -m mm_train", description=Config.__doc__, defaults=defaults, reword=reword
     )
     for note in dict.fromkeys(said + notes):
         print(f"note: {one_line(note)}", file=sys.stderr)
@@ -59,6 +70,25 @@ def _recipe(argv: list[str]) -> dict[str, Any]:
     if features and features[-1] != "null":
         data.pop("geometry", None)
     return tables
+
+
+def _data_json(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """What the data JSON of MindSpeed-MM among the conversations says of anything else than which they are, if it is
+    there, and notes. ValueError for one that cannot be followed.
+    """
+    of_files = [said for file in _files(argv) if isinstance(said := file.get("data"), dict)]
+    listed = [said["conversations"] for said in of_files if "conversations" in said]
+    with contextlib.suppress(ValueError):  # `parse` says why
+        listed += [read_text("", text, Listed) for text in _values(argv, "data.conversations")]
+    files = [word for word in split(listed[-1]) if is_data_json(word)] if listed else []
+    if not files:
+        return {}, []
+    if len(files) > 1:
+        raise ValueError(f"--data.conversations names two data JSONs, {' and '.join(files)}: give one of them")
+    said = read_data_json(files[0])
+    data = {"chat": dict(said.options)} | ({"processor": said.processor} if said.processor else {})
+    validation = {"validation": {"conversations": files}} if said.validation else {}
+    return {"data": data, **validation}, [f"{files[0]}: {note}" for note in said.notes]
 
 
 def find_recipe(argv: list[str]) -> dict[str, Any]:

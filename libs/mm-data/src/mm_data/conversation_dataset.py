@@ -161,6 +161,14 @@ class ConversationDataset:
             epochs=[pick.epoch for pick, _ in packed],
         )
 
+    def conversation(self, index: int) -> Conversation:
+        """One of them, made to fit where it was too long. Raises Unusable."""
+        return self._fitted(int(self.usable[index]))
+
+    def _fitted(self, index: int) -> Conversation:
+        as_it_is = self.sizes.tokens[index] >= 0 and not self.sizes.changed[index]
+        return self.conversations[index] if as_it_is else self.sizes.fit(index).conversation
+
     def _refuse(self, refused: Sequence[tuple[int, Unusable]]) -> None:
         for index, error in refused:
             self.ledger.add(self.conversations.ids[index], error)
@@ -182,9 +190,8 @@ class ConversationDataset:
         The sizes are not told: other ranks do not know it, and must plan alike when this conversation comes again.
         """
         is_known = self.sizes.tokens[index] >= 0
-        as_it_is = is_known and not self.sizes.changed[index]
         try:
-            conversation = self.conversations[index] if as_it_is else self.sizes.fit(index).conversation
+            conversation = self._fitted(index)
             encoded = self._decode(conversation)
         except Unusable as error:
             self._refuse([(index, error)])

@@ -6,6 +6,7 @@ A picture is a file, or a text that holds one: `data:image/png;base64,…`, as i
 import binascii
 import contextlib
 import io
+import struct
 from collections.abc import Iterable, Iterator
 from math import isqrt
 from pathlib import Path
@@ -67,8 +68,26 @@ def read_size(path: str | Path) -> tuple[int, int]:
         if picture.format == "TIFF":  # of which Pillow tells the size when upright, and the turn that it will make
             picture.load()
         width, height = picture.size
-        on_its_side = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        # Pillow decodes a png to see what stands behind its pixels, before it tells the turn.
+        decodes = picture.format == "PNG" and _has_late_texts(picture.fp)
+        exif = picture.getexif() if decodes else Image.Image.getexif(picture)
+        on_its_side = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return (width, height) if on_its_side else (height, width)
+
+
+def _has_late_texts(file: BinaryIO) -> bool:
+    """Whether a png has chunks behind its pixels that may tell how it is turned. The file's place stays."""
+    place = file.tell()
+    file.seek(8)
+    pixels = False
+    while len(head := file.read(8)) == 8:
+        length, name = struct.unpack(">I4s", head)
+        if pixels and name in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            break
+        pixels = pixels or name == b"IDAT"
+        file.seek(length + 4, 1)
+    file.seek(place)
+    return len(head) == 8
 
 
 def _read(path: str | Path) -> Image.Image:

@@ -11,7 +11,7 @@ from mm_data.files import shorten
 from mm_data.processing import Processing, Size
 
 TooLong = Literal["drop", "refuse", "drop_turns", "shrink"]
-_PIXELS = 1024  # in steps of so many pictures are shrunk
+_PIXELS = 64  # in steps of so many pictures are shrunk
 _MOST_PIXELS = 2**26  # no picture is larger after processing
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -141,7 +142,7 @@ class Sizes:
                 if str(kept["key"]) != key:
                     return False
                 columns = {name: kept[name] for name in self._columns()}
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return False
         for name, column in self._columns().items():
             column[:] = columns[name]

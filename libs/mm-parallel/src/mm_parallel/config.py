@@ -3,6 +3,7 @@
 This file imports no torch, so that a command line can be read, and a typo answered, without waiting for it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Annotated, Literal
@@ -148,27 +149,18 @@ class MemoryConfig:
     """FSDP's shards, their gradients and their optimizer states live on the host."""
 
 
-def check_in_stem(layers: Sequence[int] | Sequence[Sequence[int]], pp_layers: Layers, flag: str) -> None:
-    """Whether the layers of a ladder in the stem (a vision tower), one number for each stage, are all on the first.
+def check_in_stem(layers: Sequence[int] | Sequence[Sequence[int]], flag: str) -> None:
+    """Whether a ladder in the stem (a vision tower) is on the first pipeline stage, where it runs as a whole.
 
-    That is where they run, whole: [32, 0, 0, 0] beside pp_layers [1, 10, 10, 7]. Whoever has such numbers, under a
-    flag of this name, asks here. Raises ValueError for others, and for another number of stages.
+    layers: how many of its layers are on each stage, as others' scripts say it: [32, 0, 0, 0]; nested like `pp_layers`
+        with virtual stages. flag: its name, for the message. Raises ValueError for layers behind the first stage.
     """
-    rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in layers]
-    if not any(isinstance(row, (list, tuple)) for row in layers):
-        rows = [list(layers)]
-    stages, given = [list(row) for row in ParallelConfig(pp_layers=pp_layers).stages] if pp_layers else [[0]], list(layers)
-    if [len(row) for row in rows] != [len(row) for row in stages]:
-        raise ValueError(
-            f"{flag} {given} are {_shape(rows)} stages, but pp_layers {list(pp_layers)} are {_shape(stages)}: give one "
-            "number for each"
-        )
-    first, *later = [count for row in rows for count in row]
+    first, *later = (count for row in layers for count in (row if isinstance(row, (list, tuple)) else (row,)))
     if any(later):
         raise ValueError(
-            f"{flag} {given}: {sum(later)} of {first + sum(later)} layers are behind the first stage. The vision tower "
-            f"runs in the stem, whole, on the first stage: give [{', '.join(map(str, [first + sum(later), *[0] * len(later)]))}], and let that stage have "
-            "fewer layers of pp_layers"
+            f"{flag} {list(layers)}: {sum(later)} of {first + sum(later)} layers are behind the first stage, but a "
+            "ladder in the stem runs there as a whole. Put all of them first, and let that stage have fewer layers of "
+            "pp_layers"
         )
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mm_models.layers import Linear, RMSNorm, Sequence, core, identity, wide
 from mm_models.qwen2_5_vl.config import Qwen25VLConfig
@@ -95,7 +96,8 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor, calls: Calls, core: Callable) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # N H h
-        q, k = rotate(q, rope), rotate(k, rope)
+        # a copy of v, or what the backward keeps of it would hold q and k before they are turned, too
+        q, k, v = rotate(q, rope), rotate(k, rope), v.contiguous()
         return self.proj(attend(q, k, v, calls, core).flatten(1))
 
 
@@ -117,6 +119,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, calls: Calls, core: Callable) -> Ten
     return out if calls.back is None else out[calls.back]
 
 
+class GatedSilu(torch.autograd.Function):
+    """silu(gate) · up. It keeps its two inputs for the backward, where autograd's own would keep silu(gate) as well."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+
+
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) · up(x)); also that of the language model, which has no biases."""
 
@@ -127,7 +144,7 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(ffn_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(GatedSilu.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class VisionBlock(nn.Module):

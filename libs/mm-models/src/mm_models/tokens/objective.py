@@ -59,7 +59,7 @@ class NextToken:
             "position_ids": tensors["position_ids"].transpose(0, 1),
             "pixel_values": tensors["pixel_values"][0],
             "grid_thw": tensors["grid_thw"][0],
-            "sequence": Tokens(bounds[-1], causal=True, segments=bounds if len(bounds) > 2 else None),
+            "sequence": Tokens(tokens, causal=True, segments=bounds if len(bounds) > 2 else None),
             "labels": tensors["labels"],
         }
 
@@ -73,7 +73,7 @@ class NextToken:
     def losses(self, output: Tensor, tensors: Mapping[str, Tensor], drawn: None = None) -> Tensor:
         """output: 1 L, the loss of each token. Returns S: those of the conversations, times their weights."""
         parts = [output[0, start:stop].sum() for start, stop in pairwise(_bounds(tensors))]
-        losses = torch.stack(parts) if parts else output[0, :0]  # an empty pack has a gradient too: zero
+        losses = torch.stack(parts) if parts else output[0, :0]  # a pack without conversations has a gradient: zero
         if self.average == "token":
             return losses
         return losses / _label_counts(tensors).clamp(min=1).to(losses)
@@ -94,7 +94,7 @@ class NextToken:
 
 
 def _bounds(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Where the conversations of a pack part: 0 … L."""
+    """Where the conversations of a pack part: 0 … the end of the last."""
     return tuple(tensors["segments"][0].tolist())
 
 
