@@ -8,8 +8,7 @@ import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
@@ -19,9 +18,9 @@ from mm_data.conversations.conversation import Conversation, Unusable
 from mm_data.conversations.folders import Folders
 from mm_data.conversations.formats import Tags, read_turns
 from mm_data.conversations.index import Index, Lines, index_items
-from mm_data.files import identify_file, open_file, parse_json, shorten
+from mm_data.files import open_file, parse_json, shorten
+from mm_data.identity import identify_files
 
-_VERSION = 1  # counts up when the same files come to give other conversations
 Boxes = Literal["text", "original"]
 
 
@@ -62,6 +61,14 @@ class Conversations(Sequence[Conversation]):
         self._ends = ends
         self.ids: Sequence[str] = _Ids(self)
 
+    @property
+    def identity(self) -> str:
+        """Changes where an item may come to be read as another: with files, options, and folders of media."""
+        contents = identify_files({str(source.path): Path(source.path) for source in self.sources})
+        files = [(file.roots, file.tags and repr(file.tags), len(file)) for file in self._files]
+        parts = [list(contents.values()), files, self._options]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
     def __len__(self) -> int:
         return self._ends[-1]
 
@@ -69,16 +76,6 @@ class Conversations(Sequence[Conversation]):
         file, number = self._place(index)
         turns = file.read(number, self.folders, self._options)
         return Conversation(file.id(number), turns)
-
-    @cached_property
-    def identity(self) -> str:
-        """Changes when the conversations may have: with the files, wherever they lie, and with how they are read."""
-        files = [identify_file(file.index.path) for file in self._files]
-        sources = [
-            [file, source.max_items, source.tags and astuple(source.tags)]
-            for file, source in zip(files, self.sources, strict=True)
-        ]
-        return hashlib.sha256(json.dumps([_VERSION, sources, self._options], sort_keys=True).encode()).hexdigest()
 
     def num_bytes(self, index: int) -> int:
         """Bytes of the item in its file. Its texts have no more in UTF-8, and a token of text has at least one."""
