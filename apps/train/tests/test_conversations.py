@@ -136,11 +136,11 @@ def test_a_rank_without_any_image_trains_beside_one_with(hub, data, tmp_path, tr
 
 def test_what_cannot_be_used_is_named_and_the_rest_is_trained(hub, data, tmp_path, capfd):
     """A missing image before the first step, a broken one when it comes; steps of nothing are skipped."""
-    items = json.loads((data / "train.json").read_text(encoding="utf-8"))[:4]
-    whole = (data / "0.png").read_bytes()
-    (tmp_path / "0.png").write_bytes(whole)
-    (tmp_path / "1.png").write_bytes(whole[:60])  # its header says a size
-    file = tmp_path / "bad.json"  # 2.png is missing, 3 has none
+    items = [conversation(f"<image>Which is {i}?", f"{i}", f"{i}.jpg") for i in range(3)] + [conversation("3?", "3")]
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 56, 3), np.uint8)).save(tmp_path / "0.jpg")
+    whole = (tmp_path / "0.jpg").read_bytes()
+    (tmp_path / "1.jpg").write_bytes(whole[: len(whole) // 2])  # its header says a size
+    file = tmp_path / "bad.json"  # 2.jpg is missing, 3 has none
     file.write_text(json.dumps(items), encoding="utf-8")
     options = ("--data.global_batch", "1", "--steps", "4")
     run(hub, file, tmp_path / "run", *options)
@@ -158,7 +158,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_trained(hub, data, tmp_pat
     assert done[-1]["samples"] > 4  # the broken one took its turn
 
     file.write_text(json.dumps([items[1], items[2]]), encoding="utf-8")
-    (tmp_path / "1.png").unlink()
+    (tmp_path / "1.jpg").unlink()
     with pytest.raises(ValueError, match=r"not one of 2 conversations can be used.*2 missing_media.*failures\.jsonl"):
         run(hub, file, tmp_path / "none", *options)
     with pytest.raises(ValueError, match=r"10 steps in a row had nothing to train on"):
