@@ -218,6 +218,9 @@ def test_an_adapter_is_opened_by_peft_and_merged(targets, hub, tmp_path):
     adapter = open_lora(folder)
     merged = merge_lora(load_lora(base, adapter, adapter.alphas))
     assert logits(merged, hub) == pytest.approx(wanted, abs=1e-4)
+    whole = export(tmp_path / "run", tmp_path / "merged", merge=True)
+    assert ask(Qwen2_5_VLForConditionalGeneration.from_pretrained(whole), hub) == pytest.approx(wanted, abs=1e-4)
+    assert (whole / "preprocessor_config.json").is_file()
     again = configure(hub, hub, tmp_path / "again", *more, "--lora.weights", str(folder))
     assert logits(build_model(again, None, CPU, continuing=False).model.eval(), hub) == pytest.approx(wanted, abs=1e-5)
 
@@ -252,6 +255,7 @@ def test_starts_from_what_people_have(start, hub, tmp_path):
         convert(hub, weights)
     else:
         convert(hub, weights, "mindspeed", **TREES[start])
+        (weights / "mm_convert.json").unlink()  # MindSpeed-MM's own tool leaves none: --data.processor says the heads
     config = configure(weights, hub, tmp_path / "run", "--trained", '["merger", "language:-1"]')
     built, before, _ = run(config, hub, save=True)
     theirs = open_checkpoint(hub)
@@ -277,6 +281,18 @@ def test_exports_in_the_form_and_dtype_that_is_asked_for(hub, tmp_path):
     assert {low.dtype(name) for name in low} == {"BF16"}
     assert json.loads((tmp_path / "low/config.json").read_text(encoding="utf-8"))["torch_dtype"] == "bfloat16"
     assert build("qwen2.5-vl-tiny", device="meta", **shape_of(hub)).state_dict().keys() == set(low)
+
+
+def test_exports_refuse(hub, tmp_path):
+    run(configure(hub, hub, tmp_path / "full"), hub, save=True)
+    with pytest.raises(ValueError, match=r"holds no adapters .*: leave out --merge"):
+        export(tmp_path / "full", tmp_path / "out", merge=True)
+    with pytest.raises(ValueError, match=r"cannot write qwen2.5-vl as 'diffusers'; choose one of mm, transformers"):
+        export(tmp_path / "full", tmp_path / "out", to="diffusers")
+    run(configure(hub, hub, tmp_path / "lora", "--lora.rank", "2"), hub, save=True)
+    with pytest.raises(ValueError, match=r"leave out --to and --dtype, or give --merge true for whole weights"):
+        export(tmp_path / "lora", tmp_path / "out", to="mm")
+    assert not (tmp_path / "out").exists()
 
 
 def test_rates_may_change_when_a_run_goes_on(hub, tmp_path):
