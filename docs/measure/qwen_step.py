@@ -6,8 +6,8 @@ start of the 72B's shapes without memory.
 
 Rows are equally long, and both models are given them as one batch: nothing is packed, and nothing is padding. Each
 measurement is a process of its own, so that its peak memory is its own; the two models take turns, and the best of
-their turns count, so that a disturbance hits neither alone. Seconds are those of the CPU. On a GPU they are those of the
-wall, and the peak is that of its memory.
+their turns count, so that a disturbance hits neither alone. Seconds are those of the CPU; on a GPU they are those of
+the wall, and the peak is that of its memory.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Conversations in packs: the same stream on any ranks, whole, and nothing silent where something is broken."""
 
+import json
+import re
 import sys
 import threading
 import time
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from mm_data import ConversationDataset, Order, build_loader
-from mm_data.conversations import Ledger, Unusable
+from mm_data.conversations import Ledger, read_conversations
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_processing import TinyProcessing, break_pixels, make_set, save_png
@@ -113,7 +115,7 @@ def test_a_pack_is_its_conversations_one_after_another(listed):
     }
     assert tensors["segments"].dtype == torch.int64
     for id_, ids, labels, positions, pixels, grids in split(batch):
-        encoded = processing.encode(listed[int(id_[1:])])
+        encoded = processing.encode(listed[listed.find_id(id_)])
         assert ids == tuple(encoded.input_ids.tolist())
         assert labels == tuple(encoded.labels.tolist())
         assert positions == tuple(encoded.position_ids.flatten().tolist())
@@ -127,7 +129,7 @@ def test_one_stream_for_any_ranks_packs_and_restarts(listed, survey, workers):
     """6 steps, or 3 and 3; on one rank, two or four; in large packs, small ones or none."""
     whole = take(build(listed, survey=survey), 6, workers=workers)
     order = Order([0] * COUNT, STEP, 3)
-    assert shown(whole) == [Counter((f"c{i}", epoch) for i, epoch in order.step(s)) for s in range(6)]
+    assert shown(whole) == [Counter((listed.ids[i], epoch) for i, epoch in order.step(s)) for s in range(6)]
     expected = contents(whole)
     resumed = build(listed, survey=survey)  # knows nothing of what the first has learned
     assert contents(take(resumed, 3, cursor=3 * STEP, ranks=2, workers=workers)) == expected[3:]
@@ -169,7 +171,7 @@ def test_the_first_step_reads_no_other_conversation(listed):
     dataset = build(listed, processing, survey=False)
     assert (processing.measured, processing.decoded) == (0, [])
     (((batch,),),) = take(dataset, 1, global_batch=1)
-    own = listed[int(batch.ids[0][1:])]
+    own = listed[listed.find_id(batch.ids[0])]
     assert processing.measured == 1
     assert processing.decoded == [media.path for media in own.media]
     # a survey reads headers alone
@@ -178,8 +180,12 @@ def test_the_first_step_reads_no_other_conversation(listed):
     assert (surveyed.measured, surveyed.decoded) == (COUNT, [])
 
 
+def pictures_of(listed, index) -> list[Path]:
+    return [Path(image) for image in json.loads(listed.read_text(index))["images"]]
+
+
 def with_pictures(listed) -> list[int]:
-    return [i for i in range(COUNT) if listed[i].media]
+    return [i for i in range(COUNT) if pictures_of(listed, i)]
 
 
 @pytest.mark.parametrize("survey", [True, False])
@@ -188,8 +194,8 @@ def test_a_picture_that_is_broken_leaves_its_pack_smaller(listed, survey):
     before = take(build(listed, survey=survey), 8, ranks=2)
     broken = with_pictures(listed)[:3]
     for index in broken:
-        break_pixels(listed[index].media[0].path)
-    names = {f"c{index}" for index in broken}
+        break_pixels(pictures_of(listed, index)[0])
+    names = {listed.ids[index] for index in broken}
     ledger = Ledger()
     after = take(build(listed, survey=survey, ledger=ledger), 8, ranks=2)
     assert {entry.id: entry.reason for entry in ledger.entries} == dict.fromkeys(names, "unreadable_media")
@@ -207,7 +213,7 @@ def test_a_picture_that_is_broken_leaves_its_pack_smaller(listed, survey):
 def test_a_pack_may_be_empty(listed):
     """L = 0, and everything has no rows; with a length, it is all padding."""
     broken = with_pictures(listed)[0]
-    break_pixels(listed[broken].media[0].path)
+    break_pixels(pictures_of(listed, broken)[0])
     dataset = build(listed, packing=False, survey=False)
     picks = [pick for step in range(4) for pick in Order([0] * COUNT, STEP, 3).step(step) if pick.index == broken]
     batch = dataset.batch(picks[:1])
@@ -231,49 +237,53 @@ def test_a_pack_may_be_empty(listed):
 
 
 @pytest.mark.parametrize("survey", [True, False])
-def test_what_cannot_be_used_is_left_out_by_all_ranks(listed, survey):
+def test_what_cannot_be_used_is_left_out_by_all_ranks(tmp_path, survey):
     """Missing pictures and items that are none: never replaced, counted, and alike for all ranks."""
+    odd = 6
+    listed = make_set(tmp_path / "set", COUNT, odd=(odd,))
     missing = with_pictures(listed)[:2]
     for index in missing:
-        Path(listed[index].media[0].path).unlink()
-    odd = next(i for i in range(COUNT) if i not in missing)
-    listed.items[odd] = Unusable("roles", "begins with an answer")
+        path = pictures_of(listed, index)[0]
+        path.rename(path.with_stem(f"{path.stem}_"))
     ledger = Ledger()
     dataset = build(listed, survey=survey, ledger=ledger)
-    gone = {f"c{index}" for index in (*missing, odd)}
+    gone = {listed.ids[index] for index in (*missing, odd)}
     steps = take(dataset, 8, ranks=2)
     assert ledger.counts == {"missing_media": 2, "roles": 1}
     assert {entry.id for entry in ledger.entries} == gone
     found = shown(steps)
     assert not gone & {id_ for step in found for id_, _ in step}
     if survey:
-        assert set(dataset.ids) == {f"c{i}" for i in range(COUNT)} - gone
+        texts = [entry.text for entry in ledger.entries if entry.reason == "missing_media"]
+        assert all("did you mean" in text for text in texts)
+        assert set(dataset.ids) == set(listed.ids) - gone
         assert all(step.total() == STEP for step in found)
     else:
         order = Order([0] * COUNT, STEP, 3)
         assert found == [
-            Counter((f"c{i}", epoch) for i, epoch in order.step(s) if f"c{i}" not in gone) for s in range(8)
+            Counter((listed.ids[i], epoch) for i, epoch in order.step(s) if listed.ids[i] not in gone) for s in range(8)
         ]
 
 
-def test_a_step_of_which_nothing_is_left(listed):
+def test_a_step_of_which_nothing_is_left(tmp_path):
     """Every rank has one empty pack."""
-    for index in range(COUNT):
-        listed.items[index] = Unusable("roles", "?")
+    listed = make_set(tmp_path / "set", COUNT, odd=range(COUNT))
     (ranks,) = take(build(listed, survey=False), 1, ranks=2)
     assert [[batch.ids for batch in micro] for micro in ranks] == [[[]], [[]]]
 
 
 def test_what_is_too_long_is_refused_before_the_first_step(listed):
-    sizes = [TinyProcessing().measure(conversation).tokens for conversation in listed.items]
+    sizes = [TinyProcessing().measure(conversation).tokens for conversation in listed]
     limit = sorted(sizes)[-3] - 1
     assert sum(size > limit for size in sizes) == 3
     processing = TinyProcessing()
-    with pytest.raises(ValueError, match=r"3 conversations are too long: c.* tokens, .* may be.*too_long: drop, drop_"):
+    with pytest.raises(
+        ValueError, match=r"3 conversations are too long: 0.jsonl.* tokens, .* may be.*too_long: drop, drop_"
+    ):
         build(listed, processing, max_tokens=limit, max_patches=9999, too_long="refuse")
     assert processing.decoded == []
     lazy = build(listed, max_tokens=limit, max_patches=9999, too_long="refuse", survey=False)
-    with pytest.raises(ValueError, match="too long: c"):
+    with pytest.raises(ValueError, match=r"is too long: 0.jsonl"):
         take(lazy, 8)
 
 
@@ -289,9 +299,10 @@ def test_what_is_too_long_is_mended_alike_in_every_epoch(listed, survey, too_lon
         assert batch.tensors["pixel_values"].shape[1] <= 150
         for id_, tokens, *_ in split(batch):
             longest = max(longest, len(tokens))
-            whole = TinyProcessing().measure(listed[int(id_[1:])]).tokens
+            whole = TinyProcessing().measure(listed[listed.find_id(id_)]).tokens
             assert len(tokens) <= whole
             assert too_long != "drop" or len(tokens) == whole
+    assert survey or dataset.identity == build(listed, survey=False).identity  # whatever was found on the way
     mended = int(dataset.sizes.changed.sum())
     assert mended == 0 if too_long == "drop" else mended > 0
     assert len(dataset.ledger) < COUNT
@@ -305,17 +316,18 @@ def test_identity_is_that_of_the_stream(listed, tmp_path):
     assert build(listed, max_tokens=120).identity != same
     mended = {build(listed, max_tokens=tokens, too_long="drop_turns").identity for tokens in (200, 201)}
     assert len(mended) == 2
-    weighed = replace(listed, sources=(replace(listed.sources[0], weight=2.0),))
+    weighed = read_conversations([replace(listed.sources[0], weight=2.0)])
     assert build(weighed).identity != same
-    Path(listed.sources[0].path).write_text("other", encoding="utf-8")
-    assert build(listed).identity != same
+    with open(listed.sources[0].path, "a", encoding="utf-8") as file:
+        file.write(f"{listed.read_text(0)}\n")
+    assert build(read_conversations(listed.sources)).identity != same
 
 
 # --- the survey
 
 
 def test_a_survey_is_kept_and_mended_files_are_found(listed, tmp_path):
-    missing = Path(listed[with_pictures(listed)[0]].media[0].path)
+    missing = pictures_of(listed, with_pictures(listed)[0])[0]
     away = missing.rename(tmp_path / "away.png")
     file = tmp_path / "run" / "survey.npz"
     first = build(listed, survey_file=file)
@@ -340,10 +352,11 @@ def test_a_survey_is_kept_and_mended_files_are_found(listed, tmp_path):
         build(listed, processing, survey_file=file)
         assert processing.measured == COUNT
         file.write_bytes(file.read_bytes()[:100])
-    Path(listed.sources[0].path).write_text("other", encoding="utf-8")
+    with open(listed.sources[0].path, "a", encoding="utf-8") as lines:
+        lines.write(f"{listed.read_text(0)}\n")
     processing.measured = 0
-    build(listed, processing, survey_file=file)
-    assert processing.measured == COUNT
+    build(read_conversations(listed.sources), processing, survey_file=file)
+    assert processing.measured == COUNT + 1
 
 
 class Ranks:
@@ -364,9 +377,9 @@ class Ranks:
         return exchange
 
 
-def test_ranks_share_a_survey(listed, tmp_path):
-    Path(listed[with_pictures(listed)[0]].media[0].path).unlink()
-    listed.items[1] = Unusable("roles", "?")
+def test_ranks_share_a_survey(tmp_path):
+    listed = make_set(tmp_path / "set", COUNT, odd=(6,))
+    pictures_of(listed, with_pictures(listed)[0])[0].unlink()
     alone = build(listed, max_tokens=200, too_long="drop_turns")
     file = tmp_path / "survey.npz"
     for looked in ([COUNT // 3] * 3, [0, 0, 1]):  # the second time, two at the places of what was refused
@@ -424,7 +437,7 @@ def test_what_goes_wrong_on_one_rank_is_raised_by_all(listed):
 
 def test_a_picture_that_takes_too_long_is_named(listed):
     index = with_pictures(listed)[0]
-    stuck = listed[index].media[0].path
+    stuck = str(pictures_of(listed, index)[0])
     forever = threading.Event()
 
     class Slow(TinyProcessing):
@@ -435,7 +448,7 @@ def test_a_picture_that_takes_too_long_is_named(listed):
 
     began = time.perf_counter()
     dataset = build(listed, Slow(), decode_timeout=0.2)
-    with pytest.raises(ValueError, match=f"c{index} is not decoded after 0.2 seconds: .*{Path(stuck).name}"):
+    with pytest.raises(ValueError, match=f"{re.escape(listed.ids[index])} is not decoded after 0.2 seconds: .*{stuck}"):
         take(dataset, 8, workers=2)
     assert time.perf_counter() - began < 10
     forever.set()
@@ -444,9 +457,8 @@ def test_a_picture_that_takes_too_long_is_named(listed):
 def test_a_picture_that_has_another_size_than_it_had_is_named(listed):
     index = with_pictures(listed)[0]
     dataset = build(listed)
-    path = Path(listed[index].media[0].path)
-    save_png(path, 60, 61)
-    with pytest.raises(ValueError, match=f"c{index} was changed while it was in use: it had .* tokens"):
+    save_png(pictures_of(listed, index)[0], 60, 61)
+    with pytest.raises(ValueError, match=f"{re.escape(listed.ids[index])} was changed while it was in use: .* tokens"):
         take(dataset, 8)
 
 
@@ -462,11 +474,11 @@ def test_plans_are_made_ahead_and_fail_at_their_step(listed):
             return super().encode(conversation)
 
         def measure(self, conversation):
-            if conversation.id == f"c{wrong}":
+            if conversation.id == listed.ids[wrong]:
                 raise OSError(5, "Input/output error")
             return super().measure(conversation)
 
-    next_ids = {f"c{pick.index}" for pick in Order([0] * COUNT, STEP, 3).step(1)}
+    next_ids = {listed.ids[pick.index] for pick in Order([0] * COUNT, STEP, 3).step(1)}
     dataset = build(listed, Odd(), survey=False)
     steps = iter(build_loader(dataset, global_batch=STEP, seed=3, num_workers=1))
     assert next(steps).index == 0
@@ -513,17 +525,17 @@ def test_weights_of_sets(tmp_path):
     assert dataset.sets == [(10, 1.0), (10, 1.5), (20, 0.5)]
     steps = shown(take(dataset, 14, global_batch=5))
     for epoch in range(2):
-        counts = Counter(int(id_[1:]) // 10 for step in steps[7 * epoch : 7 * epoch + 7] for id_, _ in step.elements())
+        counts = Counter(
+            listed.find_id(id_) // 10 for step in steps[7 * epoch : 7 * epoch + 7] for id_, _ in step.elements()
+        )
         assert (counts[0], counts[1], counts[2] + counts[3]) == (10, 15, 10)
     total = Counter(id_ for step in steps for id_, _ in step.elements())
-    assert total == Counter({f"c{i}": (2, 3, 1, 1)[i // 10] for i in range(40)})
+    assert total == Counter({id_: (2, 3, 1, 1)[i // 10] for i, id_ in enumerate(listed.ids)})
 
 
 def test_one_who_cannot_be_used_takes_no_place(tmp_path):
-    listed = make_set(tmp_path / "set", 12, ((4, 1.0), (4, 3.0), (4, 1.0)))
-    for index in (0, 5, 8, 9, 10, 11):
-        listed.items[index] = Unusable("roles", "?")
+    listed = make_set(tmp_path / "set", 12, ((4, 1.0), (4, 3.0), (4, 1.0)), odd=(0, 5, 8, 9, 10, 11))
     dataset = build(listed)
     assert dataset.sets == [(3, 1.0), (3, 3.0)]
     total = Counter(id_ for step in shown(take(dataset, 4, global_batch=3)) for id_, _ in step.elements())
-    assert total == Counter({"c1": 1, "c2": 1, "c3": 1, "c4": 3, "c6": 3, "c7": 3})
+    assert total == Counter({listed.ids[i]: times for i, times in ((1, 1), (2, 1), (3, 1), (4, 3), (6, 3), (7, 3))})

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from mm_data.conversations import Box, Conversation, Media, Source, Turn, Unusable
+from mm_data.conversations import Box, Conversation, Conversations, Media, Source, Turn, Unusable, read_conversations
 from mm_data.images import read_image, read_size
 from mm_data.processing import Encoded, Size
 
@@ -95,27 +95,6 @@ class TinyProcessing:
         return pixels.reshape(rows * columns, -1)
 
 
-@dataclass
-class Listed:
-    """Conversations in memory, of several sources; an Unusable in place of one that cannot be used."""
-
-    items: list[Conversation | Unusable]
-    sources: tuple[Source, ...]
-    spans: tuple[range, ...]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Conversation:
-        if isinstance(self.items[index], Unusable):
-            raise self.items[index]
-        return self.items[index]
-
-    @property
-    def ids(self) -> list[str]:
-        return [f"c{index}" for index in range(len(self.items))]
-
-
 def say(*texts: str) -> tuple[Turn, ...]:
     """Questions and answers in turn."""
     return tuple(Turn(("user", "assistant")[i % 2], (text,)) for i, text in enumerate(texts))
@@ -134,28 +113,31 @@ def break_pixels(path: str | Path) -> None:
     Path(path).write_bytes(data)
 
 
-def make_set(folder: Path, count: int, weights=((None, 1.0),)) -> Listed:
-    """Conversations of all kinds: without pictures, with one or two, of one or more turns, of many lengths."""
+def make_set(folder: Path, count: int, weights=((None, 1.0),), odd=()) -> Conversations:
+    """Conversations of all kinds: without pictures, with one or two, of one or more turns, of many lengths.
+
+    weights: (number of conversations, weight) of each source. odd: numbers of those that begin with an answer.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(0)
     items = []
     for number in range(count):
-        turns = []
+        messages, images = [], []
         for turn in range(int(draw.integers(1, 4))):
-            parts = []
-            for picture in range(int(draw.choice([0, 1, 2], p=[0.5, 0.4, 0.1]))):
+            pictures = int(draw.choice([0, 1, 2], p=[0.5, 0.4, 0.1]))
+            for picture in range(pictures):
                 height, width = draw.integers(8, 30, 2)
-                path = save_png(folder / f"{number}-{turn}-{picture}.png", int(height), int(width), number)
-                parts.append(Media("image", path))
-            turns.append(Turn("user", (*parts, "q" * int(draw.integers(1, 60)))))
-            turns.append(Turn("assistant", ("a" * int(draw.integers(1, 60)),)))
-        items.append(Conversation(f"c{number}", tuple(turns)))
-    sources, spans, first = [], [], 0
+                path = folder / f"{number}-{turn}-{picture}.png"
+                images.append(save_png(path, int(height), int(width), number))
+            question = "<image>" * pictures + "q" * int(draw.integers(1, 60))
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": "a" * int(draw.integers(1, 60))})
+        items.append({"messages": messages[::-1] if number in odd else messages, "images": images})
+    sources, first = [], 0
     for number, (size, weight) in enumerate(weights):
-        file = folder / f"{number}.json"
-        size = count - first if size is None else size
-        file.write_text(f"{number} {size}", encoding="utf-8")
+        file = folder / f"{number}.jsonl"
+        own = items[first : None if size is None else first + size]
+        file.write_text("".join(f"{json.dumps(item)}\n" for item in own), encoding="utf-8")
         sources.append(Source(file, weight))
-        spans.append(range(first, first + size))
-        first += size
-    return Listed(items, tuple(sources), tuple(spans))
+        first += len(own)
+    return read_conversations(sources)

@@ -5,6 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mm_models.layers import Sequence, attention, core
 
@@ -39,6 +41,32 @@ def test_heads_of_keys_are_shared(causal, ends, shared):
     torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-14)
     for a, b in zip(*(torch.autograd.grad((x * weight).sum(), inputs) for x in (out, wanted)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("shared", [1, 2, 6])
+@pytest.mark.parametrize("head_dim", [64, 12])
+def test_a_pack_on_cuda_is_one_call_of_flash(head_dim, shared):
+    """On fake tensors: how it is called, and the shape of its result. Not its values, and without a backward."""
+    with FakeTensorMode():
+        shapes = ((2, 40, heads, head_dim) for heads in (6, shared, shared))
+        inputs = [torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes]
+        with Calls() as calls:
+            out = core(*inputs, Sequence(40, True, (0, 3, 4, 40)))
+    assert (out.shape, out.dtype) == (inputs[0].shape, torch.bfloat16)
+    assert calls.attention == ["torch_attn._varlen_attn.default"]
+
+
+class Calls(TorchDispatchMode):
+    """Notes what computes attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "att" in str(func):
+            self.attention.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def test_shared_heads_with_a_mask():

@@ -1,7 +1,5 @@
 """python -m mm_infer.chat --weights W --image a.png --prompt "What is in this picture?" """
 
-from __future__ import annotations
-
 import json
 import re
 import sys

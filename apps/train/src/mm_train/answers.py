@@ -75,7 +75,8 @@ class Answers:
         model.eval()
         ids: list[list[int]] = []
         for some in _packed(asked, self.config.data.max_tokens, most):
-            ids += greedy(model, [one.prompt for one in some], most, processing.stop_ids, self.device)
+            prompts = [one.prompt for one in some]
+            ids += greedy(model, prompts, most, processing.stop_ids, self.device, processing.banned_ids)
         model.train()
         return [
             Answer(one.id, one.text, processing.read_answer(found), one.reference)
@@ -98,8 +99,7 @@ def read_questions(held_out: HeldOut, count: int) -> list[Question]:
 
 def _question(held_out: HeldOut, index: int) -> Question:
     conversation, processing = held_out.data.conversation(index), held_out.processing
-    prompt, whole = processing.prompt(conversation), processing.encode(conversation)
-    reference = processing.read_answer(whole.input_ids[len(prompt.input_ids) :].tolist())
+    prompt, reference = processing.prompt(conversation), processing.read_reference(conversation)
     return Question(held_out.data.ids[index], _text(conversation), reference, prompt)
 
 

@@ -46,6 +46,7 @@ class ConversationDataset:
 
     Which conversations a step takes does not depend on `max_tokens`, `max_patches` and packing, only which of them can
     be used. `identity` is that of the stream: where it is unchanged, a resume goes on with the same conversations.
+    (Without a survey it is that of the files alone, and what becomes of those that are too long is as the limits say.)
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class ConversationDataset:
             refused = self.sizes.survey(file=survey_file, part=part, exchange=exchange, threads=threads, say=say)
             self._refuse(sorted(refused.items()))
         self.usable = self.sizes.usable if survey else np.arange(len(conversations))
+        self._changed = np.flatnonzero(self.sizes.changed)  # before training looks for more
         self.ids: Sequence[str] = _Chosen(conversations.ids, self.usable)
         self.buckets: Sequence[int] = [0] * len(self.usable)
         self.sets = []
@@ -103,12 +105,11 @@ class ConversationDataset:
 
     @cached_property
     def identity(self) -> str:
-        """Changes when conversations or weights do; where some were made to fit, when the limits do."""
+        """Changes when conversations or weights do; where a survey made some fit, when the limits do."""
         files = identify_files({str(source.path): Path(source.path) for source in self.conversations.sources})
-        changed = np.flatnonzero(self.sizes.changed)
-        parts = [list(files.values()), self.sets, asdict(self.limits) if len(changed) else None]
+        parts = [list(files.values()), self.sets, asdict(self.limits) if len(self._changed) else None]
         digest = hashlib.sha256(json.dumps(parts).encode())
-        for indices in (self.usable, changed):
+        for indices in (self.usable, self._changed):
             digest.update(np.ascontiguousarray(indices, np.int64).tobytes())
         return digest.hexdigest()
 
@@ -175,10 +176,11 @@ class ConversationDataset:
         too_long = [(index, error) for index, error in refused if error.reason == "too_long"]
         if too_long and self.limits.too_long == "refuse":
             first = "; ".join(f"{self.conversations.ids[index]} {error.text}" for index, error in too_long[:3])
+            are = "conversations are" if len(too_long) > 1 else "conversation is"
             more = f", and {len(too_long) - 3:,} more" if len(too_long) > 3 else ""
             raise ValueError(
-                f"{len(too_long):,} conversations are too long: {first}{more}. Raise max_tokens or max_patches, or "
-                "choose too_long: drop, drop_turns or shrink"
+                f"{len(too_long):,} {are} too long: {first}{more}. Raise max_tokens or max_patches, or choose "
+                "too_long: drop, drop_turns or shrink"
             )
 
     def _length(self, packs: Sequence[Sequence[int]], sizes: Sequence) -> int | None:

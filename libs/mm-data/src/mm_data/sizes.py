@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mm_data.conversations import Conversations, Unusable
+from mm_data.conversations import Conversations, Ledger, Unusable, find_missing
 from mm_data.files import write_atomic
-from mm_data.identity import identify_files
 from mm_data.lengths import Fitted, Limits, fit
 from mm_data.processing import Processing, Size
 
@@ -113,7 +112,7 @@ class Sizes:
         own = todo[len(todo) * number // parts : len(todo) * (number + 1) // parts]
         found: Any
         try:
-            refused = list(self.look(own.tolist(), threads, say))
+            refused = self._find_names(dict(self.look(own.tolist(), threads, say)))
             found = [column[own] for column in self._columns().values()], refused
         except Exception as error:
             found = error
@@ -122,17 +121,27 @@ class Sizes:
             its = todo[len(todo) * of_part // parts : len(todo) * (of_part + 1) // parts]
             for column, values in zip(self._columns().values(), columns, strict=True):
                 column[its] = values
-            all_refused |= dict(refused)
+            all_refused |= refused
         if file is not None and number == 0 and len(todo):
             self._write(file, key)
         return all_refused
+
+    def _find_names(self, refused: dict[int, Unusable]) -> dict[int, Unusable]:
+        """The same; what is not there is named with what is most like it in its folder."""
+        missing = {
+            self.conversations.ids[index]: index for index, error in refused.items() if error.reason == "missing_media"
+        }
+        if missing:
+            ledger = Ledger()
+            find_missing(self.conversations, ledger, indices=list(missing.values()), headers=False)
+            refused = refused | {missing[entry.id]: Unusable(entry.reason, entry.text) for entry in ledger.entries}
+        return refused
 
     def _columns(self) -> dict[str, np.ndarray]:
         return {"tokens": self.tokens, "patches": self.patches, "squares": self.squares, "changed": self.changed}
 
     def _identify(self) -> str:
-        files = identify_files({str(source.path): Path(source.path) for source in self.conversations.sources})
-        parts = [VERSION, len(self.conversations), list(files.values()), self.processing.identity, asdict(self.limits)]
+        parts = [VERSION, self.conversations.identity, self.processing.identity, asdict(self.limits)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _read(self, file: Path, key: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from bisect import bisect_right
@@ -18,6 +19,7 @@ from mm_data.conversations.folders import Folders
 from mm_data.conversations.formats import Tags, read_turns
 from mm_data.conversations.index import Index, Lines, index_items
 from mm_data.files import open_file, parse_json, shorten
+from mm_data.identity import identify_files
 
 Boxes = Literal["text", "original"]
 
@@ -58,6 +60,14 @@ class Conversations(Sequence[Conversation]):
         """The indices of each source."""
         self._ends = ends
         self.ids: Sequence[str] = _Ids(self)
+
+    @property
+    def identity(self) -> str:
+        """Changes where an item may come to be read as another: with files, options, and folders of media."""
+        contents = identify_files({str(source.path): Path(source.path) for source in self.sources})
+        files = [(file.roots, file.tags and repr(file.tags), len(file)) for file in self._files]
+        parts = [list(contents.values()), files, self._options]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def __len__(self) -> int:
         return self._ends[-1]
