@@ -1,19 +1,37 @@
 """Every family of mm_models, cut in every way: the numbers of one device. A new family is one more entry."""
 
 import os
+from collections.abc import Callable
+from itertools import accumulate
+from math import prod
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_models import build, plan
 from mm_models.families import FAMILIES, family_of
+from mm_models.layers import Sequence
 from mm_models.lora import LoRAConfig, add_lora
-from mm_parallel.testing import spawn
-from mm_parallel.testing.equivalence import SAMPLES, Case, Subject, check, every_case
+from mm_models.qwen2_5_vl import positions
+from mm_parallel import (
+    MemoryConfig,
+    ParallelConfig,
+    Pipeline,
+    data_rank,
+    finish_gradients,
+    forward_backward,
+    make_mesh,
+    parallelize,
+)
+from mm_parallel.testing import assert_same_grads, gradients, spawn
+from mm_parallel.testing.equivalence import SAMPLES, Case, Subject, check, combine, every_case
 
 WAN = {"dim": 48, "ffn_dim": 80, "num_heads": 4, "num_layers": 4, "text_dim": 16, "text_tokens": 8}
 OPENSORAPLAN = {"dim": 48, "ffn_dim": 80, "num_heads": 4, "num_layers": 4, "text_dim": 16}
+QWEN = {"dim": 32, "ffn_dim": 48, "mrope_section": (2, 1, 1), "patch_size": 2, "window_size": 8}
+QWEN |= {"vision_dim": 32, "vision_ffn_dim": 24, "vision_layers": 2, "full_attention_layers": (1,)}
 IMAGE = {"in_channels": 36, "image_dim": 24, "image_tokens": 257}
 
 
@@ -22,7 +40,7 @@ def filled(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data = 0.15 * values + name.endswith("norm.weight")
+        parameter.data = 0.15 * values + name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln_q.weight"))
     return model
 
 
@@ -52,6 +70,19 @@ def wan_lora() -> nn.Module:
 
 def opensoraplan() -> nn.Module:
     return filled(build("opensoraplan-tiny", dtype=torch.float64, **OPENSORAPLAN))
+
+
+def qwen() -> nn.Module:
+    return filled(build("qwen2.5-vl-tiny", dtype=torch.float64, **QWEN))
+
+
+def qwen_tied() -> nn.Module:
+    return filled(build("qwen2.5-vl-tiny", dtype=torch.float64, **QWEN, tied=True))
+
+
+def qwen_lora() -> nn.Module:
+    """Adapters in the language model; all else is frozen, the vision tower too."""
+    return filled(add_lora(qwen(), LoRAConfig(rank=3, alpha=6)))
 
 
 def videos(**more: tuple[int, ...]) -> dict[str, Tensor]:
@@ -98,6 +129,57 @@ def from_first_frame() -> dict[str, Tensor]:
     return batch | {"t": t}
 
 
+GRIDS = [[(1, 4, 4)], [], [(1, 2, 6), (1, 4, 2)], [(2, 4, 4)], [], [(1, 4, 8)], [], []]  # of each conversation
+TEXT = (5, 9, 3, 2, 7, 2, 6, 4)  # tokens besides
+LONGEST = 12
+ROWS = ("input_ids", "labels", "position_ids")
+
+
+def conversations() -> dict:
+    """Text and images, a video in the fourth. The fifth has no labels, and the last two, which are a pack where
+    conversations go by twos, no image.
+    """
+    config, generator = qwen().config, torch.Generator().manual_seed(1)
+    drawn = []
+    for number, (grids, text) in enumerate(zip(GRIDS, TEXT, strict=True)):
+        ids = torch.randint(256, (text,), generator=generator)
+        for grid in grids:  # between two words
+            token = config.video_token if grid[0] > 1 else config.image_token
+            ids = torch.cat((ids[:1], torch.full((prod(grid) // 4,), token), ids[1:]))
+        labels = torch.cat((ids[1:], torch.tensor([config.eos_token])))
+        labels[(labels >= config.image_token) | (torch.rand(len(ids), generator=generator) < 0.2)] = -100
+        drawn.append(
+            {
+                "input_ids": ids,
+                "labels": torch.full_like(labels, -100) if number == 4 else labels,
+                "position_ids": positions(ids, grids, [0.5] * (number == 3), config=config),
+                "pixel_values": torch.randn(sum(map(prod, grids)), 24, generator=generator, dtype=torch.float64),
+                "grid_thw": torch.tensor(grids, dtype=torch.long).reshape(-1, 3),
+            }
+        )
+    return {"conversations": drawn}
+
+
+def pack(batch: dict, samples: slice, weight: Tensor) -> tuple[dict, Callable[[Tensor], Tensor]]:
+    """Conversations in one row, padded as a pipeline needs it, with the summed losses of their tokens."""
+    own, nothing = batch["conversations"][samples], batch["conversations"][0]
+    lengths = [len(one["labels"]) for one in own]
+    padding = LONGEST * len(own) - sum(lengths)
+    parts = {name: [value[..., :0] if name in ROWS else value[:0]] for name, value in nothing.items()}
+    whole = {name: torch.cat([*part, *(one[name] for one in own)], -(name in ROWS)) for name, part in parts.items()}
+    whole |= {name: F.pad(whole[name], (0, padding), value=-100 * (name == "labels")) for name in ROWS}
+    ends = tuple(accumulate([*lengths, padding] if own else [], initial=0))
+    inputs = {
+        **whole,
+        "input_ids": whole["input_ids"][None],
+        "labels": whole["labels"][None],
+        "position_ids": whole["position_ids"][:, None],
+        "sequence": Sequence(ends[-1], causal=True, segments=ends),
+    }
+    counts = torch.cat([weight, weight.new_zeros(1)]).repeat_interleave(torch.tensor([*lengths, padding]))
+    return inputs, lambda output: (counts * output).sum(1)
+
+
 SUBJECTS = {
     "wan": Subject(wan, plan, videos),
     "wan-image": Subject(wan_image, plan, images),
@@ -107,6 +189,10 @@ SUBJECTS = {
     "vace-on-frozen": Subject(vace_on_frozen, plan, controlled),
     "opensoraplan": Subject(opensoraplan, plan, small_videos),
     "opensoraplan-masked": Subject(opensoraplan, plan, padded_videos),
+    "qwen2.5-vl": Subject(qwen, plan, conversations, pack),
+    "qwen2.5-vl-layouts": Subject(qwen, plan, conversations, pack),
+    "qwen2.5-vl-tied": Subject(qwen_tied, plan, conversations, pack),
+    "qwen2.5-vl-lora": Subject(qwen_lora, plan, conversations, pack),
 }
 SEED = int(os.environ.get("RANDOM_SEED", 0))
 
@@ -114,6 +200,15 @@ SEED = int(os.environ.get("RANDOM_SEED", 0))
 def cases_of(number: int, all_of: int, larger: int) -> dict[int, list[Case]]:
     """Of the subject with that number. A scheduled workflow asks for many more `larger` sets, others each time."""
     return every_case(SEED + number, int(os.environ.get("RANDOM_LAYOUTS", larger)), all_of)
+
+
+def chosen(*sets: str) -> dict[int, list[Case]]:
+    """Cases with these features."""
+    by_ranks: dict[int, list[Case]] = {}
+    for names in sets:
+        case = combine(names.split("+"))
+        by_ranks.setdefault(case.ranks, []).append(case)
+    return by_ranks
 
 
 CASES = {
@@ -125,6 +220,10 @@ CASES = {
     "vace-on-frozen": cases_of(6, all_of=0, larger=2),
     "opensoraplan": cases_of(7, all_of=0, larger=1),
     "opensoraplan-masked": cases_of(8, all_of=1, larger=2),
+    "qwen2.5-vl": cases_of(9, all_of=1, larger=2),
+    "qwen2.5-vl-layouts": chosen("ring+ulysses+but-attention", "copies+tensor+recompute", "zero-bubble+ulysses"),
+    "qwen2.5-vl-tied": chosen("ulysses+tensor+recompute", "shards+tensor+accumulate"),  # a pipeline refuses it
+    "qwen2.5-vl-lora": chosen("shards+tensor", "ring+shards+offload-attention", "virtual+shards+recompute"),
 }
 CHUNK = 10
 
@@ -154,3 +253,69 @@ def test_every_family_is_cut():
     built = {family_of(subject.build().config).name for subject in SUBJECTS.values()}
     assert built == {family.name for family in FAMILIES}
     assert CASES.keys() == SUBJECTS.keys()
+
+
+def uneven(rank: int, world: int, layouts: list[tuple[dict, MemoryConfig, bool]]) -> None:
+    """In the first micro-batch one data rank has no conversation, in the second one has no image."""
+    batch, weight = conversations(), torch.linspace(1, 2, SAMPLES, dtype=torch.float64)
+    packs = [[pack(batch, part, weight[part]) for part in (slice(0, 3), slice(3, 3))]]
+    packs += [[pack(batch, part, weight[part]) for part in (slice(6, 8), slice(3, 6))]]
+    for layout, memory, frozen in layouts:
+        mesh = make_mesh(ParallelConfig(**layout), "cpu")
+        index, _ = data_rank(mesh)
+        single, model = qwen(), qwen()
+        for one in (single, model):
+            one.visual.requires_grad_(not frozen)
+        parallelize(model, plan(model), mesh, ParallelConfig(**layout), memory)
+        for inputs, losses in packs[0] + packs[1]:
+            (losses(single(**inputs)).sum() / 7).backward()
+        own = [both[index] for both in packs]
+        found = forward_backward(model, 2, lambda i, own=own: own[i][0], lambda y, i, own=own: own[i][1](y), 7, mesh)
+        assert index == 0 or float(found[0]) == 0
+        finish_gradients(model, mesh)
+        assert_same_grads(gradients(model), gradients(single), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("world", "layouts"),
+    [
+        (
+            2,
+            [
+                ({}, MemoryConfig(), False),
+                ({}, MemoryConfig("but_attention", offload="attention", prefetch=2), True),
+                ({"dp_shard": 1, "dp_replicate": 2}, MemoryConfig("full", offload="inputs"), False),
+                ({}, MemoryConfig(2, but_attention=1, reshard=False), False),
+            ],
+        ),
+        (
+            4,
+            [
+                ({"tp": 2}, MemoryConfig("full"), False),
+                ({"ring": 2}, MemoryConfig("but_attention"), False),
+                ({"ulysses": 2}, MemoryConfig("full", offload="inputs"), True),
+            ],
+        ),
+    ],
+)
+def test_ranks_without_conversations_or_images(world, layouts):
+    spawn(world, uneven, layouts)
+
+
+def refused(rank: int, world: int) -> None:
+    for make, parallel, message in (
+        (qwen, ParallelConfig(tp=4), "2 key-value heads cannot be cut over tp=4: for this model tp can be 1, 2"),
+        (
+            qwen_tied,
+            ParallelConfig(pp_layers=(1, 1, 1, 1)),
+            "a tied head: model.embed_tokens is used by the first",
+        ),
+    ):
+        model, mesh = make(), make_mesh(parallel, "cpu")
+        cut = Pipeline if parallel.pp > 1 else parallelize
+        with pytest.raises(ValueError, match=message):
+            cut(model, plan(model), mesh, parallel)
+
+
+def test_what_a_plan_forbids_is_refused_with_numbers():
+    spawn(4, refused)

@@ -24,6 +24,7 @@ from mm_convert.cli.commands import CONVERT, READING
 from mm_convert.cli.options import Convert, _option
 from mm_convert.cli.values import Kind, check_config, check_value, kinds_of
 from mm_convert.guides.table import CONVERTERS, WRITING
+from mm_infer import chat
 from mm_infer.__main__ import main as infer
 from mm_infer.config import Config as InferConfig
 from mm_models.families import FAMILIES
@@ -87,6 +88,7 @@ def commands() -> Iterator[tuple[str, Main, list[Option]]]:
     yield "mm_train.extract", extract.main, list(options_of(ExtractConfig))
     yield "mm_train.export", export.main, list(options_of(ExportConfig))
     yield "mm_infer", infer, list(options_of(InferConfig))
+    yield "mm_infer.chat", chat.main, list(options_of(chat.Config))
     rows = {("convert",): CONVERT} | {
         (name, method): row for name, methods in CONVERTERS.items() for method, row in methods.items()
     }
@@ -224,7 +226,9 @@ def test_every_wrong_size_of_an_architecture_is_refused_by_name(family, tmp_path
 
 
 def test_it_is_refused_without_torch():
-    for module, flag in product(("mm_train.__main__", "mm_train.extract", "mm_infer.__main__"), ("--model",)):
+    for module, flag in product(
+        ("mm_train.__main__", "mm_train.extract", "mm_infer.__main__", "mm_infer.chat"), ("--model",)
+    ):
         script = (
             f"import sys\nfrom {module} import main\ntry:\n    main(['{flag}'])\n"
             "except SystemExit as stop:\n    sys.exit(0 if stop.code == 2 and 'torch' not in sys.modules else 1)"

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import repeat_kv
 
 from mm_parallel import (
     MemoryConfig,
@@ -54,14 +53,13 @@ class Stream(NamedTuple):
 
 
 def seam(module, q: Tensor, k: Tensor, v: Tensor, mask, core, sequence: Sequence, **_) -> tuple[Tensor, None]:
-    """transformers calls this with B H L h; whoever cuts the tokens takes B L H h."""
-    k, v = (repeat_kv(x, module.num_key_value_groups) for x in (k, v))
+    """transformers calls this with B H L h; whoever cuts the tokens takes B L H h, and fewer heads of k and v."""
     return core(*(x.transpose(1, 2) for x in (q, k, v)), sequence), None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=sequence.causal).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=sequence.causal, enable_gqa=True).transpose(1, 2)
 
 
 class Llama(LlamaForCausalLM):

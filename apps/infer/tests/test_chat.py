@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from mm_convert import convert, open_checkpoint, save_lora
 from mm_data.chat_options import ChatOptions
@@ -19,6 +20,7 @@ from mm_infer.answer import Answerer, Model
 from mm_infer.chat import Config, main, make_question
 from mm_models import build
 from mm_models.lora import LoRAConfig, add_lora
+from mm_models.qwen2_5_vl.generation import Qwen25VLGenerator
 from mm_models.qwen2_5_vl.testing import tiny_config, write_hub_folder
 from mm_models.tokens import greedy
 
@@ -180,18 +182,22 @@ def test_forms_of_weights(hub, folder, answers, tmp_path, capsys):
     assert said == shown(processing.read_answer(expected)) != shown(answers[1])
 
 
-def test_boxes_are_scaled_back(answerer, folder, monkeypatch):
+def test_boxes_of_the_picture_as_it_is(hub, folder, capsys, monkeypatch):
+    """No tiny model says boxes, so its tokens are put into its mouth."""
     one = ask(folder, "b.png", "where?")
-    answered = Conversation("c", (*one.turns, Turn("assistant", ("at [10, 20, 30, 40]",))))
-    said = answerer.processing.tokenizer.encode("at [10, 20, 30, 40]").ids
-    monkeypatch.setattr(answerer, "generator", lambda *args, **named: said)  # no tiny model says boxes
-    assert answerer(answered) == ("at [10, 20, 30, 40]", "at [10, 20, 30, 40]", True)
-    width, height = (
-        64 / answerer.processing._look(one.media[0]).resized[1],
-        120 / answerer.processing._look(one.media[0]).resized[0],
-    )
-    expected = f"at [{round(10 * width)}, {round(20 * height)}, {round(30 * width)}, {round(40 * height)}]"
-    assert answerer(answered, original_boxes=True) == (expected, expected, True)
+    rows, columns = Model(hub).family.chat.processing(hub, OPTIONS)._look(one.media[0]).resized
+    said = Tokenizer.from_file(str(hub / "tokenizer.json")).encode("at [10, 20, 30, 40]").ids
+    monkeypatch.setattr(Qwen25VLGenerator, "__call__", lambda *args, **named: said)
+    flags = ["--weights", str(hub), "--prompt", "where?"]
+    image = ["--image", str(folder / "b.png")]
+    assert run(capsys, *flags, *image) == "at [10, 20, 30, 40]"
+    by = (64 / columns, 120 / rows) * 2
+    scaled = [round(number * factor) for number, factor in zip((10, 20, 30, 40), by, strict=True)]
+    assert run(capsys, *flags, *image, "--boxes", "original") == f"at {scaled}" != "at [10, 20, 30, 40]"
+    main([*flags, *FLAGS, "--boxes", "original", "--device", "cpu"])
+    out, err = capsys.readouterr()
+    assert out.strip() == "at [10, 20, 30, 40]"
+    assert "cannot be scaled back: the conversation has 0 images and videos" in err
 
 
 def test_a_conversation_on_the_terminal(hub, folder, answers, capsys, monkeypatch):

@@ -136,11 +136,11 @@ def test_a_rank_without_any_image_trains_beside_one_with(hub, data, tmp_path, tr
 
 def test_what_cannot_be_used_is_named_and_the_rest_is_trained(hub, data, tmp_path, capfd):
     """A missing image before the first step, a broken one when it comes; steps of nothing are skipped."""
-    items = json.loads((data / "train.json").read_text(encoding="utf-8"))[:4]
-    whole = (data / "0.png").read_bytes()
-    (tmp_path / "0.png").write_bytes(whole)
-    (tmp_path / "1.png").write_bytes(whole[:60])  # its header says a size
-    file = tmp_path / "bad.json"  # 2.png is missing, 3 has none
+    items = [conversation(f"<image>Which is {i}?", f"{i}", f"{i}.jpg") for i in range(3)] + [conversation("3?", "3")]
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 56, 3), np.uint8)).save(tmp_path / "0.jpg")
+    whole = (tmp_path / "0.jpg").read_bytes()
+    (tmp_path / "1.jpg").write_bytes(whole[: len(whole) // 2])  # its header says a size
+    file = tmp_path / "bad.json"  # 2.jpg is missing, 3 has none
     file.write_text(json.dumps(items), encoding="utf-8")
     options = ("--data.global_batch", "1", "--steps", "4")
     run(hub, file, tmp_path / "run", *options)
@@ -158,7 +158,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_trained(hub, data, tmp_pat
     assert done[-1]["samples"] > 4  # the broken one took its turn
 
     file.write_text(json.dumps([items[1], items[2]]), encoding="utf-8")
-    (tmp_path / "1.png").unlink()
+    (tmp_path / "1.jpg").unlink()
     with pytest.raises(ValueError, match=r"not one of 2 conversations can be used.*2 missing_media.*failures\.jsonl"):
         run(hub, file, tmp_path / "none", *options)
     with pytest.raises(ValueError, match=r"10 steps in a row had nothing to train on"):
@@ -250,3 +250,16 @@ def test_a_program_for_videos_names_the_one_for_conversations(tmp_path, capsys):
         extract.main(given)
     assert stop.value.code == 2
     assert "give `python -m mm_train --model qwen2.5-vl-tiny --data.conversations" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "layout", [("--parallel.pp_layers", "[1,3]"), ("--parallel.ring", "2"), ("--parallel.tp", "2")]
+)
+def test_packs_of_two_micro_batches_in_any_layout_are_those_of_one_device(hub, data, tmp_path, layout):
+    """Packs of a step differ in patches, grids and conversations; a pipeline pads them to one length."""
+    packs = ("--steps", "3", "--data.global_batch", "8", "--data.max_tokens", "160")
+    run(hub, data, tmp_path / "one", *packs)
+    spawn(2, ranks_train, arguments(hub, data, tmp_path / "two", *packs, *layout), timeout=120)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    padding = [row["padding"] for row in rows(tmp_path / "two")]
+    assert any(padding) == (layout[0] == "--parallel.pp_layers")

@@ -1,14 +1,13 @@
 """Parts of a model: what is trained of it, at which rate, what gets adapters, and what comes out of it."""
 
 import json
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mm_convert import convert, open_checkpoint, open_lora
-from mm_models import build
+from mm_models import build, preset
 from mm_models.lora import load_lora, merge_lora
 from mm_models.qwen2_5_vl.testing import write_hub_folder
 from mm_models.tokens import NextToken
@@ -18,8 +17,6 @@ from mm_train.export import export
 from mm_train.optim import EMA, build_optimizer, learning_rate
 from mm_train.recipe import load_config
 from mm_train.start import build_model
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 CPU = torch.device("cpu")
 TOKENS = ("image_token", "video_token", "vision_start_token", "vision_end_token", "bos_token", "eos_token")
@@ -218,6 +215,9 @@ def test_an_adapter_is_opened_by_peft_and_merged(targets, hub, tmp_path):
     adapter = open_lora(folder)
     merged = merge_lora(load_lora(base, adapter, adapter.alphas))
     assert logits(merged, hub) == pytest.approx(wanted, abs=1e-4)
+    whole = export(tmp_path / "run", tmp_path / "merged", merge=True)
+    assert ask(Qwen2_5_VLForConditionalGeneration.from_pretrained(whole), hub) == pytest.approx(wanted, abs=1e-4)
+    assert (whole / "preprocessor_config.json").is_file()
     again = configure(hub, hub, tmp_path / "again", *more, "--lora.weights", str(folder))
     assert logits(build_model(again, None, CPU, continuing=False).model.eval(), hub) == pytest.approx(wanted, abs=1e-5)
 
@@ -252,6 +252,7 @@ def test_starts_from_what_people_have(start, hub, tmp_path):
         convert(hub, weights)
     else:
         convert(hub, weights, "mindspeed", **TREES[start])
+        (weights / "mm_convert.json").unlink()  # MindSpeed-MM's own tool leaves none: --data.processor says the heads
     config = configure(weights, hub, tmp_path / "run", "--trained", '["merger", "language:-1"]')
     built, before, _ = run(config, hub, save=True)
     theirs = open_checkpoint(hub)
@@ -277,6 +278,37 @@ def test_exports_in_the_form_and_dtype_that_is_asked_for(hub, tmp_path):
     assert {low.dtype(name) for name in low} == {"BF16"}
     assert json.loads((tmp_path / "low/config.json").read_text(encoding="utf-8"))["torch_dtype"] == "bfloat16"
     assert build("qwen2.5-vl-tiny", device="meta", **shape_of(hub)).state_dict().keys() == set(low)
+
+
+def test_a_tied_head_is_one_parameter_of_the_language_model(tmp_path):
+    """It has one rate, is counted once, and stays tied in what comes out."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    hub = write_hub_folder(tmp_path / "hub", replace(preset("qwen2.5-vl-tiny"), tied=True))
+    tied = ("--architecture", json.dumps(shape_of(hub) | {"tied": True}))
+    more = ("--trained", '["language"]', "--optim.rates", '{"model.embed_tokens.*": 5e-4}')
+    built, before, rates = run(configure(hub, hub, tmp_path / "run", *tied, *more), hub, save=True)
+    assert changed(built, before) == {name for name in before if name.startswith("model.")}
+    assert rates[0]["model.embed_tokens.weight"] == 5e-4
+    assert f"{before['model.embed_tokens.weight'].numel():,} trained at 0.0005" in built.parts[2]
+    folder = export(tmp_path / "run", tmp_path / "weights")
+    assert "lm_head.weight" not in open_checkpoint(folder)
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    assert ask(theirs, hub) == pytest.approx(logits(built.model.eval(), hub), abs=1e-4)
+    with pytest.raises(ValueError, match=r"--trained 'lm_head.*' names no parameter; there are vision, merger, langua"):
+        build_model(configure(hub, hub, tmp_path, *tied, "--trained", '["lm_head.*"]'), None, CPU, continuing=False)
+
+
+def test_exports_refuse(hub, tmp_path):
+    run(configure(hub, hub, tmp_path / "full"), hub, save=True)
+    with pytest.raises(ValueError, match=r"holds no adapters .*: leave out --merge"):
+        export(tmp_path / "full", tmp_path / "out", merge=True)
+    with pytest.raises(ValueError, match=r"cannot write qwen2.5-vl as 'diffusers'; choose one of mm, transformers"):
+        export(tmp_path / "full", tmp_path / "out", to="diffusers")
+    run(configure(hub, hub, tmp_path / "lora", "--lora.rank", "2"), hub, save=True)
+    with pytest.raises(ValueError, match=r"leave out --to and --dtype, or give --merge true for whole weights"):
+        export(tmp_path / "lora", tmp_path / "out", to="mm")
+    assert not (tmp_path / "out").exists()
 
 
 def test_rates_may_change_when_a_run_goes_on(hub, tmp_path):

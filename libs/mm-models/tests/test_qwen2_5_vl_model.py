@@ -11,8 +11,10 @@ from torch import Tensor
 
 from mm_models import build, preset
 from mm_models.layers import Sequence, core
+from mm_models.lora import LoRAConfig, add_lora
+from mm_models.qwen2_5_vl.layers import GatedSilu, RMSNorm, rotate
 from mm_models.qwen2_5_vl.start import initial
-from mm_models.qwen2_5_vl.vision import attend, put_calls, rotate
+from mm_models.qwen2_5_vl.vision import attend, put_calls
 from mm_models.qwen2_5_vl.windows import MOST_CALLS, lay_out
 
 TINY = preset("qwen2.5-vl-tiny")
@@ -100,6 +102,36 @@ def test_rotate():
     found = rotate(x, torch.stack((angles.cos(), angles.sin())))
     assert torch.allclose(found, torch.cat((turned.real, turned.imag), -1), atol=1e-6)
     assert rotate(x.bfloat16(), torch.stack((angles.cos(), angles.sin()))).dtype == torch.bfloat16
+
+
+def kept(step) -> int:
+    """Bytes that autograd keeps for the backward of what `step` returns, parameters left out."""
+    sizes = {}
+
+    def pack(x):
+        if not isinstance(x, torch.nn.Parameter):
+            sizes[x.data_ptr()] = x.nbytes
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        step()
+    return sum(sizes.values())
+
+
+def test_layers_with_a_backward_of_their_own():
+    """The gradients of torch's own, and less kept for them."""
+    a, b = (torch.randn(4, 5, 16, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(GatedSilu.apply, (a, b))
+    norm = RMSNorm(16, 1e-6, dtype=torch.float64)
+    torch.nn.init.normal_(norm.weight)
+    assert torch.equal(norm(a), F.rms_norm(a, (16,), norm.weight, 1e-6))
+    assert torch.autograd.gradcheck(
+        lambda x, weight: torch.func.functional_call(norm, {"weight": weight}, (x,)), (a, norm.weight)
+    )
+    x = torch.randn(1024, 16, dtype=torch.bfloat16, requires_grad=True)
+    assert kept(lambda: norm.float()(x)) == 1024 * (16 * 2 + 4)
+    assert kept(lambda: GatedSilu.apply(x, x + 1)) == 2 * x.nbytes
+    assert norm(x[:0]).shape == (0, 16)
 
 
 PARTS = (3, (1, 4, 6), (2, 2, 4), 4, (1, 2, 2), (3, 6, 4), 2)
@@ -298,6 +330,20 @@ def test_sizes_that_do_not_fit_each_other(change, said):
     with pytest.raises(ValueError, match=said):
         replace(TINY, **change)
     assert replace(TINY, mrope_section=[2, 3, 3]) == TINY
+
+
+def test_adapters(tiny_chat, talk):
+    """On linears of any part; at the head one would not be computed, so it is refused."""
+    pytest.importorskip("peft")
+    model = add_lora(tiny_chat(), LoRAConfig(2, targets=("q_proj", "mlp.up_proj", "attn.qkv", "merger.mlp.2")))
+    one = talk(model.config, *PARTS)
+    model(**one.inputs, labels=one.labels).sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert len(trained) == 2 * (2 + 5 + 3 + 1)
+    assert all(".lora_" in name for name in trained)
+    model = add_lora(tiny_chat(), LoRAConfig(2, targets=("lm_head",)))
+    with pytest.raises(ValueError, match="the head has an adapter, but its weight alone is multiplied by"):
+        model(**one.inputs)
 
 
 def test_from_scratch():

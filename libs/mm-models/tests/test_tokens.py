@@ -316,5 +316,8 @@ def test_greedy_answers_several_questions_at_once():
 
     assert greedy(counting, questions, 6, stop) == wanted
     assert len(calls) == min(6, max(map(len, wanted)) + 1)
+    banned = {token for answer in free for token in answer}
+    others = greedy(model, questions, 6, (), banned_ids=banned)
+    assert all(len(answer) == 6 and not banned & set(answer) for answer in others)
     assert greedy(model, questions, 0, stop) == [[], [], [], []]
     assert greedy(model, [], 5, stop) == []

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from mm_convert import replace_file
-from mm_data.conversations import Conversation, Unusable
+from mm_data.conversations import Unusable
 from mm_data.files import shorten
 from mm_models.processors import Encoded
 from mm_models.tokens import greedy
@@ -75,7 +75,8 @@ class Answers:
         model.eval()
         ids: list[list[int]] = []
         for some in _packed(asked, self.config.data.max_tokens, most):
-            ids += greedy(model, [one.prompt for one in some], most, processing.stop_ids, self.device)
+            prompts = [one.prompt for one in some]
+            ids += greedy(model, prompts, most, processing.stop_ids, self.device, processing.banned_ids)
         model.train()
         return [
             Answer(one.id, one.text, processing.read_answer(found), one.reference)
@@ -98,19 +99,8 @@ def read_questions(held_out: HeldOut, count: int) -> list[Question]:
 
 def _question(held_out: HeldOut, index: int) -> Question:
     conversation, processing = held_out.data.conversation(index), held_out.processing
-    prompt, whole = processing.prompt(conversation), processing.encode(conversation)
-    reference = processing.read_answer(whole.input_ids[len(prompt.input_ids) :].tolist())
-    return Question(held_out.data.ids[index], _text(conversation), reference, prompt)
-
-
-def _text(conversation: Conversation) -> str:
-    """The last question, with marks where images and videos stand."""
-    asked = next(turn for turn in reversed(conversation.turns) if turn.role == "user")
-    return "".join(part if isinstance(part, str) else _mark(part) for part in asked.parts)
-
-
-def _mark(part: Any) -> str:
-    return f"<{getattr(part, 'kind', 'box')}>"
+    prompt, reference = processing.prompt(conversation), processing.read_reference(conversation)
+    return Question(held_out.data.ids[index], conversation.question, reference, prompt)
 
 
 def _packed(questions: Sequence[Question], max_tokens: int, most: int) -> Iterator[list[Question]]:

@@ -151,8 +151,8 @@ def _conversations(config: Config) -> None:
         ("--validation.conversations", config.validation.conversations),
     ):
         for source in read_sources(listed, flag):
-            if not source.path.is_file():
-                raise ValueError(f"{flag} {source.path} is not a file{_near(source.path)}")
+            if not Path(source.path).is_file():
+                raise ValueError(f"{flag} {source.path} is not a file{_near(Path(source.path))}")
     if data.media is not None and not data.media.is_dir():
         raise ValueError(f"--data.media {data.media} is not a folder{_near(data.media)}")
     find_processor(config, architecture(config)[0].chat)

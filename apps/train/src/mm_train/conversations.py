@@ -117,7 +117,7 @@ def open_conversations(
             packing=data.packing,
             pad=pad,
             survey=data.survey,
-            survey_file=config.run_dir / f"{name}survey.json",
+            survey_file=config.run_dir / f"{name}survey.npz",
             part=(rank, world),
             exchange=lambda own: all_gather([own]),
             ledger=ledger,

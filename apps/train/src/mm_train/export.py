@@ -38,6 +38,8 @@ class ExportConfig:
     """Directory to write."""
     ema: bool = False
     """The moving average instead of the last weights."""
+    merge: bool = False
+    """Of a LoRA run: the weights that it started from, with the adapters in them."""
     to: str | None = None
     """mm, our own form, or one that others read, as for mm-convert; by default what is usual for the model: mm for
     videos, transformers (a folder of the hub, with processor and tokenizer) for conversations.
@@ -68,6 +70,29 @@ class Filled(Mapping):
         return len(self.start)
 
 
+class Merged(Mapping):
+    """The tensors that the run started from, with the trained adapters in them, each in the dtype that it has there."""
+
+    def __init__(self, trained: Mapping[str, Tensor], start: Start, scale: float):
+        self.trained, self.start, self.scale = trained, start, scale
+
+    def meta(self, name: str) -> Tensor:
+        return self.start[name].to("meta")
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self.start[name]
+        a, b = (f"{name.removesuffix('.weight')}.lora_{letter}.default.weight" for letter in "AB")
+        if a not in self.trained:
+            return weight
+        return weight.float().addmm(self.trained[b], self.trained[a], alpha=self.scale).to(weight.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.start)
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
 def export(
     checkpoint: Path,
     output: Path,
@@ -75,6 +100,7 @@ def export(
     overwrite: bool = False,
     to: str | None = None,
     dtype: str | None = None,
+    merge: bool = False,
 ) -> Path:
     """Write the weights of `checkpoint` to the directory `output` and return it. See `ExportConfig`."""
     if not checkpoint.is_dir():
@@ -93,11 +119,13 @@ def export(
     if ema and not config.optim.ema:
         raise ValueError(f"{checkpoint} holds no moving average (the run kept no --optim.ema)")
     tensors = open_dcp(checkpoint, "ema" if ema else "model")
-    if config.lora.rank:
+    if merge and not config.lora.rank:
+        raise ValueError(f"{checkpoint} holds no adapters (the run had no --lora.rank): leave out --merge")
+    if config.lora.rank and not merge:
         if to or dtype:
             raise ValueError(
-                f"{checkpoint} holds adapters, which are written as peft writes them: leave out --to and --dtype; "
-                "mm-convert turns adapters into other forms, and merges them"
+                f"{checkpoint} holds adapters, which are written as peft writes them: leave out --to and --dtype, or "
+                "give --merge true for whole weights; mm-convert turns adapters into other forms"
             )
         more = {"dropout": config.lora.dropout, "base": Path(config.weights), "overwrite": overwrite}
         return save_lora(output, tensors, config.lora.alpha, **more)
@@ -110,7 +138,9 @@ def export(
     whole = tensors
     if config.has_frozen:
         check_base(config, read_progress(checkpoint), checkpoint)
-        whole = Filled(tensors, Start(model, config.weights, config.expert, config.seed))
+        start = Start(model, config)
+        scale = config.lora.alpha / max(1, config.lora.rank)
+        whole = Merged(tensors, start, scale) if merge else Filled(tensors, start)
     form, more = to or family.exported, {}
     if form != "mm":
         dtype = dtype or config.dtype
@@ -142,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     def work() -> None:
         config = parse(ExportConfig, argv, prog="python -m mm_train.export")
         asked = (config.checkpoint, config.output, config.ema, config.overwrite, config.to, config.dtype)
-        print(one_line(export(*asked)))
+        print(one_line(export(*asked, merge=config.merge)))
 
     run_alone(work)
 

@@ -56,6 +56,6 @@ def tabulate(model: nn.Module, rates: Mapping[str, float], config: Config) -> li
     if ignored := [part for part in family.unserved if part in adapted]:
         rows.append(
             f"note: servers such as vLLM leave out adapters on {' and '.join(ignored)} unless told otherwise; merged "
-            "into the weights they count (mm-convert convert WEIGHTS TARGET --lora ADAPTER)"
+            "into the weights they count (python -m mm_train.export RUN --merge true --output W)"
         )
     return rows

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from mm_convert import Adapter, Checkpoint, expert_of, open_checkpoint, open_experts
+from mm_convert import Adapter, Checkpoint, expert_of, open_checkpoint, open_experts, read_said
 from mm_convert.cli.values import check_fields
 from mm_models import build, plan
 from mm_models.families import family_of
+from mm_models.family import Family
 from mm_models.initial import initial_adapter
 from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora
@@ -51,11 +52,12 @@ class Start(Mapping[str, Tensor]):
     the file. What the file lacks may grow from what it has, if the model's family knows how (`Family.start`).
     """
 
-    def __init__(self, model: nn.Module, path: str, expert: str | None, seed: int, adapter: Adapter | None = None):
+    def __init__(self, model: nn.Module, config: Config, adapter: Adapter | None = None):
+        path, seed = config.weights, config.seed
         self.seed, self.config = seed, model.config
         self.family = family_of(model.config).start()
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
-        self.file = None if path == "random" else _open(Path(path), expert, model.config)
+        self.file = None if path == "random" else _open(Path(path), config, model.config)
         self.adapters = {name for name in self.shapes if ".lora_" in name}
         self.adapter = adapter
         self.published = {name.replace(".base_layer.", "."): name for name in self.shapes if name not in self.adapters}
@@ -149,7 +151,7 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
     source = None
     if config.has_frozen or not continuing:
         adapter = open_adapter(config) if config.lora.weights and not continuing else None
-        source = Start(model, config.weights, config.expert, config.seed, adapter)
+        source = Start(model, config, adapter)
         source.check_open(model)
     run = _cut(model, config, mesh, dtype)
     if source is None:
@@ -180,19 +182,20 @@ def _cut(model: nn.Module, config: Config, mesh: DeviceMesh | None, dtype: torch
     return run
 
 
-def _open(path: Path, expert: str | None, wanted: Any) -> Checkpoint:
+def _open(path: Path, config: Config, wanted: Any) -> Checkpoint:
     """The checkpoint, if what its files say of the model is what is wanted; not all of it shows in names and shapes."""
     if (path / "checkpoints").is_dir() and (path / "metrics.jsonl").is_file():
         raise ValueError(f"--weights {path} is a run: its weights are in {path / 'weights'} when it has finished")
-    of_folder = expert_of(path)
+    expert, of_folder = config.expert, expert_of(path)
     if expert and of_folder and of_folder != expert:
         raise ValueError(
             f"--weights {path} is the expert for {of_folder} noise, and --expert is {expert}: give the other"
         )
     if expert and (pair := open_experts(path)):
         path = pair.high if expert == "high" else pair.low
-    file = open_checkpoint(path)
     family = family_of(wanted)
+    # A tree of MindSpeed-MM says less than the folder of the hub that its tokenizer is from.
+    file = open_checkpoint(path, config=_read_beside(config, family))
     if file.family not in family.checkpoints:
         raise ValueError(f"--weights {path} holds {file.family}, and the model asked for is of {family.name}")
     check_fields(type(wanted), {n: v for n, v in file.said.items() if v is not None}, f"{file.said_in}: ")
@@ -200,6 +203,12 @@ def _open(path: Path, expert: str | None, wanted: Any) -> Checkpoint:
     if other := _find_changes(file, wanted, tensors):
         raise ValueError(f"--weights {path} is another architecture: {', '.join(other)}")
     return file
+
+
+def _read_beside(config: Config, family: Family) -> dict[str, Any]:
+    """What the config.json of the processor's folder says of the model."""
+    folder = config.data.processor
+    return {} if folder is None else {k: v for name in family.checkpoints for k, v in read_said(folder, name).items()}
 
 
 def _find_changes(file: Checkpoint, wanted: Any, names: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mm_convert.files import open_file, read_bytes, read_json, read_text, read_toml
     from mm_convert.lora.adapter import Adapter
     from mm_convert.lora.reading import open_lora
-    from mm_convert.read.checkpoint import Checkpoint, open_checkpoint
+    from mm_convert.read.checkpoint import Checkpoint, open_checkpoint, read_said
     from mm_convert.read.experts import expert_of, open_experts, write_experts
     from mm_convert.read.inspection import diff, inspect
     from mm_convert.read.made_of import weight_files
@@ -38,6 +38,7 @@ __all__ = [
     "open_lora",
     "read_bytes",
     "read_json",
+    "read_said",
     "read_text",
     "read_toml",
     "replace_file",
@@ -51,6 +52,7 @@ _HOME = {
     "Adapter": "lora.adapter",
     "Checkpoint": "read.checkpoint",
     "open_checkpoint": "read.checkpoint",
+    "read_said": "read.checkpoint",
     "convert": "write.save",
     "expert_of": "read.experts",
     "open_experts": "read.experts",

@@ -169,9 +169,10 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tenso
     ends = torch.tensor([0, *(row * sequence.tokens + end for row in range(rows) for end in ends[1:])])
     ends = ends.to(q.device, torch.int32, non_blocking=True)
     window = (-1, 0 if sequence.causal else -1)
-    dim, flat = q.shape[-1], [F.pad(x, (0, -x.shape[-1] % 8)).flatten(0, 1) for x in (q, k, v)]  # it wants whole 8s
+    dim, missing = q.shape[-1], -q.shape[-1] % 8  # it wants whole 8s
+    flat = ((F.pad(x, (0, missing)) if missing else x).flatten(0, 1).contiguous() for x in (q, k, v))
     out = varlen_attn(*flat, ends, ends, longest, longest, scale=dim**-0.5, window_size=window, enable_gqa=True)
-    return out[..., :dim].unflatten(0, (rows, -1))
+    return out.narrow(-1, 0, dim).unflatten(0, (rows, -1))
 
 
 def _attend_by_length(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:

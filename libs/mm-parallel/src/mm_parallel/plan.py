@@ -18,7 +18,7 @@ class Sequence(NamedTuple):
     tokens: of the whole sequence.
     causal: token i attends to tokens 0 … i.
     segments: where packed samples part, from 0 to `tokens`: (0, 3, 9) are one of 3 tokens and one of 6. Tokens attend
-        within their sample. None: one sample.
+        within their sample. None: one sample; (0,): none, of no token.
     """
 
     tokens: int
@@ -41,12 +41,13 @@ class Ladder(Protocol):
     To have its tokens cut over ranks, a ladder calls three seams, attributes named in its plan:
 
         split(stream) -> stream                 last in the stem; by default it returns the stream
-        core(q, k, v, sequence, mask) -> out    every attention between tokens; q, k, v, out are B L H h
+        core(q, k, v, sequence, mask) -> out    every attention between tokens; q, out are B L H h, k, v are B L K h
         gather(x, sequence) -> x                in the head: B L … of this rank's tokens -> B L … of all
 
-    where `sequence` is a `Sequence`, which the stream carries under this name, so that `split` knows it too. `mask` may
-    be left out: B tokens, bool, True for a token that is attended, of the whole sequence on every rank. So the field of
-    the stream that carries it is none of the plan's `tokens`. Tokens that are masked still ask, and pass as all others.
+    where `sequence` is a `Sequence`, which the stream carries under this name, so that `split` knows it too. K divides
+    H: neighbouring heads of q share one of k and v. `mask` may be left out: B tokens, bool, True for a token that is
+    attended, of the whole sequence on every rank. So the field of the stream that carries it is none of the plan's
+    `tokens`. Tokens that are masked still ask, and pass as all others.
 
     A ladder whose head multiplies by a vocabulary (`vocabulary` of its plan) calls for it, instead of the linear:
 

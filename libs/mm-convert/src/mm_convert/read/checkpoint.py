@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mm_convert.families import Family
+from mm_convert.families import FAMILIES, Family
 from mm_convert.families.family import Config
 from mm_convert.files import brief, read_json
 from mm_convert.lora.names import is_lora
@@ -113,6 +113,20 @@ def open_checkpoint(
         notes.append(f"{len(names)} tensors are left out ({reason}): {names[0]}" + (", …" if len(names) > 1 else ""))
     layout = "mm" if is_ours and source.layout == "safetensors" else source.layout
     return Checkpoint(path, source, layout, content, ours, complete, said, where, notes + doubts)
+
+
+def read_said(folder: Path, family: str) -> Config:
+    """The fields of our configuration that a published folder's config.json says; none where it is not of this family.
+
+    For `open_checkpoint(…, config=…)`, where that folder has only the tokenizer of the weights that are opened.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return next(f for f in FAMILIES if f.name == family).read_config(read_json(path))
+    except ValueError:
+        return {}
 
 
 def read_config(source: Source, family: Family) -> tuple[Config, bool, Path]:

@@ -23,7 +23,11 @@ class Objects:
     def __init__(self, objects: Any):
         if objects is not None and not isinstance(objects, dict):
             raise Unusable("boxes", f"objects is {show(objects)}: it must be an object with ref and bbox")
-        objects = objects or {}
+        self.names: list[str] = []
+        self.boxes: list[Box] = []
+        self.marks = {"ref-object": 0, "bbox": 0}
+        if not objects:
+            return
         if odd := [shorten(key) for key in objects if key not in _KEYS]:
             raise Unusable("boxes", f"objects has {', '.join(odd)}: what is read is {', '.join(_KEYS[:4])}")
         kind = objects.get("bbox_type") or "real"
@@ -34,7 +38,6 @@ class Objects:
             raise Unusable("boxes", f"there are {len(boxes)} boxes, but {len(pictures)} numbers in image_id")
         pictures = pictures or [0] * len(boxes)
         self.boxes = [make_box(box, picture, kind == "norm1") for box, picture in zip(boxes, pictures, strict=True)]
-        self.marks = {"ref-object": 0, "bbox": 0}
 
     def take(self, mark: str) -> Iterator[str | Box]:
         """The next name or box, whose `media` counts the pictures only; nothing where there is none left."""

@@ -35,7 +35,7 @@ _MARKS = re.compile("<(image|video|ref-object|bbox)>")
 _KINDS = ("image", "video")
 _LISTS = ("messages", "conversations", "conversation")
 # What would change the training if it were left out without a word:
-_OF_ITEMS = ("audio", "audios", "chosen", "rejected", "rejected_response", "rejected_messages", "history")
+_OF_ITEMS = {"audio", "audios", "chosen", "rejected", "rejected_response", "rejected_messages", "history"}
 _OF_TURNS = ("image", "images", "video", "videos", "audio", "audios")
 _OF_PARTS = ("type", "image", "image_url", "video", "video_url", "url", "path", "max_pixels", "detail", "text")
 
@@ -87,7 +87,7 @@ def read_turns(
         raise Unusable("unknown_format", f"an item is {show(record)}, not an object with messages or conversations")
     if record.get("tools"):
         raise Unusable("tools", f"it has tools, {show(record['tools'])}: calls of tools are not trained")
-    if unread := [key for key in _OF_ITEMS if record.get(key) not in (None, "", [])]:
+    if unread := [key for key in record.keys() & _OF_ITEMS if record[key] not in (None, "", [])]:
         raise Unusable("unknown_format", f"it has {', '.join(unread)}, which cannot be read here")
     turns = _Reading(record, find).read_turns(_list_turns(record))
     _check_order(turns, answered)
@@ -132,7 +132,7 @@ class _Reading:
     def read_turn(self, turn: Any, where: str) -> Turn:
         role, content = _role_and_content(turn, where)
         if isinstance(content, str):
-            parts = _join(self.read_text(content), where)
+            parts = _join(self.read_text(content) if "<" in content else iter([content]), where)
         elif isinstance(content, list):
             parts = _join((piece for part in content for piece in self.read_part(part, where)), where)
         elif content is None:
@@ -187,9 +187,10 @@ def _list_media(record: dict, kind: str) -> list:
 def _role_and_content(turn: Any, where: str) -> tuple[Any, Any]:
     if not isinstance(turn, dict):
         raise Unusable("unknown_format", f"{where} is {show(turn)}, not an object with role and content")
-    role, content = (
-        next((turn[key] for key in keys if key in turn), None) for keys in (("role", "from"), ("content", "value"))
-    )
+    role = turn["role"] if "role" in turn else turn.get("from")
+    content = turn["content"] if "content" in turn else turn.get("value")
+    if len(turn) == 2 and isinstance(role, str) and role in ROLES:  # of nearly all
+        return ROLES[role], content
     if not isinstance(role, str):
         raise Unusable("unknown_format", f"{where} has no role (nor from): its keys are {show(list(turn))}")
     if role.lower() in _TOOLS or turn.get("tool_calls") or turn.get("function_call"):

@@ -107,16 +107,19 @@ def _pieces(file: BinaryIO, place: int, size: int) -> Iterator[tuple[int, bytes]
 
 
 def _refuse_one_object(path: Path, file: BinaryIO, begin: int, size: int) -> None:
-    """ValueError for a file that is one object over several lines. Of JSONL the first line is a whole one."""
+    """ValueError for a file that is one object over several lines, or a data JSON. Of JSONL the first line is whole."""
     file.seek(begin)
-    if size > MAX_LINE or _parse(file.readline()) is not None:
+    if size > MAX_LINE:
         return
+    line = _parse(file.readline())
     file.seek(begin)
-    if (found := _parse(file.read())) is not None:
-        what = (
-            "MindSpeed-MM's data JSON, which names them" if "dataset_param" in found else "one object on several lines"
+    whole = line or _parse(file.read())
+    if whole is not None and "dataset_param" in whole:
+        raise ValueError(f"{path} is MindSpeed-MM's data JSON, which names files of conversations, and is none of them")
+    if line is None and whole is not None:
+        raise ValueError(
+            f"{path} is one object over several lines: conversations are a JSON array of objects, or one object a line"
         )
-        raise ValueError(f"{path} is {what}: conversations are a JSON array of objects, or one object a line")
 
 
 def _parse(data: bytes) -> dict | None:
@@ -179,10 +182,11 @@ def _index_array(path: Path, file: BinaryIO, begin: int, size: int) -> tuple[np.
     found, last = np.concatenate(begins).astype(np.int64), np.concatenate(ends).astype(np.int64)
     counts = np.bincount(np.concatenate(owners), weights=np.concatenate(commas), minlength=begun + 1)
     if len(bad := np.flatnonzero(counts != _wanted(begun))):
-        at = int(bad[0])
-        seen = f"{int(counts[at])} commas" if counts[at] else "no comma"
-        here = last[at - 1] if at else begin + 1
-        raise _fault(path, begin, f"{seen} stand before item {at} in {Lines(path).locate(int(here))}")
+        at, many = int(bad[0]), int(counts[bad[0]])
+        seen = {0: "no comma is", 1: "a comma is"}.get(many, f"{many} commas are")
+        before = f"item {at}" if at < begun else "the end"
+        place = Lines(path).locate(int(last[at - 1]) if at else begin + 1)
+        raise _fault(path, begin, f"{seen} between items, before {before}, after {place}")
     return found, last
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mm_models.encoders.loading import check_finite, quiet
 from mm_models.processors import Encoded
 from mm_models.qwen2_5_vl.config import Qwen25VLConfig
 from mm_models.qwen2_5_vl.hub import write_config
@@ -35,21 +36,20 @@ class Qwen25VLGenerator:
                 "install transformers>=5"
             )
         from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-        from transformers.utils import logging
 
-        if not sys.stderr.isatty():
-            logging.disable_progress_bar()
         self.config, self.device = config, device
-        self.model, found = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            None,
-            config=Qwen2_5_VLConfig(**write_config(config)),
-            state_dict=dict(tensors),
-            dtype=dtype,
-            output_loading_info=True,
-        )
+        with quiet():
+            self.model, found = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                None,
+                config=Qwen2_5_VLConfig(**write_config(config)),
+                state_dict=dict(tensors),
+                dtype=dtype,
+                output_loading_info=True,
+            )
         wrong = {kind: sorted(names) for kind, names in found.items() if names}
         if wrong:
             raise ValueError(f"the weights are not those of this model: {wrong}")
+        check_finite(self.model, Path("the weights"))
         self.model.to(device).eval()
 
     @torch.inference_mode()

@@ -26,11 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm_models.layers import Linear, RMSNorm, Sequence, core, identity
+from mm_models.layers import Linear, Sequence, core, identity
 from mm_models.qwen2_5_vl.check import check, check_tokens
 from mm_models.qwen2_5_vl.config import Qwen25VLConfig
 from mm_models.qwen2_5_vl.grids import Grid, read_grids
-from mm_models.qwen2_5_vl.vision import GatedMLP, VisionTower, rotate
+from mm_models.qwen2_5_vl.layers import GatedMLP, RMSNorm, rotate
+from mm_models.qwen2_5_vl.vision import VisionTower
 from mm_models.tokens.head import token_losses
 
 
@@ -172,6 +173,11 @@ class Qwen25VLModel(nn.Module):
         """
         x = self.model.norm(stream.x)
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        if not isinstance(head, nn.Linear | nn.Embedding):
+            raise ValueError(
+                "the head has an adapter, but its weight alone is multiplied by: leave lm_head and embed_tokens out of "
+                "the targets, or train the head itself"
+            )
         if stream.labels is None:
             return self.gather(self.token_logits(x, head.weight), stream.sequence)
         return self.gather(self.token_losses(x, head.weight, stream.labels), stream.sequence)

@@ -125,8 +125,10 @@ class Qwen25VLProcessing:
     def scale_back(self, answer: str, conversation: Conversation) -> str:
         """An answer in which every list of two or four whole numbers was scaled to the picture as it is.
 
-        ValueError unless the conversation has one picture or video: an answer does not say which one it means.
+        ValueError where there is such a list, and not one picture or video: an answer does not say which one it means.
         """
+        if not BOX.search(answer):
+            return answer
         if len(conversation.media) != 1:
             raise ValueError(
                 f"boxes of an answer cannot be scaled back: the conversation has {len(conversation.media)} images and "

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from mm_models.layers import Linear, RMSNorm, Sequence, core, identity, wide
+from mm_models.layers import Linear, Sequence, core, identity
 from mm_models.qwen2_5_vl.config import Qwen25VLConfig
 from mm_models.qwen2_5_vl.grids import Grid
+from mm_models.qwen2_5_vl.layers import GatedMLP, RMSNorm, rotate
 from mm_models.qwen2_5_vl.windows import Grouping, lay_out
 
 EPS = 1e-6  # of all norms here, whatever config.json says of the language model's
@@ -77,16 +77,6 @@ class PatchEmbedding(nn.Module):
         return F.linear(x, self.proj.weight.flatten(1).to(x.dtype))
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turns the first half of the channels of x (… H h) with the second by the angles of `rope` (2 … h/2); in at least
-    float32, returned as x.
-    """
-    cos, sin = rope.unsqueeze(-2)  # … 1 h/2
-    a, b = wide(x).chunk(2, -1)
-    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
-    return torch.cat(turned, -1).to(x.dtype)
-
-
 class VisionAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -117,34 +107,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, calls: Calls, core: Callable) -> Ten
         start += patches
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     return out if calls.back is None else out[calls.back]
-
-
-class GatedSilu(torch.autograd.Function):
-    """silu(gate) · up. It keeps its two inputs for the backward, where autograd's own would keep silu(gate) as well."""
-
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
-
-
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) · up(x)); also that of the language model, which has no biases."""
-
-    def __init__(self, dim: int, ffn_dim: int, bias: bool) -> None:
-        super().__init__()
-        self.gate_proj = Linear(dim, ffn_dim, bias=bias)
-        self.up_proj = Linear(dim, ffn_dim, bias=bias)
-        self.down_proj = Linear(ffn_dim, dim, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(GatedSilu.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class VisionBlock(nn.Module):

@@ -55,7 +55,7 @@ class Layout(NamedTuple):
     frames: Grouping
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def lay_out(grids: tuple[Grid, ...], merge: int, window: int) -> Layout:
     """The layout for these grids.
 

@@ -126,7 +126,8 @@ def _ends(q: Tensor, segments: Sequence[int]) -> tuple[Tensor, int]:
 
 def _flat(x: Tensor) -> Tensor:
     """B L H h -> (B L) H h, the head padded."""
-    return F.pad(x, (0, -x.shape[-1] % _MULTIPLE)).flatten(0, 1).contiguous()
+    missing = -x.shape[-1] % _MULTIPLE
+    return (F.pad(x, (0, missing)) if missing else x).flatten(0, 1).contiguous()  # F.pad by nothing is a copy
 
 
 def _rows(x: Tensor, rows: int, dim: int) -> Tensor:

@@ -1,9 +1,8 @@
 """What crosses from stage to stage, known beforehand: shapes, dtypes, what requires a gradient, static facts."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from inspect import BoundArguments
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -23,8 +22,8 @@ Stream = TypeVar("Stream", bound=NamedTuple)
 class Outline(Generic[Stream]):
     """Micro-batches of one shape on their way through the pipeline. All tensors are meta.
 
-    entries: the stream that enters each stage; None for the first, which makes its own. Its facts are those of the one
-        micro-batch that was traced; those of another are facts of what its stem makes (see `begin`).
+    entries: the stream that enters each stage; None for the first, which makes its own. Facts are those of one of the
+        micro-batches; those of another are facts of what its stem makes (see `begin`).
     output: what the head returns.
     """
 
@@ -42,8 +41,8 @@ def skeleton(
     """A copy of the whole model on the meta device, to be asked for shapes, dtypes and what requires a gradient.
 
     It takes no memory. It splits and gathers tokens as the model will, and has its weights in the dtype in which the
-    model will read them; attention stays the model's own, because it has the same shapes and needs no other rank. It is
-    given no mask, as that is of the whole sequence. The losses of a vocabulary have the shape of the labels.
+    model will read them. Where tokens are cut, attention has the shape of its queries; the losses of a vocabulary have
+    that of the labels.
     trained: every weight is trained, whatever is frozen in the model.
     """
     twins = {}  # deepcopy takes what is here for copies that it has made
@@ -59,13 +58,8 @@ def skeleton(
             if parameter not in in_fp32 and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
     if size(mesh, "cp") > 1:
-        seams = []
-        for _, ladder, own in plan.ladders(bones):
-            owner, _, core = own.core.rpartition(".")
-            seams.append((ladder.get_submodule(owner), core, getattr(ladder.get_submodule(owner), core)))
         context.cut(bones, plan, mesh)
-        for owner, core, attention in seams:
-            setattr(owner, core, partial(_attend_all, attention))
+        plan.set_seam(bones, plan.core, _attend)
     if plan.vocabulary:
         plan.set_seam(bones, plan.losses, _losses)
     return bones
@@ -75,16 +69,14 @@ def _losses(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return x[..., 0].to(torch.promote_types(x.dtype, torch.float32))  # which rows have a label is not known here
 
 
-def _attend_all(
-    attention: Callable, q: Tensor, k: Tensor, v: Tensor, sequence: Any, mask: Tensor | None = None
-) -> Tensor:
-    return attention(q, k, v, sequence)
+def _attend(q: Tensor, k: Tensor, v: Tensor, sequence: Any, mask: Tensor | None = None) -> Tensor:
+    return q + (k.sum() + v.sum())
 
 
 def begin(skeleton: Model, plan: ParallelPlan, call: BoundArguments) -> Any:
     """What the stem makes of a call: the facts, the shapes and dtypes of the stream. Flags of gradients are not right.
 
-    Milliseconds, as layers change none of this, and those of inner ladders are not run.
+    Milliseconds, as the layers of inner ladders are not run: none changes any of this.
     """
     inner = [ladder for prefix, ladder, _ in plan.ladders(skeleton) if prefix]
     for ladder in inner:
@@ -98,19 +90,39 @@ def begin(skeleton: Model, plan: ParallelPlan, call: BoundArguments) -> Any:
     return type(stream)(*map(_outline, stream))
 
 
-def trace(skeleton: Ladder, starts: Sequence[int], call: BoundArguments) -> Outline:
-    """Runs the skeleton once. starts: the first layer of every stage. ValueError for a layer that changes facts."""
+def trace(skeleton: Ladder, starts: Sequence[int], call: BoundArguments) -> list[Any]:
+    """The stream that enters each stage, but for the first: runs all layers once, up to a second for a large model.
+
+    starts: the first layer of every stage. Dtypes and flags of gradients are those of any call with the same arguments.
+    Raises ValueError for a layer that changes shapes or facts.
+    """
+    entries = []
     with torch.enable_grad():  # so that flags are those of a training step
         stream = _stem(skeleton, call)
-        facts, entries = _facts(stream), [None]
+        given = _facts(stream)
         for i in range(len(skeleton.layers)):
             if i in starts[1:]:
                 stream = type(stream)(*map(_outline, stream))
                 entries.append(stream)
             stream = skeleton.layer(i, stream)
-            if (made := _facts(stream)) != facts:
-                raise ValueError(f"layer {i} made facts of the stream {made} of {facts}: only the stem makes facts")
-        return Outline(tuple(entries), _outline(skeleton.head(stream)))
+            if (made := _facts(stream)) != given:
+                raise ValueError(
+                    f"layer {i} made of the stream {made} of {given}: only the stem makes shapes and facts"
+                )
+    return entries
+
+
+def shape(skeleton: Ladder, entries: Sequence[Any], begun: Any) -> Outline:
+    """The outline of what the stem made (see `begin`), after the entries of another call with the same arguments."""
+    shaped = [type(entry)(*map(_resize, entry, begun)) for entry in entries]
+    with torch.no_grad():
+        return Outline((None, *shaped), _outline(skeleton.head(shaped[-1])))
+
+
+def _resize(value: Any, like: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return like
+    return torch.empty_like(like, dtype=value.dtype, requires_grad=value.requires_grad)
 
 
 def _stem(skeleton: Ladder, call: BoundArguments) -> Any:
@@ -122,7 +134,8 @@ def _hand_on(i: int, stream: Stream) -> Stream:
 
 
 def _facts(stream: Stream) -> dict[str, Any]:
-    return {name: value for name, value in stream._asdict().items() if not isinstance(value, Tensor)}
+    fields = stream._asdict().items()
+    return {name: tuple(value.shape) if isinstance(value, Tensor) else value for name, value in fields}
 
 
 def describe_shapes(stream: Stream) -> str:

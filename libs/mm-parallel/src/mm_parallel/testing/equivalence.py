@@ -44,17 +44,29 @@ WEIGHTS = (
 )  # of the samples' losses; ranks and micro-batches differ in their sums
 
 
+def take(
+    batch: Mapping[str, Tensor], samples: slice, weight: Tensor
+) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
+    """Samples in dim 0, and the mean square of what an output is off their target."""
+    inputs = {name: tensor[samples] for name, tensor in batch.items()}
+    target = inputs.pop("target")
+    return inputs, lambda output: weight * (output - target).square().flatten(1).mean(1)
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model to check, with four layers or more.
 
     build: () -> the model with its weights, the same on every rank. plan: of that model. batch: () -> named inputs of
     the model and `target`, all with 8 samples in dim 0.
+    take: (batch, some of its 8 samples, how much each counts) -> (inputs of the model, losses), where losses(output)
+        are the weighted losses of these samples. It makes a micro-batch; what two of a pipeline send must be alike.
     """
 
     build: Callable[[], nn.Module]
     plan: Callable[[nn.Module], ParallelPlan]
-    batch: Callable[[], Mapping[str, Tensor]]
+    batch: Callable[[], Mapping[str, Any]]
+    take: Callable[[Mapping[str, Any], slice, Tensor], tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = take
 
 
 @dataclass(frozen=True)
@@ -152,12 +164,12 @@ def check(rank: int, world: int, subject: Subject, cases: Iterable[Case], rtol: 
 
 
 def _train_alone(subject: Subject) -> tuple[list[float], list[dict[str, Tensor]], list[float], dict[str, Tensor]]:
-    model, batch = subject.build(), dict(subject.batch())
-    target = batch.pop("target")
+    model = subject.build()
+    inputs, losses_of = subject.take(subject.batch(), slice(0, SAMPLES), _weights())
     optimizer = _optimizer(model)
     losses, grads, norms = [], [], []
     for _ in range(STEPS):
-        loss = _losses(model(**batch), target, _weights(target)).sum() / sum(WEIGHTS)
+        loss = losses_of(model(**inputs)).sum() / sum(WEIGHTS)
         loss.backward()
         losses.append(loss.item())
         grads.append({name: grad.clone() for name, grad in gradients(model).items()})
@@ -177,8 +189,7 @@ def _compare(
     weights: dict[str, Tensor],
     rtol: float,
 ) -> None:
-    model, batch = subject.build(), dict(subject.batch())
-    target = batch.pop("target")
+    model, batch = subject.build(), subject.batch()
     plan, values = subject.plan(model), {name: p.detach().clone() for name, p in model.state_dict().items()}
     if case.meta:
         model = model.to("meta")
@@ -190,24 +201,24 @@ def _compare(
     assert _names_of_all(model) == set(weights), "parameters are lost"
 
     index, parts = data_rank(mesh)
-    share = slice(index * SAMPLES // parts, (index + 1) * SAMPLES // parts)
-    whole = batch | {"target": target, "weight": _weights(target)}
-    micro = [
-        {name: part.chunk(case.micro_batches)[i] for name, part in _cut(whole, share).items()}
-        for i in range(case.micro_batches)
-    ]
+    share, weights_of = range(index * SAMPLES // parts, (index + 1) * SAMPLES // parts), _weights()
+    micro = []
+    for numbers in torch.tensor(share).chunk(case.micro_batches):
+        samples = slice(int(numbers[0]), int(numbers[-1]) + 1)
+        micro.append(subject.take(batch, samples, weights_of[samples]))
     optimizer = _optimizer(model)
     for step in range(case.steps):
         own = forward_backward(
             run,
             case.micro_batches,
-            lambda i: {name: micro[i][name] for name in batch},
-            lambda output, i: _losses(output, micro[i]["target"], micro[i]["weight"]),
+            lambda i: micro[i][0],
+            lambda output, i: micro[i][1](output),
             sum(WEIGHTS),
             mesh,
+            lambda i: {name: _outline(value) for name, value in micro[i][0].items()},
         )
         finish_gradients(model, mesh)
-        loss = torch.cat(own).sum() if own and reports_loss(mesh) else torch.zeros((), dtype=target.dtype)
+        loss = torch.cat(own).sum() if own and reports_loss(mesh) else torch.zeros((), dtype=torch.float64)
         if dist.is_initialized():
             dist.all_reduce(loss)
         loss = loss.item() / sum(WEIGHTS)
@@ -231,17 +242,12 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([{"params": part} for part in trained], lr=1e-2, eps=1e-4, fused=True)
 
 
-def _weights(target: Tensor) -> Tensor:
-    return torch.tensor(WEIGHTS, dtype=target.dtype, device=target.device)
+def _weights() -> Tensor:
+    return torch.tensor(WEIGHTS, dtype=torch.float64)
 
 
-def _losses(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Of every sample, times its weight: B."""
-    return weight * (output - target).square().flatten(1).mean(1)
-
-
-def _cut(batch: Mapping[str, Tensor], share: slice) -> dict[str, Tensor]:
-    return {name: tensor[share] for name, tensor in batch.items()}
+def _outline(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 def _names_of_all(model: nn.Module) -> set[str]:
