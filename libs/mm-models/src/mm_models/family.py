@@ -191,7 +191,9 @@ class Family:
     plan: Callable[[nn.Module], ParallelPlan]
     """How `mm_parallel` may cut it."""
     cost: Callable[[nn.Module], Callable[[Mapping[str, Any]], tuple[int, float]]]
-    """model -> (tensors of a batch -> its tokens, FLOPs of training on it)."""
+    """model -> (tensors of a batch -> its tokens, FLOPs of training on it). Where the family reads conversations, this
+    has a method, too: `weigh(mm_data.processing.Size)`, the FLOPs of one. By it ranks are balanced.
+    """
     lora_targets: tuple[str, ...]
     """The linears that usually get an adapter, by the ends of their names."""
     start: Callable[[], Any]
