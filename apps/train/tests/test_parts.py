@@ -1,14 +1,13 @@
 """Parts of a model: what is trained of it, at which rate, what gets adapters, and what comes out of it."""
 
 import json
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mm_convert import convert, open_checkpoint, open_lora
-from mm_models import build
+from mm_models import build, preset
 from mm_models.lora import load_lora, merge_lora
 from mm_models.qwen2_5_vl.testing import write_hub_folder
 from mm_models.tokens import NextToken
@@ -18,8 +17,6 @@ from mm_train.export import export
 from mm_train.optim import EMA, build_optimizer, learning_rate
 from mm_train.recipe import load_config
 from mm_train.start import build_model
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 CPU = torch.device("cpu")
 TOKENS = ("image_token", "video_token", "vision_start_token", "vision_end_token", "bos_token", "eos_token")
@@ -170,6 +167,10 @@ def test_a_table_says_what_is_trained_and_at_which_rate(hub, tmp_path):
         (("--optim.rates", '{"visual": 1e-5}'), r"--optim.rates 'visual' names no parameter"),
         (("--trained", '["merger"]', "--optim.rates", '{"vision": 1e-5}'), r"'vision': nothing of it is trained"),
         (("--lora.rank", "2", "--lora.targets", '["vision:q_proj"]'), r"LoRA target 'vision:q_proj' names no linear"),
+        (
+            ("--lora.rank", "2", "--lora.targets", '["lm_head"]'),
+            r"an adapter beside it would do nothing\. Leave it out",
+        ),
     ],
 )
 def test_refuses(flags, message, hub, tmp_path):
@@ -180,6 +181,7 @@ def test_refuses(flags, message, hub, tmp_path):
 TARGETS = {
     None: {"language": 4 * 7},
     ("vision",): {"vision": 4 * 5},
+    ("language",): {"language": 4 * 7},  # not the head
     ("merger", "language:q_proj"): {"merger": 2, "language": 4},
     ("vision:mlp.up_proj", "attn.qkv"): {"vision": 4 * 2},
     ("mlp.up_proj",): {"vision": 4, "language": 4},
@@ -281,6 +283,25 @@ def test_exports_in_the_form_and_dtype_that_is_asked_for(hub, tmp_path):
     assert {low.dtype(name) for name in low} == {"BF16"}
     assert json.loads((tmp_path / "low/config.json").read_text(encoding="utf-8"))["torch_dtype"] == "bfloat16"
     assert build("qwen2.5-vl-tiny", device="meta", **shape_of(hub)).state_dict().keys() == set(low)
+
+
+def test_a_tied_head_is_one_parameter_of_the_language_model(tmp_path):
+    """It has one rate, is counted once, and stays tied in what comes out."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    hub = write_hub_folder(tmp_path / "hub", replace(preset("qwen2.5-vl-tiny"), tied=True))
+    tied = ("--architecture", json.dumps(shape_of(hub) | {"tied": True}))
+    more = ("--trained", '["language"]', "--optim.rates", '{"model.embed_tokens.*": 5e-4}')
+    built, before, rates = run(configure(hub, hub, tmp_path / "run", *tied, *more), hub, save=True)
+    assert changed(built, before) == {name for name in before if name.startswith("model.")}
+    assert rates[0]["model.embed_tokens.weight"] == 5e-4
+    assert f"{before['model.embed_tokens.weight'].numel():,} trained at 0.0005" in built.parts[2]
+    folder = export(tmp_path / "run", tmp_path / "weights")
+    assert "lm_head.weight" not in open_checkpoint(folder)
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    assert ask(theirs, hub) == pytest.approx(logits(built.model.eval(), hub), abs=1e-4)
+    with pytest.raises(ValueError, match=r"--trained 'lm_head.*' names no parameter; there are vision, merger, langua"):
+        build_model(configure(hub, hub, tmp_path, *tied, "--trained", '["lm_head.*"]'), None, CPU, continuing=False)
 
 
 def test_exports_refuse(hub, tmp_path):

@@ -131,6 +131,11 @@ def test_one_stream_for_any_ranks_packs_and_restarts(listed, survey, workers):
     order = Order([0] * COUNT, STEP, 3)
     assert shown(whole) == [Counter((listed.ids[i], epoch) for i, epoch in order.step(s)) for s in range(6)]
     expected = contents(whole)
+    # ranks of one pipeline or context group load the same on their own
+    again = take(build(listed, survey=survey), 6, workers=workers)
+    assert [split(batch) for ((*micro,),) in again for batch in micro] == [
+        split(batch) for ((*micro,),) in whole for batch in micro
+    ]
     resumed = build(listed, survey=survey)  # knows nothing of what the first has learned
     assert contents(take(resumed, 3, cursor=3 * STEP, ranks=2, workers=workers)) == expected[3:]
     for options in ({"max_tokens": 2000, "max_patches": 3000}, {"packing": False}):
@@ -304,6 +309,9 @@ def test_what_is_too_long_is_mended_alike_in_every_epoch(listed, survey, too_lon
             assert too_long != "drop" or len(tokens) == whole
     assert survey or dataset.identity == build(listed, survey=False).identity  # whatever was found on the way
     mended = int(dataset.sizes.changed.sum())
+    how = {"drop": "", "drop_turns": "oldest questions are left out", "shrink": "pictures are made smaller"}[too_long]
+    said = f"{mended} of {len(dataset)} conversations are too long for 120 tokens and 150 patches: their {how}"
+    assert dataset.notes == ([said] if survey and mended else [])
     assert mended == 0 if too_long == "drop" else mended > 0
     assert len(dataset.ledger) < COUNT
 
@@ -414,6 +422,20 @@ def test_ranks_share_a_survey(tmp_path):
             assert [said[-1] for said in dones] == [(COUNT // 3, COUNT // 3)] * 3
         else:
             assert sum(processing.measured for processing in processings) < COUNT
+
+
+def test_a_disk_that_fails_says_nothing_of_a_file(listed, monkeypatch):
+    """It stops the training: left out, the conversation would be missed on some ranks only."""
+
+    def fail(path):
+        raise OSError(5, "Input/output error", path)
+
+    dataset = build(listed)
+    monkeypatch.setattr("mm_data.images.read_image", fail)
+    media = next(conversation.media[0] for conversation in listed if conversation.media)
+    with pytest.raises(OSError, match="Input/output error"):
+        media.read_image()
+    assert dataset.ledger.counts == {}
 
 
 def test_what_goes_wrong_on_one_rank_is_raised_by_all(listed):

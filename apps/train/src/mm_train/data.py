@@ -132,7 +132,7 @@ def _conversations(config: Config, mesh: DeviceMesh | None) -> TrainingData:
         {"data.conversations": find_files(sources), "data.processor": find_processor_files(config)},
         {"data.processor": {"what is made of a conversation": processing.identity}},
         lambda cursor: _steps(conversations, config, mesh, cursor),
-        notes=[*left_out, *_small(conversations, config)],
+        notes=[*left_out, *conversations.notes, *_small(conversations, config)],
         refusals=Refusals(conversations.ledger, config.run_dir / "failures.jsonl"),
     )
 

@@ -19,7 +19,7 @@ from typing import Any
 from mm_convert.cli.arguments import parse
 from mm_convert.cli.terminal import one_line
 from mm_convert.cli.toml import read_tables
-from mm_convert.cli.values import read_text
+from mm_convert.cli.values import check_value, read_text
 from mm_data.conversations.mindspeed import is_data_json, read_data_json
 from mm_models.families import suggest
 from mm_train import guides
@@ -77,8 +77,9 @@ def _data_json(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     there, and notes. ValueError for one that cannot be followed.
     """
     of_files = [said for file in _files(argv) if isinstance(said := file.get("data"), dict)]
-    listed = [said["conversations"] for said in of_files if "conversations" in said]
+    listed: list[Listed] = []
     with contextlib.suppress(ValueError):  # `parse` says why
+        listed += [check_value("", said["conversations"], Listed) for said in of_files if "conversations" in said]
         listed += [read_text("", text, Listed) for text in _values(argv, "data.conversations")]
     files = [word for word in split(listed[-1]) if is_data_json(word)] if listed else []
     if not files:

@@ -54,6 +54,19 @@ class MicroBatches:
         self.before(number)
         return self.objective.inputs(self._tensors(number), self._draw(number))
 
+    @property
+    def outlines(self) -> Callable[[int], dict[str, Any]] | None:
+        """For a pipeline whose micro-batches differ: the inputs without their values, so that nothing moves.
+
+        None where the model asks for no values, and all micro-batches are alike.
+        """
+        if not self.objective.host:
+            return None
+        nowhere = torch.device("meta")
+        return lambda number: self.objective.inputs(
+            OnDevice(self.micro[number].tensors, nowhere, self.objective.host), None
+        )
+
     def losses(self, output: Tensor, number: int) -> Tensor:
         """The weighted loss of every sample: B, float32."""
         losses = self.objective.losses(output, self._tensors(number), self._draw(number))

@@ -21,7 +21,9 @@ def train(config: Config) -> Path:
         with prepare(config, held) as run:  # every refusal, cheapest first
             for batch in run.batches():  # ends after a whole step when any rank was interrupted
                 run.set_rate()
-                losses = forward_backward(run.model, len(batch), batch.inputs, batch.losses, batch.total, run.mesh)
+                losses = forward_backward(
+                    run.model, len(batch), batch.inputs, batch.losses, batch.total, run.mesh, batch.outlines
+                )
                 finish_gradients(run.parameters, run.mesh)
                 norm = clip_grad_norm(run.parameters, run.max_norm, run.mesh)
                 step = run.outcome(batch, losses, norm)  # global numbers, alike on every rank

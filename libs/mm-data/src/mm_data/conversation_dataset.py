@@ -113,6 +113,17 @@ class ConversationDataset:
             digest.update(np.ascontiguousarray(indices, np.int64).tobytes())
         return digest.hexdigest()
 
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know before the first step, besides the ledger: how many were made to fit."""
+        how = {"drop_turns": "their oldest questions are left out", "shrink": "their pictures are made smaller"}
+        if not len(self._changed):
+            return []
+        return [
+            f"{len(self._changed):,} of {len(self):,} conversations are too long for {self.limits.max_tokens:,} tokens "
+            f"and {self.limits.max_patches:,} patches: {how[self.limits.too_long]}"
+        ]
+
     def plan(self, picks: Sequence[Pick], dp_size: int) -> list[list[Pack]]:
         """The packs of a step, [rank][micro-batch]: alike whoever asks, and as many for each rank; see `packing.plan`.
 

@@ -71,7 +71,7 @@ class Sizes:
                     fitted = self.fit(index)
                 except Unusable as error:
                     self.tokens[index], self.changed[index] = REFUSED, False
-                    refused.append((index, error))
+                    refused.append((index, Unusable(error.reason, error.text)))  # without the frames it came through
                     continue
                 self.patches[index], self.squares[index] = fitted.size.patches, fitted.size.squares
                 self.changed[index] = fitted.changed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ REASONS = (
     "boxes",  # a box that is no two or four numbers, or of a picture that is not there
     "too_long",
 )
+
+# Errors that say nothing of a file: it can be read another time, or by another process.
+OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 
 
 class Unusable(ValueError):
@@ -96,6 +100,8 @@ class Media:
         except Unusable:
             raise
         except (ValueError, OSError) as error:
+            if getattr(error, "errno", None) in OF_THE_MACHINE:
+                raise
             there = self.path.startswith("data:") or os.path.exists(self.path)
             raise Unusable("unreadable_media" if there else "missing_media", str(error)) from error
 
@@ -143,3 +149,9 @@ class Conversation:
     def media(self) -> tuple[Media, ...]:
         """Those of all turns, in the order of their places."""
         return tuple(part for turn in self.turns for part in turn.parts if isinstance(part, Media))
+
+    @property
+    def question(self) -> str:
+        """The last one, with <image>, <video> and <box> where such stand; empty where nothing is asked."""
+        asked = next((turn.parts for turn in reversed(self.turns) if turn.role == "user"), ())
+        return "".join(part if isinstance(part, str) else f"<{getattr(part, 'kind', 'box')}>" for part in asked)

@@ -22,7 +22,7 @@ class Qwen25VLConfig:
     tied: bool = False
     """Whether the head multiplies by the embedding of the tokens, and has no matrix of its own."""
     eps: Annotated[float, "> 0", "< 1"] = 1e-6
-    rope_theta: Annotated[float, ">= 2", "<= 1e12"] = 1e6
+    rope_theta: Annotated[float, ">= 2", "<= 1000000000000"] = 1e6
     mrope_section: tuple[Size, Size, Size] = (16, 24, 24)
     """Pairs of channels of a head that turn with the time, the row and the column of a token."""
     max_positions: Annotated[int, ">= 1", "<= 1073741824"] = 128000

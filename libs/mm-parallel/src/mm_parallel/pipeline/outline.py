@@ -22,8 +22,8 @@ Stream = TypeVar("Stream", bound=NamedTuple)
 class Outline(Generic[Stream]):
     """Micro-batches of one shape on their way through the pipeline. All tensors are meta.
 
-    entries: the stream that enters each stage; None for the first, which makes its own. Its facts are those of the one
-        micro-batch that was traced; those of another are facts of what its stem makes (see `begin`).
+    entries: the stream that enters each stage; None for the first, which makes its own. Facts are those of one of the
+        micro-batches; those of another are facts of what its stem makes (see `begin`).
     output: what the head returns.
     """
 
@@ -76,7 +76,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sequence: Any, mask: Tensor | None 
 def begin(skeleton: Model, plan: ParallelPlan, call: BoundArguments) -> Any:
     """What the stem makes of a call: the facts, the shapes and dtypes of the stream. Flags of gradients are not right.
 
-    Milliseconds, as layers change none of this, and those of inner ladders are not run.
+    Milliseconds, as the layers of inner ladders are not run: none changes any of this.
     """
     inner = [ladder for prefix, ladder, _ in plan.ladders(skeleton) if prefix]
     for ladder in inner:
@@ -90,19 +90,39 @@ def begin(skeleton: Model, plan: ParallelPlan, call: BoundArguments) -> Any:
     return type(stream)(*map(_outline, stream))
 
 
-def trace(skeleton: Ladder, starts: Sequence[int], call: BoundArguments) -> Outline:
-    """Runs the skeleton once. starts: the first layer of every stage. ValueError for a layer that changes facts."""
+def trace(skeleton: Ladder, starts: Sequence[int], call: BoundArguments) -> list[Any]:
+    """The stream that enters each stage, but for the first: runs all layers once, up to a second for a large model.
+
+    starts: the first layer of every stage. Dtypes and flags of gradients are those of any call with the same arguments.
+    Raises ValueError for a layer that changes shapes or facts.
+    """
+    entries = []
     with torch.enable_grad():  # so that flags are those of a training step
         stream = _stem(skeleton, call)
-        facts, entries = _facts(stream), [None]
+        given = _facts(stream)
         for i in range(len(skeleton.layers)):
             if i in starts[1:]:
                 stream = type(stream)(*map(_outline, stream))
                 entries.append(stream)
             stream = skeleton.layer(i, stream)
-            if (made := _facts(stream)) != facts:
-                raise ValueError(f"layer {i} made facts of the stream {made} of {facts}: only the stem makes facts")
-        return Outline(tuple(entries), _outline(skeleton.head(stream)))
+            if (made := _facts(stream)) != given:
+                raise ValueError(
+                    f"layer {i} made of the stream {made} of {given}: only the stem makes shapes and facts"
+                )
+    return entries
+
+
+def shape(skeleton: Ladder, entries: Sequence[Any], begun: Any) -> Outline:
+    """The outline of what the stem made (see `begin`), after the entries of another call with the same arguments."""
+    shaped = [type(entry)(*map(_resize, entry, begun)) for entry in entries]
+    with torch.no_grad():
+        return Outline((None, *shaped), _outline(skeleton.head(shaped[-1])))
+
+
+def _resize(value: Any, like: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return like
+    return torch.empty_like(like, dtype=value.dtype, requires_grad=value.requires_grad)
 
 
 def _stem(skeleton: Ladder, call: BoundArguments) -> Any:
@@ -114,7 +134,8 @@ def _hand_on(i: int, stream: Stream) -> Stream:
 
 
 def _facts(stream: Stream) -> dict[str, Any]:
-    return {name: value for name, value in stream._asdict().items() if not isinstance(value, Tensor)}
+    fields = stream._asdict().items()
+    return {name: tuple(value.shape) if isinstance(value, Tensor) else value for name, value in fields}
 
 
 def describe_shapes(stream: Stream) -> str:

@@ -30,6 +30,7 @@ from mm_parallel.pipeline.outline import (
     describe,
     describe_call,
     describe_shapes,
+    shape,
     skeleton,
     tensors_of,
     trace,
@@ -97,7 +98,8 @@ class Pipeline:
         model.forward = call
         self.model, self.plan, self.memory = model, plan, memory
         self._signature = inspect.signature(self.skeleton.stem)
-        self._facts, self._outlines = Recent(256), Recent(16)  # by what the model is called with, by what travels
+        # by what the model is called with, by the names of that, by what travels
+        self._begun, self._traced, self._outlines = Recent(256), Recent(16), Recent(64)
         self._newest: tuple[Outline | None, Schedule | None] = (None, None)
 
     def step(
@@ -162,13 +164,19 @@ class Pipeline:
         return schedule
 
     def _begin(self, call: BoundArguments) -> Any:
-        return self._facts.get(describe_call(call), lambda: begin(self.skeleton, self.plan, call))
+        return self._begun.get(describe_call(call), lambda: begin(self.skeleton, self.plan, call))
 
-    def _outline(self, call: BoundArguments, facts: Any) -> Outline:
-        """Of a call, of whose stream these are the shapes: one for all that send the same."""
+    def _outline(self, call: BoundArguments, begun: Any) -> Outline:
+        """One for all calls that send the same shapes; only the first with some arguments runs all layers."""
         given = [name for name, value in call.arguments.items() if value is not None]
         starts = [stage.layers.start for stage in self.stages]
-        return self._outlines.get(f"{given}: {describe_shapes(facts)}", lambda: trace(self.skeleton, starts, call))
+
+        def make() -> Outline:
+            dtypes = [(name, value.dtype) for name, value in begun._asdict().items() if isinstance(value, Tensor)]
+            entries = self._traced.get(f"{given}: {dtypes}", lambda: trace(self.skeleton, starts, call))
+            return shape(self.skeleton, entries, begun)
+
+        return self._outlines.get(f"{given}: {describe_shapes(begun)}", make)
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
