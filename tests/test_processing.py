@@ -550,3 +550,17 @@ def test_options_that_contradict_each_other():
         ChatOptions(image_min_pixels=10, image_max_pixels=5)
     with pytest.raises(ValueError, match="leave one out"):
         ChatOptions(mask_history=True, train_on_prompt=True)
+
+
+def test_what_the_readme_says(hub, files, tmp_path, monkeypatch, capsys):
+    import re
+
+    from mm_models import qwen2_5_vl
+
+    text = (Path(qwen2_5_vl.__file__).parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("Qwen2.5-VL-3B-Instruct").symlink_to(hub)
+    Path("cat.png").symlink_to(files["wide"].path)
+    exec(code, {})
+    assert "A cat.<|im_end|>" in capsys.readouterr().out

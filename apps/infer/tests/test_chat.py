@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -282,3 +284,31 @@ def test_errors_say_what_to_do(hub, folder, tmp_path, capsys):
     (short / "config.json").write_bytes((hub / "config.json").read_bytes())
     save_file({n: t for n, t in tensors.items() if "layers.1." not in n}, short / "model.safetensors")
     assert "layers" in refused(capsys, "--weights", str(short), "--prompt", "a")
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+
+
+def test_what_the_readme_says_can_be_typed(hub, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("Qwen2.5-VL-3B-Instruct").symlink_to(hub)
+    for name, source in {"cat.png": "a.png", "dog.png": "b.png", "clip.mp4": "v.mp4"}.items():
+        Path(name).symlink_to(folder / source)
+    convert(hub, Path("run/weights"), to="mm")
+    model = add_lora(build("qwen2.5-vl-tiny", device="cpu", **vars(tiny_config(merges=110))), LoRAConfig(rank=2))
+    save_lora(Path("adapter"), {n: torch.zeros(t.shape) for n, t in model.state_dict().items() if "lora_" in n}, 16.0)
+    Path("data").symlink_to(folder)
+    Path("questions.json").write_text(
+        json.dumps([{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "a"}]}]),
+        encoding="utf-8",
+    )
+    monkeypatch.setattr("builtins.input", lambda mark: "/quit")
+    (commands,) = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = [line for line in commands.splitlines() if not line.startswith("#")]
+    for line in lines:
+        _, _, flags = line.partition("-m mm_infer.chat ")
+        assert run(capsys, *shlex.split(flags))
+    assert len(lines) == 6
+    assert Path("answers.jsonl").exists()
+    (code,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    exec(code.replace("max_new_tokens=100", "max_new_tokens=4"), {})

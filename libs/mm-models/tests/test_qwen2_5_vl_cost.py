@@ -1,5 +1,7 @@
 """What Qwen2.5-VL costs, against torch's own count and against a table of the released sizes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -65,6 +67,15 @@ def test_of_a_pack():
     assert cost(batch(40))[1] > flops
     assert cost(batch(40, grids=()))[1] < flops
     assert cost(batch(grids=())) == (0, 0)
+
+
+def test_of_a_conversation_by_its_size():
+    """As a pack of it alone; where labels were not counted, the head works on every token."""
+    cost = Cost(build("qwen2.5-vl-tiny", device="meta"))
+    size = SimpleNamespace(tokens=40, patches=16, label_tokens=5, squares=256)
+    assert cost.weigh(size) == cost(batch(40))[1]
+    head = forward_flops(cost.config, Work(0, 0, rows=1)).head
+    assert cost.weigh(SimpleNamespace(**vars(size) | {"label_tokens": None})) == cost(batch(40))[1] + 3 * 35 * head
 
 
 def test_what_is_frozen_costs_less():

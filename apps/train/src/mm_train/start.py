@@ -130,12 +130,8 @@ class Built(NamedTuple):
     """What a person should know of the values it begins with."""
 
 
-def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, continuing: bool) -> Built:
-    """The model of a run.
-
-    It is cut over the mesh and filled tensor by tensor; no rank ever holds all of it. Continuing, it is left empty, for
-    the checkpoint to fill; but the base below an adapter is read again.
-    """
+def outline(config: Config) -> nn.Module:
+    """The whole model of a run without values, on the meta device: with its adapters, and knowing what is trained."""
     dtype = getattr(torch, config.dtype)
     model = build(config.model, device="meta", **config.architecture)
     model.compute_dtype = dtype
@@ -144,6 +140,17 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
         add_lora(model, LoRAConfig(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets))
     elif config.has_frozen:
         freeze(model, config.trained, dtype)
+    return model
+
+
+def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, continuing: bool) -> Built:
+    """The model of a run.
+
+    It is cut over the mesh and filled tensor by tensor; no rank ever holds all of it. Continuing, it is left empty, for
+    the checkpoint to fill; but the base below an adapter is read again.
+    """
+    dtype = getattr(torch, config.dtype)
+    model = outline(config)
     sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (True, False)]
     check_space(sizes[1], config)
     rates = find_rates(model, config.optim)

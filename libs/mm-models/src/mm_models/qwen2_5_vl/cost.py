@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -117,8 +117,17 @@ def find_trained(model: nn.Module) -> Trained:
     )
 
 
+class Size(Protocol):
+    """What a conversation takes, see `mm_data.processing.Size`."""
+
+    tokens: int
+    patches: int
+    label_tokens: int | None
+    squares: int
+
+
 class Cost:
-    """`cost(tensors of a pack) -> (its tokens, FLOPs of training on it)`."""
+    """`cost(tensors of a pack) -> (its tokens, FLOPs of training on it)`; `weigh` tells those of one conversation."""
 
     def __init__(self, model: nn.Module) -> None:
         self.config = model.config
@@ -131,6 +140,12 @@ class Cost:
             int((tensors["labels"] != -100).sum()),
         )
         return work.tokens, train_flops(self.config, work, self.trained)
+
+    def weigh(self, size: Size) -> float:
+        """FLOPs of training on a conversation of this size. Where its labels were not counted, all tokens have one."""
+        rows = size.tokens if size.label_tokens is None else size.label_tokens
+        work = Work(size.tokens, size.tokens**2 / 2, size.patches, size.squares, rows)
+        return train_flops(self.config, work, self.trained)
 
 
 def measure(segments: Iterable[int], grids: Iterable[Grid], rows: int) -> Work:

@@ -46,6 +46,7 @@ QWEN2_5_VL = Family(
         "merger": ("visual.merger.*",),
         "language": ("model.*", "lm_head.*"),
     },
+    unadapted=("lm_head",),  # the head goes from its input straight to losses
     unserved=("vision", "merger"),
     exported="transformers",
 )
