@@ -97,6 +97,7 @@ def open_conversations(
 
     from mm_data.conversation_dataset import ConversationDataset
     from mm_train.ranks import all_gather
+    from mm_train.start import outline
 
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     data, ledger = config.data, Ledger()
@@ -116,6 +117,7 @@ def open_conversations(
             too_long=data.too_long,
             packing=data.packing,
             pad=pad,
+            cost=architecture(config)[0].chat.cost(outline(config)),
             survey=data.survey,
             survey_file=config.run_dir / f"{name}survey.npz",
             part=(rank, world),

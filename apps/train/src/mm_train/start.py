@@ -130,12 +130,8 @@ class Built(NamedTuple):
     """What a person should know of the values it begins with."""
 
 
-def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, continuing: bool) -> Built:
-    """The model of a run.
-
-    It is cut over the mesh and filled tensor by tensor; no rank ever holds all of it. Continuing, it is left empty, for
-    the checkpoint to fill; but the base below an adapter is read again.
-    """
+def outline(config: Config) -> nn.Module:
+    """The model of a run on the meta device, with its adapters; what requires a gradient is trained."""
     dtype = getattr(torch, config.dtype)
     model = build(config.model, device="meta", **config.architecture)
     model.compute_dtype = dtype
@@ -144,6 +140,16 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
         add_lora(model, LoRAConfig(config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets))
     elif config.has_frozen:
         freeze(model, config.trained, dtype)
+    return model
+
+
+def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, continuing: bool) -> Built:
+    """The model of a run.
+
+    It is cut over the mesh and filled tensor by tensor; no rank ever holds all of it. Continuing, it is left empty, for
+    the checkpoint to fill; but the base below an adapter is read again.
+    """
+    model = outline(config)
     sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (True, False)]
     check_space(sizes[1], config)
     rates = find_rates(model, config.optim)
@@ -153,7 +159,7 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
         adapter = open_adapter(config) if config.lora.weights and not continuing else None
         source = Start(model, config, adapter)
         source.check_open(model)
-    run = _cut(model, config, mesh, dtype)
+    run = _cut(model, config, mesh, model.compute_dtype)
     if source is None:
         allocate(model, device, config.memory.offload_params)
         return Built(model.train(), run, *facts)

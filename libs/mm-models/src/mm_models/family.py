@@ -158,7 +158,11 @@ class Chat:
     """
     generator: Callable[..., Any]
     """(config, tensors by our names, device, dtype) -> generator(prompt, *, max_new_tokens, stop_ids, banned_ids,
-    temperature, seed) -> the tokens of an answer: what `mm_infer.chat` answers with. `prompt` is what a processing makes.
+    temperature, seed) -> the tokens of an answer: what `mm_infer.chat` answers with. `prompt` is of the processing.
+    """
+    cost: Callable[[nn.Module], Callable[[Any], float]]
+    """model -> (`mm_data.processing.Size` of a conversation -> FLOPs of training on it): by what packs are balanced.
+    Of the whole model, perhaps on the meta device; what is frozen of it costs less.
     """
     files: tuple[str, ...]
     """Of a hub folder, the names of the files of processor, tokenizer and template: they go with the weights."""

@@ -5,10 +5,10 @@ Causal attention counts half the square of each packed sample, attention of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -131,6 +131,20 @@ class Cost:
             int((tensors["labels"] != -100).sum()),
         )
         return work.tokens, train_flops(self.config, work, self.trained)
+
+
+def conversation_cost(model: nn.Module) -> Callable[[Any], float]:
+    """`cost(size) -> FLOPs of training`, of a conversation by itself; size: `mm_data.processing.Size`. Without the head
+    where its label tokens are not counted.
+    """
+    config, trained = model.config, find_trained(model)
+
+    def cost(size: Any) -> float:
+        pairs = size.tokens * size.tokens / 2
+        work = Work(size.tokens, pairs, size.patches, size.squares, size.label_tokens or 0)
+        return train_flops(config, work, trained)
+
+    return cost
 
 
 def measure(segments: Iterable[int], grids: Iterable[Grid], rows: int) -> Work:

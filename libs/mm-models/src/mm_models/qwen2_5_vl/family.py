@@ -15,6 +15,7 @@ def start():
 
 CHAT = Chat(
     processing=later("mm_models.qwen2_5_vl.processing", "Qwen25VLProcessing"),
+    cost=later("mm_models.qwen2_5_vl.cost", "conversation_cost"),
     generator=later("mm_models.qwen2_5_vl.generation", "Qwen25VLGenerator"),
     files=(
         *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
