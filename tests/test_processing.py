@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -121,6 +122,21 @@ def test_tokens_are_those_of_the_chat_template_and_answers_are_trained(hub, toke
     assert torch.equal(processing.prompt(asked).input_ids, prompt.input_ids)  # a conversation may end with a question
     answer = encoded.input_ids[len(prompt.input_ids) :].tolist()
     assert processing.read_answer(answer) == answers[-1]
+
+
+WRITTEN = st.text(st.sampled_from("ab 'sé\n\r\t.,7[]<|>中\u0301\U0001f600\x85"), min_size=1, max_size=30)
+
+
+@settings(max_examples=150, deadline=None)
+@given(turns=st.lists(st.tuples(WRITTEN, WRITTEN), min_size=1, max_size=3), system=st.one_of(st.none(), WRITTEN))
+def test_any_text_has_the_tokens_of_the_chat_template(hub, tokenizer, turns, system):
+    said = [("system", system)] if system else []
+    for question, answer in turns:
+        said += [("user", question), ("assistant", "a" + answer)]  # see below for line breaks at its beginning
+    processing, conversation = Qwen25VLProcessing(hub, ChatOptions()), talk(*said)
+    assert processing.encode(conversation).input_ids.tolist() == template_ids(tokenizer, conversation, [])
+    answers = (unicodedata.normalize("NFC", f"a{answer}") for _, answer in turns)  # as the tokenizer writes it
+    assert trained(processing, conversation) == "".join(f"{answer}<|im_end|>\n" for answer in answers)
 
 
 def test_options_choose_what_is_trained(hub, tokenizer, files):
@@ -534,3 +550,17 @@ def test_options_that_contradict_each_other():
         ChatOptions(image_min_pixels=10, image_max_pixels=5)
     with pytest.raises(ValueError, match="leave one out"):
         ChatOptions(mask_history=True, train_on_prompt=True)
+
+
+def test_what_the_readme_says(hub, files, tmp_path, monkeypatch, capsys):
+    import re
+
+    from mm_models import qwen2_5_vl
+
+    text = (Path(qwen2_5_vl.__file__).parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("Qwen2.5-VL-3B-Instruct").symlink_to(hub)
+    Path("cat.png").symlink_to(files["wide"].path)
+    exec(code, {})
+    assert "A cat.<|im_end|>" in capsys.readouterr().out

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from mm_convert import convert, open_checkpoint, save_lora
 from mm_data.chat_options import ChatOptions
@@ -19,6 +22,7 @@ from mm_infer.answer import Answerer, Model
 from mm_infer.chat import Config, main, make_question
 from mm_models import build
 from mm_models.lora import LoRAConfig, add_lora
+from mm_models.qwen2_5_vl.generation import Qwen25VLGenerator
 from mm_models.qwen2_5_vl.testing import tiny_config, write_hub_folder
 from mm_models.tokens import greedy
 
@@ -180,18 +184,22 @@ def test_forms_of_weights(hub, folder, answers, tmp_path, capsys):
     assert said == shown(processing.read_answer(expected)) != shown(answers[1])
 
 
-def test_boxes_are_scaled_back(answerer, folder, monkeypatch):
+def test_boxes_of_the_picture_as_it_is(hub, folder, capsys, monkeypatch):
+    """No tiny model says boxes, so its tokens are put into its mouth."""
     one = ask(folder, "b.png", "where?")
-    answered = Conversation("c", (*one.turns, Turn("assistant", ("at [10, 20, 30, 40]",))))
-    said = answerer.processing.tokenizer.encode("at [10, 20, 30, 40]").ids
-    monkeypatch.setattr(answerer, "generator", lambda *args, **named: said)  # no tiny model says boxes
-    assert answerer(answered) == ("at [10, 20, 30, 40]", "at [10, 20, 30, 40]", True)
-    width, height = (
-        64 / answerer.processing._look(one.media[0]).resized[1],
-        120 / answerer.processing._look(one.media[0]).resized[0],
-    )
-    expected = f"at [{round(10 * width)}, {round(20 * height)}, {round(30 * width)}, {round(40 * height)}]"
-    assert answerer(answered, original_boxes=True) == (expected, expected, True)
+    rows, columns = Model(hub).family.chat.processing(hub, OPTIONS)._look(one.media[0]).resized
+    said = Tokenizer.from_file(str(hub / "tokenizer.json")).encode("at [10, 20, 30, 40]").ids
+    monkeypatch.setattr(Qwen25VLGenerator, "__call__", lambda *args, **named: said)
+    flags = ["--weights", str(hub), "--prompt", "where?"]
+    image = ["--image", str(folder / "b.png")]
+    assert run(capsys, *flags, *image) == "at [10, 20, 30, 40]"
+    by = (64 / columns, 120 / rows) * 2
+    scaled = [round(number * factor) for number, factor in zip((10, 20, 30, 40), by, strict=True)]
+    assert run(capsys, *flags, *image, "--boxes", "original") == f"at {scaled}" != "at [10, 20, 30, 40]"
+    main([*flags, *FLAGS, "--boxes", "original", "--device", "cpu"])
+    out, err = capsys.readouterr()
+    assert out.strip() == "at [10, 20, 30, 40]"
+    assert "cannot be scaled back: the conversation has 0 images and videos" in err
 
 
 def test_a_conversation_on_the_terminal(hub, folder, answers, capsys, monkeypatch):
@@ -276,3 +284,31 @@ def test_errors_say_what_to_do(hub, folder, tmp_path, capsys):
     (short / "config.json").write_bytes((hub / "config.json").read_bytes())
     save_file({n: t for n, t in tensors.items() if "layers.1." not in n}, short / "model.safetensors")
     assert "layers" in refused(capsys, "--weights", str(short), "--prompt", "a")
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+
+
+def test_what_the_readme_says_can_be_typed(hub, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("Qwen2.5-VL-3B-Instruct").symlink_to(hub)
+    for name, source in {"cat.png": "a.png", "dog.png": "b.png", "clip.mp4": "v.mp4"}.items():
+        Path(name).symlink_to(folder / source)
+    convert(hub, Path("run/weights"), to="mm")
+    model = add_lora(build("qwen2.5-vl-tiny", device="cpu", **vars(tiny_config(merges=110))), LoRAConfig(rank=2))
+    save_lora(Path("adapter"), {n: torch.zeros(t.shape) for n, t in model.state_dict().items() if "lora_" in n}, 16.0)
+    Path("data").symlink_to(folder)
+    Path("questions.json").write_text(
+        json.dumps([{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "a"}]}]),
+        encoding="utf-8",
+    )
+    monkeypatch.setattr("builtins.input", lambda mark: "/quit")
+    (commands,) = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = [line for line in commands.splitlines() if not line.startswith("#")]
+    for line in lines:
+        _, _, flags = line.partition("-m mm_infer.chat ")
+        assert run(capsys, *shlex.split(flags))
+    assert len(lines) == 6
+    assert Path("answers.jsonl").exists()
+    (code,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    exec(code.replace("max_new_tokens=100", "max_new_tokens=4"), {})

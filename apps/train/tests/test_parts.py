@@ -167,6 +167,10 @@ def test_a_table_says_what_is_trained_and_at_which_rate(hub, tmp_path):
         (("--optim.rates", '{"visual": 1e-5}'), r"--optim.rates 'visual' names no parameter"),
         (("--trained", '["merger"]', "--optim.rates", '{"vision": 1e-5}'), r"'vision': nothing of it is trained"),
         (("--lora.rank", "2", "--lora.targets", '["vision:q_proj"]'), r"LoRA target 'vision:q_proj' names no linear"),
+        (
+            ("--lora.rank", "2", "--lora.targets", '["lm_head"]'),
+            r"an adapter beside it would do nothing\. Leave it out",
+        ),
     ],
 )
 def test_refuses(flags, message, hub, tmp_path):
@@ -177,6 +181,7 @@ def test_refuses(flags, message, hub, tmp_path):
 TARGETS = {
     None: {"language": 4 * 7},
     ("vision",): {"vision": 4 * 5},
+    ("language",): {"language": 4 * 7},  # not the head
     ("merger", "language:q_proj"): {"merger": 2, "language": 4},
     ("vision:mlp.up_proj", "attn.qkv"): {"vision": 4 * 2},
     ("mlp.up_proj",): {"vision": 4, "language": 4},

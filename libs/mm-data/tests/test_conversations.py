@@ -377,6 +377,21 @@ def test_several_sources(tmp_path):
         found[6]
 
 
+def test_the_identity_is_that_of_what_is_read(tmp_path):
+    records = [said(("user", name), ("assistant", "b")) for name in "abc"]
+    one, same = write(tmp_path / "a.json", records), write(tmp_path / "b.json", records)
+    other = write(tmp_path / "c.json", records[::-1])
+    known = read(one).identity
+    assert read(same, tmp_path).identity == known
+    assert known not in {
+        read(other).identity,
+        read(one, boxes="original").identity,
+        read(one, answered=False).identity,
+        read_conversations([Source(one, max_items=2)]).identity,
+        read_conversations([Source(one), Source(same)]).identity,
+    }
+
+
 def test_threads_and_other_processes_read_the_same(tmp_path):
     path = write(tmp_path / "d.json", [said(("user", f"{n} " * n), ("assistant", "b")) for n in range(1, 200)])
     found = read(path)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mm_models import layers
 from mm_models.layers import Sequence, attention, core
 
 
@@ -54,6 +55,31 @@ def test_a_pack_on_cuda_is_one_call_of_flash(head_dim, shared):
             out = core(*inputs, Sequence(40, True, (0, 3, 4, 40)))
     assert (out.shape, out.dtype) == (inputs[0].shape, torch.bfloat16)
     assert calls.attention == ["torch_attn._varlen_attn.default"]
+
+
+def declared(q, k, v, ends, ends_k, longest, longest_k, *, scale, window_size, enable_gqa):
+    """As torch describes its kernel: T H h, samples part at `ends`."""
+    assert ends is ends_k
+    assert (ends.dtype, longest, longest_k, enable_gqa) == (torch.int32, ends.diff().max(), longest, True)
+    assert window_size in ((-1, 0), (-1, -1))
+    assert q.shape[-1] % 8 == 0
+    outs = []
+    for a, b in pairwise(ends.tolist()):
+        sample = (x[a:b].transpose(0, 1) for x in (q, k, v))
+        how = {"scale": scale, "is_causal": window_size == (-1, 0), "enable_gqa": True}
+        outs.append(F.scaled_dot_product_attention(*sample, **how).transpose(0, 1))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_pack_goes_to_the_kernel_of_cuda_and_back(causal, monkeypatch):
+    """Two rows of samples, a head of 5 elements: a stand-in with the kernel's declaration gives what was asked for."""
+    monkeypatch.setattr(layers, "varlen_attn", declared)
+    q, k, v = (torch.randn(2, 9, heads, 5, dtype=torch.float64) for heads in (6, 2, 2))
+    sequence = Sequence(9, causal, (0, 1, 5, 9))
+    wanted = core(q, k, v, sequence)
+    monkeypatch.setattr(layers, "_has_flash", lambda q: True)
+    torch.testing.assert_close(core(q, k, v, sequence), wanted, rtol=1e-12, atol=1e-14)
 
 
 class Calls(TorchDispatchMode):

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_models import build, preset
-from mm_models.qwen2_5_vl.cost import Cost, Trained, Work, conversation_cost, forward_flops, measure, train_flops
+from mm_models.qwen2_5_vl.cost import Cost, Trained, Work, forward_flops, measure, train_flops
 
 # 1024 tokens in one sample, with an image of 504 x 504 pixels: TFLOPs of the tower, of the layers' products, of their
 # attention (the whole square), of the head for every token, and of a step whose tower and merger are frozen, with the
@@ -69,13 +69,13 @@ def test_of_a_pack():
     assert cost(batch(grids=())) == (0, 0)
 
 
-def test_a_conversation_costs_what_a_pack_of_it_does():
-    """By its size alone, before it is read; also where a part is frozen."""
-    model = build("qwen2.5-vl-tiny", device="meta")
-    size = SimpleNamespace(tokens=40, patches=16, squares=256, label_tokens=5)
-    for _ in range(2):
-        assert conversation_cost(model)(size) == Cost(model)(batch(40))[1]
-        model.visual.requires_grad_(False)
+def test_of_a_conversation_by_its_size():
+    """As a pack of it alone; where labels were not counted, the head works on every token."""
+    cost = Cost(build("qwen2.5-vl-tiny", device="meta"))
+    size = SimpleNamespace(tokens=40, patches=16, label_tokens=5, squares=256)
+    assert cost.weigh(size) == cost(batch(40))[1]
+    head = forward_flops(cost.config, Work(0, 0, rows=1)).head
+    assert cost.weigh(SimpleNamespace(**vars(size) | {"label_tokens": None})) == cost(batch(40))[1] + 3 * 35 * head
 
 
 def test_what_is_frozen_costs_less():

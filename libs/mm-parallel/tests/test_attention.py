@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from mm_parallel.attention import BACKENDS, KEPT, PACKED, attention, core, pick
+from mm_parallel.attention import BACKENDS, KEPT, PACKED, attention, core, cuda, pick
 from mm_parallel.plan import Sequence
 
 LENGTHS = [(9, 9), (1, 1), (9, 4), (1, 7), (40, 3), (0, 3), (3, 0), (0, 0)]
@@ -404,6 +404,43 @@ def test_the_packed_cuda_kernel_is_called_as_it_is_declared(head_dim, shared):
         assert (lse.shape, lse.dtype) == ((2, 6, 40), torch.float32)
         grads = backward(dout, q, k, v, out, lse, 0.1, True, segments)
         assert [(x.shape, x.dtype) for x in grads] == [(x.shape, torch.bfloat16) for x in (q, k, v)]
+
+
+def declared_forward(q, k, v, ends, ends_k, longest, longest_k, dropout, causal, debug, *, scale):
+    """As torch.nn.attention.varlen describes the kernel: T H h, lse H T in fp32, ends in int32 with 0 before them."""
+    assert ends is ends_k
+    assert (ends.dtype, longest, longest_k) == (torch.int32, ends.diff().max(), longest)
+    assert all(x.is_contiguous() and x.shape[-1] % 8 == 0 for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    samples = [[x[None, a:b] for x in (q, k, v)] for a, b in pairwise(ends.tolist())]
+    outs, sums = zip(*(BACKENDS["math"].forward(*sample, scale, causal) for sample in samples), strict=True)
+    return torch.cat(outs, 1)[0], torch.cat(sums, 2)[0], torch.empty(2), torch.empty(0), torch.empty(0)
+
+
+def declared_backward(
+    dout, q, k, v, out, lse, ends, ends_k, longest, longest_k, dropout, causal, seed, unused, *, scale
+):
+    assert lse.shape == (q.shape[1], len(q))
+    assert lse.is_contiguous()
+    heads = k.shape[1]
+    k, v = (x.repeat_interleave(q.shape[1] // heads, 1) for x in (k, v))
+    grads = []
+    for a, b in pairwise(ends.tolist()):
+        inputs = (x[None, a:b] for x in (dout, q, k, v, out))
+        grads.append(BACKENDS["math"].backward(*inputs, lse[None, :, a:b], scale, causal))
+    dq, dk, dv = (torch.cat(parts, 1)[0] for parts in zip(*grads, strict=True))
+    return dq, *(x.unflatten(1, (heads, -1)).sum(2) for x in (dk, dv))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shared", [1, 2, 6])
+def test_a_pack_goes_to_the_cuda_kernel_and_back(causal, shared, monkeypatch):
+    """Two rows of samples, a head of 6 elements: a stand-in with the kernel's declaration gives what was asked for."""
+    stand_in = SimpleNamespace(_flash_attention_forward=declared_forward, _flash_attention_backward=declared_backward)
+    monkeypatch.setattr(cuda, "_aten", stand_in)
+    inputs = make_shared(9, 6, shared)
+    got = out_and_grads(partial(attention, causal=causal, backend="flash", segments=(0, 1, 5, 9)), *inputs)
+    assert error(got, out_and_grads(partial(repeated, segments=(0, 1, 5, 9), causal=causal), *inputs)) <= 1e-13
 
 
 @pytest.mark.parametrize("segments", [(), (0,), (0, 8), (0, 5, 5, 9), (0, 6, 4, 9), (1, 9)])

@@ -106,11 +106,10 @@ class Answerer:
         max_new_tokens: int = 512,
         temperature: float = 0.0,
         seed: int = 0,
-        original_boxes: bool = False,
     ) -> Answer:
-        """The answer to its last question.
+        """The answer to its last question. Boxes are in pixels of the picture as the model sees it: see
+        `processing.scale_back`.
 
-        original_boxes: boxes in pixels of the picture as it is; without, as the model says them.
         Raises `mm_data.conversations.Unusable` for pictures and videos that cannot be read.
         """
         processing = self.processing
@@ -122,8 +121,5 @@ class Answerer:
             temperature=temperature,
             seed=seed,
         )
-        texts = [processing.read_answer(ids), processing.read_reference(conversation)]
-        exact = texts[1] is not None and texts[0].strip() == texts[1].strip()
-        if original_boxes:
-            texts = [text and processing.scale_back(text, conversation) for text in texts]
-        return Answer(*texts, exact)
+        text, reference = processing.read_answer(ids), processing.read_reference(conversation)
+        return Answer(text, reference, reference is not None and text.strip() == reference.strip())

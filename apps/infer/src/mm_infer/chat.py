@@ -14,7 +14,7 @@ from mm_convert.cli.terminal import escaped_output, one_line
 from mm_data.chat_options import ChatOptions
 from mm_data.conversations import Conversation, Ledger, Media, Source, Turn, Unusable, read_conversations
 from mm_data.files import shorten
-from mm_infer.answer import Answerer, Model
+from mm_infer.answer import Answer, Answerer, Model
 
 HELP = "/image PATH and /video PATH go with the next question; /new begins anew; /quit ends"
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with _exit_code(2, ValueError), _exit_code(1, OSError, MemoryError):
             ask = _Asking(config, _load(config, model))
             if asked is not None:
-                print(ask(asked).text)
+                print(ask.show(ask(asked).text, asked))
             elif questions is not None:
                 ask.all(questions)
             else:
@@ -159,15 +159,19 @@ class _Asking:
     def __init__(self, config: Config, answerer: Answerer) -> None:
         self.config, self.answerer = config, answerer
 
-    def __call__(self, conversation: Conversation):
+    def __call__(self, conversation: Conversation) -> Answer:
         config = self.config
-        return self.answerer(
-            conversation,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            seed=config.seed,
-            original_boxes=config.boxes == "original",
-        )
+        most, temperature = config.max_new_tokens, config.temperature
+        return self.answerer(conversation, max_new_tokens=most, temperature=temperature, seed=config.seed)
+
+    def show(self, text: str, conversation: Conversation) -> str:
+        """An answer with its boxes as they are asked for; where that cannot be, as they are, and stderr says so."""
+        if self.config.boxes == "original":
+            try:
+                return self.answerer.processing.scale_back(text, conversation)
+            except ValueError as error:
+                print(one_line(f"{conversation.id}: {error}"), file=sys.stderr)
+        return text
 
     def all(self, questions: Sequence[Conversation]) -> None:
         """A line for each as soon as it is answered; what cannot be asked is named in failures.jsonl beside them."""
@@ -181,9 +185,10 @@ class _Asking:
                 except Unusable as error:
                     ledger.add(id, error)
                     continue
-                row = {"id": id, "question": _text(conversation), "answer": answer.text}
+                text = self.show(answer.text, conversation)
+                row = {"id": id, "question": conversation.question, "answer": text}
                 if answer.reference is not None:
-                    row |= {"reference": answer.reference, "exact": answer.exact}
+                    row |= {"reference": self.show(answer.reference, conversation), "exact": answer.exact}
                     right.append(answer.exact)
                 asked += 1
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -219,12 +224,13 @@ class _Asking:
             elif line:
                 asked = [*turns, Turn("user", (*media, line))]
                 try:
-                    answer = self(Conversation("chat", tuple(asked)))
+                    conversation = Conversation("chat", tuple(asked))
+                    answer = self(conversation)
                 except Unusable as error:
                     print(error)
                     media = []
                     continue
-                print(answer.text)
+                print(self.show(answer.text, conversation))
                 said = (answer.text,) if answer.text else ()
                 turns, media = [*asked, Turn("assistant", said)], []
 
@@ -236,12 +242,6 @@ def _lines() -> Iterator[str]:
             yield input("> ").strip()
         except EOFError:
             return
-
-
-def _text(conversation: Conversation) -> str:
-    """The last question, with marks where images and videos stand."""
-    asked = next((turn for turn in reversed(conversation.turns) if turn.role == "user"), conversation.turns[-1])
-    return "".join(part if isinstance(part, str) else f"<{getattr(part, 'kind', 'box')}>" for part in asked.parts)
 
 
 @contextmanager

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from mm_convert import replace_file
-from mm_data.conversations import Conversation, Unusable
+from mm_data.conversations import Unusable
 from mm_data.files import shorten
 from mm_models.processors import Encoded
 from mm_models.tokens import greedy
@@ -100,17 +100,7 @@ def read_questions(held_out: HeldOut, count: int) -> list[Question]:
 def _question(held_out: HeldOut, index: int) -> Question:
     conversation, processing = held_out.data.conversation(index), held_out.processing
     prompt, reference = processing.prompt(conversation), processing.read_reference(conversation)
-    return Question(held_out.data.ids[index], _text(conversation), reference, prompt)
-
-
-def _text(conversation: Conversation) -> str:
-    """The last question, with marks where images and videos stand."""
-    asked = next(turn for turn in reversed(conversation.turns) if turn.role == "user")
-    return "".join(part if isinstance(part, str) else _mark(part) for part in asked.parts)
-
-
-def _mark(part: Any) -> str:
-    return f"<{getattr(part, 'kind', 'box')}>"
+    return Question(held_out.data.ids[index], conversation.question, reference, prompt)
 
 
 def _packed(questions: Sequence[Question], max_tokens: int, most: int) -> Iterator[list[Question]]:

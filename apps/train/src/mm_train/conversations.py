@@ -16,6 +16,7 @@ from tqdm import tqdm
 from mm_convert.cli.terminal import one_line
 from mm_data.conversations import Ledger, Source, Unusable, read_conversations
 from mm_data.conversations.mindspeed import is_data_json, read_data_json
+from mm_models.families import family_of
 from mm_models.family import Chat
 from mm_train.config import Config, Listed
 from mm_train.objective import architecture
@@ -99,6 +100,7 @@ def open_conversations(
     from mm_train.ranks import all_gather
     from mm_train.start import outline
 
+    model = outline(config)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     data, ledger = config.data, Ledger()
     conversations = read_conversations(read_sources(listed, flag), data.media)
@@ -117,12 +119,12 @@ def open_conversations(
             too_long=data.too_long,
             packing=data.packing,
             pad=pad,
-            cost=architecture(config)[0].chat.cost(outline(config)),
             survey=data.survey,
             survey_file=config.run_dir / f"{name}survey.npz",
             part=(rank, world),
             exchange=lambda own: all_gather([own]),
             ledger=ledger,
+            cost=family_of(model.config).cost(model).weigh,
             say=tell,
         )
     if rank == 0:

@@ -131,7 +131,7 @@ class Built(NamedTuple):
 
 
 def outline(config: Config) -> nn.Module:
-    """The model of a run on the meta device, with its adapters; what requires a gradient is trained."""
+    """The whole model of a run without values, on the meta device: with its adapters, and knowing what is trained."""
     dtype = getattr(torch, config.dtype)
     model = build(config.model, device="meta", **config.architecture)
     model.compute_dtype = dtype
@@ -149,6 +149,7 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
     It is cut over the mesh and filled tensor by tensor; no rank ever holds all of it. Continuing, it is left empty, for
     the checkpoint to fill; but the base below an adapter is read again.
     """
+    dtype = getattr(torch, config.dtype)
     model = outline(config)
     sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (True, False)]
     check_space(sizes[1], config)
@@ -159,7 +160,7 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
         adapter = open_adapter(config) if config.lora.weights and not continuing else None
         source = Start(model, config, adapter)
         source.check_open(model)
-    run = _cut(model, config, mesh, model.compute_dtype)
+    run = _cut(model, config, mesh, dtype)
     if source is None:
         allocate(model, device, config.memory.offload_params)
         return Built(model.train(), run, *facts)

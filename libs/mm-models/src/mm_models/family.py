@@ -158,11 +158,8 @@ class Chat:
     """
     generator: Callable[..., Any]
     """(config, tensors by our names, device, dtype) -> generator(prompt, *, max_new_tokens, stop_ids, banned_ids,
-    temperature, seed) -> the tokens of an answer: what `mm_infer.chat` answers with. `prompt` is of the processing.
-    """
-    cost: Callable[[nn.Module], Callable[[Any], float]]
-    """model -> (`mm_data.processing.Size` of a conversation -> FLOPs of training on it): by what packs are balanced.
-    Of the whole model, perhaps on the meta device; what is frozen of it costs less.
+    temperature, seed) -> the tokens of an answer: what `mm_infer.chat` answers with. `prompt` is what a processing
+    makes.
     """
     files: tuple[str, ...]
     """Of a hub folder, the names of the files of processor, tokenizer and template: they go with the weights."""
@@ -194,7 +191,9 @@ class Family:
     plan: Callable[[nn.Module], ParallelPlan]
     """How `mm_parallel` may cut it."""
     cost: Callable[[nn.Module], Callable[[Mapping[str, Any]], tuple[int, float]]]
-    """model -> (tensors of a batch -> its tokens, FLOPs of training on it)."""
+    """model -> (tensors of a batch -> its tokens, FLOPs of training on it). Where the family reads conversations, this
+    has a method, too: `weigh(mm_data.processing.Size)`, the FLOPs of one. By it ranks are balanced.
+    """
     lora_targets: tuple[str, ...]
     """The linears that usually get an adapter, by the ends of their names."""
     start: Callable[[], Any]
@@ -211,6 +210,8 @@ class Family:
     """Of a family of conversation models."""
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Parts of its models that can be trained, frozen or given a learning rate by name: patterns of parameters."""
+    unadapted: tuple[str, ...] = ()
+    """Linears that take no adapter, by name: the model multiplies by their weight itself, and would pass it over."""
     unserved: tuple[str, ...] = ()
     """Of the parts, those whose adapters servers leave out unless they are told otherwise."""
     exported: str = "mm"

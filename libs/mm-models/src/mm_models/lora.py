@@ -118,11 +118,18 @@ def _inject(model: nn.Module, targets: Sequence[str], **settings) -> nn.Module:
 
     if _adapted(model):
         raise ValueError("this model has LoRA adapters already: merge them first (merge_lora), or start from the base")
+    family = family_of(model.config)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name in linears if name not in family.unadapted]
     found = {target: find_linears(model, target, linears) for target in targets}
     for target in (target for target, those in found.items() if not those):
+        if target in family.unadapted:
+            raise ValueError(
+                f"LoRA target {target!r}: the model multiplies by its weight itself, so an adapter beside it would do "
+                "nothing. Leave it out, or train the weights"
+            )
         ends = sorted({".".join(part for part in name.split(".")[2:]) or name for name in linears})
-        parts = [f"{part}:…" for part in family_of(model.config).parts]
+        parts = [f"{part}:…" for part in family.parts]
         raise ValueError(f"LoRA target {target!r} names no linear of this model; there are {', '.join(ends + parts)}")
 
     model.requires_grad_(False)

@@ -41,7 +41,7 @@ def token_losses(x: Tensor, weight: Tensor, labels: Tensor, group: dist.ProcessG
     labels: -100 is none. The same x and labels on all ranks, and the same result. Products are made in the dtype of x,
     everything else in at least float32. Raises ValueError for a label that is no token.
     """
-    part = local_part(weight, x.dtype)
+    part = local_part(weight)
     rows = (labels != NO_LABEL).nonzero(as_tuple=True)
     wanted, size = labels[rows], len(part) * group.size()
     if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < size:
@@ -90,10 +90,10 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
         row, ours = _locate(labels, len(weight), group)
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide, cast = torch.promote_types(x.dtype, torch.float32), weight.to(x.dtype)
         parts = x.new_zeros((2, len(x)), dtype=wide)  # log-sum-exp; the logit of the label
         for here in _chunks(x, weight):
-            logits = F.linear(x[here], weight).to(wide)
+            logits = _multiply(x[here], cast.T, wide)
             parts[0, here] = logits.logsumexp(-1)
             parts[1, here] = logits.gather(-1, row[here, None])[:, 0] * ours[here]
         if len(x):
@@ -108,20 +108,28 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, row, ours, whole = ctx.saved_tensors
+        wide, cast = grad.dtype, weight.to(x.dtype)
         for_x, for_weight = ctx.needs_input_grad[:2]
         grad_x = torch.zeros_like(x) if for_x else None
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if for_weight else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if for_weight else None
         for here in _chunks(x, weight):
-            part = (F.linear(x[here], weight).to(grad.dtype) - whole[here, None]).exp_()  # softmax
-            part.scatter_add_(-1, row[here, None], -ours[here, None].to(part.dtype))
+            part = (_multiply(x[here], cast.T, wide) - whole[here, None]).exp_()  # softmax
+            part.scatter_add_(-1, row[here, None], -ours[here, None].to(wide))
             part = part.mul_(grad[here, None]).to(x.dtype)
             if for_x:
-                grad_x[here] = part @ weight
+                grad_x[here] = part @ cast
             if for_weight:
-                grad_weight += part.T @ x[here]
+                grad_weight += _multiply(part.T, x[here], wide)
         if for_x and len(x):
             grad_x = sum_over(grad_x, ctx.group)
         return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+def _multiply(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """a @ b in a wider dtype than theirs, without rounding in between where the device can do that."""
+    if a.dtype != wide and a.is_cuda:
+        return torch.mm(a, b, out_dtype=wide)
+    return (a @ b).to(wide)
 
 
 def _chunks(x: Tensor, weight: Tensor) -> Iterator[slice]:

@@ -149,3 +149,9 @@ class Conversation:
     def media(self) -> tuple[Media, ...]:
         """Those of all turns, in the order of their places."""
         return tuple(part for turn in self.turns for part in turn.parts if isinstance(part, Media))
+
+    @property
+    def question(self) -> str:
+        """The last one, with <image>, <video> and <box> where such stand; empty where nothing is asked."""
+        asked = next((turn.parts for turn in reversed(self.turns) if turn.role == "user"), ())
+        return "".join(part if isinstance(part, str) else f"<{getattr(part, 'kind', 'box')}>" for part in asked)

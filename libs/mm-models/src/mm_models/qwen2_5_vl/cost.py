@@ -5,10 +5,10 @@ Causal attention counts half the square of each packed sample, attention of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -117,8 +117,17 @@ def find_trained(model: nn.Module) -> Trained:
     )
 
 
+class Size(Protocol):
+    """What a conversation takes, see `mm_data.processing.Size`."""
+
+    tokens: int
+    patches: int
+    label_tokens: int | None
+    squares: int
+
+
 class Cost:
-    """`cost(tensors of a pack) -> (its tokens, FLOPs of training on it)`."""
+    """`cost(tensors of a pack) -> (its tokens, FLOPs of training on it)`; `weigh` tells those of one conversation."""
 
     def __init__(self, model: nn.Module) -> None:
         self.config = model.config
@@ -132,19 +141,11 @@ class Cost:
         )
         return work.tokens, train_flops(self.config, work, self.trained)
 
-
-def conversation_cost(model: nn.Module) -> Callable[[Any], float]:
-    """`cost(size) -> FLOPs of training`, of a conversation by itself; size: `mm_data.processing.Size`. Without the head
-    where its label tokens are not counted.
-    """
-    config, trained = model.config, find_trained(model)
-
-    def cost(size: Any) -> float:
-        pairs = size.tokens * size.tokens / 2
-        work = Work(size.tokens, pairs, size.patches, size.squares, size.label_tokens or 0)
-        return train_flops(config, work, trained)
-
-    return cost
+    def weigh(self, size: Size) -> float:
+        """FLOPs of training on a conversation of this size. Where its labels were not counted, all tokens have one."""
+        rows = size.tokens if size.label_tokens is None else size.label_tokens
+        work = Work(size.tokens, size.tokens**2 / 2, size.patches, size.squares, rows)
+        return train_flops(self.config, work, self.trained)
 
 
 def measure(segments: Iterable[int], grids: Iterable[Grid], rows: int) -> Work:

@@ -15,7 +15,6 @@ def start():
 
 CHAT = Chat(
     processing=later("mm_models.qwen2_5_vl.processing", "Qwen25VLProcessing"),
-    cost=later("mm_models.qwen2_5_vl.cost", "conversation_cost"),
     generator=later("mm_models.qwen2_5_vl.generation", "Qwen25VLGenerator"),
     files=(
         *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
@@ -47,6 +46,7 @@ QWEN2_5_VL = Family(
         "merger": ("visual.merger.*",),
         "language": ("model.*", "lm_head.*"),
     },
+    unadapted=("lm_head",),  # the head goes from its input straight to losses
     unserved=("vision", "merger"),
     exported="transformers",
 )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mm_models.encoders.loading import quiet
+from mm_models.encoders.loading import check_finite, quiet
 from mm_models.processors import Encoded
 from mm_models.qwen2_5_vl.config import Qwen25VLConfig
 from mm_models.qwen2_5_vl.hub import write_config
@@ -48,6 +49,7 @@ class Qwen25VLGenerator:
         wrong = {kind: sorted(names) for kind, names in found.items() if names}
         if wrong:
             raise ValueError(f"the weights are not those of this model: {wrong}")
+        check_finite(self.model, Path("the weights"))
         self.model.to(device).eval()
 
     @torch.inference_mode()

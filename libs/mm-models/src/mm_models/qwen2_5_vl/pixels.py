@@ -112,22 +112,19 @@ class ImageProcessor:
         stands still, and the last frame is repeated where there are too few.
         """
         time, merge, side = self.temporal_patch_size, self.merge_size, self.patch_size
-        missing = -len(frames) % time
         still = len(frames) == 1
-        if missing and not still:
+        if (missing := -len(frames) % time) and not still:
             frames = np.concatenate([frames, np.repeat(frames[-1:], missing, 0)])
         _, height, width, colours = frames.shape
-        ordered = frames.reshape(
-            *(-1, 1 if still else time),
+        values = np.stack([table.take(frames[..., colour]) for colour, table in enumerate(self.table)])  # C F H W
+        patches = values.reshape(
+            *(colours, -1, 1 if still else time),
             *(height // side // merge, merge, side),
             *(width // side // merge, merge, side),
-            colours,
-        ).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # t rows columns m m C T P P
-        ordered = ordered.reshape(-1, colours, 1 if still else time, side * side)
-        made = np.empty((len(ordered), colours, time, side * side), np.float32)
-        for colour, values in enumerate(self.table):
-            made[:, colour] = values[ordered[:, colour]]
-        return made.reshape(len(ordered), -1)
+        ).transpose(1, 3, 6, 4, 7, 0, 2, 5, 8)  # t rows columns m m C T P P
+        made = np.empty((*patches.shape[:6], time, side, side), np.float32)
+        made[:] = patches  # one frame of a picture fills all of T
+        return made.reshape(-1, colours * time * side * side)
 
 
 _BICUBIC = Image.Resampling.BICUBIC

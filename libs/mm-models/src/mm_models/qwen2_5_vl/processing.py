@@ -125,8 +125,10 @@ class Qwen25VLProcessing:
     def scale_back(self, answer: str, conversation: Conversation) -> str:
         """An answer in which every list of two or four whole numbers was scaled to the picture as it is.
 
-        ValueError unless the conversation has one picture or video: an answer does not say which one it means.
+        ValueError where there is such a list, and not one picture or video: an answer does not say which one it means.
         """
+        if not BOX.search(answer):
+            return answer
         if len(conversation.media) != 1:
             raise ValueError(
                 f"boxes of an answer cannot be scaled back: the conversation has {len(conversation.media)} images and "
@@ -198,30 +200,29 @@ class Qwen25VLProcessing:
             head = [self._start, *(self._spell(header) if turn.role == "assistant" else [])]
             ids += head
             trained += [asked] * len(head)
-            for token, is_vision in self._content(before, turn, media, seen):
-                ids.append(token)
-                trained.append((answer or asked) and not is_vision)
+            for run, is_vision in self._content(before, turn, media, seen):
+                ids += run
+                trained += [(answer or asked) and not is_vision] * len(run)
             ids += [self._end, *self._newline]
             trained += [answer or asked] + [(answer and self.options.newline) or asked] * len(self._newline)
         return ids, trained
 
     def _content(self, text: str, turn: Turn, media: Any, seen: Sequence[Seen]):
-        """(token, whether it is of an image or a video), of a turn that begins with `text`."""
+        """(tokens, whether they are of an image or a video), of a turn that begins with `text`."""
         for part in turn.parts:
             if isinstance(part, str):
                 text += part
             elif _is_media(part):
-                yield from ((token, False) for token in self._spell(text))
+                yield self._spell(text), False
                 text = ""
                 one = next(media)
                 pads = math.prod(one.grid) // self.images.merge_size**2
-                yield self._vision[0], True
-                yield from ((self._pads[part.kind], True) for _ in range(pads))
-                yield self._vision[1], True
+                begin, end = self._vision
+                yield [begin, *[self._pads[part.kind]] * pads, end], True
             else:
                 one = seen[part.media]
                 text += _write_box(part.scale(one.size, one.resized))
-        yield from ((token, False) for token in self._spell(text))
+        yield self._spell(text), False
 
     def _spell(self, text: str) -> list[int]:
         """Tokens of a text; what looks like a special token is a text as well."""

@@ -7,6 +7,7 @@ A video's frames do not know of each other: each counts by itself. Largest first
 rows so far; a rank may get none.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -68,7 +69,7 @@ def deal(grids: Grids, ranks: int) -> tuple[list[Pieces], list[Grids]]:
         sizes = {item: prod(grids[item][1:]) for item, _ in mine}
         spans = [(starts[item] + part * sizes[item], starts[item] + (part + 1) * sizes[item]) for item, part in mine]
         pieces.append(_merge(spans))
-        own.append(tuple((sum(of == item for of, _ in mine), *grids[item][1:]) for item in sizes))
+        own.append(tuple((parts, *grids[item][1:]) for item, parts in Counter(item for item, _ in mine).items()))
     return pieces, own
 
 

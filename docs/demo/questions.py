@@ -1,0 +1,191 @@
+"""The demo's data set for questions: pictures and short clips of coloured shapes, what is asked, and what is right.
+
+    python docs/demo/questions.py DIR
+
+writes DIR/train.json, DIR/validation.json and DIR/held_out.json in the format of MindSpeed-MM's guide (`messages`,
+`images`, `videos`; boxes as `objects`), with DIR/images and DIR/videos. Of the 18 pairs of colour and shape six are
+held out, and of the 72 with a direction also those of clips.py: no training conversation shows or names them, and
+held_out.json asks of nothing else. Each of its entries says of what kind it is. Every file is a function of the seed.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import clips
+import numpy as np
+from PIL import Image
+
+SIZE = 84  # pixels of a side: 3 x 3 tokens
+RADIUS = 16.0  # of a shape that is alone; four have room beside each other with less
+NUMBERS = ("one", "two", "three", "four")
+PAIRS = list(product(clips.COLOURS, clips.SHAPES))
+FRAMES, SPEED = 4, 8.0  # of a clip, and its pixels per frame
+
+Pair = tuple[str, str]
+Entry = dict[str, object]
+
+
+def held_out_pairs() -> list[Pair]:
+    """6 of the 18: every colour once, every shape twice."""
+    return [(colour, clips.SHAPES[i % 3]) for i, colour in enumerate(clips.COLOURS)]
+
+
+def training_pairs() -> list[Pair]:
+    held_out = set(held_out_pairs())
+    return [pair for pair in PAIRS if pair not in held_out]
+
+
+def paint(shapes: list[tuple[Pair, float, float, float]], background: float) -> np.ndarray:
+    """A picture of these (colour and shape, x, y, radius), uint8 H W 3."""
+    picture = np.full((SIZE, SIZE, 3), background)
+    for (colour, shape), x, y, radius in shapes:
+        cover = clips.coverage(shape, x, y, radius, SIZE)[..., None]
+        picture = cover * np.asarray(clips.COLOURS[colour]) + (1 - cover) * picture
+    return picture.round().astype(np.uint8)
+
+
+def box_of(shape: str, x: float, y: float, radius: float) -> list[int]:
+    """x1 y1 x2 y2 of what is covered."""
+    rows, columns = np.nonzero(clips.coverage(shape, x, y, radius, SIZE) > 0.5)
+    return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
+
+
+class Writer:
+    """Makes the conversations of one file, and the pictures and clips that they are about."""
+
+    def __init__(self, folder: Path, name: str, pairs: list[Pair], moving: list[clips.Combination], seed: list[int]):
+        self.folder, self.name, self.pairs, self.moving = folder, name, pairs, moving
+        self.rng = np.random.default_rng(seed)
+        self.entries: list[Entry] = []
+        for kind in ("images", "videos"):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+
+    def add(self, kind: str, turns: list[tuple[str, str]], **media: object) -> None:
+        messages = [
+            {"role": role, "content": text}
+            for question, answer in turns
+            for role, text in (("user", question), ("assistant", answer))
+        ]
+        self.entries.append({"kind": kind, "messages": messages, "images": [], "videos": []} | media)
+
+    def pair(self, number: int) -> Pair:
+        return self.pairs[number % len(self.pairs)]
+
+    def save(self, picture: np.ndarray) -> str:
+        path = f"images/{self.name}_{len(list((self.folder / 'images').iterdir())):05d}.png"
+        Image.fromarray(picture).save(self.folder / path)
+        return path
+
+    def alone(self, pair: Pair) -> tuple[str, list[int]]:
+        """A picture of one shape, and its box."""
+        radius = RADIUS * self.rng.uniform(0.8, 1.2)
+        x, y = self.rng.uniform(radius + 1, SIZE - radius - 1, 2)
+        return self.save(paint([(pair, x, y, radius)], self.rng.uniform(16, 32))), box_of(pair[1], x, y, radius)
+
+    def colour_and_shape(self, number: int) -> None:
+        """Two turns about one picture."""
+        colour, shape = pair = self.pair(number)
+        turns = [("<image>Which colour is it?", colour), ("Which shape is it?", shape)]
+        self.add("colour and shape", turns, images=[self.alone(pair)[0]])
+
+    def box(self, number: int) -> None:
+        colour, shape = pair = self.pair(number)
+        path, box = self.alone(pair)
+        turns = [(f"<image>Where is the {colour} {shape}?", "<bbox>")]
+        self.add("where", turns, images=[path], objects={"ref": [], "bbox": [box]})
+
+    def count(self, number: int) -> None:
+        """Some shapes alike, each in a quarter of its own."""
+        colour, shape = pair = self.pair(number)
+        many = int(self.rng.integers(1, 5))
+        places = self.rng.permutation(4)[:many]
+        half, radius = SIZE / 2, 0.7 * RADIUS
+        room = half / 2 - radius - 1
+        shapes = [
+            (pair, *(np.array([i % 2, i // 2]) * half + half / 2 + self.rng.uniform(-room, room, 2)), radius)
+            for i in places
+        ]
+        path = self.save(paint(shapes, self.rng.uniform(16, 32)))
+        self.add("how many", [("<image>How many are there?", NUMBERS[many - 1])], images=[path])
+
+    def two_pictures(self, number: int) -> None:
+        """One is red, the other is not: which?"""
+        colour, shape = pair = self.pair(number)
+        others = [other for other in self.pairs if other[0] != colour]
+        pictures = [self.alone(pair)[0], self.alone(others[int(self.rng.integers(len(others)))])[0]]
+        first = bool(self.rng.integers(2))
+        question = f"First <image> second <image> Which is {colour}?"
+        self.add("which of two", [(question, "first" if first else "second")], images=pictures[:: 1 if first else -1])
+
+    def move(self, number: int) -> None:
+        combination = self.moving[number % len(self.moving)]
+        velocity = SPEED * np.array(clips.DIRECTIONS[combination.direction])
+        start = SIZE / 2 - velocity * (FRAMES - 1) / 2 + self.rng.uniform(-6, 6, 2)
+        frames = clips.render(
+            combination.shape,
+            clips.COLOURS[combination.colour],
+            start,
+            velocity,
+            radius=RADIUS,
+            background=self.rng.uniform(16, 32),
+            frames=FRAMES,
+            size=SIZE,
+        )
+        path = f"videos/{self.name}_{number:05d}.mp4"
+        clips.write_clip(self.folder / path, frames, fps=2)
+        self.add("where to", [("<video>Where does it move?", combination.direction)], videos=[path])
+
+    def words(self, number: int) -> None:
+        """Text alone: the colour of a named shape is told back."""
+        colour, shape = self.pair(number)
+        self.add("text", [(f"Name the shape, then the colour: {colour} {shape}", f"{shape} {colour}")])
+
+    def write(self) -> None:
+        text = json.dumps(self.entries, indent=1) + "\n"
+        (self.folder / f"{self.name}.json").write_text(text, encoding="utf-8")
+
+
+KINDS: tuple[Callable[[Writer, int], None], ...] = (
+    Writer.colour_and_shape,
+    Writer.box,
+    Writer.count,
+    Writer.two_pictures,
+    Writer.move,
+    Writer.words,
+)
+
+
+def write_file(
+    folder: Path, name: str, each: int, pairs: list[Pair], moving: list[clips.Combination], seed: list[int]
+) -> None:
+    """`each` conversations of every kind."""
+    writer = Writer(folder, name, pairs, moving, seed)
+    for kind in KINDS:
+        for number in range(each):
+            kind(writer, number)
+    writer.write()
+
+
+def write(folder: Path, each: int, seed: int = 0) -> None:
+    training = training_pairs()
+    known = [c for c in clips.training_combinations() if (c.colour, c.shape) in set(training)]
+    held_out = held_out_pairs()
+    unknown = [c for c in clips.all_combinations() if (c.colour, c.shape) in set(held_out)]
+    write_file(folder, "train", each, training, known, [seed, 0])
+    write_file(folder, "validation", 4, training, known, [seed, 1])
+    write_file(folder, "held_out", 24, held_out, unknown, [seed, 2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--each", type=int, default=400, help="training conversations of every kind")
+    options = parser.parse_args()
+    write(options.folder, options.each)
+
+
+if __name__ == "__main__":
+    main()
