@@ -120,7 +120,7 @@ class Qwen25VLProcessing:
         seen = [self._look(media) for media in conversation.media] if boxed else []
         own = sum(map(_is_media, answer.parts))
         content = self._content("", answer, iter(seen[len(seen) - own :]), seen)
-        return self.read_answer([token for token, is_vision in content if not is_vision])
+        return self.read_answer([token for run, is_vision in content if not is_vision for token in run])
 
     def scale_back(self, answer: str, conversation: Conversation) -> str:
         """An answer in which every list of two or four whole numbers was scaled to the picture as it is.
