@@ -4,8 +4,8 @@
     python docs/measure/qwen_step.py tiny       # cases whose name has the word
 
 Rows are equally long, and both models are given them as one batch: nothing is packed, and nothing is padding. Each
-measurement is a process of its own, so that its peak memory is its own; the two models take turns, and the best of
-their turns count, so that a disturbance hits neither alone. Seconds are those of the CPU; on a GPU they are those of
+measurement is a process of its own, so that its peak memory is its own; the two models take turns, and the best step
+of all turns counts, so that a disturbance hits neither alone. Seconds are those of the CPU; on a GPU they are those of
 the wall, and the peak is that of its memory.
 """
 
@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 TINY = {"vocab_size": 512}
@@ -120,7 +119,7 @@ def measure(name: str, ours: bool) -> dict[str, float]:
     assert losses[-1] < losses[0], losses
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
-        "seconds": median(seconds[1:]),  # the first one warms up
+        "seconds": min(seconds[1:]),  # the first one warms up
         "peak": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else used,
         "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
     }
@@ -156,7 +155,7 @@ def transformers_model(config: Any) -> Any:
 
 def compare(name: str) -> None:
     turns: dict[str, list[dict[str, float]]] = {"ours": [], "transformers": []}
-    for _ in range(2):
+    for _ in range(3):
         for model, results in turns.items():
             command = [sys.executable, __file__, name, model]
             results.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
