@@ -72,6 +72,10 @@ PARALLEL = [
         {"pp_layers": ((3, 4, 4, 4), (3, 4, 4, 4))},
     ),
     ({"PP": 1, "VP": 1}, {}),
+    ({"pipeline_num_layers": [36], "PP": 1}, {}),
+    ({"llm_pp_layers": "[[36]]", "vit_pp_layers": "[[32]]"}, {}),
+    ({"llm_pp_layers": "[[12,16]]", "vit_pp_layers": "[[32,0]]"}, {"pp_layers": ((12, 16),)}),
+    ({"llm-pp-layers": [1, 10, 10, 7], "vit-pp-layers": [32, 0, 0, 0], "PP": 4}, {"pp_layers": (1, 10, 10, 7)}),
     ({"layerzero": True}, {"dp_shard": 8}),
     ({"zero3_size": 8, "CP": 2}, {"cp": 2, "dp_shard": 4}),
     ({"sharding_size": "auto"}, {"dp_shard": -1}),
@@ -143,6 +147,11 @@ REFUSED = [
         "_size 1 must equal the length of pipeline_num_layers, which has 2 virtual stages of 4 ranks",
     ),
     ({"num_layers_per_virtual_pipeline_stage": 2}, "deprecated"),
+    ({"llm_pp_layers": [12, 16], "vit_pp_layers": [16, 16]}, "vit_pp_layers .*: 16 of 32 layers are behind the first"),
+    ({"llm_pp_layers": [12, 16], "vit_pp_layers": [32]}, "vit_pp_layers has 1 stages, llm_pp_layers has 2"),
+    ({"vit_pp_layers": [32, 0]}, "vit_pp_layers without llm_pp_layers"),
+    ({"llm_pp_layers": [4, 4], "pipeline_num_layers": [4, 4]}, "two names of one thing: give one of them"),
+    ({"PP": 3, "llm_pp_layers": [12, 16]}, r"PP 3 must equal the number of ranks in llm_pp_layers \(12, 16\): 2"),
     ({"pipeline_num_layers": 4}, "it takes a list"),
     ({"zero3_size": 8, "sharding_size": 8}, "give one of them"),
     ({"zero3_size": 8, "CP": 3}, "zero3_size 8 must be a multiple of context_parallel_size 3"),
@@ -174,6 +183,7 @@ DATA = [
     ({"encoder_offload_interval": 1}, {"encode_every": 0}),
     ({"enable_encoder_dp": True}, {"share_encoding": True}),
     ({"data_path": "data.txt", "from_pretrained": "E"}, {"manifest": "data.txt", "encoders": "E"}),
+    ({"seq-length": "1024"}, {"max_tokens": 1024}),
 ]
 
 

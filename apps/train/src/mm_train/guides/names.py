@@ -51,8 +51,20 @@ NAMES: tuple[Name, ...] = (
         "pipeline_num_layers",
         "parallel",
         ("pp_layers",),
-        "flat, or a list for each virtual stage; its length is the number of ranks; unused where PP is 1",
+        "flat, or a list for each virtual stage; its length is the number of ranks; unused where PP is 1, and [36] is none",
         as_is=True,
+    ),
+    Name(
+        "llm_pp_layers",
+        "parallel",
+        ("pp_layers",),
+        "pipeline_num_layers of a language model, as mm-convert has it; with vit_pp_layers",
+        as_is=True,
+    ),
+    Name(
+        "vit_pp_layers",
+        "parallel",
+        says="its vision tower, for as many stages: it runs as a whole on the first, as in [[32,0]]",
     ),
     Name(
         "pipeline_model_parallel_size",
@@ -178,6 +190,13 @@ NAMES: tuple[Name, ...] = (
         "its later name, without interleaved; 1, as it is there without a word, is off: 0",
     ),
     Name("enable_encoder_dp", "data", ("share_encoding",), "true or false", True),
+    Name(
+        "seq_length",
+        "data",
+        ("max_tokens",),
+        "of conversations; there what is behind it is cut off without a word, here see too_long",
+        True,
+    ),
     Name("data_path", "data", ("manifest",), "of videos; that of features is features", True),
     *_nothing("data", "a line of data.txt names the folder, other lists stand beside their videos", "data_folder"),
     Name(

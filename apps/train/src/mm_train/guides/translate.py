@@ -3,13 +3,15 @@
 import json
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Annotated, Any
 
 from mm_convert.cli.values import check_value
-from mm_parallel.config import Layers, ParallelConfig
+from mm_parallel.config import Layers, ParallelConfig, check_in_stem
 from mm_train.guides.names import plain, row_of, spellings
 
 _VP = "virtual_pipeline_model_parallel_size"
+_Count = Annotated[int, ">= 0"]
+_Tower = tuple[_Count, ...] | tuple[tuple[_Count, ...], ...]
 _ALGOS = ("ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo")
 
 
@@ -39,6 +41,8 @@ def translate_data(settings: Mapping[str, object]) -> tuple[dict[str, Any], list
     found: dict[str, Any] = {
         row_of(name).ours[0]: given[name] for name in ("data_path", "from_pretrained") if name in given
     }
+    if "seq_length" in given:
+        found["max_tokens"] = number("seq_length", given["seq_length"])
     if "enable_encoder_dp" in given:
         found["share_encoding"] = _switch("enable_encoder_dp", given["enable_encoder_dp"])
     steps = [name for name in ("interleaved_steps", "encoder_offload_interval") if name in given]
@@ -97,30 +101,51 @@ def _context(given: Mapping[str, Any]) -> dict[str, int]:
 def _pipeline(given: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     if "num_layers_per_virtual_pipeline_stage" in given:
         raise ValueError("num_layers_per_virtual_pipeline_stage is deprecated: give nested pipeline_num_layers")
-    layers = given.get("pipeline_num_layers")
+    names = [name for name in ("pipeline_num_layers", "llm_pp_layers") if name in given]
+    if len(names) == 2:
+        raise ValueError("pipeline_num_layers and llm_pp_layers are two names of one thing: give one of them")
+    (name,) = names or ["pipeline_num_layers"]
+    layers = given.get(name)
     pp = given.get("pipeline_model_parallel_size")
     vp = max(1, number(_VP, given.get(_VP) or 1, least=-1))  # 1 or less: off
     if pp is not None:
         pp = number("pipeline_model_parallel_size", pp)
     if not layers:
         if (pp or 1) > 1 or vp > 1:
-            raise ValueError(f"pipeline_num_layers must be given for a pipeline (PP {pp or 1}, VP {vp})")
+            raise ValueError(f"{name} must be given for a pipeline (PP {pp or 1}, VP {vp})")
+        if "vit_pp_layers" in given:
+            raise ValueError("vit_pp_layers without llm_pp_layers: give both, for as many stages")
         return {}
-    layers = check_value("pipeline_num_layers", layers, Layers)
-    rows = ParallelConfig(pp_layers=layers).stages
+    layers = check_value(name, layers, Layers)
+    one = len(layers) == 1 and (not isinstance(layers[0], tuple) or len(layers[0]) == 1)  # [36] and [[36]]
+    rows = ((1,),) if one else ParallelConfig(pp_layers=layers).stages
+    _check_tower(given, name, rows)
     if _VP in given and vp != len(rows):
         raise ValueError(
-            f"virtual_pipeline_model_parallel_size {vp} must equal the length of pipeline_num_layers, which has "
+            f"virtual_pipeline_model_parallel_size {vp} must equal the length of {name}, which has "
             f"{len(rows)} virtual stages of {len(rows[0])} ranks: {list(map(list, rows))}"
         )
     if pp == 1 and len(rows[0]) > 1:
         notes.append(
-            f"pipeline_num_layers: PP is 1, so there is no pipeline; with it there would be {len(rows[0])} stages"
+            f"{name}: PP is 1, so there is no pipeline; with it there would be {len(rows[0])} stages"
         )
         return {}
     if pp is not None and pp != len(rows[0]):
-        raise ValueError(f"PP {pp} must equal the number of ranks in pipeline_num_layers {layers}: {len(rows[0])}")
-    return {"pp_layers": layers}
+        raise ValueError(f"PP {pp} must equal the number of ranks in {name} {layers}: {len(rows[0])}")
+    return {} if one else {"pp_layers": layers}
+
+
+def _check_tower(given: Mapping[str, Any], name: str, rows: Layers) -> None:
+    """The layers of a vision tower: as many stages as the language model's, all layers on the first."""
+    if "vit_pp_layers" not in given:
+        return
+    tower = check_value("vit_pp_layers", given["vit_pp_layers"], _Tower)
+    nested = [list(row) if isinstance(row, (list, tuple)) else [row] for row in tower]
+    flat = [count for row in nested for count in row]
+    stages = [count for row in rows for count in row]
+    if len(flat) != len(stages):
+        raise ValueError(f"vit_pp_layers has {len(flat)} stages, {name} has {len(stages)}: give both for as many")
+    check_in_stem(tower, "vit_pp_layers")
 
 
 def _sharding(given: Mapping[str, Any]) -> dict[str, int]:

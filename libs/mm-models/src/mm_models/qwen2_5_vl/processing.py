@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import groupby
@@ -120,7 +120,7 @@ class Qwen25VLProcessing:
         seen = [self._look(media) for media in conversation.media] if boxed else []
         own = sum(map(_is_media, answer.parts))
         content = self._content("", answer, iter(seen[len(seen) - own :]), seen)
-        return self.read_answer([token for token, is_vision in content if not is_vision])
+        return self.read_answer([token for run, is_vision in content if not is_vision for token in run])
 
     def scale_back(self, answer: str, conversation: Conversation) -> str:
         """An answer in which every list of two or four whole numbers was scaled to the picture as it is.
@@ -207,7 +207,9 @@ class Qwen25VLProcessing:
             trained += [answer or asked] + [(answer and self.options.newline) or asked] * len(self._newline)
         return ids, trained
 
-    def _content(self, text: str, turn: Turn, media: Any, seen: Sequence[Seen]):
+    def _content(
+        self, text: str, turn: Turn, media: Iterator[Seen], seen: Sequence[Seen]
+    ) -> Iterator[tuple[list[int], bool]]:
         """(tokens, whether they are of an image or a video), of a turn that begins with `text`."""
         for part in turn.parts:
             if isinstance(part, str):
