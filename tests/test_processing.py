@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 import unicodedata
@@ -510,6 +511,13 @@ def test_threads_share_it(hub, files):
     with ThreadPoolExecutor(8) as pool:
         for one, other in zip(pool.map(processing.encode, talks), expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(other).values(), strict=True))
+
+
+def test_another_process_can_have_it(hub):
+    processing, wild = Qwen25VLProcessing(hub, ChatOptions(newline=False)), talk(("user", NASTY), ("assistant", "b"))
+    other = pickle.loads(pickle.dumps(processing))
+    assert other.identity == processing.identity
+    assert torch.equal(other.encode(wild).input_ids, processing.encode(wild).input_ids)
 
 
 def test_a_fork_after_it_warns_of_nothing(hub):
