@@ -5,6 +5,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from math import prod
 
+import peft  # noqa: F401 (here, so that ranks are forked with it)
 import pytest
 import torch
 import torch.nn.functional as F

@@ -121,7 +121,8 @@ def test_tokens_are_those_of_the_chat_template_and_answers_are_trained(hub, toke
     assert (prompt.labels == -100).all()
     assert torch.equal(processing.prompt(asked).input_ids, prompt.input_ids)  # a conversation may end with a question
     answer = encoded.input_ids[len(prompt.input_ids) :].tolist()
-    assert processing.read_answer(answer) == answers[-1]
+    assert processing.read_answer(answer) == answers[-1] == processing.read_reference(conversation)
+    assert processing.read_reference(asked) is None
 
 
 WRITTEN = st.text(st.sampled_from("ab 'sé\n\r\t.,7[]<|>中\u0301\U0001f600\x85"), min_size=1, max_size=30)
@@ -472,9 +473,9 @@ def test_points_and_boxes_of_several_pictures(hub, files):
         ("assistant", "here ", Box((56, 112), 1), " there ", Box((0.0, 0.0, 1.0, 1.0), 0, True)),
     )
     (rows, columns), second = processing._look(files["wide"]).resized, processing._look(files["even"]).resized
-    assert trained(processing, conversation) == (
-        f"here [{second[1]}, {second[0]}] there [0, 0, {columns}, {rows}]<|im_end|>\n"
-    )
+    said = f"here [{second[1]}, {second[0]}] there [0, 0, {columns}, {rows}]"
+    assert trained(processing, conversation) == f"{said}<|im_end|>\n"
+    assert processing.read_reference(conversation) == said
     with pytest.raises(ValueError, match="2 images and videos"):
         processing.scale_back("[1, 2, 3, 4]", conversation)
     with pytest.raises(Unusable, match="lies outside of a picture of 112x56") as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import groupby
@@ -207,7 +207,9 @@ class Qwen25VLProcessing:
             trained += [answer or asked] + [(answer and self.options.newline) or asked] * len(self._newline)
         return ids, trained
 
-    def _content(self, text: str, turn: Turn, media: Any, seen: Sequence[Seen]):
+    def _content(
+        self, text: str, turn: Turn, media: Iterator[Seen], seen: Sequence[Seen]
+    ) -> Iterator[tuple[list[int], bool]]:
         """(tokens, whether they are of an image or a video), of a turn that begins with `text`."""
         for part in turn.parts:
             if isinstance(part, str):
