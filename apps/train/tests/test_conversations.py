@@ -252,14 +252,12 @@ def test_a_program_for_videos_names_the_one_for_conversations(tmp_path, capsys):
     assert "give `python -m mm_train --model qwen2.5-vl-tiny --data.conversations" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "layout", [("--parallel.pp_layers", "[1,3]"), ("--parallel.ring", "2"), ("--parallel.tp", "2")]
-)
-def test_packs_of_two_micro_batches_in_any_layout_are_those_of_one_device(hub, data, tmp_path, layout):
+def test_packs_of_two_micro_batches_in_any_layout_are_those_of_one_device(hub, data, tmp_path):
     """Packs of a step differ in patches, grids and conversations; a pipeline pads them to one length."""
     packs = ("--steps", "3", "--data.global_batch", "8", "--data.max_tokens", "160")
     run(hub, data, tmp_path / "one", *packs)
-    spawn(2, ranks_train, arguments(hub, data, tmp_path / "two", *packs, *layout), timeout=120)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    padding = [row["padding"] for row in rows(tmp_path / "two")]
-    assert any(padding) == (layout[0] == "--parallel.pp_layers")
+    for name, flag, value in (("stages", "pp_layers", "[1,3]"), ("ring", "ring", "2"), ("tensor", "tp", "2")):
+        layout = (f"--parallel.{flag}", value)
+        spawn(2, ranks_train, arguments(hub, data, tmp_path / name, *packs, *layout), timeout=120)
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+        assert any(row["padding"] for row in rows(tmp_path / name)) == (name == "stages")

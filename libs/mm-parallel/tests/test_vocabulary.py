@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mm_parallel import ParallelConfig, ParallelPlan, data_rank, finish_gradients, make_mesh, parallelize, vocabulary
-from mm_parallel.testing import assert_same_grads, gradients, spawn
+from mm_parallel.testing import PeakMemory, assert_same_grads, gradients, spawn
 
 TOKENS, DIM = 24, 6
 PLAN = ParallelPlan(("blocks.*",), heads=4, columns=("blocks.*.0",), rows=("blocks.*.2",))
@@ -160,3 +160,22 @@ def test_no_labels_what_is_sent_bf16_and_refusals():
     assert other == "plan: blocks.0.1 is of type GELU; tp can only cut Linear and Embedding there"
     assert heads == "1 key-value heads cannot be cut over tp=2: for this model tp can be 1"
     assert seam == "the plan's seam 'loss' is no attribute of Speaker"
+
+
+def peaks(rank: int, world: int) -> list[int]:
+    """Bytes at the most, forward and backward, with all logits at once and with few."""
+    group, found = make_mesh(ParallelConfig(tp=2), "cpu").get_group("tp"), []
+    labels = torch.randint(4096, (1, 512)).masked_fill(torch.rand(1, 512) < 0.5, -100)
+    for vocabulary.LOGITS in (2**26, 2**14):
+        x, weight = (torch.randn(size, requires_grad=True) for size in ((1, 512, 8), (2048, 8)))
+        with PeakMemory() as memory:
+            vocabulary.token_losses(x, weight, labels, group).sum().backward()
+        found.append(memory.peak)
+    return found
+
+
+def test_logits_exist_in_chunks_of_rows_with_a_label():
+    rows = 256  # about
+    for everything, few in spawn(2, peaks):
+        assert rows * 2048 * 4 < everything < 3 * rows * 2048 * 4  # this rank's half, never of all rows
+        assert few < 8 * 2048 * 8 * 4  # a few times the weight

@@ -32,7 +32,7 @@ class ParallelConfig:
     ring: Annotated[int, ">= 1"] | None = None
     """Of these, ranks that pass keys and values around. For more ranks than heads, and between hosts."""
     tp: Annotated[int, ">= 1"] = 1
-    """Ranks that share every matrix of a layer. Must divide the heads."""
+    """Ranks that share every matrix of a layer. Must divide the heads (of keys, where they are fewer)."""
     pp_layers: Layers = ()
     """Layers of each pipeline stage: [8, 8, 7, 7], or [[4, 4], [4, 4]] for two virtual stages on each of two ranks.
     Empty: no pipeline.
