@@ -149,6 +149,7 @@ def _count(conversations: Conversations, failures: Path | None) -> list[int]:
 
     found = find_missing(conversations, ledger, say=say)
     print(f"{len(found.usable):,} can be used, {len(ledger):,} cannot; {len(found.sizes):,} different images")
+    print("; ".join(f"{count:,} with {kind}" for kind, count in found.kinds.items() if count))
     if ledger:
         print(ledger)
     if failures is not None:

@@ -12,7 +12,7 @@ import numpy as np
 from mm_data.conversations.conversation import Conversation, Media, Unusable
 from mm_data.conversations.ledger import Ledger
 from mm_data.conversations.reader import Conversations
-from mm_data.files import find_fault, shorten
+from mm_data.files import find_fault
 from mm_data.images import read_size
 from mm_data.nearest import Neighbours
 
@@ -22,11 +22,12 @@ _GROUP = 1024  # conversations between two words of progress
 @dataclass(frozen=True)
 class Survey:
     """usable: the indices that can be used, in order. sizes: height and width of every picture, upright as EXIF says,
-    by its path (where headers were read).
+    by its path (where headers were read). kinds: how many of the usable have images, videos, or only text.
     """
 
     usable: np.ndarray  # int64
     sizes: dict[str, tuple[int, int]]
+    kinds: dict[str, int]
 
 
 def find_missing(
@@ -47,6 +48,7 @@ def find_missing(
     indices = range(len(conversations)) if indices is None else indices
     search = _Search(conversations, headers)
     usable: list[int] = []
+    kinds = {"images": 0, "videos": 0, "only text": 0}
     with ThreadPoolExecutor(threads) as pool:
         for begin in range(0, len(indices), _GROUP):
             group = indices[begin : begin + _GROUP]
@@ -57,12 +59,15 @@ def find_missing(
                 try:
                     for one in found.media:
                         search.check(one)
-                    usable.append(index)
                 except Unusable as error:
                     ledger.add(found.id, error)
+                    continue
+                usable.append(index)
+                for kind in {f"{one.kind}s" for one in found.media} or {"only text"}:
+                    kinds[kind] += 1
             if say is not None:
                 say(begin + len(group), len(indices))
-    return Survey(np.array(usable, np.int64), search.sizes)
+    return Survey(np.array(usable, np.int64), search.sizes, kinds)
 
 
 def _read(conversations: Conversations, group: Sequence[int], ledger: Ledger) -> Iterator[tuple[int, Conversation]]:
@@ -99,9 +104,8 @@ class _Search:
         if path in self.sizes:
             return
         if path not in self.faults:
-            if path.startswith("data:") or self.folders.has(path):
+            if path.startswith("data:") or self.folders.has(path) or (fault := find_fault(path)) is None:
                 return
-            fault = find_fault(path) or f"{shorten(path, 200)} is not there"
             self.faults[path] = Unusable("missing_media", fault + self.neighbours.describe(Path(path)))
         raise self.faults[path].with_traceback(None)
 

@@ -81,8 +81,8 @@ class Pipeline:
         if plan.vocabulary and not set(plan.vocabulary) & set(plan.last):
             raise ValueError(
                 f"pp_layers {parallel.pp_layers} with a tied head: {plan.vocabulary[0]} is used by the first stage and "
-                "by the last, and each weight lives on one. Give the head a weight of its own, or leave pp_layers out "
-                "(FSDP, tp and cp take a tied head)"
+                "by the last, and each weight lives on one. Leave pp_layers out (FSDP, tp and cp take a tied head), or "
+                "build the model with a head of its own"
             )
         parts = ranges(parallel.stages, len(model.layers))
         stages = [Stage(i, len(parts), part) for i, part in enumerate(parts)]
