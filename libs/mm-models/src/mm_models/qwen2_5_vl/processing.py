@@ -58,7 +58,7 @@ class Qwen25VLProcessing:
     """
 
     def __init__(self, folder: Path | str, options: Any, config: Qwen25VLConfig | None = None) -> None:
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         self.options = options
         self.tokenizer = _read_tokenizer(folder)
         processor = read_json(folder, "preprocessor_config.json", "processor_config.json")
@@ -75,6 +75,9 @@ class Qwen25VLProcessing:
         self._ways = {kind: self._way(kind) for kind in ("image", "video")}
         self._newline = self._spell("\n")
         self.identity = self._identify(folder)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder, self.options, self.config)  # pickled, a tokenizer forgets what a text is
 
     # --- what a conversation is
 
