@@ -261,3 +261,5 @@ def test_packs_of_two_micro_batches_in_any_layout_are_those_of_one_device(hub, d
         spawn(2, ranks_train, arguments(hub, data, tmp_path / name, *packs, *layout), timeout=120)
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
         assert any(row["padding"] for row in rows(tmp_path / name)) == (name == "stages")
+        work = [[row["tflops"] * row["seconds"] for row in rows(tmp_path / run)] for run in ("one", name)]
+        assert work[1] == pytest.approx(work[0])

@@ -40,7 +40,7 @@ from mm_train.ranks import all_sum, broadcast
 from mm_train.resume import find_checkpoint, read_progress
 from mm_train.samples import Samples
 from mm_train.speed import Speed
-from mm_train.start import Built, build_model
+from mm_train.start import Built, build_model, outline
 from mm_train.step import MicroBatches, seed_dropout
 from mm_train.validate import Validation
 
@@ -140,7 +140,7 @@ class Run:
         if self.progress.step == config.steps:
             self.metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
         self.validation = Validation(config, self.objective, held_out, self.mesh, self.device)
-        self.speed = Speed(self.parameters, self.device, world)
+        self.speed = Speed(outline(config), self.device, world)  # of all stages
         self.watch = Watch(config.on_nonfinite)
         self.max_norm = config.optim.clip or math.inf
         self.log_tps = LogTps(config.data.global_batch) if config.log_tps else None
