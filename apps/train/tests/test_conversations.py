@@ -184,6 +184,17 @@ def test_the_data_json_of_mindspeed_is_taken_as_it_is(hub, data, tmp_path, monke
     assert "6 conversations" in said
 
 
+def test_boxes_of_answers_are_scaled_with_their_image_where_this_is_asked_for(hub, tmp_path):
+    """The hub's tokenizer has bytes alone: 400 pixels become 56, so four numbers have a digit less each."""
+    Image.fromarray(np.zeros((400, 400, 3), np.uint8)).save(tmp_path / "a.png")
+    items = [conversation("<image>Where?", '{"bbox_2d": [100, 200, 300, 350]}', "a.png")]
+    (tmp_path / "a.json").write_text(json.dumps(items), encoding="utf-8")
+    options = ("--data.global_batch", "1", "--steps", "1", "--data.chat.image_max_pixels", "3136")
+    for boxes in ("text", "original"):
+        run(hub, tmp_path / "a.json", tmp_path / boxes, *options, "--data.boxes", boxes)
+    assert rows(tmp_path / "text")[0]["label_tokens"] - rows(tmp_path / "original")[0]["label_tokens"] == 4
+
+
 def test_a_weight_says_how_often_a_file_is_shown(hub, data, tmp_path, capfd):
     items = json.loads((data / "train.json").read_text(encoding="utf-8"))
     for name, some in (("a", items[:4]), ("b", items[4:])):
