@@ -156,7 +156,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_trained(hub, data, tmp_pat
             ("bad.json[1]", "unreadable_media"),
             ("bad.json[2]", "missing_media"),
         ]
-    done = rows(tmp_path / "run")
+    done = [row for row in rows(tmp_path / "run") if "loss" in row]
     assert [row["step"] for row in done] == [1, 2, 3, 4]
     assert done[-1]["samples"] > 4  # the broken one took its turn
 
