@@ -203,12 +203,14 @@ def test_boxes_of_the_picture_as_it_is(hub, folder, capsys, monkeypatch):
 
 
 def test_a_conversation_on_the_terminal(hub, folder, answers, capsys, monkeypatch):
-    commands = ["/nonsense", "/image none.png", "hello", "/new", f"/image {folder / 'a.png'}", "what?", "more?"]
+    latin = b"caf\xe9".decode(errors="surrogateescape")  # as a terminal of another encoding gives it
+    commands = ["/nonsense", "/image none.png", latin, "hello", "/new", f"/image {folder / 'a.png'}", "what?", "more?"]
     typed = iter([*commands, "/quit", "never"])
     monkeypatch.setattr("builtins.input", lambda mark: next(typed))
     lines = run(capsys, "--weights", str(hub))
     assert "/nonsense is no command" in lines
     assert "missing_media" in lines
+    assert "this is not UTF-8 text" in lines
     assert shown(answers[0]) in lines
     assert shown(answers[1]) in lines
     assert next(typed) == "never"

@@ -225,6 +225,8 @@ class _Asking:
                     print(error)
             elif word.startswith("/"):
                 print(f"{shorten(word)} is no command: {HELP}")
+            elif not _is_text(line):
+                print("this is not UTF-8 text: nothing was asked")
             elif line:
                 asked = [*turns, Turn("user", (*media, line))]
                 try:
@@ -237,6 +239,11 @@ class _Asking:
                 print(self.show(answer.text, conversation))
                 said = (answer.text,) if answer.text else ()
                 turns, media = [*asked, Turn("assistant", said)], []
+
+
+def _is_text(text: str) -> bool:
+    """Whether all of it are characters: bytes of other encodings arrive as halves of some."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _lines() -> Iterator[str]:
