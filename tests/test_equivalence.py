@@ -5,6 +5,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from math import prod
 
+import peft  # noqa: F401 (here, so that ranks are forked with it)
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,7 +155,7 @@ def conversations() -> dict:
                 "labels": torch.full_like(labels, -100) if number == 4 else labels,
                 "position_ids": positions(ids, grids, [0.5] * (number == 3), config=config),
                 "pixel_values": torch.randn(sum(map(prod, grids)), 24, generator=generator, dtype=torch.float64),
-                "grid_thw": torch.tensor(grids, dtype=torch.long).reshape(-1, 3),
+                "grid_thw": tuple(grids),
             }
         )
     return {"conversations": drawn}
@@ -165,12 +166,13 @@ def pack(batch: dict, samples: slice, weight: Tensor) -> tuple[dict, Callable[[T
     own, nothing = batch["conversations"][samples], batch["conversations"][0]
     lengths = [len(one["labels"]) for one in own]
     padding = LONGEST * len(own) - sum(lengths)
-    parts = {name: [value[..., :0] if name in ROWS else value[:0]] for name, value in nothing.items()}
-    whole = {name: torch.cat([*part, *(one[name] for one in own)], -(name in ROWS)) for name, part in parts.items()}
+    parts = {name: [nothing[name][..., :0], *(one[name] for one in own)] for name in ROWS}
+    whole = {name: torch.cat(part, -1) for name, part in parts.items()}
     whole |= {name: F.pad(whole[name], (0, padding), value=-100 * (name == "labels")) for name in ROWS}
     ends = tuple(accumulate([*lengths, padding] if own else [], initial=0))
     inputs = {
-        **whole,
+        "pixel_values": torch.cat([nothing["pixel_values"][:0], *(one["pixel_values"] for one in own)]),
+        "grid_thw": tuple(grid for one in own for grid in one["grid_thw"]),
         "input_ids": whole["input_ids"][None],
         "labels": whole["labels"][None],
         "position_ids": whole["position_ids"][:, None],

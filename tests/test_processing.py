@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 import unicodedata
@@ -22,6 +24,7 @@ from mm_data.chat_options import ChatOptions
 from mm_data.conversations import Box, Conversation, Media, Turn, Unusable
 from mm_data.video_write import write_video
 from mm_models.processors import load
+from mm_models.qwen2_5_vl.pixels import ImageProcessor
 from mm_models.qwen2_5_vl.processing import Qwen25VLProcessing
 from mm_models.qwen2_5_vl.testing import tiny_config, write_hub_folder
 
@@ -121,7 +124,8 @@ def test_tokens_are_those_of_the_chat_template_and_answers_are_trained(hub, toke
     assert (prompt.labels == -100).all()
     assert torch.equal(processing.prompt(asked).input_ids, prompt.input_ids)  # a conversation may end with a question
     answer = encoded.input_ids[len(prompt.input_ids) :].tolist()
-    assert processing.read_answer(answer) == answers[-1]
+    assert processing.read_answer(answer) == answers[-1] == processing.read_reference(conversation)
+    assert processing.read_reference(asked) is None
 
 
 WRITTEN = st.text(st.sampled_from("ab 'sé\n\r\t.,7[]<|>中\u0301\U0001f600\x85"), min_size=1, max_size=30)
@@ -214,6 +218,15 @@ def test_pixels_are_those_of_the_image_processor(hub, files, bounds):
     expected = theirs([Image.open(files[name].path) for name in names], return_tensors="np")
     assert np.array_equal(encoded.grid_thw.numpy(), expected["image_grid_thw"])
     assert np.array_equal(encoded.pixel_values.numpy(), expected["pixel_values"])
+
+
+def test_configurations_of_image_processors_that_transformers_writes(hub, tmp_path):
+    reference(hub).save_pretrained(tmp_path)  # with `size` in place of min_pixels and max_pixels
+    said = json.loads((tmp_path / "preprocessor_config.json").read_text(encoding="utf-8"))
+    assert "min_pixels" not in said
+    ours = Qwen25VLProcessing(hub, ChatOptions()).images
+    assert ImageProcessor.read(said) == ours
+    assert ImageProcessor.read({}).bounds == (56 * 56, 28 * 28 * 1280)  # as the class has it
 
 
 def kinds(folder: Path) -> dict[str, Path]:
@@ -472,9 +485,9 @@ def test_points_and_boxes_of_several_pictures(hub, files):
         ("assistant", "here ", Box((56, 112), 1), " there ", Box((0.0, 0.0, 1.0, 1.0), 0, True)),
     )
     (rows, columns), second = processing._look(files["wide"]).resized, processing._look(files["even"]).resized
-    assert trained(processing, conversation) == (
-        f"here [{second[1]}, {second[0]}] there [0, 0, {columns}, {rows}]<|im_end|>\n"
-    )
+    said = f"here [{second[1]}, {second[0]}] there [0, 0, {columns}, {rows}]"
+    assert trained(processing, conversation) == f"{said}<|im_end|>\n"
+    assert processing.read_reference(conversation) == said
     with pytest.raises(ValueError, match="2 images and videos"):
         processing.scale_back("[1, 2, 3, 4]", conversation)
     with pytest.raises(Unusable, match="lies outside of a picture of 112x56") as error:
@@ -498,6 +511,13 @@ def test_threads_share_it(hub, files):
     with ThreadPoolExecutor(8) as pool:
         for one, other in zip(pool.map(processing.encode, talks), expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(other).values(), strict=True))
+
+
+def test_another_process_can_have_it(hub):
+    processing, wild = Qwen25VLProcessing(hub, ChatOptions(newline=False)), talk(("user", NASTY), ("assistant", "b"))
+    other = pickle.loads(pickle.dumps(processing))
+    assert other.identity == processing.identity
+    assert torch.equal(other.encode(wild).input_ids, processing.encode(wild).input_ids)
 
 
 def test_a_fork_after_it_warns_of_nothing(hub):

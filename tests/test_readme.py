@@ -12,6 +12,8 @@ import pytest
 
 from mm_convert import cli, convert_ckpt_to_mm
 from mm_convert.cli.arguments import parse
+from mm_data import llava_to_mllm, show
+from mm_infer.chat import Config as ChatConfig
 from mm_infer.config import Config as InferConfig
 from mm_models import presets
 from mm_models.families import find
@@ -20,8 +22,8 @@ from mm_train.extract import ExtractConfig
 from mm_train.recipe import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
-WAN, OPENSORAPLAN = ROOT / "docs/wan.md", ROOT / "docs/opensoraplan.md"
-TEMPLATES = (WAN, OPENSORAPLAN)  # have blocks with variables, for all models: see `expand`
+WAN, OPENSORAPLAN, QWEN = (ROOT / f"docs/{name}.md" for name in ("wan", "opensoraplan", "qwen2_5_vl"))
+TEMPLATES = (WAN, OPENSORAPLAN, QWEN)  # have blocks with variables, for all models: see `expand`
 READMES = [ROOT / "README.md", ROOT / "README.zh.md", *ROOT.glob("apps/*/README.md"), *ROOT.glob("docs/**/*.md")]
 COUNTS = ("--nnodes", "--nproc_per_node")  # of torchrun
 PROGRAMS = {
@@ -29,6 +31,9 @@ PROGRAMS = {
     "mm_train.extract": lambda argv: parse(ExtractConfig, argv, prog="extract"),
     "mm_train.export": lambda argv: parse(ExportConfig, argv, prog="export"),
     "mm_infer": lambda argv: parse(InferConfig, argv, prog="infer"),
+    "mm_infer.chat": lambda argv: parse(ChatConfig, argv, prog="chat"),
+    "mm_data.show": lambda argv: show.make_parser().parse_args(argv),
+    "mm_data.llava_to_mllm": lambda argv: llava_to_mllm.make_parser().parse_args(argv),
 }
 CONVERTERS = {"mm-convert": cli.main, "mm_convert.convert_ckpt_to_mm": convert_ckpt_to_mm.main}
 
@@ -153,6 +158,22 @@ def test_one_block_stands_for_every_model_on_every_number_of_devices():
         for expert in ([("high",), ("low",)] if "a14b" in model else [()])
         if lora or ranks > 1 or model in fits
     }
+
+
+def test_every_model_of_conversations_is_trained_in_each_way_where_so_many_devices_hold_it():
+    trained = {
+        (arguments[1], ranks, "".join(re.findall(r"--recipe \S+-(full|lora)", " ".join(arguments))))
+        for program, arguments, ranks in expand_all(QWEN)
+        if program == "mm_train" and arguments[-2:] != ["--output", "last4"] and "--parallel.tp" not in arguments
+    }
+    sizes = {f"qwen2.5-vl-{size}" for size in ("3b", "7b", "32b", "72b")}
+    assert sizes == {name for name in presets() if "-tiny" not in name and find(name)[0].chat is not None}
+    full = {(model, ranks) for model in sizes for ranks in (1, 8, 16, 32)} - {
+        (f"qwen2.5-vl-{n}b", 1) for n in (7, 32, 72)
+    }
+    full -= {("qwen2.5-vl-72b", 8)}
+    lora = {(model, ranks) for model in sizes for ranks in (1, 8, 16, 32)} - {(f"qwen2.5-vl-{n}b", 1) for n in (32, 72)}
+    assert trained >= {(*one, way) for one in full for way in ("", "full")} | {(*one, "lora") for one in lora}
 
 
 def test_there_are_commands_of_every_program():

@@ -267,7 +267,8 @@ def test_errors_say_what_to_do(hub, folder, tmp_path, capsys):
     broken.write_bytes(b"x")
     said = refused(capsys, *weights, "--prompt", "a", "--image", str(broken), "--device", "cpu")
     assert "broken.png is not a picture" in said
-    assert "--device tpux" in refused(capsys, *weights, "--prompt", "a", "--device", "tpux")
+    for device in ("tpux", "cuda:99"):
+        assert f"--device {device}: " in refused(capsys, *weights, "--prompt", "a", "--device", device)
     convert(hub, tmp_path / "ours", to="mm")
     said = refused(capsys, "--weights", str(tmp_path / "ours"), "--prompt", "a")
     assert "holds no tokenizer and no image processor: name the folder of the hub (processor)" in said

@@ -434,13 +434,14 @@ def test_find_missing(tmp_path):
     (media / "half.png").write_bytes(picture(media / "whole.png").read_bytes()[:20])
     (media / "text.png").write_text("no picture", encoding="utf-8")
     (media / "v.mp4").write_bytes(b"whatever")
-    names = ["good.jpg", "turned.jpg", "half.png", "text.png", "god.jpg", "good.jpg", "gone/good.jpg"]
+    names = ["good.jpg", "turned.jpg", "half.png", "text.png", "god.jpg", "good.jpg", "gone/g\0d\ud83d.jpg"]
     records = [{"messages": TURNS, "image": name} for name in names]
     records += [said(("user", "<video>"), ("assistant", "b")) | {"video": name} for name in ("v.mp4", "w.mp4")]
     records += [{"messages": TURNS}, said(("user", "a"), ("assistant", "b"))]
     found, ledger, progress = read(write(tmp_path / "d.json", records), media), Ledger(), []
     survey = find_missing(found, ledger, say=lambda done, all: progress.append((done, all)))
     assert survey.usable.dtype == np.int64
+    assert survey.kinds == {"images": 3, "videos": 1, "only text": 1}
     assert survey.usable.tolist() == [0, 1, 5, 7, 10]
     assert survey.sizes == {
         str(media / "good.jpg"): (5, 9),
@@ -455,6 +456,10 @@ def test_find_missing(tmp_path):
     assert "v.mp4" in texts["d.json[8]"]
     assert progress == [(11, 11)]
     assert "missing_media: 3, e.g. d.json[4]" in str(ledger)
+    # a picture that is none says nothing of a video
+    records = [records[7], {"messages": TURNS, "image": "v.mp4"}]
+    mixed = find_missing(read(write(tmp_path / "m.json", records), media), Ledger())
+    assert mixed.usable.tolist() == [0]
     # nothing but names
     light = find_missing(found, Ledger(), headers=False)
     assert (light.usable.tolist(), light.sizes) == ([0, 1, 2, 3, 5, 7, 10], {})

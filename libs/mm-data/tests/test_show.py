@@ -299,6 +299,7 @@ def test_show(guide, capsys):
     said = capsys.readouterr().out
     assert "d.json: 4 conversations" in said
     assert "2 can be used, 2 cannot; 1 different images" in said
+    assert "1 with images; 1 with only text\n" in said
     assert "missing_media: 1, e.g. d.json[2]" in said
     assert "b.jpg is not there, did you mean a.jpg?" in said
     assert "d.json[0]: 2 turns, 1 image\n" in said

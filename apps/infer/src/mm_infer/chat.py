@@ -145,9 +145,12 @@ def _open_questions(config: Config):
 def _load(config: Config, model: Model) -> Answerer:
     import torch  # only now that the command makes sense
 
+    from mm_parallel.device import device as accelerator
+
+    usual = accelerator()  # which also makes other makers' devices known to torch
     try:
-        device = None if config.device is None else torch.device(config.device)
-    except RuntimeError as error:
+        device = torch.empty(0, device=config.device or usual).device
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     return Answerer(model, config.options, device, dtype)

@@ -74,6 +74,10 @@ class ConversationData:
     """
     media: Path | None = None
     """For conversations: the folder from which the paths of images and videos begin; by default that of each file."""
+    boxes: Literal["text", "original"] = "text"
+    """For conversations: original: "bbox_2d" and "point_2d" in answers are pixels of the image as it is, and are scaled
+    with it; text: they are left as they are.
+    """
     processor: Path | None = None
     """For conversations: the hub's folder with tokenizer and preprocessor_config.json; by default --weights."""
     max_tokens: Annotated[int, ">= 16", "<= 16777216"] = 4096

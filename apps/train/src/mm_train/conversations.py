@@ -103,7 +103,7 @@ def open_conversations(
     model = outline(config)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     data, ledger = config.data, Ledger()
-    conversations = read_conversations(read_sources(listed, flag), data.media)
+    conversations = read_conversations(read_sources(listed, flag), data.media, boxes=data.boxes)
     silent = rank > 0 or not sys.stderr.isatty()
     with tqdm(total=len(conversations), unit="conversation", desc=f"looking into {flag}", disable=silent) as bar:
 

@@ -24,7 +24,7 @@ from mm_data.files import TEMPORARY, escape, open_file, parse_json, shorten, sho
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mm_data.llava_to_mllm",
         description=__doc__,
@@ -34,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--input", default="./data/llava_instruct_150k.json", help="LLaVA-Instruct, as downloaded")
     parser.add_argument("--images", default="./data/COCO2017/train2017", help="the folder of its images")
     parser.add_argument("--output", default="./data/mllm_format_llava_instruct_data.json", help="must not be there yet")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = make_parser().parse_args(argv)
     try:
         convert(arguments.input, arguments.images, Path(arguments.output))
     except (ValueError, OSError) as error:

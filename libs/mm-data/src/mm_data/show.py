@@ -37,7 +37,7 @@ LOAD = "mm_models.processors:load"
 _TRAINED, _DIM, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mm_data.show", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "data", nargs="+", type=Path, help="JSON or JSONL of conversations, or MindSpeed-MM's data JSON"
@@ -51,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--boxes", choices=("text", "original"), default="text", help="read bbox_2d of answers as boxes"
     )
     parser.add_argument("--failures", type=Path, help="write what cannot be used to this file, with the reasons")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = make_parser().parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         show(arguments)
@@ -149,6 +153,7 @@ def _count(conversations: Conversations, failures: Path | None) -> list[int]:
 
     found = find_missing(conversations, ledger, say=say)
     print(f"{len(found.usable):,} can be used, {len(ledger):,} cannot; {len(found.sizes):,} different images")
+    print("; ".join(f"{count:,} with {kind}" for kind, count in found.kinds.items() if count))
     if ledger:
         print(ledger)
     if failures is not None:

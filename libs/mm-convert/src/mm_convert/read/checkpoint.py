@@ -99,7 +99,10 @@ def open_checkpoint(
     said = {**(config or {}), **said}
     tensors, copies = _drop_copies(source.tensors, family, dialect, said, str(path))
     tensors = cut_fused(tensors, family, dialect, said, str(path))
-    content = identify({name: tensor.shape for name, tensor in tensors.items()}, str(path))
+    try:
+        content = identify({name: tensor.shape for name, tensor in tensors.items()}, str(path))
+    except ValueError as error:
+        raise ValueError(f"{error}{_way_to_the_rest(source)}") from error
     ours = {content.names[name]: tensor for name, tensor in tensors.items() if name in content.names}
     notes = [*source.notes, *copies]
     wrong = {f: v for f, v in content.config.items() if f in said and said[f] != v}
@@ -113,6 +116,16 @@ def open_checkpoint(
         notes.append(f"{len(names)} tensors are left out ({reason}): {names[0]}" + (", …" if len(names) > 1 else ""))
     layout = "mm" if is_ours and source.layout == "safetensors" else source.layout
     return Checkpoint(path, source, layout, content, ours, complete, said, where, notes + doubts)
+
+
+def _way_to_the_rest(source: Source) -> str:
+    """Where the frozen tensors are, of a run of mm_train that trains a part."""
+    if source.layout != "dcp" or not (source.folder / "progress.json").exists():
+        return ""
+    return (
+        f". Checkpoints of mm_train hold only what is trained; whole weights are in weights/ of a run that "
+        f"has ended, and in W after `python -m mm_train.export {source.folder} --output W`"
+    )
 
 
 def read_said(folder: Path, family: str) -> Config:

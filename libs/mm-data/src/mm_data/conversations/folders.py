@@ -41,5 +41,5 @@ class Folders:
 def _list(folder: str) -> frozenset[str]:
     try:
         return frozenset(os.listdir(folder or "."))
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return frozenset()

@@ -85,7 +85,7 @@ def read_turns(
     """
     if not isinstance(record, dict):
         raise Unusable("unknown_format", f"an item is {show(record)}, not an object with messages or conversations")
-    if record.get("tools"):
+    if record.get("tools") not in (None, "", [], "[]"):
         raise Unusable("tools", f"it has tools, {show(record['tools'])}: calls of tools are not trained")
     if unread := [key for key in record.keys() & _OF_ITEMS if record[key] not in (None, "", [])]:
         raise Unusable("unknown_format", f"it has {', '.join(unread)}, which cannot be read here")

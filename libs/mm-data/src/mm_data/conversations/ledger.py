@@ -63,4 +63,4 @@ class Ledger:
     def write(self, path: str | Path) -> None:
         """`failures.jsonl`: one object {"id", "reason", "text"} a line, by id."""
         lines = (json.dumps(entry._asdict(), ensure_ascii=False) for entry in sorted(self.entries))
-        write_atomic(Path(path), "".join(f"{line}\n" for line in lines).encode())
+        write_atomic(Path(path), "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))

@@ -187,7 +187,7 @@ class _File:
             return f"{self._lines.locate(place)}: not JSON: {again.msg}"
         except (ValueError, RecursionError):
             pass
-        return f"{self._lines.locate(begin)}: {str(error).partition(': ')[2]}"
+        return f"{self._lines.locate(begin)}: {str(error).removeprefix(str(self.index.path)).partition(': ')[2]}"
 
 
 def _name_files(paths: Sequence[Path]) -> list[str]:

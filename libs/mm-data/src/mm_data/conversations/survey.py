@@ -12,7 +12,7 @@ import numpy as np
 from mm_data.conversations.conversation import Conversation, Media, Unusable
 from mm_data.conversations.ledger import Ledger
 from mm_data.conversations.reader import Conversations
-from mm_data.files import find_fault, shorten
+from mm_data.files import find_fault
 from mm_data.images import read_size
 from mm_data.nearest import Neighbours
 
@@ -22,11 +22,12 @@ _GROUP = 1024  # conversations between two words of progress
 @dataclass(frozen=True)
 class Survey:
     """usable: the indices that can be used, in order. sizes: height and width of every picture, upright as EXIF says,
-    by its path (where headers were read).
+    by its path (where headers were read). kinds: how many of the usable have images, videos, or only text.
     """
 
     usable: np.ndarray  # int64
     sizes: dict[str, tuple[int, int]]
+    kinds: dict[str, int]
 
 
 def find_missing(
@@ -47,6 +48,7 @@ def find_missing(
     indices = range(len(conversations)) if indices is None else indices
     search = _Search(conversations, headers)
     usable: list[int] = []
+    kinds = {"images": 0, "videos": 0, "only text": 0}
     with ThreadPoolExecutor(threads) as pool:
         for begin in range(0, len(indices), _GROUP):
             group = indices[begin : begin + _GROUP]
@@ -57,12 +59,15 @@ def find_missing(
                 try:
                     for one in found.media:
                         search.check(one)
-                    usable.append(index)
                 except Unusable as error:
                     ledger.add(found.id, error)
+                    continue
+                usable.append(index)
+                for kind in {f"{one.kind}s" for one in found.media} or {"only text"}:
+                    kinds[kind] += 1
             if say is not None:
                 say(begin + len(group), len(indices))
-    return Survey(np.array(usable, np.int64), search.sizes)
+    return Survey(np.array(usable, np.int64), search.sizes, kinds)
 
 
 def _read(conversations: Conversations, group: Sequence[int], ledger: Ledger) -> Iterator[tuple[int, Conversation]]:
@@ -79,7 +84,7 @@ class _Search:
         self.headers = headers
         self.neighbours = Neighbours()
         self.sizes: dict[str, tuple[int, int]] = {}
-        self.faults: dict[str, Unusable] = {}
+        self.faults: dict[tuple[str, str], Unusable] = {}  # by kind and path: a video is no broken picture
 
     def look(self, pool: ThreadPoolExecutor, media: Sequence[Media]) -> None:
         """Into the headers of pictures that were not seen before."""
@@ -87,23 +92,23 @@ class _Search:
         paths = [path for path in dict.fromkeys(paths) if path.startswith("data:") or self.folders.has(path)]
         for path, found in zip(paths, pool.map(_read_size, paths), strict=True):
             if isinstance(found, Unusable):
-                self.faults[path] = found
+                self.faults["image", path] = found
             else:
                 self.sizes[path] = found
 
     def _is_known(self, path: str) -> bool:
-        return path in self.sizes or path in self.faults
+        return path in self.sizes or ("image", path) in self.faults
 
     def check(self, medium: Media) -> None:
         path = medium.path
         if path in self.sizes:
             return
-        if path not in self.faults:
-            if path.startswith("data:") or self.folders.has(path):
+        key = medium.kind, path
+        if key not in self.faults:
+            if path.startswith("data:") or self.folders.has(path) or (fault := find_fault(path)) is None:
                 return
-            fault = find_fault(path) or f"{shorten(path, 200)} is not there"
-            self.faults[path] = Unusable("missing_media", fault + self.neighbours.describe(Path(path)))
-        raise self.faults[path].with_traceback(None)
+            self.faults[key] = Unusable("missing_media", fault + self.neighbours.describe(Path(path)))
+        raise self.faults[key].with_traceback(None)
 
 
 def _read_size(path: str) -> tuple[int, int] | Unusable:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import groupby
@@ -58,7 +58,7 @@ class Qwen25VLProcessing:
     """
 
     def __init__(self, folder: Path | str, options: Any, config: Qwen25VLConfig | None = None) -> None:
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         self.options = options
         self.tokenizer = _read_tokenizer(folder)
         processor = read_json(folder, "preprocessor_config.json", "processor_config.json")
@@ -75,6 +75,9 @@ class Qwen25VLProcessing:
         self._ways = {kind: self._way(kind) for kind in ("image", "video")}
         self._newline = self._spell("\n")
         self.identity = self._identify(folder)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder, self.options, self.config)  # pickled, a tokenizer forgets what a text is
 
     # --- what a conversation is
 
@@ -207,7 +210,9 @@ class Qwen25VLProcessing:
             trained += [answer or asked] + [(answer and self.options.newline) or asked] * len(self._newline)
         return ids, trained
 
-    def _content(self, text: str, turn: Turn, media: Any, seen: Sequence[Seen]):
+    def _content(
+        self, text: str, turn: Turn, media: Iterator[Seen], seen: Sequence[Seen]
+    ) -> Iterator[tuple[list[int], bool]]:
         """(tokens, whether they are of an image or a video), of a turn that begins with `text`."""
         for part in turn.parts:
             if isinstance(part, str):

@@ -7,11 +7,11 @@ Letters in the comments:
 any number of images and videos in one call, none as well: then all has zero rows, and every gradient is zero. Linears
 and attention run in the dtype of pixel_values; statistics of norms and rotary positions are at least float32.
 
-    tower.share      (pixel_values, grids) -> (pixel_values, grids), first: keep this rank's part of the images
+    tower.share      (pixel_values, grids) -> (pixel_values, grids), first: keep this rank's part of the frames
     tower.core       (q, k, v: B L H h, sequence, mask) -> B L H h, one of the few attentions of a layer
     tower.collect    (features, grids) -> features, last: those of all images
 
-No image is ever cut: what `share` leaves out is whole, and `core` is given whole windows or frames.
+No frame is ever cut: `share` leaves out whole ones, and `core` is given whole windows or frames.
 """
 
 from collections.abc import Callable
@@ -45,6 +45,7 @@ class Call(NamedTuple):
     patches: int
     fill: Tensor | None
     real: Tensor | None
+    kept: Tensor | None
 
 
 class Calls(NamedTuple):
@@ -95,18 +96,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, calls: Calls, core: Callable) -> Ten
     """Attention within each window or frame, N H h: a call of `core` for each group of them."""
     if not calls.groups:
         return v  # N is 0; so the gradient goes on, and is zero
-    qkv = (q, k, v) if calls.order is None else tuple(x[calls.order] for x in (q, k, v))
     outs, start = [], 0
-    for count, size, patches, fill, real in calls.groups:
-        own = [x[start : start + patches] for x in qkv]
-        own = [(x if fill is None else x[fill]).unflatten(0, (count, size)) for x in own]
-        if real is None:
-            outs.append(core(*own, Sequence(size)).flatten(0, 1))
-        else:
-            outs.append(core(*own, Sequence(size), real)[real])
+    qkv = [choose(x, calls.order) for x in (q, k, v)]
+    for count, size, patches, fill, real, kept in calls.groups:
+        own = [choose(x[start : start + patches], fill).unflatten(0, (count, size)) for x in qkv]
+        out = core(*own, Sequence(size)) if real is None else core(*own, Sequence(size), real)
+        outs.append(choose(out.flatten(0, 1), kept))
         start += patches
-    out = outs[0] if len(outs) == 1 else torch.cat(outs)
-    return out if calls.back is None else out[calls.back]
+    return choose(outs[0] if len(outs) == 1 else torch.cat(outs), calls.back)
+
+
+def choose(x: Tensor, rows: Tensor | None) -> Tensor:
+    """These rows of x, or x itself. By number, as a mask makes the host wait, and `x[rows]` sorts in its backward."""
+    return x if rows is None else x.index_select(0, rows)
 
 
 class VisionBlock(nn.Module):
@@ -171,8 +173,7 @@ class VisionTower(nn.Module):
         layout = lay_out(grids, config.spatial_merge_size, config.window)
         order, back = put(layout.order, device), put(layout.back, device)
         cells = pixel_values.unflatten(0, (len(layout.order), config.merged))
-        pixels = cells[order].flatten(0, 1)
-        x = self.patch_embed(pixels)
+        x = self.patch_embed(choose(cells, order).flatten(0, 1))
         rope = rope_table(layout.places, config.vision_head_dim, device)
         return VisionStream(x, rope, put_calls(layout.windows, device), put_calls(layout.frames, device), back)
 
@@ -180,7 +181,7 @@ class VisionTower(nn.Module):
         return self.blocks[i](stream, self.core)
 
     def head(self, stream: VisionStream) -> Tensor:
-        return self.merger(stream.x)[stream.back]
+        return choose(self.merger(stream.x), stream.back)
 
 
 def rope_table(places: np.ndarray, head_dim: int, device: torch.device) -> Tensor:
@@ -204,5 +205,5 @@ def put_calls(grouping: Grouping, device: torch.device) -> Calls:
     def move(array: np.ndarray | None) -> Tensor | None:
         return None if array is None else put(array, device)
 
-    groups = tuple(Call(*group[:3], move(group.fill), move(group.real)) for group in grouping.groups)
+    groups = tuple(Call(*group[:3], *map(move, group[3:])) for group in grouping.groups)
     return Calls(move(grouping.order), move(grouping.back), groups)

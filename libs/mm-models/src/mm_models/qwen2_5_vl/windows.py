@@ -30,6 +30,8 @@ class Group(NamedTuple):
     """count · size: which patch of the group stands there, the first one where it only fills up. None: nothing does."""
     real: np.ndarray | None
     """count size, bool: where a patch does not only fill up."""
+    kept: np.ndarray | None
+    """patches: the same places, as numbers."""
 
 
 class Grouping(NamedTuple):
@@ -112,11 +114,11 @@ def _group(sizes: np.ndarray) -> tuple[Group, ...]:
     for count in _share_calls(sizes):
         own, start = sizes[start : start + count], start + count
         if own[0] == own[-1]:
-            groups.append(Group(count, int(own[0]), int(own.sum()), None, None))
+            groups.append(Group(count, int(own[0]), int(own.sum()), None, None, None))
             continue
         real = np.arange(own[0]) < own[:, None]
         fill = np.where(real, real.cumsum().reshape(real.shape) - 1, 0).ravel()
-        groups.append(Group(count, int(own[0]), int(own.sum()), fill, real))
+        groups.append(Group(count, int(own[0]), int(own.sum()), fill, real, np.flatnonzero(real)))
     return tuple(groups)
 
 

@@ -38,7 +38,8 @@ def greedy(
     All ranks of a layout call it with the same prompts, and get the same answers.
 
     Args:
-        model: (input_ids 1 L, position_ids 3 1 L, pixel_values N P, grid_thw M 3, sequence) -> logits 1 L V.
+        model: (input_ids 1 L, position_ids 3 1 L, pixel_values N P, grid_thw (M tuples of 3), sequence) ->
+            logits 1 L V.
         prompts: whose positions end with that of the last token; new tokens go on from their largest, plus 1.
         max_new_tokens: the most tokens of an answer.
         stop_ids: tokens that end an answer.
@@ -56,7 +57,7 @@ def greedy(
             input_ids=torch.cat(ids)[None].to(device),
             position_ids=torch.cat(positions, 1)[:, None].to(device),
             pixel_values=torch.cat([prompts[i].pixel_values for i in open_]).to(device),
-            grid_thw=torch.cat([prompts[i].grid_thw for i in open_]),
+            grid_thw=tuple(tuple(grid) for i in open_ for grid in prompts[i].grid_thw.tolist()),
             sequence=Tokens(bounds[-1], causal=True, segments=tuple(bounds) if len(bounds) > 2 else None),
         )
         last = logits[0, [stop - 1 for stop in bounds[1:]]]

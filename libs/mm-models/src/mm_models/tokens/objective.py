@@ -51,14 +51,14 @@ class NextToken:
         """Nothing is left to chance."""
 
     def inputs(self, tensors: Mapping[str, Tensor], drawn: None = None) -> dict[str, Any]:
-        """input_ids 1 L, position_ids 3 1 L, pixel_values N P, grid_thw M 3, sequence, labels 1 L."""
+        """input_ids 1 L, position_ids 3 1 L, pixel_values N P, grid_thw (M tuples of 3), sequence, labels 1 L."""
         bounds, tokens = _bounds(tensors), tensors["input_ids"].shape[1]
         bounds = bounds if bounds[-1] == tokens else (*bounds, tokens)  # padding attends to itself
         return {
             "input_ids": tensors["input_ids"],
             "position_ids": tensors["position_ids"].transpose(0, 1),
             "pixel_values": tensors["pixel_values"][0],
-            "grid_thw": tensors["grid_thw"][0],
+            "grid_thw": tuple(map(tuple, tensors["grid_thw"][0].tolist())),  # facts, which a pipeline knows beforehand
             "sequence": Tokens(tokens, causal=True, segments=bounds if len(bounds) > 2 else None),
             "labels": tensors["labels"],
         }
