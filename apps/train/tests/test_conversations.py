@@ -1,6 +1,7 @@
 """Runs on conversations, from a folder like the hub's: whole, resumed, on other ranks, validated, asked."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -272,3 +273,28 @@ def test_packs_of_two_micro_batches_in_any_layout_are_those_of_one_device(hub, d
         spawn(2, ranks_train, arguments(hub, data, tmp_path / name, *packs, *layout), timeout=120)
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
         assert any(row["padding"] for row in rows(tmp_path / name)) == (name == "stages")
+        work = [[row["tflops"] * row["seconds"] for row in rows(tmp_path / run)] for run in ("one", name)]
+        assert work[1] == pytest.approx(work[0])
+
+
+def host_trains(rank: int, world: int, argv: list[str], hosts: list[Path]) -> None:
+    """A rank on a host with a copy of the images of its own."""
+    os.chdir(hosts[rank])
+    with pytest.raises(ValueError, match=r"ranks could read other samples for step \d: .* is not the same on all"):
+        ranks_train(rank, world, argv)
+
+
+def test_an_image_that_opens_on_one_host_alone_ends_the_run(hub, tmp_path):
+    """Ranks that share a sample would wait for each other for ever, or compute on different tokens."""
+    items = [conversation(f"<image>Which is {i}?", f"{i}", f"{i}.jpg") for i in range(2)]
+    (tmp_path / "train.json").write_text(json.dumps(items), encoding="utf-8")
+    hosts = [tmp_path / "host0", tmp_path / "host1"]
+    for number, host in enumerate(hosts):
+        (host / "images").mkdir(parents=True)
+        for i in range(2):
+            pixels = np.random.default_rng(i).integers(0, 256, (56, 56, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"{i}.jpg")
+            whole = (tmp_path / f"{i}.jpg").read_bytes()
+            (host / f"images/{i}.jpg").write_bytes(whole[: len(whole) // 2] if number == i == 1 else whole)
+    options = ("--data.media", "images", "--data.global_batch", "2", "--parallel.ulysses", "2")
+    spawn(2, host_trains, arguments(hub, tmp_path / "train.json", tmp_path / "run", *options), hosts, timeout=120)

@@ -166,6 +166,10 @@ def test_a_table_says_what_is_trained_and_at_which_rate(hub, tmp_path):
         (("--trained", '["merger:-1"]'), r"merger has 0 layers"),
         (("--optim.rates", '{"visual": 1e-5}'), r"--optim.rates 'visual' names no parameter"),
         (("--trained", '["merger"]', "--optim.rates", '{"vision": 1e-5}'), r"'vision': nothing of it is trained"),
+        (
+            ("--lora.rank", "2", "--lora.targets", '["vison:qkv"]'),
+            "LoRA target 'vison:qkv' names no linear of this model, did you mean 'vision'?",
+        ),
         (("--lora.rank", "2", "--lora.targets", '["vision:q_proj"]'), r"LoRA target 'vision:q_proj' names no linear"),
         (
             ("--lora.rank", "2", "--lora.targets", '["lm_head"]'),

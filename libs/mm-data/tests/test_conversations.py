@@ -456,6 +456,10 @@ def test_find_missing(tmp_path):
     assert "v.mp4" in texts["d.json[8]"]
     assert progress == [(11, 11)]
     assert "missing_media: 3, e.g. d.json[4]" in str(ledger)
+    # a picture that is none says nothing of a video
+    records = [records[7], {"messages": TURNS, "image": "v.mp4"}]
+    mixed = find_missing(read(write(tmp_path / "m.json", records), media), Ledger())
+    assert mixed.usable.tolist() == [0]
     # nothing but names
     light = find_missing(found, Ledger(), headers=False)
     assert (light.usable.tolist(), light.sizes) == ([0, 1, 2, 3, 5, 7, 10], {})

@@ -266,12 +266,14 @@ def test_nothing_after_a_token_matters(tiny_chat, talk):
     assert torch.equal(model(**one.inputs)[:, :-1], model(**one.inputs | {"input_ids": changed})[:, :-1])
 
 
-def test_shapes_without_values(tiny_chat, talk):
+@pytest.mark.parametrize("grids", ["facts", "a tensor"])
+def test_shapes_without_values(grids, tiny_chat, talk):
     """On the meta device, where a pipeline asks what crosses between its stages."""
     model = tiny_chat()
     one = talk(model.config, *PARTS)
     tensors = {name: x.to("meta") for name, x in one.inputs.items() if isinstance(x, Tensor)}
-    stream = model.to("meta").stem(**tensors, grid_thw=one.grid_thw, labels=one.labels.to("meta"))
+    grid_thw = one.grid_thw if grids == "facts" else torch.tensor(one.grid_thw, device="meta")
+    stream = model.to("meta").stem(**tensors, grid_thw=grid_thw, labels=one.labels.to("meta"))
     length = one.input_ids.shape[1]
     assert stream.x.shape == (1, length, 48)
     assert (stream.rope.shape, stream.labels.shape) == ((2, 1, length, 4), (1, length))

@@ -40,7 +40,7 @@ from mm_train.ranks import all_sum, broadcast
 from mm_train.resume import find_checkpoint, read_progress
 from mm_train.samples import Samples
 from mm_train.speed import Speed
-from mm_train.start import Built, build_model
+from mm_train.start import Built, build_model, outline
 from mm_train.step import MicroBatches, seed_dropout
 from mm_train.validate import Validation
 
@@ -101,8 +101,8 @@ class Run:
         self.interrupt = Interrupt()
         self.device = accelerator()
         self.mesh = make_mesh(config.parallel, self.device.type)
-        self.data_index, data_ranks = data_rank(self.mesh)
-        micro_batches = describe_micro_batches(config, data_ranks)
+        self.data_index, self.data_ranks = data_rank(self.mesh)
+        micro_batches = describe_micro_batches(config, self.data_ranks)
         check(config, "with torch")
         held.enter_context(claim_output(config.run_dir))
         self.objective = build_objective(config)
@@ -135,12 +135,12 @@ class Run:
         self.progress.contents |= contents
 
         self.metrics = Metrics(config.run_dir, leader=rank == 0, steps=config.steps, start=self.progress.step)
-        layout = (describe(self.mesh), f"{data_ranks} x {micro_batches}")
+        layout = (describe(self.mesh), f"{self.data_ranks} x {micro_batches}")
         self.metrics.say(summarize(config, self.objective, built, self.data, found, changed, *layout))
         if self.progress.step == config.steps:
             self.metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
         self.validation = Validation(config, self.objective, held_out, self.mesh, self.device)
-        self.speed = Speed(self.parameters, self.device, world)
+        self.speed = Speed(outline(config), self.device, world)  # of all stages
         self.watch = Watch(config.on_nonfinite)
         self.max_norm = config.optim.clip or math.inf
         self.log_tps = LogTps(config.data.global_batch) if config.log_tps else None
@@ -163,12 +163,13 @@ class Run:
             place = (self.config.seed, step.index, self.data_index, rank_in(self.mesh, "cp"))
             batch = MicroBatches(step, self.objective, self.config.seed, self.device, partial(seed_dropout, *place))
             weight = batch.weigh() if reports_loss(self.mesh) else 0.0
-            digest = float(step.digest % 2**20)  # sums of these are exact
-            batch.total, digests = all_sum(weight, digest, device=self.device)
-            if digests != digest * self.world:
-                raise ValueError(
-                    f"ranks planned other packs for step {number}: {self.data.name} is not the same on all"
-                )
+            planned, made = step.digest % 2**20, batch.digest() % 2**20  # sums of these are exact
+            others = self.world // self.data_ranks - 1  # that have the same samples as this rank
+            differing = made * others if reports_loss(self.mesh) else -made
+            batch.total, plans, differing = all_sum(weight, planned, differing, device=self.device)
+            if plans != planned * self.world or differing:
+                what = "planned other packs" if plans != planned * self.world else "could read other samples"
+                raise ValueError(f"ranks {what} for step {number}: {self.data.name} is not the same on all hosts")
             if batch.total == 0:
                 self._skip_masked(step)
                 continue

@@ -3,13 +3,14 @@
 Files of adapters, whatever their format, are read and written by mm_convert: `open_lora`, `save_lora`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mm_models.families import family_of
+from mm_models.families import family_of, suggest
 from mm_models.layers import Linear, wide
 from mm_models.parts import find_linears
 
@@ -128,9 +129,13 @@ def _inject(model: nn.Module, targets: Sequence[str], **settings) -> nn.Module:
                 f"LoRA target {target!r}: the model multiplies by its weight itself, so an adapter beside it would do "
                 "nothing. Leave it out, or train the weights"
             )
-        ends = sorted({".".join(part for part in name.split(".")[2:]) or name for name in linears})
+        ends = sorted({re.split(r"\.\d+\.", name)[-1] for name in linears})
         parts = [f"{part}:…" for part in family.parts]
-        raise ValueError(f"LoRA target {target!r} names no linear of this model; there are {', '.join(ends + parts)}")
+        part, colon, end = target.rpartition(":")
+        near = suggest(part, [*family.parts]) if colon and part not in family.parts else suggest(end, ends)
+        raise ValueError(
+            f"LoRA target {target!r} names no linear of this model{near}; there are {', '.join(ends + parts)}"
+        )
 
     model.requires_grad_(False)
     on_meta = next(model.parameters()).is_meta

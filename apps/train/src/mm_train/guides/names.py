@@ -51,7 +51,7 @@ NAMES: tuple[Name, ...] = (
         "pipeline_num_layers",
         "parallel",
         ("pp_layers",),
-        "flat, or a list for each virtual stage; its length is the number of ranks; unused where PP is 1, and [36] is none",
+        "flat, or a list for each virtual stage; its length is the number of ranks; unused where PP is 1",
         as_is=True,
     ),
     Name(

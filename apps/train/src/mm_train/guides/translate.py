@@ -126,9 +126,7 @@ def _pipeline(given: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
             f"{len(rows)} virtual stages of {len(rows[0])} ranks: {list(map(list, rows))}"
         )
     if pp == 1 and len(rows[0]) > 1:
-        notes.append(
-            f"{name}: PP is 1, so there is no pipeline; with it there would be {len(rows[0])} stages"
-        )
+        notes.append(f"{name}: PP is 1, so there is no pipeline; with it there would be {len(rows[0])} stages")
         return {}
     if pp is not None and pp != len(rows[0]):
         raise ValueError(f"PP {pp} must equal the number of ranks in {name} {layers}: {len(rows[0])}")

@@ -84,7 +84,7 @@ class _Search:
         self.headers = headers
         self.neighbours = Neighbours()
         self.sizes: dict[str, tuple[int, int]] = {}
-        self.faults: dict[str, Unusable] = {}
+        self.faults: dict[tuple[str, str], Unusable] = {}  # by kind and path: a video is no broken picture
 
     def look(self, pool: ThreadPoolExecutor, media: Sequence[Media]) -> None:
         """Into the headers of pictures that were not seen before."""
@@ -92,22 +92,23 @@ class _Search:
         paths = [path for path in dict.fromkeys(paths) if path.startswith("data:") or self.folders.has(path)]
         for path, found in zip(paths, pool.map(_read_size, paths), strict=True):
             if isinstance(found, Unusable):
-                self.faults[path] = found
+                self.faults["image", path] = found
             else:
                 self.sizes[path] = found
 
     def _is_known(self, path: str) -> bool:
-        return path in self.sizes or path in self.faults
+        return path in self.sizes or ("image", path) in self.faults
 
     def check(self, medium: Media) -> None:
         path = medium.path
         if path in self.sizes:
             return
-        if path not in self.faults:
+        key = medium.kind, path
+        if key not in self.faults:
             if path.startswith("data:") or self.folders.has(path) or (fault := find_fault(path)) is None:
                 return
-            self.faults[path] = Unusable("missing_media", fault + self.neighbours.describe(Path(path)))
-        raise self.faults[path].with_traceback(None)
+            self.faults[key] = Unusable("missing_media", fault + self.neighbours.describe(Path(path)))
+        raise self.faults[key].with_traceback(None)
 
 
 def _read_size(path: str) -> tuple[int, int] | Unusable:

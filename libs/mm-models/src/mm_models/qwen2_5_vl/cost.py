@@ -90,7 +90,7 @@ def train_flops(config: Qwen25VLConfig, work: Work, trained: Trained | None = No
 
 
 def find_trained(model: nn.Module) -> Trained:
-    """Of a model, or of the part of it that a pipeline stage has."""
+    """Of a whole model, perhaps on the meta device."""
     share, flows = {}, {}
     numbers = {name.split(".")[2] for name, _ in model.named_parameters() if name.startswith("model.layers.")}
     parts = ("visual.patch_embed.", "visual.blocks.", "visual.merger.", "model.embed_tokens.", "model.layers.")

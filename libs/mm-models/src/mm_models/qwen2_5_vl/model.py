@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from mm_models.layers import Linear, Sequence, core, identity
 from mm_models.qwen2_5_vl.check import check, check_tokens
 from mm_models.qwen2_5_vl.config import Qwen25VLConfig
-from mm_models.qwen2_5_vl.grids import read_grids
+from mm_models.qwen2_5_vl.grids import Grid, read_grids
 from mm_models.qwen2_5_vl.layers import GatedMLP, RMSNorm, rotate
 from mm_models.qwen2_5_vl.vision import VisionTower
 from mm_models.tokens.head import token_losses
@@ -152,7 +152,7 @@ class Qwen25VLModel(nn.Module):
         dtype = self.compute_dtype or self.model.embed_tokens.weight.dtype
         if pixel_values is None:
             pixel_values = torch.zeros(0, config.patch_dim, dtype=dtype, device=input_ids.device)
-        grids = read_grids(grid_thw, config)
+        grids = find_grids(config, pixel_values, grid_thw)
         sequence = sequence or Sequence(input_ids.shape[-1], causal=True)
         check(config, input_ids, position_ids, pixel_values, grids, sequence, labels)
 
@@ -193,3 +193,11 @@ def rope_table(position_ids: Tensor, config: Qwen25VLConfig) -> Tensor:
     bands = zip(position_ids, frequencies.split(config.mrope_section), strict=True)
     angles = torch.cat([place.float().unsqueeze(-1) * frequency for place, frequency in bands], -1)  # B L h/2
     return torch.stack((angles.cos(), angles.sin()))
+
+
+def find_grids(config: Qwen25VLConfig, pixel_values: Tensor, grid_thw: Any) -> tuple[Grid, ...]:
+    """The grids as facts of the host."""
+    if isinstance(grid_thw, Tensor) and grid_thw.is_meta:  # a pipeline asks for shapes, and any grid has them
+        merge, patches = config.spatial_merge_size, pixel_values.shape[0]
+        return ((1, merge, patches // merge),) if patches else ()
+    return read_grids(grid_thw, config)

@@ -166,8 +166,11 @@ class Pipeline:
     def _begin(self, call: BoundArguments) -> Any:
         return self._begun.get(describe_call(call), lambda: begin(self.skeleton, self.plan, call))
 
-    def _outline(self, call: BoundArguments, begun: Any) -> Outline:
-        """One for all calls that send the same shapes; only the first with some arguments runs all layers."""
+    def _outline(self, call: BoundArguments, begun: Any, facts: object = None) -> Outline:
+        """One for all calls that send the same shapes; only the first with some arguments runs all layers.
+
+        facts: where the output is asked for, those that its shape may depend on.
+        """
         given = [name for name, value in call.arguments.items() if value is not None]
         starts = [stage.layers.start for stage in self.stages]
 
@@ -176,7 +179,7 @@ class Pipeline:
             entries = self._traced.get(f"{given}: {dtypes}", lambda: trace(self.skeleton, starts, call))
             return shape(self.skeleton, entries, begun)
 
-        return self._outlines.get(f"{given}: {describe_shapes(begun)}", make)
+        return self._outlines.get(f"{given}: {describe_shapes(begun)} {facts}", make)
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -184,7 +187,7 @@ class Pipeline:
         batch = self._signature.bind(*args, **kwargs)
         agree_on(f"a forward of {describe_call(batch)}", _WHO, self.group, self.device)
         facts = self._begin(batch)
-        outline = self._outline(batch, facts)
+        outline = self._outline(batch, facts, [value for value in facts if not isinstance(value, Tensor)])
         output = self._empty(outline.output)
         for stage in self.mine:
             chunk = Chunk(stage, self.model, outline, tracked=False)
