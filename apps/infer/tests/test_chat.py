@@ -239,7 +239,7 @@ def test_questions_from_a_file(hub, folder, answers, answerer, tmp_path, capsys,
     assert rows[1]["reference"] == "a cat"
     assert "3 answers" in said
     assert "1 of 2 (50.0%) are exactly the reference" in said
-    (failure,) = [json.loads(line) for line in Path("failures.jsonl").read_text(encoding="utf-8").splitlines()]
+    (failure,) = [json.loads(line) for line in Path("answers-failures.jsonl").read_text(encoding="utf-8").splitlines()]
     assert failure["reason"] == "missing_media"
     assert failure["id"] == "q.json[2]"
     with pytest.raises(SystemExit):

@@ -144,24 +144,32 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_trained(hub, data, tmp_pat
     file = tmp_path / "bad.json"  # 2.jpg is missing, 3 has none
     file.write_text(json.dumps(items), encoding="utf-8")
     options = ("--data.global_batch", "1", "--steps", "4")
-    run(hub, file, tmp_path / "run", *options)
+    run(hub, file, tmp_path / "run", *options, "--validation.conversations", str(file))
     said = capfd.readouterr().err
+    assert f"{file} is trained and is --validation.conversations as well" in said
     assert "left out: 1 missing_media" in said
     assert "3 conversations, --data.conversations" in said
     assert "there is nothing to train on in the samples up to" in said
-    refused = [json.loads(line) for line in (tmp_path / "run/failures.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [(one["id"], one["reason"]) for one in refused] == [
-        ("bad.json[1]", "unreadable_media"),
-        ("bad.json[2]", "missing_media"),
-    ]
-    done = rows(tmp_path / "run")
+    for name in ("failures.jsonl", "validation-failures.jsonl"):  # also what broke while its loss was measured
+        lines = (tmp_path / "run" / name).read_text(encoding="utf-8").splitlines()
+        assert [(one["id"], one["reason"]) for one in map(json.loads, lines)] == [
+            ("bad.json[1]", "unreadable_media"),
+            ("bad.json[2]", "missing_media"),
+        ]
+    done = [row for row in rows(tmp_path / "run") if "loss" in row]
     assert [row["step"] for row in done] == [1, 2, 3, 4]
     assert done[-1]["samples"] > 4  # the broken one took its turn
 
     file.write_text(json.dumps([items[1], items[2]]), encoding="utf-8")
     (tmp_path / "1.jpg").unlink()
-    with pytest.raises(ValueError, match=r"not one of 2 conversations can be used.*2 missing_media.*failures\.jsonl"):
+    with pytest.raises(
+        ValueError,
+        match=r"not one of 2 conversations can be used.*2 missing_media, e\.g\. bad.*is not there.*failures\.jsonl",
+    ):
         run(hub, file, tmp_path / "none", *options)
+    lazy = ("--data.survey", "false", "--validation.conversations", str(file))
+    with pytest.raises(ValueError, match=r"not one of the first 2 can be used, 2 missing_media"):
+        run(hub, data, tmp_path / "held out", *lazy)
     with pytest.raises(ValueError, match=r"10 steps in a row had nothing to train on"):
         run(hub, file, tmp_path / "lazy", *options, "--data.survey", "false")
 
@@ -226,6 +234,10 @@ def test_a_weight_says_how_often_a_file_is_shown(hub, data, tmp_path, capfd):
         (("--sample.prompts", '["a cat"]'), "--sample.prompts is for videos"),
         (("--sample.from_validation", "2"), "--sample.from_validation 2: give --validation.conversations"),
         (("--validation.answers", "2"), "--validation.answers 2: give --validation.conversations"),
+        (
+            ("--validation.conversations", "DATA", "--validation.answers", "9", "--validation.max_samples", "8"),
+            "--validation.answers 9 are of the 8 conversations",
+        ),
         (("--objective.shift", "5"), "--objective.shift 5.0: qwen2.5-vl-tiny is trained otherwise"),
         (("--expert", "high"), "qwen2.5-vl-tiny is one model"),
     ],

@@ -476,12 +476,18 @@ def test_a_picture_that_takes_too_long_is_named(listed):
     forever.set()
 
 
-def test_a_picture_that_has_another_size_than_it_had_is_named(listed):
-    index = with_pictures(listed)[0]
-    dataset = build(listed)
+def test_a_picture_that_has_another_size_than_it_had_is_named(listed, tmp_path):
+    index, file = with_pictures(listed)[0], tmp_path / "survey.npz"
+    dataset = build(listed, survey_file=file)
     save_png(pictures_of(listed, index)[0], 60, 61)
     with pytest.raises(ValueError, match=f"{re.escape(listed.ids[index])} was changed while it was in use: .* tokens"):
         take(dataset, 8)
+    # The next run has the same survey, and says how to be rid of it.
+    with pytest.raises(ValueError, match=f"delete {re.escape(str(file))}, so that all are looked at again"):
+        take(build(listed, survey_file=file), 8)
+    file.unlink()
+    take(again := build(listed, survey_file=file), 8)
+    assert again.identity == dataset.identity
 
 
 def test_plans_are_made_ahead_and_fail_at_their_step(listed):

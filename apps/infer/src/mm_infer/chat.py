@@ -177,8 +177,9 @@ class _Asking:
         return text
 
     def all(self, questions: Sequence[Conversation]) -> None:
-        """A line for each as soon as it is answered; what cannot be asked is named in failures.jsonl beside them."""
+        """A line for each as soon as it is answered; what cannot be asked is named in a file beside them."""
         ledger, asked, right = Ledger(), 0, []
+        failures = self.config.output.with_name(f"{self.config.output.stem}-failures.jsonl")
         self.config.output.parent.mkdir(parents=True, exist_ok=True)
         with open(self.config.output, "w", encoding="utf-8") as file:
             for number, id in enumerate(questions.ids):
@@ -199,8 +200,8 @@ class _Asking:
         print(f"{asked} answers, {self.config.output}")
         if right:
             print(f"{sum(right)} of {len(right)} ({sum(right) / len(right):.1%}) are exactly the reference")
+        failures.unlink(missing_ok=True)  # of an output that is replaced
         if len(ledger):
-            failures = self.config.output.with_name("failures.jsonl")
             ledger.write(failures)
             print(f"{len(ledger)} could not be asked, {failures}:\n{ledger}", file=sys.stderr)
         if not asked:

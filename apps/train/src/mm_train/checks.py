@@ -160,6 +160,11 @@ def _conversations(config: Config) -> None:
         raise ValueError(
             f"--validation.answers {config.validation.answers}: give --validation.conversations, from which they are"
         )
+    if config.validation.answers > config.validation.max_samples:
+        raise ValueError(
+            f"--validation.answers {config.validation.answers} are of the {config.validation.max_samples} "
+            "conversations of --validation.max_samples: raise that, or ask for fewer"
+        )
 
 
 def _videos(config: Config) -> None:

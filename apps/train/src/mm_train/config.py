@@ -92,6 +92,9 @@ class ConversationData:
     """For conversations: forwards hold as many as fit; false: one each. Losses are the same."""
     survey: bool = True
     """For conversations: look for all files, and into their headers, before training; false: as they come."""
+    decode_timeout: Annotated[float, "> 0", "<= 604800"] = 120
+    """For conversations: seconds that images and videos of one may take to be decoded; then the run ends, naming them.
+    """
     chat: ChatOptions = field(default_factory=ChatOptions)
 
 

@@ -124,15 +124,17 @@ def open_conversations(
             part=(rank, world),
             exchange=lambda own: all_gather([own]),
             ledger=ledger,
+            decode_timeout=data.decode_timeout,
             cost=family_of(model.config).cost(model).weigh,
             say=tell,
         )
     if rank == 0:
         ledger.write(config.run_dir / f"{name}failures.jsonl")
     if not dataset.ids:
+        first = ledger.entries[0]
         raise ValueError(
-            f"{flag}: not one of {len(conversations):,} conversations can be used. {describe_refused(ledger)}; "
-            f"{config.run_dir / f'{name}failures.jsonl'} names them"
+            f"{flag}: not one of {len(conversations):,} conversations can be used. {describe_refused(ledger)}, e.g. "
+            f"{first.id}: {first.text}; {config.run_dir / f'{name}failures.jsonl'} names them all"
         )
     return dataset
 

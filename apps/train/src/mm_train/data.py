@@ -124,6 +124,14 @@ def _conversations(config: Config, mesh: DeviceMesh | None) -> TrainingData:
     conversations = open_conversations(config, listed, flag, processing, "", pad=pad)
     sources = read_sources(listed, flag)
     refused = describe_refused(conversations.ledger)
+    held_out = {
+        Path(s.path).resolve() for s in read_sources(config.validation.conversations, "--validation.conversations")
+    }
+    twice = [
+        f"{source.path} is trained and is --validation.conversations as well: its loss is not that of what is held out"
+        for source in sources
+        if Path(source.path).resolve() in held_out
+    ]
     left_out = [f"left out: {refused}; {config.run_dir / 'failures.jsonl'} names them"] if refused else []
     return TrainingData(
         f"{flag} {describe_sources(sources)}",
@@ -132,7 +140,7 @@ def _conversations(config: Config, mesh: DeviceMesh | None) -> TrainingData:
         {"data.conversations": find_files(sources), "data.processor": find_processor_files(config)},
         {"data.processor": {"what is made of a conversation": processing.identity}},
         lambda cursor: _steps(conversations, config, mesh, cursor),
-        notes=[*left_out, *conversations.notes, *_small(conversations, config)],
+        notes=[*left_out, *twice, *conversations.notes, *_small(conversations, config)],
         refusals=Refusals(conversations.ledger, config.run_dir / "failures.jsonl"),
     )
 

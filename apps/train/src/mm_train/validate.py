@@ -48,7 +48,7 @@ class Validation:
         mesh: DeviceMesh | None,
         device: torch.device,
     ):
-        self.reports = reports_loss(mesh)
+        self.reports, self.held_out = reports_loss(mesh), held_out
         rank, ranks = data_rank(mesh)
         self.every, self.steps = config.validation.every, config.steps
         self.objective, self.device = objective, device
@@ -71,6 +71,7 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module | Pipeline) -> float:
+        """NaN where nothing weighs anything. All ranks must call it."""
         model.eval()
         summed, weight = (torch.zeros((), dtype=torch.float64) for _ in range(2))
         for turn in range(self.rounds):
@@ -80,7 +81,10 @@ class Validation:
                 summed, weight = summed + losses.cpu().double().sum(), weight + weights.double().sum()
         model.train()
         loss, total = all_sum(summed, weight, device=self.device)
-        return loss / total
+        if self.held_out is not None:
+            self.held_out.refusals.tell()
+            self.held_out.refusals.write()
+        return loss / total if total else float("nan")
 
     def _measure(self, model: nn.Module | Pipeline, measured: Measured) -> tuple[Tensor, Tensor]:
         """(weighted losses, weights) of the samples."""

@@ -86,6 +86,7 @@ class ConversationDataset:
         self.packing, self.pad, self.cost = packing, pad, cost
         self.ledger = Ledger() if ledger is None else ledger
         self.decode_timeout, self.threads = decode_timeout, threads
+        self.survey_file = survey_file if survey else None
         self.sizes = Sizes(conversations, processing, self.limits)
         if survey:
             refused = self.sizes.survey(file=survey_file, part=part, exchange=exchange, threads=threads, say=say)
@@ -212,9 +213,10 @@ class ConversationDataset:
         planned = int(self.sizes.tokens[index]), int(self.sizes.patches[index])
         found = len(encoded.input_ids), len(encoded.pixel_values)
         if is_known and found != planned:
+            kept = f". If it was changed before this run, delete {self.survey_file}, so that all are looked at again"
             raise ValueError(
                 f"{conversation.id} was changed while it was in use: it had {planned[0]:,} tokens and {planned[1]:,} "
-                f"patches, now {found[0]:,} and {found[1]:,}"
+                f"patches, now {found[0]:,} and {found[1]:,}{kept if self.survey_file else ''}"
             )
         return encoded
 
