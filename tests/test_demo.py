@@ -79,6 +79,50 @@ def test_the_commands_of_a_task(task, heads, videos, images, tmp_path, monkeypat
         assert all(bool(clip["given"]) == (clip["kept"] is not None) == ("<th>" in heads) for clip in clips)
 
 
+def test_the_commands_of_questions(tmp_path, monkeypatch):
+    """One question of each kind; then the same report as a model that knows everything would get."""
+    monkeypatch.setitem(
+        SHORTER,
+        "mm_train",
+        "--data.workers 0 --data.global_batch 7 --steps 2 --optim.warmup 0 "
+        "--validation.max_samples 7 --validation.answers 7 --sample.max_new_tokens 4",
+    )
+    monkeypatch.setitem(SHORTER, "mm_infer.chat", "--max_new_tokens 4")
+    demo, stages = tasks.DEMOS["qwen"], []
+    for name, command in demo.commands.items():
+        stages.append((name, 0.0, command.format(here=DEMO, out=tmp_path, repeats=1)))
+        _run(stages[-1][2], monkeypatch)
+        if len(stages) == 2:  # the tokenizer has learned from all of them
+            _keep_one_of_each_kind(tmp_path / "questions")
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+    assert 0 <= rows[-1]["validation_exact"] <= 1
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    kinds = [row["kind"] for row in scores["answers"]]
+    assert len(kinds) == len(set(kinds)) == 7
+    assert list(scores["totals"]) == [*kinds, "all"]
+    demo_run.show(tmp_path, demo, stages)
+    report = (tmp_path / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 6  # two of them in one question
+    assert report.count("data:video/mp4;base64,") == 1
+    assert report.count('<rect class="given"') == 1
+    assert "mm-convert Qwen2_5_VLConverter mm_to_hf" in report
+
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    known = "".join(json.dumps(one | {"answer": one["reference"]}) + "\n" for one in answers)
+    (tmp_path / "answers.jsonl").write_text(known)
+    _run(stages[-1][2], monkeypatch)
+    assert set(json.loads((tmp_path / "scores.json").read_text())["totals"].values()) == {1.0}
+    demo_run.show(tmp_path, demo, stages)
+    assert (tmp_path / "report.html").read_text().count('<rect class="answered"') == 1
+
+
+def _keep_one_of_each_kind(folder: Path) -> None:
+    for file in folder.glob("*.json"):
+        entries = {entry["kind"]: entry for entry in json.loads(file.read_text())}
+        file.write_text(json.dumps(list(entries.values())))
+
+
 def _run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, which has torch loaded already; with less work."""
     program, *words = shlex.split(command)

@@ -7,16 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 DEMO = Path(__file__).parents[1] / "docs/demo"
 sys.path.insert(0, str(DEMO))
 
+import answers  # noqa: E402
 import causal_codec  # noqa: E402
 import clips  # noqa: E402
 import codec  # noqa: E402
 import edits  # noqa: E402
 import images  # noqa: E402
 import measure  # noqa: E402
+import questions  # noqa: E402
 import text  # noqa: E402
 
 
@@ -221,3 +224,56 @@ def test_the_causal_codec_keeps_what_clips_show() -> None:
         latents = torch.cat([vae.encode(some)[0] for some in video.split(8)]) * causal_codec.SCALE
     assert latents.shape == (12, 4, 3, 8, 8)
     assert 0.8 < latents.std() < 1.2
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("questions")
+    questions.write(folder, 20)
+    return folder
+
+
+def test_questions_never_tell_what_is_held_out(asked: Path) -> None:
+    held_out = {" ".join(pair) for pair in questions.held_out_pairs()}
+    assert {shape for _, shape in questions.held_out_pairs()} == set(clips.SHAPES)
+    for name in ("train", "validation", "held_out"):
+        entries = json.loads((asked / f"{name}.json").read_text())
+        assert len({entry["kind"] for entry in entries}) == 7
+        said = " ".join(message["content"] for entry in entries for message in entry["messages"])
+        named = {pair for pair in map(" ".join, questions.PAIRS) if pair in said}
+        assert named <= held_out if name == "held_out" else not named & held_out
+
+
+def test_questions_are_conversations_of_the_guide(asked: Path) -> None:
+    from mm_data.conversations import Box, Source, read_conversations
+
+    entries = json.loads((asked / "held_out.json").read_text())
+    conversations = read_conversations([Source(asked / "held_out.json")])
+    assert len(conversations) == len(entries)
+    for entry, conversation in zip(entries, (conversations[i] for i in range(len(entries))), strict=True):
+        assert [one.kind for one in conversation.media] == ["image"] * len(entry["images"]) + ["video"] * len(
+            entry["videos"]
+        )
+        for box in (part for turn in conversation.turns for part in turn.parts if isinstance(part, Box)):
+            picture = np.asarray(Image.open(conversation.media[box.media].path), float)
+            differs = np.abs(picture - picture[0, 0]).max(-1) > 45
+            rows, columns = np.nonzero(differs)
+            edges = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+            assert np.abs(np.subtract(edges, box.numbers)).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted", "right", "overlap"),
+    [
+        ("red ", "red", True, None),
+        ("reddish", "red", False, None),
+        ("[0, 0, 10, 10]", "[0, 0, 10, 10]", True, 1.0),
+        ("[0, 0, 10, 5]", "[0, 0, 10, 10]", True, 0.5),
+        ("[5, 5, 15, 15]", "[0, 0, 10, 10]", False, 25 / 175),
+        ("[10, 10, 0, 0]", "[0, 0, 10, 10]", False, 0.0),
+        ("[0, 0, 10]", "[0, 0, 10, 10]", False, 0.0),
+        ("red", "[0, 0, 10, 10]", False, 0.0),
+    ],
+)
+def test_answers_are_judged(answer: str, wanted: str, right: bool, overlap: float | None) -> None:
+    assert answers.judge(answer, wanted) == (right, overlap)

@@ -26,7 +26,8 @@ def test_the_model_of_a_preset_is_understood(name):
     stated = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(model.config).items()}
     assert {key: stated[key] for key in config.keys() - WIDTHS} == {key: config[key] for key in config.keys() - WIDTHS}
     if name not in OURS_ALONE:
-        assert name in name_preset(content.family, config).split(", ")
+        assert name in name_preset(content.family, content.config | config).split(", ")
+        assert build(name, device="meta", **config).config == model.config
 
 
 def test_both_know_the_same_presets():

@@ -3,9 +3,9 @@
     python docs/demo/questions.py DIR
 
 writes DIR/train.json, DIR/validation.json and DIR/held_out.json in the format of MindSpeed-MM's guide (`messages`,
-`images`, `videos`; boxes as `objects`), with DIR/images and DIR/videos. Of the 18 pairs of colour and shape six are
-held out, and of the 72 with a direction also those of clips.py: no training conversation shows or names them, and
-held_out.json asks of nothing else. Each of its entries says of what kind it is. Every file is a function of the seed.
+`images`, `videos`; boxes as `objects`), with DIR/images and DIR/videos. Of the 24 pairs of colour and shape four are
+held out: no training conversation shows or names them, and held_out.json asks of nothing else. Each of its entries says
+of what kind it is. Every file is a function of the seed.
 """
 
 import argparse
@@ -19,18 +19,22 @@ import numpy as np
 from PIL import Image
 
 SIZE = 84  # pixels of a side: 3 x 3 tokens
-RADIUS = 16.0  # of a shape that is alone; four have room beside each other with less
+BACKGROUND = (105, 125)  # grey, near the mean that the image processor subtracts
+RADIUS = 19.0  # of a shape that is alone; four have room beside each other with less
+LARGE = 28.0  # where its form is asked for
+EACH = 300
 NUMBERS = ("one", "two", "three", "four")
-PAIRS = list(product(clips.COLOURS, clips.SHAPES))
-FRAMES, SPEED = 4, 8.0  # of a clip, and its pixels per frame
+COLOURS = clips.COLOURS | {"black": (10, 10, 10), "white": (245, 245, 245)}
+PAIRS = list(product(COLOURS, clips.SHAPES))
+FRAMES, SPEED = 4, 12.0  # of a clip, and its pixels per frame
 
 Pair = tuple[str, str]
 Entry = dict[str, object]
 
 
 def held_out_pairs() -> list[Pair]:
-    """6 of the 18: every colour once, every shape twice."""
-    return [(colour, clips.SHAPES[i % 3]) for i, colour in enumerate(clips.COLOURS)]
+    """4 of the 24."""
+    return [("red", "circle"), ("cyan", "square"), ("blue", "triangle"), ("white", "circle")]
 
 
 def training_pairs() -> list[Pair]:
@@ -43,7 +47,7 @@ def paint(shapes: list[tuple[Pair, float, float, float]], background: float) -> 
     picture = np.full((SIZE, SIZE, 3), background)
     for (colour, shape), x, y, radius in shapes:
         cover = clips.coverage(shape, x, y, radius, SIZE)[..., None]
-        picture = cover * np.asarray(clips.COLOURS[colour]) + (1 - cover) * picture
+        picture = cover * np.asarray(COLOURS[colour]) + (1 - cover) * picture
     return picture.round().astype(np.uint8)
 
 
@@ -60,6 +64,7 @@ class Writer:
         self.folder, self.name, self.pairs, self.moving = folder, name, pairs, moving
         self.rng = np.random.default_rng(seed)
         self.entries: list[Entry] = []
+        self.pictures = 0
         for kind in ("images", "videos"):
             (folder / kind).mkdir(parents=True, exist_ok=True)
 
@@ -75,21 +80,28 @@ class Writer:
         return self.pairs[number % len(self.pairs)]
 
     def save(self, picture: np.ndarray) -> str:
-        path = f"images/{self.name}_{len(list((self.folder / 'images').iterdir())):05d}.png"
+        path = f"images/{self.name}_{self.pictures:05d}.png"
         Image.fromarray(picture).save(self.folder / path)
+        self.pictures += 1
         return path
 
-    def alone(self, pair: Pair) -> tuple[str, list[int]]:
+    def alone(self, pair: Pair, radius: float = RADIUS) -> tuple[str, list[int]]:
         """A picture of one shape, and its box."""
-        radius = RADIUS * self.rng.uniform(0.8, 1.2)
+        radius *= self.rng.uniform(0.8, 1.2)
         x, y = self.rng.uniform(radius + 1, SIZE - radius - 1, 2)
-        return self.save(paint([(pair, x, y, radius)], self.rng.uniform(16, 32))), box_of(pair[1], x, y, radius)
+        return self.save(paint([(pair, x, y, radius)], self.rng.uniform(*BACKGROUND))), box_of(pair[1], x, y, radius)
 
-    def colour_and_shape(self, number: int) -> None:
-        """Two turns about one picture."""
-        colour, shape = pair = self.pair(number)
-        turns = [("<image>Which colour is it?", colour), ("Which shape is it?", shape)]
-        self.add("colour and shape", turns, images=[self.alone(pair)[0]])
+    def colour(self, number: int) -> None:
+        """Two turns about one picture; the last answer is the one that is measured."""
+        pair = self.pair(number)
+        turns = [("<image>How many are there?", "one"), ("Which colour is it?", pair[0])]
+        self.add("which colour", turns, images=[self.alone(pair, LARGE)[0]])
+
+    def shape(self, number: int) -> None:
+        """No turn before it names the colour, for that would say which shapes it never had in training."""
+        pair = self.pair(number)
+        turns = [("<image>How many are there?", "one"), ("Which shape is it?", pair[1])]
+        self.add("which shape", turns, images=[self.alone(pair, LARGE)[0]])
 
     def box(self, number: int) -> None:
         colour, shape = pair = self.pair(number)
@@ -99,7 +111,7 @@ class Writer:
 
     def count(self, number: int) -> None:
         """Some shapes alike, each in a quarter of its own."""
-        colour, shape = pair = self.pair(number)
+        pair = self.pair(number)
         many = int(self.rng.integers(1, 5))
         places = self.rng.permutation(4)[:many]
         half, radius = SIZE / 2, 0.7 * RADIUS
@@ -108,12 +120,13 @@ class Writer:
             (pair, *(np.array([i % 2, i // 2]) * half + half / 2 + self.rng.uniform(-room, room, 2)), radius)
             for i in places
         ]
-        path = self.save(paint(shapes, self.rng.uniform(16, 32)))
+        path = self.save(paint(shapes, self.rng.uniform(*BACKGROUND)))
         self.add("how many", [("<image>How many are there?", NUMBERS[many - 1])], images=[path])
 
     def two_pictures(self, number: int) -> None:
-        """One is red, the other is not: which?"""
-        colour, shape = pair = self.pair(number)
+        """One has the colour that is asked for, the other has not."""
+        pair = self.pair(number)
+        colour = pair[0]
         others = [other for other in self.pairs if other[0] != colour]
         pictures = [self.alone(pair)[0], self.alone(others[int(self.rng.integers(len(others)))])[0]]
         first = bool(self.rng.integers(2))
@@ -126,11 +139,11 @@ class Writer:
         start = SIZE / 2 - velocity * (FRAMES - 1) / 2 + self.rng.uniform(-6, 6, 2)
         frames = clips.render(
             combination.shape,
-            clips.COLOURS[combination.colour],
+            COLOURS[combination.colour],
             start,
             velocity,
             radius=RADIUS,
-            background=self.rng.uniform(16, 32),
+            background=self.rng.uniform(*BACKGROUND),
             frames=FRAMES,
             size=SIZE,
         )
@@ -139,52 +152,49 @@ class Writer:
         self.add("where to", [("<video>Where does it move?", combination.direction)], videos=[path])
 
     def words(self, number: int) -> None:
-        """Text alone: the colour of a named shape is told back."""
-        colour, shape = self.pair(number)
-        self.add("text", [(f"Name the shape, then the colour: {colour} {shape}", f"{shape} {colour}")])
+        """Text alone."""
+        named = self.pair(number), self.pairs[int(self.rng.integers(len(self.pairs)))]
+        place, what = (int(choice) for choice in self.rng.integers(2, size=2))
+        first, last = (" ".join(pair) for pair in named)
+        asked = f"Which {('colour', 'shape')[what]} comes {('first', 'last')[place]}?"
+        self.add("text", [(f"First comes a {first}, last a {last}. {asked}", named[place][what])])
 
     def write(self) -> None:
         text = json.dumps(self.entries, indent=1) + "\n"
         (self.folder / f"{self.name}.json").write_text(text, encoding="utf-8")
 
 
-KINDS: tuple[Callable[[Writer, int], None], ...] = (
-    Writer.colour_and_shape,
-    Writer.box,
-    Writer.count,
-    Writer.two_pictures,
-    Writer.move,
-    Writer.words,
-)
-
-
-def write_file(
-    folder: Path, name: str, each: int, pairs: list[Pair], moving: list[clips.Combination], seed: list[int]
-) -> None:
-    """`each` conversations of every kind."""
-    writer = Writer(folder, name, pairs, moving, seed)
-    for kind in KINDS:
-        for number in range(each):
-            kind(writer, number)
-    writer.write()
+KINDS: dict[Callable[[Writer, int], None], int] = {
+    Writer.colour: 1,
+    Writer.shape: 2,  # harder than the others, so there are more of them to learn from
+    Writer.box: 2,
+    Writer.count: 1,
+    Writer.two_pictures: 1,
+    Writer.move: 1,
+    Writer.words: 1,
+}
 
 
 def write(folder: Path, each: int, seed: int = 0) -> None:
-    training = training_pairs()
-    known = [c for c in clips.training_combinations() if (c.colour, c.shape) in set(training)]
-    held_out = held_out_pairs()
-    unknown = [c for c in clips.all_combinations() if (c.colour, c.shape) in set(held_out)]
-    write_file(folder, "train", each, training, known, [seed, 0])
-    write_file(folder, "validation", 4, training, known, [seed, 1])
-    write_file(folder, "held_out", 24, held_out, unknown, [seed, 2])
+    """`each` training conversations of every kind, or a multiple of it."""
+    known, unknown = training_pairs(), held_out_pairs()
+    for stream, (name, pairs, count) in enumerate(
+        (("train", known, each), ("validation", known, 4), ("held_out", unknown, 24))
+    ):
+        moving = [clips.Combination(*pair, direction) for pair in pairs for direction in clips.DIRECTIONS]
+        writer = Writer(folder, name, pairs, moving, [seed, stream])
+        for kind, share in KINDS.items():
+            for number in range(count * share if name == "train" else count):
+                kind(writer, number)
+        writer.write()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--each", type=int, default=400, help="training conversations of every kind")
+    parser.add_argument("--repeats", type=int, default=4, help=f"times {EACH} training conversations of every kind")
     options = parser.parse_args()
-    write(options.folder, options.each)
+    write(options.folder, EACH * options.repeats)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from answers import read_box
+from PIL import Image
+
 Points = Sequence[tuple[float, float]]
 
 COLUMNS = {"image": "image", "video": "source", "mask": "mask", "references": "reference"}  # by mm_infer's names
@@ -21,6 +24,9 @@ th, td { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px so
 .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem }
 figure { margin: 0 } figcaption { font-size: 13px }
 video, img { width: 100%; image-rendering: pixelated; background: #000 } .given video, .given img { width: 8rem }
+.shown { position: relative; display: inline-block; width: 8rem; margin-right: .3rem }
+.shown svg { position: absolute; inset: 0; width: 100% } .shown video, .shown img { display: block }
+rect { fill: none; stroke-width: 1.2 } rect.given { stroke: #17803d } rect.answered { stroke: #e0262d }
 .yes { color: #17803d } .no { color: #c0262d } svg text { font-size: 11px; fill: #666 }
 """
 
@@ -100,6 +106,45 @@ def generated(scores: dict) -> str:
     return f'<table class="given"><tr>{heads}</tr>{body}</table>'
 
 
+def answered(scores: dict) -> str:
+    """What answers.py looked at: for each kind of question a table of what was shown, said, answered and wanted."""
+    parts = []
+    for kind, share in scores["totals"].items():
+        rows = [row for row in scores["answers"] if row["kind"] == kind]
+        if rows:
+            body = "".join(_answered_row(row) for row in rows)
+            heads = "<tr><th></th><th>question</th><th>answer</th><th>wanted</th></tr>"
+            summary = f"{html.escape(kind)}: {100 * share:.0f} % of {len(rows)} are right"
+            table = f'<table class="given">{heads}{body}</table>'
+            parts.append(f"<details open><summary>{summary}</summary>{table}</details>")
+    return "".join(parts)
+
+
+def _answered_row(row: dict) -> str:
+    boxes = [(row["wanted"], "given"), (row["answer"], "answered")] if row["overlap"] is not None else []
+    files = [*row["images"], *row["videos"]]
+    shown = "".join(f'<div class="shown">{picture(Path(file))}{outlines(Path(file), boxes)}</div>' for file in files)
+    said = "<br>".join(html.escape(text.replace("<image>", "▣ ").replace("<video>", "▶ ")) for text in row["said"])
+    right = marks({"" if row["overlap"] is None else f"overlap {row['overlap']:.2f}": row["right"]})
+    cells = [shown, said, f"{html.escape(row['answer'])} {right}", html.escape(row["wanted"])]
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def outlines(path: Path, boxes: Sequence[tuple[str, str]]) -> str:
+    """Boxes (text, class of the style) over a picture; a text that is no box draws nothing."""
+    drawn = [(read_box(text), name) for text, name in boxes]
+    if not any(box for box, _ in drawn):
+        return ""
+    width, height = Image.open(path).size
+    rectangles = "".join(
+        f'<rect class="{name}" x="{box[0]}" y="{box[1]}" width="{max(0, box[2] - box[0])}" '
+        f'height="{max(0, box[3] - box[1])}"/>'
+        for box, name in drawn
+        if box
+    )
+    return f'<svg viewBox="0 0 {width} {height}">{rectangles}</svg>'
+
+
 def verdict(row: dict) -> str:
     return f"{html.escape(row['shows'])}<br>{marks(row['right'])}<br>kept: {row['kept']:.1f} dB"
 
@@ -113,8 +158,12 @@ def curves(metrics: Path) -> str:
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     loss = [(r["step"], r["loss"]) for r in rows if "loss" in r]
     validation = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
-    return chart("training loss, each step and smoothed", smooth(loss), faint=loss) + chart(
-        "validation loss: clips not trained on, always the same timesteps and noise", validation
+    exact = [(r["step"], r["validation_exact"]) for r in rows if "validation_exact" in r]
+    fixed = "" if exact else ": clips not trained on, always the same timesteps and noise"
+    return (
+        chart("training loss, each step and smoothed", smooth(loss), faint=loss)
+        + chart(f"validation loss{fixed}", validation)
+        + chart("share of the validation questions that are answered right, to the letter", exact)
     )
 
 
@@ -142,8 +191,10 @@ def write_report(
     grown = "".join(figure(file, name) for name, file in progress)
     if grown:
         learned += f'<h3>one prompt, as training went on</h3><div class="clips">{grown}</div>'
+    answers = any("answers" in measured for measured in scores.values())
+    shown, done = (answered, "answered") if answers else (generated, "drawn")
     sections = {
-        "What was asked, what was drawn": f"<p>{html.escape(told)}</p>{_each(scores, generated)}",
+        f"What was asked, what was {done}": f"<p>{html.escape(told)}</p>{_each(scores, shown)}",
         "How often it is right": _each(scores, percentages),
         "How it learned": learned,
         "Time": f"<table>{table}</table>",

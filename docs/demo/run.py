@@ -2,8 +2,8 @@
 
 Writes clips of moving shapes, encodes them, trains a small Wan2.1 on them, converts it to diffusers' format, generates
 the combinations that were held out, measures what came out, and shows it all in demo-out/report.html. Every step can
-be repeated alone. With --task, the same for videos that are made from images, masked videos and references: tasks.py
-says how.
+be repeated alone. With --task, the same for videos that are made from images, masked videos and references, and for a
+small Qwen2.5-VL that answers questions: tasks.py says how.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=DEMOS, default="t2v", help="what the model is to learn")
     parser.add_argument("--output", type=Path, default=Path("demo-out"))
-    parser.add_argument("--repeats", type=int, default=4, help="clips of each combination that is trained on")
+    parser.add_argument("--repeats", type=int, default=4, help="clips of each combination, or times 300 of a question")
     parser.add_argument("--steps", type=int, help="training steps of each run, instead of what it has")
     options = parser.parse_args()
     out, demo = options.output, DEMOS[options.task]
-    if out.exists() and any(out.iterdir()) and not (out / "clips").exists():
+    if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in ("clips", "questions")):
         sys.exit(f"error: {out} is not an earlier demo, so it is not replaced: choose another --output")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)

@@ -1,10 +1,13 @@
 """What the demo runs for each task, in order: commands as a user types them.
 
-{here} stands for this folder, {out} for the demo's, {repeats} for the clips of each combination.
+{here} stands for this folder, {out} for the demo's, {repeats} for how much data is written.
 """
 
 from dataclasses import dataclass
 
+PAIRS_HELD_OUT = (
+    "No training picture, clip or text shows or names any of these pairs of colour and shape: they were held out."
+)
 HELD_OUT = "No training clip shows any of these combinations of colour, shape and direction: they were held out."
 DATA = " --data.features {out}/features --validation.features {out}/validation"
 
@@ -14,7 +17,7 @@ class Demo:
     """One task. `runs` and `scores` name folders and files of its output."""
 
     title: str
-    told: str  # above the generated clips in the report
+    told: str  # above the generated clips, or the answers, in the report
     commands: dict[str, str]
     runs: tuple[str, ...] = ("run",)
     scores: tuple[str, ...] = ("scores",)
@@ -147,6 +150,26 @@ OPENSORAPLAN = {
     "Measure": measure("held_out.txt", "generated"),
 }
 
+QWEN = {
+    "Write questions, pictures and clips": "python {here}/questions.py {out}/questions --repeats {repeats}",
+    "Write a small model in the files of the hub": "python {here}/folder.py {out}/qwen {out}/questions/train.json",
+    "Train": (
+        "python -m mm_train --model qwen2.5-vl-tiny --weights {out}/qwen --config {here}/qwen-train.toml"
+        " --data.conversations {out}/questions/train.json --validation.conversations {out}/questions/validation.json"
+        " --output {out}/run"
+    ),
+    "Convert to the files of the hub": (
+        "mm-convert Qwen2_5_VLConverter mm_to_hf --cfg.mm_dir {out}/run/weights --cfg.save_hf_dir {out}/answering"
+        " --cfg.hf_config.hf_dir {out}/qwen --cfg.parallel_config.llm_pp_layers [4]"
+        " --cfg.parallel_config.vit_pp_layers [3] --cfg.parallel_config.tp_size 1"
+    ),
+    "Ask about what was held out": (
+        "python -m mm_infer.chat --weights {out}/answering --config {here}/qwen-chat.toml"
+        " --questions {out}/questions/held_out.json --output {out}/answers.jsonl"
+    ),
+    "Measure": "python {here}/answers.py {out}/questions/held_out.json {out}/answers.jsonl --json {out}/scores.json",
+}
+
 DEMOS = {
     "t2v": Demo("A small Wan2.1, trained on this machine", HELD_OUT, T2V),
     "i2v": Demo(
@@ -174,4 +197,9 @@ DEMOS = {
         runs=("run/high", "run/low"),
     ),
     "opensoraplan": Demo("A small Open-Sora-Plan 1.2, trained on this machine", HELD_OUT, OPENSORAPLAN),
+    "qwen": Demo(
+        "Qwen2.5-VL: a small model that answers questions about pictures and clips, trained on this machine",
+        f"The wanted boxes are green, those of the answers red. {PAIRS_HELD_OUT}",
+        QWEN,
+    ),
 }

@@ -136,7 +136,7 @@ def test_training_goes_on_with_another_size(features, trained, tmp_path, capsys)
     file = open_checkpoint(tmp_path / "larger" / "weights")
     assert file.config["interpolation_scale"] == [1.0, 1.5, 2.0]
     with pytest.raises(ValueError, match="weights holds opensoraplan, and the model asked for is of wan"):
-        Start(build("wan-tiny", device="meta"), str(trained / "weights"), None, seed=0)
+        Start(build("wan-tiny", device="meta"), config(features, tmp_path / "wan", *weights))
     with pytest.raises(ValueError, match=r"another architecture: num_heads 2 \(asked for: 4\)"):
         train(config(features, tmp_path / "other", *weights, architecture={"num_heads": 4}))
 

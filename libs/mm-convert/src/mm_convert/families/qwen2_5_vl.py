@@ -168,6 +168,7 @@ def complete(config: Config) -> tuple[Config, list[str]]:
         widths = f"{config['q_dim'] // heads} and {config['kv_dim'] // kv_heads} channels"
         notes.append(f"num_heads {heads} and num_kv_heads {kv_heads} would have {widths}: both are left out")
         del config["num_heads"], config["num_kv_heads"]
+    del config["q_dim"], config["kv_dim"]  # not fields: what shapes say besides the heads
     return config, notes
 
 

@@ -64,7 +64,7 @@ def inspect(path: str | Path) -> Inspection:
     return Inspection(
         path=checkpoint.path,
         family=checkpoint.family,
-        preset=name_preset(checkpoint.content.family, checkpoint.config),
+        preset=name_preset(checkpoint.content.family, checkpoint.content.config | checkpoint.config),
         dialect=checkpoint.dialect,
         layout=checkpoint.layout,
         split=checkpoint.split,
