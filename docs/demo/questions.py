@@ -21,7 +21,8 @@ from PIL import Image
 SIZE = 84  # pixels of a side: 3 x 3 tokens
 BACKGROUND = (105, 125)  # grey, near the mean that the image processor subtracts
 RADIUS = 19.0  # of a shape that is alone; four have room beside each other with less
-LARGE = 28.0  # where its form is asked for
+LARGE = 34.0  # in the middle, where it is asked what it is
+MIXED = 0.7  # of the pictures that teach shapes: so many have a colour without a name
 EACH = 300
 NUMBERS = ("one", "two", "three", "four")
 COLOURS = clips.COLOURS | {"black": (10, 10, 10), "white": (245, 245, 245)}
@@ -29,6 +30,7 @@ PAIRS = list(product(COLOURS, clips.SHAPES))
 FRAMES, SPEED = 4, 12.0  # of a clip, and its pixels per frame
 
 Pair = tuple[str, str]
+Colour = tuple[float, float, float] | np.ndarray  # red, green, blue, 0..255
 Entry = dict[str, object]
 
 
@@ -42,13 +44,29 @@ def training_pairs() -> list[Pair]:
     return [pair for pair in PAIRS if pair not in held_out]
 
 
-def paint(shapes: list[tuple[Pair, float, float, float]], background: float) -> np.ndarray:
-    """A picture of these (colour and shape, x, y, radius), uint8 H W 3."""
+def paint(
+    shape: str, colour: Colour, places: list[tuple[float, float]], radius: float, background: float
+) -> np.ndarray:
+    """A picture of shapes that are alike, uint8 H W 3."""
     picture = np.full((SIZE, SIZE, 3), background)
-    for (colour, shape), x, y, radius in shapes:
+    for x, y in places:
         cover = clips.coverage(shape, x, y, radius, SIZE)[..., None]
-        picture = cover * np.asarray(COLOURS[colour]) + (1 - cover) * picture
+        picture = cover * np.asarray(colour) + (1 - cover) * picture
     return picture.round().astype(np.uint8)
+
+
+def any_colour(shape: str, rng: np.random.Generator) -> np.ndarray:
+    """A colour that stands out from the background, and is none that this shape must not have.
+
+    From eight colours alone a model learns for each which of its shapes is which, and takes a third one for one of
+    these.
+    """
+    never = [COLOURS[colour] for colour, other in held_out_pairs() if other == shape]
+    while True:
+        colour = rng.uniform(0, 255, 3)
+        away = [np.linalg.norm(colour - other) for other in never]
+        if np.linalg.norm(colour - np.mean(BACKGROUND)) > 80 and min(away) > 60:
+            return colour
 
 
 def box_of(shape: str, x: float, y: float, radius: float) -> list[int]:
@@ -85,42 +103,50 @@ class Writer:
         self.pictures += 1
         return path
 
-    def alone(self, pair: Pair, radius: float = RADIUS) -> tuple[str, list[int]]:
+    def draw(self, shape: str, colour: Colour, places: list[tuple[float, float]], radius: float) -> str:
+        return self.save(paint(shape, colour, places, radius, self.rng.uniform(*BACKGROUND)))
+
+    def middle(self, shape: str, colour: Colour) -> str:
+        """A picture of a large shape in the middle."""
+        x, y = SIZE / 2 + self.rng.uniform(-3, 3, 2)
+        return self.draw(shape, colour, [(x, y)], LARGE * self.rng.uniform(0.95, 1.05))
+
+    def anywhere(self, pair: Pair) -> tuple[str, list[int]]:
         """A picture of one shape, and its box."""
-        radius *= self.rng.uniform(0.8, 1.2)
+        colour, shape = pair
+        radius = RADIUS * self.rng.uniform(0.8, 1.2)
         x, y = self.rng.uniform(radius + 1, SIZE - radius - 1, 2)
-        return self.save(paint([(pair, x, y, radius)], self.rng.uniform(*BACKGROUND))), box_of(pair[1], x, y, radius)
+        return self.draw(shape, COLOURS[colour], [(x, y)], radius), box_of(shape, x, y, radius)
 
     def colour(self, number: int) -> None:
         """Two turns about one picture; the last answer is the one that is measured."""
-        pair = self.pair(number)
-        turns = [("<image>How many are there?", "one"), ("Which colour is it?", pair[0])]
-        self.add("which colour", turns, images=[self.alone(pair, LARGE)[0]])
+        colour, shape = self.pair(number)
+        turns = [("<image>How many are there?", "one"), ("Which colour is it?", colour)]
+        self.add("which colour", turns, images=[self.middle(shape, COLOURS[colour])])
 
     def shape(self, number: int) -> None:
         """No turn before it names the colour, for that would say which shapes it never had in training."""
-        pair = self.pair(number)
-        turns = [("<image>How many are there?", "one"), ("Which shape is it?", pair[1])]
-        self.add("which shape", turns, images=[self.alone(pair, LARGE)[0]])
+        colour, shape = self.pair(number)
+        shown = any_colour(shape, self.rng) if self.name == "train" and self.rng.uniform() < MIXED else COLOURS[colour]
+        turns = [("<image>How many are there?", "one"), ("Which shape is it?", shape)]
+        self.add("which shape", turns, images=[self.middle(shape, shown)])
 
     def box(self, number: int) -> None:
         colour, shape = pair = self.pair(number)
-        path, box = self.alone(pair)
+        path, box = self.anywhere(pair)
         turns = [(f"<image>Where is the {colour} {shape}?", "<bbox>")]
         self.add("where", turns, images=[path], objects={"ref": [], "bbox": [box]})
 
     def count(self, number: int) -> None:
         """Some shapes alike, each in a quarter of its own."""
-        pair = self.pair(number)
+        colour, shape = self.pair(number)
         many = int(self.rng.integers(1, 5))
         places = self.rng.permutation(4)[:many]
         half, radius = SIZE / 2, 0.7 * RADIUS
         room = half / 2 - radius - 1
-        shapes = [
-            (pair, *(np.array([i % 2, i // 2]) * half + half / 2 + self.rng.uniform(-room, room, 2)), radius)
-            for i in places
-        ]
-        path = self.save(paint(shapes, self.rng.uniform(*BACKGROUND)))
+        middles = [np.array([i % 2, i // 2]) * half + half / 2 for i in places]
+        spots = [tuple(middle + self.rng.uniform(-room, room, 2)) for middle in middles]
+        path = self.draw(shape, COLOURS[colour], spots, radius)
         self.add("how many", [("<image>How many are there?", NUMBERS[many - 1])], images=[path])
 
     def two_pictures(self, number: int) -> None:
@@ -128,7 +154,7 @@ class Writer:
         pair = self.pair(number)
         colour = pair[0]
         others = [other for other in self.pairs if other[0] != colour]
-        pictures = [self.alone(pair)[0], self.alone(others[int(self.rng.integers(len(others)))])[0]]
+        pictures = [self.anywhere(pair)[0], self.anywhere(others[int(self.rng.integers(len(others)))])[0]]
         first = bool(self.rng.integers(2))
         question = f"First <image> second <image> Which is {colour}?"
         self.add("which of two", [(question, "first" if first else "second")], images=pictures[:: 1 if first else -1])
@@ -166,8 +192,8 @@ class Writer:
 
 KINDS: dict[Callable[[Writer, int], None], int] = {
     Writer.colour: 1,
-    Writer.shape: 2,  # harder than the others, so there are more of them to learn from
-    Writer.box: 2,
+    Writer.shape: 1,
+    Writer.box: 1,
     Writer.count: 1,
     Writer.two_pictures: 1,
     Writer.move: 1,
