@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from mm_convert.cli.arguments import parse
 from mm_convert.cli.terminal import escaped_output, one_line
-from mm_data.chat_options import ChatOptions
+from mm_data.chat_options import ChatOptions, read_options
 from mm_data.conversations import Conversation, Ledger, Media, Source, Turn, Unusable, read_conversations
 from mm_data.files import shorten
 from mm_infer.answer import Answer, Answerer, Model
@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = parse(Config, argv, prog="mm_infer.chat")
         with _exit_code(2, ValueError, OSError):
+            config = _as_trained(config, argv)
             model = Model(
                 config.weights,
                 config.processor,
@@ -103,6 +104,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("mm_infer.chat: stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _as_trained(config: Config, argv: Sequence[str] | None) -> Config:
+    """The same, asked as the adapter or the weights were trained where nothing else is given; and it is said."""
+    for folder in (config.lora, config.weights):
+        if folder is not None and (said := read_options(folder)):
+            options = ", ".join(f"{name} {value}" for name, value in said.items())
+            print(one_line(f"as {folder} was trained: {options}"), file=sys.stderr)
+            return parse(Config, argv, prog="mm_infer.chat", defaults=[{"chat": said}])
+    return config
 
 
 def make_question(config: Config) -> Conversation:

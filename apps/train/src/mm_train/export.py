@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from mm_convert import open_dcp, save_checkpoint, save_lora, write_experts
 from mm_convert.cli.arguments import parse, read_config
 from mm_convert.cli.terminal import escaped_output, one_line
+from mm_data.chat_options import save_options
 from mm_models import build
 from mm_train.command import run_alone
 from mm_train.config import Config
@@ -128,7 +129,8 @@ def export(
                 "give --merge true for whole weights; mm-convert turns adapters into other forms"
             )
         more = {"dropout": config.lora.dropout, "base": Path(config.weights), "overwrite": overwrite}
-        return save_lora(output, tensors, config.lora.alpha, **more)
+        save_lora(output, tensors, config.lora.alpha, **more)
+        return _keep_options(config, output)
     from mm_train.contents import check_base  # torch, only now
     from mm_train.conversations import find_processor
     from mm_train.start import Start
@@ -148,6 +150,13 @@ def export(
         more = {"published": find_processor(config, family.chat), "copies": family.chat.files}
     fields = family.describe(model.config)
     save_checkpoint(output, whole, fields, to=form, dtype=dtype, overwrite=overwrite, **more)
+    return _keep_options(config, output)
+
+
+def _keep_options(config: Config, output: Path) -> Path:
+    """Weights that answer say how they were asked, so that mm_infer.chat asks them alike."""
+    if architecture(config)[0].chat:
+        save_options(output, config.data.chat)
     return output
 
 

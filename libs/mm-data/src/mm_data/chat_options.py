@@ -1,7 +1,9 @@
 """What a user may choose of how conversations become tokens and pixels. This file imports no torch."""
 
+import json
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 Least = Annotated[int, ">= 0", "<= 1000000000"]
 Most = Annotated[int, ">= 1", "<= 1000000000"]
@@ -41,3 +43,30 @@ class ChatOptions:
             least, most = getattr(self, f"{kind}_min_pixels"), getattr(self, f"{kind}_max_pixels")
             if least is not None and most is not None and least > most:
                 raise ValueError(f"{kind}_min_pixels {least} is more than {kind}_max_pixels {most}: lower it")
+
+
+FILE = "chat_options.json"
+"""Beside trained weights: the options that they were trained with."""
+_OF_TRAINING = ("newline", "mask_history", "train_on_prompt")
+
+
+def save_options(folder: Path, options: ChatOptions) -> None:
+    """Keeps what decides over tokens and pixels of a question, beside weights that were trained so."""
+    usual = ChatOptions()
+    kept = {name: value for name, value in vars(options).items() if name not in _OF_TRAINING}
+    changed = {name: value for name, value in kept.items() if value != getattr(usual, name)}
+    (folder / FILE).write_text(json.dumps(changed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_options(folder: Path) -> dict[str, Any]:
+    """What `save_options` has kept, {} where nothing was. ValueError for a file that is none."""
+    file = folder / FILE
+    if not file.is_file():
+        return {}
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(said, dict):
+        raise ValueError(f"{file} holds {type(said).__name__}, but must be an object of options")
+    return said
