@@ -18,6 +18,7 @@ from mm_data.conversations import Conversation
 from mm_infer.weights import must_exist, read_architecture
 from mm_models.families import family_of_weights
 from mm_models.family import Family
+from mm_models.processors import is_exact
 
 if TYPE_CHECKING:
     import torch
@@ -122,4 +123,4 @@ class Answerer:
             seed=seed,
         )
         text, reference = processing.read_answer(ids), processing.read_reference(conversation)
-        return Answer(text, reference, reference is not None and text.strip() == reference.strip())
+        return Answer(text, reference, reference is not None and is_exact(text, reference))

@@ -13,7 +13,7 @@ from torch import nn
 from mm_convert import replace_file
 from mm_data.conversations import Unusable
 from mm_data.files import shorten
-from mm_models.processors import Encoded
+from mm_models.processors import Encoded, is_exact
 from mm_models.tokens import greedy
 from mm_parallel import Pipeline
 from mm_train.config import Config
@@ -41,7 +41,7 @@ class Answer(NamedTuple):
     @property
     def exact(self) -> bool:
         """Whether it is the reference, but for blanks around it."""
-        return self.answer.strip() == self.reference.strip()
+        return is_exact(self.answer, self.reference)
 
 
 class Answers:

@@ -101,6 +101,11 @@ class Encoded:
     """M 3 int64."""
 
 
+def is_exact(answer: str, reference: str) -> bool:
+    """Whether an answer is the expected one, but for blanks around it."""
+    return answer.strip() == reference.strip()
+
+
 class Piece(NamedTuple):
     """A part of a conversation as the model sees it, to be looked at."""
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mm_models.qwen2_5_vl.config import Qwen25VLConfig
 from mm_models.qwen2_5_vl.grids import Grid, read_grids
+from mm_models.tokens.head import IGNORED
 
 
 class Work(NamedTuple):
@@ -137,7 +138,7 @@ class Cost:
         work = measure(
             tensors["segments"][0].tolist(),
             read_grids(tensors["grid_thw"][0], self.config),
-            int((tensors["labels"] != -100).sum()),
+            int((tensors["labels"] != IGNORED).sum()),
         )
         return work.tokens, train_flops(self.config, work, self.trained)
 

@@ -25,10 +25,10 @@ from mm_models.processors import Conversation, Encoded, Media, Piece, Size, Turn
 from mm_models.qwen2_5_vl.config import Qwen25VLConfig
 from mm_models.qwen2_5_vl.mrope import positions
 from mm_models.qwen2_5_vl.pixels import Bounds, ImageProcessor, Way
+from mm_models.tokens.head import IGNORED
 
 VERSION = 1  # of what this file does
 SYSTEM = "You are a helpful assistant."
-IGNORED = -100
 VIDEO_BOUNDS = Bounds(128 * 28 * 28, 768 * 28 * 28)  # of a frame, as transformers' video processor has them
 # What MindSpeed-MM and LLaMA-Factory do where nothing is said.
 NEAREST_BOUNDS = {"image": Bounds(32 * 32, 768 * 768), "video": Bounds(16 * 16, 256 * 256)}
