@@ -29,6 +29,7 @@ _OURS = ("*.safetensors", "*.safetensors.index.json", "config.json", MANIFEST, "
 _OURS += ("mp_rank_*", "release", "model_optim_rng.pt", "latest_checkpointed_iteration.txt", ".metadata", "*.distcp")
 _OURS += ("mm", ".*.partial-*", ".*.lock")
 _OURS += ("high_noise_model", "low_noise_model", "transformer", "transformer_2", "experts.json")  # pairs of experts
+_OURS += ("chat_options.json",)  # beside weights that answer: how mm_train asked them
 
 
 @dataclass(frozen=True)
