@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from mm_parallel.absence import absence_told
 from mm_parallel.guard import Watchdog, agree, join
+from mm_parallel.guard.heartbeat import Board
 from mm_parallel.testing import End, launch, spawn
 
 FAST = {"deadline": 2, "interval": 0.2, "silence": 1.5}
@@ -412,3 +413,25 @@ def test_what_differs_between_ranks_is_said_on_every_rank():
     assert recipe == "the recipe differs between ranks: line 2 is 'b = 0' on rank 0, 'b = 1' on ranks 1, 2"
     assert many.endswith("4 is 0 on rank 0, 1 on rank 1, 2 on rank 2; and 2 more")
     assert order == "parameters differs between ranks: in its order"
+
+
+class GoneAfterAdd:
+    """A store whose host ends as soon as it has counted: whoever asks it anything more gets a lost connection."""
+
+    def __init__(self) -> None:
+        self.left = 0
+
+    def add(self, key: str, number: int) -> int:
+        if self.left:
+            raise dist.DistNetworkError("connection reset by peer")
+        self.left += number
+        return self.left
+
+    def check(self, keys: list[str]) -> bool:
+        raise dist.DistNetworkError("connection reset by peer")
+
+
+def test_a_rank_that_has_left_asks_the_host_nothing_more():
+    store = GoneAfterAdd()
+    Board(store, rank=2, world=3).leave(patience=1)
+    assert store.left == 1

@@ -89,9 +89,11 @@ class Board:
     def leave(self, patience: float) -> None:
         """The last word of a rank. Rank 0, which may host the store, waits some seconds for all others to have left."""
         self._store.add("left", 1)
+        if self.rank != 0:
+            return  # from now on the host may be gone: a question would be answered by a page of warnings of torch's
         until = time.monotonic() + patience
         expected = self._store.add("here", 0) if self._store.check(["given up"]) else self.world
-        while self.rank == 0 and self._store.add("left", 0) < expected and time.monotonic() < until:
+        while self._store.add("left", 0) < expected and time.monotonic() < until:
             time.sleep(0.02)
 
 
