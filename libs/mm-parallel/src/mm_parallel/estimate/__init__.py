@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mm_parallel.estimate.memory import RankMemory, UnitMemory, estimate_memory
-    from mm_parallel.estimate.units import UnitTrace, Units
+    from mm_parallel.estimate.units import Units, UnitTrace
 
 __all__ = ["RankMemory", "UnitMemory", "UnitTrace", "Units", "estimate_memory"]
 
