@@ -103,13 +103,14 @@ def join(x: Tensor, dim: int, held: list[list[tuple[int, int]]], group: dist.Pro
     """
     sizes = [sum(stop - start for start, stop in pieces) for pieces in held]
     whole = x.new_empty((*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :]))
-    if x.is_meta or not any(sizes):  # a pipeline asks for shapes, or there is no token anywhere
+    if not any(sizes):
         return whole
     part, rows = x.movedim(dim, 0), whole.movedim(dim, 0)
     sent = part.new_zeros((max(sizes), *part.shape[1:]))
     sent[: len(part)] = part
     received = sent.new_empty((len(held) * len(sent), *sent.shape[1:]))
-    dist.all_gather_single(received, sent, group=group)
+    if not x.is_meta:  # where shapes are asked for, nobody else is there
+        dist.all_gather_single(received, sent, group=group)
     for pieces, part in zip(held, received.split(len(sent)), strict=True):
         offset = 0
         for start, stop in pieces:

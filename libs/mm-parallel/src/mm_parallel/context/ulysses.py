@@ -122,11 +122,6 @@ def move(
 ) -> tuple[Tensor, ...]:
     """`exchange` without autograd."""
     me, one = group.rank(), tensors[0]
-    if one.is_meta:  # a pipeline asks for shapes
-        return tuple(
-            x.new_empty(_shape(x, cut, own[me], join, sum(has)))
-            for x, own, has in zip(tensors, pieces, sizes, strict=True)
-        )
     parts = [
         [x.narrow(cut, start, stop - start) for start, stop in own] for x, own in zip(tensors, pieces, strict=True)
     ]
@@ -141,7 +136,8 @@ def move(
     places = sent.split([count for to in outgoing for count in to])
     for place, part in zip(places, (part for to in zip(*parts, strict=True) for part in to), strict=True):
         place.view(part.shape).copy_(part)
-    dist.all_to_all_single(received, sent, [*map(sum, incoming)], [*map(sum, outgoing)], group=group)
+    if not sent.is_meta:  # where shapes are asked for, nobody else is there
+        dist.all_to_all_single(received, sent, [*map(sum, incoming)], [*map(sum, outgoing)], group=group)
     flat = iter(received.split([count for of in incoming for count in of]))
     came = [[next(flat).view(shape) for shape in of] for of in zip(*shapes, strict=True)]
     return tuple(torch.cat(own, join) for own in zip(*came, strict=True))
