@@ -98,7 +98,7 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        if any(ctx.rows) and not grad.is_meta:
+        if any(ctx.rows):
             grad = grad.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(grad, group=ctx.group)
         return take(grad, 0, ctx.pieces), None, None, None
