@@ -24,8 +24,10 @@ class SizeOptions:
     """For videos: rows of the text; by default as many as the model reads."""
     conversation: Annotated[int, ">= 1", "<= 16777216"] = 1024
     """For conversations: tokens of one, those of its image included. They are packed up to --data.max_tokens."""
-    images: Annotated[float, ">= 0", "<= 1"] = 0.5
-    """For conversations: the share of the tokens that are of images."""
+    patches: Annotated[float, ">= 0", "<= 64"] = 2.0
+    """For conversations: patches of images for each token. Of Qwen2.5-VL four make one token: 2 says that half of all
+    tokens are of images.
+    """
     labels: Annotated[float, ">= 0", "<= 1"] = 0.25
     """For conversations: the share of the tokens that are trained."""
 
