@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from mm_convert.cli.terminal import escaped_output
 from mm_parallel.launch import read_launch
 from mm_train.command import run_alone

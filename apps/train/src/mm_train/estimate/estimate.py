@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -121,9 +121,7 @@ class Subject:
         """What has been run of the model on such a micro-batch."""
         if work.shapes not in self._units:
             losses = partial(work.losses, self.objective)
-            self._units[work.shapes] = Units(
-                self.model, self.plan, self.dtype, work.arguments(self.objective), losses
-            )
+            self._units[work.shapes] = Units(self.model, self.plan, self.dtype, work.arguments(self.objective), losses)
         return self._units[work.shapes]
 
     def _count(self, work: Workload) -> tuple[float, float]:

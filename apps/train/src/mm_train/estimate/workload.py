@@ -18,7 +18,7 @@ from mm_models.family import ClipSize, Family, PackSize
 from mm_models.objective import Objective
 from mm_train.config import Config
 from mm_train.estimate.config import SizeOptions
-from mm_train.objective import architecture, build_objective, choose_task
+from mm_train.objective import architecture, choose_task
 
 Tensors = Mapping[str, Tensor]
 
