@@ -6,9 +6,7 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
-from itertools import pairwise
 
-from mm_parallel.config import MemoryConfig
 from mm_parallel.pipeline.cut import even
 from mm_train.config import Config, LayoutConfig
 from mm_train.estimate.config import EstimateConfig
@@ -94,11 +92,12 @@ def divisors(n: int) -> list[int]:
 def command(config: Config, argv: Sequence[str], world: int, per_host: int) -> str:
     """What starts this run: the command that was given, with the layout that was found in place of its own."""
     hosts = -(-world // per_host)
-    start = ["torchrun", "--nproc_per_node", str(min(world, per_host))]
-    if hosts > 1:
-        start[1:1] = ["--nnodes", str(hosts), "--rdzv_backend", "c10d", "--rdzv_endpoint", "HOST:29500"]
-    run = ["-m", "mm_train", *_without_layout(argv), *_flags(config)]
-    return shlex.join([*(start if world > 1 else ["python"]), *run])
+    meet = ["--nnodes", str(hosts), "--rdzv_backend", "c10d", "--rdzv_endpoint", "HOST:29500"] if hosts > 1 else []
+    start = ["torchrun", *meet, "--nproc_per_node", str(min(world, per_host))] if world > 1 else ["python"]
+    return shlex.join([*start, "-m", "mm_train", *_without_layout(argv), *_flags(config)])
+
+
+_CHOSEN = {"memory.recompute", "memory.but_attention", "memory.offload", "data.micro_batch"}
 
 
 def _without_layout(argv: Sequence[str]) -> list[str]:
@@ -106,21 +105,17 @@ def _without_layout(argv: Sequence[str]) -> list[str]:
     ours = {f.name for f in fields(EstimateConfig)} - {f.name for f in fields(Config)}
     kept: list[str] = []
     dropped = False
-    for word, following in pairwise([*argv, "--"]):
+    for word in argv:
         if word.startswith("--"):
             name = word.removeprefix("--").partition("=")[0]
             dropped = name.partition(".")[0] in ours | {"parallel"} or name in _CHOSEN
         if not dropped:
             kept.append(word)
-        del following
     return kept
 
 
-_CHOSEN = {"memory.recompute", "memory.but_attention", "memory.offload", "data.micro_batch"}
-
-
 def _flags(config: Config) -> list[str]:
-    """The layout in flags. What is as it would be anyway is left out."""
+    """The layout in flags, all of it: a file that the command names may say otherwise."""
     p, m = config.parallel, config.memory
     said = {
         "parallel.dp_replicate": p.dp_replicate,
