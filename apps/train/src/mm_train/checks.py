@@ -330,9 +330,14 @@ CHECKS = (
 )
 
 
+def checkpoint_bytes(trained: int, config: Config) -> int:
+    """Of one checkpoint of so many trained parameters: float32 weights, two moments, and the average."""
+    return trained * (16 if config.optim.ema else 12)
+
+
 def check_space(trained: int, config: Config) -> None:
     """Raise ValueError if not even one checkpoint of so many trained parameters fits on the disk of the output."""
-    needed = trained * (16 if config.optim.ema else 12)  # float32: weights, two moments, and the average
+    needed = checkpoint_bytes(trained, config)
     free = shutil.disk_usage(config.run_dir).free
     if needed > free:
         raise ValueError(
