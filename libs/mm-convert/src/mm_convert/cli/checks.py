@@ -1,8 +1,8 @@
 """Named checks of a command: a program raises what the first one finds, or all are run and told as a table.
 
-    ✓ weights   1,095 tensors in 6 files, 26.6 GiB
-    ✗ data      --data.features fetures is not a directory, did you mean features? …
-    – samples   not here: no --sample.prompts
+✓ weights   1,095 tensors in 6 files, 26.6 GiB
+✗ data      --data.features fetures is not a directory, did you mean features? …
+– samples   not here: no --sample.prompts
 """
 
 from __future__ import annotations
