@@ -58,10 +58,16 @@ def cut(
     if cuts_tokens:
         context.cut(model, plan, mesh)
     recompute(model, plan, memory, core_is_cut=cuts_tokens)
-    if mesh is not None and parameter_mesh(mesh).size() > 1:
+    shards = 1 if mesh is None else parameter_mesh(mesh).size()
+    check_shards(shards, memory, describe(mesh))
+    if mesh is not None and shards > 1:
         shard(model, plan, mesh, dtype, memory)
-    elif memory.offload_params:
+
+
+def check_shards(shards: int, memory: MemoryConfig, layout: str) -> None:
+    """Raise ValueError where FSDP's shards are to move to the host, and there are none."""
+    if memory.offload_params and shards == 1:
         raise ValueError(
-            f"offload_params moves what FSDP shards, but nothing is sharded here ({describe(mesh)}): leave it out, or "
+            f"offload_params moves what FSDP shards, but nothing is sharded here ({layout}): leave it out, or "
             "let dp_shard, dp_replicate or cp be 2 or more"
         )

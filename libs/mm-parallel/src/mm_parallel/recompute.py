@@ -36,13 +36,7 @@ def recompute(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, core_i
 
     Raises ValueError for words and numbers that the model cannot follow, and for an offload of what nobody keeps.
     """
-    host, words_of = Host(), {}
-    for prefix, ladder, own in plan.ladders(model):
-        order, units = own.units_in_order(ladder), list(own.units_of(ladder))
-        here = list(dict.fromkeys(order[name] for name in units))  # numbers of this part's layers
-        by_layer = choose_inner_words(memory, here) if prefix else choose_words(memory, len(set(order.values())), here)
-        words_of[prefix] = {name: by_layer[order[name]] for name in units}
-    check_offload(memory.offload, collect_words(memory))
+    host, words_of = Host(), find_words(model, plan, memory)
     for prefix, ladder, own in plan.ladders(model):
         words, order = words_of[prefix], list(own.units_in_order(ladder))
         if "but_attention" in words.values() and not (core_is_cut and own.tokens):
@@ -53,6 +47,18 @@ def recompute(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, core_i
                 # the same number for units that follow each other without a gap
                 run = prefix, order.index(name) - position
                 unit.forward = Recomputed(unit.forward, prefix + name, word, own.residual, memory.offload, host, run)
+
+
+def find_words(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig) -> dict[str, dict[str, str]]:
+    """By the prefix of a ladder, the word of each of its units that are here. ValueError as `recompute`."""
+    words_of = {}
+    for prefix, ladder, own in plan.ladders(model):
+        order, units = own.units_in_order(ladder), list(own.units_of(ladder))
+        here = list(dict.fromkeys(order[name] for name in units))  # numbers of this part's layers
+        by_layer = choose_inner_words(memory, here) if prefix else choose_words(memory, len(set(order.values())), here)
+        words_of[prefix] = {name: by_layer[order[name]] for name in units}
+    check_offload(memory.offload, collect_words(memory))
+    return words_of
 
 
 class Recomputed:

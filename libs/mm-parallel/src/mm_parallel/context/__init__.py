@@ -27,8 +27,7 @@ def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh | None) -> None:
 
     Raises ValueError where a plan names a seam that the ladder does not have, and for a plan without tokens.
     """
-    if not plan.tokens:
-        raise ValueError("the plan names no tokens, so nothing can be cut over cp: give ParallelPlan(tokens={…: dim})")
+    check_tokens(plan)
     ranks = Context(mesh)
     set_seams(model, plan, partial(ranks.split, fields=plan.tokens), ranks.attention, ranks.gather)
     for prefix, ladder, own in plan.ladders(model):
@@ -36,6 +35,12 @@ def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh | None) -> None:
             items = Items(ranks.rank, ranks.groups["cp"], own.merge)
             own.set_seam(ladder, own.share, items.share)
             own.set_seam(ladder, own.collect, items.collect)
+
+
+def check_tokens(plan: ParallelPlan) -> None:
+    """Raise ValueError for a plan by which context parallelism cuts nothing."""
+    if not plan.tokens:
+        raise ValueError("the plan names no tokens, so nothing can be cut over cp: give ParallelPlan(tokens={…: dim})")
 
 
 def set_seams(model: nn.Module, plan: ParallelPlan, split: object, core: object, join: object) -> None:
