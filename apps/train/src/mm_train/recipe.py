@@ -14,7 +14,7 @@ import sys
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mm_convert.cli.arguments import parse
 from mm_convert.cli.terminal import one_line
@@ -26,11 +26,15 @@ from mm_train import guides
 from mm_train.config import Config, Listed
 from mm_train.conversations import split
 
+C = TypeVar("C", bound=Config)
 RECIPES = Path(str(resources.files("mm_train") / "recipes"))
 
 
-def load_config(argv: list[str] | None = None) -> Config:
-    """Config from the command line, its TOML file, and the recipe that either of them selects."""
+def load_config(argv: list[str] | None = None, kind: type[C] = Config, prog: str = "python -m mm_train") -> C:
+    """Config from the command line, its TOML file, and the recipe that either of them selects.
+
+    kind: with further flags, of another program that takes all flags of a run.
+    """
     notes: list[str] = []
     try:
         argv, said = guides.arguments(sys.argv[1:] if argv is None else argv)
@@ -53,9 +57,7 @@ def load_config(argv: list[str] | None = None) -> Config:
         sys.exit(2)
     notes += more
     defaults = [_recipe(argv), of_data]
-    config = parse(
-        Config, argv, prog="python -m mm_train", description=Config.__doc__, defaults=defaults, reword=reword
-    )
+    config = parse(kind, argv, prog=prog, description=kind.__doc__, defaults=defaults, reword=reword)
     for note in dict.fromkeys(said + notes):
         print(f"note: {one_line(note)}", file=sys.stderr)
     return config
