@@ -1,4 +1,4 @@
-"""What a layout cannot do with a model is told without a process group, in the words of `parallelize` and `Pipeline`."""
+"""What a layout cannot do with a model is told without a process group, in the words of those who cut."""
 
 import pytest
 import torch

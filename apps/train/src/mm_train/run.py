@@ -104,7 +104,7 @@ class Run:
         self.mesh = make_mesh(config.parallel, self.device.type)
         self.data_index, self.data_ranks = data_rank(self.mesh)
         micro_batches = describe_micro_batches(config, self.data_ranks)
-        check(config, "with torch")
+        notes = check(config, "with torch")
         held.enter_context(claim_output(config.run_dir))
         self.objective = build_objective(config)
         guard.at("looking at the data", config.patience)
@@ -137,7 +137,7 @@ class Run:
 
         self.metrics = Metrics(config.run_dir, leader=rank == 0, steps=config.steps, start=self.progress.step)
         layout = (describe(self.mesh), f"{self.data_ranks} x {micro_batches}")
-        self.metrics.say(summarize(config, self.objective, built, self.data, found, changed, *layout))
+        self.metrics.say(summarize(config, self.objective, built, self.data, found, changed, notes, *layout))
         if self.progress.step == config.steps:
             self.metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
         self.validation = Validation(config, self.objective, held_out, self.mesh, self.device)
@@ -317,11 +317,12 @@ def summarize(
     data: TrainingData,
     found: Path | None,
     changed: list[str],
+    notes: list[str],
     ranks: str,
     step: str,
 ) -> str:
     """What is about to happen, in a few lines. found, changed: the checkpoint that is continued, and settings that were
-    changed since.
+    changed since. notes: what the checks have told.
     """
     lines = [
         f"model      {config.model}: {built.size:,} parameters, {built.trained:,} trained, matrices in {config.dtype}",
@@ -330,7 +331,7 @@ def summarize(
         f"weights    {f'{found} (continuing)' if found else config.weights}{built.notes}",
         *(f"changed    {change}" for change in changed),
         f"data       {data.described}, {data.name}",
-        *(f"           {note}" for note in data.notes),
+        *(f"           {note}" for note in [*data.notes, *notes]),
         f"ranks      {ranks}",
         f"step       {config.data.global_batch} samples = {step}",
     ]

@@ -2,7 +2,7 @@
 
 ✓ weights   1,095 tensors in 6 files, 26.6 GiB
 ✗ data      --data.features fetures is not a directory, did you mean features? …
-– samples   not here: no --sample.prompts
+- samples   not here: no --sample.prompts
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 When = Literal["at once", "with torch", "when asked"]
 State = Literal["holds", "fails", "not here"]
-_MARKS: dict[State, str] = {"holds": "✓", "fails": "✗", "not here": "–"}
+_MARKS: dict[State, str] = {"holds": "✓", "fails": "✗", "not here": "-"}
 _PLAIN: dict[State, str] = {"holds": "ok", "fails": "NO", "not here": "--"}
 _COLOURS: dict[State, int] = {"holds": 32, "fails": 31, "not here": 2}  # green, red, dim
 
