@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr
 from dataclasses import fields, replace
+from io import StringIO
 
 from mm_parallel.pipeline.cut import even
 from mm_train.config import Config, LayoutConfig
 from mm_train.estimate.config import EstimateConfig
+from mm_train.recipe import load_config
 
 MEMORIES = (
     {"recompute": "none", "offload": "none"},
@@ -94,10 +97,17 @@ def command(config: Config, argv: Sequence[str], world: int, per_host: int) -> s
     hosts = -(-world // per_host)
     meet = ["--nnodes", str(hosts), "--rdzv_backend", "c10d", "--rdzv_endpoint", "HOST:29500"] if hosts > 1 else []
     start = ["torchrun", *meet, "--nproc_per_node", str(min(world, per_host))] if world > 1 else ["python"]
-    return shlex.join([*start, "-m", "mm_train", *_without_layout(argv), *_flags(config)])
+    kept = _without_layout(argv)
+    with redirect_stderr(StringIO()):  # notes that the reader has seen
+        usual = load_config(kept)
+    return shlex.join([*start, "-m", "mm_train", *kept, *_flags(config, usual)])
 
 
-_CHOSEN = {"memory.recompute", "memory.but_attention", "memory.offload", "data.micro_batch"}
+_LAYOUT = {
+    "parallel": ("dp_replicate", "dp_shard", "cp", "ulysses", "ring", "tp", "pp_layers"),
+    "memory": ("recompute", "but_attention", "offload"),
+    "data": ("micro_batch",),
+}
 
 
 def _without_layout(argv: Sequence[str]) -> list[str]:
@@ -107,30 +117,25 @@ def _without_layout(argv: Sequence[str]) -> list[str]:
     dropped = False
     for word in argv:
         if word.startswith("--"):
-            name = word.removeprefix("--").partition("=")[0]
-            dropped = name.partition(".")[0] in ours | {"parallel"} or name in _CHOSEN
+            section, _, name = word.removeprefix("--").partition("=")[0].partition(".")
+            dropped = section in ours | {"parallel"} or name in _LAYOUT.get(section, ())
         if not dropped:
             kept.append(word)
     return kept
 
 
-def _flags(config: Config) -> list[str]:
-    """The layout in flags, all of it: a file that the command names may say otherwise."""
-    p, m = config.parallel, config.memory
-    said = {
-        "parallel.dp_replicate": p.dp_replicate,
-        "parallel.dp_shard": p.dp_shard,
-        "parallel.cp": p.cp,
-        "parallel.ulysses": p.ulysses,
-        "parallel.ring": p.ring,
-        "parallel.tp": p.tp,
-        "parallel.pp_layers": json.dumps(p.pp_layers).replace(" ", ""),
-        "memory.recompute": m.recompute,
-        "memory.but_attention": m.but_attention,
-        "memory.offload": m.offload,
-        "data.micro_batch": config.data.micro_batch,
-    }
-    return [word for name, value in said.items() for word in (f"--{name}", str(value))]
+def _flags(config: Config, usual: Config) -> list[str]:
+    """The layout in flags, as far as it is another than that of the rest of the command."""
+    flags = []
+    for section, names in _LAYOUT.items():
+        ours, theirs = getattr(config, section), getattr(usual, section)
+        for name in names:
+            value, other = getattr(ours, name), getattr(theirs, name)
+            alone = name in ("cp", "ulysses", "ring") and other is None and value == 1
+            if value != other and not alone:
+                text = json.dumps(value).replace(" ", "") if isinstance(value, tuple) else str(value)
+                flags += [f"--{section}.{name}", text]
+    return flags
 
 
 def with_memory(config: Config, memory: dict[str, str]) -> Config:
