@@ -12,15 +12,15 @@ from mm_models import plan
 from mm_models.families import family_of
 from mm_parallel.config import ParallelConfig
 from mm_parallel.estimate import RankMemory, Units, estimate_memory
-from mm_train.checks import CHECKS
+from mm_train.checks import CHECKS, Asked
 from mm_train.config import Config
 from mm_train.estimate.storage import Disk, Encoders, find_disk, find_encoders
 from mm_train.estimate.workload import Samples, Workload, find_samples
 from mm_train.objective import build_objective
 from mm_train.start import outline
 
-RELATIONS = ("limits", "model", "kind", "objective", "learning rate", "what is trained")
-"""The checks of a run that look at no path."""
+RELATIONS = ("configuration", "model", "options", "objective", "learning rate", "what is trained")
+"""The checks of a run that look at no path. The layout is looked at in `Subject.estimate`."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Subject:
     def __init__(self, config: Config, samples: Samples | None = None) -> None:
         for check in CHECKS:
             if check.name in RELATIONS:
-                check.run(config)
+                check.run(Asked(config))
         self.config, self.objective = config, build_objective(config)
         self.samples = samples or find_samples(config)
         self.model = outline(config)
