@@ -1,4 +1,4 @@
-"""The order in which a model is cut, stated once: tensor, context, recompute and offload, fsdp.
+"""The order in which a model is cut, stated once: tensor, context, compile, recompute and offload, fsdp.
 
 A pipeline comes before all of it: see `mm_parallel.pipeline`.
 """
@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel import context, tensor
+from mm_parallel.compile import compile_layers
 from mm_parallel.config import MemoryConfig, ParallelConfig
 from mm_parallel.fsdp import shard
 from mm_parallel.mesh import describe, parameter_mesh, size
@@ -26,6 +27,7 @@ def parallelize(
     parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
     memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
     dtype: torch.dtype | None = None,
+    compile: bool = False,
 ) -> Model:
     """Cuts `model` in place as `plan` allows and `mesh = make_mesh(parallel, …)` says; returns it.
 
@@ -33,6 +35,7 @@ def parallelize(
     size 1) nothing is sharded and no process group is needed. Parameters are the optimizer's masters, usually fp32;
     `dtype` is what they are gathered in for the forward, but for what the plan keeps in fp32. The model itself must
     cast its weights to the dtype it computes in, so that it does the same unsharded. Call before making the optimizer.
+    compile: each layer by torch.compile, see `mm_parallel.compile`.
 
     Raises ValueError for what the plan or the sizes of the model do not allow, and for a layout with a pipeline: that
     is made by `Pipeline`.
@@ -40,7 +43,7 @@ def parallelize(
     if size(mesh, "pp") > 1:
         raise ValueError(f"pp_layers {parallel.pp_layers}: a model is cut into stages by mm_parallel.Pipeline")
     plan.check(model)
-    cut(model, plan, mesh, memory, dtype)
+    cut(model, plan, mesh, memory, dtype, compile)
     return model
 
 
@@ -50,6 +53,7 @@ def cut(
     mesh: DeviceMesh | None,
     memory: MemoryConfig,
     dtype: torch.dtype | None,
+    compile: bool,
 ) -> None:
     """All but the pipeline; `model` may be some stages of one, and `plan` what is left of the plan there."""
     if size(mesh, "tp") > 1:
@@ -57,6 +61,8 @@ def cut(
     cuts_tokens = size(mesh, "cp") > 1
     if cuts_tokens:
         context.cut(model, plan, mesh)
+    if compile:
+        compile_layers(model, plan)
     recompute(model, plan, memory, core_is_cut=cuts_tokens)
     if mesh is not None and parameter_mesh(mesh).size() > 1:
         shard(model, plan, mesh, dtype, memory)

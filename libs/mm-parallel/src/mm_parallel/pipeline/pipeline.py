@@ -63,6 +63,7 @@ class Pipeline:
         parallel: ParallelConfig,
         memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
         dtype: torch.dtype | None = None,
+        compile: bool = False,
     ) -> None:
         ranks = parallel.pp
         if ranks == 1 or size(mesh, "pp") != ranks:
@@ -94,7 +95,7 @@ class Pipeline:
         kept |= {"first"} if self.mine[0].is_first else set()
         kept |= {"last"} if self.mine[-1].is_last else set()
         self.elsewhere = prune(model, plan.last, plan.companions, kept)
-        cut(model, plan.on(model), mesh, memory, dtype)
+        cut(model, plan.on(model), mesh, memory, dtype, compile)
         model.forward = call
         self.model, self.plan, self.memory = model, plan, memory
         self._signature = inspect.signature(self.skeleton.stem)
