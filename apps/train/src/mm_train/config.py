@@ -310,8 +310,8 @@ class Config:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the matrix multiplications; master weights, moments, norms and modulation stay float32."""
     compile: bool = False
-    """Compile each layer (torch.compile): fewer and larger kernels. The first step, and the first of another shape, take
-    much longer.
+    """Compile each layer (torch.compile): fewer and larger kernels. The first step, and the first of another shape,
+    take much longer.
     """
     deadline: Annotated[float, ">= 10", "<= 604800"] = 600
     """Seconds that a step may take, up to a week; then the run ends and says which rank hangs, and where."""
