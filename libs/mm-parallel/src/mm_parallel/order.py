@@ -10,7 +10,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel import context, tensor
-from mm_parallel.compile import compile_layers
 from mm_parallel.config import MemoryConfig, ParallelConfig
 from mm_parallel.fsdp import shard
 from mm_parallel.mesh import describe, parameter_mesh, size
@@ -27,7 +26,7 @@ def parallelize(
     parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
     memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
     dtype: torch.dtype | None = None,
-    compile: bool = False,
+    compile: bool | str = False,
 ) -> Model:
     """Cuts `model` in place as `plan` allows and `mesh = make_mesh(parallel, …)` says; returns it.
 
@@ -35,7 +34,8 @@ def parallelize(
     size 1) nothing is sharded and no process group is needed. Parameters are the optimizer's masters, usually fp32;
     `dtype` is what they are gathered in for the forward, but for what the plan keeps in fp32. The model itself must
     cast its weights to the dtype it computes in, so that it does the same unsharded. Call before making the optimizer.
-    compile: each layer by torch.compile, see `mm_parallel.compile`.
+    compile: each layer by itself, see `mm_parallel.compile`; the name of a backend of torch.compile, or True for
+    its default.
 
     Raises ValueError for what the plan or the sizes of the model do not allow, and for a layout with a pipeline: that
     is made by `Pipeline`.
@@ -53,7 +53,7 @@ def cut(
     mesh: DeviceMesh | None,
     memory: MemoryConfig,
     dtype: torch.dtype | None,
-    compile: bool,
+    compile: bool | str,
 ) -> None:
     """All but the pipeline; `model` may be some stages of one, and `plan` what is left of the plan there."""
     if size(mesh, "tp") > 1:
@@ -62,7 +62,9 @@ def cut(
     if cuts_tokens:
         context.cut(model, plan, mesh)
     if compile:
-        compile_layers(model, plan)
+        from mm_parallel.compile import compile_layers  # with torch's compiler, which takes seconds to import
+
+        compile_layers(model, plan, "inductor" if compile is True else compile)
     recompute(model, plan, memory, core_is_cut=cuts_tokens)
     if mesh is not None and parameter_mesh(mesh).size() > 1:
         shard(model, plan, mesh, dtype, memory)

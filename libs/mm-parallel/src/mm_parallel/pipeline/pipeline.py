@@ -63,7 +63,7 @@ class Pipeline:
         parallel: ParallelConfig,
         memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
         dtype: torch.dtype | None = None,
-        compile: bool = False,
+        compile: bool | str = False,
     ) -> None:
         ranks = parallel.pp
         if ranks == 1 or size(mesh, "pp") != ranks:
