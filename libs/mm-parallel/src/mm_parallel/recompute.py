@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from mm_parallel.attention import KEPT
+from mm_parallel.attention.around import Around
 from mm_parallel.attention.seam import named_core
 from mm_parallel.config import MemoryConfig
 from mm_parallel.offload import Host, Kept, Run
@@ -93,7 +94,7 @@ class Recomputed:
                 args,
                 named,
                 use_reentrant=False,
-                context_fn=noop_context_fn if kept is None else lambda: (_Keeping(kept), _Answering(kept)),
+                context_fn=noop_context_fn if kept is None else lambda: (Around(_Keeping(kept)), _Answers(kept)),
             )
         if kept is not None and not kept.count and x.numel():  # without rows there may be nothing to attend to
             raise ValueError(
@@ -129,17 +130,24 @@ class _Answering(TorchDispatchMode):
 
     def __init__(self, kept: Kept) -> None:
         super().__init__()
-        self.kept = kept
-
-    def __enter__(self):
-        self.kept.fetch()
-        self.answers = iter(range(self.kept.count))
-        return super().__enter__()
+        self.kept, self.answers = kept, iter(range(kept.count))
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op in KEPT:
             return tuple(part.detach() for part in self.kept.get(next(self.answers)))
         return op(*args, **(kwargs or {}))
+
+
+class _Answers(Around):
+    """From the first one on whenever it is entered, as a graph may be walked twice."""
+
+    def __init__(self, kept: Kept) -> None:
+        self.kept = kept
+
+    def __enter__(self) -> None:
+        self.kept.fetch()
+        self.mode = _Answering(self.kept)
+        super().__enter__()
 
 
 def _elsewhere(place: int, kept: Kept) -> saved_tensors_hooks:

@@ -90,6 +90,7 @@ class Pipeline:
         memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
         dtype: torch.dtype | None = None,
         attention: AttentionName = "auto",
+        compile: bool | str = False,
     ) -> None:
         ranks = parallel.pp
         if ranks == 1 or size(mesh, "pp") != ranks:
@@ -108,7 +109,7 @@ class Pipeline:
         kept |= {"first"} if self.mine[0].is_first else set()
         kept |= {"last"} if self.mine[-1].is_last else set()
         self.elsewhere = prune(model, plan.last, plan.companions, kept)
-        cut(model, plan.on(model), mesh, memory, dtype, attention)
+        cut(model, plan.on(model), mesh, memory, dtype, attention, compile)
         model.forward = call
         self.model, self.plan, self.memory = model, plan, memory
         self._signature = inspect.signature(self.skeleton.stem)
