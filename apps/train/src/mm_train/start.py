@@ -178,7 +178,7 @@ def _cut(model: nn.Module, config: Config, mesh: DeviceMesh | None, dtype: torch
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if config.parallel.exact:
         return verify.parallelize(model, plan(model), mesh, config.memory)
-    how = (plan(model), mesh, config.parallel, config.memory, dtype)
+    how = (plan(model), mesh, config.parallel, config.memory, dtype, config.attention)
     run = Pipeline(model, *how) if size(mesh, "pp") > 1 else parallelize(model, *how)
     idle = all_gather([] if trained & {name for name, _ in model.named_parameters()} else [rank_in(mesh, "pp")])
     if idle:
