@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import mm_parallel.attention  # noqa: F401 (it makes the ops)
+from mm_parallel.meta import MetaMesh
 
 Kind = Literal["gemm", "attention", "memory"]
 
@@ -64,11 +65,16 @@ class Kernel:
 
 
 class KernelCounter(TorchDispatchMode):
-    """Notes every kernel that runs within, in order, in `kernels`."""
+    """Notes every kernel that runs within, in order, in `kernels`.
 
-    def __init__(self) -> None:
+    mesh: where there is one of ranks that are not there, it is told what attention over a ring sends, too, which on the
+    meta device runs no further than its shapes.
+    """
+
+    def __init__(self, mesh: MetaMesh | None = None) -> None:
         super().__init__()
         self.kernels: list[Kernel] = []
+        self.mesh = mesh
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -82,6 +88,8 @@ class KernelCounter(TorchDispatchMode):
         result = op(*args, **kwargs)
         if kernel := describe(op, args, kwargs, result):
             self.kernels.append(kernel)
+        if self.mesh is not None and op in _RING:
+            self.mesh["ring"].get_group().note("send", _ring_sends(_bind(op, args, kwargs), self.mesh.place["ring"]))
         return result
 
 
@@ -170,6 +178,22 @@ FORMULAS = _formulas()
 def _formula(op: Any) -> Callable | None:
     packet = getattr(op, "_overloadpacket", None)
     return FORMULAS.get(packet) or flop_registry.get(packet)
+
+
+_RING = (torch.ops.mm_parallel.ring_attention.default, torch.ops.mm_parallel.ring_attention_backward.default)
+
+
+def _ring_sends(given: dict[str, Any], rank: int) -> int:
+    """Bytes that a rank sends in one attention over a ring; see `mm_parallel.attention.ring`."""
+    k, lengths = given["k"], given["lengths"]
+    ranks = len(lengths) // (1 + given["causal"])
+    blocks = [lengths[r] + (lengths[-1 - r] if given["causal"] else 0) for r in range(ranks)]
+    row = 2 * k.shape[0] * k.shape[2] * k.shape[3]  # elements of k and v of one token
+    passed = sum(blocks) - blocks[(rank + 1) % ranks]  # all blocks come by, and the next rank's own is never sent
+    sent = passed * row * k.element_size()
+    if "dout" in given:  # gradients travel one hop more
+        sent += sum(blocks) * row * torch.promote_types(k.dtype, torch.float32).itemsize
+    return sent
 
 
 # Bytes
