@@ -200,7 +200,7 @@ def _cut(model: nn.Module, config: Config, mesh: DeviceMesh | None, dtype: torch
     """Cuts the model in place over the mesh; returns what is called."""
     if config.parallel.exact:
         return verify.parallelize(model, plan(model), mesh, config.memory)
-    how = (plan(model), mesh, config.parallel, config.memory, dtype)
+    how = (plan(model), mesh, config.parallel, config.memory, dtype, config.attention, config.compile)
     return Pipeline(model, *how) if size(mesh, "pp") > 1 else parallelize(model, *how)
 
 

@@ -5,6 +5,7 @@ computes in the dtype of its *input*, casting its parameters on the fly, and wha
 modulation, the residual stream) is kept in at least float32 by calling `wide`.
 """
 
+from contextlib import nullcontext
 from fnmatch import fnmatch
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 
@@ -91,6 +93,15 @@ def gated(x: Tensor, gate: Tensor, y: Tensor, noisy: Tensor | None = None) -> Te
     return torch.addcmul(x, gate, y)
 
 
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of CUDA, the first that can.
+
+torch would put cuDNN before them on an H100 and a B200. There it is wrong in some shapes (with a mask, with few heads
+of keys), and takes a second for each new one. `mm_parallel` puts it into a model's seam where it pays: for long
+sequences without a mask.
+"""
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """Softmax attention, as is: no dropout, scale 1/√h. q B Lq H h, k and v B Lk K h -> B Lq H h.
 
@@ -114,7 +125,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tenso
         grouped = False
     seen = None if mask is None else mask[:, None, None]  # B 1 1 Lk: the same for all heads and queries
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=grouped)
+    with sdpa_kernel(_KERNELS) if q.device.type == "cuda" else nullcontext():
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 
@@ -129,7 +141,10 @@ def _groups_heads(q: Tensor, mask: Tensor | None) -> bool:
 
 
 def _has_flash(q: Tensor) -> bool:
-    return q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256
+    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > 256:
+        return False
+    device = torch.get_device_module(q.device)
+    return not device.is_available() or device.get_device_capability(q.device) >= (8, 0)  # not there: q is fake
 
 
 class Sequence(NamedTuple):
