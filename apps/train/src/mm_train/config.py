@@ -172,6 +172,10 @@ class OptimConfig:
     eps: Annotated[float, "> 0"] = 1e-8
     clip: Annotated[float, ">= 0"] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    kernel: Literal["fused", "foreach"] = "fused"
+    """How AdamW is computed: fused reads and writes every number once; foreach makes lists of tensors for each of its
+    dozen operations. The formula is one, they differ by rounding.
+    """
     ema: Annotated[float, ">= 0", "< 1"] = 0.0
     """Decay of the moving average of the weights; 0 keeps none."""
 

@@ -26,14 +26,17 @@ from mm_train import guides
 from mm_train.config import Config, Listed
 from mm_train.conversations import split
 
-C = TypeVar("C", bound=Config)
 RECIPES = Path(str(resources.files("mm_train") / "recipes"))
 
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
-def load_config(argv: list[str] | None = None, kind: type[C] = Config, prog: str = "python -m mm_train") -> C:
+
+def load_config(
+    argv: list[str] | None = None, config_class: type[AnyConfig] = Config, prog: str = "python -m mm_train"
+) -> AnyConfig:
     """Config from the command line, its TOML file, and the recipe that either of them selects.
 
-    kind: with further flags, of another program that takes all flags of a run.
+    config_class: Config, or what a program has that takes more flags than these; prog: its name.
     """
     notes: list[str] = []
     try:
@@ -57,7 +60,7 @@ def load_config(argv: list[str] | None = None, kind: type[C] = Config, prog: str
         sys.exit(2)
     notes += more
     defaults = [_recipe(argv), of_data]
-    config = parse(kind, argv, prog=prog, description=kind.__doc__, defaults=defaults, reword=reword)
+    config = parse(config_class, argv, prog=prog, description=config_class.__doc__, defaults=defaults, reword=reword)
     for note in dict.fromkeys(said + notes):
         print(f"note: {one_line(note)}", file=sys.stderr)
     return config

@@ -29,6 +29,7 @@ from mm_train.command import claim_output
 from mm_train.config import Config
 from mm_train.contents import Contents, check_again, check_ranks, identify
 from mm_train.data import TrainingData, training_data
+from mm_train.estimate.comparison import Comparison
 from mm_train.held_out import open_held_out
 from mm_train.interrupt import Interrupt
 from mm_train.log_tps import LogTps
@@ -141,6 +142,7 @@ class Run:
             self.metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
         self.validation = Validation(config, self.objective, held_out, self.mesh, self.device)
         self.speed = Speed(outline(config), self.device, world)  # of all stages
+        self.comparison = Comparison(config, self.objective, self.device, world, leader=rank == 0)
         self.watch = Watch(config.on_nonfinite)
         self.max_norm = config.optim.clip or math.inf
         self.log_tps = LogTps(config.data.global_batch) if config.log_tps else None
@@ -199,6 +201,7 @@ class Run:
         """The step in global numbers; from here on, its samples count as seen."""
         own = torch.cat(losses).cpu().double().sum() if reports_loss(self.mesh) else 0.0
         spent = self.speed.count(batch.micro) if reports_loss(self.mesh) else (0.0, 0.0)
+        self.comparison.look(batch.micro)
         counts = batch.count() | ({LOG_TPS: LogTps.count(batch.micro)} if self.log_tps else {})
         counted = [count if reports_loss(self.mesh) else 0.0 for count in counts.values()]
         summed, tokens, operations, signals, *counted = all_sum(
@@ -232,7 +235,11 @@ class Run:
         if self.log_tps:
             self.log_tps.add(seconds, step.counts.pop(LOG_TPS))
         measured, text = self.speed.measure(step.tokens, step.operations, step.counts, seconds, self.data_seconds)
-        self.metrics.step(row | measured, text)
+        self.metrics.step(row | measured | self.comparison.first(), text)
+        last = self.progress.step == self.config.steps
+        told = self.comparison.tell(row | measured, self.parameters, self.optimizer, self.average.average, last)
+        if told:
+            self.metrics.say(told)
         self.checkpoints.check()
 
     def _report_nonfinite(self) -> None:

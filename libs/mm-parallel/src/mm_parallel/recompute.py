@@ -55,9 +55,9 @@ def find_words(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig) -> di
     for prefix, ladder, own in plan.ladders(model):
         order, units = own.units_in_order(ladder), list(own.units_of(ladder))
         here = list(dict.fromkeys(order[name] for name in units))  # numbers of this part's layers
-        by_layer = _inner_words(memory, here) if prefix else _words(memory, len(set(order.values())), here)
+        by_layer = choose_inner_words(memory, here) if prefix else choose_words(memory, len(set(order.values())), here)
         words_of[prefix] = {name: by_layer[order[name]] for name in units}
-    _check_offload(memory.offload, _all_words(memory))
+    check_offload(memory.offload, collect_words(memory))
     return words_of
 
 
@@ -159,7 +159,7 @@ def _elsewhere(place: int, kept: Kept) -> saved_tensors_hooks:
     return saved_tensors_hooks(pack, unpack)
 
 
-def _words(memory: MemoryConfig, total: int, here: list[int]) -> dict[int, str]:
+def choose_words(memory: MemoryConfig, total: int, here: list[int]) -> dict[int, str]:
     """A word for every layer that is here, by its number."""
     asked, more = memory.recompute, memory.but_attention
     if isinstance(asked, str) and asked == "none" and more:
@@ -194,7 +194,7 @@ def _words(memory: MemoryConfig, total: int, here: list[int]) -> dict[int, str]:
     return dict.fromkeys(here, asked)
 
 
-def _inner_words(memory: MemoryConfig, here: list[int]) -> dict[int, str]:
+def choose_inner_words(memory: MemoryConfig, here: list[int]) -> dict[int, str]:
     """A word for every layer of an inner ladder."""
     asked, more = memory.recompute, memory.but_attention
     if isinstance(asked, (list, tuple)):
@@ -205,7 +205,7 @@ def _inner_words(memory: MemoryConfig, here: list[int]) -> dict[int, str]:
     return dict(zip(here, words, strict=False))
 
 
-def _all_words(memory: MemoryConfig) -> set[str]:
+def collect_words(memory: MemoryConfig) -> set[str]:
     """The words that are asked for, be it for layers of other pipeline ranks: all ranks must refuse alike."""
     if isinstance(memory.recompute, str):
         words = {memory.recompute}
@@ -216,7 +216,7 @@ def _all_words(memory: MemoryConfig) -> set[str]:
     return words - {"none"} | ({"but_attention"} if memory.but_attention else set())
 
 
-def _check_offload(offload: str, words: set[str]) -> None:
+def check_offload(offload: str, words: set[str]) -> None:
     if offload not in ("none", "attention", "inputs"):
         raise ValueError(f"offload={offload!r}: there are none, attention and inputs")
     if offload == "attention" and "but_attention" not in words:

@@ -140,8 +140,9 @@ def _keep(module: nn.Module, name: str, dim: int, ranks: DeviceMesh) -> None:
     if whole is None:
         return
     part = whole.detach().chunk(ranks.size(), dim)[ranks.get_local_rank()]
-    part = part.clone(memory_format=torch.contiguous_format)  # so that the whole can be freed
-    cut = DTensor.from_local(part, ranks, [Shard(dim)], run_check=False)
+    cut = part.clone(memory_format=torch.contiguous_format)  # so that the whole can be freed
+    if isinstance(ranks, DeviceMesh):  # and not `mm_parallel.meta`
+        cut = DTensor.from_local(cut, ranks, [Shard(dim)], run_check=False)
     setattr(module, name, nn.Parameter(cut, requires_grad=whole.requires_grad))
 
 

@@ -53,6 +53,12 @@ def check_stages(
             "splits a backward in two, and what was recomputed for the first is gone for the second. Use schedule "
             "1f1b, or recompute nothing"
         )
+    if parallel.schedule == "zero_bubble" and memory.reduce == "bfloat16":
+        raise ValueError(
+            "schedule zero_bubble with reduce='bfloat16': it adds the gradients of all micro-batches up before it "
+            "reduces them, and would do so in bfloat16. Use schedule 1f1b, which adds up in fp32, or reduce "
+            "'float32'"
+        )
     plan.check(model)
     if plan.vocabulary and not set(plan.vocabulary) & set(plan.last):
         raise ValueError(
