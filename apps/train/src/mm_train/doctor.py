@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from mm_convert.cli.arguments import dump
-from mm_convert.cli.checks import Check, Finding, NotHere, Table, find
+from mm_convert.cli.checks import Check, Finding, NotHere, Table, find, merge
 from mm_convert.cli.terminal import escaped_output
 from mm_models.libraries import installed
 from mm_parallel.launch import read_launch
@@ -44,36 +44,18 @@ def examine_ranks(config: Config, own: Sequence[Finding], patience: float) -> li
     import torch.distributed as dist
 
     from mm_parallel.guard import join
+    from mm_parallel.guard.diagnosis import ranks_of
 
     with join(deadline=patience) as guard:
         guard.at("looking", patience)
         world, rank = dist.get_world_size(), dist.get_rank()
         everyone: list[Any] = [None] * world
         dist.all_gather_object(everyone, (socket.gethostname(), list(own)))
-        together = [_merge(everyone, number) for number in range(len(own))]
+        together = merge(everyone, ranks_of)
         guard.at("comparing files", patience)
         alike = next(find([Check(RANKS, "when asked", lambda config: _compare(config, world))], config))
         dist.barrier()
     return [*together, alike] if rank == 0 else [*own, alike]
-
-
-def _merge(everyone: Sequence[tuple[str, Sequence[Finding]]], number: int) -> Finding:
-    """One check of all ranks: what the first one says, or those that fail with their ranks and hosts."""
-    from mm_parallel.guard.diagnosis import ranks_of
-
-    found = [(rank, host, findings[number]) for rank, (host, findings) in enumerate(everyone)]
-    by_text: dict[tuple[str, str], list[tuple[int, str]]] = {}
-    for rank, host, finding in found:
-        by_text.setdefault((finding.state, finding.text), []).append((rank, host))
-    first = found[0][2]
-    failing = {text: who for (state, text), who in by_text.items() if state == "fails"}
-    if not failing or len(by_text) == 1:
-        return first
-    told = []
-    for text, who in failing.items():
-        hosts = ", ".join(dict.fromkeys(host for _, host in who))
-        told.append(f"on {ranks_of([rank for rank, _ in who])} ({hosts}): {text}")
-    return Finding(first.name, "fails", "; ".join(told), first.notes)
 
 
 def _compare(config: Config, world: int) -> str:

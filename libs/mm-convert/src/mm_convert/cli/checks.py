@@ -83,6 +83,26 @@ def find(checks: Iterable[Check[T]], subject: T) -> Iterator[Finding]:
         yield Finding(check.name, state, text, tuple(note for note in notes if note))
 
 
+def merge(everyone: Sequence[tuple[str, Sequence[Finding]]], name: Callable[[list[int]], str]) -> list[Finding]:
+    """What the ranks of one program found, each check once: as the first one says, or those that fail, with their
+    ranks and hosts.
+
+    everyone: by rank, its host and its findings, of the same checks. name: numbers of ranks -> what they are called.
+    """
+    merged = []
+    for first, *others in zip(*(findings for _, findings in everyone), strict=True):
+        failing: dict[str, list[int]] = {}
+        for rank, finding in enumerate((first, *others)):
+            if finding.state == "fails":
+                failing.setdefault(finding.text, []).append(rank)
+        if failing and any((one.state, one.text) != (first.state, first.text) for one in others):
+            hosts = {text: dict.fromkeys(everyone[rank][0] for rank in ranks) for text, ranks in failing.items()}
+            told = [f"on {name(ranks)} ({', '.join(hosts[text])}): {text}" for text, ranks in failing.items()]
+            first = Finding(first.name, "fails", "; ".join(told), first.notes)
+        merged.append(first)
+    return merged
+
+
 class Table:
     """Writes findings as they come, in columns; in colours on a terminal."""
 
