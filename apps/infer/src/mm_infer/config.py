@@ -128,6 +128,8 @@ class Config(Options):
     "on several ranks: seconds that a step of a video may take; then all end and say which rank hangs, and where"
     overwrite: bool = False
     "replace videos that are already in the output folder; without it, those that the same command made are kept"
+    check: bool = False
+    "look at everything that the command needs, print what is found, and make nothing; exit code 2 where something is wrong"  # noqa: E501
 
     def __post_init__(self) -> None:
         super().__post_init__()

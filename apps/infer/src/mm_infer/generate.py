@@ -19,6 +19,7 @@ from mm_convert.cli.arguments import dump
 from mm_convert.cli.terminal import one_line
 from mm_data import made_with, write_video
 from mm_infer.__about__ import __version__
+from mm_infer.checks import check_passes
 from mm_infer.config import Config, Options
 from mm_infer.identity import Contents, digest, identify
 from mm_infer.inputs import Given
@@ -98,8 +99,7 @@ def _video(config: Config, sampler: Sampler, request: Request, contents: Content
     """What is asked for, settled, with its record: what repeats the video, and not where in a list it stood."""
     given = Given(**request.given)
     options = sampler.settle(config.options, given)
-    if config.parallel.guidance == 2 and max(options.scales) == 1:
-        raise ValueError("parallel.guidance 2 shares two passes, but guidance 1 makes one: leave either out")
+    check_passes(config, options)
     record: dict[str, Any] = {"prompt": request.prompt} | given.record() | dataclasses.asdict(options)
     record |= {name: getattr(config, name) for name in ("weights", "encoders", "model", "lora", "text_tokens")}
     record |= {"contents": digest(contents)}
