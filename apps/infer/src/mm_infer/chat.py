@@ -15,6 +15,7 @@ from mm_data.chat_options import ChatOptions, read_options
 from mm_data.conversations import Conversation, Ledger, Media, Source, Turn, Unusable, read_conversations
 from mm_data.files import shorten
 from mm_infer.answer import Answer, Answerer, Model
+from mm_parallel.config import AttentionName
 
 HELP = "/image PATH and /video PATH go with the next question; /new begins anew; /quit ends"
 
@@ -61,6 +62,8 @@ class Config:
     "as cpu, cuda:1, npu:0; by default the accelerator"
     dtype: Literal["bfloat16", "float32"] | None = None
     "by default bfloat16 on an accelerator, float32 on a CPU"
+    attention: AttentionName = "auto"
+    "kernel of attention: on CUDA flash, flash3 or flash4 (with their packages), cudnn, efficient"
     chat: ChatOptions = field(default_factory=ChatOptions)
 
     def __post_init__(self) -> None:
@@ -156,6 +159,7 @@ def _open_questions(config: Config):
 def _load(config: Config, model: Model) -> Answerer:
     import torch  # only now that the command makes sense
 
+    from mm_parallel.attention import activate
     from mm_parallel.device import device as accelerator
 
     usual = accelerator()  # which also makes other makers' devices known to torch
@@ -164,7 +168,8 @@ def _load(config: Config, model: Model) -> Answerer:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    return Answerer(model, config.options, device, dtype)
+    activate(config.attention, device.type)  # transformers' class asks torch
+    return Answerer(model, config.options, device, dtype, config.attention)
 
 
 class _Asking:

@@ -166,9 +166,7 @@ def _op_backward(
     mask: Tensor | None = None,
     segments: abc.Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(
-        dout, q, k, v, out, lse, scale, causal, backend_of(q, k, backend, mask, segments), mask, segments
-    )
+    return backward(dout, q, k, v, out, lse, scale, causal, backend_of(q, k, backend, mask, segments), mask, segments)
 
 
 def complete(op: Any, op_backward: Any) -> None:
