@@ -207,7 +207,7 @@ def test_the_kernel_of_attention_is_named_and_one_that_cannot_run_is_refused(fea
     for name, why in (("flash", "it is for CUDA, not for cpu"), ("flash4", r"cannot be loaded \(pip install --pre")):
         with pytest.raises(ValueError, match=why):
             train(config(features, tmp_path / "refused", "--attention", name))
-    with pytest.raises(ValueError, match="parallel.exact has an order of its own"):
+    with pytest.raises(ValueError, match=r"parallel\.exact has an order of its own"):
         train(config(features, tmp_path / "exact", "--attention", "math", "--parallel.exact", "true"))
     assert not (tmp_path / "refused").exists()
 

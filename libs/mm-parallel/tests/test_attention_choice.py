@@ -208,5 +208,6 @@ def test_auto_is_resolved_within_the_op(mask):
         got = core(q, k, v, Sequence(9), mask)
     assert calls.ops == [("mm_parallel.attention.default", "auto")]
     assert torch.equal(got, attention(q, k, v, backend="cpu", mask=mask))
-    compiled = torch.compile(partial(core, sequence=Sequence(9)), fullgraph=True, backend="eager")
-    assert torch.equal(compiled(q, k, v), core(q, k, v, Sequence(9)))
+    op = partial(torch.ops.mm_parallel.attention.default, scale=0.3, causal=False, backend="auto")
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v)[0], attention(q, k, v, scale=0.3))

@@ -173,6 +173,10 @@ class OptimConfig:
     eps: Annotated[float, "> 0"] = 1e-8
     clip: Annotated[float, ">= 0"] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    kernel: Literal["fused", "foreach"] = "fused"
+    """How AdamW is computed: fused reads and writes every number once; foreach makes lists of tensors for each of its
+    dozen operations. The formula is one, they differ by rounding.
+    """
     ema: Annotated[float, ">= 0", "< 1"] = 0.0
     """Decay of the moving average of the weights; 0 keeps none."""
 
@@ -312,7 +316,12 @@ class Config:
     """Dtype of the matrix multiplications; master weights, moments, norms and modulation stay float32."""
     attention: AttentionName = "auto"
     """The kernel of attention between tokens, where there are several: on CUDA flash, cudnn (H100, B200), flash3 or
-    flash4 (with their packages), efficient. auto takes one by device, dtype and shapes. A run's first lines name it.
+    flash4 (with their packages), efficient. auto takes one by device, dtype and shapes. The first lines of a run
+    name it.
+    """
+    compile: bool = False
+    """Compile each layer (torch.compile): fewer and larger kernels. The first step, and the first of another shape,
+    take much longer.
     """
     deadline: Annotated[float, ">= 10", "<= 604800"] = 600
     """Seconds that a step may take, up to a week; then the run ends and says which rank hangs, and where."""

@@ -38,7 +38,8 @@ def build_optimizer(
         ],
         betas=config.betas,
         eps=config.eps,
-        fused=True,
+        fused=config.kernel == "fused",
+        foreach=config.kernel == "foreach",
     )
 
 
