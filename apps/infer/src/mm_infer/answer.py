@@ -52,8 +52,8 @@ class Model:
         path = must_exist(Path(weights), "weights")
         if processor is None and (path / "checkpoints").is_dir():
             raise ValueError(
-                f"weights {path} is a run: give {path / 'weights'}, which has its tokenizer, too, when it has ended; before "
-                "that, name the folder of the hub as well (processor)"
+                f"weights {path} is a run: give {path / 'weights'}, which has its tokenizer, too, when it has ended; "
+                "before that, name the folder of the hub as well (processor)"
             )
         self.checkpoint = checkpoint = open_checkpoint(path)
         self.family: Family = family_of_weights(checkpoint.family)
