@@ -72,14 +72,14 @@ def _requests(asked: Asked) -> str:
     return f"{count} video{'s' * (count != 1)}"
 
 
-def check_output(config: Any) -> str:
-    """Raise ValueError where the output cannot be made, or written."""
-    blocked = next(path for path in (config.output, *config.output.absolute().parents) if path.exists())
-    if not blocked.is_dir():
-        raise ValueError(f"output {config.output}: {blocked} is a file, not a folder")
-    if not os.access(blocked, os.W_OK | os.X_OK):
-        raise ValueError(f"output {config.output}: {blocked} cannot be written by this user: choose another")
-    return str(config.output)
+def check_output(folder: Path) -> str:
+    """Raise ValueError where the folder of the output cannot be made, or written."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"output {folder}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"output {folder}: {there} cannot be written by this user: choose another")
+    return str(folder)
 
 
 def _weights(asked: Asked) -> str:
