@@ -78,6 +78,11 @@ class Pipeline:
                 "splits a backward in two, and what was recomputed for the first is gone for the second. Use schedule "
                 "1f1b, or recompute nothing"
             )
+        if self.zero_bubble and compile:
+            raise ValueError(
+                "schedule zero_bubble with compile: it splits a backward in two, and that of compiled code is one. Use "
+                "schedule 1f1b, or leave compile out"
+            )
         plan.check(model)
         if plan.vocabulary and not set(plan.vocabulary) & set(plan.last):
             raise ValueError(
