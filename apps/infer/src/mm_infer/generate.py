@@ -62,9 +62,8 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
     first, step = share.prompts
     files = {config.output / f"video_{i}.mp4": requests[i] for i in range(first, len(requests), step)}
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    sampler = Sampler(
-        weights, None, dtype, config.offload, vae_tiling=config.vae_tiling, mesh=share.mesh, pair=share.pair
-    )
+    how = {"vae_tiling": config.vae_tiling, "compile": config.compile, "mesh": share.mesh, "pair": share.pair}
+    sampler = Sampler(weights, None, dtype, config.offload, **how)
     agree(dump(config), "the configuration")
     contents = identify(config, weights.facts)
     agree({f"video {i}": request for i, request in enumerate(requests)}, "what is asked for")
@@ -105,6 +104,8 @@ def _video(config: Config, sampler: Sampler, request: Request, contents: Content
     record |= {"contents": digest(contents)}
     if config.lora_alpha is not None:
         record["lora_alpha"] = config.lora_alpha
+    if config.compile:
+        record["compile"] = True
     record |= {"vae_tiling": sampler.encoders.tiling, "boundary": sampler.weights.boundary}
     record |= {"dtype": str(sampler.dtype).removeprefix("torch."), "mm_infer": __version__, "torch": torch.__version__}
     return Video(request.prompt, given, options, {k: str(v) if isinstance(v, Path) else v for k, v in record.items()})

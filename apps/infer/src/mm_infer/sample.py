@@ -49,6 +49,7 @@ def load(
     vae_tiling: AskedTiling = None,
     text_tokens: int | None = None,
     device: torch.device | str | None = None,
+    compile: bool = False,
     mesh: DeviceMesh | None = None,
     pair: dist.ProcessGroup | None = None,
 ) -> "Sampler":
@@ -62,7 +63,7 @@ def load(
     """
     adapter = {"lora": lora, "lora_alpha": lora_alpha}
     weights = Weights(path, encoders, model=model, text_tokens=text_tokens, boundary=boundary, **adapter)
-    return Sampler(weights, device, dtype, offload, vae_tiling=vae_tiling, mesh=mesh, pair=pair)
+    return Sampler(weights, device, dtype, offload, vae_tiling=vae_tiling, compile=compile, mesh=mesh, pair=pair)
 
 
 class Sampler:
@@ -81,6 +82,7 @@ class Sampler:
         offload: bool | None = None,
         *,
         vae_tiling: AskedTiling = None,
+        compile: bool = False,
         mesh: DeviceMesh | None = None,
         pair: dist.ProcessGroup | None = None,
     ) -> None:
@@ -95,7 +97,11 @@ class Sampler:
                 f"offload is for two experts, of which one rests, but {weights.path} holds one model: leave it out"
             )
         self.offload = not on_host if offload is None else offload
-        self.mesh, self.pair = mesh, pair
+        self.mesh, self.pair, self.compile = mesh, pair, compile
+        if compile:
+            from mm_parallel.compile import check_compiler
+
+            check_compiler(self.device.type)
         self.encoders = Encoders(weights.facts, self.device, self.dtype, vae_tiling)
         self._model: nn.Module | None = None
 
@@ -223,6 +229,10 @@ class Sampler:
     def _cut(self, model: nn.Module) -> None:
         if self.mesh is not None:
             context.cut(model, self.family.plan(model), self.mesh)
+        if self.compile:
+            from mm_parallel.compile import compile_layers  # with torch's compiler, which takes seconds to import
+
+            compile_layers(model, self.family.plan(model))
 
     @contextmanager
     def _timed(self, seconds: dict[str, float], stage: str) -> Iterator[None]:

@@ -313,6 +313,26 @@ def _features(config: Config) -> None:
             check_features(path, config)
 
 
+def _compile(config: Config) -> None:
+    if config.compile and config.parallel.exact:
+        raise ValueError(
+            "--compile with --parallel.exact: compiled kernels sum in an order of their own: leave one of them out"
+        )
+    if config.compile and config.parallel.schedule == "zero_bubble":
+        raise ValueError(
+            "--compile with --parallel.schedule zero_bubble: it splits a backward in two, and that of compiled code is "
+            "one. Use schedule 1f1b, or leave --compile out"
+        )
+
+
+def _compiler(config: Config) -> None:
+    if config.compile:
+        from mm_parallel.compile import check_compiler
+        from mm_parallel.device import device
+
+        check_compiler(device().type)
+
+
 CHECKS = (
     Check("limits", "at once", _limits),
     Check("model", "at once", _model),
@@ -324,8 +344,10 @@ CHECKS = (
     Check("what is trained", "at once", _trained),
     Check("adapter", "at once", check_adapter),
     Check("layout", "at once", _layout),
+    Check("compile", "at once", _compile),
     Check("samples", "at once", _samples),
     Check("output", "at once", _output),
+    Check("compiler", "with torch", _compiler),
     Check("features", "with torch", _features),
 )
 

@@ -140,7 +140,7 @@ class Run:
         if self.progress.step == config.steps:
             self.metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
         self.validation = Validation(config, self.objective, held_out, self.mesh, self.device)
-        self.speed = Speed(outline(config), self.device, world)  # of all stages
+        self.speed = Speed(outline(config), self.device, world, config.compile)  # of all stages
         self.watch = Watch(config.on_nonfinite)
         self.max_norm = config.optim.clip or math.inf
         self.log_tps = LogTps(config.data.global_batch) if config.log_tps else None
@@ -326,5 +326,6 @@ def summarize(
         *(f"           {note}" for note in data.notes),
         f"ranks      {ranks}",
         f"step       {config.data.global_batch} samples = {step}",
+        *(["compile    each layer; steps with a new kind of shape take longer, and say so"] if config.compile else []),
     ]
     return "\n".join(map(one_line, lines))

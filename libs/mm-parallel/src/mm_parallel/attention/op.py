@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_parallel.attention.backends import BACKENDS, pick
 from mm_parallel.attention.around import call
+from mm_parallel.attention.backends import BACKENDS, pick
 from mm_parallel.attention.dispatch import backward, forward, like
 from mm_parallel.plan import Sequence
 
