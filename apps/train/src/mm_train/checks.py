@@ -296,7 +296,8 @@ def _layout(asked: Asked) -> str:
     names = ("pp", "dp_replicate", "dp_shard", "ring", "ulysses", "tp")
     degrees = ", ".join(f"{name} {getattr(layout, name)}" for name in names if getattr(layout, name) > 1)
     ranks = f"{asked.world} rank{'s' * (asked.world > 1)}{f' ({degrees})' if degrees else ''}"
-    return f"{ranks}, {each} micro-batch{'es' * (each > 1)} a step on each of the data"
+    data = asked.config.data
+    return f"{ranks}; of {data.global_batch} samples a step {each * data.micro_batch} on each data rank"
 
 
 def _samples(asked: Asked) -> str:

@@ -41,7 +41,7 @@ from mm_train.ranks import all_sum, broadcast
 from mm_train.resume import find_checkpoint, read_progress
 from mm_train.samples import Samples
 from mm_train.speed import Speed
-from mm_train.start import Built, build_model, outline
+from mm_train.start import Built, build_model, choose_attention, outline
 from mm_train.step import MicroBatches, seed_dropout
 from mm_train.validate import Validation
 
@@ -105,6 +105,7 @@ class Run:
         self.data_index, self.data_ranks = data_rank(self.mesh)
         micro_batches = describe_micro_batches(config, self.data_ranks)
         notes = check(config, "with torch")
+        attention = choose_attention(config, self.mesh, self.device)
         held.enter_context(claim_output(config.run_dir))
         self.objective = build_objective(config)
         guard.at("looking at the data", config.patience)
@@ -137,7 +138,8 @@ class Run:
 
         self.metrics = Metrics(config.run_dir, leader=rank == 0, steps=config.steps, start=self.progress.step)
         layout = (describe(self.mesh), f"{self.data_ranks} x {micro_batches}")
-        self.metrics.say(summarize(config, self.objective, built, self.data, found, changed, notes, *layout))
+        said = (found, changed, notes, attention)
+        self.metrics.say(summarize(config, self.objective, built, self.data, *said, *layout))
         if self.progress.step == config.steps:
             self.metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
         self.validation = Validation(config, self.objective, held_out, self.mesh, self.device)
@@ -318,6 +320,7 @@ def summarize(
     found: Path | None,
     changed: list[str],
     notes: list[str],
+    attention: str,
     ranks: str,
     step: str,
 ) -> str:
@@ -332,6 +335,7 @@ def summarize(
         *(f"changed    {change}" for change in changed),
         f"data       {data.described}, {data.name}",
         *(f"           {note}" for note in [*data.notes, *notes]),
+        f"attention  {attention}",
         f"ranks      {ranks}",
         f"step       {config.data.global_batch} samples = {step}",
     ]

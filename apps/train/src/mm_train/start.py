@@ -22,6 +22,7 @@ from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora
 from mm_models.parts import find_parameters
 from mm_parallel import Pipeline, load_parameters, parallelize, verify
+from mm_parallel.attention import activate, describe_choice
 from mm_parallel.fits import check_fits, find_idle
 from mm_parallel.mesh import size
 from mm_parallel.weights import allocate, check_names, check_shape, same_kind
@@ -163,6 +164,20 @@ def outline(config: Config) -> nn.Module:
     elif config.has_frozen:
         freeze(model, config.trained, dtype)
     return model
+
+
+def choose_attention(config: Config, mesh: DeviceMesh | None, device: torch.device) -> str:
+    """Makes torch ready for the kernel of attention, and says in a few words which it is.
+
+    ValueError for one that cannot run here.
+    """
+    if config.parallel.exact:
+        if config.attention != "auto":
+            raise ValueError(f"attention {config.attention}: parallel.exact has an order of its own; leave one out")
+        return "head by head in one fixed order, for exact sums"
+    activate(config.attention, device.type)
+    dtype = getattr(torch, config.dtype)
+    return describe_choice(config.attention, plan(outline(config)), device, dtype, mesh)
 
 
 def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, continuing: bool) -> Built:

@@ -85,7 +85,7 @@ class Recomputed:
         del stream  # nothing here may hold on to x
         kept = self._keep("attention") if self.word == "but_attention" else None
         moves = self.offload == "inputs" and x.numel() > 0  # what is empty lies nowhere
-        with _elsewhere(x.data_ptr(), self._keep("inputs")) if moves else nullcontext():
+        with _elsewhere(self._keep("inputs")) if moves else nullcontext():
             # checkpoint keeps tensors that are arguments of their own as autograd would, all else as it is
             result = checkpoint(
                 self._run,
@@ -150,14 +150,14 @@ class _Answers(Around):
         super().__enter__()
 
 
-def _elsewhere(place: int, kept: Kept) -> saved_tensors_hooks:
-    """Around a checkpoint: its input, which lies at `place`, goes where `kept` says.
+def _elsewhere(kept: Kept) -> saved_tensors_hooks:
+    """Around a checkpoint: its input, which is not empty, goes where `kept` says.
 
     Nothing else is saved but, in some releases of torch, an empty tensor on the CPU.
     """
 
     def pack(x: Tensor) -> Kept | Tensor:
-        if x.data_ptr() != place:
+        if not x.numel():
             return x
         kept.put((x,))
         return kept
