@@ -158,9 +158,7 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch):
     spawn(2, split)
     check_compiler("cpu")
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(
-        ValueError, match=r"compile needs a C\+\+ compiler for the CPU, and there is none: install g\+\+"
-    ):
+    with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler for the CPU, and there is none"):
         check_compiler("cpu")
     with pytest.raises(ValueError, match="compile works on CUDA and on the CPU, this is npu: leave compile out"):
         check_compiler("npu")
