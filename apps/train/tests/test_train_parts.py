@@ -413,7 +413,7 @@ def test_what_needs_no_torch_is_refused_without_it(module, flags, message):
 def test_every_check_has_a_name_of_its_own():
     names = [one.name for one in CHECKS]
     assert len(set(names)) == len(names)
-    assert {one.when for one in CHECKS} == {"at once", "with torch"}
+    assert {one.when for one in CHECKS} == {"at once", "with torch", "when asked"}
 
 
 def test_a_file_from_windows_selects_its_recipe_and_is_read(tmp_path):
