@@ -53,10 +53,17 @@ Sends = Counter[tuple[What, Sent]]
 
 
 def count_traffic(
-    units: Units, layout: ParallelConfig, memory: MemoryConfig, micro_batches: int = 1
+    units: Units,
+    layout: ParallelConfig,
+    memory: MemoryConfig,
+    micro_batches: int = 1,
+    weights: Weights | None = None,
 ) -> tuple[tuple[Traffic, ...], ...]:
-    """For each pipeline rank what one of its ranks sends in a step. layout: resolved; micro_batches: of a data rank."""
-    return tuple(fold(sends) for sends in count_sends(units, layout, memory, micro_batches))
+    """For each pipeline rank what one of its ranks sends in a step.
+
+    layout: resolved; micro_batches: of a data rank; weights: of this layout, where they are at hand.
+    """
+    return tuple(fold(sends) for sends in count_sends(units, layout, memory, micro_batches, weights))
 
 
 def fold(sends: Sends) -> tuple[Traffic, ...]:
@@ -69,9 +76,15 @@ def fold(sends: Sends) -> tuple[Traffic, ...]:
     return tuple(Traffic(*kind, *sums) for kind, sums in found.items())
 
 
-def count_sends(units: Units, layout: ParallelConfig, memory: MemoryConfig, micro_batches: int = 1) -> list[Sends]:
+def count_sends(
+    units: Units,
+    layout: ParallelConfig,
+    memory: MemoryConfig,
+    micro_batches: int = 1,
+    weights: Weights | None = None,
+) -> list[Sends]:
     """The same, one by one."""
-    weights = Weights(units, layout, memory.reduce)
+    weights = weights or Weights(units, layout, memory.reduce)
     count = len(units.layers[""])
     stages = ranges(layout.stages, count) if layout.pp_layers else [range(count)]
     found = []
