@@ -108,11 +108,24 @@ def bf16_ok(device: torch.device) -> bool:
     return supported(including_emulation=False) if device.type == "cuda" else supported()
 
 
+def name_of(device: torch.device) -> str:
+    """The marketing name of a device; "the CPU" for that."""
+    return "the CPU" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
+
+
+def max_device_memory(device: torch.device) -> int | None:
+    """Bytes of memory that the device has; None for a CPU, and where torch cannot say it."""
+    if device.type == "cpu":
+        return None
+    told = getattr(torch.get_device_module(device), "get_device_properties", None)
+    return None if told is None else told(device).total_memory
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Dense peak of one device in FLOP/s, or None where we know no public figure (then no MFU is printed)."""
     if device.type == "cpu":
         return None
-    return peak_flops_of(torch.get_device_module(device).get_device_name(device), dtype)
+    return peak_flops_of(name_of(device), dtype)
 
 
 def peak_flops_of(device_name: str, dtype: torch.dtype) -> float | None:

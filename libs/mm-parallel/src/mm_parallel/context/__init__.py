@@ -28,8 +28,7 @@ def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh | None, backend: 
     backend: what computes attention, see `mm_parallel.attention.attention`.
     Raises ValueError where a plan names a seam that the ladder does not have, and for a plan without tokens.
     """
-    if not plan.tokens:
-        raise ValueError("the plan names no tokens, so nothing can be cut over cp: give ParallelPlan(tokens={…: dim})")
+    check_tokens(plan)
     ranks = Context(mesh)
     core = partial(ranks.attention, backend=backend)
     set_seams(model, plan, partial(ranks.split, fields=plan.tokens), core, ranks.gather)
@@ -38,6 +37,12 @@ def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh | None, backend: 
             items = Items(ranks.rank, ranks.groups["cp"], own.merge)
             own.set_seam(ladder, own.share, items.share)
             own.set_seam(ladder, own.collect, items.collect)
+
+
+def check_tokens(plan: ParallelPlan) -> None:
+    """Raise ValueError for a plan by which context parallelism cuts nothing."""
+    if not plan.tokens:
+        raise ValueError("the plan names no tokens, so nothing can be cut over cp: give ParallelPlan(tokens={…: dim})")
 
 
 def set_seams(model: nn.Module, plan: ParallelPlan, split: object, core: object, join: object) -> None:
