@@ -13,6 +13,7 @@ from mm_models.families import family_of
 from mm_parallel.config import ParallelConfig
 from mm_parallel.devices import Device
 from mm_parallel.estimate import RankMemory, Units, estimate_memory
+from mm_parallel.recompute import choose_words
 from mm_train.checks import CHECKS, Asked
 from mm_train.config import Config
 from mm_train.estimate.storage import Disk, Encoders, find_disk, find_encoders
@@ -51,6 +52,10 @@ class Estimate:
     seconds: float | None = None
     """Of a step; None where the device is not known."""
 
+    def fits(self, device: Device) -> bool:
+        """Whether all ranks have the memory for it, and their hosts."""
+        return self.peak <= device.memory and all(rank.host <= device.host_memory for rank in self.memory)
+
     @property
     def fullest(self) -> RankMemory:
         return max(self.memory, key=lambda rank: rank.peak)
@@ -86,7 +91,7 @@ class Subject:
 
         work: of a data rank, where it is known better than by the samples.
         """
-        check_cut(self.model, config, world)
+        self.check(config, world)
         layout = config.parallel.resolve(world)
         data_ranks = layout.dp_replicate * layout.dp_shard
         work = work or self.samples.step(config, data_ranks)
@@ -106,6 +111,36 @@ class Subject:
             self._disk,
             config.steps,
         )
+
+    def check(self, config: Config, world: int) -> None:
+        """Raise ValueError for a layout that does not fit so many ranks, or the model."""
+        check_cut(self.model, config, world)
+
+    def least(self, config: Config, world: int) -> float:
+        """Bytes that a rank takes at least, quickly: parameters and moments as if all were shared evenly, and what its
+        layers save.
+        """
+        layout, held = config.parallel.resolve(world), self._held + (4 * self._sizes[1] if config.optim.ema else 0)
+        ranks = layout.dp_shard * layout.ring * layout.ulysses * layout.tp * layout.pp
+        work = self.samples.step(config, layout.dp_replicate * layout.dp_shard)
+        units = self._traced(work)
+        names = units.layers[""]
+        here = sum(row[0] for row in layout.stages) if layout.pp_layers else len(names)
+        words = choose_words(config.memory, len(names), [0])
+        first = units.trace(layout, {names[0]: words[0]}).units[names[0]]
+        moved = {"inputs": first.inputs, "attention": first.kept, "none": 0}[config.memory.offload]
+        return held / ranks + (first.saved - moved) * here * min(layout.pp, work.micro_batches)
+
+    @cached_property
+    def tokens_of_sample(self) -> float:
+        work = self.samples.step(self.config, 1)
+        return self._count(work)[0] / work.samples
+
+    @cached_property
+    def _held(self) -> int:
+        """Bytes of parameters and moments, of the whole model."""
+        parameters = list(self.model.parameters())
+        return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in parameters)
 
     @cached_property
     def _sizes(self) -> tuple[int, int]:
