@@ -209,7 +209,7 @@ class _Rank:
         if self.splits:  # once for all; the root to begin with and to reduce at the end, too
             is_root = any(not weight.group for weight in group.weights)
             return 3 if is_root and reshard else 1
-        gathers, here = 0, False
+        gathers, here = 0, not reshard and not self.backs  # what no backward drops is there from the first step on
         for kind, virtual, _ in turns(self.layout, self.rank, self.count):
             if kind == "B" and virtual not in self.backs:
                 continue
@@ -255,7 +255,7 @@ class _Rank:
 
     def _pass_on(self) -> None:
         """Without a bubble, and with frozen weights, gradients that nobody needs are sent as well; not seen here."""
-        stream = self.traces.stream
+        stream = self.traces.stream[""]
         for virtual, names in enumerate(self.names):
             if not (self.is_last and virtual == len(self.names) - 1):
                 for size, _ in stream.values():
