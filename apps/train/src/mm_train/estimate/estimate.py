@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -132,9 +132,10 @@ class Subject:
         return held / ranks + (first.saved - moved) * here * min(layout.pp, work.micro_batches)
 
     @cached_property
-    def tokens_of_sample(self) -> float:
-        work = self.samples.step(self.config, 1)
-        return self._count(work)[0] / work.samples
+    def tokens(self) -> float:
+        """Of the smallest forward: a sample, or a pack."""
+        one = replace(self.config, data=replace(self.config.data, micro_batch=1))
+        return self.cost(self.samples.step(one, 1).tensors)[0]
 
     @cached_property
     def _held(self) -> int:

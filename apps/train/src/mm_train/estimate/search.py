@@ -71,8 +71,7 @@ def _find_legal(subject: Subject, config: Config, world: int, device: Device) ->
 
     found, illegal = [], 0
     known: dict[tuple, Config] = {}
-    tokens = subject.tokens_of_sample
-    for one in find_layouts(config, world, len(subject.model.layers), tokens, device.per_host):
+    for one in find_layouts(config, world, len(subject.model.layers), subject.tokens, device.per_host):
         p = one.parallel
         key = p.tp, p.cp, p.pp_layers
         known.setdefault(key, one)
