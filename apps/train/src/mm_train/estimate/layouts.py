@@ -36,7 +36,8 @@ def find_layouts(config: Config, world: int, layers: int, tokens: float, per_hos
     """The run in every layout of `world` ranks that may be the best, once with each micro-batch that fits the step.
 
     layers: of the model; tokens: of the smallest forward; per_host: devices of a host. Left out are
-    - tensor parallelism and Ulysses over hosts, and rings within one: more is sent, over slower links, for nothing
+    - tensor parallelism and Ulysses over hosts, rings within one or beside tensor parallelism: more is sent, over
+      slower links, for nothing
     - context ranks with fewer than `FEW` tokens
     - copies (dp_replicate) that are not whole hosts: FSDP within a host costs less than it saves
     - micro-batches of several samples with more than `ENOUGH` tokens on a rank
@@ -50,7 +51,7 @@ def find_layouts(config: Config, world: int, layers: int, tokens: float, per_hos
                 continue
             for cp in divisors(world // tp // pp):
                 inside = max(1, per_host // tp)
-                if (cp > 1 and tokens / cp < FEW) or (cp > inside and cp % inside):
+                if (cp > 1 and tokens / cp < FEW) or (cp > inside and (tp > 1 or cp % inside)):
                     continue
                 ulysses, rest = min(cp, inside), world // tp // pp // cp
                 for replicate in divisors(rest):

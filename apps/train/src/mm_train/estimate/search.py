@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from heapq import heappop, heappush
+
+from mm_parallel.estimate.roofline import StepTime
 
 from mm_parallel.devices import Device
 from mm_parallel.pipeline.schedule import check_count
@@ -30,36 +33,50 @@ class Search:
     best: list[Option]
     """That fit, the fastest first."""
     faster: list[Option]
-    """That would be faster than the best, and do not fit; the fastest first."""
+    """That would be faster than the best, and do not fit: the nearest to it, the fastest first."""
     looked: int
     """How many layouts there are, with recompute, offload and micro-batches."""
     illegal: int
     """Layouts of ranks that the model does not take."""
     small: int
-    """Of those, how many do not even hold parameters, gradients and moments."""
+    """Of those looked at, how many do not even hold parameters, moments and what layers save."""
 
 
 def search(subject: Subject, config: Config, world: int, device: Device, shown: int = SHOWN) -> Search:
     """The fastest layouts of `world` ranks that fit the device.
 
-    Seconds are estimated for all; memory from the fastest on, until enough fit. Whether a layout can be is asked of
-    those functions that refuse it in training.
+    Best first: an option is timed when no other can be faster, and its memory is estimated when none is. Whether a
+    layout can be is asked of those functions that refuse it in training.
     """
     legal, illegal = _find_legal(subject, config, world, device)
-    options = [with_memory(one, memory) for one in legal for memory in MEMORIES if _goes(one, memory)]
-    held = [one for one in options if subject.least(one, world) <= device.memory]
-    timed = sorted(((subject.seconds(one, world, device), n) for n, one in enumerate(held)))
+    queue: list[tuple[float, int, StepTime | None]] = []
+    options: list[Config] = []
+    small = 0
+    for one in legal:
+        layout = one.parallel.resolve(world)
+        ways = [option for memory in reversed(MEMORIES) if _goes(option := with_memory(one, memory))]
+        for place, option in enumerate(ways):  # each keeps as much as the one before, or more
+            size, seconds = subject.least(option, layout, device)
+            if size > device.memory:
+                small += len(ways) - place
+                break
+            options.append(option)
+            heappush(queue, (seconds, len(options) - 1, None))
     best: list[Option] = []
     faster: list[Option] = []
-    for _, number in timed:
-        if len(best) == shown:
-            break
-        found = Option(held[number], subject.estimate(held[number], world, device))
+    while queue and len(best) < shown:
+        seconds, number, time = heappop(queue)
+        one = options[number]
+        if time is None:
+            time = subject.time(one, one.parallel.resolve(world), device)
+            heappush(queue, (max(seconds, time.total), number, time))
+            continue
+        found = Option(one, subject.estimate(one, world, device))
         if found.estimate.fits(device):
             best.append(found)
-        elif not best and len(faster) < shown:
-            faster.append(found)
-    return Search(best, faster, len(options), illegal, len(options) - len(held))
+        elif not best:
+            faster = [*faster, found][-shown:]
+    return Search(best, faster, len(options) + small, illegal, small)
 
 
 def _find_legal(subject: Subject, config: Config, world: int, device: Device) -> tuple[list[Config], int]:
@@ -92,6 +109,6 @@ def _refuses(check) -> bool:
     return False
 
 
-def _goes(config: Config, memory: dict[str, str]) -> bool:
+def _goes(config: Config) -> bool:
     """zero_bubble cannot recompute."""
-    return config.parallel.schedule == "1f1b" or not config.parallel.pp_layers or memory["recompute"] == "none"
+    return config.parallel.schedule == "1f1b" or not config.parallel.pp_layers or config.memory.recompute == "none"
