@@ -8,13 +8,13 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from mm_parallel.estimate.roofline import Clock, StepTime
 
 from mm_models import plan
 from mm_models.families import family_of
 from mm_parallel.config import ParallelConfig
 from mm_parallel.devices import Device
 from mm_parallel.estimate import RankMemory, Units, estimate_memory
+from mm_parallel.estimate.roofline import Clock, StepTime
 from mm_parallel.recompute import choose_words
 from mm_train.checks import CHECKS, Asked
 from mm_train.config import Config

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 from heapq import heappop, heappush
 
-from mm_parallel.estimate.roofline import StepTime
-
 from mm_parallel.devices import Device
+from mm_parallel.estimate.roofline import StepTime
 from mm_parallel.pipeline.schedule import check_count
 from mm_train.config import Config
 from mm_train.estimate.estimate import Estimate, Subject

@@ -253,7 +253,7 @@ class Clock:
             *compute,
             communication=waited,
             offload=max(0.0, copied - compute.total),
-            bubble=(layout.pp - 1) / max(1, len(layout.stages)) * of_each * (1 / 3 if splits else 1),
+            bubble=(layout.pp - 1) / (len(layout.stages) if layout.pp_layers else 1) * of_each * (1 / 3 if splits else 1),
             optimizer=bytes_of_own / self._optimizer_rate(memory),
             mfu=0.0,
             rank=rank,
