@@ -52,7 +52,12 @@ class Model:
         does not fit, and for a folder without a processor.
         """
         path = must_exist(Path(weights), "weights")
-        checkpoint = open_checkpoint(path)
+        if processor is None and (path / "checkpoints").is_dir():
+            raise ValueError(
+                f"weights {path} is a run: give {path / 'weights'}, which has its tokenizer, too, when it has ended; "
+                "before that, name the folder of the hub as well (processor)"
+            )
+        self.checkpoint = checkpoint = open_checkpoint(path)
         self.family: Family = family_of_weights(checkpoint.family)
         chat = self.family.need_chat(f"give `python -m mm_infer --weights {path} --prompt … --output …`")
         self.config = read_architecture(path, self.family, checkpoint, model)

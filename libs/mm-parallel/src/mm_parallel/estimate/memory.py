@@ -245,10 +245,9 @@ class _Rank:
         """Of one micro-batch of one virtual stage between its forward and its backward: (saved, stream, host)."""
         units = list(self.chunks[virtual])
         saved = stream = 0
-        sent = sum(size for size, _ in self.traces.stream.values())
         if virtual == 0 and self.is_first:
             units += [self.stem, *(unit for own in self.inner.values() for unit in own)]
-            stream += self.traces.constants + self._called_with()
+            stream += self._constants(virtual) + self._called_with()
         elif self.layout.pp > 1:
             # the input of its first layer is the buffer in which it came
             saved -= min(units[0].saved, self._traveling())
@@ -256,12 +255,19 @@ class _Rank:
             units.append(self.head)
         elif self.layout.pp > 1:
             stream += self._traveling()  # until its gradient comes
-        del sent
         return saved + sum(unit.saved for unit in units), stream, sum(unit.host for unit in units)
+
+    def _constants(self, virtual: int) -> int:
+        """Of what the stem makes for all layers, what these refer to until their backward."""
+        names = [unit.name for unit in self.chunks[virtual]]
+        if self.layout.pp > 1:  # they are sent
+            return self._all_constants()
+        total = self.traces.constants("", [*names, "head"])
+        return total + sum(self.traces.constants(p, [unit.name for unit in own]) for p, own in self.inner.items())
 
     def _traveling(self) -> int:
         travels = self.units.travels[""]
-        return sum(size for name, (size, _) in self.traces.stream.items() if name in travels)
+        return sum(size for name, (size, _) in self.traces.stream[""].items() if name in travels)
 
     def _called_with(self) -> int:
         tensors = {id(x): x for x in self.units.example.values() if isinstance(x, Tensor)}
@@ -271,7 +277,7 @@ class _Rank:
         """Buffers of a pipeline, made once for all micro-batches."""
         if self.layout.pp == 1:
             return 0
-        sent = self.traces.stream.values()
+        sent = self.traces.stream[""].values()
         forward, backward = sum(size for size, _ in sent), sum(size for size, trained in sent if trained)
         into = sum(not (virtual == 0 and self.is_first) for virtual in range(len(self.chunks)))
         last = len(self.chunks) - 1
@@ -352,19 +358,17 @@ class _Rank:
             units.append((self.head, 0))
         return units
 
-    def _root(self) -> int:
-        """Gathered from the beginning of the forward to its end."""
-        if not self.weights.sharded:
-            return 0
+    def _root_weights(self) -> list[Weight]:
+        """What FSDP gathers at the beginning of the forward and of the backward, and drops at their end."""
         owners = ["first"] * self.is_first + ["last"] * self.is_last
-        return sum(
-            w.whole(self.weights.ranks) for owner in owners for w in self.weights.of(owner) if w.group is not None
-        )
+        of = [weight for owner in owners for weight in self.weights.of(owner)]
+        return [weight for weight in of if weight.group is not None]
+
+    def _root(self) -> int:
+        return sum(weight.whole(self.weights.ranks) for weight in self._root_weights())
 
     def _reduce_root(self) -> int:
-        owners = ["first"] * self.is_first + ["last"] * self.is_last
-        of = [w for owner in owners for w in self.weights.of(owner) if w.group is not None]
-        return sum(w.to_reduce(self.weights.ranks) for w in of) if self.weights.sharded else 0
+        return sum(weight.to_reduce(self.weights.ranks) for weight in self._root_weights())
 
     def _forward(self, virtual: int) -> Iterator[_Moment]:
         root, alive, kept, before = self._root(), 0, 0, None
@@ -377,9 +381,13 @@ class _Rank:
             gathered = root + kept + unit.gathered + buffer + ahead
             leaving = before.host if before else 0
             yield _Moment(f"forward of {unit.name}", alive + around, gathered, unit.trace.forward + leaving, 0)
-            alive += unit.saved + (self.traces.constants if unit.name == "stem" else 0)
+            alive += unit.saved + (self._all_constants() if unit.name == "stem" else 0)
             kept += 0 if self.memory.reshard else unit.gathered
             before = unit if unit.gathered else before
+
+    def _all_constants(self) -> int:
+        """The forward itself refers to all of them."""
+        return sum(size for size, _ in self.traces.stream[""].values()) - self._traveling()
 
     def _backward(self, virtual: int, first: bool) -> Iterator[_Moment]:
         """first: no gradients are there yet, of any parameter."""
@@ -387,12 +395,12 @@ class _Rank:
         sequence = self._sequence(virtual)
         alive = sum(unit.saved for unit, _ in sequence)
         if virtual == 0 and self.is_first:
-            alive += self.traces.constants + self._called_with()
+            alive += self._constants(virtual) + self._called_with()
         elif self.layout.pp > 1:
             alive -= min(sequence[0][0].saved, self._traveling())
         constant = sum(
             size
-            for name, (size, trained) in self.traces.stream.items()
+            for name, (size, trained) in self.traces.stream[""].items()
             if trained and name not in self.units.travels[""]
         )
         sharded = self.weights.sharded
@@ -409,7 +417,8 @@ class _Rank:
                 ahead = sum(u.gathered for u, _ in sequence[max(0, place - self.memory.prefetch) : place])
             weights = root + (unit.gathered + ahead if self.memory.reshard else still) + last_gathered
             returned = sequence[place - 1][0].host if place else 0
-            grads = 0 if unit.name in ("stem", "head") else constant
+            # the layer that runs first makes them itself
+            grads = 0 if unit.name in ("stem", "head") or unit is self.chunks[virtual][-1] else constant
             new = trace.backward if sharded or first else trace.again
             run = new + returned + grads
             yield _Moment(f"backward of {unit.name}", alive + around, weights + pending + buffer, run, done)

@@ -10,7 +10,8 @@ Values are not known here. So every label counts, and attention is that of `mm_p
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -56,6 +57,8 @@ class UnitTrace:
     """The same where the parameters have gradients already, to which others are added."""
     gradients: int
     """Bytes of gradients of its parameters, in the dtype in which it reads them."""
+    holds: frozenset[str]
+    """The fields of the stream that it changes nothing of, and that live until its backward, for it refers to them."""
     kernels: tuple[Kernel, ...] = field(repr=False)
     """Of one forward."""
     backward_kernels: tuple[Kernel, ...] = field(repr=False)
@@ -67,12 +70,17 @@ class Traces(NamedTuple):
 
     units: dict[str, UnitTrace]
     """By name: "stem" (with what is around the layers of inner ladders), module names of layers, "head"."""
-    constants: int
-    """Bytes that the stem makes for all layers."""
     around: dict[str, int]
     """Bytes that the stem has made when the layers of an inner ladder run, by its prefix."""
-    stream: dict[str, tuple[int, bool]]
-    """Of each tensor of the stream: bytes, and whether it requires a gradient when it leaves the last layer."""
+    stream: dict[str, dict[str, tuple[int, bool]]]
+    """By prefix, of each field of the stream with tensors: bytes, and whether it requires a gradient when it leaves the
+    last layer.
+    """
+
+    def constants(self, prefix: str, names: Iterable[str]) -> int:
+        """Bytes of the fields that some of these units refer to."""
+        held = frozenset[str]().union(*(self.units[name].holds for name in names))
+        return sum(self.stream[prefix][name][0] for name in held)
 
 
 class Way(NamedTuple):
@@ -181,13 +189,14 @@ class Units:
         for prefix, names in self.layers.items():
             units |= {name: self._layer(way, prefix, self.kinds[name], words[name]) for name in names if name in words}
         units["head"] = self._head(way)
-        after = self.trained[""]
-        entry = {
-            name: (x.untyped_storage().nbytes(), name in after)
-            for name, x in stem.stream._asdict().items()
-            if isinstance(x, Tensor)
+        streams = {prefix: self._sizes(prefix, entry) for prefix, entry in stem.entries.items()}
+        return Traces(units, stem.around, streams)
+
+    def _sizes(self, prefix: str, entry: Any) -> dict[str, tuple[int, bool]]:
+        tensors = {
+            name: [x for x in tree_leaves(value) if isinstance(x, Tensor)] for name, value in entry._asdict().items()
         }
-        return Traces(units, stem.constants, stem.around, entry)
+        return {name: (_bytes(own), name in self.trained[prefix]) for name, own in tensors.items() if own}
 
     def twin(self, way: Way, word: str = "none") -> nn.Module:
         """The model with one layer of each kind, cut and wrapped, the others None; on the meta device."""
@@ -246,25 +255,22 @@ class Units:
             with _running(counting, twin):
                 stream = twin.stem(**self.example)
                 forward, kernels = counting.peak, counting.take()
-                travels = self.travels[""]
                 end = _end([x for x in stream if isinstance(x, Tensor)])
-                constants = stream._replace(**dict.fromkeys(travels))
-                output = _bytes([getattr(stream, name) for name in travels])
-                outline = _describe(stream)
+                output = _bytes([getattr(stream, name) for name in self.travels[""]])
+                entries[""] = _describe(stream)
                 stream = None
-                fixed = _bytes([x for x in tree_leaves(tuple(constants)) if isinstance(x, Tensor)])
-                saved = counting.now - fixed
+                saved = counting.now
                 made = counting.back(end)
         finally:
             for _, ladder in ladders:
                 ladder.__dict__.pop("layer", None)
-        trace = UnitTrace(saved, 0, 0, output, forward, *made, kernels, counting.take())
-        return _Stem(trace, fixed, around, _make(outline), {prefix: _make(entry) for prefix, entry in entries.items()})
+        trace = UnitTrace(saved, 0, 0, output, forward, *made, frozenset(), kernels, counting.take())
+        return _Stem(trace, around, {prefix: _make(entry) for prefix, entry in entries.items()})
 
     def _layer(self, way: Way, prefix: str, name: str, word: str) -> UnitTrace:
         if (way, name, word) not in self._traces:
             stem, twin = self._stem(way), self.twin(way, word)
-            entry = stem.entries[prefix] if prefix else stem.stream
+            entry = stem.entries[prefix]
             ladder = twin.get_submodule(prefix.removesuffix(".")) if prefix else twin
             number = self.layers[prefix].index(name)
             self._traces[way, name, word] = self._run_layer(ladder, number, name, prefix, entry, twin, word)
@@ -275,19 +281,19 @@ class Units:
     ) -> UnitTrace:
         travels, trained = self.travels[prefix], self.trained[name]
         counting = _Counting()
-        stream = _enter(entry, set(entry._fields) - travels, trained)
+        stream, held = _enter(entry, set(entry._fields) - travels, trained), _Held()
         with _running(counting, twin):
-            stream = _enter(stream, travels, trained)
+            stream = held.watch(_enter(stream, travels, trained), travels)
             following = ladder.layer(i, stream)
-            stream = stream._replace(**dict.fromkeys(travels))
+            stream = None
             forward, kernels, kept = counting.peak, counting.take(), counting.kept if word == "but_attention" else 0
             made = [getattr(following, field) for field in travels]
             output, end = _bytes(made), _end(made)
             del following, made
-            saved = counting.now
+            saved, holds = counting.now, held.find()
             backward = counting.back(end)
         inputs = saved - kept if word != "none" else 0
-        return UnitTrace(saved, inputs, kept, output, forward, *backward, kernels, counting.take())
+        return UnitTrace(saved, inputs, kept, output, forward, *backward, holds, kernels, counting.take())
 
     def _head(self, way: Way) -> UnitTrace:
         if (way, "head", "none") not in self._traces:
@@ -295,12 +301,12 @@ class Units:
         return self._traces[way, "head", "none"]
 
     def _run_head(self, way: Way) -> UnitTrace:
-        twin, entry = self.twin(way), self._stem(way).stream
+        twin, entry = self.twin(way), self._stem(way).entries[""]
         travels, trained = self.travels[""], self.trained[""]
         counting = _Counting()
-        stream = _enter(entry, set(entry._fields) - travels, trained)
+        stream, held = _enter(entry, set(entry._fields) - travels, trained), _Held()
         with _running(counting, twin):
-            stream = _enter(stream, travels, trained)
+            stream = held.watch(_enter(stream, travels, trained), travels)
             output = twin.head(stream)
             stream = None
             size = _bytes([output])
@@ -309,17 +315,31 @@ class Units:
             end = losses.sum()
             forward, kernels = counting.peak, counting.take()
             del losses
-            saved = counting.now
+            saved, holds = counting.now, held.find()
             backward = counting.back(end)
-        return UnitTrace(saved, 0, 0, size, forward, *backward, kernels, counting.take())
+        return UnitTrace(saved, 0, 0, size, forward, *backward, holds, kernels, counting.take())
 
 
 class _Stem(NamedTuple):
     trace: UnitTrace
-    constants: int
     around: dict[str, int]
-    stream: Any
     entries: dict[str, Any]
+    """By prefix, the stream that enters the first layer."""
+
+
+class _Held:
+    """Which fields of a stream somebody refers to."""
+
+    def watch(self, stream: Any, besides: frozenset[str]) -> Any:
+        self._storages = {
+            name: [weakref.ref(x.untyped_storage()) for x in tree_leaves(value) if isinstance(x, Tensor)]
+            for name, value in stream._asdict().items()
+            if name not in besides
+        }
+        return stream
+
+    def find(self) -> frozenset[str]:
+        return frozenset(name for name, own in self._storages.items() if any(x() is not None for x in own))
 
 
 class _Counting(PeakMemory):
@@ -342,10 +362,8 @@ class _Counting(PeakMemory):
         self.peak = self.peak_besides = self.now
         if end is not None and end.requires_grad:
             # `end.backward()` would step out of the mode that names attention, and recompute would run another
-            engine = torch.autograd.Variable._execution_engine
-            engine.run_backward(
-                (end,), (torch.ones_like(end),), False, False, (), allow_unreachable=True, accumulate_grad=True
-            )
+            run = torch.autograd.Variable._execution_engine.run_backward
+            run((end,), (torch.ones_like(end),), False, False, (), allow_unreachable=True, accumulate_grad=True)
         return self.peak, self.peak_besides, self.settled
 
     def settle(self, parameter: nn.Parameter) -> None:
@@ -426,7 +444,7 @@ class _End(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *tensors: Tensor) -> Tensor:
         ctx.like = [(x.shape, x.dtype) for x in tensors]
-        return torch.empty((), device="meta")
+        return torch.empty(0, device="meta")
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
@@ -460,14 +478,12 @@ class _Through(torch.autograd.Function):
 
 def _enter(stream: Any, names: Any, trained: frozenset[str]) -> Any:
     """The stream with new memory in the fields `names`."""
-    made = {
-        name: _Begin.apply(_leaf(), getattr(stream, name))
-        if name in trained
-        else torch.empty_like(getattr(stream, name))
-        for name in names
-        if isinstance(getattr(stream, name), Tensor)
-    }
-    return stream._replace(**made)
+
+    def renew(name: str) -> Any:
+        value = getattr(stream, name)
+        return _Begin.apply(_leaf(), value) if name in trained else tree_map_only(Tensor, torch.empty_like, value)
+
+    return stream._replace(**{name: renew(name) for name in names})
 
 
 @contextmanager

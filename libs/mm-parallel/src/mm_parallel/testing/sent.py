@@ -8,9 +8,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import get_process_group_ranks
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mm_parallel.attention.ring import _Passing
 from mm_parallel.mesh import AXES, FLAT, submesh
 from mm_parallel.meta import Sent, bytes_sent
 
@@ -26,35 +28,36 @@ _OPS = {
     "all_reduce_": ("all_reduce", 0, 2),
     "all_gather_into_tensor": ("all_gather", 0, 2),
     "reduce_scatter_tensor": ("reduce_scatter", 0, 3),
+    "send": ("send", 0, 1),
 }
-_OTHERS = {"send", "recv_", "wait_tensor", "barrier", "_wrap_tensor_autograd"}
+_OTHERS = {"recv_", "wait_tensor", "barrier", "_wrap_tensor_autograd"}
 
 
 @contextmanager
 def count_sent(mesh: DeviceMesh) -> Iterator[Counter[Sent]]:
     """Counts what this rank sends within to others along an axis of `mesh`: how often each collective was made."""
     sent: Counter[Sent] = Counter()
-    names = {submesh(mesh, axis).get_group().group_name: axis for axis in (*FLAT, *AXES)}
-    real = dist.batch_isend_irecv
+    # by their ranks: torch has several groups of the same ranks
+    names = {tuple(get_process_group_ranks(submesh(mesh, axis).get_group())): axis for axis in (*FLAT, *AXES)}
+    passing = _Passing.__init__
 
     def note(op: str, group: dist.ProcessGroup | str, size: int) -> None:
         group = dist.distributed_c10d._resolve_process_group(group) if isinstance(group, str) else group
         if group.size() > 1:
             size = bytes_sent(op, size, group.size())
-            sent[Sent(op, names[group.group_name], group.size(), size)] += 1
+            sent[Sent(op, names[tuple(get_process_group_ranks(group))], group.size(), size)] += 1
 
-    def passing(ops: list[dist.P2POp]) -> Any:  # an op of our own sends out of sight of torch's modes
-        for each in ops:
-            if each.op is dist.isend:
-                note("send", each.group, _bytes(each.tensor))
-        return real(ops)
+    def begin(self: _Passing, sent_on: Tensor, received: Tensor, ring: Any) -> None:  # out of sight of torch's modes
+        if sent_on.numel():
+            note("send", ring.group, _bytes(sent_on))
+        passing(self, sent_on, received, ring)
 
-    dist.batch_isend_irecv = passing
+    _Passing.__init__ = begin
     try:
         with _Collectives(note):
             yield sent
     finally:
-        dist.batch_isend_irecv = real
+        _Passing.__init__ = passing
 
 
 class _Collectives(TorchDispatchMode):
