@@ -21,6 +21,7 @@ from mm_parallel import (
     make_mesh,
     parallelize,
 )
+from mm_parallel.context import shard
 from mm_parallel.context.items import deal
 from mm_parallel.mesh import data_rank
 from mm_parallel.recompute import Recomputed
@@ -116,8 +117,8 @@ def counted(rank: int, world: int) -> tuple[int, list[int]]:
     mesh = make_mesh(ParallelConfig(ulysses=2), "cpu")
     model, sent = build(), []
     context.cut(model, TwoLadders.plan, mesh)
-    gather, reduce = dist.all_gather_single, dist.all_reduce
-    dist.all_gather_single = lambda to, x, **named: (sent.append(x.numel()), gather(to, x, **named))
+    gather, reduce = shard.gather_rows, dist.all_reduce
+    shard.gather_rows = lambda x, group: (sent.append(x.numel()), gather(x, group))[1]
     dist.all_reduce = lambda x, **named: (sent.append(x.numel()), reduce(x, **named))
     seen = []
     model.tower.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].x.shape[1]))
@@ -125,7 +126,7 @@ def counted(rank: int, world: int) -> tuple[int, list[int]]:
         y = model.tower(torch.randn(8 * 4 + 6, 5, dtype=torch.float64), ((8, 4), (1, 6)))
         y.sum().backward()
     finally:
-        dist.all_gather_single, dist.all_reduce = gather, reduce
+        shard.gather_rows, dist.all_reduce = gather, reduce
     return seen[0], sent
 
 

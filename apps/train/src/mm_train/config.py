@@ -11,6 +11,7 @@ from mm_data.chat_options import ChatOptions
 from mm_models.diffusion.samplers import SamplerName
 from mm_models.family import AskedTiling
 from mm_parallel import MemoryConfig, ParallelConfig
+from mm_parallel.config import AttentionName
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,10 @@ class OptimConfig:
     eps: Annotated[float, "> 0"] = 1e-8
     clip: Annotated[float, ">= 0"] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    kernel: Literal["fused", "foreach"] = "fused"
+    """How AdamW is computed: fused reads and writes every number once; foreach makes lists of tensors for each of its
+    dozen operations. The formula is one, they differ by rounding.
+    """
     ema: Annotated[float, ">= 0", "< 1"] = 0.0
     """Decay of the moving average of the weights; 0 keeps none."""
 
@@ -309,6 +314,11 @@ class Config:
     seed: Annotated[int, ">= 0", "<= 9223372036854775807"] = 42
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the matrix multiplications; master weights, moments, norms and modulation stay float32."""
+    attention: AttentionName = "auto"
+    """The kernel of attention between tokens, where there are several: on CUDA flash, cudnn (H100, B200), flash3 or
+    flash4 (with their packages), efficient. auto takes one by device, dtype and shapes. The first lines of a run
+    name it.
+    """
     compile: bool = False
     """Compile each layer (torch.compile): fewer and larger kernels. The first step, and the first of another shape,
     take much longer.

@@ -1,4 +1,4 @@
-"""The two ends of what tensor-parallel ranks compute apart (see `mm_parallel.tensor`)."""
+"""The two ends of what tensor-parallel ranks compute apart (see `mm_parallel.tensor`), and gathering by rows."""
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,16 @@ def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     x = x.clone(memory_format=torch.contiguous_format)  # others may hold it
     dist.all_reduce(x, group=group)
     return x
+
+
+_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor  # the old name
+
+
+def gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The x of all ranks, each of the same shape and contiguous, one behind the other along dim 0. No autograd."""
+    whole = x.new_empty((group.size() * len(x), *x.shape[1:]))
+    _gather(whole, x, group=group)
+    return whole
 
 
 def local_part(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -13,6 +13,8 @@ Layers = tuple[_Count, ...] | tuple[tuple[_Count, ...], ...]
 """Layers of each pipeline stage: flat, or nested (outer: virtual stages, inner: ranks)."""
 Forgotten = Literal["none", "full", "but_attention"]
 """What a layer forgets in the forward."""
+AttentionName = Literal["auto", "cpu", "flash", "cudnn", "efficient", "npu", "math", "flash3", "flash4"]
+"""The kernel of attention between tokens, see `mm_parallel.attention.backends`."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,10 @@ class MemoryConfig:
     """
     offload_params: bool = False
     """FSDP's shards, their gradients and their optimizer states live on the host."""
+    reduce: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which FSDP sends and sums gradients over ranks. bfloat16 sends half the bytes, and rounds every sum to 8
+    bits. What is kept in fp32 is reduced in fp32 all the same.
+    """
 
 
 def check_in_stem(layers: Sequence[int] | Sequence[Sequence[int]], flag: str) -> None:

@@ -11,6 +11,7 @@ fp32, but one fully_shard group is gathered in one dtype. So these parameters le
 
 import warnings
 from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,42 +32,65 @@ def shard(
     ladder's own.
 
     dtype: what parameters are gathered in, but for those kept in fp32; None gathers them as they are. Gradients are
-    reduced in fp32 (fp64 for fp64 parameters). Parameters end on the mesh's device; a meta model stays meta until
-    `load_parameters`. Raises ValueError when ranks hold different values, and for a prefetch below 0.
+    reduced in fp32 (fp64 for fp64 parameters), or as `memory.reduce` says, but for parameters kept in fp32. Parameters
+    end on the mesh's device; a meta model stays meta until `load_parameters`. Raises ValueError when ranks hold
+    different values, for a prefetch below 0, and for an unknown dtype of reduction.
     """
     # A layer hands on the tensors of the stream that it does not change, and FSDP makes these views: torch warns of
     # every ladder that whoever writes into them in place gets wrong gradients. A stream is never written in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+    if memory.reduce not in ("float32", "bfloat16"):
+        raise ValueError(f"reduce={memory.reduce!r}: there are 'float32' and 'bfloat16'")
     data = parameter_mesh(mesh)
     check_same_values(model, data)
-    ladders = list(plan.ladders(model))
-    in_fp32 = {p for _, ladder, own in ladders for p in own.fp32_parameters(ladder).values()}
-    groups = _fp32_groups("", model, in_fp32)
-    replicated = in_fp32 - {parameter for group in groups.values() for parameter in group.parameters()}
-    for parameter in replicated:
+    groups = group(model, plan)
+    for parameter in groups.replicated:
         if not parameter.is_meta:
             parameter.data = parameter.data.to(_device_of(data))
     widest = torch.float64 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
-    all_in_fp32 = {name for name, module in model.named_modules() if in_fp32.issuperset(module.parameters())}
-    targets = {prefix.removesuffix("."): ladder for prefix, ladder, _ in ladders} | groups
-    for prefix, ladder, own in ladders:
-        targets |= {prefix + name: unit for name, unit in own.units_of(ladder).items()}
+    narrow = torch.bfloat16 if memory.reduce == "bfloat16" else None
     host = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if memory.offload_params else OffloadPolicy()
-    for name in sorted(targets, key=_depth, reverse=True):  # inner groups first: fully_shard takes what is left
-        gathered = None if name in all_in_fp32 else dtype
-        policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=widest, cast_forward_inputs=False)
+    for name, module in groups.modules.items():
+        gathered, reduced = (None, widest) if name in groups.in_fp32 else (dtype, narrow or widest)
+        policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduced, cast_forward_inputs=False)
         # The root's own are dropped after a forward, too (FSDP would keep them): or else the next evaluation would not
         # see what was written to the shards in between, say an EMA's weights.
         fully_shard(
-            targets[name],
+            module,
             mesh=data,
             mp_policy=policy,
             offload_policy=host,
-            ignored_params=replicated,
+            ignored_params=groups.replicated,
             reshard_after_forward=memory.reshard,
         )
-    for _, ladder, own in ladders:
+    for _, ladder, own in plan.ladders(model):
         _prefetch(own.units_of(ladder), list(own.units_in_order(ladder)), memory.prefetch)
+
+
+class Groups(NamedTuple):
+    """What is gathered and reduced together."""
+
+    modules: dict[str, nn.Module]
+    """By name, the inner first: each has the parameters that none before it has. The last is the model ("")."""
+    in_fp32: frozenset[str]
+    """Those of them that hold nothing but what stays in fp32."""
+    replicated: set[nn.Parameter]
+    """In none of them."""
+
+
+def group(model: nn.Module, plan: ParallelPlan) -> Groups:
+    """The groups of a model, or of a pipeline rank's part of it."""
+    ladders = list(plan.ladders(model))
+    in_fp32 = {p for _, ladder, own in ladders for p in own.fp32_parameters(ladder).values()}
+    apart = _fp32_groups("", model, in_fp32)
+    modules = {prefix.removesuffix("."): ladder for prefix, ladder, _ in ladders} | apart
+    for prefix, ladder, own in ladders:
+        modules |= {prefix + name: unit for name, unit in own.units_of(ladder).items()}
+    return Groups(
+        {name: modules[name] for name in sorted(modules, key=_depth, reverse=True)},
+        frozenset(name for name, module in modules.items() if in_fp32.issuperset(module.parameters())),
+        in_fp32 - {parameter for module in apart.values() for parameter in module.parameters()},
+    )
 
 
 def drop_gathered(model: nn.Module) -> None:

@@ -15,8 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from mm_parallel.attention import KEPT, core
+from mm_parallel.attention import KEPT
 from mm_parallel.attention.around import Around
+from mm_parallel.attention.seam import named_core
 from mm_parallel.config import MemoryConfig
 from mm_parallel.offload import Host, Kept, Run
 from mm_parallel.plan import ParallelPlan
@@ -24,7 +25,9 @@ from mm_parallel.plan import ParallelPlan
 WORDS = ("none", "full", "but_attention")
 
 
-def recompute(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, core_is_cut: bool = False) -> None:
+def recompute(
+    model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, core_is_cut: bool = False, backend: str = "auto"
+) -> None:
     """Makes layers and their companions recompute and offload as `memory` says. Gradients stay the same.
 
     A layer keeps its module and thereby its parameter names: only its `forward` is replaced on the instance. Its first
@@ -34,26 +37,33 @@ def recompute(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, core_i
     model: whole, or a pipeline rank's part of it, in which the layers of others are None.
     core_is_cut: whether context parallelism has put its attention into the model's seam. Without, "but_attention" puts
         `mm_parallel.attention.core` there, as only an op that has a name can be kept.
+    backend: what computes it.
 
     Raises ValueError for words and numbers that the model cannot follow, and for an offload of what nobody keeps.
     """
-    host, words_of = Host(), {}
-    for prefix, ladder, own in plan.ladders(model):
-        order, units = own.units_in_order(ladder), list(own.units_of(ladder))
-        here = list(dict.fromkeys(order[name] for name in units))  # numbers of this part's layers
-        by_layer = _inner_words(memory, here) if prefix else _words(memory, len(set(order.values())), here)
-        words_of[prefix] = {name: by_layer[order[name]] for name in units}
-    _check_offload(memory.offload, _all_words(memory))
+    host, words_of = Host(), find_words(model, plan, memory)
     for prefix, ladder, own in plan.ladders(model):
         words, order = words_of[prefix], list(own.units_in_order(ladder))
         if "but_attention" in words.values() and not (core_is_cut and own.tokens):
-            _name_the_core(ladder, own)
+            _name_the_core(ladder, own, backend)
         for position, (name, word) in enumerate(words.items()):
             if word != "none":
                 unit = ladder.get_submodule(name)
                 # the same number for units that follow each other without a gap
                 run = prefix, order.index(name) - position
                 unit.forward = Recomputed(unit.forward, prefix + name, word, own.residual, memory.offload, host, run)
+
+
+def find_words(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig) -> dict[str, dict[str, str]]:
+    """By the prefix of a ladder, the word of each of its units that are here. ValueError as `recompute`."""
+    words_of = {}
+    for prefix, ladder, own in plan.ladders(model):
+        order, units = own.units_in_order(ladder), list(own.units_of(ladder))
+        here = list(dict.fromkeys(order[name] for name in units))  # numbers of this part's layers
+        by_layer = choose_inner_words(memory, here) if prefix else choose_words(memory, len(set(order.values())), here)
+        words_of[prefix] = {name: by_layer[order[name]] for name in units}
+    check_offload(memory.offload, collect_words(memory))
+    return words_of
 
 
 class Recomputed:
@@ -75,7 +85,7 @@ class Recomputed:
         del stream  # nothing here may hold on to x
         kept = self._keep("attention") if self.word == "but_attention" else None
         moves = self.offload == "inputs" and x.numel() > 0  # what is empty lies nowhere
-        with _elsewhere(x.data_ptr(), self._keep("inputs")) if moves else nullcontext():
+        with _elsewhere(self._keep("inputs")) if moves else nullcontext():
             # checkpoint keeps tensors that are arguments of their own as autograd would, all else as it is
             result = checkpoint(
                 self._run,
@@ -140,14 +150,14 @@ class _Answers(Around):
         super().__enter__()
 
 
-def _elsewhere(place: int, kept: Kept) -> saved_tensors_hooks:
-    """Around a checkpoint: its input, which lies at `place`, goes where `kept` says.
+def _elsewhere(kept: Kept) -> saved_tensors_hooks:
+    """Around a checkpoint: its input, which is not empty, goes where `kept` says.
 
     Nothing else is saved but, in some releases of torch, an empty tensor on the CPU.
     """
 
     def pack(x: Tensor) -> Kept | Tensor:
-        if x.data_ptr() != place:
+        if not x.numel():
             return x
         kept.put((x,))
         return kept
@@ -161,7 +171,7 @@ def _elsewhere(place: int, kept: Kept) -> saved_tensors_hooks:
     return saved_tensors_hooks(pack, unpack)
 
 
-def _words(memory: MemoryConfig, total: int, here: list[int]) -> dict[int, str]:
+def choose_words(memory: MemoryConfig, total: int, here: list[int]) -> dict[int, str]:
     """A word for every layer that is here, by its number."""
     asked, more = memory.recompute, memory.but_attention
     if isinstance(asked, str) and asked == "none" and more:
@@ -196,7 +206,7 @@ def _words(memory: MemoryConfig, total: int, here: list[int]) -> dict[int, str]:
     return dict.fromkeys(here, asked)
 
 
-def _inner_words(memory: MemoryConfig, here: list[int]) -> dict[int, str]:
+def choose_inner_words(memory: MemoryConfig, here: list[int]) -> dict[int, str]:
     """A word for every layer of an inner ladder."""
     asked, more = memory.recompute, memory.but_attention
     if isinstance(asked, (list, tuple)):
@@ -207,7 +217,7 @@ def _inner_words(memory: MemoryConfig, here: list[int]) -> dict[int, str]:
     return dict(zip(here, words, strict=False))
 
 
-def _all_words(memory: MemoryConfig) -> set[str]:
+def collect_words(memory: MemoryConfig) -> set[str]:
     """The words that are asked for, be it for layers of other pipeline ranks: all ranks must refuse alike."""
     if isinstance(memory.recompute, str):
         words = {memory.recompute}
@@ -218,7 +228,7 @@ def _all_words(memory: MemoryConfig) -> set[str]:
     return words - {"none"} | ({"but_attention"} if memory.but_attention else set())
 
 
-def _check_offload(offload: str, words: set[str]) -> None:
+def check_offload(offload: str, words: set[str]) -> None:
     if offload not in ("none", "attention", "inputs"):
         raise ValueError(f"offload={offload!r}: there are none, attention and inputs")
     if offload == "attention" and "but_attention" not in words:
@@ -232,7 +242,7 @@ def _check_offload(offload: str, words: set[str]) -> None:
         )
 
 
-def _name_the_core(model: nn.Module, plan: ParallelPlan) -> None:
+def _name_the_core(model: nn.Module, plan: ParallelPlan, backend: str) -> None:
     """Puts our attention into the seam, as one op for every device."""
     if not (plan.tokens or plan.share):
         raise ValueError(
@@ -243,4 +253,4 @@ def _name_the_core(model: nn.Module, plan: ParallelPlan) -> None:
     module = model.get_submodule(owner)
     if not hasattr(module, seam):
         raise ValueError(f'recompute="but_attention": the model has no seam {plan.core!r} to keep attention at')
-    setattr(module, seam, core)
+    setattr(module, seam, named_core(backend))

@@ -26,11 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm_models.layers import Linear, Sequence, core, identity
+from mm_models.layers import Linear, RMSNorm, Sequence, core, identity
 from mm_models.qwen2_5_vl.check import check, check_tokens
 from mm_models.qwen2_5_vl.config import Qwen25VLConfig
 from mm_models.qwen2_5_vl.grids import Grid, read_grids
-from mm_models.qwen2_5_vl.layers import GatedMLP, RMSNorm, rotate
+from mm_models.qwen2_5_vl.layers import GatedMLP, turn
 from mm_models.qwen2_5_vl.vision import VisionTower
 from mm_models.tokens.head import token_losses
 
@@ -57,7 +57,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, core: Callable, sequence: Sequence) -> Tensor:
         linears = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in linears)  # B L H h, B L K h
-        return self.o_proj(core(rotate(q, rope), rotate(k, rope), v, sequence).flatten(2))
+        return self.o_proj(core(turn(q, rope), turn(k, rope), v, sequence).flatten(2))
 
 
 class Block(nn.Module):

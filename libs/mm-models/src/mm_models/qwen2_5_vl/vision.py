@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm_models.layers import Linear, Sequence, core, identity
+from mm_models.layers import Linear, RMSNorm, Sequence, core, identity
 from mm_models.qwen2_5_vl.config import Qwen25VLConfig
 from mm_models.qwen2_5_vl.grids import Grid
-from mm_models.qwen2_5_vl.layers import GatedMLP, RMSNorm, rotate
+from mm_models.qwen2_5_vl.layers import GatedMLP, turn
 from mm_models.qwen2_5_vl.windows import Grouping, lay_out
 
 EPS = 1e-6  # of all norms here, whatever config.json says of the language model's
@@ -89,7 +89,7 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, attend: Callable) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # N H h
         # a copy of v, or what the backward keeps of it would hold q and k before they are turned, too
-        q, k, v = rotate(q, rope), rotate(k, rope), v.contiguous()
+        q, k, v = turn(q, rope), turn(k, rope), v.contiguous()
         return self.proj(attend(q, k, v).flatten(1))
 
 

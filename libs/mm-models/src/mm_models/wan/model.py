@@ -38,6 +38,7 @@ from mm_models.layers import (
     gated,
     identity,
     modulate,
+    rotate,
     sinusoid,
     wide,
 )
@@ -111,11 +112,9 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
     return torch.cat(bands, dim=-1).flatten(1, 3)
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turns channel couples (2k, 2k+1) of x (B L H h) by the angles of `rope` (2 L h/2); in float32, returned as x."""
-    cos, sin = rope.unsqueeze(2)  # L 1 h/2
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+def turn(x: Tensor, rope: Tensor) -> Tensor:
+    """Turns channel couples (2k, 2k+1) of x (B L H h) by the angles of `rope` (2 L h/2)."""
+    return rotate(x, *rope.unsqueeze(2), (-1, 2), -1)  # cos, sin: L 1 h/2
 
 
 class SelfAttention(nn.Module):
@@ -133,8 +132,8 @@ class SelfAttention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim))  # B L D -> B L H h
 
     def forward(self, x: Tensor, rope: Tensor, core: Callable, sequence: Sequence) -> Tensor:
-        q = rotate(self.heads(self.norm_q(self.q(x))), rope)
-        k = rotate(self.heads(self.norm_k(self.k(x))), rope)
+        q = turn(self.heads(self.norm_q(self.q(x))), rope)
+        k = turn(self.heads(self.norm_k(self.k(x))), rope)
         return self.o(core(q, k, self.heads(self.v(x)), sequence).flatten(2))
 
 
@@ -152,8 +151,9 @@ class CrossAttention(SelfAttention):
             self.norm_k_img = RMSNorm(dim, eps)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        rows = self.text_tokens if self.image else context.shape[1]
-        image, text = context[:, :-rows], context[:, -rows:]
+        image, text = None, context
+        if self.image:
+            image, text = context.split((context.shape[1] - self.text_tokens, self.text_tokens), 1)
         q = self.heads(self.norm_q(self.q(x)))
         out = attention(q, self.heads(self.norm_k(self.k(text))), self.heads(self.v(text)))
         if self.image:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mm_parallel.collectives import sum_over
 from mm_parallel.context.shard import join, take
 
 Grids = tuple[tuple[int, ...], ...]
@@ -98,9 +99,8 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        if any(ctx.rows) and not grad.is_meta:
-            grad = grad.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(grad, group=ctx.group)
+        if any(ctx.rows):
+            grad = sum_over(grad, ctx.group)
         return take(grad, 0, ctx.pieces), None, None, None
 
 

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mm_parallel.collectives import gather_rows
+
 
 def even(n: int, parts: int) -> list[int]:
     """Sizes of `parts` parts of n; the first ones are one larger where it does not divide."""
@@ -103,14 +105,12 @@ def join(x: Tensor, dim: int, held: list[list[tuple[int, int]]], group: dist.Pro
     """
     sizes = [sum(stop - start for start, stop in pieces) for pieces in held]
     whole = x.new_empty((*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :]))
-    if x.is_meta or not any(sizes):  # a pipeline asks for shapes, or there is no token anywhere
+    if not any(sizes):  # there is no token anywhere
         return whole
     part, rows = x.movedim(dim, 0), whole.movedim(dim, 0)
     sent = part.new_zeros((max(sizes), *part.shape[1:]))
     sent[: len(part)] = part
-    received = sent.new_empty((len(held) * len(sent), *sent.shape[1:]))
-    dist.all_gather_single(received, sent, group=group)
-    for pieces, part in zip(held, received.split(len(sent)), strict=True):
+    for pieces, part in zip(held, gather_rows(sent, group).split(len(sent)), strict=True):
         offset = 0
         for start, stop in pieces:
             rows[start:stop] = part[offset : offset + stop - start]

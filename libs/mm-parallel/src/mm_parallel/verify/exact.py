@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel.attention import dispatch, op
+from mm_parallel.collectives import gather_rows
 from mm_parallel.config import MemoryConfig, ParallelConfig
 from mm_parallel.context import set_seams, shard
 from mm_parallel.context.shard import even, spans, take
@@ -83,9 +84,10 @@ def _explain(ulysses: int | None, world: int) -> str:
 
 
 def _check_memory(memory: MemoryConfig) -> None:
-    """Raises ValueError for what would run a layer in another way."""
-    asked = {name: getattr(memory, name) for name in ("recompute", "but_attention", "offload", "offload_params")}
-    asked = {name: value for name, value in asked.items() if value not in ("none", 0)}
+    """Raises ValueError for what would run a layer, or sum its gradients, in another way."""
+    names = "recompute", "but_attention", "offload", "offload_params", "reduce"
+    asked = {name: getattr(memory, name) for name in names}
+    asked = {name: value for name, value in asked.items() if value not in ("none", 0, "float32")}
     if asked:
         words = ", ".join(f"{name}={value!r}" for name, value in asked.items())
         raise ValueError(f"exact with {words}: exact mode runs every layer as it is, and shards nothing; leave it out")
@@ -232,11 +234,9 @@ class Exact:
             return [tensors]
         sent = [x.contiguous().view(-1).view(torch.uint8) for x in tensors]
         sizes, flat = [len(x) for x in sent], torch.cat(sent)
-        received = flat.new_empty(self.ranks * len(flat))
-        dist.all_gather_single(received, flat, group=self.group)
         return [
             [piece.clone().view(x.dtype).view(x.shape) for piece, x in zip(part.split(sizes), tensors, strict=True)]
-            for part in received.chunk(self.ranks)
+            for part in gather_rows(flat, self.group).chunk(self.ranks)
         ]
 
 
