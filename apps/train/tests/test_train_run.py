@@ -197,6 +197,21 @@ def test_a_run_goes_on_from_an_adapter(features, tmp_path):
         train(config(features, tmp_path / "fresh", *lora, *still, "--steps", "2"))
 
 
+def test_the_kernel_of_attention_is_named_and_one_that_cannot_run_is_refused(features, tmp_path, capsys):
+    train(config(features, tmp_path / "named", "--attention", "math", "--steps", "1"))
+    assert "attention  math\n" in capsys.readouterr().err
+    train(config(features, tmp_path / "auto", "--steps", "1"))
+    assert "attention  cpu\n" in capsys.readouterr().err
+    named, auto = (rows(tmp_path / run)[0]["loss"] for run in ("named", "auto"))
+    assert named == pytest.approx(auto, rel=1e-5)
+    for name, why in (("flash", "it is for CUDA, not for cpu"), ("flash4", r"cannot be loaded \(pip install --pre")):
+        with pytest.raises(ValueError, match=why):
+            train(config(features, tmp_path / "refused", "--attention", name))
+    with pytest.raises(ValueError, match=r"parallel\.exact has an order of its own"):
+        train(config(features, tmp_path / "exact", "--attention", "math", "--parallel.exact", "true"))
+    assert not (tmp_path / "refused").exists()
+
+
 def test_an_adapter_with_ranks_by_module_is_not_gone_on_from(features, tmp_path):
     train(config(features, tmp_path / "base", "--steps", "1"))
     names = {"blocks.0.self_attn.q": 2, "blocks.0.self_attn.k": 1}

@@ -296,7 +296,8 @@ def _layout(asked: Asked) -> str:
     names = ("pp", "dp_replicate", "dp_shard", "ring", "ulysses", "tp")
     degrees = ", ".join(f"{name} {getattr(layout, name)}" for name in names if getattr(layout, name) > 1)
     ranks = f"{asked.world} rank{'s' * (asked.world > 1)}{f' ({degrees})' if degrees else ''}"
-    return f"{ranks}, {each} micro-batch{'es' * (each > 1)} a step on each of the data"
+    data = asked.config.data
+    return f"{ranks}; of {data.global_batch} samples a step {each * data.micro_batch} on each data rank"
 
 
 def _samples(asked: Asked) -> str:
@@ -375,6 +376,27 @@ def _writable(asked: Asked) -> str:
     return "\n".join([f"the run goes on from {found}", *(f"changed: {change}" for change in changed)])
 
 
+def _compile(asked: Asked) -> None:
+    config = asked.config
+    if config.compile and config.parallel.exact:
+        raise ValueError(
+            "--compile with --parallel.exact: compiled kernels sum in an order of their own: leave one of them out"
+        )
+    if config.compile and config.parallel.schedule == "zero_bubble":
+        raise ValueError(
+            "--compile with --parallel.schedule zero_bubble: it splits a backward in two, and that of compiled code is "
+            "one. Use schedule 1f1b, or leave --compile out"
+        )
+
+
+def _compiler(asked: Asked) -> None:
+    if asked.config.compile:
+        from mm_parallel.compile import check_compiler
+        from mm_parallel.device import device
+
+        check_compiler(device().type)
+
+
 CHECKS: tuple[Check[Asked], ...] = (
     Check("libraries", "at once", lambda asked: check_libraries()),
     Check("configuration", "at once", _limits),
@@ -387,9 +409,11 @@ CHECKS: tuple[Check[Asked], ...] = (
     Check("what is trained", "at once", _trained),
     Check("adapter", "at once", lambda asked: check_adapter(asked.config), after=("what is trained",)),
     Check("layout", "at once", _layout),
+    Check("compile", "at once", _compile),
     Check("samples", "at once", _samples, after=("model", "options")),
     Check("output", "at once", _output, after=("model",)),
     Check("resume", "when asked", _writable, after=("output",)),
+    Check("compiler", "with torch", _compiler, after=("compile",)),
     Check("model in layout", "with torch", _look("check_cut"), after=("model", "what is trained", "layout")),
     Check("tensors", "when asked", _look("check_tensors"), after=("model", "weights", "what is trained", "resume")),
     Check("adapter in model", "when asked", _look("check_adapter"), after=("model", "adapter", "what is trained")),

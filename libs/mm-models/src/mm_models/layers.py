@@ -197,9 +197,11 @@ class _Gated(torch.autograd.Function):
 
 
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Of CUDA, the first that can. torch would put cuDNN before them on an H100 and a B200, where it is wrong in some shapes
-(with a mask, with few heads of keys) and takes a second for each new one. `mm_parallel` puts it into a model's seam where
-it pays: for long sequences without a mask.
+"""Of CUDA, the first that can.
+
+torch would put cuDNN before them on an H100 and a B200. There it is wrong in some shapes (with a mask, with few heads
+of keys), and takes a second for each new one. `mm_parallel` puts it into a model's seam where it pays: for long
+sequences without a mask.
 """
 
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from mm_parallel.attention import KEPT
+from mm_parallel.attention.around import Around
 from mm_parallel.attention.seam import named_core
 from mm_parallel.config import MemoryConfig
 from mm_parallel.offload import Host, Kept, Run
@@ -84,7 +85,7 @@ class Recomputed:
         del stream  # nothing here may hold on to x
         kept = self._keep("attention") if self.word == "but_attention" else None
         moves = self.offload == "inputs" and x.numel() > 0  # what is empty lies nowhere
-        with _elsewhere(x.data_ptr(), self._keep("inputs")) if moves else nullcontext():
+        with _elsewhere(self._keep("inputs")) if moves else nullcontext():
             # checkpoint keeps tensors that are arguments of their own as autograd would, all else as it is
             result = checkpoint(
                 self._run,
@@ -93,7 +94,7 @@ class Recomputed:
                 args,
                 named,
                 use_reentrant=False,
-                context_fn=noop_context_fn if kept is None else lambda: (_Keeping(kept), _Answering(kept)),
+                context_fn=noop_context_fn if kept is None else lambda: (Around(_Keeping(kept)), _Answers(kept)),
             )
         if kept is not None and not kept.count and x.numel():  # without rows there may be nothing to attend to
             raise ValueError(
@@ -129,12 +130,7 @@ class _Answering(TorchDispatchMode):
 
     def __init__(self, kept: Kept) -> None:
         super().__init__()
-        self.kept = kept
-
-    def __enter__(self):
-        self.kept.fetch()
-        self.answers = iter(range(self.kept.count))
-        return super().__enter__()
+        self.kept, self.answers = kept, iter(range(kept.count))
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op in KEPT:
@@ -142,14 +138,26 @@ class _Answering(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def _elsewhere(place: int, kept: Kept) -> saved_tensors_hooks:
-    """Around a checkpoint: its input, which lies at `place`, goes where `kept` says.
+class _Answers(Around):
+    """From the first one on whenever it is entered, as a graph may be walked twice."""
+
+    def __init__(self, kept: Kept) -> None:
+        self.kept = kept
+
+    def __enter__(self) -> None:
+        self.kept.fetch()
+        self.mode = _Answering(self.kept)
+        super().__enter__()
+
+
+def _elsewhere(kept: Kept) -> saved_tensors_hooks:
+    """Around a checkpoint: its input, which is not empty, goes where `kept` says.
 
     Nothing else is saved but, in some releases of torch, an empty tensor on the CPU.
     """
 
     def pack(x: Tensor) -> Kept | Tensor:
-        if x.data_ptr() != place:
+        if not x.numel():
             return x
         kept.put((x,))
         return kept

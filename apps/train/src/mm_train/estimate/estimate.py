@@ -11,13 +11,14 @@ import torch
 from mm_models import plan
 from mm_models.families import family_of
 from mm_parallel.config import ParallelConfig
+from mm_parallel.devices import Device
 from mm_parallel.estimate import RankMemory, Units, estimate_memory
 from mm_train.checks import CHECKS, Asked
 from mm_train.config import Config
 from mm_train.estimate.storage import Disk, Encoders, find_disk, find_encoders
 from mm_train.estimate.workload import Samples, Workload, find_samples
 from mm_train.objective import build_objective
-from mm_train.start import outline
+from mm_train.start import check_cut, outline
 
 RELATIONS = ("configuration", "model", "options", "objective", "learning rate", "what is trained")
 """The checks of a run that look at no path. The layout is looked at in `Subject.estimate`."""
@@ -47,6 +48,8 @@ class Estimate:
     encoders: Encoders | None
     disk: Disk
     steps: int
+    seconds: float | None = None
+    """Of a step; None where the device is not known."""
 
     @property
     def fullest(self) -> RankMemory:
@@ -76,11 +79,17 @@ class Subject:
         self.dtype = getattr(torch, config.dtype)
         self._units: dict[Any, Units] = {}
 
-    def estimate(self, config: Config, world: int) -> Estimate:
-        """Of a run on so many ranks. ValueError for a layout that does not fit them, or the model."""
+    def estimate(
+        self, config: Config, world: int, device: Device | None = None, work: Workload | None = None
+    ) -> Estimate:
+        """Of a run on so many ranks. ValueError for a layout that does not fit them, or the model.
+
+        work: of a data rank, where it is known better than by the samples.
+        """
+        check_cut(self.model, config, world)
         layout = config.parallel.resolve(world)
         data_ranks = layout.dp_replicate * layout.dp_shard
-        work = self.samples.step(config, data_ranks)
+        work = work or self.samples.step(config, data_ranks)
         tokens, flops = self._count(work)
         return Estimate(
             config.model,
@@ -93,8 +102,8 @@ class Subject:
             tokens * work.micro_batches * data_ranks,
             flops * work.micro_batches * data_ranks,
             self._memory(config, layout, work),
-            find_encoders(config),
-            find_disk(config, self.model, self.samples.bytes),
+            self._encoders,
+            self._disk,
             config.steps,
         )
 
@@ -103,25 +112,34 @@ class Subject:
         parameters = list(self.model.parameters())
         return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
+    @cached_property
+    def _encoders(self) -> Encoders | None:
+        return find_encoders(self.config)
+
+    @cached_property
+    def _disk(self) -> Disk:
+        return find_disk(self.config, self.model, self.samples.bytes)
+
     def _memory(self, config: Config, layout: ParallelConfig, work: Workload) -> tuple[RankMemory, ...]:
+        units = self._traced(work)
         return estimate_memory(
             self.model,
             self.plan,
             layout,
             config.memory,
             self.dtype,
-            work.arguments(self.objective),
+            units.example,
             micro_batches=work.micro_batches,
             average=bool(config.optim.ema),
-            losses=partial(work.losses, self.objective),
-            units=self._traced(work),
+            optimizer=config.optim.kernel,
+            units=units,
         )
 
     def _traced(self, work: Workload) -> Units:
         """What has been run of the model on such a micro-batch."""
         if work.shapes not in self._units:
-            losses = partial(work.losses, self.objective)
-            self._units[work.shapes] = Units(self.model, self.plan, self.dtype, work.arguments(self.objective), losses)
+            losses, example = partial(work.losses, self.objective), work.arguments(self.objective)
+            self._units[work.shapes] = Units(self.model, self.plan, self.dtype, example, losses)
         return self._units[work.shapes]
 
     def _count(self, work: Workload) -> tuple[float, float]:
@@ -132,9 +150,9 @@ class Subject:
         return tuple(sum(share * of[i] for share, of in counted) for i in (0, 1))
 
 
-def estimate(config: Config, world: int, device: Any = None) -> Estimate:
+def estimate(config: Config, world: int, device: Device | None = None) -> Estimate:
     """What the run of this configuration takes on so many ranks of a device (None: none is known, so no seconds).
 
     Raises ValueError for what such a run would be refused for, paths aside.
     """
-    return Subject(config).estimate(config, world)
+    return Subject(config).estimate(config, world, device)

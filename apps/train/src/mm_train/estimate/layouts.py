@@ -9,9 +9,11 @@ from contextlib import redirect_stderr
 from dataclasses import fields, replace
 from io import StringIO
 
+from mm_parallel.config import ParallelConfig
 from mm_parallel.pipeline.cut import even
 from mm_train.config import Config, LayoutConfig
 from mm_train.estimate.config import EstimateConfig
+from mm_train.objective import architecture
 from mm_train.recipe import load_config
 
 MEMORIES = (
@@ -24,14 +26,17 @@ MEMORIES = (
 """From the fastest to the smallest."""
 VIRTUAL = (1, 2)
 """Virtual stages on each rank of a pipeline."""
+ENOUGH = 16384
+"""Tokens of a micro-batch on a rank: with more, no kernel gets faster."""
 
 
-def find_layouts(config: Config, world: int, layers: int, per_host: int) -> Iterator[Config]:
+def find_layouts(config: Config, world: int, layers: int, tokens: float, per_host: int) -> Iterator[Config]:
     """The run in every layout of `world` ranks that may be the best, once with each micro-batch that fits the step.
 
-    layers: of the model; per_host: devices of a host. Left out are
+    layers: of the model; tokens: of a sample; per_host: devices of a host. Left out are
     - tensor parallelism over hosts, and rings where Ulysses would do: more is sent, over slower links, for nothing
     - copies (dp_replicate) that are not whole hosts: FSDP within a host costs less than it saves
+    - micro-batches of several samples with more than `ENOUGH` tokens on a rank
     Memory is as in `config`. Whether the model can be cut so is not asked here.
     """
     for tp in divisors(world):
@@ -55,7 +60,8 @@ def find_layouts(config: Config, world: int, layers: int, per_host: int) -> Iter
                             ring=cp // ulysses,
                             tp=tp,
                         )
-                        yield from _stages(config, shape, pp, layers, config.data.global_batch // rest)
+                        micro = micro_batches(config, config.data.global_batch // rest, tokens / cp)
+                        yield from _stages(config, shape, pp, layers, micro)
 
 
 def _ulysses(cp: int, inside: int) -> Iterator[int]:
@@ -67,25 +73,24 @@ def _ulysses(cp: int, inside: int) -> Iterator[int]:
         yield 1
 
 
-def _stages(config: Config, shape: LayoutConfig, pp: int, layers: int, samples: int) -> Iterator[Config]:
-    """The layout with its stages and micro-batches; samples: of one data rank in a step."""
+def _stages(config: Config, shape: LayoutConfig, pp: int, layers: int, micro: Sequence[int]) -> Iterator[Config]:
+    """The layout with its stages and micro-batches."""
     for virtual in VIRTUAL if pp > 1 else (1,):
         if pp * virtual > layers:
             continue
         stages = even(layers, pp, virtual) if pp > 1 else ()
-        parallel = replace(
-            shape, pp_layers=stages[0] if len(stages) == 1 else stages, schedule=config.parallel.schedule
-        )
-        for micro_batch in micro_batches(config, samples):
-            yield replace(config, parallel=parallel, data=replace(config.data, micro_batch=micro_batch))
+        stages = stages[0] if len(stages) == 1 else stages
+        parallel = replace(shape, pp_layers=stages, schedule=config.parallel.schedule)
+        for size in micro:
+            yield replace(config, parallel=parallel, data=replace(config.data, micro_batch=size))
 
 
-def micro_batches(config: Config, samples: int) -> list[int]:
-    """Sizes of a micro-batch that share `samples` evenly: powers of 2, and the one that was asked for."""
-    if config.data.conversations or config.data.micro_batch == 0:
-        return [config.data.micro_batch]
-    sizes = {config.data.micro_batch, *(2**n for n in range(6))}
-    return sorted(size for size in sizes if samples % size == 0)
+def micro_batches(config: Config, samples: int, tokens: float) -> list[int]:
+    """Sizes of a micro-batch that share the `samples` of a data rank, of so many tokens on each rank."""
+    if architecture(config)[0].chat is not None:
+        return [config.data.micro_batch]  # a pack is one
+    sizes = [2**n for n in range(10) if n == 0 or 2**n * tokens <= ENOUGH]
+    return [size for size in sizes if samples % size == 0]
 
 
 def divisors(n: int) -> list[int]:
@@ -142,9 +147,9 @@ def with_memory(config: Config, memory: dict[str, str]) -> Config:
     return replace(config, memory=replace(config.memory, but_attention=0, **memory))
 
 
-def describe(config: Config) -> str:
-    """`dp 8, ulysses 4, tp 2, full recompute, micro-batch 1`: what is not 1, or none."""
-    p, m = config.parallel, config.memory
+def describe(config: Config, layout: ParallelConfig | None = None) -> str:
+    """`dp_shard 8, ulysses 4, tp 2, recompute full`: what is not 1, or none. layout: resolved."""
+    p, m = layout or config.parallel, config.memory
     named = {
         "dp_replicate": p.dp_replicate,
         "dp_shard": p.dp_shard,
@@ -156,7 +161,8 @@ def describe(config: Config) -> str:
     if p.pp_layers:
         virtual = f" x {len(p.stages)} virtual" if len(p.stages) > 1 else ""
         words.append(f"pp {p.pp}{virtual}")
-    words += [f"recompute {m.recompute}"] if m.recompute != "none" else []
+    words += [f"recompute {m.recompute}"] if m.recompute not in ("none", 0) else []
+    words += [f"but_attention {m.but_attention}"] if m.but_attention else []
     words += [f"offload {m.offload}"] if m.offload != "none" else []
     words += [f"micro-batch {config.data.micro_batch}"] if config.data.micro_batch > 1 else []
     return ", ".join(words) or "1 rank"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import socket
 import textwrap
 import warnings
 from collections import Counter
@@ -62,6 +63,7 @@ class Finding(NamedTuple):
 def find(checks: Iterable[Check[T]], subject: T) -> Iterator[Finding]:
     """Run all of them, also behind one that fails. Warnings, and what is said on stderr meanwhile, become notes."""
     failed: set[str] = set()
+    known: set[str] = set()  # notes, of which each is told once
     for check in checks:
         if before := [name for name in check.after if name in failed]:
             failed.add(check.name)
@@ -78,12 +80,70 @@ def find(checks: Iterable[Check[T]], subject: T) -> Iterator[Finding]:
                 failed.add(check.name)
         text, *more = said.split("\n")
         told = [str(one.message) for one in warned if issubclass(one.category, UserWarning)]
-        notes = dict.fromkeys([*more, *told, *heard.getvalue().splitlines()])
+        notes = dict.fromkeys(note for note in [*more, *told, *heard.getvalue().splitlines()] if note not in known)
+        known |= notes.keys()
         state = "not here" if isinstance(said, NotHere) else state
         yield Finding(check.name, state, text, tuple(note for note in notes if note))
 
 
-class Table:
+class Together(NamedTuple):
+    """The ranks of one program, of which each looks at all."""
+
+    rank: int
+    gather: Callable[[Any], Sequence[Any]]
+    """What one of them has -> what all have, in order."""
+    name: Callable[[list[int]], str]
+    """Numbers of ranks -> what they are called."""
+    compare: Callable[[], str]
+    """Raises ValueError where they see other things; called by all."""
+
+
+RANKS = "ranks"
+"""What is found by `Together.compare`."""
+
+
+def report(checks: Sequence[Check[T]], subject: T, stream: TextIO, together: Together | None = None) -> int:
+    """Tell what all of the checks find, and whether all ranks see the same. Returns the exit code: 2 where one fails.
+
+    together: where there are several ranks; then all of them call it, and the first one tells.
+    """
+    table = _Table(stream, [*(check.name for check in checks), RANKS])
+    if together is None:
+        for finding in find(checks, subject):
+            table.add(finding)
+        table.add(Finding(RANKS, "not here", "one process; under torchrun all compare what they see"))
+        return table.end()
+    own = list(find(checks, subject))
+    found = _merge(together.gather((socket.gethostname(), own)), together.name)
+    found += find([Check(RANKS, "when asked", lambda _: together.compare())], subject)
+    if together.rank:
+        return 2 if any(finding.state == "fails" for finding in found) else 0
+    for finding in found:
+        table.add(finding)
+    return table.end()
+
+
+def _merge(everyone: Sequence[tuple[str, Sequence[Finding]]], name: Callable[[list[int]], str]) -> list[Finding]:
+    """What the ranks of one program found, each check once: as the first one says, or those that fail, with their
+    ranks and hosts.
+
+    everyone: by rank, its host and its findings, of the same checks. name: numbers of ranks -> what they are called.
+    """
+    merged = []
+    for first, *others in zip(*(findings for _, findings in everyone), strict=True):
+        failing: dict[str, list[int]] = {}
+        for rank, finding in enumerate((first, *others)):
+            if finding.state == "fails":
+                failing.setdefault(finding.text, []).append(rank)
+        if failing and any((one.state, one.text) != (first.state, first.text) for one in others):
+            hosts = {text: dict.fromkeys(everyone[rank][0] for rank in ranks) for text, ranks in failing.items()}
+            told = [f"on {name(ranks)} ({', '.join(hosts[text])}): {text}" for text, ranks in failing.items()]
+            first = Finding(first.name, "fails", "; ".join(told), first.notes)
+        merged.append(first)
+    return merged
+
+
+class _Table:
     """Writes findings as they come, in columns; in colours on a terminal."""
 
     def __init__(self, stream: TextIO, names: Iterable[str]) -> None:

@@ -188,7 +188,7 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, eps, elementwise_affine=False)
         self.ff = FeedForward(dim, config.ffn_dim)
 
-    def forward(self, stream: Stream, core: Callable) -> Stream:
+    def forward(self, stream: Stream, core: Callable) -> Tensor:
         x, text = stream.x, stream.text
         modulation = wide(self.scale_shift_table) + stream.mod[:, :6]  # B 6 D
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.split(1, dim=1)
@@ -197,7 +197,7 @@ class Block(nn.Module):
         x = gated(x, gate1, self.attn1(y.to(text.dtype), stream.rope, core, stream.sequence, stream.mask))
         x = x + self.attn2(x.to(text.dtype), text, stream.text_mask)  # not normalised, not gated
         y = modulate(self.norm2, x, shift2, scale2)
-        return stream._replace(x=gated(x, gate2, self.ff(y.to(text.dtype))))
+        return gated(x, gate2, self.ff(y.to(text.dtype)))
 
 
 class OpenSoraPlanModel(nn.Module):
@@ -282,7 +282,7 @@ class OpenSoraPlanModel(nn.Module):
         return self.split(Stream(x, rope, mod, context, grid, Sequence(prod(grid)), text_mask, mask))
 
     def layer(self, i: int, stream: Stream) -> Stream:
-        return self.transformer_blocks[i](stream, self.core)
+        return stream._replace(x=self.transformer_blocks[i](stream, self.core))
 
     def head(self, stream: Stream) -> Tensor:
         (f, h, w), (_, q, r) = stream.grid, self.config.patch_size

@@ -70,9 +70,9 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.mlp = GatedMLP(config.dim, config.ffn_dim, bias=False)
 
-    def forward(self, stream: Stream, core: Callable) -> Stream:
+    def forward(self, stream: Stream, core: Callable) -> Tensor:
         x = stream.x + self.self_attn(self.input_layernorm(stream.x), stream.rope, core, stream.sequence)
-        return stream._replace(x=x + self.mlp(self.post_attention_layernorm(x)))
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Qwen25VLModel(nn.Module):
@@ -165,7 +165,7 @@ class Qwen25VLModel(nn.Module):
         return self.split(Stream(x, rope, sequence, labels))
 
     def layer(self, i: int, stream: Stream) -> Stream:
-        return self.layers[i](stream, self.core)
+        return stream._replace(x=self.layers[i](stream, self.core))
 
     def head(self, stream: Stream) -> Tensor:
         """Logits, B L V in the compute dtype; where the stream has labels, losses, B L float32, 0 where there is no

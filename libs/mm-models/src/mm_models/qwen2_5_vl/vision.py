@@ -15,6 +15,7 @@ No frame is ever cut: `share` leaves out whole ones, and `core` is given whole w
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -85,11 +86,11 @@ class VisionAttention(nn.Module):
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, rope: Tensor, calls: Calls, core: Callable) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, attend: Callable) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # N H h
         # a copy of v, or what the backward keeps of it would hold q and k before they are turned, too
         q, k, v = turn(q, rope), turn(k, rope), v.contiguous()
-        return self.proj(attend(q, k, v, calls, core).flatten(1))
+        return self.proj(attend(q, k, v).flatten(1))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, calls: Calls, core: Callable) -> Tensor:
@@ -121,10 +122,9 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(dim, config.vision_heads)
         self.mlp = GatedMLP(dim, config.vision_ffn_dim, bias=True)
 
-    def forward(self, stream: VisionStream, core: Callable) -> VisionStream:
-        calls = stream.frames if self.full_attention else stream.windows
-        x = stream.x + self.attn(self.norm1(stream.x), stream.rope, calls, core)
-        return stream._replace(x=x + self.mlp(self.norm2(x)))
+    def forward(self, stream: VisionStream, attend: Callable) -> Tensor:
+        x = stream.x + self.attn(self.norm1(stream.x), stream.rope, attend)
+        return x + self.mlp(self.norm2(x))
 
 
 class PatchMerger(nn.Module):
@@ -178,7 +178,8 @@ class VisionTower(nn.Module):
         return VisionStream(x, rope, put_calls(layout.windows, device), put_calls(layout.frames, device), back)
 
     def layer(self, i: int, stream: VisionStream) -> VisionStream:
-        return self.blocks[i](stream, self.core)
+        calls = stream.frames if self.blocks[i].full_attention else stream.windows
+        return stream._replace(x=self.blocks[i](stream, partial(attend, calls=calls, core=self.core)))
 
     def head(self, stream: VisionStream) -> Tensor:
         return choose(self.merger(stream.x), stream.back)

@@ -176,8 +176,12 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, eps, elementwise_affine=False)
         self.ffn = nn.Sequential(Linear(dim, config.ffn_dim), nn.GELU("tanh"), Linear(config.ffn_dim, dim))
 
-    def forward(self, stream: Stream, core: Callable) -> Stream:
-        x, text, noisy = stream.x, stream.text, stream.noisy
+    def forward(self, stream: Stream, core: Callable) -> Tensor:
+        return self.run(stream.x, stream, core)
+
+    def run(self, x: Tensor, stream: Stream, core: Callable) -> Tensor:
+        """x: the residual stream of the ladder that this block is in."""
+        text, noisy = stream.text, stream.noisy
         modulation = wide(self.modulation) + stream.mod[:, :, :6]  # B 1|2 6 D
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)
 
@@ -185,8 +189,7 @@ class Block(nn.Module):
         x = gated(x, gate1, self.self_attn(y.to(text.dtype), stream.rope, core, stream.sequence), noisy)
         x = x + self.cross_attn(self.norm3(x).to(text.dtype), text)
         y = modulate(self.norm2, x, shift2, scale2, noisy)
-        x = gated(x, gate2, self.ffn(y.to(text.dtype)), noisy)
-        return stream._replace(x=x)
+        return gated(x, gate2, self.ffn(y.to(text.dtype)), noisy)
 
 
 class ControlBlock(Block):
@@ -206,7 +209,7 @@ class ControlBlock(Block):
         dtype = stream.text.dtype
         if self.first:
             control = x + self.before_proj(control.to(dtype))
-        control = super().forward(stream._replace(x=control), core).x
+        control = self.run(control, stream, core)
         return control, self.after_proj(control.to(dtype))
 
 
@@ -338,8 +341,8 @@ class WanModel(nn.Module):
         # A block that recomputes keeps what it is called with: so it is called with no residual stream but its own.
         x, control, stream = stream.x, stream.control, stream._replace(control=None)
         if i not in self.config.vace_layers:
-            return self.blocks[i](stream, self.core)._replace(control=control)
+            return stream._replace(x=self.blocks[i](stream, self.core), control=control)
         n = self.config.vace_layers.index(i)
         control, hint = self.vace_blocks[n](control, stream._replace(x=None), self.core, x if n == 0 else None)
-        stream = self.blocks[i](stream, self.core)
-        return stream._replace(x=torch.add(stream.x, hint, alpha=stream.control_scale[n]), control=control)
+        x = torch.add(self.blocks[i](stream, self.core), hint, alpha=stream.control_scale[n])
+        return stream._replace(x=x, control=control)

@@ -1,6 +1,7 @@
 """Kernels that a program loads into torch, once: FlashAttention 3 and 4, behind the ops of 2.
 
-torch keeps one of them for the whole process. So this is for programs, before their first step, and no library calls it.
+torch keeps one of them for the whole process.
+So this is for programs, before their first step, and no library calls it.
 """
 
 import torch

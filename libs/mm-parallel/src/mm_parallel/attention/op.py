@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm_parallel.attention.around import call
 from mm_parallel.attention.backends import BACKENDS, pick
 from mm_parallel.attention.dispatch import backward, forward, like
 from mm_parallel.plan import Sequence
@@ -51,7 +52,7 @@ def attention(
             raise ValueError(
                 f"packed samples of {q.shape[1]} queries and {k.shape[1]} keys: each needs as many of both"
             )
-    return _op(q, k, v, *rest, mask, parting(segments))[0]
+    return call(_op, q, k, v, *rest, mask, parting(segments))[0]
 
 
 def core(
@@ -166,9 +167,7 @@ def _op_backward(
     mask: Tensor | None = None,
     segments: abc.Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(
-        dout, q, k, v, out, lse, scale, causal, backend_of(q, k, backend, mask, segments), mask, segments
-    )
+    return backward(dout, q, k, v, out, lse, scale, causal, backend_of(q, k, backend, mask, segments), mask, segments)
 
 
 def complete(op: Any, op_backward: Any) -> None:

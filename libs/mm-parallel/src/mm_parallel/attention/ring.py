@@ -37,6 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from mm_parallel.attention.around import call
 from mm_parallel.attention.dispatch import backward, forward
 from mm_parallel.attention.op import backend_of, check, check_mask, check_segments, complete, named, parting, scale_of
 
@@ -64,8 +65,8 @@ def ring_attention(
     check_mask(mask, q, sum(lengths), causal, segments)
     if segments is not None:
         check_segments(segments, sum(lengths))
-    scale = scale_of(q) if scale is None else scale
-    return _op(q, k, v, scale, causal, named(backend), list(lengths), group.group_name, mask, parting(segments))[0]
+    rest = named(backend), list(lengths), group.group_name, mask, parting(segments)
+    return call(_op, q, k, v, scale_of(q) if scale is None else scale, causal, *rest)[0]
 
 
 class _Passing:

@@ -1,14 +1,16 @@
 """The choice of a kernel put into a model's seams, and told in words."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial, wraps
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel.attention.backends import pick
 from mm_parallel.attention.op import core, named
-from mm_parallel.config import AttentionName, ParallelConfig
+from mm_parallel.config import AttentionName
+from mm_parallel.mesh import size
 from mm_parallel.plan import ParallelPlan, Sequence
 
 
@@ -49,20 +51,18 @@ def describe_choice(
     plan: ParallelPlan,
     device: torch.device,
     dtype: torch.dtype,
-    parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
+    mesh: DeviceMesh | None = None,
 ) -> str:
-    """The kernels of a run in a few words: of long sequences, and of packs and masks where that is another.
+    """The kernel of a run in a few words: of long sequences, and of others where that is another one.
 
-    parallel: resolved. Raises ValueError for a name that cannot run here: see `mm_parallel.attention.choose`.
+    Raises ValueError for a name that cannot run here: see `mm_parallel.attention.choose`.
     """
-    counts = list(plan.heads.values()) if isinstance(plan.heads, dict) else [plan.heads]
-    cut = parallel.tp * (parallel.ulysses or 1)
-    heads, kv_heads = (max(1, count // cut) for count in (max(counts), min(counts)))  # of a rank
+    counts = plan.heads.values() if isinstance(plan.heads, Mapping) else (plan.heads,)
+    ranks = size(mesh, "tp") * size(mesh, "ulysses")
+    heads, kv_heads = (max(1, count // ranks) for count in (max(counts), min(counts)))
     asked = partial(pick, device, dtype, plan.head_dim, heads=heads, kv_heads=kv_heads, name=name)
     long, uneven = asked(), asked(packed=True)
-    where = f" (compute capability {'.'.join(map(str, _capability(device)))})" if device.type == "cuda" else ""
-    return long + where + (f"; of packs, masks and short sequences {uneven}" if uneven != long else "")
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        long += f" (compute capability {major}.{minor})"
+    return long if long.startswith(uneven) else f"{long}, of packs and masks {uneven}"

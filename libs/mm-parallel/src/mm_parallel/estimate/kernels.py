@@ -88,8 +88,8 @@ class KernelCounter(TorchDispatchMode):
         result = op(*args, **kwargs)
         if kernel := describe(op, args, kwargs, result):
             self.kernels.append(kernel)
-        if self.mesh is not None and op in _RING:
-            self.mesh["ring"].get_group().note("send", _ring_sends(_bind(op, args, kwargs), self.mesh.place["ring"]))
+        if self.mesh is not None:
+            note_ring(op, args, kwargs, self.mesh)
         return result
 
 
@@ -183,17 +183,25 @@ def _formula(op: Any) -> Callable | None:
 _RING = (torch.ops.mm_parallel.ring_attention.default, torch.ops.mm_parallel.ring_attention_backward.default)
 
 
-def _ring_sends(given: dict[str, Any], rank: int) -> int:
-    """Bytes that a rank sends in one attention over a ring; see `mm_parallel.attention.ring`."""
+def note_ring(op: Any, args: tuple, kwargs: dict[str, Any], mesh: MetaMesh) -> None:
+    """Notes what attention over a ring sends, if this is one: on the meta device it runs no further than its shapes."""
+    if op in _RING:
+        for size in _ring_sends(_bind(op, args, kwargs), mesh.place["ring"]):
+            mesh.get_group("ring").note("send", size)
+
+
+def _ring_sends(given: dict[str, Any], rank: int) -> Iterator[int]:
+    """Bytes of what a rank sends in one attention over a ring, one by one; see `mm_parallel.attention.ring`."""
     k, lengths = given["k"], given["lengths"]
     ranks = len(lengths) // (1 + given["causal"])
     blocks = [lengths[r] + (lengths[-1 - r] if given["causal"] else 0) for r in range(ranks)]
     row = 2 * k.shape[0] * k.shape[2] * k.shape[3]  # elements of k and v of one token
-    passed = sum(blocks) - blocks[(rank + 1) % ranks]  # all blocks come by, and the next rank's own is never sent
-    sent = passed * row * k.element_size()
-    if "dout" in given:  # gradients travel one hop more
-        sent += sum(blocks) * row * torch.promote_types(k.dtype, torch.float32).itemsize
-    return sent
+    for step in range(ranks):
+        passing = blocks[(rank - step) % ranks] * row
+        if step < ranks - 1:
+            yield passing * k.element_size()
+        if "dout" in given:  # gradients travel one hop more
+            yield passing * torch.promote_types(k.dtype, torch.float32).itemsize
 
 
 # Bytes
