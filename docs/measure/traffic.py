@@ -149,7 +149,9 @@ def opensoraplan(ours: bool, dtype: torch.dtype = BF16) -> Layer:
 
 def qwen(ours: bool, dtype: torch.dtype = BF16) -> Layer:
     tokens = 4096
-    model = released("qwen2.5-vl-3b", dtype, num_layers=1, vision_layers=1, full_attention_layers=(0,), vocab_size=152000)
+    model = released(
+        "qwen2.5-vl-3b", dtype, num_layers=1, vision_layers=1, full_attention_layers=(0,), vocab_size=152000
+    )
     c = model.config
     size = tokens * c.dim
     x, table = torch.empty(1, tokens, c.dim, dtype=BF16, requires_grad=True), torch.empty(1, tokens, c.head_dim)
@@ -163,7 +165,9 @@ def qwen(ours: bool, dtype: torch.dtype = BF16) -> Layer:
 def qwen_tower(ours: bool, dtype: torch.dtype = BF16) -> Layer:
     """A layer that sees whole frames, of one image."""
     rows = 64
-    model = released("qwen2.5-vl-3b", dtype, num_layers=1, vision_layers=1, full_attention_layers=(0,), vocab_size=152000)
+    model = released(
+        "qwen2.5-vl-3b", dtype, num_layers=1, vision_layers=1, full_attention_layers=(0,), vocab_size=152000
+    )
     c = model.config
     size = rows * rows * c.vision_dim
     if ours:

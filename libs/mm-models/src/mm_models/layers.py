@@ -101,8 +101,14 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
     pairs = x.unflatten(-1, shape)
-    cos, sin = torch.stack((cos, cos), dim), torch.stack((-sin, sin), dim)
-    return (pairs * cos).addcmul_(pairs.flip(dim), sin).flatten(-len(shape)).to(x.dtype)
+    turned = pairs * torch.stack((cos, cos), dim)
+    if torch.compiler.is_compiling():  # where a change in place would be written out
+        turned = turned + pairs.flip(dim) * torch.stack((-sin, sin), dim)
+    else:  # where what is flipped would be a copy
+        (a, b), (c, d) = pairs.unbind(dim), turned.unbind(dim)
+        c.addcmul_(b, sin, value=-1)
+        d.addcmul_(a, sin)
+    return turned.flatten(-len(shape)).to(x.dtype)
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
@@ -172,7 +178,22 @@ def gated(x: Tensor, gate: Tensor, y: Tensor, noisy: Tensor | None = None) -> Te
     """x + gate · y; gate and noisy as in `modulate`."""
     if noisy is not None:
         return x + torch.where(noisy > 0, gate[:, 1:] * y, gate[:, :1] * y)
-    return torch.addcmul(x, gate, y)
+    return _Gated.apply(x, gate, y)
+
+
+class _Gated(torch.autograd.Function):
+    """x + gate · y. Its backward makes no tensor of the size of x but the two products."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, y)
+        return torch.addcmul(x, gate, y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gate, y = ctx.saved_tensors
+        return grad, (grad * y).sum_to_size(gate.shape), (grad * gate).to(y.dtype)
 
 
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
