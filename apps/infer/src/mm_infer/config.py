@@ -126,6 +126,8 @@ class Config(Options):
     "rows of text that the model attends to; by default those it was trained with (512, or what the weights say)"
     vae_tiling: AskedTiling = None
     "encode and decode in tiles: less memory, faint seams; true, training: which tiles, where a model has several; default as the makers did, Wan false, Open-Sora-Plan true"  # noqa: E501
+    compile: bool = False
+    "compile each layer of the transformer: the first step takes longer, the others less"
     parallel: Ranks = field(default_factory=Ranks)
     deadline: Annotated[float, ">= 10", "<= 604800"] = 1800
     "on several ranks: seconds that a step of a video may take; then all end and say which rank hangs, and where"

@@ -66,7 +66,8 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
     files = {config.output / f"video_{i}.mp4": requests[i] for i in range(first, len(requests), step)}
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     activate(config.attention, accelerator().type)
-    how = {"vae_tiling": config.vae_tiling, "mesh": share.mesh, "pair": share.pair, "attention": config.attention}
+    how = {"vae_tiling": config.vae_tiling, "attention": config.attention, "compile": config.compile}
+    how |= {"mesh": share.mesh, "pair": share.pair}
     sampler = Sampler(weights, None, dtype, config.offload, **how)
     agree(dump(config), "the configuration")
     contents = identify(config, weights.facts)
@@ -109,6 +110,8 @@ def _video(config: Config, sampler: Sampler, request: Request, contents: Content
         record["lora_alpha"] = config.lora_alpha
     if config.attention != "auto":
         record["attention"] = config.attention
+    if config.compile:
+        record["compile"] = True
     record |= {"vae_tiling": sampler.encoders.tiling, "boundary": sampler.weights.boundary}
     record |= {"dtype": str(sampler.dtype).removeprefix("torch."), "mm_infer": __version__, "torch": torch.__version__}
     return Video(request.prompt, given, options, {k: str(v) if isinstance(v, Path) else v for k, v in record.items()})

@@ -51,6 +51,7 @@ def load(
     vae_tiling: AskedTiling = None,
     text_tokens: int | None = None,
     device: torch.device | str | None = None,
+    compile: bool = False,
     mesh: DeviceMesh | None = None,
     pair: dist.ProcessGroup | None = None,
     attention: AttentionName = "auto",
@@ -65,7 +66,7 @@ def load(
     """
     adapter = {"lora": lora, "lora_alpha": lora_alpha}
     weights = Weights(path, encoders, model=model, text_tokens=text_tokens, boundary=boundary, **adapter)
-    how = {"vae_tiling": vae_tiling, "mesh": mesh, "pair": pair, "attention": attention}
+    how = {"vae_tiling": vae_tiling, "attention": attention, "compile": compile, "mesh": mesh, "pair": pair}
     return Sampler(weights, device, dtype, offload, **how)
 
 
@@ -85,6 +86,7 @@ class Sampler:
         offload: bool | None = None,
         *,
         vae_tiling: AskedTiling = None,
+        compile: bool = False,
         mesh: DeviceMesh | None = None,
         pair: dist.ProcessGroup | None = None,
         attention: AttentionName = "auto",
@@ -100,8 +102,12 @@ class Sampler:
                 f"offload is for two experts, of which one rests, but {weights.path} holds one model: leave it out"
             )
         self.offload = not on_host if offload is None else offload
-        self.mesh, self.pair, self.attention = mesh, pair, attention
+        self.mesh, self.pair, self.attention, self.compile = mesh, pair, attention, compile
         self.kernel = self._describe_attention()
+        if compile:
+            from mm_parallel.compile import check_compiler
+
+            check_compiler(self.device.type)
         self.encoders = Encoders(weights.facts, self.device, self.dtype, vae_tiling)
         self._model: nn.Module | None = None
 
@@ -237,6 +243,10 @@ class Sampler:
         choose_core(model, plan, self.attention)
         if self.mesh is not None:
             context.cut(model, plan, self.mesh, self.attention)
+        if self.compile:
+            from mm_parallel.compile import compile_layers  # with torch's compiler, which takes seconds to import
+
+            compile_layers(model, plan)
 
     @contextmanager
     def _timed(self, seconds: dict[str, float], stage: str) -> Iterator[None]:

@@ -143,7 +143,7 @@ class Run:
         if self.progress.step == config.steps:
             self.metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
         self.validation = Validation(config, self.objective, held_out, self.mesh, self.device)
-        self.speed = Speed(outline(config), self.device, world)  # of all stages
+        self.speed = Speed(outline(config), self.device, world, config.compile)  # of all stages
         self.comparison = Comparison(config, self.objective, self.device, world, leader=rank == 0)
         self.watch = Watch(config.on_nonfinite)
         self.max_norm = config.optim.clip or math.inf
@@ -352,5 +352,6 @@ def summarize(
         f"attention  {attention}",
         f"ranks      {ranks}",
         f"step       {config.data.global_batch} samples = {step}",
+        *(["compile    each layer; steps with a new kind of shape take longer, and say so"] if config.compile else []),
     ]
     return "\n".join(map(one_line, lines))

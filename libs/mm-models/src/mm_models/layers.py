@@ -107,11 +107,8 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
     pairs = x.unflatten(-1, shape)
-    turned = pairs * torch.stack((cos, cos), dim)
-    (a, b), (c, d) = pairs.unbind(dim), turned.unbind(dim)
-    c.addcmul_(b, sin, value=-1)
-    d.addcmul_(a, sin)
-    return turned.flatten(-len(shape)).to(x.dtype)
+    cos, sin = torch.stack((cos, cos), dim), torch.stack((-sin, sin), dim)
+    return (pairs * cos).addcmul_(pairs.flip(dim), sin).flatten(-len(shape)).to(x.dtype)
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from mm_models import plan
 from mm_models.families import family_of
 from mm_parallel.config import ParallelConfig
+from mm_parallel.devices import Device
 from mm_parallel.estimate import RankMemory, Units, estimate_memory
 from mm_train.checks import CHECKS, Asked
 from mm_train.config import Config
@@ -47,6 +48,8 @@ class Estimate:
     encoders: Encoders | None
     disk: Disk
     steps: int
+    seconds: float | None = None
+    """Of a step; None where the device is not known."""
 
     @property
     def fullest(self) -> RankMemory:
@@ -76,7 +79,9 @@ class Subject:
         self.dtype = getattr(torch, config.dtype)
         self._units: dict[Any, Units] = {}
 
-    def estimate(self, config: Config, world: int, work: Workload | None = None) -> Estimate:
+    def estimate(
+        self, config: Config, world: int, device: Device | None = None, work: Workload | None = None
+    ) -> Estimate:
         """Of a run on so many ranks. ValueError for a layout that does not fit them, or the model.
 
         work: of a data rank, where it is known better than by the samples.
@@ -145,9 +150,9 @@ class Subject:
         return tuple(sum(share * of[i] for share, of in counted) for i in (0, 1))
 
 
-def estimate(config: Config, world: int, device: Any = None) -> Estimate:
+def estimate(config: Config, world: int, device: Device | None = None) -> Estimate:
     """What the run of this configuration takes on so many ranks of a device (None: none is known, so no seconds).
 
     Raises ValueError for what such a run would be refused for, paths aside.
     """
-    return Subject(config).estimate(config, world)
+    return Subject(config).estimate(config, world, device)

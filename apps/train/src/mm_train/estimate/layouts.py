@@ -9,6 +9,7 @@ from contextlib import redirect_stderr
 from dataclasses import fields, replace
 from io import StringIO
 
+from mm_parallel.config import ParallelConfig
 from mm_parallel.pipeline.cut import even
 from mm_train.config import Config, LayoutConfig
 from mm_train.estimate.config import EstimateConfig
@@ -146,9 +147,9 @@ def with_memory(config: Config, memory: dict[str, str]) -> Config:
     return replace(config, memory=replace(config.memory, but_attention=0, **memory))
 
 
-def describe(config: Config) -> str:
-    """`dp 8, ulysses 4, tp 2, full recompute, micro-batch 1`: what is not 1, or none."""
-    p, m = config.parallel, config.memory
+def describe(config: Config, layout: ParallelConfig | None = None) -> str:
+    """`dp_shard 8, ulysses 4, tp 2, recompute full`: what is not 1, or none. layout: resolved."""
+    p, m = layout or config.parallel, config.memory
     named = {
         "dp_replicate": p.dp_replicate,
         "dp_shard": p.dp_shard,
@@ -160,7 +161,8 @@ def describe(config: Config) -> str:
     if p.pp_layers:
         virtual = f" x {len(p.stages)} virtual" if len(p.stages) > 1 else ""
         words.append(f"pp {p.pp}{virtual}")
-    words += [f"recompute {m.recompute}"] if m.recompute != "none" else []
+    words += [f"recompute {m.recompute}"] if m.recompute not in ("none", 0) else []
+    words += [f"but_attention {m.but_attention}"] if m.but_attention else []
     words += [f"offload {m.offload}"] if m.offload != "none" else []
     words += [f"micro-batch {config.data.micro_batch}"] if config.data.micro_batch > 1 else []
     return ", ".join(words) or "1 rank"

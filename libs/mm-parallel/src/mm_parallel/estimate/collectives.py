@@ -181,7 +181,11 @@ class _Rank:
             first = backs.index(True) if True in backs else 0
             for place, group in enumerate(groups):
                 # FSDP gathers ahead, and asks not what for; told how far, it goes from layer to layer
-                ahead = group.is_unit and first - place <= self.memory.prefetch if self.memory.prefetch else first - place == 1
+                ahead = (
+                    group.is_unit and first - place <= self.memory.prefetch
+                    if self.memory.prefetch
+                    else first - place == 1
+                )
                 yield group._replace(back=[virtual]) if place < first and ahead else group
 
     def _groups_of(self, virtual: int) -> Iterator[_Group]:

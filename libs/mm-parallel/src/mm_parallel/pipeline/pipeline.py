@@ -99,6 +99,11 @@ class Pipeline:
                 "a Pipeline needs at least two, and the mesh of its own layout (make_mesh)"
             )
         self.zero_bubble = parallel.schedule == "zero_bubble"
+        if self.zero_bubble and compile:
+            raise ValueError(
+                "schedule zero_bubble with compile: it splits a backward in two, and that of compiled code is one. Use "
+                "schedule 1f1b, or leave compile out"
+            )
         parts = check_stages(model, plan, parallel, memory)
         stages = [Stage(i, len(parts), part) for i, part in enumerate(parts)]
         self.stages, self.mine = stages, stages[rank_in(mesh, "pp") :: ranks]
