@@ -57,10 +57,10 @@ def test_a_pack_on_cuda_is_one_call_of_flash(head_dim, shared):
     assert calls.attention == ["torch_attn._varlen_attn.default"]
 
 
-def declared(q, k, v, ends, ends_k, longest, longest_k, *, scale, window_size, enable_gqa):
+def declared(q, k, v, ends, ends_k, longest, longest_k, *, scale, window_size, **shared):
     """As torch describes its kernel: T H h, samples part at `ends`."""
     assert ends is ends_k
-    assert (ends.dtype, longest, longest_k, enable_gqa) == (torch.int32, ends.diff().max(), longest, True)
+    assert (ends.dtype, longest, longest_k, shared) == (torch.int32, ends.diff().max(), longest, layers.SHARED_HEADS)
     assert window_size in ((-1, 0), (-1, -1))
     assert q.shape[-1] % 8 == 0
     outs = []
