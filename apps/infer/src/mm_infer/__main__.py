@@ -6,10 +6,9 @@ from contextlib import ExitStack, contextmanager
 
 from mm_convert.cli.arguments import parse
 from mm_convert.cli.terminal import escaped_output, one_line
+from mm_infer.checks import CHECKS, Asked, read_contents, tell
 from mm_infer.config import Config
-from mm_infer.inputs import Given
-from mm_infer.lists import Request, read_requests
-from mm_infer.settle import check
+from mm_infer.lists import Request
 from mm_infer.weights import Weights
 from mm_parallel.absence import absence_told
 from mm_parallel.launch import read_launch
@@ -22,7 +21,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         with absence_told():  # of several ranks, the others end, too
             config = parse(Config, argv, prog="mm_infer")
             with _exit_code(2, ValueError, OSError):
-                requests, weights = _check(config)
+                read_launch()
+                requests, weights = ([], None) if config.check else _check(config)
+        if config.check:
+            with _exit_code(1, OSError):
+                sys.exit(tell(CHECKS, Asked(config), config, lambda: read_contents(config)))
         _generate(config, requests, weights)
     except KeyboardInterrupt:
         made = "the videos named above are complete, the same command makes the others"
@@ -48,23 +51,11 @@ def _generate(config: Config, requests: list[Request], weights: Weights) -> None
 
 def _check(config: Config) -> tuple[list[Request], Weights]:
     """What is asked for, and the weights, with all that can be known of both without torch, which takes seconds."""
-    read_launch()
-    requests = read_requests(config)
-    blocked = next((path for path in (config.output, *config.output.parents) if path.exists()), config.output)
-    if blocked.exists() and not blocked.is_dir():
-        raise ValueError(f"output {config.output}: {blocked} is a file, not a folder")
-    weights = Weights(
-        config.weights,
-        config.encoders,
-        model=config.model,
-        lora=config.lora,
-        lora_alpha=config.lora_alpha,
-        boundary=config.boundary,
-        text_tokens=config.text_tokens,
-    )
-    for request in requests:
-        check(config.options, Given(**request.given), weights.facts)
-    return requests, weights
+    asked = Asked(config)
+    for one in CHECKS:
+        if one.when == "at once":
+            one.run(asked)
+    return asked.requests, asked.weights
 
 
 @contextmanager

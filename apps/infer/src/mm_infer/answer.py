@@ -23,6 +23,8 @@ from mm_models.processors import is_exact
 if TYPE_CHECKING:
     import torch
 
+    from mm_parallel.config import AttentionName
+
 
 class Answer(NamedTuple):
     text: str
@@ -50,7 +52,12 @@ class Model:
         does not fit, and for a folder without a processor.
         """
         path = must_exist(Path(weights), "weights")
-        checkpoint = open_checkpoint(path)
+        if processor is None and (path / "checkpoints").is_dir():
+            raise ValueError(
+                f"weights {path} is a run: give {path / 'weights'}, which has its tokenizer, too, when it has ended; "
+                "before that, name the folder of the hub as well (processor)"
+            )
+        self.checkpoint = checkpoint = open_checkpoint(path)
         self.family: Family = family_of_weights(checkpoint.family)
         chat = self.family.need_chat(f"give `python -m mm_infer --weights {path} --prompt … --output …`")
         self.config = read_architecture(path, self.family, checkpoint, model)
@@ -77,7 +84,9 @@ class Model:
 class Answerer:
     """`answerer(conversation) -> Answer`.
 
-    device: by default the accelerator of this machine. dtype: by default bfloat16 there, float32 on a CPU.
+    device: by default the accelerator of this machine. dtype: by default bfloat16 there, float32 on a CPU. attention:
+    the kernel that a program has made torch ready for, see `mm_parallel.attention.activate`.
+    Raises ValueError for a kernel that cannot run here.
     """
 
     def __init__(
@@ -86,9 +95,11 @@ class Answerer:
         options: ChatOptions | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        attention: AttentionName = "auto",
     ) -> None:
         import torch
 
+        from mm_parallel.attention import describe_choice
         from mm_parallel.device import bf16_ok
         from mm_parallel.device import device as accelerator
 
@@ -96,6 +107,9 @@ class Answerer:
         if dtype is None:
             fast = self.device.type != "cpu" and bf16_ok(self.device)
             dtype = torch.bfloat16 if fast else torch.float32
+        with torch.device("meta"):
+            plan = model.family.plan(model.family.build(model.config))
+        describe_choice(attention, plan, self.device, dtype)  # or refuses it
         chat = model.family.chat
         self.processing = chat.processing(model.processor, options or ChatOptions(), model.config)
         self.generator = chat.generator(model.config, model.tensors, self.device, dtype)

@@ -6,15 +6,20 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
 from mm_convert.cli.arguments import parse
+from mm_convert.cli.checks import Check, NotHere
 from mm_convert.cli.terminal import escaped_output, one_line
 from mm_data.chat_options import ChatOptions, read_options
-from mm_data.conversations import Conversation, Ledger, Media, Source, Turn, Unusable, read_conversations
+from mm_data.conversations import Conversation, Ledger, Media, Source, Turn, Unusable, find_missing, read_conversations
 from mm_data.files import shorten
 from mm_infer.answer import Answer, Answerer, Model
+from mm_infer.checks import check_output, choose_device, describe_device, describe_file, tell
+from mm_models.libraries import check_libraries
+from mm_parallel.config import AttentionName
 
 HELP = "/image PATH and /video PATH go with the next question; /new begins anew; /quit ends"
 
@@ -61,6 +66,10 @@ class Config:
     "as cpu, cuda:1, npu:0; by default the accelerator"
     dtype: Literal["bfloat16", "float32"] | None = None
     "by default bfloat16 on an accelerator, float32 on a CPU"
+    check: bool = False
+    "look at everything that the command needs, print what is found, and ask nothing; exit code 2 where something is wrong"  # noqa: E501
+    attention: AttentionName = "auto"
+    "kernel of attention: on CUDA flash, flash3 or flash4 (with their packages), cudnn, efficient"
     chat: ChatOptions = field(default_factory=ChatOptions)
 
     def __post_init__(self) -> None:
@@ -84,13 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = parse(Config, argv, prog="mm_infer.chat")
         with _exit_code(2, ValueError, OSError):
             config = _as_trained(config, argv)
-            model = Model(
-                config.weights,
-                config.processor,
-                model=config.model,
-                lora=config.lora,
-                lora_alpha=config.lora_alpha,
-            )
+            if config.check:
+                sys.exit(tell(CHECKS, Asked(config), config, lambda: {}))
+            model = open_model(config)
             asked = None if config.prompt is None else make_question(config)
             questions = None if config.questions is None else _open_questions(config)
         with _exit_code(2, ValueError), _exit_code(1, OSError, MemoryError):
@@ -104,6 +109,67 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("mm_infer.chat: stopped", file=sys.stderr)
         sys.exit(130)
+
+
+class Asked:
+    """What is asked for, and what several checks look at, opened once."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @cached_property
+    def model(self) -> Model:
+        return open_model(self.config)
+
+
+def open_model(config: Config) -> Model:
+    """The model that is asked for. ValueError as `Model`."""
+    more = {"model": config.model, "lora": config.lora, "lora_alpha": config.lora_alpha}
+    return Model(config.weights, config.processor, **more)
+
+
+def _weights(asked: Asked) -> str:
+    file = asked.model.checkpoint
+    return f"{describe_file(file)}{', with an adapter' if asked.config.lora else ''}"
+
+
+def _processor(asked: Asked) -> str:
+    """Tokenizer and image processor open, and are the model's."""
+    model = asked.model
+    model.family.chat.processing(model.processor, asked.config.options, model.config)
+    return f"{model.processor}: tokenizer and image processor open"
+
+
+def _question(asked: Asked) -> str:
+    config = asked.config
+    if config.prompt is not None:
+        media = len(make_question(config).media)
+        return f"--prompt, with {media} of images and videos"
+    if config.questions is None:
+        return NotHere("questions are asked in turn")
+    questions = _open_questions(config)
+    ledger = Ledger()
+    find_missing(questions, ledger)
+    if len(ledger) == len(questions):
+        first = f", e.g. {ledger.entries[0].id}: {ledger.entries[0].text}" if len(ledger) else ""
+        raise ValueError(f"--questions {config.questions}: not one of {len(questions)} can be asked{first}")
+    left = f"\n{len(ledger)} cannot be asked, e.g. {ledger.entries[0].text}" if len(ledger) else ""
+    return f"{len(questions):,} questions{left}"
+
+
+def _output(asked: Asked) -> str:
+    config = asked.config
+    return check_output(config.output.parent) if config.questions is not None else NotHere("no --questions")
+
+
+CHECKS: tuple[Check[Asked], ...] = (
+    Check("libraries", "when asked", lambda asked: check_libraries()),
+    Check("weights", "when asked", _weights),
+    Check("processor", "when asked", _processor, after=("weights",)),
+    Check("question", "when asked", _question),
+    Check("output", "when asked", _output),
+    Check("device", "when asked", lambda asked: describe_device(asked.config.dtype, asked.config.device)),
+)
 
 
 def _as_trained(config: Config, argv: Sequence[str] | None) -> Config:
@@ -156,15 +222,12 @@ def _open_questions(config: Config):
 def _load(config: Config, model: Model) -> Answerer:
     import torch  # only now that the command makes sense
 
-    from mm_parallel.device import device as accelerator
+    from mm_parallel.attention import activate
 
-    usual = accelerator()  # which also makes other makers' devices known to torch
-    try:
-        device = torch.empty(0, device=config.device or usual).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
+    device = choose_device(config.device)
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    return Answerer(model, config.options, device, dtype)
+    activate(config.attention, device.type)  # transformers' class asks torch
+    return Answerer(model, config.options, device, dtype, config.attention)
 
 
 class _Asking:

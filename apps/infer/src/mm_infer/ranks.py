@@ -14,7 +14,6 @@ from mm_infer.config import Ranks
 from mm_parallel import ParallelConfig, make_mesh
 from mm_parallel.device import device, leave
 from mm_parallel.guard import Watchdog, join
-from mm_parallel.mesh import size
 
 T = TypeVar("T")
 
@@ -75,18 +74,29 @@ def distributed(deadline: float) -> Iterator[tuple[int, Watchdog]]:
         leave()
 
 
-def share(ranks: Ranks) -> Share:
-    """This rank's share of the work. ValueError for numbers that do not fit the ranks that were started."""
-    kind = device().type
-    mesh = make_mesh(ParallelConfig(cp=ranks.cp, ulysses=ranks.ulysses, ring=ranks.ring), kind)
-    world = dist.get_world_size() if mesh is not None else 1
-    tokens = size(mesh, "cp")
+def count_ranks(ranks: Ranks, world: int) -> int:
+    """How many of `world` ranks share the tokens of a video. ValueError for numbers that do not fit."""
+    layout = _layout(ranks).resolve(world)
+    tokens = layout.ring * layout.ulysses
     if world % (tokens * ranks.guidance):
         need = tokens * ranks.guidance
         raise ValueError(
             f"parallel.guidance {ranks.guidance} x {tokens} context ranks are {need} ranks per video, and {world} were "
             f"started: start a multiple of {need} (torchrun --nproc_per_node {need})"
         )
+    return tokens
+
+
+def _layout(ranks: Ranks) -> ParallelConfig:
+    return ParallelConfig(cp=ranks.cp, ulysses=ranks.ulysses, ring=ranks.ring)
+
+
+def share(ranks: Ranks) -> Share:
+    """This rank's share of the work. ValueError for numbers that do not fit the ranks that were started."""
+    kind = device().type
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    tokens = count_ranks(ranks, world)
+    mesh = make_mesh(_layout(ranks), kind)
     if mesh is None:
         return Share()
     teams = world // (tokens * ranks.guidance)

@@ -73,7 +73,7 @@ class Weights:
         lora = None if lora is None else must_exist(Path(lora), "lora")
         if lora is None and lora_alpha is not None:
             raise ValueError(f"lora_alpha {lora_alpha} is that of an adapter: name it (lora), or leave it out")
-        self.experts, said = _experts(path, model, lora, lora_alpha, boundary)
+        self.experts, said = open_transformers(path, model, lora, lora_alpha, boundary)
         family, config = self.experts[0].family, self.experts[0].config
         two = len(self.experts) > 1
         like = named if named and (named.boundary is not None) == two else published_like(config, two)
@@ -135,6 +135,22 @@ class Transformer:
         self._adapt(model)
         return model.eval().requires_grad_(False)
 
+    def check_fit(self) -> None:
+        """Raise ValueError unless every tensor of the model is in the files, in its shape, by their headers."""
+        import torch
+
+        from mm_parallel.weights import check_names, check_shape, same_kind
+
+        wanted = self._empty(self.config, torch.float32).state_dict()
+        try:
+            check_names(set(wanted), set(self.checkpoint))
+            for name, target in wanted.items():
+                given = self.checkpoint.meta(name)
+                check_shape(name, given, target)
+                same_kind(name, given, target)
+        except ValueError as error:
+            raise ValueError(f"{self.checkpoint.path}: {error}") from error
+
     def _check_lora(self, path: Path) -> None:
         """ValueError unless the adapter fits, on the meta device: only a comparison."""
         import torch
@@ -161,10 +177,13 @@ class Transformer:
             return cast_weights(self.family.build(config), dtype)
 
 
-def _experts(
+def open_transformers(
     path: Path, model: str | None, lora: Path | None, alpha: float | None, boundary: float | None
 ) -> tuple[tuple[Transformer, ...], float | None]:
-    """The one or two that lie there, and the boundary that is asked for or said in the files."""
+    """The one or two that lie there, and the boundary that is asked for or said in the files. ValueError as `Weights`.
+
+    lora, alpha: an adapter that is put on each of them, and compared with it.
+    """
     pair = open_experts(path)
     loras = None if lora is None else open_experts(lora)
     if pair is None:

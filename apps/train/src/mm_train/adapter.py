@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from mm_convert import Adapter, expert_of, open_experts, open_lora
+from mm_convert.cli.checks import NotHere
 from mm_train.config import Config
 
 
@@ -31,10 +32,12 @@ def open_adapter(config: Config) -> Adapter:
         raise ValueError(f"--lora.weights: {error}{way}") from error
 
 
-def check_adapter(config: Config) -> None:
-    """Raise ValueError unless the adapter to go on from, if there is one, has the one rank and alpha of this run."""
+def check_adapter(config: Config) -> str:
+    """Raise ValueError unless the adapter to go on from, if there is one, has the one rank and alpha of this run.
+    Returns what it is.
+    """
     if config.lora.weights is None:
-        return
+        return NotHere("no --lora.weights: nothing is gone on from")
     path, adapter = config.lora.weights, open_adapter(config)
     if adapter.rank is None or adapter.alpha is None:
         several = "ranks" if adapter.rank is None else "alphas"
@@ -46,6 +49,8 @@ def check_adapter(config: Config) -> None:
     if other := [f"{name} {value:g}" for name, value in wanted.items() if getattr(config.lora, name) != value]:
         flags = " ".join(f"--lora.{name} {value:g}" for name, value in wanted.items())
         raise ValueError(f"--lora.weights {path} was trained with {' and '.join(other)}: give {flags}")
+    notes = "".join(f"\n{note}" for note in adapter.notes)
+    return f"{len(adapter.modules)} linears in the format of {adapter.format}{notes}"
 
 
 def check_targets(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], targets: Collection[str]) -> None:

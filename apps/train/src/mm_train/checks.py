@@ -1,24 +1,28 @@
 """What cannot work, found before anything is loaded: so a mistake costs a second and not a quarter of an hour.
 
-A list of named checks. `train` raises what the first one finds; the list can as well be printed.
+A list of named checks. `train` raises what the first one finds; `python -m mm_train.doctor` runs and tells them all.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from mm_convert import read_json
+from mm_convert.cli.checks import Check, NotHere, When
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
 from mm_data.annotations import ANNOTATION, find_annotations
 from mm_models.families import find
-from mm_models.family import Video
+from mm_models.family import Family, Video, later
 from mm_models.folder import check_parts
+from mm_models.libraries import check_libraries
 from mm_parallel.launch import read_launch
 from mm_train.adapter import check_adapter
 from mm_train.config import (
@@ -32,29 +36,54 @@ from mm_train.config import (
 )
 from mm_train.conversations import find_processor, read_sources
 from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
+from mm_train.resume import find_checkpoint
 from mm_train.settle import settle_samples
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # The options of a run that are for one kind of model alone.
 VIDEOS = {"data": VideoData, "validation": VideoValidation, "sample": VideoSamples}
 CONVERSATIONS = {"data": ConversationData, "validation": ConversationValidation, "sample": AnswerSamples}
 
-When = Literal["at once", "with torch"]
+
+class Asked:
+    """A run that is asked for, and what several checks look at, opened once."""
+
+    def __init__(self, config: Config, world: int | None = None) -> None:
+        """world: ranks; by default those that were started."""
+        self.config = config
+        self.world = read_launch().world if world is None else world
+
+    @property
+    def family(self) -> Family:
+        return architecture(self.config)[0]
+
+    @property
+    def shape(self) -> Any:
+        """The model's configuration."""
+        return architecture(self.config)[1]
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """Whole, on the meta device."""
+        from mm_train.start import outline  # torch, only now
+
+        return outline(self.config)
+
+    @cached_property
+    def continued(self) -> tuple[Path | None, list[str]]:
+        """The checkpoint that the run goes on from, and what was changed since. ValueError for one of another run."""
+        return find_checkpoint(self.config)
 
 
-class Check(NamedTuple):
-    """One thing that must hold. `run(config)` raises ValueError with the numbers, the reason and the way out."""
-
-    name: str
-    when: When
-    """at once: looks at flags, paths and small files. with torch: also opens data; takes seconds."""
-    run: Callable[[Config], None]
-
-
-def check(config: Config, when: When = "at once") -> None:
-    """Raise ValueError for what is impossible, or does not go together."""
-    for one in CHECKS:
-        if one.when == when:
-            one.run(config)
+def check(config: Config, when: When = "at once") -> list[str]:
+    """Raise ValueError for what is impossible, or does not go together. Returns what a person should know of the rest,
+    one line each.
+    """
+    asked = Asked(config)
+    said = [one.run(asked) or "" for one in CHECKS if one.when == when]
+    return [note for text in said for note in text.split("\n")[1:]]
 
 
 def check_encoders(video: Video, path: Path | None, folders: Sequence[str], flag: str) -> None:
@@ -79,12 +108,19 @@ def check_manifest(path: Path) -> None:
         raise ValueError(f"--data.manifest {error}") from error
 
 
-def _limits(config: Config) -> None:
+def _look(name: str) -> Any:
+    """A check that needs torch, which is imported when it runs."""
+    return later("mm_train.looks", name)
+
+
+def _limits(asked: Asked) -> str:
     """Of a configuration that no command line has read."""
-    check_config(config, "--")
+    check_config(asked.config, "--")
+    return f"{asked.config.steps:,} steps, {asked.config.dtype}"
 
 
-def _model(config: Config) -> None:
+def _model(asked: Asked) -> str:
+    config = asked.config
     _, preset = find(config.model)
     family, shape = architecture(config)
     if preset.boundary and not config.expert:
@@ -94,11 +130,13 @@ def _model(config: Config) -> None:
         )
     if config.expert and not preset.boundary:
         raise ValueError(f"--expert {config.expert}: {config.model} is one model, not two experts: leave it out")
-    choose_task(config.model, family, shape, config.objective.task, "--objective.task")
+    task = choose_task(config.model, family, shape, config.objective.task, "--objective.task")
     choose_options(config, family)
+    return f"{config.model}{f', expert {config.expert}' if config.expert else ''}, trained for {task}"
 
 
-def _weights(config: Config) -> None:
+def _weights(asked: Asked) -> str:
+    config = asked.config
     if not config.weights:
         raise ValueError(
             "no starting weights: give --weights with a diffusers directory, the makers' original files or one of our "
@@ -109,6 +147,7 @@ def _weights(config: Config) -> None:
             f"--weights {config.weights} does not exist{_near(Path(config.weights))} (a fresh model has to be asked "
             "for: --weights random)"
         )
+    return "a fresh model" if config.weights == "random" else f"{config.weights} is there"
 
 
 def _near(path: Path) -> str:
@@ -117,9 +156,9 @@ def _near(path: Path) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
-def _kind(config: Config) -> None:
+def _kind(asked: Asked) -> str:
     """Options are for what the model is trained on: videos, or conversations."""
-    chats = architecture(config)[0].chat is not None
+    config, chats = asked.config, asked.family.chat is not None
     others, what = (VIDEOS, "videos") if chats else (CONVERSATIONS, "conversations")
     reads = "reads conversations" if chats else "makes videos"
     for section, of in others.items():
@@ -132,13 +171,14 @@ def _kind(config: Config) -> None:
                 )
     if config.log_tps and not chats:
         raise ValueError(f"--log_tps is for conversations, and {config.model} {reads}: leave it out")
+    return f"all are for a model that {reads}"
 
 
-def _data(config: Config) -> None:
-    _conversations(config) if architecture(config)[0].chat is not None else _videos(config)
+def _data(asked: Asked) -> str:
+    return _conversations(asked.config) if asked.family.chat is not None else _videos(asked.config)
 
 
-def _conversations(config: Config) -> None:
+def _conversations(config: Config) -> str:
     """Files and folders are there. What is in them is looked at later."""
     data = config.data
     if not data.conversations:
@@ -165,9 +205,10 @@ def _conversations(config: Config) -> None:
             f"--validation.answers {config.validation.answers} are of the {config.validation.max_samples} "
             "conversations of --validation.max_samples: raise that, or ask for fewer"
         )
+    return ", ".join(str(source.path) for source in read_sources(data.conversations, "--data.conversations"))
 
 
-def _videos(config: Config) -> None:
+def _videos(config: Config) -> str:
     data = config.data
     if (data.features is None) == (data.manifest is None):
         raise ValueError(
@@ -191,17 +232,22 @@ def _videos(config: Config) -> None:
                 f"--{flag} {path} is not a directory{_near(path)}; `python -m mm_train.extract --output {path} …` "
                 "writes one"
             )
+    return f"features in {data.features}" if data.features else f"clips of {data.manifest}"
 
 
-def _objective(config: Config) -> None:
+def _objective(asked: Asked) -> str:
+    config = asked.config
     low, high = config.objective.range or (0, 1)
     if not low < high:
         raise ValueError(f"--objective.range is [{low}, {high}]; it must satisfy 0 <= low < high <= 1")
     if config.objective.boundary is not None and not config.expert:
         raise ValueError(f"--objective.boundary {config.objective.boundary}: it is for --expert high or low")
+    options = choose_options(config, asked.family)
+    return ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
 
 
-def _rates(config: Config) -> None:
+def _rates(asked: Asked) -> str:
+    config = asked.config
     if config.optim.warmup >= config.steps > 1:
         raise ValueError(f"--optim.warmup {config.optim.warmup} takes the whole run of {config.steps} steps")
     if config.optim.schedule != "constant" and config.optim.min_lr > config.optim.lr:
@@ -214,10 +260,12 @@ def _rates(config: Config) -> None:
             f"--optim.min_lr {config.optim.min_lr} is where a schedule ends, and --optim.schedule is constant: "
             "give cosine or linear, or leave it out"
         )
+    return f"{config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup:,} steps of warmup"
 
 
-def _trained(config: Config) -> None:
+def _trained(asked: Asked) -> str:
     """What is trained: patterns, adapters."""
+    config = asked.config
     if not config.trained:
         raise ValueError("--trained is empty: give patterns of names, as --trained '[\"blocks.*\"]', or leave it out")
     if config.lora.rank and config.trained != ("*",):
@@ -237,25 +285,32 @@ def _trained(config: Config) -> None:
             "--lora.dropout cannot be drawn alike in a pipeline, where micro-batches overlap, nor in exact mode: "
             "use 0, or no --parallel.pp_layers and no --parallel.exact"
         )
+    lora = config.lora
+    return f"adapters of rank {lora.rank}, alpha {lora.alpha:g}" if lora.rank else ", ".join(config.trained)
 
 
-def _layout(config: Config) -> None:
+def _layout(asked: Asked) -> str:
     """The layout fits the ranks that were started, and the batch fits the layout."""
-    layout = config.parallel.resolve(read_launch().world)
-    config.micro_batches(layout.dp_replicate * layout.dp_shard)
+    layout = asked.config.parallel.resolve(asked.world)
+    each = asked.config.micro_batches(layout.dp_replicate * layout.dp_shard)
+    names = ("pp", "dp_replicate", "dp_shard", "ring", "ulysses", "tp")
+    degrees = ", ".join(f"{name} {getattr(layout, name)}" for name in names if getattr(layout, name) > 1)
+    ranks = f"{asked.world} rank{'s' * (asked.world > 1)}{f' ({degrees})' if degrees else ''}"
+    data = asked.config.data
+    return f"{ranks}; of {data.global_batch} samples a step {each * data.micro_batch} on each data rank"
 
 
-def _samples(config: Config) -> None:
-    s = config.sample
+def _samples(asked: Asked) -> str:
+    config, s = asked.config, asked.config.sample
     if not s.prompts and not s.from_validation:
-        return
+        return NotHere("no --sample.prompts and no --sample.from_validation")
     family, shape = architecture(config)
     if family.chat is not None:
         if not config.validation.conversations:
             raise ValueError(
                 f"--sample.from_validation {s.from_validation}: give --validation.conversations, which are asked"
             )
-        return
+        return f"{s.from_validation} answers, every {s.every:,} steps"
     if config.expert:
         raise ValueError(
             f"--sample.* with --expert {config.expert}: a video takes both experts. Generate with mm_infer, from the "
@@ -281,12 +336,14 @@ def _samples(config: Config) -> None:
                 f"--sample.{name} {value} is not a multiple of {multiple} (pixels per latent of this VAE x latents per "
                 f"token); the nearest are {nearest}"
             )
+    return f"{len(s.prompts) + s.from_validation} of {s.frames} frames of {s.height}x{s.width}, every {s.every:,} steps"
 
 
-def _output(config: Config) -> None:
+def _output(asked: Asked) -> str:
     """The output must not hold what this run would overwrite or mix with: one model where there are two experts,
     experts beside one model, or an expert that was trained up to another boundary.
     """
+    config = asked.config
     made = config.artifact
     pair = [p for p in (made / "experts.json", config.output / "high", config.output / "low") if p.exists()]
     one = [
@@ -296,44 +353,97 @@ def _output(config: Config) -> None:
         kinds = ("one model", "an expert of two") if config.expert else ("two experts", "one model")
         raise ValueError(f"{other[0]} belongs to {kinds[0]}, and this run trains {kinds[1]}: choose another --output")
     if not config.expert or not (made / "experts.json").exists():
-        return
+        return str(config.output)
     said, wanted = read_json(made / "experts.json").get("boundary"), expert_boundary(config)
     if said != wanted:
         raise ValueError(
             f"{made} holds experts that part at noise level {said}; this run would part at {wanted}. Give "
             f"--objective.boundary {said}, or another --output"
         )
+    return str(config.output)
 
 
-def _features(config: Config) -> None:
-    from mm_train.data import check_features  # torch, only now
+def _writable(asked: Asked) -> str:
+    """The output can be made and written, as far as that shows without doing it; and which run is in it."""
+    where = nearest(asked.config.run_dir)
+    if not where.is_dir():
+        raise ValueError(f"--output {asked.config.output}: {where} is a file, not a folder: choose another --output")
+    if not os.access(where, os.W_OK | os.X_OK):
+        raise ValueError(f"--output {asked.config.output}: {where} cannot be written by this user: choose another")
+    found, changed = asked.continued
+    if found is None:
+        return "a new run"
+    return "\n".join([f"the run goes on from {found}", *(f"changed: {change}" for change in changed)])
 
-    for path in (config.validation.features, config.data.features):
-        if path is not None:
-            check_features(path, config)
+
+def _compile(asked: Asked) -> str:
+    config = asked.config
+    if not config.compile:
+        return NotHere("no --compile")
+    if config.parallel.exact:
+        raise ValueError(
+            "--compile with --parallel.exact: compiled kernels sum in an order of their own: leave one of them out"
+        )
+    if config.parallel.schedule == "zero_bubble":
+        raise ValueError(
+            "--compile with --parallel.schedule zero_bubble: it splits a backward in two, and that of compiled code is "
+            "one. Use schedule 1f1b, or leave --compile out"
+        )
+    return "each layer"
 
 
-CHECKS = (
-    Check("limits", "at once", _limits),
+def _compiler(asked: Asked) -> str:
+    if not asked.config.compile:
+        return NotHere("no --compile")
+    from mm_parallel.compile import check_compiler
+    from mm_parallel.device import device
+
+    return check_compiler(device().type)
+
+
+CHECKS: tuple[Check[Asked], ...] = (
+    Check("libraries", "at once", lambda asked: check_libraries()),
+    Check("configuration", "at once", _limits),
     Check("model", "at once", _model),
-    Check("weights", "at once", _weights),
-    Check("kind", "at once", _kind),
-    Check("data", "at once", _data),
-    Check("objective", "at once", _objective),
+    Check("weights", "at once", _weights, after=("model",)),
+    Check("options", "at once", _kind, after=("model",)),
+    Check("data", "at once", _data, after=("model", "options")),
+    Check("objective", "at once", _objective, after=("model",)),
     Check("learning rate", "at once", _rates),
     Check("what is trained", "at once", _trained),
-    Check("adapter", "at once", check_adapter),
+    Check("adapter", "at once", lambda asked: check_adapter(asked.config), after=("what is trained",)),
     Check("layout", "at once", _layout),
-    Check("samples", "at once", _samples),
-    Check("output", "at once", _output),
-    Check("features", "with torch", _features),
+    Check("compile", "at once", _compile),
+    Check("samples", "at once", _samples, after=("model", "options")),
+    Check("output", "at once", _output, after=("model",)),
+    Check("resume", "when asked", _writable, after=("output",)),
+    Check("compiler", "with torch", _compiler, after=("compile",)),
+    Check("model in layout", "with torch", _look("check_cut"), after=("model", "what is trained", "layout")),
+    Check("tensors", "when asked", _look("check_tensors"), after=("model", "weights", "what is trained", "resume")),
+    Check("adapter in model", "when asked", _look("check_adapter"), after=("model", "adapter", "what is trained")),
+    Check("encoders", "when asked", _look("check_encoders"), after=("model", "data", "samples")),
+    Check("features", "with torch", _look("check_features"), after=("model", "data", "objective")),
+    Check("validation", "with torch", _look("check_validation"), after=("features",)),
+    Check("sample", "when asked", _look("check_sample"), after=("model", "data", "features", "encoders")),
+    Check("batches", "when asked", _look("check_batches"), after=("sample", "layout")),
+    Check("disk", "when asked", _look("check_disk"), after=("model", "what is trained", "resume")),
+    Check("device", "when asked", _look("check_device")),
 )
+
+
+def nearest(path: Path) -> Path:
+    """The path, or the first above it that is there."""
+    return next(one for one in (path, *path.absolute().parents) if one.exists())
+
+
+def checkpoint_bytes(trained: int, config: Config) -> int:
+    """What a checkpoint of so many trained parameters takes: float32 weights, two moments, and the average."""
+    return trained * (16 if config.optim.ema else 12)
 
 
 def check_space(trained: int, config: Config) -> None:
     """Raise ValueError if not even one checkpoint of so many trained parameters fits on the disk of the output."""
-    needed = trained * (16 if config.optim.ema else 12)  # float32: weights, two moments, and the average
-    free = shutil.disk_usage(config.run_dir).free
+    needed, free = checkpoint_bytes(trained, config), shutil.disk_usage(nearest(config.run_dir)).free
     if needed > free:
         raise ValueError(
             f"a checkpoint needs {needed / 2**20:,.0f} MiB and {config.output} has {free / 2**20:,.0f} MiB free: "

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from mm_convert import open_experts, read_toml, weight_files
 from mm_convert.cli.arguments import dump
-from mm_data import FeatureDataset, files_below, identify_files
+from mm_data import FeatureDataset, files_below, identify_files, read_manifest
+from mm_data.annotations import find_annotations
 from mm_parallel.guard import agree
 from mm_parallel.guard.agree import COPY
 from mm_train.config import Config
-from mm_train.conversations import find_files, read_sources
+from mm_train.conversations import find_files, find_processor_files, read_sources
 from mm_train.objective import architecture
+from mm_train.resume import find_checkpoint
 
 if TYPE_CHECKING:
     from mm_train.data import TrainingData
@@ -35,12 +37,43 @@ AGAIN = (
 
 def identify(config: Config, data: TrainingData, continuing: bool) -> Contents:
     """What lies at the paths of a run now; of a continued one without the weights that it does not read again."""
+    found = find_all(config, data.files, continuing)
+    return {flag: identify_files(those) | data.contents.get(flag, {}) for flag, those in found.items()}
+
+
+def read_contents(config: Config) -> Contents:
+    """The same before there is any data: of a list of videos all that it names, whether it can be used or not."""
+    continuing = find_checkpoint(config)[0] is not None
+    return {flag: identify_files(those) for flag, those in find_all(config, _find_data(config), continuing).items()}
+
+
+def _find_data(config: Config) -> dict[str, Mapping[str, Path]]:
+    """By flag, what samples are read from."""
+    data, (family, shape) = config.data, architecture(config)
+    if family.chat is not None:
+        return find_conversations(config)
+    if data.features is not None:
+        return {"data.features": FeatureDataset(data.features, None).files}
+    lists = [one.file for one in find_annotations(data.manifest)] if data.manifest.is_dir() else [data.manifest]
+    samples = read_manifest(data.manifest, lambda said: None)
+    files = {str(file): file for file in (*lists, *(file for sample in samples for file in sample.files))}
+    return {"data.manifest": files, "data.encoders": encoder_files(data.encoders, family.video.encoders(shape))}
+
+
+def find_conversations(config: Config) -> dict[str, Mapping[str, Path]]:
+    """By flag, the files of conversations and of their processor."""
+    sources = read_sources(config.data.conversations, "--data.conversations")
+    return {"data.conversations": find_files(sources), "data.processor": find_processor_files(config)}
+
+
+def find_all(config: Config, data: Mapping[str, Mapping[str, Path]], continuing: bool) -> dict[str, Mapping[str, Path]]:
+    """By flag, all files that a run reads. data: those of its samples."""
     files: dict[str, Mapping[str, Path]] = {}
     if config.weights != "random" and (config.has_frozen or not continuing):
         files["weights"] = weight_files(_of_expert(Path(config.weights), config.expert))
     if config.lora.weights is not None and not continuing:
         files["lora.weights"] = weight_files(_of_expert(config.lora.weights, config.expert))
-    files |= data.files
+    files |= data
     if config.validation.features is not None:
         files["validation.features"] = FeatureDataset(config.validation.features, None).files
     if config.validation.conversations:
@@ -50,7 +83,7 @@ def identify(config: Config, data: TrainingData, continuing: bool) -> Contents:
     family, shape = architecture(config)
     if config.sample.encoders and (config.sample.prompts or config.sample.from_validation):
         files["sample.encoders"] = encoder_files(config.sample.encoders, family.video.encoders(shape))
-    return {flag: identify_files(those) | data.contents.get(flag, {}) for flag, those in files.items()}
+    return files
 
 
 def check_ranks(contents: Contents) -> None:

@@ -17,13 +17,11 @@ from mm_models.objective import Objective
 from mm_parallel.encoders import ranks_of_sample
 from mm_parallel.mesh import data_rank, size
 from mm_train.config import Config
-from mm_train.contents import encoder_files
+from mm_train.contents import encoder_files, find_conversations
 from mm_train.conversations import (
     Refusals,
     describe_refused,
     describe_sources,
-    find_files,
-    find_processor_files,
     open_conversations,
     open_processing,
     read_sources,
@@ -137,7 +135,7 @@ def _conversations(config: Config, mesh: DeviceMesh | None) -> TrainingData:
         f"{flag} {describe_sources(sources)}",
         conversations.identity,
         f"{len(conversations.ids):,} conversations",
-        {"data.conversations": find_files(sources), "data.processor": find_processor_files(config)},
+        find_conversations(config),
         {"data.processor": {"what is made of a conversation": processing.identity}},
         lambda cursor: _steps(conversations, config, mesh, cursor),
         notes=[*left_out, *twice, *conversations.notes, *_small(conversations, config)],

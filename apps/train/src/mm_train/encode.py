@@ -66,16 +66,8 @@ class Encoders:
             part.to(device)
 
     def fit_geometry(self, geometry: Geometry) -> Geometry:
-        """The geometry with strides that leave whole tokens. Raises ValueError where its size or length does not."""
-        frames, *sides = self.multiples
-        packed, side = "x".join(map(str, self.codec.stride[1:])), lcm(*sides)
-        try:
-            return replace(geometry, stride=lcm(geometry.stride, side), time_stride=lcm(geometry.time_stride, frames))
-        except ValueError as error:
-            raise ValueError(
-                f"{error} (the VAE packs {frames} frames after the first, and {packed} pixels, of which a token takes "
-                f"several: sizes are multiples of {side})"
-            ) from None
+        """See `fit_geometry`."""
+        return fit_geometry(geometry, self.multiples)
 
     @torch.no_grad()
     def encode(self, clips: Sequence[Clip]) -> list[dict[str, Tensor]]:
@@ -117,3 +109,18 @@ class Encoders:
 
     def _stack(self, tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(tensors)).to(self.codec.device)
+
+
+def fit_geometry(geometry: Geometry, multiples: tuple[int, int, int]) -> Geometry:
+    """The geometry with strides that leave whole tokens. Raises ValueError where its size or length does not.
+
+    multiples: frames per latent frame, rows and columns of pixels per token.
+    """
+    frames, *sides = multiples
+    try:
+        return replace(geometry, stride=lcm(geometry.stride, *sides), time_stride=lcm(geometry.time_stride, frames))
+    except ValueError as error:
+        raise ValueError(
+            f"{error} (the VAE packs {frames} frames after the first; a token takes {'x'.join(map(str, sides))} "
+            f"pixels, so sizes are multiples of {lcm(*sides)})"
+        ) from None

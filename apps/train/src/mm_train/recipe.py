@@ -14,7 +14,7 @@ import sys
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mm_convert.cli.arguments import parse
 from mm_convert.cli.terminal import one_line
@@ -28,9 +28,16 @@ from mm_train.conversations import split
 
 RECIPES = Path(str(resources.files("mm_train") / "recipes"))
 
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
-def load_config(argv: list[str] | None = None) -> Config:
-    """Config from the command line, its TOML file, and the recipe that either of them selects."""
+
+def load_config(
+    argv: list[str] | None = None, config_class: type[AnyConfig] = Config, prog: str = "python -m mm_train"
+) -> AnyConfig:
+    """Config from the command line, its TOML file, and the recipe that either of them selects.
+
+    config_class: Config, or what a program has that takes more flags than these; prog: its name.
+    """
     notes: list[str] = []
     try:
         argv, said = guides.arguments(sys.argv[1:] if argv is None else argv)
@@ -53,9 +60,7 @@ def load_config(argv: list[str] | None = None) -> Config:
         sys.exit(2)
     notes += more
     defaults = [_recipe(argv), of_data]
-    config = parse(
-        Config, argv, prog="python -m mm_train", description=Config.__doc__, defaults=defaults, reword=reword
-    )
+    config = parse(config_class, argv, prog=prog, description=config_class.__doc__, defaults=defaults, reword=reword)
     for note in dict.fromkeys(said + notes):
         print(f"note: {one_line(note)}", file=sys.stderr)
     return config

@@ -22,13 +22,14 @@ from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora
 from mm_models.parts import find_parameters
 from mm_parallel import Pipeline, load_parameters, parallelize, verify
-from mm_parallel.mesh import rank_in, size
-from mm_parallel.weights import allocate
+from mm_parallel.attention import activate, describe_choice
+from mm_parallel.fits import check_fits, find_idle
+from mm_parallel.mesh import size
+from mm_parallel.weights import allocate, check_names, check_shape, same_kind
 from mm_train.adapter import check_targets, open_adapter
 from mm_train.checks import check_space
 from mm_train.config import Config
 from mm_train.parts import find_rates, tabulate
-from mm_train.ranks import all_gather
 
 
 def freeze(model: nn.Module, trained: Sequence[str], dtype: torch.dtype) -> None:
@@ -54,7 +55,7 @@ class Start(Mapping[str, Tensor]):
 
     def __init__(self, model: nn.Module, config: Config, adapter: Adapter | None = None):
         path, seed = config.weights, config.seed
-        self.seed, self.config = seed, model.config
+        self.path, self.seed, self.config = path, seed, model.config
         self.family = family_of(model.config).start()
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         self.file = None if path == "random" else _open(Path(path), config, model.config)
@@ -62,11 +63,26 @@ class Start(Mapping[str, Tensor]):
         self.adapter = adapter
         self.published = {name.replace(".base_layer.", "."): name for name in self.shapes if name not in self.adapters}
         if adapter is not None:
-            weights = {n.removesuffix(".weight"): tuple(self.shapes[p]) for n, p in self.published.items()}
-            check_targets(adapter, weights, {name.partition(".lora_")[0] for name in self.adapters})
+            fit_adapter(adapter, model)
         there = list(self.file or self.published)
         self.grown = self.family.missing(self.published, there)
         self.names = [*self.adapters, *(self.published.get(n, n) for n in (*there, *self.grown))]
+
+    def check_fit(self, model: nn.Module) -> None:
+        """Raise ValueError unless the files hold what the model needs: every name and shape, and numbers of its kind.
+        Of files, only the headers are read.
+        """
+        try:
+            wanted = model.state_dict()
+            check_names(set(wanted), set(self))
+            for name, target in wanted.items():
+                published = name.replace(".base_layer.", ".")
+                if self.file is not None and published in self.file:
+                    given = self.file.meta(published)
+                    check_shape(published, given, target)
+                    same_kind(published, given, target)
+        except ValueError as error:
+            raise ValueError(f"--weights {self.path}: {error}") from error
 
     def check_open(self, model: nn.Module) -> None:
         """Raise ValueError if a projection that begins at zero stays frozen: nothing could learn through it."""
@@ -112,6 +128,13 @@ class Start(Mapping[str, Tensor]):
         return len(self.names)
 
 
+def fit_adapter(adapter: Adapter, model: nn.Module) -> None:
+    """Raise ValueError unless an adapter to go on from stands beside exactly the linears that are trained."""
+    shapes = {name.replace(".base_layer.", "."): tuple(p.shape) for name, p in model.named_parameters()}
+    weights = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if ".lora_" not in name}
+    check_targets(adapter, weights, {name.partition(".lora_")[0] for name in shapes if ".lora_" in name})
+
+
 class Built(NamedTuple):
     """A model that is cut over the ranks."""
 
@@ -143,6 +166,20 @@ def outline(config: Config) -> nn.Module:
     return model
 
 
+def choose_attention(config: Config, mesh: DeviceMesh | None, device: torch.device) -> str:
+    """Makes torch ready for the kernel of attention, and says in a few words which it is.
+
+    ValueError for one that cannot run here.
+    """
+    if config.parallel.exact:
+        if config.attention != "auto":
+            raise ValueError(f"attention {config.attention}: parallel.exact has an order of its own; leave one out")
+        return "head by head in one fixed order, for exact sums"
+    activate(config.attention, device.type)
+    dtype = getattr(torch, config.dtype)
+    return describe_choice(config.attention, plan(outline(config)), device, dtype, mesh)
+
+
 def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, continuing: bool) -> Built:
     """The model of a run.
 
@@ -159,6 +196,7 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
     if config.has_frozen or not continuing:
         adapter = open_adapter(config) if config.lora.weights and not continuing else None
         source = Start(model, config, adapter)
+        source.check_fit(model)
         source.check_open(model)
     run = _cut(model, config, mesh, dtype)
     if source is None:
@@ -174,19 +212,26 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
 
 
 def _cut(model: nn.Module, config: Config, mesh: DeviceMesh | None, dtype: torch.dtype) -> nn.Module | Pipeline:
-    """Cuts the model in place over the mesh; returns what is called. ValueError for a stage without a trained part."""
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    """Cuts the model in place over the mesh; returns what is called."""
     if config.parallel.exact:
         return verify.parallelize(model, plan(model), mesh, config.memory)
-    how = (plan(model), mesh, config.parallel, config.memory, dtype)
-    run = Pipeline(model, *how) if size(mesh, "pp") > 1 else parallelize(model, *how)
-    idle = all_gather([] if trained & {name for name, _ in model.named_parameters()} else [rank_in(mesh, "pp")])
-    if idle:
+    how = (plan(model), mesh, config.parallel, config.memory, dtype, config.attention, config.compile)
+    return Pipeline(model, *how) if size(mesh, "pp") > 1 else parallelize(model, *how)
+
+
+def check_cut(model: nn.Module, config: Config, world: int) -> None:
+    """Raise ValueError where the whole model cannot be laid out on so many ranks, and for a pipeline stage of which
+    nothing is trained.
+    """
+    layout = config.parallel.resolve(world)
+    if config.parallel.exact:
+        return  # `resolve` has checked all of it
+    check_fits(model, plan(model), layout, config.memory)
+    if idle := find_idle(model, plan(model), layout, config.memory):
         raise ValueError(
-            f"pipeline stages {sorted(set(idle))} would hold nothing that is trained: "
-            "choose other --parallel.pp_layers, or train something in every stage (--lora.targets, --trained)"
+            f"pipeline stages {idle} would hold nothing that is trained: choose other --parallel.pp_layers, or train "
+            "something in every stage (--lora.targets, --trained)"
         )
-    return run
 
 
 def _open(path: Path, config: Config, wanted: Any) -> Checkpoint:

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from mm_data.batch import Batch, Pick, pad_texts
 from mm_data.cache import FORMAT
 from mm_data.captions import OWN, Captions
 from mm_data.files import parse_json, read_lines, shorten
-from mm_data.shards import Shards
+from mm_data.shards import Shards, check_shard
 
 
 class Features(TypedDict):
@@ -84,6 +85,19 @@ class FeatureDataset:
         index = self.path / ("data.jsonl" if mindspeed.is_feature_folder(self.path) else "dataset.jsonl")
         files = dict.fromkeys([index, *(record.file for record in records)])
         return {os.path.relpath(file, self.path): file for file in files}
+
+    @property
+    def encoding(self) -> str | None:
+        """Changes with the encoders that made these features, their dtype and tiles, and the task; None where the
+        folder does not say it.
+        """
+        return self._empty.key if self._empty else None
+
+    def check_files(self) -> None:
+        """Raise ValueError, naming it, for a file of tensors that is gone, damaged or cut off, by their headers."""
+        files = dict.fromkeys(record.file for record in [*self.records, *([self._empty] if self._empty else [])])
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(check_shard, (file for file in files if file.suffix == ".safetensors")))  # others were read
 
     def __getitem__(self, index: int) -> Features:
         record = self.records[index]

@@ -66,11 +66,7 @@ class Shards:
         Raises ValueError, naming the shard, where it is gone, damaged, cut off, or does not hold them; OSError where
         it cannot be read.
         """
-        try:
-            file = open_file(shard)
-        except FileNotFoundError as error:
-            raise ValueError(f"{shard} is gone: extract again, which encodes only its samples") from error
-        with file:
+        with _open_shard(shard) as file:
             tensors, found = self._header(shard, file).tensors, {}
             for name in names:
                 if name not in tensors:
@@ -92,6 +88,19 @@ class Shards:
             while total > self.remembered and len(self._headers) > 1:
                 total -= len(self._headers.popitem(last=False)[1].tensors)
         return header
+
+
+def check_shard(shard: Path) -> None:
+    """Raise ValueError for a shard that is gone, damaged, or not as long as its header says."""
+    with _open_shard(shard) as file:
+        _parse_header(shard, file)
+
+
+def _open_shard(shard: Path) -> BinaryIO:
+    try:
+        return open_file(shard)
+    except FileNotFoundError as error:
+        raise ValueError(f"{shard} is gone: extract again, which encodes only its samples") from error
 
 
 def read_metadata(shard: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from mm_models.encoders import Codec, ImageEncoder, TextEncoder
     from mm_models.objective import Objective
@@ -62,6 +62,55 @@ class Preset:
     """Of a video model."""
     boundary: float | None = None
     """Of two experts of this architecture: the noise level (sigma) from which on the high-noise one generates."""
+
+
+@dataclass(frozen=True)
+class ClipSize:
+    """How large a video is that nobody has made yet."""
+
+    frames: int
+    height: int
+    width: int
+    """In pixels, as frames are those of the video."""
+    text: int | None = None
+    """Rows of its text; None: as many as the model reads."""
+
+    def latents(self, stride: tuple[int, int, int], patch: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Frames, rows and columns of its latents.
+
+        stride: frames, rows and columns of pixels per latent; patch: latents per token.
+        Raises ValueError for a size that leaves no whole latents and tokens.
+        """
+        if self.frames < 1 or (self.frames - 1) % stride[0]:
+            below = max(0, self.frames - 1) // stride[0] * stride[0] + 1
+            raise ValueError(
+                f"frames {self.frames} is not {stride[0]}k+1, as the VAE packs {stride[0]} frames after the first: the "
+                f"nearest are {below} and {below + stride[0]}"
+            )
+        rows, columns = (side * tokens for side, tokens in zip(stride[1:], patch[1:], strict=True))
+        for name, value, side in (("height", self.height, rows), ("width", self.width, columns)):
+            if value < side or value % side:
+                below = value // side * side
+                nearest = f"{below} and {below + side}" if below else f"{side}"
+                raise ValueError(
+                    f"{name} {value} is not a multiple of {side} (pixels per latent x latents per token): the nearest "
+                    f"are {nearest}"
+                )
+        return (self.frames - 1) // stride[0] + 1, self.height // stride[1], self.width // stride[2]
+
+
+@dataclass(frozen=True)
+class PackSize:
+    """How large a pack of conversations is that nobody has made yet."""
+
+    tokens: int
+    """Of all of them, those of images included."""
+    conversations: int = 1
+    """Of equal length, but for the last, which has what is left."""
+    patches: int = 0
+    """Of all images, at most; each conversation has one image."""
+    labels: int | None = None
+    """Tokens that are trained; None: all."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +253,11 @@ class Family:
     """(config, task name, expert, boundary, and the options below) -> what it is trained to do."""
     objective_options: Mapping[str, Any]
     """Options of the objective that a user may set, with what the makers train with."""
+    example: Callable[[Any, str, Any], dict[str, Tensor]]
+    """(config, task name, `ClipSize` or `PackSize`) -> the tensors of one sample as features hold it (without a batch
+    dim), or of one pack, on the meta device but for those whose values the objective asks for: what is counted on
+    before there is data. ValueError for a size that the model does not take.
+    """
     video: Video | None = None
     """Of a family of video models."""
     chat: Chat | None = None

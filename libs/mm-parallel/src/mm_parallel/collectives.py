@@ -33,8 +33,7 @@ class Leave(torch.autograd.Function):
 
 def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     x = x.clone(memory_format=torch.contiguous_format)  # others may hold it
-    if not x.is_meta:
-        dist.all_reduce(x, group=group)
+    dist.all_reduce(x, group=group)
     return x
 
 
@@ -44,8 +43,7 @@ _gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist
 def gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The x of all ranks, each of the same shape and contiguous, one behind the other along dim 0. No autograd."""
     whole = x.new_empty((group.size() * len(x), *x.shape[1:]))
-    if not x.is_meta:  # where shapes are asked for, nobody else is there
-        _gather(whole, x, group=group)
+    _gather(whole, x, group=group)
     return whole
 
 

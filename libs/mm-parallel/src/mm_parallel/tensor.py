@@ -46,14 +46,8 @@ def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh) -> None:
     # The norm of what tp and fsdp cut takes two collectives, of which torch warns again and again, on every rank.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     ranks = mesh["tp"]
-    if not plan.columns:
-        raise ValueError(f"tp={ranks.size()}: this model's plan declares no tensor parallelism; use tp=1")
-    parts = []
-    for _, ladder, own in plan.ladders(model):
-        kinds = [own.modules_of(ladder, kind) for kind in ("columns", "rows", "norms", "vocabulary")]
-        if own.columns:
-            _check_sizes(own.heads, *kinds, ranks.size())
-        parts.append([list(modules.values()) for modules in kinds])
+    check_sizes(model, plan, ranks.size())
+    parts = [[list(modules.values()) for modules in _modules_of(ladder, own)] for _, ladder, own in plan.ladders(model)]
     check_same_values(model, ranks)
     for (_, ladder, own), (columns, rows, norms, vocabulary) in zip(list(plan.ladders(model)), parts, strict=True):
         _cut(columns, rows, norms, ranks)
@@ -122,6 +116,20 @@ def _norm(norm: nn.RMSNorm, ranks: DeviceMesh) -> None:
     norm.forward = forward
 
 
+def check_sizes(model: nn.Module, plan: ParallelPlan, tp: int) -> None:
+    """Raise ValueError where `tp` ranks cannot share the matrices of this model; needs no process group."""
+    if not plan.columns:
+        raise ValueError(f"tp={tp}: this model's plan declares no tensor parallelism; use tp=1")
+    for _, ladder, own in plan.ladders(model):
+        kinds = _modules_of(ladder, own)
+        if own.columns:
+            _check_sizes(own.heads, *kinds, tp)
+
+
+def _modules_of(ladder: nn.Module, plan: ParallelPlan) -> list[dict[str, nn.Module]]:
+    return [plan.modules_of(ladder, kind) for kind in ("columns", "rows", "norms", "vocabulary")]
+
+
 def _local(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     return None if parameter is None else local_part(parameter, x.dtype)
 
@@ -133,7 +141,7 @@ def _keep(module: nn.Module, name: str, dim: int, ranks: DeviceMesh) -> None:
         return
     part = whole.detach().chunk(ranks.size(), dim)[ranks.get_local_rank()]
     cut = part.clone(memory_format=torch.contiguous_format)  # so that the whole can be freed
-    if isinstance(ranks, DeviceMesh):  # an estimate has numbers of ranks alone
+    if isinstance(ranks, DeviceMesh):  # and not `mm_parallel.meta`
         cut = DTensor.from_local(cut, ranks, [Shard(dim)], run_check=False)
     setattr(module, name, nn.Parameter(cut, requires_grad=whole.requires_grad))
 

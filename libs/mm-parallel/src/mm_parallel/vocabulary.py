@@ -98,8 +98,7 @@ class _Losses(torch.autograd.Function):
             parts[1, here] = logits.gather(-1, row[here, None])[:, 0] * ours[here]
         if len(x):
             everyone = [torch.empty_like(parts) for _ in range(group.size())]
-            if not x.is_meta:  # where shapes are asked for, nobody else is there
-                dist.all_gather(everyone, parts, group=group)
+            dist.all_gather(everyone, parts, group=group)
             whole = torch.stack(everyone)
             parts = torch.stack((whole[:, 0].logsumexp(0), whole[:, 1].sum(0)))
         ctx.save_for_backward(x, weight, row, ours, parts[0])

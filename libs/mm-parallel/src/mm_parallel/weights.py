@@ -30,20 +30,19 @@ def load_parameters(
     Call after `parallelize` and before making the optimizer. Raises ValueError with the nearest names for missing and
     unexpected names, and with both shapes or dtypes for a misfit; after an error the model's values are undefined.
     """
-    _check_names(set(model.state_dict()) | set(elsewhere), set(source))
+    check_names(set(model.state_dict()) | set(elsewhere), set(source))
     allocate(model, device, offload_params)
     with torch.no_grad():
         for name, target in model.state_dict().items():
             whole = source[name]
-            if tuple(whole.shape) != tuple(target.shape):
-                raise ValueError(f"{name} has shape {tuple(whole.shape)}, but the model needs {tuple(target.shape)}")
+            check_shape(name, whole, target)
             if not isinstance(target, DTensor):
-                target.copy_(_same_kind(name, whole[...], target))
+                target.copy_(same_kind(name, whole[...], target))
                 continue
             for chunk in target.__create_chunk_list__():  # what DCP asks, too: right for every placement
                 rows = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
                 if 0 not in chunk.sizes:
-                    target.to_local().copy_(_same_kind(name, whole[rows], target))
+                    target.to_local().copy_(same_kind(name, whole[rows], target))
 
 
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -56,8 +55,16 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, whole.detach().to("cpu", copy=True)
 
 
-def _same_kind(name: str, values: Tensor, target: Tensor) -> Tensor:
-    """The values, unless integers stand where fractions belong: quantised weights, or another tensor by mistake."""
+def check_shape(name: str, given: Any, target: Tensor) -> None:
+    """Raise ValueError unless what is given has the shape that is wanted."""
+    if tuple(given.shape) != tuple(target.shape):
+        raise ValueError(f"{name} has shape {tuple(given.shape)}, but the model needs {tuple(target.shape)}")
+
+
+def same_kind(name: str, values: Tensor, target: Tensor) -> Tensor:
+    """The values, unless integers stand where fractions belong: quantised weights, or another tensor by mistake. Only
+    their dtype counts, so they may be on the meta device.
+    """
     if target.is_floating_point() and not values.is_floating_point():
         raise ValueError(f"{name} is {values.dtype}, but the model needs floating numbers, as {target.dtype}")
     return values
@@ -84,7 +91,8 @@ def allocate(model: nn.Module, device: torch.device, offload_params: bool = Fals
             buffer.copy_(buffers[name])
 
 
-def _check_names(wanted: set[str], given: set[str]) -> None:
+def check_names(wanted: set[str], given: set[str]) -> None:
+    """Raise ValueError with the nearest names unless the names are the same."""
     missing, unexpected = sorted(wanted - given), sorted(given - wanted)
     if not missing and not unexpected:
         return

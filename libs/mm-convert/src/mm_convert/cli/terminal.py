@@ -81,6 +81,10 @@ class _Escaped:
             self._drop(error)
         return len(text)
 
+    def paint(self, colour: int) -> None:
+        """What is written from now on is in a colour (of "select graphic rendition": 32 is green, 0 ends it)."""
+        self._stream.write(f"\x1b[{colour}m")
+
     def flush(self) -> None:
         try:
             self._stream.flush()

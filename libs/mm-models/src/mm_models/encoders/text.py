@@ -2,10 +2,11 @@
 
 import html
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +21,15 @@ def clean(prompt: str) -> str:
 
     prompt = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", prompt).strip()
+
+
+def open_tokenizer(path: Path | str, vocabulary: int | None = None) -> Any:
+    """The tokenizer of a diffusers directory. ValueError for one that is damaged or not the text encoder's.
+
+    vocabulary: rows of the embedding where the encoder's config.json does not say it; None: any.
+    """
+    weights, words = part_of(path, "text_encoder"), part_of(path, "tokenizer")
+    return load_tokenizer(words, read_count(weights / "config.json", "vocab_size", vocabulary or sys.maxsize))
 
 
 class TextEncoder:
@@ -47,8 +57,7 @@ class TextEncoder:
         weights, words = part_of(path, "text_encoder"), part_of(path, "tokenizer")
         self.device, self.max_length, self.clean = torch.device(device), max_length, cleaner or clean
         check_weights(weights)
-        vocabulary = read_count(weights / "config.json", "vocab_size", model.config_class.vocab_size)
-        self.tokenizer = load_tokenizer(words, vocabulary)
+        self.tokenizer = open_tokenizer(path, model.config_class.vocab_size)
         self.model = load_strictly(model, weights, dtype).to(self.device)
         options = {"dtype": str(dtype), "max_length": max_length}
         if cleaner is not None:

@@ -28,6 +28,7 @@ OPENSORAPLAN = Family(
     start=start,
     objective=later("mm_models.opensoraplan.encode", "objective"),
     objective_options={"snr_gamma": 5.0, "noise_offset": 0.02},
+    example=later("mm_models.opensoraplan.example", "example"),
     video=Video(
         tasks_unasked=tasks.tasks_unasked,
         encoders=tasks.encoders,

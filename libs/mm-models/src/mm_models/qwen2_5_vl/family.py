@@ -40,6 +40,7 @@ QWEN2_5_VL = Family(
     start=start,
     objective=later("mm_models.qwen2_5_vl.objective", "objective"),
     objective_options={"average": "token"},
+    example=later("mm_models.qwen2_5_vl.example", "example"),
     chat=CHAT,
     parts={
         "vision": ("visual.patch_embed.*", "visual.blocks.*"),

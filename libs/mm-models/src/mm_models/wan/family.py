@@ -27,6 +27,7 @@ WAN = Family(
     start=start,
     objective=later("mm_models.wan.encode", "objective"),
     objective_options={"shift": 5.0, "range": None, "weighting": "bsmntw"},
+    example=later("mm_models.wan.example", "example"),
     video=Video(
         tasks_unasked=tasks.tasks_unasked,
         encoders=tasks.encoders,

@@ -105,7 +105,7 @@ def join(x: Tensor, dim: int, held: list[list[tuple[int, int]]], group: dist.Pro
     """
     sizes = [sum(stop - start for start, stop in pieces) for pieces in held]
     whole = x.new_empty((*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :]))
-    if not any(sizes):
+    if not any(sizes):  # there is no token anywhere
         return whole
     part, rows = x.movedim(dim, 0), whole.movedim(dim, 0)
     sent = part.new_zeros((max(sizes), *part.shape[1:]))

@@ -136,8 +136,7 @@ def move(
     places = sent.split([count for to in outgoing for count in to])
     for place, part in zip(places, (part for to in zip(*parts, strict=True) for part in to), strict=True):
         place.view(part.shape).copy_(part)
-    if not sent.is_meta:  # where shapes are asked for, nobody else is there
-        dist.all_to_all_single(received, sent, [*map(sum, incoming)], [*map(sum, outgoing)], group=group)
+    dist.all_to_all_single(received, sent, [*map(sum, incoming)], [*map(sum, outgoing)], group=group)
     flat = iter(received.split([count for of in incoming for count in of]))
     came = [[next(flat).view(shape) for shape in of] for of in zip(*shapes, strict=True)]
     return tuple(torch.cat(own, join) for own in zip(*came, strict=True))

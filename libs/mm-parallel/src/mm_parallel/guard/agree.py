@@ -3,7 +3,7 @@
 import hashlib
 import json
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,9 +30,9 @@ def agree(
         return
     lines = dict(enumerate(what.splitlines(), 1)) if isinstance(what, str) else what
     mine = {f"line {key}" if isinstance(what, str) else key: repr(value) for key, value in lines.items()}
-    if len(set(_gather(hashlib.sha256(json.dumps(mine).encode()).hexdigest(), group))) == 1:
+    if len(set(gather(hashlib.sha256(json.dumps(mine).encode()).hexdigest(), group))) == 1:
         return
-    hosts, all_of_them = zip(*_gather((socket.gethostname(), mine), group), strict=True)
+    hosts, all_of_them = zip(*gather((socket.gethostname(), mine), group), strict=True)
     numbers = dist.get_process_group_ranks(group) if group is not None else range(dist.get_world_size())
     host_of = dict(zip(numbers, hosts, strict=True)) if len(set(hosts)) > 1 else {}
     different = []
@@ -63,13 +63,33 @@ def agree_on(what: str, who: str, group: dist.ProcessGroup, device: torch.device
     if len(set(torch.cat(everyone).tolist())) == 1:
         return
     holders: dict[str, list[int]] = {}
-    for rank, text in zip(dist.get_process_group_ranks(group), _gather(what, group), strict=True):
+    for rank, text in zip(dist.get_process_group_ranks(group), gather(what, group), strict=True):
         holders.setdefault(text, []).append(rank)
     given = "; ".join(f"{ranks_of(ranks)}: {text}" for text, ranks in holders.items())
     raise ValueError(f"{who} must be given the same, but have {given}")
 
 
-def _gather(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
+def check_alike(
+    configuration: str, releases: Mapping[str, str], read: Callable[[], Mapping[str, Mapping[str, str]]]
+) -> str:
+    """Raises ValueError, naming ranks and hosts, unless all ranks were told the same, have the same libraries, and see
+    the same files. All ranks call it.
+
+    releases: of libraries, by name. read: gives the identities of files, by flag and name; where it raises ValueError
+        or OSError on one rank, those of others may be right.
+    """
+    agree(configuration, "the configuration")
+    agree(releases, "the release of a library", way_out="install the same on all hosts")
+    try:
+        contents = {f"--{flag} {name}": found for flag, those in read().items() for name, found in those.items()}
+    except (ValueError, OSError) as error:
+        contents = {"what cannot be read": str(error)}
+    agree(contents, "what is read", way_out=COPY)
+    return f"they see the same configuration, libraries and {len(contents):,} files"
+
+
+def gather(mine: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """What each rank has, in their order."""
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group)
     return everyone

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel import context
 from mm_parallel.mesh import parameter_mesh, size
+from mm_parallel.meta import MetaMesh
 from mm_parallel.plan import Ladder, ParallelPlan
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,7 +59,7 @@ def skeleton(
             if parameter not in in_fp32 and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
     if size(mesh, "cp") > 1:
-        context.cut(bones, plan, mesh)
+        context.cut(bones, plan, MetaMesh.of(mesh))
         plan.set_seam(bones, plan.core, _attend)
     if plan.vocabulary:
         plan.set_seam(bones, plan.losses, _losses)

@@ -9,7 +9,7 @@ the *bubble*: while the first is on its way up, and the last on its way down.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from inspect import BoundArguments
 from typing import Any, Self
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from mm_parallel.config import MemoryConfig, ParallelConfig
+from mm_parallel.config import AttentionName, MemoryConfig, ParallelConfig
 from mm_parallel.guard import agree_on
 from mm_parallel.mesh import rank_in, size
 from mm_parallel.order import cut
@@ -43,6 +43,32 @@ from mm_parallel.plan import ParallelPlan
 _WHO = "the ranks of a pipeline"
 
 
+def check_stages(
+    model: nn.Module, plan: ParallelPlan, parallel: ParallelConfig, memory: MemoryConfig
+) -> Sequence[range]:
+    """The layers of each stage; needs no process group. ValueError for what a `Pipeline` cannot do with this model."""
+    if parallel.schedule == "zero_bubble" and _recomputes(memory):
+        raise ValueError(
+            f"schedule zero_bubble with recompute={memory.recompute!r}, but_attention={memory.but_attention}: it "
+            "splits a backward in two, and what was recomputed for the first is gone for the second. Use schedule "
+            "1f1b, or recompute nothing"
+        )
+    if parallel.schedule == "zero_bubble" and memory.reduce == "bfloat16":
+        raise ValueError(
+            "schedule zero_bubble with reduce='bfloat16': it adds the gradients of all micro-batches up before it "
+            "reduces them, and would do so in bfloat16. Use schedule 1f1b, which adds up in fp32, or reduce "
+            "'float32'"
+        )
+    plan.check(model)
+    if plan.vocabulary and not set(plan.vocabulary) & set(plan.last):
+        raise ValueError(
+            f"pp_layers {parallel.pp_layers} with a tied head: {plan.vocabulary[0]} is used by the first stage and "
+            "by the last, and each weight lives on one. Leave pp_layers out (FSDP, tp and cp take a tied head), or "
+            "build the model with a head of its own"
+        )
+    return ranges(parallel.stages, len(model.layers))
+
+
 class Pipeline:
     """Cuts `model` in place into the stages of `parallel.pp_layers`, and these as `parallelize` does.
 
@@ -63,6 +89,8 @@ class Pipeline:
         parallel: ParallelConfig,
         memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
         dtype: torch.dtype | None = None,
+        attention: AttentionName = "auto",
+        compile: bool | str = False,
     ) -> None:
         ranks = parallel.pp
         if ranks == 1 or size(mesh, "pp") != ranks:
@@ -71,26 +99,12 @@ class Pipeline:
                 "a Pipeline needs at least two, and the mesh of its own layout (make_mesh)"
             )
         self.zero_bubble = parallel.schedule == "zero_bubble"
-        if self.zero_bubble and _recomputes(memory):
+        if self.zero_bubble and compile:
             raise ValueError(
-                f"schedule zero_bubble with recompute={memory.recompute!r}, but_attention={memory.but_attention}: it "
-                "splits a backward in two, and what was recomputed for the first is gone for the second. Use schedule "
-                "1f1b, or recompute nothing"
+                "schedule zero_bubble with compile: it splits a backward in two, and that of compiled code is one. Use "
+                "schedule 1f1b, or leave compile out"
             )
-        if self.zero_bubble and memory.reduce == "bfloat16":
-            raise ValueError(
-                "schedule zero_bubble with reduce='bfloat16': it adds the gradients of all micro-batches up before it "
-                "reduces them, and would do so in bfloat16. Use schedule 1f1b, which adds up in fp32, or reduce "
-                "'float32'"
-            )
-        plan.check(model)
-        if plan.vocabulary and not set(plan.vocabulary) & set(plan.last):
-            raise ValueError(
-                f"pp_layers {parallel.pp_layers} with a tied head: {plan.vocabulary[0]} is used by the first stage and "
-                "by the last, and each weight lives on one. Leave pp_layers out (FSDP, tp and cp take a tied head), or "
-                "build the model with a head of its own"
-            )
-        parts = ranges(parallel.stages, len(model.layers))
+        parts = check_stages(model, plan, parallel, memory)
         stages = [Stage(i, len(parts), part) for i, part in enumerate(parts)]
         self.stages, self.mine = stages, stages[rank_in(mesh, "pp") :: ranks]
         self.ranks, self.group = ranks, mesh.get_group("pp")
@@ -100,7 +114,7 @@ class Pipeline:
         kept |= {"first"} if self.mine[0].is_first else set()
         kept |= {"last"} if self.mine[-1].is_last else set()
         self.elsewhere = prune(model, plan.last, plan.companions, kept)
-        cut(model, plan.on(model), mesh, memory, dtype)
+        cut(model, plan.on(model), mesh, memory, dtype, attention, compile)
         model.forward = call
         self.model, self.plan, self.memory = model, plan, memory
         self._signature = inspect.signature(self.skeleton.stem)

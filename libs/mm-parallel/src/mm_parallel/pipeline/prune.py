@@ -39,6 +39,16 @@ def prune(model: nn.Module, last: Collection[str], companions: Mapping[str, int]
     return before - set(model.state_dict())
 
 
+def find_trained(model: nn.Module, last: Collection[str], companions: Mapping[str, int]) -> set[Owner]:
+    """Whose parts hold a parameter that is trained."""
+    owners: set[Owner] = set()
+    for parent, key, _, owner in _parts(model, last, companions):
+        part = getattr(parent, key)
+        weights = [part] if isinstance(part, Tensor) else part.parameters()
+        owners |= {owner} if any(weight.requires_grad for weight in weights) else set()
+    return owners
+
+
 def _parts(
     model: nn.Module, last: Collection[str], companions: Mapping[str, int]
 ) -> Iterator[tuple[nn.Module, str, str, Owner]]:

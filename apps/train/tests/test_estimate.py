@@ -1,0 +1,171 @@
+"""What a run will take, said before it is started: of all families, without a device, weights or data."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mm_data import FeatureDataset
+from mm_models.families import find, presets
+from mm_models.family import ClipSize
+from mm_train.estimate.config import EstimateConfig
+from mm_train.estimate.layouts import MEMORIES, command, describe, find_layouts, with_memory
+from mm_train.estimate.workload import find_samples
+from mm_train.objective import build_objective
+from mm_train.recipe import load_config
+from mm_train.start import outline
+from mm_train.train import train
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import arguments, rows, write_features
+
+
+def asked(model: str, *more: str) -> EstimateConfig:
+    """The configuration of an estimate; of two experts, of the first."""
+    expert = ["--expert", "high"] if find(model)[1].boundary else []
+    return load_config(["--model", model, *expert, *more], EstimateConfig, "estimate")
+
+
+ALL = [(name, task.name) for name in presets() for task in find(name)[0].tasks(find(name)[1].config) if task.trained]
+
+
+@pytest.mark.parametrize(("model", "task"), ALL, ids=[f"{model}-{task}" for model, task in ALL])
+def test_an_example_is_what_the_model_takes(model, task):
+    """By its own check of shapes, and what the objective makes of it has a loss for each sample."""
+    config = asked(model, "--objective.task", task, "--data.global_batch", "4")
+    objective, samples = build_objective(config), find_samples(config, config.size)
+    work = samples.step(config, data_ranks=2)
+    whole = outline(config)
+    output = whole.head(whole.stem(**work.arguments(objective)))
+    assert output.is_meta
+    assert len(work.losses(objective, output)) == len(objective.weigh(work.tensors))
+    assert work.micro_batches * work.samples == 2
+
+
+def test_an_example_is_what_features_hold(tmp_path):
+    """Names and shapes of one sample in the cache, and of the batch that training gets."""
+    features = write_features(tmp_path / "features", task="i2v")
+    family, preset = find("wan-tiny-i2v")
+    config = family.config(**{**vars(preset.config), "text_dim": 8, "image_dim": 32})
+    made = family.example(config, "i2v", ClipSize(5, 48, 32, text=6))
+    dataset = FeatureDataset(features)
+    item = dataset[[bucket[2:] for bucket in dataset.buckets].index((6, 4))]
+    held = {"latents": item["latents"], "text": item["text"][0], **item["conditions"]}
+    assert {name: x.shape[1:] for name, x in made.items()} == {name: x.shape[1:] for name, x in held.items()}
+    assert made.keys() == held.keys()
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [((80, 480, 832), "80 is not 4k.1.*77 and 81"), ((81, 488, 832), "height 488.*480 and 496"), ((81, 480, 8), "16")],
+)
+def test_a_size_that_leaves_no_whole_tokens_is_refused(size, said):
+    family, preset = find("wan2.1-t2v-1.3b")
+    with pytest.raises(ValueError, match=said):
+        family.example(preset.config, "t2v", ClipSize(*size))
+
+
+def test_sizes_are_those_of_features_of_the_geometry_or_as_published(tmp_path):
+    features = write_features(tmp_path / "features")
+    config = load_config(arguments(features, tmp_path / "run"))
+    found = find_samples(config)
+    assert found.counted
+    assert found.sample["latents"].shape == (16, 2, 4, 6) or found.sample["latents"].shape == (16, 2, 6, 4)
+    assert found.sample["text"].shape == (6, 8), "the longest text there is"
+    work = found.step(config, 1)
+    assert sum(share for share, _ in work.others) == pytest.approx(1)
+    assert (work.tensors["latents"].shape[0], work.micro_batches) == (2, 2)
+
+    published = find_samples(asked("wan2.1-t2v-14b"))
+    assert published.sample["latents"].shape[1:] == (21, 90, 160)
+    assert "as published" in published.source
+    geometry = find_samples(asked("wan2.1-t2v-14b", "--data.manifest", "none.txt"))
+    assert geometry.sample["latents"].shape[1:] == (21, 60, 104)
+    config = asked("wan2.1-t2v-14b", "--size.frames", "17", "--size.text", "77")
+    assert find_samples(config, config.size).sample["text"].shape == (77, 4096)
+    missing = find_samples(asked("wan2.1-t2v-14b", "--data.features", "not/there"))
+    assert not missing.counted, "paths need not be there"
+
+
+def test_packs_are_as_full_as_the_step_makes_them(tmp_path):
+    def step(*more: str, data_ranks: int = 1):
+        config = asked("qwen2.5-vl-tiny", "--data.max_tokens", "4096", "--output", str(tmp_path), *more)
+        return find_samples(config, config.size).step(config, data_ranks)
+
+    full = step("--data.global_batch", "64", data_ranks=8)
+    assert (full.tensors["input_ids"].shape, full.micro_batches, full.samples) == ((1, 4096), 2, 4)
+    assert len(full.tensors["grid_thw"][0]) == 4
+    assert 7000 < full.tensors["pixel_values"].shape[1] <= 8192
+    assert int((full.tensors["labels"] != -100).sum()) == 1024
+    few = step("--data.global_batch", "16", data_ranks=8)
+    assert (few.tensors["input_ids"].shape[1], few.micro_batches) == (2048, 1)
+    alone = step("--data.global_batch", "16", "--data.packing", "false", data_ranks=8)
+    assert (alone.tensors["input_ids"].shape[1], alone.micro_batches) == (1024, 2)
+    tokens, patches = np.array([100, 300, -2], np.int32), np.array([0, 800, 0], np.int32)
+    np.savez(tmp_path / "survey.npz", tokens=tokens, patches=patches)
+    looked = step("--data.global_batch", "16")
+    assert (looked.samples, looked.micro_batches) == (16, 1), "200 tokens each, of which 16 are 3,200"
+    assert looked.tensors["input_ids"].shape[1] == 3200
+
+
+def test_layouts_use_all_ranks_and_share_the_batch():
+    config = asked("wan2.1-t2v-14b", "--data.global_batch", "64")
+    found = list(find_layouts(config, 64, layers=40, tokens=75600, per_host=8))
+    assert len(found) > 300
+    assert len({describe(one) for one in found}) == len(found)
+    for one in found:
+        layout = one.parallel.resolve(64)
+        one.micro_batches(layout.dp_replicate * layout.dp_shard)
+        assert layout.tp <= 8
+    stages = [len(one.parallel.stages) if one.parallel.pp_layers else 0 for one in found]
+    kinds = {(one.parallel.tp > 1, one.parallel.ring > 1, n) for one, n in zip(found, stages, strict=True)}
+    assert kinds == set(product((True, False), (True, False), (0, 1, 2)))
+
+
+def test_a_layout_is_a_command_that_gives_it(tmp_path):
+    """Whatever the file and the flags that were given say of the layout."""
+    mine = tmp_path / "mine.toml"
+    mine.write_text('steps = 7\n[parallel]\ncp = 4\n[memory]\noffload = "inputs"\n', encoding="utf-8")
+    given = ["--model", "wan2.1-t2v-14b", "--config", str(mine), "--data.global_batch=64", "--parallel.tp", "2"]
+    given += ["--world=64", "--device", "h100", "--search", "true", "--size.frames", "49", "--memory.recompute", "none"]
+    config = load_config(given, EstimateConfig)
+    for one in list(find_layouts(config, 64, layers=40, tokens=75600, per_host=8))[::37]:
+        for memory in MEMORIES:
+            wanted = with_memory(one, memory)
+            words = shlex.split(command(wanted, given, 64, 8))
+            read = load_config(words[words.index("mm_train") + 1 :])
+            assert read.parallel.resolve(64) == wanted.parallel.resolve(64)
+            assert (read.memory, read.data, read.steps) == (wanted.memory, wanted.data, 7)
+    assert words[:3] == ["torchrun", "--nnodes", "8"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--optim.ema", "0.9", "--memory.recompute", "full", "--dtype", "bfloat16"),
+        ("--trained", '["blocks.1.*", "head.*"]', "--optim.kernel", "foreach"),
+    ],
+)
+def test_a_run_holds_what_was_estimated(tmp_path, capsys, more):
+    """On one rank: parameters, moments and average to the byte; told beside each other, and kept."""
+    features = write_features(tmp_path / "features")
+    train(load_config([*arguments(features, tmp_path / "run"), *more]))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("estimate ")]
+    assert len(said) == 1
+    kept = json.loads((tmp_path / "run" / "estimate.json").read_text(encoding="utf-8"))
+    (rank,) = kept["estimate"]["memory"]
+    for name in ("parameters", "moments", "average"):
+        assert rank[name] == kept["measured"][name]
+    first, *others = rows(tmp_path / "run")
+    assert first["estimated_memory_gib"] == kept["estimate"]["peak"] / 2**30
+    assert first["estimate_took"] < 20
+    assert not any("estimated_memory_gib" in row for row in others)
+    assert "measured" in said[0]
+    assert "of the whole process" in said[0]
