@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 from math import prod
 
@@ -249,6 +250,33 @@ def test_as_on_one_device(name, world, first):
         check(0, 1, SUBJECTS[name], cases)
     else:
         spawn(world, compare, name, cases, timeout=180)
+
+
+COMPILED = {  # on two ranks, operations as traced; layouts of the toy ladder are in mm-parallel's test_compile.py
+    "wan-lora": ["shards+but-attention"],
+    "vace-on-frozen": ["ring+offload-attention"],
+    "qwen2.5-vl": ["tensor+but-attention"],
+}
+INDUCTOR = ("wan-image", "vace", "wan-per-token", "opensoraplan-masked", "qwen2.5-vl")
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_as_on_one_device(name):
+    cases = [replace(case, compile="aot_eager", steps=1) for case in chosen(*COMPILED[name])[2]]
+    spawn(2, compare, name, cases, timeout=180)
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    """Kernels of this session, and none that lie there from before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
+        yield
+
+
+@pytest.mark.parametrize("name", INDUCTOR)
+def test_kernels_give_every_gradient(name, kernels):
+    check(0, 1, SUBJECTS[name], [Case(name, compile=True, steps=1)])
 
 
 def test_every_family_is_cut():

@@ -17,6 +17,7 @@ from mm_infer.chat import Config as ChatConfig
 from mm_infer.config import Config as InferConfig
 from mm_models import presets
 from mm_models.families import find
+from mm_train.estimate.config import EstimateConfig
 from mm_train.export import ExportConfig
 from mm_train.extract import ExtractConfig
 from mm_train.recipe import load_config
@@ -29,6 +30,7 @@ COUNTS = ("--nnodes", "--nproc_per_node")  # of torchrun
 PROGRAMS = {
     "mm_train": load_config,
     "mm_train.extract": lambda argv: parse(ExtractConfig, argv, prog="extract"),
+    "mm_train.estimate": lambda argv: load_config(argv, EstimateConfig, "estimate"),
     "mm_train.export": lambda argv: parse(ExportConfig, argv, prog="export"),
     "mm_infer": lambda argv: parse(InferConfig, argv, prog="infer"),
     "mm_infer.chat": lambda argv: parse(ChatConfig, argv, prog="chat"),

@@ -50,10 +50,10 @@ def steps(config, save: bool) -> Iterator[None]:
         for batch in run.batches():
             run.set_rate()
             losses = forward_backward(run.model, len(batch), batch.inputs, batch.losses, batch.total, run.mesh)
+            loss = run.start_loss(losses)
             finish_gradients(run.parameters, run.mesh)
             norm = clip_grad_norm(run.parameters, run.max_norm, run.mesh)
-            step = run.outcome(batch, losses, norm)
-            run.optimizer.step()
+            step = run.outcome(batch, losses, run.update(loss(), norm))
             run.optimizer.zero_grad(set_to_none=True)
             run.report(step)
             if save:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm_models.tokens import IGNORED, token_losses
-from mm_parallel.testing.memory import PeakMemory
+from mm_parallel.estimate.peak import PeakMemory
 
 TOKENS, VOCABULARY, DIM, SHARE = 2048, 151_936 // 8, 256, 0.5
 WHOLE = 32_768, 151_936, 2048

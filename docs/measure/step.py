@@ -2,9 +2,10 @@
 
     python docs/measure/step.py            # all cases; a few minutes on two cores, which should be idle
     python docs/measure/step.py VACE       # those whose name has the word
+    python docs/measure/step.py --compile  # and both with their layers compiled
 
-Each measurement is a process of its own, so that its peak memory is its own; the two models take turns, and the best of
-their turns count, so that a disturbance hits neither alone.
+Each measurement is a process of its own, so that its peak memory is its own; the models take turns, and the best of
+their turns count, so that a disturbance hits none alone.
 """
 
 import json
@@ -45,9 +46,10 @@ CASES = {  # fields of WanConfig, latents B C F H W, steps per turn
 }
 
 
-def measure(case: str, ours: bool) -> dict[str, float]:
+def measure(case: str, name: str) -> dict[str, float]:
     import torch
 
+    ours, compiled = name.startswith("ours"), name.endswith("compiled")
     fields, shape, steps = CASES[case]
     torch.manual_seed(0)
     if ours:
@@ -55,6 +57,11 @@ def measure(case: str, ours: bool) -> dict[str, float]:
 
         model = WanModel(WanConfig(**fields))
         predict = model
+        if compiled:
+            from mm_models import plan
+            from mm_parallel import parallelize
+
+            parallelize(model, plan(model), compile=True)
     else:
         from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 
@@ -67,6 +74,8 @@ def measure(case: str, ours: bool) -> dict[str, float]:
             num_layers=fields["num_layers"],
             text_dim=fields["text_dim"],
         )
+        if compiled:
+            model.compile_repeated_blocks(fullgraph=True)
 
         def predict(video, t, text, **control):
             return model(video, t, text, **{f"{k}_hidden_states": v for k, v in control.items()}, return_dict=False)[0]
@@ -93,30 +102,34 @@ def measure(case: str, ours: bool) -> dict[str, float]:
         seconds.append(time.perf_counter() - started)
     return {
         "seconds": median(seconds[1:]),  # the first one warms up
+        "first": seconds[0],
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
     }
 
 
-def main(word: str = "") -> None:
-    for case in (case for case in CASES if word in case):
-        turns: dict[str, list[dict[str, float]]] = {"ours": [], "diffusers": []}
+def main(*words: str) -> None:
+    names = ["ours", "diffusers"] + ["ours compiled", "diffusers compiled"] * ("--compile" in words)
+    words = tuple(word for word in words if word != "--compile")
+    for case in (case for case in CASES if all(word in case for word in words)):
+        turns: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for _ in range(3):
             for name, results in turns.items():
                 command = [sys.executable, __file__, case, name]
                 results.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
         best = {name: {k: min(r[k] for r in results) for k in results[0]} for name, results in turns.items()}
         a, b = best["ours"], best["diffusers"]
-        print(
-            f"{case} ({a['parameters']:.1f}M and {b['parameters']:.1f}M parameters): ours {a['seconds']:.3f} s, "
-            f"{a['peak']:.2f} GiB; diffusers {b['seconds']:.3f} s, {b['peak']:.2f} GiB; ratio "
-            f"{a['seconds'] / b['seconds']:.2f} in time, {a['peak'] / b['peak']:.2f} in peak memory",
-            flush=True,
-        )
+        print(f"{case} ({a['parameters']:.1f}M and {b['parameters']:.1f}M parameters)")
+        for name, own in best.items():
+            print(
+                f"  {name}: {own['seconds']:.3f} s, {own['peak']:.2f} GiB, the first step {own['first']:.1f} s; of "
+                f"diffusers' {own['seconds'] / b['seconds']:.2f} in time, {own['peak'] / b['peak']:.2f} in peak memory",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        print(json.dumps(measure(sys.argv[1], sys.argv[2] == "ours")))
+    if len(sys.argv) > 2 and sys.argv[1] in CASES:
+        print(json.dumps(measure(*sys.argv[1:])))
     else:
         main(*sys.argv[1:])

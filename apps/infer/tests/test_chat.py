@@ -269,6 +269,7 @@ def test_errors_say_what_to_do(hub, folder, tmp_path, capsys):
     broken.write_bytes(b"x")
     said = refused(capsys, *weights, "--prompt", "a", "--image", str(broken), "--device", "cpu")
     assert "broken.png is not a picture" in said
+    assert "attention by cudnn cannot run here" in refused(capsys, *weights, "--prompt", "a", "--attention", "cudnn")
     for device in ("tpux", "cuda:99"):
         assert f"--device {device}: " in refused(capsys, *weights, "--prompt", "a", "--device", device)
     convert(hub, tmp_path / "ours", to="mm")

@@ -65,6 +65,7 @@ def test_the_videos_of_one_process(asked, pipeline, tmp_path, capsys):
     assert "out/video_2.mp4" in said
     assert "video_0.mp4 (1/3): step 2 of 2" in said
     assert "denoise" in said.splitlines()[-1]
+    assert said.splitlines()[0] == "attention: cpu"
 
 
 def test_from_a_shell_neither_ranks_nor_order_change_a_video(asked, tmp_path):

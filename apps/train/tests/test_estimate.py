@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +15,15 @@ from mm_data import FeatureDataset
 from mm_models.families import find, presets
 from mm_models.family import ClipSize
 from mm_train.estimate.config import EstimateConfig
+from mm_train.estimate.layouts import MEMORIES, command, describe, find_layouts, with_memory
 from mm_train.estimate.workload import find_samples
 from mm_train.objective import build_objective
 from mm_train.recipe import load_config
 from mm_train.start import outline
+from mm_train.train import train
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import arguments, write_features
+from runs import arguments, rows, write_features
 
 
 def asked(model: str, *more: str) -> EstimateConfig:
@@ -107,3 +112,60 @@ def test_packs_are_as_full_as_the_step_makes_them(tmp_path):
     looked = step("--data.global_batch", "16")
     assert (looked.samples, looked.micro_batches) == (16, 1), "200 tokens each, of which 16 are 3,200"
     assert looked.tensors["input_ids"].shape[1] == 3200
+
+
+def test_layouts_use_all_ranks_and_share_the_batch():
+    config = asked("wan2.1-t2v-14b", "--data.global_batch", "64")
+    found = list(find_layouts(config, 64, layers=40, tokens=75600, per_host=8))
+    assert len(found) > 300
+    assert len({describe(one) for one in found}) == len(found)
+    for one in found:
+        layout = one.parallel.resolve(64)
+        one.micro_batches(layout.dp_replicate * layout.dp_shard)
+        assert layout.tp <= 8
+    stages = [len(one.parallel.stages) if one.parallel.pp_layers else 0 for one in found]
+    kinds = {(one.parallel.tp > 1, one.parallel.ring > 1, n) for one, n in zip(found, stages, strict=True)}
+    assert kinds == set(product((True, False), (True, False), (0, 1, 2)))
+
+
+def test_a_layout_is_a_command_that_gives_it(tmp_path):
+    """Whatever the file and the flags that were given say of the layout."""
+    mine = tmp_path / "mine.toml"
+    mine.write_text('steps = 7\n[parallel]\ncp = 4\n[memory]\noffload = "inputs"\n', encoding="utf-8")
+    given = ["--model", "wan2.1-t2v-14b", "--config", str(mine), "--data.global_batch=64", "--parallel.tp", "2"]
+    given += ["--world=64", "--device", "h100", "--search", "true", "--size.frames", "49", "--memory.recompute", "none"]
+    config = load_config(given, EstimateConfig)
+    for one in list(find_layouts(config, 64, layers=40, tokens=75600, per_host=8))[::37]:
+        for memory in MEMORIES:
+            wanted = with_memory(one, memory)
+            words = shlex.split(command(wanted, given, 64, 8))
+            read = load_config(words[words.index("mm_train") + 1 :])
+            assert read.parallel.resolve(64) == wanted.parallel.resolve(64)
+            assert (read.memory, read.data, read.steps) == (wanted.memory, wanted.data, 7)
+    assert words[:3] == ["torchrun", "--nnodes", "8"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--optim.ema", "0.9", "--memory.recompute", "full", "--dtype", "bfloat16"),
+        ("--trained", '["blocks.1.*", "head.*"]', "--optim.kernel", "foreach"),
+    ],
+)
+def test_a_run_holds_what_was_estimated(tmp_path, capsys, more):
+    """On one rank: parameters, moments and average to the byte; told beside each other, and kept."""
+    features = write_features(tmp_path / "features")
+    train(load_config([*arguments(features, tmp_path / "run"), *more]))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("estimate ")]
+    assert len(said) == 1
+    kept = json.loads((tmp_path / "run" / "estimate.json").read_text(encoding="utf-8"))
+    (rank,) = kept["estimate"]["memory"]
+    for name in ("parameters", "moments", "average"):
+        assert rank[name] == kept["measured"][name]
+    first, *others = rows(tmp_path / "run")
+    assert first["estimated_memory_gib"] == kept["estimate"]["peak"] / 2**30
+    assert first["estimate_took"] < 20
+    assert not any("estimated_memory_gib" in row for row in others)
+    assert "measured" in said[0]
+    assert "of the whole process" in said[0]

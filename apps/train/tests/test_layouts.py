@@ -69,6 +69,19 @@ def ranks_train(rank: int, world: int, flags: list[list[str]]) -> None:
     train(load_config(flags[rank]))
 
 
+def test_a_step_that_is_not_finite_is_skipped_on_every_rank(tmp_path):
+    features = write_features(tmp_path / "features", count=6, poison="clip2.mp4")
+    flags = ["--data.global_batch", "2", "--steps", "4", "--on_nonfinite", "skip", "--checkpoint.every", "1"]
+    flags += ["--validation.features", "null", "--validation.every", "1000"]
+    train(config(features, tmp_path / "one", *command(features, tmp_path / "one", 4, *flags)[8:]))
+    spawn(2, ranks_train, [command(features, tmp_path / "two", 4, *flags)] * 2)  # one of them has the sample
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert [row["samples"] for row in one] == [row["samples"] for row in two]
+    assert one[-1]["samples"] > 4 * 2
+    for name in ("loss", "grad_norm"):
+        assert [row[name] for row in two] == pytest.approx([row[name] for row in one], rel=1e-4), name
+
+
 def test_ranks_with_different_configurations_are_refused(features, tmp_path):
     argv = command(features, tmp_path / "run", 2)
     other = [*argv, "--optim.lr", "2e-3"]

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from mm_train.checks import CHECKS, check
 from mm_train.command import claim_output
 from mm_train.config import Config, OptimConfig
 from mm_train.metrics import Metrics
-from mm_train.optim import EMA, build_optimizer, learning_rate
+from mm_train.optim import EMA, build_optimizer, learning_rate, step_if
 from mm_train.recipe import RECIPES, load_config
 from mm_train.settle import settle_samples
 from mm_train.step import MicroBatches
@@ -222,6 +223,33 @@ def test_biases_and_vectors_are_not_decayed():
     assert id(by_name["blocks.0.ffn.0.bias"]) not in decayed
     assert id(by_name["blocks.0.self_attn.norm_q.weight"]) not in decayed
     assert sum(len(g["params"]) for g in groups) == len(by_name)
+
+
+@pytest.mark.parametrize("kernel", ["fused", "foreach"])
+def test_a_step_that_is_not_finite_changes_nothing(kernel):
+    torch.manual_seed(0)
+    plain, model = (torch.nn.Linear(3, 2) for _ in range(2))
+    model.load_state_dict(plain.state_dict())
+    optimizers = [build_optimizer(each, OptimConfig(lr=0.1, kernel=kernel)) for each in (plain, model)]
+    for finite in (False, True, False, False, True, True):
+        for each in (plain, model):
+            torch.manual_seed(7)
+            each(torch.randn(4, 3)).square().sum().backward()
+        if finite:
+            optimizers[0].step()
+        else:
+            model.weight.grad[0, 0] = math.nan
+        step_if(optimizers[1], torch.tensor(finite))
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(a, b)
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    assert states[0].keys() == states[1].keys() == {0, 1}
+    for place, state in states[0].items():
+        assert state["step"] == 3
+        for name, value in state.items():
+            assert torch.equal(value, states[1][place][name])
 
 
 def test_average_follows_its_closed_form_and_is_swapped_back():

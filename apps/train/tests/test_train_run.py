@@ -85,6 +85,32 @@ def test_two_ranks_give_the_same_curve_as_one(features, tmp_path, options):
     assert validation[0] == pytest.approx(validation[1], rel=tolerance)
 
 
+def test_compiled_layers_give_the_same_curve_and_a_step_that_compiled_says_so(features, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
+    train(config(features, tmp_path / "plain"))
+    capfd.readouterr()
+    train(config(features, tmp_path / "compiled", "--compile", "true"))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    first, *others = [row.get("compiled_graphs", 0) for row in rows(tmp_path / "compiled")]
+    assert first > 0
+    assert others == [0, 0, 0]
+    said = capfd.readouterr().err
+    assert "compile    each layer" in said
+    assert said.count(f"| {first} graphs compiled meanwhile") == 1
+    for option, message in (
+        (
+            ("--parallel.exact", "true"),
+            "--compile with --parallel.exact: compiled kernels sum in",
+        ),
+        (
+            ("--parallel.schedule", "zero_bubble"),
+            "--compile with --parallel.schedule zero_bubble: it splits",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config(features, tmp_path / "refused", "--compile", "true", *option))
+
+
 def test_micro_batches_do_not_change_the_numbers(features, tmp_path):
     for size in ("1", "4"):
         train(config(features, tmp_path / size, "--data.micro_batch", size, "--data.text_dropout", "0.3"))
@@ -195,6 +221,21 @@ def test_a_run_goes_on_from_an_adapter(features, tmp_path):
         check_targets(open_lora(first), shapes, shapes)
     with pytest.raises(ValueError, match=r"lora.weights"):  # it would not be taken: the run has its own by now
         train(config(features, tmp_path / "fresh", *lora, *still, "--steps", "2"))
+
+
+def test_the_kernel_of_attention_is_named_and_one_that_cannot_run_is_refused(features, tmp_path, capsys):
+    train(config(features, tmp_path / "named", "--attention", "math", "--steps", "1"))
+    assert "attention  math\n" in capsys.readouterr().err
+    train(config(features, tmp_path / "auto", "--steps", "1"))
+    assert "attention  cpu\n" in capsys.readouterr().err
+    named, auto = (rows(tmp_path / run)[0]["loss"] for run in ("named", "auto"))
+    assert named == pytest.approx(auto, rel=1e-5)
+    for name, why in (("flash", "it is for CUDA, not for cpu"), ("flash4", r"cannot be loaded \(pip install --pre")):
+        with pytest.raises(ValueError, match=why):
+            train(config(features, tmp_path / "refused", "--attention", name))
+    with pytest.raises(ValueError, match=r"parallel\.exact has an order of its own"):
+        train(config(features, tmp_path / "exact", "--attention", "math", "--parallel.exact", "true"))
+    assert not (tmp_path / "refused").exists()
 
 
 def test_an_adapter_with_ranks_by_module_is_not_gone_on_from(features, tmp_path):

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm_models import build, preset
-from mm_models.layers import Sequence, core
+from mm_models.layers import RMSNorm, Sequence, core
 from mm_models.lora import LoRAConfig, add_lora
-from mm_models.qwen2_5_vl.layers import GatedSilu, RMSNorm, rotate
+from mm_models.qwen2_5_vl.layers import GatedSilu, turn
 from mm_models.qwen2_5_vl.start import initial
 from mm_models.qwen2_5_vl.vision import attend, put_calls
 from mm_models.qwen2_5_vl.windows import MOST_CALLS, lay_out
@@ -95,13 +95,13 @@ def test_sizes_that_share_a_call_waste_little():
     assert sum(g.count * g.size**2 for g in groups) < 1.7 * (sides.prod(1) ** 2).sum()
 
 
-def test_rotate():
+def test_turn():
     x = torch.randn(5, 2, 8)
     angles = torch.randn(5, 4)
     turned = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1)) * torch.polar(torch.ones(5, 4), angles)[:, None]
-    found = rotate(x, torch.stack((angles.cos(), angles.sin())))
+    found = turn(x, torch.stack((angles.cos(), angles.sin())))
     assert torch.allclose(found, torch.cat((turned.real, turned.imag), -1), atol=1e-6)
-    assert rotate(x.bfloat16(), torch.stack((angles.cos(), angles.sin()))).dtype == torch.bfloat16
+    assert turn(x.bfloat16(), torch.stack((angles.cos(), angles.sin()))).dtype == torch.bfloat16
 
 
 def kept(step) -> int:
@@ -124,7 +124,7 @@ def test_layers_with_a_backward_of_their_own():
     assert torch.autograd.gradcheck(GatedSilu.apply, (a, b))
     norm = RMSNorm(16, 1e-6, dtype=torch.float64)
     torch.nn.init.normal_(norm.weight)
-    assert torch.equal(norm(a), F.rms_norm(a, (16,), norm.weight, 1e-6))
+    torch.testing.assert_close(norm(a), F.rms_norm(a, (16,), norm.weight, 1e-6), rtol=1e-15, atol=0)
     assert torch.autograd.gradcheck(
         lambda x, weight: torch.func.functional_call(norm, {"weight": weight}, (x,)), (a, norm.weight)
     )

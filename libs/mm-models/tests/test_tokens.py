@@ -10,8 +10,8 @@ from torch import nn
 
 from mm_models.layers import core
 from mm_models.tokens import IGNORED, NextToken, greedy, token_losses
+from mm_parallel.estimate.peak import PeakMemory
 from mm_parallel.step import forward_backward
-from mm_parallel.testing.memory import PeakMemory
 
 VOCABULARY = 37
 

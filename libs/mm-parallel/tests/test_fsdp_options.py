@@ -134,6 +134,52 @@ def test_an_evaluation_sees_what_was_written_after_another():
     assert seen[0] != seen[1]
 
 
+class Reduced(TorchDispatchMode):
+    """Bytes of whole gradients that are reduced over the ranks, by dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if "reduce_scatter" in str(op):
+            dtype = args[1].dtype
+            self.sizes[dtype] = self.sizes.get(dtype, 0) + args[1].nbytes
+        return op(*args, **(kwargs or {}))
+
+
+def in_another_dtype(rank: int, world: int) -> list[dict[torch.dtype, int]]:
+    """Two micro-batches, reduced in fp32 and in bf16: what is sent. What is kept in fp32 is the same to the bit."""
+    mesh, sizes, found = make_mesh(ParallelConfig(), "cpu"), [], []
+    tokens, t = (part.float() for part in batch(mesh))
+    for reduce in ("float32", "bfloat16"):
+        model = parallelize(build().float(), TinyLadder.plan, mesh, memory=MemoryConfig(reduce=reduce))
+        with Reduced() as reduced:
+            for _ in range(2):
+                model(tokens, t).square().mean().backward()
+        finish_gradients(model, mesh)
+        assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
+        sizes.append(reduced.sizes)
+        found.append({name: whole(grad) for name, grad in gradients(model).items()})
+    plain, narrow = found
+    kept = TinyLadder.plan.fp32_parameters(build())
+    for name, grad in plain.items():
+        assert torch.equal(narrow[name], grad) == (name in kept), name
+        torch.testing.assert_close(narrow[name], grad, rtol=2**-7, atol=2**-7 * grad.abs().max().item())
+    return sizes
+
+
+def test_gradients_are_reduced_in_the_dtype_that_is_asked_for():
+    plain, narrow = spawn(2, in_another_dtype)[0]
+    model = build()
+    kept = TinyLadder.plan.fp32_parameters(model)
+    padded = {name: -(-len(p) // 2) * 2 * p[0].numel() for name, p in model.named_parameters()}  # to parts of one size
+    sharded = sum(number for name, number in padded.items() if name.startswith("time"))
+    rest = sum(number for name, number in padded.items() if name not in kept)
+    assert plain == {torch.float32: 2 * 4 * (rest + sharded)}
+    assert narrow == {torch.float32: 2 * 4 * sharded, torch.bfloat16: 2 * 2 * rest}
+
+
 class Journal(TorchDispatchMode):
     """When weights are gathered, and when layers begin."""
 
@@ -220,3 +266,5 @@ def test_impossible_options_are_refused():
         spawn(2, unwanted, MemoryConfig(offload_params=True), ParallelConfig(tp=2))
     with pytest.raises(ValueError, match=r"offload_params .* nothing is sharded here \(1 rank\): leave it out"):
         parallelize(build(), TinyLadder.plan, memory=MemoryConfig(offload_params=True))
+    with pytest.raises(RuntimeError, match=r"ValueError: reduce='fp16': there are 'float32' and 'bfloat16'"):
+        spawn(2, unwanted, MemoryConfig(reduce="fp16"), ParallelConfig())

@@ -2,10 +2,16 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mm_parallel import ParallelConfig, clip_grad_norm, finish_gradients, forward_backward, make_mesh, parallelize
+from mm_parallel.grads import by_layout
 from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
+from mm_parallel.weights import allocate
 
 
 def filled(model: nn.Module) -> nn.Module:
@@ -119,3 +125,41 @@ def test_every_token_counts_alike(replicate):
 def test_a_step_without_weight_is_refused():
     with pytest.raises(ValueError, match=r"the losses of this step weigh 0 together"):
         forward_backward(double(), 1, lambda i: {}, lambda output, i: output, total=0)
+
+
+class Lists(TorchDispatchMode):
+    """Counts the numbers of the host that become tensors: on a device the host would wait until they are there."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += "lift_fresh" in str(op)
+        return op(*args, **(kwargs or {}))
+
+
+def without_values(rank: int, world: int) -> int:
+    """On tensors that have no values: whoever asks for one raises DataDependentOutputException."""
+    dist.destroy_process_group()
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    mesh = make_mesh(ParallelConfig(dp_replicate=2), "cpu")
+    with torch.device("meta"):
+        model = TinyLadder()
+    parallelize(model, TinyLadder.plan, mesh)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        allocate(model, torch.device("cpu"))
+        tokens, t = torch.randn(4, 7, 5), torch.randn(4, 3)
+        forward_backward(model, 1, lambda i: {"tokens": tokens, "t": t}, lambda y, i: y.square(), 16.0, mesh)
+        with Lists() as lists:
+            finish_gradients(model, mesh)
+            norm = clip_grad_norm(model, 1.0, mesh)
+            groups = [{"params": parameters} for parameters in by_layout(model.parameters())]
+            optimizer = torch.optim.AdamW(groups, fused=True)
+            optimizer.found_inf = (~norm.isfinite()).float()
+            optimizer.step()
+        with pytest.raises(DataDependentOutputException):
+            float(norm)
+        return lists.count
+
+
+def test_between_backward_and_optimizer_the_host_waits_for_nothing():
+    assert spawn(1, without_values) == [0]

@@ -23,6 +23,8 @@ from mm_models.processors import is_exact
 if TYPE_CHECKING:
     import torch
 
+    from mm_parallel.config import AttentionName
+
 
 class Answer(NamedTuple):
     text: str
@@ -82,7 +84,9 @@ class Model:
 class Answerer:
     """`answerer(conversation) -> Answer`.
 
-    device: by default the accelerator of this machine. dtype: by default bfloat16 there, float32 on a CPU.
+    device: by default the accelerator of this machine. dtype: by default bfloat16 there, float32 on a CPU. attention:
+    the kernel that a program has made torch ready for, see `mm_parallel.attention.activate`.
+    Raises ValueError for a kernel that cannot run here.
     """
 
     def __init__(
@@ -91,9 +95,11 @@ class Answerer:
         options: ChatOptions | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        attention: AttentionName = "auto",
     ) -> None:
         import torch
 
+        from mm_parallel.attention import describe_choice
         from mm_parallel.device import bf16_ok
         from mm_parallel.device import device as accelerator
 
@@ -101,6 +107,9 @@ class Answerer:
         if dtype is None:
             fast = self.device.type != "cpu" and bf16_ok(self.device)
             dtype = torch.bfloat16 if fast else torch.float32
+        with torch.device("meta"):
+            plan = model.family.plan(model.family.build(model.config))
+        describe_choice(attention, plan, self.device, dtype)  # or refuses it
         chat = model.family.chat
         self.processing = chat.processing(model.processor, options or ChatOptions(), model.config)
         self.generator = chat.generator(model.config, model.tensors, self.device, dtype)

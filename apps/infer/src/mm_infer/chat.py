@@ -19,6 +19,7 @@ from mm_data.files import shorten
 from mm_infer.answer import Answer, Answerer, Model
 from mm_infer.checks import check_output, choose_device, describe_device, describe_file, tell
 from mm_models.libraries import check_libraries
+from mm_parallel.config import AttentionName
 
 HELP = "/image PATH and /video PATH go with the next question; /new begins anew; /quit ends"
 
@@ -67,6 +68,8 @@ class Config:
     "by default bfloat16 on an accelerator, float32 on a CPU"
     check: bool = False
     "look at everything that the command needs, print what is found, and ask nothing; exit code 2 where something is wrong"  # noqa: E501
+    attention: AttentionName = "auto"
+    "kernel of attention: on CUDA flash, flash3 or flash4 (with their packages), cudnn, efficient"
     chat: ChatOptions = field(default_factory=ChatOptions)
 
     def __post_init__(self) -> None:
@@ -219,9 +222,12 @@ def _open_questions(config: Config):
 def _load(config: Config, model: Model) -> Answerer:
     import torch  # only now that the command makes sense
 
+    from mm_parallel.attention import activate
+
     device = choose_device(config.device)
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    return Answerer(model, config.options, device, dtype)
+    activate(config.attention, device.type)  # transformers' class asks torch
+    return Answerer(model, config.options, device, dtype, config.attention)
 
 
 class _Asking:

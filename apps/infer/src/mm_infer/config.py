@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from mm_convert.cli.values import check_config
 from mm_models.diffusion.samplers import Grid, SamplerName
 from mm_models.family import AskedTiling
+from mm_parallel.config import AttentionName
 
 Boundary = Annotated[float, "> 0", "< 1"] | None
 Scale = Annotated[float, ">= 1"]
@@ -119,10 +120,14 @@ class Config(Options):
     "of two experts, keep the idle one in the host's memory; by default on an accelerator"
     dtype: Literal["bfloat16", "float32"] | None = None
     "of transformer and text encoder; by default bfloat16 on an accelerator, float32 on a CPU, as VAE and CLIP always are"  # noqa: E501
+    attention: AttentionName = "auto"
+    "kernel of attention between tokens, where there are several: on CUDA flash, cudnn (H100, B200), flash3 or flash4 (with their packages), efficient; auto takes one by device, dtype and shapes, and the first line names it"  # noqa: E501
     text_tokens: Annotated[int, ">= 1"] | None = None
     "rows of text that the model attends to; by default those it was trained with (512, or what the weights say)"
     vae_tiling: AskedTiling = None
     "encode and decode in tiles: less memory, faint seams; true, training: which tiles, where a model has several; default as the makers did, Wan false, Open-Sora-Plan true"  # noqa: E501
+    compile: bool = False
+    "compile each layer of the transformer: the first step takes longer, the others less"
     parallel: Ranks = field(default_factory=Ranks)
     deadline: Annotated[float, ">= 10", "<= 604800"] = 1800
     "on several ranks: seconds that a step of a video may take; then all end and say which rank hangs, and where"

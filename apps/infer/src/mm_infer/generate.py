@@ -29,6 +29,8 @@ from mm_infer.sample import Sampler
 from mm_infer.settle import calls_of
 from mm_infer.weights import Weights
 from mm_models.diffusion.samplers import fill_template
+from mm_parallel.attention import activate
+from mm_parallel.device import device as accelerator
 from mm_parallel.guard import Watchdog, agree
 from mm_parallel.guard.agree import COPY
 
@@ -63,9 +65,10 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
     first, step = share.prompts
     files = {config.output / f"video_{i}.mp4": requests[i] for i in range(first, len(requests), step)}
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    sampler = Sampler(
-        weights, None, dtype, config.offload, vae_tiling=config.vae_tiling, mesh=share.mesh, pair=share.pair
-    )
+    activate(config.attention, accelerator().type)
+    how = {"vae_tiling": config.vae_tiling, "attention": config.attention, "compile": config.compile}
+    how |= {"mesh": share.mesh, "pair": share.pair}
+    sampler = Sampler(weights, None, dtype, config.offload, **how)
     agree(dump(config), "the configuration")
     contents = identify(config, weights.facts)
     agree({f"video {i}": request for i, request in enumerate(requests)}, "what is asked for")
@@ -105,6 +108,10 @@ def _video(config: Config, sampler: Sampler, request: Request, contents: Content
     record |= {"contents": digest(contents)}
     if config.lora_alpha is not None:
         record["lora_alpha"] = config.lora_alpha
+    if config.attention != "auto":
+        record["attention"] = config.attention
+    if config.compile:
+        record["compile"] = True
     record |= {"vae_tiling": sampler.encoders.tiling, "boundary": sampler.weights.boundary}
     record |= {"dtype": str(sampler.dtype).removeprefix("torch."), "mm_infer": __version__, "torch": torch.__version__}
     return Video(request.prompt, given, options, {k: str(v) if isinstance(v, Path) else v for k, v in record.items()})
@@ -135,6 +142,7 @@ def run(job: Job, guard: Watchdog, patience: float) -> None:
     videos = list(job.videos.values())
     if job.alone:
         say(f"note: {job.alone} is one of two experts, and makes all steps alone; name the folder above it for both")
+    say(f"attention: {job.sampler.kernel}")
     start = time.perf_counter()
     prompts = [fill_template(video.options.prompt_template, video.prompt) for video in videos]
     say(f"text: encoding {len(set(prompts))} prompt(s)")

@@ -22,6 +22,8 @@ from mm_models.diffusion.sampling import denoise, noise, partly_noised
 from mm_models.encoders import to_frames
 from mm_models.family import AskedTiling
 from mm_parallel import context
+from mm_parallel.attention import choose_core, describe_choice
+from mm_parallel.config import AttentionName
 from mm_parallel.device import bf16_ok, synchronize
 from mm_parallel.device import device as accelerator
 
@@ -49,8 +51,10 @@ def load(
     vae_tiling: AskedTiling = None,
     text_tokens: int | None = None,
     device: torch.device | str | None = None,
+    compile: bool = False,
     mesh: DeviceMesh | None = None,
     pair: dist.ProcessGroup | None = None,
+    attention: AttentionName = "auto",
 ) -> "Sampler":
     """A sampler for weights on disk; the arguments are the flags of the same names (see `mm_infer.config.Config`).
 
@@ -62,7 +66,8 @@ def load(
     """
     adapter = {"lora": lora, "lora_alpha": lora_alpha}
     weights = Weights(path, encoders, model=model, text_tokens=text_tokens, boundary=boundary, **adapter)
-    return Sampler(weights, device, dtype, offload, vae_tiling=vae_tiling, mesh=mesh, pair=pair)
+    how = {"vae_tiling": vae_tiling, "attention": attention, "compile": compile, "mesh": mesh, "pair": pair}
+    return Sampler(weights, device, dtype, offload, **how)
 
 
 class Sampler:
@@ -81,8 +86,10 @@ class Sampler:
         offload: bool | None = None,
         *,
         vae_tiling: AskedTiling = None,
+        compile: bool = False,
         mesh: DeviceMesh | None = None,
         pair: dist.ProcessGroup | None = None,
+        attention: AttentionName = "auto",
     ) -> None:
         """See `load`."""
         self.weights, self.family, self.config = weights, weights.facts.family, weights.facts.config
@@ -95,7 +102,12 @@ class Sampler:
                 f"offload is for two experts, of which one rests, but {weights.path} holds one model: leave it out"
             )
         self.offload = not on_host if offload is None else offload
-        self.mesh, self.pair = mesh, pair
+        self.mesh, self.pair, self.attention, self.compile = mesh, pair, attention, compile
+        self.kernel = self._describe_attention()
+        if compile:
+            from mm_parallel.compile import check_compiler
+
+            check_compiler(self.device.type)
         self.encoders = Encoders(weights.facts, self.device, self.dtype, vae_tiling)
         self._model: nn.Module | None = None
 
@@ -220,9 +232,21 @@ class Sampler:
             return f"{len(broken)} tensors of the weights hold such values, first {broken[0]}: take other weights"
         return f"the weights are finite, but the model overflows in {self.dtype} with this prompt and these options"
 
+    def _describe_attention(self) -> str:
+        """The kernel of attention, in a few words. ValueError for one that cannot run here."""
+        with torch.device("meta"):
+            plan = self.family.plan(self.family.build(self.config))
+        return describe_choice(self.attention, plan, self.device, self.dtype, self.mesh)
+
     def _cut(self, model: nn.Module) -> None:
+        plan = self.family.plan(model)
+        choose_core(model, plan, self.attention)
         if self.mesh is not None:
-            context.cut(model, self.family.plan(model), self.mesh)
+            context.cut(model, plan, self.mesh, self.attention)
+        if self.compile:
+            from mm_parallel.compile import compile_layers  # with torch's compiler, which takes seconds to import
+
+            compile_layers(model, plan)
 
     @contextmanager
     def _timed(self, seconds: dict[str, float], stage: str) -> Iterator[None]:

@@ -376,6 +376,31 @@ def _writable(asked: Asked) -> str:
     return "\n".join([f"the run goes on from {found}", *(f"changed: {change}" for change in changed)])
 
 
+def _compile(asked: Asked) -> str:
+    config = asked.config
+    if not config.compile:
+        return NotHere("no --compile")
+    if config.parallel.exact:
+        raise ValueError(
+            "--compile with --parallel.exact: compiled kernels sum in an order of their own: leave one of them out"
+        )
+    if config.parallel.schedule == "zero_bubble":
+        raise ValueError(
+            "--compile with --parallel.schedule zero_bubble: it splits a backward in two, and that of compiled code is "
+            "one. Use schedule 1f1b, or leave --compile out"
+        )
+    return "each layer"
+
+
+def _compiler(asked: Asked) -> str:
+    if not asked.config.compile:
+        return NotHere("no --compile")
+    from mm_parallel.compile import check_compiler
+    from mm_parallel.device import device
+
+    return check_compiler(device().type)
+
+
 CHECKS: tuple[Check[Asked], ...] = (
     Check("libraries", "at once", lambda asked: check_libraries()),
     Check("configuration", "at once", _limits),
@@ -388,9 +413,11 @@ CHECKS: tuple[Check[Asked], ...] = (
     Check("what is trained", "at once", _trained),
     Check("adapter", "at once", lambda asked: check_adapter(asked.config), after=("what is trained",)),
     Check("layout", "at once", _layout),
+    Check("compile", "at once", _compile),
     Check("samples", "at once", _samples, after=("model", "options")),
     Check("output", "at once", _output, after=("model",)),
     Check("resume", "when asked", _writable, after=("output",)),
+    Check("compiler", "with torch", _compiler, after=("compile",)),
     Check("model in layout", "with torch", _look("check_cut"), after=("model", "what is trained", "layout")),
     Check("tensors", "when asked", _look("check_tensors"), after=("model", "weights", "what is trained", "resume")),
     Check("adapter in model", "when asked", _look("check_adapter"), after=("model", "adapter", "what is trained")),

@@ -11,6 +11,7 @@ from mm_data.chat_options import ChatOptions
 from mm_models.diffusion.samplers import SamplerName
 from mm_models.family import AskedTiling
 from mm_parallel import MemoryConfig, ParallelConfig
+from mm_parallel.config import AttentionName
 
 
 @dataclass(frozen=True)
@@ -313,6 +314,15 @@ class Config:
     seed: Annotated[int, ">= 0", "<= 9223372036854775807"] = 42
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the matrix multiplications; master weights, moments, norms and modulation stay float32."""
+    attention: AttentionName = "auto"
+    """The kernel of attention between tokens, where there are several: on CUDA flash, cudnn (H100, B200), flash3 or
+    flash4 (with their packages), efficient. auto takes one by device, dtype and shapes. The first lines of a run
+    name it.
+    """
+    compile: bool = False
+    """Compile each layer (torch.compile): fewer and larger kernels. The first step, and the first of another shape,
+    take much longer.
+    """
     deadline: Annotated[float, ">= 10", "<= 604800"] = 600
     """Seconds that a step may take, up to a week; then the run ends and says which rank hangs, and where."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

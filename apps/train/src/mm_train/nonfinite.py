@@ -15,25 +15,24 @@ MOST_IN_A_ROW = 10
 
 
 class Watch:
-    """Decides, alike on every rank, whether a step may be taken."""
+    """Keeps which step was not finite, and decides, alike on every rank, whether to go on."""
 
     def __init__(self, policy: str):
         self.policy, self.reason, self.samples = policy, "", []
         self.in_a_row = 0
 
-    def finite(self, loss: float, norm: Tensor, own: list[Tensor], step: Step) -> bool:
+    def see(self, finite: bool, loss: float, norm: float, own: list[Tensor], step: Step) -> None:
         """loss and norm are global numbers; own holds this rank's loss per sample, micro-batch by micro-batch."""
-        if math.isfinite(loss) and bool(torch.isfinite(norm)):
+        if finite:
             self.in_a_row = 0
-            return True
+            return
         self.in_a_row += 1
         ids = [i for micro in step.micro for i in micro.ids]
         values = torch.cat(own).tolist() if own else [0.0] * len(ids)  # a pipeline knows them on its last stage only
         bad = [i for i, value in zip(ids, values, strict=True) if not math.isfinite(value)]
-        self.reason = f"loss {loss}, gradient norm {float(norm)}"
+        self.reason = f"loss {loss}, gradient norm {norm}"
         # When every loss is finite and only the gradient is not, any sample of the step may be the cause.
         self.samples = list(dict.fromkeys(all_gather(bad) or all_gather(ids)))  # ranks may share samples
-        return False
 
     def stop(self) -> bool:
         """Whether to stop; a run in which nothing is finite any more is stopped whatever the policy."""

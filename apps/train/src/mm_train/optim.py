@@ -43,6 +43,24 @@ def build_optimizer(
     )
 
 
+def step_if(optimizer: torch.optim.AdamW, finite: Tensor) -> None:
+    """A step of the optimizer where `finite`, a bool scalar, is true; else weights, moments and counts stay as they
+    are.
+
+    The fused kernels of CUDA and of the CPU look for themselves, as a GradScaler has them do. So the host hands the
+    step on while the device is still in the backward. Elsewhere the host has to wait, and look.
+    """
+    devices = {parameter.device for group in optimizer.param_groups for parameter in group["params"]}
+    if optimizer.defaults["fused"] and finite.device.type in ("cpu", "cuda") and devices == {finite.device}:
+        optimizer.found_inf = (~finite).float()
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf
+    elif finite:
+        optimizer.step()
+
+
 def learning_rate(step: int, steps: int, config: OptimConfig, rate: float | None = None) -> float:
     """Rate of optimizer step `step` (from 0) of `steps`; a function of the step alone, so there is no state to
     restore. Where its highest is `rate` and not `config.lr`, the lowest is another in the same proportion.

@@ -31,13 +31,32 @@ def describe_missing(reasons: Collection[str], report: Path) -> str:
     return f", {len(reasons)} left out ({kinds}): {report} says why" if reasons else ""
 
 
+def precise(device: torch.device) -> torch.dtype:
+    """For sums of losses: NPUs have no doubles."""
+    return torch.float32 if device.type == "npu" else torch.float64
+
+
 def all_sum(*values: Tensor | float, device: torch.device) -> list[float]:
     """Sums of scalars over all ranks, in one collective on the device: gloo would take a hop for every rank."""
-    precise = torch.float32 if device.type == "npu" else torch.float64  # NPUs have no doubles
-    summed = torch.stack([torch.as_tensor(value, device=device).to(precise) for value in values])
+    summed = torch.stack([torch.as_tensor(value, device=device).to(precise(device)) for value in values])
     if dist.is_initialized():
         dist.all_reduce(summed)
     return summed.tolist()
+
+
+def start_sum(value: Tensor) -> Callable[[], Tensor]:
+    """Begins to sum a scalar over all ranks. What is returned gives the sum, on the value's device, and on an
+    accelerator does not let the host wait for it.
+    """
+    summed = value.clone()
+    work = dist.all_reduce(summed, async_op=True) if dist.is_initialized() else None
+
+    def finish() -> Tensor:
+        if work is not None:
+            work.wait()
+        return summed
+
+    return finish
 
 
 def all_gather(items: list[T]) -> list[T]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -36,12 +36,12 @@ from mm_train.log_tps import LogTps
 from mm_train.metrics import Metrics
 from mm_train.nonfinite import MOST_IN_A_ROW, Watch
 from mm_train.objective import architecture, build_objective
-from mm_train.optim import EMA, build_optimizer, learning_rate
-from mm_train.ranks import all_sum, broadcast
+from mm_train.optim import EMA, build_optimizer, learning_rate, step_if
+from mm_train.ranks import all_sum, broadcast, precise, start_sum
 from mm_train.resume import find_checkpoint, read_progress
 from mm_train.samples import Samples
 from mm_train.speed import Speed
-from mm_train.start import Built, build_model, outline
+from mm_train.start import Built, build_model, choose_attention, outline
 from mm_train.step import MicroBatches, seed_dropout
 from mm_train.validate import Validation
 
@@ -105,6 +105,7 @@ class Run:
         self.data_index, self.data_ranks = data_rank(self.mesh)
         micro_batches = describe_micro_batches(config, self.data_ranks)
         notes = check(config, "with torch")
+        attention = choose_attention(config, self.mesh, self.device)
         held.enter_context(claim_output(config.run_dir))
         self.objective = build_objective(config)
         guard.at("looking at the data", config.patience)
@@ -137,11 +138,12 @@ class Run:
 
         self.metrics = Metrics(config.run_dir, leader=rank == 0, steps=config.steps, start=self.progress.step)
         layout = (describe(self.mesh), f"{self.data_ranks} x {micro_batches}")
-        self.metrics.say(summarize(config, self.objective, built, self.data, found, changed, notes, *layout))
+        said = (found, changed, notes, attention)
+        self.metrics.say(summarize(config, self.objective, built, self.data, *said, *layout))
         if self.progress.step == config.steps:
             self.metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
         self.validation = Validation(config, self.objective, held_out, self.mesh, self.device)
-        self.speed = Speed(outline(config), self.device, world)  # of all stages
+        self.speed = Speed(outline(config), self.device, world, config.compile)  # of all stages
         self.comparison = Comparison(config, self.objective, self.device, world, leader=rank == 0)
         self.watch = Watch(config.on_nonfinite)
         self.max_norm = config.optim.clip or math.inf
@@ -197,22 +199,36 @@ class Run:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = learning_rate(*place, rate)
 
-    def outcome(self, batch: MicroBatches, losses: list[Tensor], norm: Tensor) -> Outcome:
+    def start_loss(self, losses: list[Tensor]) -> Callable[[], Tensor]:
+        """The sum of all ranks' losses. It is on its way while the gradients are finished."""
+        own = torch.cat(losses) if reports_loss(self.mesh) else torch.zeros(1, device=self.device)
+        return start_sum(own.to(precise(self.device)).sum())
+
+    def update(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """A step of the optimizer, unless loss or norm is not finite: then nothing changes, on every rank alike.
+
+        Returns both, and whether it was taken: 3, on the device, for the host has not waited.
+        """
+        finite = loss.isfinite() & norm.isfinite()
+        step_if(self.optimizer, finite)
+        return torch.stack([loss, norm.to(loss.dtype), finite.to(loss.dtype)])
+
+    def outcome(self, batch: MicroBatches, losses: list[Tensor], updated: Tensor) -> Outcome:
         """The step in global numbers; from here on, its samples count as seen."""
-        own = torch.cat(losses).cpu().double().sum() if reports_loss(self.mesh) else 0.0
         spent = self.speed.count(batch.micro) if reports_loss(self.mesh) else (0.0, 0.0)
         self.comparison.look(batch.micro)
         counts = batch.count() | ({LOG_TPS: LogTps.count(batch.micro)} if self.log_tps else {})
         counted = [count if reports_loss(self.mesh) else 0.0 for count in counts.values()]
-        summed, tokens, operations, signals, *counted = all_sum(
-            own, *spent, float(self.interrupt.signal), *counted, device=self.device
+        tokens, operations, signals, *counted = all_sum(
+            *spent, float(self.interrupt.signal), *counted, device=self.device
         )
         self.interrupt.hear(signals)
+        summed, norm, finite = updated.tolist()
         loss = summed / batch.total
         self.progress.cursor = batch.step.cursor_after
-        finite = self.watch.finite(loss, norm, losses, batch.step)
+        self.watch.see(bool(finite), loss, norm, losses, batch.step)
         counts = dict(zip(counts, counted, strict=True))
-        return Outcome(self.progress.step, loss, float(norm), finite, tokens, operations, counts)
+        return Outcome(self.progress.step, loss, norm, bool(finite), tokens, operations, counts)
 
     def report(self, step: Outcome) -> None:
         """Tells and keeps what a step was. Raises FloatingPointError if the run must end with a step that is not
@@ -318,6 +334,7 @@ def summarize(
     found: Path | None,
     changed: list[str],
     notes: list[str],
+    attention: str,
     ranks: str,
     step: str,
 ) -> str:
@@ -332,7 +349,9 @@ def summarize(
         *(f"changed    {change}" for change in changed),
         f"data       {data.described}, {data.name}",
         *(f"           {note}" for note in [*data.notes, *notes]),
+        f"attention  {attention}",
         f"ranks      {ranks}",
         f"step       {config.data.global_batch} samples = {step}",
+        *(["compile    each layer; steps with a new kind of shape take longer, and say so"] if config.compile else []),
     ]
     return "\n".join(map(one_line, lines))

@@ -15,8 +15,10 @@ from mm_parallel.device import max_memory, peak_flops
 class Speed:
     """Counts the operations that training needs; recomputation does not raise the MFU."""
 
-    def __init__(self, model: nn.Module, device: torch.device, world: int):
-        self.device, self.world = device, world
+    def __init__(self, model: nn.Module, device: torch.device, world: int, compiles: bool = False):
+        """model: whole. compiles: whether steps may compile, which is told."""
+        self.device, self.world, self.compiles = device, world, compiles
+        self.graphs = 0
         self.cost = family_of(model.config).cost(model)
         self.peak = peak_flops(device, model.compute_dtype or torch.float32)
 
@@ -43,4 +45,17 @@ class Speed:
             row["mfu"] = operations / seconds / (self.peak * self.world)
             text += f" (MFU {100 * row['mfu']:.1f} %)"
         row["memory_gib"] = max_memory(self.device) / 2**30
-        return row, f"{text} | {row['memory_gib']:.2f} GiB"
+        text += f" | {row['memory_gib']:.2f} GiB"
+        if compiled := self._compiled():
+            row["compiled_graphs"] = compiled
+            text += f" | {compiled} graphs compiled meanwhile"
+        return row, text
+
+    def _compiled(self) -> int:
+        """Graphs that this process has compiled since it was last asked."""
+        if not self.compiles:
+            return 0
+        from mm_parallel.compile import count_graphs
+
+        before, self.graphs = self.graphs, count_graphs()
+        return self.graphs - before

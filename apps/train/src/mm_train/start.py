@@ -22,6 +22,7 @@ from mm_models.layers import cast_weights
 from mm_models.lora import LoRAConfig, add_lora
 from mm_models.parts import find_parameters
 from mm_parallel import Pipeline, load_parameters, parallelize, verify
+from mm_parallel.attention import activate, describe_choice
 from mm_parallel.fits import check_fits, find_idle
 from mm_parallel.mesh import size
 from mm_parallel.weights import allocate, check_names, check_shape, same_kind
@@ -165,6 +166,20 @@ def outline(config: Config) -> nn.Module:
     return model
 
 
+def choose_attention(config: Config, mesh: DeviceMesh | None, device: torch.device) -> str:
+    """Makes torch ready for the kernel of attention, and says in a few words which it is.
+
+    ValueError for one that cannot run here.
+    """
+    if config.parallel.exact:
+        if config.attention != "auto":
+            raise ValueError(f"attention {config.attention}: parallel.exact has an order of its own; leave one out")
+        return "head by head in one fixed order, for exact sums"
+    activate(config.attention, device.type)
+    dtype = getattr(torch, config.dtype)
+    return describe_choice(config.attention, plan(outline(config)), device, dtype, mesh)
+
+
 def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, continuing: bool) -> Built:
     """The model of a run.
 
@@ -200,7 +215,7 @@ def _cut(model: nn.Module, config: Config, mesh: DeviceMesh | None, dtype: torch
     """Cuts the model in place over the mesh; returns what is called."""
     if config.parallel.exact:
         return verify.parallelize(model, plan(model), mesh, config.memory)
-    how = (plan(model), mesh, config.parallel, config.memory, dtype)
+    how = (plan(model), mesh, config.parallel, config.memory, dtype, config.attention, config.compile)
     return Pipeline(model, *how) if size(mesh, "pp") > 1 else parallelize(model, *how)
 
 

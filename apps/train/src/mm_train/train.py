@@ -24,11 +24,12 @@ def train(config: Config) -> Path:
                 losses = forward_backward(
                     run.model, len(batch), batch.inputs, batch.losses, batch.total, run.mesh, batch.outlines
                 )
+                loss = run.start_loss(losses)  # of all ranks
                 finish_gradients(run.parameters, run.mesh)
                 norm = clip_grad_norm(run.parameters, run.max_norm, run.mesh)
-                step = run.outcome(batch, losses, norm)  # global numbers, alike on every rank
+                updated = run.update(loss(), norm)  # the weights, unless a number is not finite; nobody waits so far
+                step = run.outcome(batch, losses, updated)  # global numbers, alike on every rank
                 if step.finite:
-                    run.optimizer.step()
                     run.average.update(step.index)
                 run.optimizer.zero_grad(set_to_none=True)  # not held while something else needs memory, and never saved
                 run.report(step)

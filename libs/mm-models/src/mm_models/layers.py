@@ -5,14 +5,23 @@ computes in the dtype of its *input*, casting its parameters on the fly, and wha
 modulation, the residual stream) is kept in at least float32 by calling `wide`.
 """
 
+from contextlib import nullcontext
 from fnmatch import fnmatch
+from inspect import signature
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
+
+SHARED_HEADS = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+"""How `varlen_attn` is told that k and v may have fewer heads. Releases that cannot be told hand all on to flash, which
+takes them.
+"""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -39,10 +48,73 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` in the dtype of its input; torch takes the statistics in float32 whatever that dtype is."""
+    """x / sqrt(mean of squares of x + eps) · weight: at least float32, rounded once, to the dtype of x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        if x.is_cuda:  # a kernel of its own, which keeps as little
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """It keeps x and a number for each row, where autograd would keep two more float32 tensors of the size of x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+        scale = torch.rsqrt(norm.square() / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight.to(x.dtype)).to(x.dtype)  # masters give what rounded weights give
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """With y = x · scale, products over channels <,>: scale · (grad · weight - y · <grad · weight, y> / D)."""
+        x, weight, scale = ctx.saved_tensors
+        rounded = weight.to(x.dtype).to(scale.dtype)
+        of_x = grad * scale
+        of_weight = of_x * x  # of each token
+        shared = (of_weight @ rounded).unsqueeze(-1) / x.shape[-1]
+        of_x = of_x.mul_(rounded).addcmul_(x, shared * scale.square(), value=-1).to(x.dtype)
+        return of_x, of_weight.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
+    """Turns pairs of channels: (a, b) -> (a · cos - b · sin, b · cos + a · sin), at least float32, rounded once.
+
+    x: … h. `shape` is what h is unflattened to, and `dim` (negative) where a and b then lie, without which cos and sin
+    have the shape of what they turn: for the halves of h, shape (2, -1) and dim -2; for neighbours, (-1, 2) and -1.
+    """
+    return _Rotate.apply(x, cos, sin, shape, dim)
+
+
+class _Rotate(torch.autograd.Function):
+    """It keeps the tables alone, and its backward turns back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.shape, ctx.dim = shape, dim
+        return _turn(x, cos, sin, shape, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin, ctx.shape, ctx.dim), None, None, None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
+    pairs = x.unflatten(-1, shape)
+    turned = pairs * torch.stack((cos, cos), dim)
+    if torch.compiler.is_compiling():  # where a change in place would be written out
+        turned = turned + pairs.flip(dim) * torch.stack((-sin, sin), dim)
+    else:  # where what is flipped would be a copy
+        (a, b), (c, d) = pairs.unbind(dim), turned.unbind(dim)
+        c.addcmul_(b, sin, value=-1)
+        d.addcmul_(a, sin)
+    return turned.flatten(-len(shape)).to(x.dtype)
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
@@ -72,8 +144,7 @@ def modulate(norm: LayerNorm, x: Tensor, shift: Tensor, scale: Tensor, noisy: Te
     shift, scale: B 1 D, the same for all tokens; or B L D; or B 2 D, of which a token takes the second where `noisy`
     (B L 1, zeros and ones) says so. Then nothing of the size of the tokens is made of the modulation.
 
-    For one sample with one timestep they are weight and bias of the norm: one kernel, and two float32 tensors of the
-    size of x less to keep for the backward.
+    For one sample with one timestep they are weight and bias of the norm: one kernel. For several, `_Modulated`.
     """
     if noisy is not None:
         y = norm(x)
@@ -81,14 +152,63 @@ def modulate(norm: LayerNorm, x: Tensor, shift: Tensor, scale: Tensor, noisy: Te
         return torch.where(noisy > 0, other, clean)
     if x.shape[0] == 1 and shift.shape[1] == 1:
         return F.layer_norm(x, norm.normalized_shape, 1 + scale[0, 0], shift[0, 0], norm.eps)
-    return torch.addcmul(shift, norm(x), 1 + scale)
+    return _Modulated.apply(x, shift, 1 + scale, norm.eps)
+
+
+class _Modulated(torch.autograd.Function):
+    """The norm of x over its last dim, times `scale`, plus `shift` (B 1 D or B L D).
+
+    It keeps x and two numbers for each row, where autograd would keep the norm of x as well.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+        y, mean, scatter = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        ctx.save_for_backward(x, scale, mean, scatter)
+        ctx.shape = shift.shape
+        return torch.addcmul(shift, y, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, scale, mean, scatter = ctx.saved_tensors
+        of_y = (grad * scale).to(x.dtype)
+        of_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+            of_y, x, x.shape[-1:], mean, scatter, None, None, [True, False, False]
+        )
+        y = torch.addcmul(-mean * scatter, x, scatter)
+        return of_x, grad.sum_to_size(ctx.shape), y.mul_(grad).sum_to_size(scale.shape), None
 
 
 def gated(x: Tensor, gate: Tensor, y: Tensor, noisy: Tensor | None = None) -> Tensor:
     """x + gate · y; gate and noisy as in `modulate`."""
     if noisy is not None:
         return x + torch.where(noisy > 0, gate[:, 1:] * y, gate[:, :1] * y)
-    return torch.addcmul(x, gate, y)
+    return _Gated.apply(x, gate, y)
+
+
+class _Gated(torch.autograd.Function):
+    """x + gate · y. Its backward makes no tensor of the size of x but the two products."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, y)
+        return torch.addcmul(x, gate, y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gate, y = ctx.saved_tensors
+        return grad, (grad * y).sum_to_size(gate.shape), (grad * gate).to(y.dtype)
+
+
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of CUDA, the first that can.
+
+torch would put cuDNN before them on an H100 and a B200. There it is wrong in some shapes (with a mask, with few heads
+of keys), and takes a second for each new one. `mm_parallel` puts it into a model's seam where it pays: for long
+sequences without a mask.
+"""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
@@ -114,7 +234,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tenso
         grouped = False
     seen = None if mask is None else mask[:, None, None]  # B 1 1 Lk: the same for all heads and queries
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=grouped)
+    with sdpa_kernel(_KERNELS) if q.device.type == "cuda" else nullcontext():
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 
@@ -129,7 +250,10 @@ def _groups_heads(q: Tensor, mask: Tensor | None) -> bool:
 
 
 def _has_flash(q: Tensor) -> bool:
-    return q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256
+    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > 256:
+        return False
+    device = torch.get_device_module(q.device)
+    return not device.is_available() or device.get_device_capability(q.device) >= (8, 0)  # not there: q is fake
 
 
 class Sequence(NamedTuple):
@@ -171,7 +295,7 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tenso
     window = (-1, 0 if sequence.causal else -1)
     dim, missing = q.shape[-1], -q.shape[-1] % 8  # it wants whole 8s
     flat = ((F.pad(x, (0, missing)) if missing else x).flatten(0, 1).contiguous() for x in (q, k, v))
-    out = varlen_attn(*flat, ends, ends, longest, longest, scale=dim**-0.5, window_size=window, enable_gqa=True)
+    out = varlen_attn(*flat, ends, ends, longest, longest, scale=dim**-0.5, window_size=window, **SHARED_HEADS)
     return out.narrow(-1, 0, dim).unflatten(0, (rows, -1))
 
 

@@ -13,6 +13,8 @@ Layers = tuple[_Count, ...] | tuple[tuple[_Count, ...], ...]
 """Layers of each pipeline stage: flat, or nested (outer: virtual stages, inner: ranks)."""
 Forgotten = Literal["none", "full", "but_attention"]
 """What a layer forgets in the forward."""
+AttentionName = Literal["auto", "cpu", "flash", "cudnn", "efficient", "npu", "math", "flash3", "flash4"]
+"""The kernel of attention between tokens, see `mm_parallel.attention.backends`."""
 
 
 @dataclass(frozen=True)

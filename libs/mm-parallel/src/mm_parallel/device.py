@@ -13,29 +13,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from mm_parallel.devices import recognize
 from mm_parallel.launch import Launch, read_launch
 
 BACKENDS = ("gloo", "nccl", "hccl")
 """What an error of communication may name."""
-
-# Dense peak in FLOP/s by a part of the device's name, first match wins; without sparsity. Sources: NVIDIA data sheets
-# (A100, H100, H200, L40S); Ascend: Huawei's Atlas 800T A2 (376 and 313 TFLOPS FP16) and Atlas 300T A2 (280) sheets, the
-# pairing with chip names is what the community reads from `npu-smi`, so take an MFU on Ascend as approximate.
-_PEAK_16_BIT = {
-    "A100": 312e12,
-    "A800": 312e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "L40S": 362e12,
-    "Ascend910B2": 376e12,
-    "Ascend910B3": 313e12,
-    "Ascend910B4": 280e12,
-}
-_PEAK_32_BIT = {"A100": 19.5e12, "A800": 19.5e12, "H100 PCIe": 51e12, "H100": 67e12, "H200": 67e12, "L40S": 91.6e12}
 
 
 def device() -> torch.device:
@@ -148,8 +130,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def peak_flops_of(device_name: str, dtype: torch.dtype) -> float | None:
     """The same by the device's marketing name, as `nvidia-smi -L` or `npu-smi info` print it."""
-    tables = {torch.bfloat16: _PEAK_16_BIT, torch.float16: _PEAK_16_BIT, torch.float32: _PEAK_32_BIT}
-    return next((peak for part, peak in tables.get(dtype, {}).items() if part in device_name), None)
+    known = recognize(device_name)
+    return None if known is None else known.peak.get(str(dtype).removeprefix("torch."))
 
 
 def synchronize(device: torch.device) -> None:

@@ -64,17 +64,20 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _average(parameters: list[nn.Parameter], meshes: list[DeviceMesh]) -> None:
-    used = _local(parameters[0]).new_tensor([p.grad is not None for p in parameters])
+    missing = [i for i, p in enumerate(parameters) if p.grad is None]
+    used = _local(parameters[0]).new_ones(len(parameters))
+    for i in missing:
+        used[i] = 0.0  # on the device: for a list of numbers the host would wait until it is there
     grads = [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in parameters]
     flat = torch.cat([used, *(grad.flatten() for grad in grads)])
     for mesh in meshes:
         dist.all_reduce(flat, group=mesh.get_group())
         flat /= mesh.size()
     used, *means = flat.split([len(parameters), *(grad.numel() for grad in grads)])
-    for parameter, grad, mean, use in zip(parameters, grads, means, used.tolist(), strict=True):
-        grad.copy_(mean.view_as(grad))
-        if use and parameter.grad is None:
-            parameter.grad = _like(parameter, grad)
+    torch._foreach_copy_(grads, [mean.view_as(grad) for grad, mean in zip(grads, means, strict=True)])
+    for i in missing:
+        if used[i]:
+            parameters[i].grad = _like(parameters[i], grads[i])
 
 
 def _like(parameter: nn.Parameter, grad: Tensor) -> Tensor:

@@ -86,6 +86,7 @@ class ParallelPlan:
     split, core, gather: where the three seams are (see `Ladder`).
     heads: attention heads; the ranks of tensor parallelism must divide them. Where there are several counts, all of
         them by name: {"key-value heads": 2, "heads": 16}.
+    head_dim: elements of a head, for the choice of a kernel; 0: not said.
     columns: patterns of linears whose rows of the weight (columns of the output) are cut over tensor-parallel ranks;
         what they compute is local until a linear of `rows`, whose outputs are summed.
     rows: patterns of linears that take what `columns` make.
@@ -119,6 +120,7 @@ class ParallelPlan:
     core: str = "core"
     gather: str = "gather"
     heads: int | Mapping[str, int] = 0
+    head_dim: int = 0
     columns: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()

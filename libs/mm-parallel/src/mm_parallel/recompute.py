@@ -15,7 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from mm_parallel.attention import KEPT, core
+from mm_parallel.attention import KEPT
+from mm_parallel.attention.around import Around
+from mm_parallel.attention.seam import named_core
 from mm_parallel.config import MemoryConfig
 from mm_parallel.offload import Host, Kept, Run
 from mm_parallel.plan import ParallelPlan
@@ -23,7 +25,9 @@ from mm_parallel.plan import ParallelPlan
 WORDS = ("none", "full", "but_attention")
 
 
-def recompute(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, core_is_cut: bool = False) -> None:
+def recompute(
+    model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, core_is_cut: bool = False, backend: str = "auto"
+) -> None:
     """Makes layers and their companions recompute and offload as `memory` says. Gradients stay the same.
 
     A layer keeps its module and thereby its parameter names: only its `forward` is replaced on the instance. Its first
@@ -33,6 +37,7 @@ def recompute(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, core_i
     model: whole, or a pipeline rank's part of it, in which the layers of others are None.
     core_is_cut: whether context parallelism has put its attention into the model's seam. Without, "but_attention" puts
         `mm_parallel.attention.core` there, as only an op that has a name can be kept.
+    backend: what computes it.
 
     Raises ValueError for words and numbers that the model cannot follow, and for an offload of what nobody keeps.
     """
@@ -40,7 +45,7 @@ def recompute(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, core_i
     for prefix, ladder, own in plan.ladders(model):
         words, order = words_of[prefix], list(own.units_in_order(ladder))
         if "but_attention" in words.values() and not (core_is_cut and own.tokens):
-            _name_the_core(ladder, own)
+            _name_the_core(ladder, own, backend)
         for position, (name, word) in enumerate(words.items()):
             if word != "none":
                 unit = ladder.get_submodule(name)
@@ -80,7 +85,7 @@ class Recomputed:
         del stream  # nothing here may hold on to x
         kept = self._keep("attention") if self.word == "but_attention" else None
         moves = self.offload == "inputs" and x.numel() > 0  # what is empty lies nowhere
-        with _elsewhere(x.data_ptr(), self._keep("inputs")) if moves else nullcontext():
+        with _elsewhere(self._keep("inputs")) if moves else nullcontext():
             # checkpoint keeps tensors that are arguments of their own as autograd would, all else as it is
             result = checkpoint(
                 self._run,
@@ -89,7 +94,7 @@ class Recomputed:
                 args,
                 named,
                 use_reentrant=False,
-                context_fn=noop_context_fn if kept is None else lambda: (_Keeping(kept), _Answering(kept)),
+                context_fn=noop_context_fn if kept is None else lambda: (Around(_Keeping(kept)), _Answers(kept)),
             )
         if kept is not None and not kept.count and x.numel():  # without rows there may be nothing to attend to
             raise ValueError(
@@ -125,12 +130,7 @@ class _Answering(TorchDispatchMode):
 
     def __init__(self, kept: Kept) -> None:
         super().__init__()
-        self.kept = kept
-
-    def __enter__(self):
-        self.kept.fetch()
-        self.answers = iter(range(self.kept.count))
-        return super().__enter__()
+        self.kept, self.answers = kept, iter(range(kept.count))
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op in KEPT:
@@ -138,14 +138,26 @@ class _Answering(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def _elsewhere(place: int, kept: Kept) -> saved_tensors_hooks:
-    """Around a checkpoint: its input, which lies at `place`, goes where `kept` says.
+class _Answers(Around):
+    """From the first one on whenever it is entered, as a graph may be walked twice."""
+
+    def __init__(self, kept: Kept) -> None:
+        self.kept = kept
+
+    def __enter__(self) -> None:
+        self.kept.fetch()
+        self.mode = _Answering(self.kept)
+        super().__enter__()
+
+
+def _elsewhere(kept: Kept) -> saved_tensors_hooks:
+    """Around a checkpoint: its input, which is not empty, goes where `kept` says.
 
     Nothing else is saved but, in some releases of torch, an empty tensor on the CPU.
     """
 
     def pack(x: Tensor) -> Kept | Tensor:
-        if x.data_ptr() != place:
+        if not x.numel():
             return x
         kept.put((x,))
         return kept
@@ -230,7 +242,7 @@ def check_offload(offload: str, words: set[str]) -> None:
         )
 
 
-def _name_the_core(model: nn.Module, plan: ParallelPlan) -> None:
+def _name_the_core(model: nn.Module, plan: ParallelPlan, backend: str) -> None:
     """Puts our attention into the seam, as one op for every device."""
     if not (plan.tokens or plan.share):
         raise ValueError(
@@ -241,4 +253,4 @@ def _name_the_core(model: nn.Module, plan: ParallelPlan) -> None:
     module = model.get_submodule(owner)
     if not hasattr(module, seam):
         raise ValueError(f'recompute="but_attention": the model has no seam {plan.core!r} to keep attention at')
-    setattr(module, seam, core)
+    setattr(module, seam, named_core(backend))

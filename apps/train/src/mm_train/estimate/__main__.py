@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from mm_convert.cli.terminal import escaped_output
 from mm_parallel.launch import read_launch
 from mm_train.command import run_alone
@@ -15,8 +17,8 @@ def main(argv: list[str] | None = None) -> None:
         config = load_config(argv, EstimateConfig, "python -m mm_train.estimate")
         from mm_train.estimate.report import report  # torch, only now
 
-        for line in report(config, config.world or read_launch().world):
-            print(line)
+        for line in report(config, config.world or read_launch().world, sys.argv[1:] if argv is None else argv):
+            print(line, flush=True)
 
     run_alone(work)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -11,16 +12,20 @@ import torch
 from mm_models import plan
 from mm_models.families import family_of
 from mm_parallel.config import ParallelConfig
+from mm_parallel.devices import Device
 from mm_parallel.estimate import RankMemory, Units, estimate_memory
+from mm_parallel.estimate.roofline import Clock, StepTime
+from mm_parallel.recompute import choose_words
 from mm_train.checks import CHECKS, Asked
 from mm_train.config import Config
 from mm_train.estimate.storage import Disk, Encoders, find_disk, find_encoders
 from mm_train.estimate.workload import Samples, Workload, find_samples
 from mm_train.objective import build_objective
-from mm_train.start import outline
+from mm_train.start import check_cut, outline
 
+DAY = 24 * 3600
 RELATIONS = ("configuration", "model", "options", "objective", "learning rate", "what is trained")
-"""The checks of a run that look at no path."""
+"""The checks of a run that look at no path. The layout is looked at in `Subject.estimate`."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,28 @@ class Estimate:
     """Of a step, over all ranks; the mean."""
     flops: float
     """That training needs for a step, over all ranks, as MFU counts it: recomputation does not count."""
+    share: float
+    """FLOPs of the mean micro-batch over those of the largest."""
     memory: tuple[RankMemory, ...]
     """Of each pipeline rank; all others are like one of them."""
     encoders: Encoders | None
     disk: Disk
     steps: int
+    time: StepTime | None = None
+    """Of a step; None where the device is not known."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a step; of one with the largest samples `time` tells, of the mean this."""
+        return None if self.time is None else self.time.total * self.share
+
+    @property
+    def days(self) -> float | None:
+        return None if self.seconds is None else self.seconds * self.steps / DAY
+
+    def fits(self, device: Device) -> bool:
+        """Whether all ranks have the memory for it, and their hosts."""
+        return self.peak <= device.memory and all(rank.host <= device.host_memory for rank in self.memory)
 
     @property
     def fullest(self) -> RankMemory:
@@ -75,13 +97,22 @@ class Subject:
         self.plan, self.cost = plan(self.model), family_of(self.model.config).cost(self.model)
         self.dtype = getattr(torch, config.dtype)
         self._units: dict[Any, Units] = {}
+        self._clocks: dict[str, Clock] = {}
 
-    def estimate(self, config: Config, world: int) -> Estimate:
-        """Of a run on so many ranks. ValueError for a layout that does not fit them, or the model."""
+    def estimate(
+        self, config: Config, world: int, device: Device | None = None, work: Workload | None = None
+    ) -> Estimate:
+        """Of a run on so many ranks. ValueError for a layout that does not fit them, or the model.
+
+        work: of a data rank, where it is known better than by the samples.
+        """
+        self.check(config, world)
         layout = config.parallel.resolve(world)
         data_ranks = layout.dp_replicate * layout.dp_shard
-        work = self.samples.step(config, data_ranks)
+        work = work or self.samples.step(config, data_ranks)
         tokens, flops = self._count(work)
+        most = self.cost(work.tensors)[1]
+        time = None if device is None else self.time(config, layout, device, work)
         return Estimate(
             config.model,
             self.objective.task,
@@ -92,36 +123,104 @@ class Subject:
             work.micro_batches,
             tokens * work.micro_batches * data_ranks,
             flops * work.micro_batches * data_ranks,
+            flops / most,
             self._memory(config, layout, work),
-            find_encoders(config),
-            find_disk(config, self.model, self.samples.bytes),
+            self._encoders,
+            self._disk,
             config.steps,
+            time,
         )
+
+    def time(self, config: Config, layout: ParallelConfig, device: Device, work: Workload | None = None) -> StepTime:
+        """Of a step whose micro-batches are all of the largest. layout: resolved.
+
+        ValueError for a dtype of which no peak of the device is known.
+        """
+        data_ranks = layout.dp_replicate * layout.dp_shard
+        work = work or self.samples.step(config, data_ranks)
+        flops = self.cost(work.tensors)[1] * work.micro_batches * data_ranks
+        how = (self._traced(work), layout, config.memory, work.micro_batches, flops)
+        return self.clock(device).time(*how, average=bool(config.optim.ema))
+
+    def clock(self, device: Device) -> Clock:
+        if device.name not in self._clocks:
+            foreach = self.config.optim.kernel == "foreach"
+            how = {"attention": self.config.attention, "compiled": self.config.compile, "foreach": foreach}
+            self._clocks[device.name] = Clock(device, self.dtype, **how)
+        return self._clocks[device.name]
+
+    def check(self, config: Config, world: int) -> None:
+        """Raise ValueError for a layout that does not fit so many ranks, or the model."""
+        check_cut(self.model, config, world)
+
+    def least(self, config: Config, layout: ParallelConfig, device: Device) -> tuple[float, float]:
+        """(bytes that a rank takes at least, seconds that a step takes at least), quickly. layout: resolved.
+
+        Parameters and moments as if all were shared evenly, and what layers save and compute; nothing else.
+        """
+        held = self._held + (4 * self._sizes[1] if config.optim.ema else 0)
+        ranks = layout.dp_shard * layout.ring * layout.ulysses * layout.tp * layout.pp
+        work = self.samples.step(config, layout.dp_replicate * layout.dp_shard)
+        units, clock, count = self._traced(work), self.clock(device), work.micro_batches
+        names = units.layers[""]
+        of = Counter(units.kinds[name] for name in names)
+        words = choose_words(config.memory, len(names), list(range(len(names))))
+        traces = units.trace(layout, {name: words[names.index(name)] for name in of}).units
+        waits = seconds = 0.0
+        for name, number in of.items():
+            moved = {"inputs": traces[name].inputs, "attention": traces[name].kept, "none": 0}[config.memory.offload]
+            waits += number * (traces[name].saved - moved)
+            seconds += number * sum(half.total for half in clock.unit(traces[name]))
+        virtual = len(layout.stages) if layout.pp_layers else 1
+        bubble = (layout.pp - 1) / virtual / (3 if layout.schedule == "zero_bubble" else 1)
+        in_flight = min(layout.pp, count)
+        return held / ranks + waits / layout.pp * in_flight, seconds / layout.pp * (count + bubble)
+
+    @cached_property
+    def tokens(self) -> float:
+        """Of the smallest forward: a sample, or a pack."""
+        one = replace(self.config, data=replace(self.config.data, micro_batch=1))
+        return self.cost(self.samples.step(one, 1).tensors)[0]
+
+    @cached_property
+    def _held(self) -> int:
+        """Bytes of parameters and moments, of the whole model."""
+        parameters = list(self.model.parameters())
+        return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in parameters)
 
     @cached_property
     def _sizes(self) -> tuple[int, int]:
         parameters = list(self.model.parameters())
         return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
+    @cached_property
+    def _encoders(self) -> Encoders | None:
+        return find_encoders(self.config)
+
+    @cached_property
+    def _disk(self) -> Disk:
+        return find_disk(self.config, self.model, self.samples.bytes)
+
     def _memory(self, config: Config, layout: ParallelConfig, work: Workload) -> tuple[RankMemory, ...]:
+        units = self._traced(work)
         return estimate_memory(
             self.model,
             self.plan,
             layout,
             config.memory,
             self.dtype,
-            work.arguments(self.objective),
+            units.example,
             micro_batches=work.micro_batches,
             average=bool(config.optim.ema),
-            losses=partial(work.losses, self.objective),
-            units=self._traced(work),
+            optimizer=config.optim.kernel,
+            units=units,
         )
 
     def _traced(self, work: Workload) -> Units:
         """What has been run of the model on such a micro-batch."""
         if work.shapes not in self._units:
-            losses = partial(work.losses, self.objective)
-            self._units[work.shapes] = Units(self.model, self.plan, self.dtype, work.arguments(self.objective), losses)
+            losses, example = partial(work.losses, self.objective), work.arguments(self.objective)
+            self._units[work.shapes] = Units(self.model, self.plan, self.dtype, example, losses)
         return self._units[work.shapes]
 
     def _count(self, work: Workload) -> tuple[float, float]:
@@ -132,9 +231,9 @@ class Subject:
         return tuple(sum(share * of[i] for share, of in counted) for i in (0, 1))
 
 
-def estimate(config: Config, world: int, device: Any = None) -> Estimate:
+def estimate(config: Config, world: int, device: Device | None = None) -> Estimate:
     """What the run of this configuration takes on so many ranks of a device (None: none is known, so no seconds).
 
     Raises ValueError for what such a run would be refused for, paths aside.
     """
-    return Subject(config).estimate(config, world)
+    return Subject(config).estimate(config, world, device)

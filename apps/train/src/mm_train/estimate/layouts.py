@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr
 from dataclasses import fields, replace
+from io import StringIO
 
+from mm_parallel.config import ParallelConfig
 from mm_parallel.pipeline.cut import even
 from mm_train.config import Config, LayoutConfig
 from mm_train.estimate.config import EstimateConfig
+from mm_train.objective import architecture
+from mm_train.recipe import load_config
 
 MEMORIES = (
     {"recompute": "none", "offload": "none"},
@@ -21,14 +26,21 @@ MEMORIES = (
 """From the fastest to the smallest."""
 VIRTUAL = (1, 2)
 """Virtual stages on each rank of a pipeline."""
+ENOUGH = 8192
+"""Tokens of a micro-batch on a rank: with more, no kernel gets much faster."""
+FEW = 2048
+"""Tokens of a micro-batch on a context rank: with fewer, kernels get slower, and more is sent for each."""
 
 
-def find_layouts(config: Config, world: int, layers: int, per_host: int) -> Iterator[Config]:
+def find_layouts(config: Config, world: int, layers: int, tokens: float, per_host: int) -> Iterator[Config]:
     """The run in every layout of `world` ranks that may be the best, once with each micro-batch that fits the step.
 
-    layers: of the model; per_host: devices of a host. Left out are
-    - tensor parallelism over hosts, and rings where Ulysses would do: more is sent, over slower links, for nothing
+    layers: of the model; tokens: of the smallest forward; per_host: devices of a host. Left out are
+    - tensor parallelism and Ulysses over hosts, rings within one or beside tensor parallelism: more is sent, over
+      slower links, for nothing
+    - context ranks with fewer than `FEW` tokens
     - copies (dp_replicate) that are not whole hosts: FSDP within a host costs less than it saves
+    - micro-batches of several samples with more than `ENOUGH` tokens on a rank
     Memory is as in `config`. Whether the model can be cut so is not asked here.
     """
     for tp in divisors(world):
@@ -38,51 +50,44 @@ def find_layouts(config: Config, world: int, layers: int, per_host: int) -> Iter
             if pp > layers:
                 continue
             for cp in divisors(world // tp // pp):
-                rest = world // tp // pp // cp
-                for ulysses in _ulysses(cp, max(1, per_host // tp)):
-                    for replicate in divisors(rest):
-                        whole = replicate == 1 or replicate == rest or (rest // replicate * cp * tp) % per_host == 0
-                        if config.data.global_batch % rest or not whole:
-                            continue
-                        shape = LayoutConfig(
-                            dp_replicate=replicate,
-                            dp_shard=rest // replicate,
-                            cp=cp,
-                            ulysses=ulysses,
-                            ring=cp // ulysses,
-                            tp=tp,
-                        )
-                        yield from _stages(config, shape, pp, layers, config.data.global_batch // rest)
+                inside = max(1, per_host // tp)
+                if (cp > 1 and tokens / cp < FEW) or (cp > inside and (tp > 1 or cp % inside)):
+                    continue
+                ulysses, rest = min(cp, inside), world // tp // pp // cp
+                for replicate in divisors(rest):
+                    whole = replicate in (1, rest) or (rest // replicate * cp * tp) % per_host == 0
+                    if config.data.global_batch % rest or not whole:
+                        continue
+                    shape = LayoutConfig(
+                        dp_replicate=replicate,
+                        dp_shard=rest // replicate,
+                        cp=cp,
+                        ulysses=ulysses,
+                        ring=cp // ulysses,
+                        tp=tp,
+                    )
+                    micro = micro_batches(config, config.data.global_batch // rest, tokens / cp)
+                    yield from _stages(config, shape, pp, layers, micro)
 
 
-def _ulysses(cp: int, inside: int) -> Iterator[int]:
-    """How many of cp ranks exchange heads: all, or those inside a host, and rings over the hosts."""
-    yield cp
-    if cp > inside and cp % inside == 0 and inside > 1:
-        yield inside
-    elif cp > 1 and inside == 1:
-        yield 1
-
-
-def _stages(config: Config, shape: LayoutConfig, pp: int, layers: int, samples: int) -> Iterator[Config]:
-    """The layout with its stages and micro-batches; samples: of one data rank in a step."""
+def _stages(config: Config, shape: LayoutConfig, pp: int, layers: int, micro: Sequence[int]) -> Iterator[Config]:
+    """The layout with its stages and micro-batches."""
     for virtual in VIRTUAL if pp > 1 else (1,):
         if pp * virtual > layers:
             continue
         stages = even(layers, pp, virtual) if pp > 1 else ()
-        parallel = replace(
-            shape, pp_layers=stages[0] if len(stages) == 1 else stages, schedule=config.parallel.schedule
-        )
-        for micro_batch in micro_batches(config, samples):
-            yield replace(config, parallel=parallel, data=replace(config.data, micro_batch=micro_batch))
+        stages = stages[0] if len(stages) == 1 else stages
+        parallel = replace(shape, pp_layers=stages, schedule=config.parallel.schedule)
+        for size in micro:
+            yield replace(config, parallel=parallel, data=replace(config.data, micro_batch=size))
 
 
-def micro_batches(config: Config, samples: int) -> list[int]:
-    """Sizes of a micro-batch that share `samples` evenly: powers of 2, and the one that was asked for."""
-    if config.data.conversations or config.data.micro_batch == 0:
-        return [config.data.micro_batch]
-    sizes = {config.data.micro_batch, *(2**n for n in range(6))}
-    return sorted(size for size in sizes if samples % size == 0)
+def micro_batches(config: Config, samples: int, tokens: float) -> list[int]:
+    """Sizes of a micro-batch that share the `samples` of a data rank, of so many tokens on each rank."""
+    if architecture(config)[0].chat is not None:
+        return [config.data.micro_batch]  # a pack is one
+    sizes = [2**n for n in range(10) if n == 0 or 2**n * tokens <= ENOUGH]
+    return [size for size in sizes if samples % size == 0]
 
 
 def divisors(n: int) -> list[int]:
@@ -94,10 +99,17 @@ def command(config: Config, argv: Sequence[str], world: int, per_host: int) -> s
     hosts = -(-world // per_host)
     meet = ["--nnodes", str(hosts), "--rdzv_backend", "c10d", "--rdzv_endpoint", "HOST:29500"] if hosts > 1 else []
     start = ["torchrun", *meet, "--nproc_per_node", str(min(world, per_host))] if world > 1 else ["python"]
-    return shlex.join([*start, "-m", "mm_train", *_without_layout(argv), *_flags(config)])
+    kept = _without_layout(argv)
+    with redirect_stderr(StringIO()):  # notes that the reader has seen
+        usual = load_config(kept)
+    return shlex.join([*start, "-m", "mm_train", *kept, *_flags(config, usual)])
 
 
-_CHOSEN = {"memory.recompute", "memory.but_attention", "memory.offload", "data.micro_batch"}
+_LAYOUT = {
+    "parallel": ("dp_replicate", "dp_shard", "cp", "ulysses", "ring", "tp", "pp_layers"),
+    "memory": ("recompute", "but_attention", "offload"),
+    "data": ("micro_batch",),
+}
 
 
 def _without_layout(argv: Sequence[str]) -> list[str]:
@@ -107,39 +119,34 @@ def _without_layout(argv: Sequence[str]) -> list[str]:
     dropped = False
     for word in argv:
         if word.startswith("--"):
-            name = word.removeprefix("--").partition("=")[0]
-            dropped = name.partition(".")[0] in ours | {"parallel"} or name in _CHOSEN
+            section, _, name = word.removeprefix("--").partition("=")[0].partition(".")
+            dropped = section in ours | {"parallel"} or name in _LAYOUT.get(section, ())
         if not dropped:
             kept.append(word)
     return kept
 
 
-def _flags(config: Config) -> list[str]:
-    """The layout in flags, all of it: a file that the command names may say otherwise."""
-    p, m = config.parallel, config.memory
-    said = {
-        "parallel.dp_replicate": p.dp_replicate,
-        "parallel.dp_shard": p.dp_shard,
-        "parallel.cp": p.cp,
-        "parallel.ulysses": p.ulysses,
-        "parallel.ring": p.ring,
-        "parallel.tp": p.tp,
-        "parallel.pp_layers": json.dumps(p.pp_layers).replace(" ", ""),
-        "memory.recompute": m.recompute,
-        "memory.but_attention": m.but_attention,
-        "memory.offload": m.offload,
-        "data.micro_batch": config.data.micro_batch,
-    }
-    return [word for name, value in said.items() for word in (f"--{name}", str(value))]
+def _flags(config: Config, usual: Config) -> list[str]:
+    """The layout in flags, as far as it is another than that of the rest of the command."""
+    flags = []
+    for section, names in _LAYOUT.items():
+        ours, theirs = getattr(config, section), getattr(usual, section)
+        for name in names:
+            value, other = getattr(ours, name), getattr(theirs, name)
+            alone = name in ("cp", "ulysses", "ring") and other is None and value == 1
+            if value != other and not alone:
+                text = json.dumps(value).replace(" ", "") if isinstance(value, tuple) else str(value)
+                flags += [f"--{section}.{name}", text]
+    return flags
 
 
 def with_memory(config: Config, memory: dict[str, str]) -> Config:
     return replace(config, memory=replace(config.memory, but_attention=0, **memory))
 
 
-def describe(config: Config) -> str:
-    """`dp 8, ulysses 4, tp 2, full recompute, micro-batch 1`: what is not 1, or none."""
-    p, m = config.parallel, config.memory
+def describe(config: Config, layout: ParallelConfig | None = None) -> str:
+    """`dp_shard 8, ulysses 4, tp 2, recompute full`: what is not 1, or none. layout: resolved."""
+    p, m = layout or config.parallel, config.memory
     named = {
         "dp_replicate": p.dp_replicate,
         "dp_shard": p.dp_shard,
@@ -151,7 +158,8 @@ def describe(config: Config) -> str:
     if p.pp_layers:
         virtual = f" x {len(p.stages)} virtual" if len(p.stages) > 1 else ""
         words.append(f"pp {p.pp}{virtual}")
-    words += [f"recompute {m.recompute}"] if m.recompute != "none" else []
+    words += [f"recompute {m.recompute}"] if m.recompute not in ("none", 0) else []
+    words += [f"but_attention {m.but_attention}"] if m.but_attention else []
     words += [f"offload {m.offload}"] if m.offload != "none" else []
     words += [f"micro-batch {config.data.micro_batch}"] if config.data.micro_batch > 1 else []
     return ", ".join(words) or "1 rank"

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, NamedTuple
 
+from mm_convert import replace_file
+from mm_convert.cli.terminal import one_line
+from mm_parallel.devices import Device, find_device
 from mm_parallel.estimate import RankMemory
-from mm_train.estimate.estimate import Estimate
+from mm_train.config import Config
+from mm_train.estimate.config import EstimateConfig
+from mm_train.estimate.estimate import Estimate, Subject
+from mm_train.estimate.layouts import MEMORIES, describe, with_memory
+from mm_train.estimate.search import search
+from mm_train.estimate.workload import find_samples
 
 Known = Literal["counted", "modelled", "constant"]
 """counted: by running the code without values. modelled: by a formula. constant: of a device, from a table."""
+COLUMNS: tuple[Known, ...] = ("counted", "modelled", "constant")
+DAY = 24 * 3600
 
 
 class Row(NamedTuple):
@@ -22,29 +33,128 @@ class Row(NamedTuple):
     note: str = ""
 
 
+def report(config: EstimateConfig, world: int, argv: Sequence[str]) -> Iterator[str]:
+    """All that there is to say, line by line. ValueError for what such a run would be refused for, paths aside."""
+    device = find_device(config.device, config.devices) if config.device else None
+    subject = Subject(config, find_samples(config, config.size))
+    if config.search:
+        yield from search(subject, config, world, device, argv)
+        return
+    found = subject.estimate(config, world, device)
+    if config.json is not None:
+        replace_file(config.json, json.dumps(to_json(found), indent=2) + "\n")
+    yield from map(one_line, _lines(found, config, device))
+    if device is not None and found.peak > device.memory:
+        yield from _help(subject, config, world, device)
+
+
+def _lines(found: Estimate, config: Config, device: Device | None) -> Iterator[str]:
+    trained = "" if found.trained == found.parameters else f", {found.trained:,} trained"
+    yield f"model      {found.model}: {found.parameters:,} parameters{trained}, matrices in {config.dtype}"
+    yield f"task       {found.task}"
+    yield f"samples    {found.samples}"
+    yield f"ranks      {found.world}{f' of {device.name}' if device else ''}: {describe(config, found.layout)}"
+    each = f"{found.micro_batches} micro-batch{'es' * (found.micro_batches > 1)} a rank"
+    yield f"step       {config.data.global_batch} samples, {each}, {found.tokens:,.0f} tokens"
+    yield ""
+    rank = found.fullest
+    where = f"of rank {rank.rank} of the pipeline, the fullest" if len(found.memory) > 1 else "of a rank"
+    yield f"memory {where}, at its peak"
+    yield from table([*_memory_rows(found, rank), *_peak_rows(found, device)])
+    if len(found.memory) > 1:
+        yield ""
+        yield from _by_rank(found.memory)
+    yield ""
+    yield from table([*_disk_rows(found)])
+
+
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """A line for each row, a column for each way of knowing."""
-    columns: tuple[Known, ...] = ("counted", "modelled", "constant")
-    name = max(len(row.name) for row in rows)
+    name = max(len(row.name) for row in rows) + 2
     width = max(11, *(len(row.value) for row in rows))
-    yield "  ".join([" " * name, *(f"{column:>{width}}" for column in columns)])
+    yield " ".join([" " * name, *(f"{column:>{width}}" for column in COLUMNS)])
     for row in rows:
-        cells = [f"{row.value if row.known == column else '':>{width}}" for column in columns]
-        yield "  ".join([f"{row.name:{name}}", *cells, row.note]).rstrip()
+        cells = [f"{row.value if row.known == column else '':>{width}}" for column in COLUMNS]
+        yield " ".join([f"  {row.name:{name - 2}}", *cells, f" {row.note}"]).rstrip()
 
 
-def memory_rows(rank: RankMemory) -> Iterator[Row]:
-    """What is on the device at the peak."""
+def _memory_rows(found: Estimate, rank: RankMemory) -> Iterator[Row]:
     yield Row("parameters", gib(rank.parameters), "counted")
     yield Row("gradients", gib(rank.gradients), "counted")
-    yield Row("moments", gib(rank.moments), "counted")
+    yield Row("moments", gib(rank.moments), "counted", "of AdamW, float32")
     if rank.average:
         yield Row("average", gib(rank.average), "counted")
-    yield Row("saved activations", gib(rank.saved), "counted", f"of {rank.in_flight} micro-batches")
-    yield Row("stream", gib(rank.stream), "counted")
-    yield Row("logits and loss", gib(rank.head), "counted")
-    yield Row("gathered weights", gib(rank.gathered), "modelled")
-    yield Row("at work", gib(rank.transient), "modelled", rank.moment)
+    flight = "" if rank.in_flight == 1 else f"of {rank.in_flight} micro-batches"
+    yield Row("saved activations", gib(rank.saved), "counted", flight)
+    yield Row("inputs and what the stem makes", gib(rank.stream), "counted")
+    if rank.head:
+        yield Row("logits and loss", gib(rank.head), "counted", "while the head runs")
+    if rank.gathered:
+        yield Row("gathered weights", gib(rank.gathered), "modelled")
+    yield Row("the layer that runs", gib(rank.transient), "modelled", rank.moment)
+    if rank.host:
+        yield Row("on the host", gib(rank.host), "counted")
+    if (encoders := found.encoders) is not None:
+        what = ", ".join(encoders.folders)
+        if encoders.bytes is None:
+            yield Row("encoders", "unknown", "counted", f"{what}: --data.encoders is not here")
+        else:
+            note = "on the device always" if encoders.stays else "on the host while the model trains"
+            yield Row("encoders", gib(encoders.bytes), "counted", f"{note}; without what they make")
+
+
+def _peak_rows(found: Estimate, device: Device | None) -> Iterator[Row]:
+    if device is None:
+        yield Row("peak", gib(found.peak), "modelled")
+        return
+    left = device.memory - found.peak
+    yield Row(
+        "peak",
+        gib(found.peak),
+        "modelled",
+        f"✓ fits, {gib(left)} are left" if left >= 0 else f"✗ {gib(-left)} too much",
+    )
+    yield Row("memory of the device", gib(device.memory), "constant", device.name)
+    if found.fullest.host:
+        over = found.fullest.host > device.host_memory
+        yield Row("memory of the host, a device", gib(device.host_memory), "constant", "✗ too little" if over else "")
+
+
+def _by_rank(ranks: Sequence[RankMemory]) -> Iterator[str]:
+    """What differs from stage to stage."""
+    names = ("parameters", "gradients", "moments", "saved", "gathered", "transient", "host", "peak")
+    cells = [["rank", "layers", "waiting", *names]]
+    for rank in ranks:
+        layers = sum(unit.name not in ("stem", "head") for unit in rank.layers)
+        cells.append([str(rank.rank), str(layers), str(rank.in_flight), *(gib(getattr(rank, name)) for name in names)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        yield "  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+
+
+def _disk_rows(found: Estimate) -> Iterator[Row]:
+    disk = found.disk
+    yield Row("a checkpoint", gib(disk.checkpoint), "counted", f"{disk.checkpoints} at one time")
+    yield Row("weights in the end", gib(disk.exported), "counted")
+    yield Row("disk of the run", gib(disk.run), "modelled")
+    if disk.feature:
+        yield Row("features of a clip", gib(disk.feature), "counted", f"{gib(1000 * disk.feature)} for 1,000")
+
+
+def _help(subject: Subject, config: Config, world: int, device: Device) -> Iterator[str]:
+    """What would make it fit, one change at a time, and what each leaves."""
+    yield ""
+    yield "what would help"
+    asked = {field: getattr(config.memory, field) for field in ("recompute", "offload")}
+    ways = [with_memory(config, memory) for memory in MEMORIES if memory != asked]
+    for way in ways:
+        try:
+            peak = subject.estimate(way, world).peak
+        except ValueError:
+            continue
+        said = f"--memory.recompute {way.memory.recompute} --memory.offload {way.memory.offload}"
+        yield f"  {said:60} {gib(peak)} {'✓' if peak <= device.memory else '✗'}"
+    yield "  --search true looks at all layouts"
 
 
 def gib(size: float) -> str:

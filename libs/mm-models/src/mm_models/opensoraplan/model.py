@@ -38,6 +38,7 @@ from mm_models.layers import (
     gated,
     identity,
     modulate,
+    rotate,
     sinusoid,
     wide,
 )
@@ -122,13 +123,11 @@ def rope_table(
     return torch.cat(bands, dim=-1).flatten(1, 3)
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
+def turn(x: Tensor, rope: Tensor) -> Tensor:
     """Turns, within each third of the channels of x (B L H h), the first half with the second by the angles of `rope`
-    (2 L h/2); in float32, returned as x.
+    (2 L h/2).
     """
-    cos, sin = rope.unflatten(-1, (3, -1)).unsqueeze(2)  # L 1 3 h/6
-    a, b = x.unflatten(-1, (3, 2, -1)).unbind(-2)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-2).flatten(-3).to(x.dtype)
+    return rotate(x, *rope.unflatten(-1, (3, -1)).unsqueeze(2), (3, 2, -1), -2)  # cos, sin: L 1 3 h/6
 
 
 class Attention(nn.Module):
@@ -148,7 +147,7 @@ class Attention(nn.Module):
 
 class SelfAttention(Attention):
     def forward(self, x: Tensor, rope: Tensor, core: Callable, sequence: Sequence, mask: Tensor | None) -> Tensor:
-        q, k = rotate(self.heads(self.to_q(x)), rope), rotate(self.heads(self.to_k(x)), rope)
+        q, k = turn(self.heads(self.to_q(x)), rope), turn(self.heads(self.to_k(x)), rope)
         return self.to_out[0](core(q, k, self.heads(self.to_v(x)), sequence, mask).flatten(2))
 
 
@@ -189,7 +188,7 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, eps, elementwise_affine=False)
         self.ff = FeedForward(dim, config.ffn_dim)
 
-    def forward(self, stream: Stream, core: Callable) -> Stream:
+    def forward(self, stream: Stream, core: Callable) -> Tensor:
         x, text = stream.x, stream.text
         modulation = wide(self.scale_shift_table) + stream.mod[:, :6]  # B 6 D
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.split(1, dim=1)
@@ -198,7 +197,7 @@ class Block(nn.Module):
         x = gated(x, gate1, self.attn1(y.to(text.dtype), stream.rope, core, stream.sequence, stream.mask))
         x = x + self.attn2(x.to(text.dtype), text, stream.text_mask)  # not normalised, not gated
         y = modulate(self.norm2, x, shift2, scale2)
-        return stream._replace(x=gated(x, gate2, self.ff(y.to(text.dtype))))
+        return gated(x, gate2, self.ff(y.to(text.dtype)))
 
 
 class OpenSoraPlanModel(nn.Module):
@@ -283,7 +282,7 @@ class OpenSoraPlanModel(nn.Module):
         return self.split(Stream(x, rope, mod, context, grid, Sequence(prod(grid)), text_mask, mask))
 
     def layer(self, i: int, stream: Stream) -> Stream:
-        return self.transformer_blocks[i](stream, self.core)
+        return stream._replace(x=self.transformer_blocks[i](stream, self.core))
 
     def head(self, stream: Stream) -> Tensor:
         (f, h, w), (_, q, r) = stream.grid, self.config.patch_size

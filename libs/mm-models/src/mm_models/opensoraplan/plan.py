@@ -15,6 +15,7 @@ def plan(model: OpenSoraPlanModel) -> ParallelPlan:
         last=("proj_out", "scale_shift_table"),
         tokens={"x": 1, "rope": 1},  # not the mask: attention needs it whole
         heads=model.config.num_heads,
+        head_dim=model.config.head_dim,
         columns=each(*(f"{attention}.to_{name}" for attention in attentions for name in "qkv"), "ff.net.0.proj"),
         rows=each(*(f"{attention}.to_out.0" for attention in attentions), "ff.net.2"),
     )

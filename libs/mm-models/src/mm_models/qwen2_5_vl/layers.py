@@ -5,47 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mm_models.layers import Linear, wide
+from mm_models.layers import Linear, rotate
 
 
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean of squares of x + eps) · weight, in the dtype of x; before the product at least float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:  # a kernel of its own, which keeps as little
-            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-        return _RMSNorm.apply(x, self.weight, self.eps)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """It keeps x and a number for each row, where torch's own would keep two float32 tensors of the size of x."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y = wide(x)
-        scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, scale)
-        return (y * scale).to(x.dtype) * weight.to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        grad, y = wide(grad), wide(x) * scale
-        of_weight = (grad * y).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        grad = grad * weight
-        of_x = ((grad - y * (grad * y).mean(-1, keepdim=True)) * scale).to(x.dtype)
-        return of_x, of_weight, None
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turns the first half of the channels of x (… H h) with the second by the angles of `rope` (2 … h/2); in at least
-    float32, returned as x.
-    """
-    cos, sin = rope.unsqueeze(-2)  # … 1 h/2
-    a, b = wide(x).chunk(2, -1)
-    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
-    return torch.cat(turned, -1).to(x.dtype)
+def turn(x: Tensor, rope: Tensor) -> Tensor:
+    """Turns the first half of the channels of x (… H h) with the second by the angles of `rope` (2 … h/2)."""
+    return rotate(x, *rope.unsqueeze(-2), (2, -1), -2)  # cos, sin: … 1 h/2
 
 
 class GatedSilu(torch.autograd.Function):

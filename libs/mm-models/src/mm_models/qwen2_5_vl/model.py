@@ -26,11 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm_models.layers import Linear, Sequence, core, identity
+from mm_models.layers import Linear, RMSNorm, Sequence, core, identity
 from mm_models.qwen2_5_vl.check import check, check_tokens
 from mm_models.qwen2_5_vl.config import Qwen25VLConfig
 from mm_models.qwen2_5_vl.grids import Grid, read_grids
-from mm_models.qwen2_5_vl.layers import GatedMLP, RMSNorm, rotate
+from mm_models.qwen2_5_vl.layers import GatedMLP, turn
 from mm_models.qwen2_5_vl.vision import VisionTower
 from mm_models.tokens.head import token_losses
 
@@ -57,7 +57,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, core: Callable, sequence: Sequence) -> Tensor:
         linears = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in linears)  # B L H h, B L K h
-        return self.o_proj(core(rotate(q, rope), rotate(k, rope), v, sequence).flatten(2))
+        return self.o_proj(core(turn(q, rope), turn(k, rope), v, sequence).flatten(2))
 
 
 class Block(nn.Module):
@@ -70,9 +70,9 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.mlp = GatedMLP(config.dim, config.ffn_dim, bias=False)
 
-    def forward(self, stream: Stream, core: Callable) -> Stream:
+    def forward(self, stream: Stream, core: Callable) -> Tensor:
         x = stream.x + self.self_attn(self.input_layernorm(stream.x), stream.rope, core, stream.sequence)
-        return stream._replace(x=x + self.mlp(self.post_attention_layernorm(x)))
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Qwen25VLModel(nn.Module):
@@ -165,7 +165,7 @@ class Qwen25VLModel(nn.Module):
         return self.split(Stream(x, rope, sequence, labels))
 
     def layer(self, i: int, stream: Stream) -> Stream:
-        return self.layers[i](stream, self.core)
+        return stream._replace(x=self.layers[i](stream, self.core))
 
     def head(self, stream: Stream) -> Tensor:
         """Logits, B L V in the compute dtype; where the stream has labels, losses, B L float32, 0 where there is no

@@ -15,6 +15,7 @@ def plan(model: Qwen25VLModel) -> ParallelPlan:
         last=("model.norm",) if config.tied else ("model.norm", "lm_head"),
         tokens={"x": 1, "rope": 2, "labels": 1},
         heads={"key-value heads": config.num_kv_heads, "heads": config.num_heads},
+        head_dim=config.head_dim,
         columns=each("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
         rows=each("self_attn.o_proj", "mlp.down_proj"),
         vocabulary=("model.embed_tokens",) if config.tied else ("model.embed_tokens", "lm_head"),

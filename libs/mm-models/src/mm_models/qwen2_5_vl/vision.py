@@ -15,6 +15,7 @@ No frame is ever cut: `share` leaves out whole ones, and `core` is given whole w
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm_models.layers import Linear, Sequence, core, identity
+from mm_models.layers import Linear, RMSNorm, Sequence, core, identity
 from mm_models.qwen2_5_vl.config import Qwen25VLConfig
 from mm_models.qwen2_5_vl.grids import Grid
-from mm_models.qwen2_5_vl.layers import GatedMLP, RMSNorm, rotate
+from mm_models.qwen2_5_vl.layers import GatedMLP, turn
 from mm_models.qwen2_5_vl.windows import Grouping, lay_out
 
 EPS = 1e-6  # of all norms here, whatever config.json says of the language model's
@@ -85,24 +86,25 @@ class VisionAttention(nn.Module):
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, rope: Tensor, calls: Calls, core: Callable) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, attend: Callable) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # N H h
         # a copy of v, or what the backward keeps of it would hold q and k before they are turned, too
-        q, k, v = rotate(q, rope), rotate(k, rope), v.contiguous()
-        return self.proj(attend(q, k, v, calls, core).flatten(1))
+        q, k, v = turn(q, rope), turn(k, rope), v.contiguous()
+        return self.proj(attend(q, k, v).flatten(1))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, calls: Calls, core: Callable) -> Tensor:
     """Attention within each window or frame, N H h: a call of `core` for each group of them."""
     if not calls.groups:
         return v  # N is 0; so the gradient goes on, and is zero
-    outs, start = [], 0
+    outs, sizes = [], [group.patches for group in calls.groups]
     qkv = [choose(x, calls.order) for x in (q, k, v)]
-    for count, size, patches, fill, real, kept in calls.groups:
-        own = [choose(x[start : start + patches], fill).unflatten(0, (count, size)) for x in qkv]
+    # the backward of a split is one cat, where slices would each fill a whole
+    parts = [x.split(sizes) if len(sizes) > 1 else (x,) for x in qkv]
+    for own, (count, size, _, fill, real, kept) in zip(zip(*parts, strict=True), calls.groups, strict=True):
+        own = [choose(x, fill).unflatten(0, (count, size)) for x in own]
         out = core(*own, Sequence(size)) if real is None else core(*own, Sequence(size), real)
         outs.append(choose(out.flatten(0, 1), kept))
-        start += patches
     return choose(outs[0] if len(outs) == 1 else torch.cat(outs), calls.back)
 
 
@@ -121,10 +123,9 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(dim, config.vision_heads)
         self.mlp = GatedMLP(dim, config.vision_ffn_dim, bias=True)
 
-    def forward(self, stream: VisionStream, core: Callable) -> VisionStream:
-        calls = stream.frames if self.full_attention else stream.windows
-        x = stream.x + self.attn(self.norm1(stream.x), stream.rope, calls, core)
-        return stream._replace(x=x + self.mlp(self.norm2(x)))
+    def forward(self, stream: VisionStream, attend: Callable) -> Tensor:
+        x = stream.x + self.attn(self.norm1(stream.x), stream.rope, attend)
+        return x + self.mlp(self.norm2(x))
 
 
 class PatchMerger(nn.Module):
@@ -178,7 +179,8 @@ class VisionTower(nn.Module):
         return VisionStream(x, rope, put_calls(layout.windows, device), put_calls(layout.frames, device), back)
 
     def layer(self, i: int, stream: VisionStream) -> VisionStream:
-        return self.blocks[i](stream, self.core)
+        calls = stream.frames if self.blocks[i].full_attention else stream.windows
+        return stream._replace(x=self.blocks[i](stream, partial(attend, calls=calls, core=self.core)))
 
     def head(self, stream: VisionStream) -> Tensor:
         return choose(self.merger(stream.x), stream.back)

@@ -38,6 +38,7 @@ from mm_models.layers import (
     gated,
     identity,
     modulate,
+    rotate,
     sinusoid,
     wide,
 )
@@ -111,11 +112,9 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
     return torch.cat(bands, dim=-1).flatten(1, 3)
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turns channel couples (2k, 2k+1) of x (B L H h) by the angles of `rope` (2 L h/2); in float32, returned as x."""
-    cos, sin = rope.unsqueeze(2)  # L 1 h/2
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+def turn(x: Tensor, rope: Tensor) -> Tensor:
+    """Turns channel couples (2k, 2k+1) of x (B L H h) by the angles of `rope` (2 L h/2)."""
+    return rotate(x, *rope.unsqueeze(2), (-1, 2), -1)  # cos, sin: L 1 h/2
 
 
 class SelfAttention(nn.Module):
@@ -133,8 +132,8 @@ class SelfAttention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim))  # B L D -> B L H h
 
     def forward(self, x: Tensor, rope: Tensor, core: Callable, sequence: Sequence) -> Tensor:
-        q = rotate(self.heads(self.norm_q(self.q(x))), rope)
-        k = rotate(self.heads(self.norm_k(self.k(x))), rope)
+        q = turn(self.heads(self.norm_q(self.q(x))), rope)
+        k = turn(self.heads(self.norm_k(self.k(x))), rope)
         return self.o(core(q, k, self.heads(self.v(x)), sequence).flatten(2))
 
 
@@ -152,8 +151,9 @@ class CrossAttention(SelfAttention):
             self.norm_k_img = RMSNorm(dim, eps)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        rows = self.text_tokens if self.image else context.shape[1]
-        image, text = context[:, :-rows], context[:, -rows:]
+        image, text = None, context
+        if self.image:
+            image, text = context.split((context.shape[1] - self.text_tokens, self.text_tokens), 1)
         q = self.heads(self.norm_q(self.q(x)))
         out = attention(q, self.heads(self.norm_k(self.k(text))), self.heads(self.v(text)))
         if self.image:
@@ -176,8 +176,12 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, eps, elementwise_affine=False)
         self.ffn = nn.Sequential(Linear(dim, config.ffn_dim), nn.GELU("tanh"), Linear(config.ffn_dim, dim))
 
-    def forward(self, stream: Stream, core: Callable) -> Stream:
-        x, text, noisy = stream.x, stream.text, stream.noisy
+    def forward(self, stream: Stream, core: Callable) -> Tensor:
+        return self.run(stream.x, stream, core)
+
+    def run(self, x: Tensor, stream: Stream, core: Callable) -> Tensor:
+        """x: the residual stream of the ladder that this block is in."""
+        text, noisy = stream.text, stream.noisy
         modulation = wide(self.modulation) + stream.mod[:, :, :6]  # B 1|2 6 D
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)
 
@@ -185,8 +189,7 @@ class Block(nn.Module):
         x = gated(x, gate1, self.self_attn(y.to(text.dtype), stream.rope, core, stream.sequence), noisy)
         x = x + self.cross_attn(self.norm3(x).to(text.dtype), text)
         y = modulate(self.norm2, x, shift2, scale2, noisy)
-        x = gated(x, gate2, self.ffn(y.to(text.dtype)), noisy)
-        return stream._replace(x=x)
+        return gated(x, gate2, self.ffn(y.to(text.dtype)), noisy)
 
 
 class ControlBlock(Block):
@@ -206,7 +209,7 @@ class ControlBlock(Block):
         dtype = stream.text.dtype
         if self.first:
             control = x + self.before_proj(control.to(dtype))
-        control = super().forward(stream._replace(x=control), core).x
+        control = self.run(control, stream, core)
         return control, self.after_proj(control.to(dtype))
 
 
@@ -338,8 +341,8 @@ class WanModel(nn.Module):
         # A block that recomputes keeps what it is called with: so it is called with no residual stream but its own.
         x, control, stream = stream.x, stream.control, stream._replace(control=None)
         if i not in self.config.vace_layers:
-            return self.blocks[i](stream, self.core)._replace(control=control)
+            return stream._replace(x=self.blocks[i](stream, self.core), control=control)
         n = self.config.vace_layers.index(i)
         control, hint = self.vace_blocks[n](control, stream._replace(x=None), self.core, x if n == 0 else None)
-        stream = self.blocks[i](stream, self.core)
-        return stream._replace(x=torch.add(stream.x, hint, alpha=stream.control_scale[n]), control=control)
+        x = torch.add(self.blocks[i](stream, self.core), hint, alpha=stream.control_scale[n])
+        return stream._replace(x=x, control=control)

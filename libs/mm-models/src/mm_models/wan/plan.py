@@ -21,6 +21,7 @@ def plan(model: WanModel) -> ParallelPlan:
         tokens={"x": 1, "rope": 1, "noisy": 1, "control": 1},
         gather="head.gather",
         heads=config.num_heads,
+        head_dim=config.head_dim,
         columns=each(
             *(f"{attention}.{name}" for attention in attentions for name in "qkv"),
             *((f"cross_attn.{name}_img" for name in "kv") if image else ()),

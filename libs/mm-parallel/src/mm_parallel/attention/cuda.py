@@ -1,7 +1,8 @@
 """The three attention kernels that torch has for CUDA, called one level below F.scaled_dot_product_attention.
 
 They want head dims that are multiples of 8; others are padded with zeros, which changes no score and no value. Flash
-alone reads shared heads of keys in place, and alone takes packed samples of any lengths in one call.
+and cuDNN read shared heads of keys in place; flash alone takes packed samples of any lengths in one call. Programs may
+put FlashAttention 3 or 4 behind the ops of flash, see `mm_parallel.attention.loading`.
 """
 
 from collections.abc import Sequence
@@ -109,8 +110,15 @@ def efficient_backward(
 
 
 def _into(x: Tensor) -> Tensor:
-    """B L H h -> B H L h, the head padded."""
-    return F.pad(x, (0, -x.shape[-1] % _MULTIPLE)).transpose(1, 2)
+    """B L H h -> B H L h, the head padded; a view where there is nothing to pad and elements of a head are neighbours,
+    which the kernels want.
+    """
+    return _pad(x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
+
+
+def _pad(x: Tensor) -> Tensor:
+    missing = -x.shape[-1] % _MULTIPLE
+    return F.pad(x, (0, missing)) if missing else x  # F.pad by nothing is a copy
 
 
 def _back(x: Tensor, dim: int) -> Tensor:
@@ -126,8 +134,7 @@ def _ends(q: Tensor, segments: Sequence[int]) -> tuple[Tensor, int]:
 
 def _flat(x: Tensor) -> Tensor:
     """B L H h -> (B L) H h, the head padded."""
-    missing = -x.shape[-1] % _MULTIPLE
-    return (F.pad(x, (0, missing)) if missing else x).flatten(0, 1).contiguous()  # F.pad by nothing is a copy
+    return _pad(x).flatten(0, 1).contiguous()
 
 
 def _rows(x: Tensor, rows: int, dim: int) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm_parallel.attention.around import call
 from mm_parallel.attention.backends import BACKENDS, pick
 from mm_parallel.attention.dispatch import backward, forward, like
 from mm_parallel.plan import Sequence
@@ -29,7 +30,7 @@ def attention(
     v: Tensor,
     causal: bool = False,
     scale: float | None = None,
-    backend: str | None = None,
+    backend: str = "auto",
     segments: tuple[int, ...] | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -37,39 +38,55 @@ def attention(
 
     K divides H: each head of k and v is shared by H/K neighbouring heads of q.
     causal: query i sees keys 0 … i; needs Lq = Lk. scale: of the scores, 1/√h if not given. backend: one of
-    `BACKENDS`, by default what `pick` says. segments: where packed samples part, see `mm_parallel.plan.Sequence`; each
+    `BACKENDS`, or "auto": what `pick` says. segments: where packed samples part, see `mm_parallel.plan.Sequence`; each
     is an attention of its own, and there may be none. mask: B Lk, bool: True for a key that is attended, None: all; not
     together with causal or segments. A query without keys gives 0.
     Raises ValueError for shapes, segments, a mask or a backend that do not fit.
     """
     check(q, k, v, causal)
     check_mask(mask, q, k.shape[1], causal, segments)
-    rest = scale_of(q) if scale is None else scale, causal, backend_of(q, backend)
+    rest = scale_of(q) if scale is None else scale, causal, named(backend)
     if segments is not None:
         check_segments(segments, q.shape[1])
         if q.shape[1] != k.shape[1]:
             raise ValueError(
                 f"packed samples of {q.shape[1]} queries and {k.shape[1]} keys: each needs as many of both"
             )
-    return _op(q, k, v, *rest, mask, parting(segments))[0]
+    return call(_op, q, k, v, *rest, mask, parting(segments))[0]
 
 
-def core(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, mask: Tensor | None = None) -> Tensor:
+def core(
+    q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, mask: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """The seam of a ladder on one device (see `mm_parallel.plan.Ladder`), by our op."""
-    return attention(q, k, v, sequence.causal, segments=sequence.segments, mask=mask)
+    return attention(q, k, v, sequence.causal, backend=backend, segments=sequence.segments, mask=mask)
 
 
 def scale_of(q: Tensor) -> float:
     return q.shape[-1] ** -0.5
 
 
-def backend_of(q: Tensor, name: str | None) -> str:
-    """The name if there is such a backend, else the one that fits."""
-    if name is None:
-        return pick(q.device.type, q.dtype, q.shape[-1])
-    if name not in BACKENDS:
-        raise ValueError(f"no attention backend is named {name!r}: there are {', '.join(BACKENDS)}")
-    return name
+def named(backend: str) -> str:
+    """The same, if there is such a backend."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"no attention backend is named {backend!r}: there are {', '.join(BACKENDS)}")
+    return backend
+
+
+def backend_of(
+    q: Tensor, k: Tensor, backend: str, mask: Tensor | None, segments: abc.Sequence[int] | None, keys: int | None = None
+) -> str:
+    """What computes an op on these. Asked inside the op, so that a compiler does not look into it.
+
+    keys: of a call, where they are not those of k. A name is taken as it is; programs ask `choose` whether it can be.
+    Only cuDNN leaves to others what it would be wrong or slow for.
+    """
+    if backend not in ("auto", "cudnn"):
+        return backend
+    sizes = {"queries": q.shape[1], "keys": k.shape[1] if keys is None else keys}
+    heads = {"heads": q.shape[2], "kv_heads": k.shape[2]}
+    uneven = {"masked": mask is not None, "packed": segments is not None}
+    return pick(q.device, q.dtype, q.shape[-1], **heads, **sizes, **uneven, name=backend)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
@@ -133,7 +150,7 @@ def _op(
     mask: Tensor | None = None,
     segments: abc.Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return forward(q, k, v, scale, causal, backend, mask, segments)
+    return forward(q, k, v, scale, causal, backend_of(q, k, backend, mask, segments), mask, segments)
 
 
 @torch.library.custom_op("mm_parallel::attention_backward", mutates_args=())
@@ -150,7 +167,7 @@ def _op_backward(
     mask: Tensor | None = None,
     segments: abc.Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(dout, q, k, v, out, lse, scale, causal, backend, mask, segments)
+    return backward(dout, q, k, v, out, lse, scale, causal, backend_of(q, k, backend, mask, segments), mask, segments)
 
 
 def complete(op: Any, op_backward: Any) -> None:

@@ -37,8 +37,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from mm_parallel.attention.around import call
 from mm_parallel.attention.dispatch import backward, forward
-from mm_parallel.attention.op import backend_of, check, check_mask, check_segments, complete, parting, scale_of
+from mm_parallel.attention.op import backend_of, check, check_mask, check_segments, complete, named, parting, scale_of
 
 
 def ring_attention(
@@ -49,7 +50,7 @@ def ring_attention(
     group: dist.ProcessGroup,
     causal: bool = False,
     scale: float | None = None,
-    backend: str | None = None,
+    backend: str = "auto",
     mask: Tensor | None = None,
     segments: tuple[int, ...] | None = None,
 ) -> Tensor:
@@ -64,8 +65,8 @@ def ring_attention(
     check_mask(mask, q, sum(lengths), causal, segments)
     if segments is not None:
         check_segments(segments, sum(lengths))
-    scale, backend = scale_of(q) if scale is None else scale, backend_of(q, backend)
-    return _op(q, k, v, scale, causal, backend, list(lengths), group.group_name, mask, parting(segments))[0]
+    rest = named(backend), list(lengths), group.group_name, mask, parting(segments)
+    return call(_op, q, k, v, scale_of(q) if scale is None else scale, causal, *rest)[0]
 
 
 class _Passing:
@@ -114,6 +115,12 @@ class _Ring:
         self.segments = None if segments is None else parting(sorted({self.held(self.rank, end) for end in segments}))
         # of each rank's keys; on the host, where lengths are asked for
         self.masks = [None] * self.size if mask is None else mask.cpu().split(self.first, 1)
+
+    def backend_of(self, q: Tensor, k: Tensor, backend: str, mask: Tensor | None) -> str:
+        """One for all steps: a packed sample may be cut anywhere, and a step be of few tokens, which not all take."""
+        parts = [n for n in (*self.first, *self.second) if n]
+        segments = self.ends if len(self.ends) > 2 else None
+        return backend_of(q, k, backend, mask, segments, keys=min(parts, default=0))
 
     def steps(self) -> Iterator[tuple[int, bool]]:
         """In every step, whose keys and values are here, and whether it is the last."""
@@ -178,6 +185,7 @@ def _op(
     segments: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     ring = _Ring(lengths, causal, group, mask, segments)
+    backend = ring.backend_of(q, k, backend, mask)
     kv = torch.stack((k, v))
     out, lse = None, None
     for source, at_end in ring.steps():
@@ -211,6 +219,7 @@ def _op_backward(
     segments: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     ring = _Ring(lengths, causal, group, mask, segments)
+    backend = ring.backend_of(q, k, backend, mask)
     kv, dq = torch.stack((k, v)), torch.zeros_like(q, dtype=lse.dtype)
     behind = None  # the gradients of kv, so far
     for source, at_end in ring.steps():

@@ -22,14 +22,16 @@ from mm_parallel.mesh import rank_in, size, submesh
 from mm_parallel.plan import ParallelPlan, Sequence
 
 
-def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh | None) -> None:
+def cut(model: nn.Module, plan: ParallelPlan, mesh: DeviceMesh | None, backend: str = "auto") -> None:
     """Sets the seams of the model, and of inner ladders, for the ring and ulysses axes of the mesh.
 
+    backend: what computes attention, see `mm_parallel.attention.attention`.
     Raises ValueError where a plan names a seam that the ladder does not have, and for a plan without tokens.
     """
     check_tokens(plan)
     ranks = Context(mesh)
-    set_seams(model, plan, partial(ranks.split, fields=plan.tokens), ranks.attention, ranks.gather)
+    core = partial(ranks.attention, backend=backend)
+    set_seams(model, plan, partial(ranks.split, fields=plan.tokens), core, ranks.gather)
     for prefix, ladder, own in plan.ladders(model):
         if prefix and own.share and ranks.groups:
             items = Items(ranks.rank, ranks.groups["cp"], own.merge)
@@ -77,7 +79,7 @@ class Context:
         v: Tensor,
         sequence: Sequence,
         mask: Tensor | None = None,
-        backend: str | None = None,
+        backend: str = "auto",
     ) -> Tensor:
         """See `context_attention`."""
         layout = self.layout(sequence)
@@ -117,7 +119,7 @@ def context_attention(
     v: Tensor,
     sequence: Sequence,
     mesh: DeviceMesh | None,
-    backend: str | None = None,
+    backend: str = "auto",
     mask: Tensor | None = None,
 ) -> Tensor:
     """Attention between all tokens of the sequence, of which this rank holds those of q, k and v: B L H h -> B L H h.

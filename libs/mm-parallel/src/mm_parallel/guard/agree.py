@@ -59,7 +59,7 @@ def agree_on(what: str, who: str, group: dist.ProcessGroup, device: torch.device
     digest = int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], "big", signed=True)
     mine = torch.tensor([digest], device=device)
     everyone = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.allgather(everyone, mine, group=group)
+    dist.all_gather(everyone, mine, group=group)
     if len(set(torch.cat(everyone).tolist())) == 1:
         return
     holders: dict[str, list[int]] = {}

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from mm_parallel.config import MemoryConfig, ParallelConfig
+from mm_parallel.config import AttentionName, MemoryConfig, ParallelConfig
 from mm_parallel.guard import agree_on
 from mm_parallel.mesh import rank_in, size
 from mm_parallel.order import cut
@@ -89,6 +89,8 @@ class Pipeline:
         parallel: ParallelConfig,
         memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
         dtype: torch.dtype | None = None,
+        attention: AttentionName = "auto",
+        compile: bool | str = False,
     ) -> None:
         ranks = parallel.pp
         if ranks == 1 or size(mesh, "pp") != ranks:
@@ -97,6 +99,11 @@ class Pipeline:
                 "a Pipeline needs at least two, and the mesh of its own layout (make_mesh)"
             )
         self.zero_bubble = parallel.schedule == "zero_bubble"
+        if self.zero_bubble and compile:
+            raise ValueError(
+                "schedule zero_bubble with compile: it splits a backward in two, and that of compiled code is one. Use "
+                "schedule 1f1b, or leave compile out"
+            )
         parts = check_stages(model, plan, parallel, memory)
         stages = [Stage(i, len(parts), part) for i, part in enumerate(parts)]
         self.stages, self.mine = stages, stages[rank_in(mesh, "pp") :: ranks]
@@ -107,7 +114,7 @@ class Pipeline:
         kept |= {"first"} if self.mine[0].is_first else set()
         kept |= {"last"} if self.mine[-1].is_last else set()
         self.elsewhere = prune(model, plan.last, plan.companions, kept)
-        cut(model, plan.on(model), mesh, memory, dtype)
+        cut(model, plan.on(model), mesh, memory, dtype, attention, compile)
         model.forward = call
         self.model, self.plan, self.memory = model, plan, memory
         self._signature = inspect.signature(self.skeleton.stem)

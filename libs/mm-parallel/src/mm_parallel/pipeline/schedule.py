@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble
 
 from mm_parallel.pipeline.chunk import Chunk, Inputs
 from mm_parallel.pipeline.outline import Outline, tensors_of
+from mm_parallel.pipeline.stage import TorchStage
 
 
 def check_count(count: int, ranks: int, virtual: int, zero_bubble: bool) -> None:
@@ -89,7 +90,7 @@ class Schedule:
         return losses.sum() / self.share
 
 
-class _Numbered(PipelineStage):
+class _Numbered(TorchStage):
     """Tells its chunk which micro-batch comes, as torch tells the stage alone."""
 
     def forward_one_chunk(self, number: int, *args: Any, **named: Any) -> Any:
@@ -97,7 +98,7 @@ class _Numbered(PipelineStage):
         return super().forward_one_chunk(number, *args, **named)
 
 
-def _make(stages: list[PipelineStage], count: int, zero_bubble: bool, loss: Callable) -> Any:
+def _make(stages: list[_Numbered], count: int, zero_bubble: bool, loss: Callable) -> Any:
     if zero_bubble:
         return ScheduleInterleavedZeroBubble(stages, count, loss, scale_grads=False)
     if len(stages) > 1:

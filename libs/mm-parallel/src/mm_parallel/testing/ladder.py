@@ -117,7 +117,7 @@ class TinyLadder(nn.Module):
 
     def layer(self, i: int, stream: Stream) -> Stream:
         core = self.core if stream.mask is None else partial(self.core, mask=stream.mask)
-        return self.blocks[i](stream, core, self.compute_dtype)
+        return stream._replace(x=self.blocks[i](stream, core, self.compute_dtype))
 
     def head(self, stream: Stream) -> Tensor:
         y = self.out(stream.x.to(self.compute_dtype or stream.x.dtype)).to(stream.x.dtype)
@@ -144,7 +144,7 @@ class TinyBlock(nn.Module):
         self.up, self.down = Linear(DIM, 10), Linear(10, DIM)
         self.read: dict[str, torch.dtype] = {}
 
-    def forward(self, stream: Stream, core: Callable, dtype: torch.dtype | None) -> Stream:
+    def forward(self, stream: Stream, core: Callable, dtype: torch.dtype | None) -> Tensor:
         self.read = {name: p.dtype for name, p in self.named_parameters()}
         shift, gate = (self.table + stream.mod).unbind(1)
         y = self.norm(stream.x) + shift[:, None] + stream.place
@@ -153,7 +153,7 @@ class TinyBlock(nn.Module):
         q, k, v = (x.unflatten(-1, (-1, HEAD_DIM)) for x in (self.norm_q(self.q(y)), self.norm_k(self.k(y)), self.v(y)))
         y = self.o(core(q, k, v, stream.sequence).flatten(2))
         y = self.down(F.gelu(self.up(y)))
-        return stream._replace(x=stream.x + gate[:, None] * y.to(stream.x.dtype))
+        return stream.x + gate[:, None] * y.to(stream.x.dtype)
 
 
 class TinyTower(TinyLadder):

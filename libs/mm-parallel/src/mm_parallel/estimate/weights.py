@@ -1,0 +1,87 @@
+"""Parameters of a pipeline rank: how many bytes of each it holds, gathers and reduces. Exact, for its fullest rank."""
+
+from collections import defaultdict
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from mm_parallel.config import ParallelConfig
+from mm_parallel.estimate.units import Units, way_of
+from mm_parallel.fsdp import group
+
+
+class Weight(NamedTuple):
+    """One parameter, as this rank's tensor-parallel part of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    held: torch.dtype
+    gathered: torch.dtype
+    reduced: torch.dtype
+    trained: bool
+    group: str | None
+    """Of FSDP; None: it is replicated."""
+
+    def bytes(self, ranks: int) -> int:
+        """Of what one of `ranks` holds: FSDP pads the first dim to a multiple of them."""
+        return _part(self.shape, ranks if self.group is not None else 1) * self.held.itemsize
+
+    def whole(self, ranks: int) -> int:
+        """Gathered."""
+        return ranks * _part(self.shape, ranks) * self.gathered.itemsize
+
+    def to_reduce(self, ranks: int) -> int:
+        return ranks * _part(self.shape, ranks) * self.reduced.itemsize if self.trained else 0
+
+
+def _part(shape: tuple[int, ...], ranks: int) -> int:
+    return -(-shape[0] // ranks) * prod(shape[1:]) if shape else 1
+
+
+class Weights:
+    """Of a model that is cut as `layout` says, by who owns them: "first" or "last" stage, or a layer's name."""
+
+    def __init__(self, units: Units, layout: ParallelConfig, reduce: str = "float32") -> None:
+        self.units = units
+        self.ranks = layout.dp_shard * layout.ring * layout.ulysses
+        self.sharded = layout.dp_replicate * self.ranks > 1
+        self.owned: dict[str, list[Weight]] = defaultdict(list)
+        twin, plan = units.twin(way_of(layout)), units.plan.on(units.twin(way_of(layout)))
+        held = {name: p.dtype for name, p in units.bones.named_parameters()}
+        widest = torch.float64 if torch.float64 in held.values() else torch.float32
+        narrow = torch.bfloat16 if reduce == "bfloat16" else widest
+        groups = group(twin, plan)
+        of: dict[nn.Parameter, str] = {}
+        for name, module in groups.modules.items():
+            for parameter in module.parameters():
+                of.setdefault(parameter, name)
+        for name, p in twin.named_parameters():
+            own = None if p in groups.replicated or not self.sharded else of[p]
+            in_fp32 = own in groups.in_fp32
+            gathered = held[name] if in_fp32 or units.dtype is None else units.dtype
+            reduced = widest if in_fp32 else narrow
+            weight = Weight(name, tuple(p.shape), held[name], gathered, reduced, p.requires_grad, own)
+            self.owned[self._owner(name)].append(weight)
+
+    def _owner(self, name: str) -> str:
+        for layer in set(self.units.kinds.values()):
+            for unit in (layer, *self.units.companions.get(layer, ())):
+                if name.startswith(f"{unit}."):
+                    return layer
+        parts = name.split(".")
+        heads = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+        return "last" if heads & set(self.units.plan.last) else "first"
+
+    def of(self, owner: str) -> list[Weight]:
+        """Of "first", "last", or any layer."""
+        return self.owned[self.units.kinds.get(owner, owner)]
+
+    def groups(self, owner: str) -> dict[str, list[Weight]]:
+        """The same, as FSDP gathers them; without what is replicated."""
+        found: dict[str, list[Weight]] = defaultdict(list)
+        for weight in self.of(owner):
+            if weight.group is not None:
+                found[weight.group].append(weight)
+        return found
