@@ -3,7 +3,7 @@
 Counted on fake tensors by docs/measure/traffic.py, in bytes for each token and channel. With weights and activations in
 bfloat16 and a residual stream in float32, an operation moves 2 or 4 for each tensor of that size that it reads or
 writes. `f` is the width of the feed-forward over that of the layer, `g` that of keys over that of queries. What is left
-over (numbers of each row, tables, rows of text) is less than 1 % of what is moved, and 1 of what is kept.
+over (numbers of each row, tables, rows of text) is less than 2 % of what is moved, and 1 of what is kept.
 """
 
 import importlib.util
@@ -51,21 +51,20 @@ def qwen(f: float, g: float) -> dict[str, float]:
     """The stream is bfloat16; silu and its product, and in the backward two products and silu again."""
     return {
         "forward": 2 * (RMS + JOIN_16) + (1 + g) * ROTATE + f * (4 + 6),
-        "backward": 2 * (RMS_BACK + JOIN_16) + (1 + g) * ROTATE + 2 * JOIN_16 + (1 + 2 * g) * SUM
-        + f * (6 + 6 + 4 + 6 + JOIN_16),
+        "backward": 2 * (RMS_BACK + JOIN_16) + (1 + g) * ROTATE + 3 * JOIN_16 + (1 + 2 * g) * SUM
+        + f * (6 + 6 + 4 + 6),
         "kept": 2 * 2 + 2 * 2 + (1 + 2 * g) * 2 + 2 + 3 * f * 2,
     }  # fmt: skip
 
 
 def tower(f: float) -> dict[str, float]:
-    """Beside those: v is copied, q, k and v are joined in the backward, and gate and up have a bias."""
-    more, back = 4, 6
-    one = qwen(f, 1.0)
+    """q, k and v are of one linear: v is copied, and their gradients are joined. All linears have a bias."""
     return {
-        "forward": one["forward"] + more,
-        "backward": one["backward"] + back + f * 2 * SUM + 2 * SUM,
-        "kept": one["kept"],
-    }
+        "forward": 2 * (RMS + JOIN_16) + 2 * ROTATE + (2 + 2) + f * (4 + 6),
+        "backward": 2 * (RMS_BACK + JOIN_16) + 2 * ROTATE + JOIN_16 + 3 * (2 + 2) + (5 + 2 * f) * SUM
+        + f * (6 + 6 + 4 + 6),
+        "kept": 2 * 2 + 2 * 2 + 3 * 2 + 2 + 3 * f * 2,
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +90,7 @@ def traffic():
 def test_a_layer_moves_and_keeps_no_more_than_its_formulas(layer, expected, traffic):
     with FakeTensorMode(allow_non_fake_inputs=True):
         found = traffic.count(getattr(traffic, layer)(True))
-    print(found)
-    moved = {"forward": found.forward.total(), "backward": found.backward.total()}
-    for name, bytes_ in moved.items():
-        assert bytes_ < 1.03 * expected[name], (name, bytes_, expected[name], getattr(found, name))
-        assert bytes_ > 0.97 * expected[name], (name, bytes_, expected[name], getattr(found, name))
+    moved = {"forward": found.forward, "backward": found.backward}
+    for name, sums in moved.items():
+        assert expected[name] <= sums.total() < 1.02 * expected[name], (name, expected[name], sums)
     assert expected["kept"] <= found.kept < expected["kept"] + 1

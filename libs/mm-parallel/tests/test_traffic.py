@@ -154,6 +154,8 @@ RUNS = [
 @pytest.mark.parametrize(("world", "build"), RUNS, ids=lambda given: getattr(given, "__name__", given))
 def test_a_step_sends_what_is_expected(world: int, build: Callable) -> None:
     cases = [(parallel.resolve(world), memory) for parallel, memory in CASES[world]]
+    if build is frozen:  # what goes down such a pipeline for nothing is not counted
+        cases = [case for case in cases if case[0].schedule != "zero_bubble"]
     ranks = spawn(world, sent_in_a_step, build, cases)
     for number, (layout, memory) in enumerate(cases):
         stages = expected(build, layout, memory)

@@ -7,6 +7,7 @@ modulation, the residual stream) is kept in at least float32 by calling `wide`.
 
 from contextlib import nullcontext
 from fnmatch import fnmatch
+from inspect import signature
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,6 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
+
+SHARED_HEADS = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+"""How `varlen_attn` is told that k and v may have fewer heads. Releases that cannot be told hand all on to flash, which
+takes them.
+"""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -289,7 +295,7 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tenso
     window = (-1, 0 if sequence.causal else -1)
     dim, missing = q.shape[-1], -q.shape[-1] % 8  # it wants whole 8s
     flat = ((F.pad(x, (0, missing)) if missing else x).flatten(0, 1).contiguous() for x in (q, k, v))
-    out = varlen_attn(*flat, ends, ends, longest, longest, scale=dim**-0.5, window_size=window, enable_gqa=True)
+    out = varlen_attn(*flat, ends, ends, longest, longest, scale=dim**-0.5, window_size=window, **SHARED_HEADS)
     return out.narrow(-1, 0, dim).unflatten(0, (rows, -1))
 
 

@@ -53,10 +53,17 @@ Sends = Counter[tuple[What, Sent]]
 
 
 def count_traffic(
-    units: Units, layout: ParallelConfig, memory: MemoryConfig, micro_batches: int = 1
+    units: Units,
+    layout: ParallelConfig,
+    memory: MemoryConfig,
+    micro_batches: int = 1,
+    weights: Weights | None = None,
 ) -> tuple[tuple[Traffic, ...], ...]:
-    """For each pipeline rank what one of its ranks sends in a step. layout: resolved; micro_batches: of a data rank."""
-    return tuple(fold(sends) for sends in count_sends(units, layout, memory, micro_batches))
+    """For each pipeline rank what one of its ranks sends in a step.
+
+    layout: resolved; micro_batches: of a data rank; weights: of this layout, where they are at hand.
+    """
+    return tuple(fold(sends) for sends in count_sends(units, layout, memory, micro_batches, weights))
 
 
 def fold(sends: Sends) -> tuple[Traffic, ...]:
@@ -69,9 +76,15 @@ def fold(sends: Sends) -> tuple[Traffic, ...]:
     return tuple(Traffic(*kind, *sums) for kind, sums in found.items())
 
 
-def count_sends(units: Units, layout: ParallelConfig, memory: MemoryConfig, micro_batches: int = 1) -> list[Sends]:
+def count_sends(
+    units: Units,
+    layout: ParallelConfig,
+    memory: MemoryConfig,
+    micro_batches: int = 1,
+    weights: Weights | None = None,
+) -> list[Sends]:
     """The same, one by one."""
-    weights = Weights(units, layout, memory.reduce)
+    weights = weights or Weights(units, layout, memory.reduce)
     count = len(units.layers[""])
     stages = ranges(layout.stages, count) if layout.pp_layers else [range(count)]
     found = []
@@ -209,7 +222,7 @@ class _Rank:
         if self.splits:  # once for all; the root to begin with and to reduce at the end, too
             is_root = any(not weight.group for weight in group.weights)
             return 3 if is_root and reshard else 1
-        gathers, here = 0, False
+        gathers, here = 0, not reshard and not self.backs  # what no backward drops is there from the first step on
         for kind, virtual, _ in turns(self.layout, self.rank, self.count):
             if kind == "B" and virtual not in self.backs:
                 continue
@@ -255,7 +268,7 @@ class _Rank:
 
     def _pass_on(self) -> None:
         """Without a bubble, and with frozen weights, gradients that nobody needs are sent as well; not seen here."""
-        stream = self.traces.stream
+        stream = self.traces.stream[""]
         for virtual, names in enumerate(self.names):
             if not (self.is_last and virtual == len(self.names) - 1):
                 for size, _ in stream.values():
