@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from itertools import product
@@ -19,9 +20,10 @@ from mm_train.estimate.workload import find_samples
 from mm_train.objective import build_objective
 from mm_train.recipe import load_config
 from mm_train.start import outline
+from mm_train.train import train
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import arguments, write_features
+from runs import arguments, rows, write_features
 
 
 def asked(model: str, *more: str) -> EstimateConfig:
@@ -141,3 +143,29 @@ def test_a_layout_is_a_command_that_gives_it(tmp_path):
             assert read.parallel.resolve(64) == wanted.parallel.resolve(64)
             assert (read.memory, read.data, read.steps) == (wanted.memory, wanted.data, 7)
     assert words[:3] == ["torchrun", "--nnodes", "8"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--optim.ema", "0.9", "--memory.recompute", "full", "--dtype", "bfloat16"),
+        ("--trained", '["blocks.1.*", "head.*"]', "--optim.kernel", "foreach"),
+    ],
+)
+def test_a_run_holds_what_was_estimated(tmp_path, capsys, more):
+    """On one rank: parameters, moments and average to the byte; told beside each other, and kept."""
+    features = write_features(tmp_path / "features")
+    train(load_config([*arguments(features, tmp_path / "run"), *more]))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("estimate ")]
+    assert len(said) == 1
+    kept = json.loads((tmp_path / "run" / "estimate.json").read_text(encoding="utf-8"))
+    (rank,) = kept["estimate"]["memory"]
+    for name in ("parameters", "moments", "average"):
+        assert rank[name] == kept["measured"][name]
+    first, *others = rows(tmp_path / "run")
+    assert first["estimated_memory_gib"] == kept["estimate"]["peak"] / 2**30
+    assert first["estimate_took"] < 20
+    assert not any("estimated_memory_gib" in row for row in others)
+    assert "measured" in said[0]
+    assert "of the whole process" in said[0]

@@ -376,25 +376,29 @@ def _writable(asked: Asked) -> str:
     return "\n".join([f"the run goes on from {found}", *(f"changed: {change}" for change in changed)])
 
 
-def _compile(asked: Asked) -> None:
+def _compile(asked: Asked) -> str:
     config = asked.config
-    if config.compile and config.parallel.exact:
+    if not config.compile:
+        return NotHere("no --compile")
+    if config.parallel.exact:
         raise ValueError(
             "--compile with --parallel.exact: compiled kernels sum in an order of their own: leave one of them out"
         )
-    if config.compile and config.parallel.schedule == "zero_bubble":
+    if config.parallel.schedule == "zero_bubble":
         raise ValueError(
             "--compile with --parallel.schedule zero_bubble: it splits a backward in two, and that of compiled code is "
             "one. Use schedule 1f1b, or leave --compile out"
         )
+    return "each layer"
 
 
-def _compiler(asked: Asked) -> None:
-    if asked.config.compile:
-        from mm_parallel.compile import check_compiler
-        from mm_parallel.device import device
+def _compiler(asked: Asked) -> str:
+    if not asked.config.compile:
+        return NotHere("no --compile")
+    from mm_parallel.compile import check_compiler
+    from mm_parallel.device import device
 
-        check_compiler(device().type)
+    return check_compiler(device().type)
 
 
 CHECKS: tuple[Check[Asked], ...] = (

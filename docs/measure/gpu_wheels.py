@@ -1,0 +1,74 @@
+"""Collects what `gpu.py` needs besides torch, transformers, peft and safetensors, for a machine without a network.
+
+    python docs/measure/gpu_wheels.py wheels
+    python gpu.py --wheels wheels              # there: the two files gpu.py and qwen_step.py, and this folder
+
+Each package that is installed here, and each of ours, becomes a wheel of the version that was tested. Only packages of
+pure Python are taken, which run with every Python and torch. What holds compiled code (PyAV, Pillow, …) is named: what
+needs it is not run there.
+"""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+
+FOREIGN = ("einops", "diffusers", "jsonargparse", "importlib_metadata", "zipp", "ftfy", "wcwidth")
+COMPILED = ("av", "pillow", "tensorboard")
+ROOT = Path(__file__).parents[2]
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FOREIGN:
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:
+            print(f"{name}: not installed here, left out")
+            continue
+        if compiled := [file for file in files_of(found) if file.endswith((".so", ".pyd", ".dylib"))]:
+            print(f"{name}: holds compiled code ({compiled[0]}), left out")
+            continue
+        pack(folder, name, found.version, ((file, found.locate_file(file)) for file in files_of(found)))
+    for source in sorted([*ROOT.glob("libs/*/src/*"), *ROOT.glob("apps/*/src/*")]):
+        if (source / "__about__.py").exists():
+            pack(folder, source.name, read_version(source), walk(source))
+    print(f"not pure, so not carried: {', '.join(COMPILED)}")
+
+
+def files_of(found: Distribution) -> list[str]:
+    """Its files within site-packages, without scripts and what Python has compiled."""
+    return [str(f) for f in found.files or () if not str(f).startswith("..") and "__pycache__" not in str(f)]
+
+
+def walk(source: Path) -> Iterator[tuple[str, Path]]:
+    for file in sorted(source.rglob("*")):
+        if file.is_file() and "__pycache__" not in file.parts:
+            yield str(file.relative_to(source.parent)), file
+
+
+def read_version(source: Path) -> str:
+    about: dict[str, str] = {}
+    exec((source / "__about__.py").read_text(encoding="utf-8"), about)
+    return about["__version__"]
+
+
+def pack(folder: Path, name: str, version: str, files: Iterable[tuple[str, Path]]) -> None:
+    """Writes a wheel; of ours with the few lines that importlib.metadata asks for."""
+    wheel = folder / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
+    info = f"{name.replace('-', '_')}-{version}.dist-info/METADATA"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as out:
+        for inside, file in files:
+            out.write(file, inside)
+        if not any(inside.endswith(".dist-info/METADATA") for inside in out.namelist()):
+            out.writestr(info, f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n")
+    print(f"{wheel.name}: {wheel.stat().st_size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]))
