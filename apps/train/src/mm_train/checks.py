@@ -401,6 +401,16 @@ def _compiler(asked: Asked) -> str:
     return check_compiler(device().type)
 
 
+def _attention(asked: Asked) -> str:
+    from mm_parallel.device import device
+    from mm_train.start import choose_attention
+
+    here, name = device(), asked.config.attention
+    if here.type == "cpu" and name not in ("auto", "cpu", "math"):
+        return NotHere(f"no accelerator here that could run {name}")
+    return choose_attention(asked.config, None, here)
+
+
 CHECKS: tuple[Check[Asked], ...] = (
     Check("libraries", "at once", lambda asked: check_libraries()),
     Check("configuration", "at once", _limits),
@@ -428,6 +438,7 @@ CHECKS: tuple[Check[Asked], ...] = (
     Check("batches", "when asked", _look("check_batches"), after=("sample", "layout")),
     Check("disk", "when asked", _look("check_disk"), after=("model", "what is trained", "resume")),
     Check("device", "when asked", _look("check_device")),
+    Check("attention", "when asked", _attention, after=("model",)),
 )
 
 
