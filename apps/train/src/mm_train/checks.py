@@ -403,6 +403,16 @@ def _compiler(asked: Asked) -> str:
     return check_compiler(device().type)
 
 
+def _attention(asked: Asked) -> str:
+    from mm_parallel.device import device
+    from mm_train.start import choose_attention
+
+    here, name = device(), asked.config.attention
+    if here.type == "cpu" and name not in ("auto", "cpu", "math"):
+        return NotHere(f"no accelerator here that could run {name}")
+    return choose_attention(asked.config, None, here)
+
+
 CHECKS: tuple[Check[Asked], ...] = (
     Check("libraries", "at once", lambda asked: check_libraries()),
     Check("configuration", "at once", _limits),
@@ -436,6 +446,7 @@ CHECKS: tuple[Check[Asked], ...] = (
         _look("check_memory"),
         after=("model", "options", "what is trained", "features", "model in layout"),
     ),
+    Check("attention", "when asked", _attention, after=("model",)),
 )
 
 
