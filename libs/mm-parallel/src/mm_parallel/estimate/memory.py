@@ -277,7 +277,7 @@ class _Rank:
 
     def _always(self) -> int:
         """The losses of all micro-batches. In a pipeline, buffers to receive into, made once for all of them, what is
-        being sent of one, and the arguments of the first, which all ranks look at.
+        being sent of one of each stage, and the arguments of the first, which all ranks look at.
         """
         losses = self.head.trace.output * self.count if self.is_last else 0
         if self.layout.pp == 1:
@@ -287,7 +287,7 @@ class _Rank:
         last = len(self.chunks) - 1
         into = sum(not (virtual == 0 and self.is_first) for virtual in range(len(self.chunks)))
         back = sum(not (virtual == last and self.is_last) for virtual in range(len(self.chunks)))
-        sending = max(forward if back else 0, backward if into else 0)
+        sending = len(self.chunks) * max(forward if back else 0, backward if into else 0)
         return losses + self.count * (into * forward + back * backward) + sending + self._called_with()
 
     def _most_waiting(self) -> tuple[int, int, int, int]:
