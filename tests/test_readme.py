@@ -176,7 +176,9 @@ def test_every_model_of_conversations_is_trained_in_each_way_where_so_many_devic
     full -= {("qwen2.5-vl-72b", 8)}
     lora = {(model, ranks) for model in sizes for ranks in (1, 8, 16, 32)} - {(f"qwen2.5-vl-{n}b", 1) for n in (32, 72)}
     whole = full - {("qwen2.5-vl-3b", 1)}  # moments go to the host by FSDP alone, which takes two
-    assert trained >= {(*one, "") for one in full} | {(*one, "full") for one in whole} | {(*one, "lora") for one in lora}
+    assert trained >= {(*one, "") for one in full} | {(*one, "full") for one in whole} | {
+        (*one, "lora") for one in lora
+    }
 
 
 def test_there_are_commands_of_every_program():

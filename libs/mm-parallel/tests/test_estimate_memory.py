@@ -75,19 +75,19 @@ def measure(rank: int, world: int, cases: list[Case]) -> list[dict[str, int]]:
 
 
 def measure_one(case: Case, mesh: DeviceMesh | None) -> dict[str, int]:
-    """Bytes of this rank in its second step; of the peak those that a step makes."""
+    """Bytes of this rank once it has made a step; of the peak those that a step makes."""
     model = case.build()
     how = (model.plan, mesh, case.parallel, case.memory, case.dtype)
     run = Pipeline(model, *how) if size(mesh, "pp") > 1 else cut(model, *how)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, foreach=False)
-    memory = PeakMemory("cpu")
+    memory, peaks = PeakMemory("cpu"), []
     with memory:  # from the beginning: FSDP gives back and takes again what it made in the first step
-        for _ in range(2):
+        for _ in range(4):
             moments = sum(held(state.values()) for state in optimizer.state.values())
             memory.peak = memory.now
             forward_backward(run, case.micro_batches, lambda _: case.batch(), lambda output, _: loss(output), 1.0, mesh)
-            peak = memory.peak - moments + 4 * len(optimizer.state)  # whose numbers of steps are not seen
+            peaks.append(memory.peak - moments + 4 * len(optimizer.state))  # whose numbers of steps are not seen
             finish_gradients(model, mesh)
             gradients = held(p.grad for p in trained)
             optimizer.step()
@@ -97,7 +97,7 @@ def measure_one(case: Case, mesh: DeviceMesh | None) -> dict[str, int]:
         "parameters": held(model.parameters()),
         "gradients": gradients,
         "moments": moments,
-        "peak": peak,
+        "peak": min(peaks[1:]),  # a thread of gloo may let a buffer go late
     }
 
 
@@ -157,11 +157,10 @@ def test_saved_bytes_are_exact(word: str, dtype: torch.dtype | None) -> None:
     case = Case(memory=M(word), dtype=dtype, causal=True)
     model, batch = cut(case.build(), TinyLadder.plan, memory=case.memory, dtype=dtype), case.batch()
     with PeakMemory() as memory:
-        total = loss(model(**batch)).sum()
+        losses = loss(model(**batch))
+        total = losses.sum()
         seen = memory.now
     (said,) = estimate(case)
-    called = sum(x.numel() * 4 for name, x in batch.items() if name in said.layers[0].trace.holds)
-    assert said.saved + said.layers[-1].trace.output + said.stream - called == seen + said.layers[-1].trace.output, (
-        total
-    )
+    called = sum(batch[name].numel() * 4 for name in said.layers[0].trace.holds)  # made before
+    assert said.saved + said.stream - called == seen, total
     assert {unit.word for unit in said.layers if unit.name.startswith("blocks")} == {word}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from heapq import heappop, heappush
+from typing import Any
 
+from mm_parallel.config import MemoryConfig
 from mm_parallel.devices import Device
 from mm_parallel.estimate.roofline import StepTime
 from mm_parallel.pipeline.schedule import check_count
-from mm_train.config import Config
+from mm_train.config import Config, LayoutConfig
 from mm_train.estimate.estimate import Estimate, Subject
 from mm_train.estimate.layouts import MEMORIES, find_layouts, with_memory
 
@@ -82,25 +85,25 @@ def _find_legal(subject: Subject, config: Config, world: int, device: Device) ->
     """(layouts that the model can be cut into, how many others there are)."""
 
     @cache
-    def refuses(tp: int, cp: int, pp_layers: tuple) -> bool:
-        return _refuses(lambda: subject.check(known[tp, cp, pp_layers], world))
+    def takes(**alone: Any) -> bool:
+        """Whether the model can be cut so; each way to cut is asked by itself, as in `mm_parallel.fits`."""
+        one = replace(config, parallel=LayoutConfig(dp_shard=1, **alone), memory=MemoryConfig())
+        return not _refuses(lambda: subject.check(one, alone.get("tp") or alone.get("cp") or one.parallel.pp))
 
     found, illegal = [], 0
-    known: dict[tuple, Config] = {}
     for one in find_layouts(config, world, len(subject.model.layers), subject.tokens, device.per_host):
         p = one.parallel
-        key = p.tp, p.cp, p.pp_layers
-        known.setdefault(key, one)
         count = one.micro_batches(p.dp_replicate * p.dp_shard)
         virtual = len(p.stages) if p.pp_layers else 1
-        if refuses(*key) or _refuses(lambda: check_count(count, p.pp, virtual, p.schedule == "zero_bubble")):  # noqa: B023
+        goes = takes(tp=p.tp) and takes(cp=p.cp) and (not p.pp_layers or takes(pp_layers=p.pp_layers))
+        if not goes or _refuses(partial(check_count, count, p.pp, virtual, p.schedule == "zero_bubble")):
             illegal += 1
         else:
             found.append(one)
     return found, illegal
 
 
-def _refuses(check) -> bool:
+def _refuses(check: Callable[[], object]) -> bool:
     try:
         check()
     except ValueError:

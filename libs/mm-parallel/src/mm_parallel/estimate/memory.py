@@ -70,8 +70,8 @@ class RankMemory:
     saved: int
     """Activations of all units and micro-batches that wait for their backward, when these are most."""
     stream: int
-    """Of the same micro-batches, what the stem makes for all layers and what it is called with; in a pipeline also what
-    it sends, and buffers for what it receives.
+    """Of the same micro-batches, what the stem makes for all layers, what it is called with, and losses; in a pipeline
+    also what it sends, and buffers for what it receives.
     """
     head: int
     """Logits and loss: most bytes that head, loss and their backward make; 0 before the last stage."""
@@ -276,8 +276,8 @@ class _Rank:
         return sum(x.numel() * x.element_size() for x in values.values() if isinstance(x, Tensor))
 
     def _always(self) -> int:
-        """The losses of all micro-batches. In a pipeline, buffers to receive into, made once for all micro-batches, what
-        is being sent of one, and the arguments of the first, which all ranks look at.
+        """The losses of all micro-batches. In a pipeline, buffers to receive into, made once for all of them, what is
+        being sent of one, and the arguments of the first, which all ranks look at.
         """
         losses = self.head.trace.output * self.count if self.is_last else 0
         if self.layout.pp == 1:
