@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 NEEDED = {
-    "torch": "2.13",
+    "torch": "2.11",
     "transformers": "4.57",
     "diffusers": "0.37",
     "peft": "0.17",

@@ -94,7 +94,7 @@ class KernelCounter(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # what it does with its local parts comes here
         kwargs = kwargs or {}
-        if _formula(op) is None and not _moves_nothing(op):
+        if _formula(op) is None and not _moves_nothing(op) and not _has_kernel(op):
             with self:  # in inference mode some operations come whole, and in parts otherwise
                 result = op.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -105,6 +105,11 @@ class KernelCounter(TorchDispatchMode):
         if self.mesh is not None:
             note_ring(op, args, kwargs, self.mesh)
         return result
+
+
+def _has_kernel(op: Any) -> bool:
+    """Whether it is one kernel, though torch could also take it apart."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CPU")
 
 
 def describe(op: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> Kernel | None:

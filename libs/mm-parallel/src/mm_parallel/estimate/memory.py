@@ -12,7 +12,7 @@ over the units in the order in which they run, forward and backward, and adds wh
 That is what torch's FSDP2 and its pipelines do; it is modelled, and compared with runs in tests.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -70,8 +70,8 @@ class RankMemory:
     saved: int
     """Activations of all units and micro-batches that wait for their backward, when these are most."""
     stream: int
-    """Of the same micro-batches, what the stem makes for all layers and what it is called with; in a pipeline also what
-    it sends, and buffers for what it receives.
+    """Of the same micro-batches, what the stem makes for all layers, what it is called with, and losses; in a pipeline
+    also what it sends, and buffers for what it receives.
     """
     head: int
     """Logits and loss: most bytes that head, loss and their backward make; 0 before the last stage."""
@@ -193,8 +193,8 @@ class _Rank:
         owner, ranks = {"stem": "first", "head": "last"}.get(name, name), self.weights.ranks
         of = self.weights.of(owner)
         gathered = reduced = 0
-        if self.weights.sharded and owner not in ("first", "last"):  # those are the root's
-            groups = self.weights.groups(owner).values()
+        if self.weights.sharded:
+            groups = [own for group, own in self.weights.groups(owner).items() if group]  # not the root's
             gathered = max((sum(weight.whole(ranks) for weight in own) for own in groups), default=0)
             reduced = max((sum(weight.to_reduce(ranks) for weight in own) for own in groups), default=0)
         whole = sum(weight.whole(ranks if weight.group is not None else 1) for weight in of)
@@ -247,12 +247,13 @@ class _Rank:
         saved = stream = 0
         if virtual == 0 and self.is_first:
             units += [self.stem, *(unit for own in self.inner.values() for unit in own)]
-            stream += self._constants(virtual) + self._called_with()
+            stream += self._constants(virtual) + self._called_with(self.stem.trace.holds)
         elif self.layout.pp > 1:
             # the input of its first layer is the buffer in which it came
             saved -= min(units[0].saved, self._traveling())
         if virtual == len(self.chunks) - 1 and self.is_last:
             units.append(self.head)
+            saved -= self.head.trace.output
         elif self.layout.pp > 1:
             stream += self._traveling()  # until its gradient comes
         return saved + sum(unit.saved for unit in units), stream, sum(unit.host for unit in units)
@@ -265,24 +266,29 @@ class _Rank:
         total = self.traces.constants("", [*names, "head"])
         return total + sum(self.traces.constants(p, [unit.name for unit in own]) for p, own in self.inner.items())
 
-    def _traveling(self) -> int:
-        travels = self.units.travels[""]
-        return sum(size for name, (size, _) in self.traces.stream[""].items() if name in travels)
+    def _traveling(self, prefix: str = "") -> int:
+        travels = self.units.travels[prefix]
+        return sum(size for name, (size, _) in self.traces.stream[prefix].items() if name in travels)
 
-    def _called_with(self) -> int:
-        tensors = {id(x): x for x in self.units.example.values() if isinstance(x, Tensor)}
-        return sum(x.numel() * x.element_size() for x in tensors.values())
+    def _called_with(self, names: Iterable[str] | None = None) -> int:
+        """Bytes of these arguments of the model; None: of all."""
+        values = self.units.example if names is None else {name: self.units.example[name] for name in names}
+        return sum(x.numel() * x.element_size() for x in values.values() if isinstance(x, Tensor))
 
-    def _received(self) -> int:
-        """Buffers of a pipeline, made once for all micro-batches."""
+    def _always(self) -> int:
+        """The losses of all micro-batches. In a pipeline, buffers to receive into, made once for all of them, what is
+        being sent of one of each stage, and the arguments of the first, which all ranks look at.
+        """
+        losses = self.head.trace.output * self.count if self.is_last else 0
         if self.layout.pp == 1:
-            return 0
+            return losses
         sent = self.traces.stream[""].values()
         forward, backward = sum(size for size, _ in sent), sum(size for size, trained in sent if trained)
-        into = sum(not (virtual == 0 and self.is_first) for virtual in range(len(self.chunks)))
         last = len(self.chunks) - 1
+        into = sum(not (virtual == 0 and self.is_first) for virtual in range(len(self.chunks)))
         back = sum(not (virtual == last and self.is_last) for virtual in range(len(self.chunks)))
-        return self.count * (into * forward + back * backward)
+        sending = len(self.chunks) * max(forward if back else 0, backward if into else 0)
+        return losses + self.count * (into * forward + back * backward) + sending + self._called_with()
 
     def _most_waiting(self) -> tuple[int, int, int, int]:
         """(saved, stream, host, micro-batches), each when it is most."""
@@ -291,7 +297,7 @@ class _Rank:
             now = [len(waiting), *map(sum, zip(*(self._held(turn) for turn in waiting), strict=True))]
             most = [max(a, b) for a, b in zip(most, now, strict=True)]
         in_flight, saved, stream, host = most
-        return saved, stream + self._received(), host, in_flight
+        return saved, stream + self._always(), host, in_flight
 
     def _waiting(self) -> Iterator[list[int]]:
         """The virtual stages of which something waits, after each forward."""
@@ -309,19 +315,25 @@ class _Rank:
     def _moments(self, gradients: int) -> list[_Moment]:
         """The fullest moment of every kind of turn. gradients: of all parameters, on the device."""
         found = []
-        received = self._received()
+        always = self._always()
         others: dict[tuple, int] = {}
         waiting: list[tuple[int, int]] = []
         splits = self.layout.schedule == "zero_bubble" and self.layout.pp > 1
         held = [sum(self._held(virtual)[:2]) for virtual in range(len(self.chunks))]
+        # Between its halves, a backward keeps the gradients from which those of weights will come: modelled, about as
+        # much as was saved. The first stage is not split.
+        split = [self._held(virtual)[0] for virtual in range(len(self.chunks))]
+        split[0] = 0 if self.is_first else split[0]
         first_backward = True
+        halves: list[int] = []
         for turn in turns(self.layout, self.rank, self.count):
             place = turn[1:]
             if turn.kind == ("W" if splits else "B"):
                 waiting.remove(place)
-            besides = sum(held[virtual] for virtual, _ in waiting)
             if turn.kind == "W":
+                halves.remove(turn.virtual)
                 continue
+            besides = sum(held[virtual] for virtual, _ in waiting) + sum(split[virtual] for virtual in halves)
             if turn.kind == "B" and splits:
                 besides -= held[turn.virtual]
             # a step begins without gradients
@@ -332,10 +344,14 @@ class _Rank:
                 waiting.append(place)
             else:
                 first_backward = False
+                halves += [turn.virtual] * splits
         for (kind, virtual, first), besides in others.items():
             walk = self._forward(virtual) if kind == "F" else self._backward(virtual, first)
+            if kind == "B" and splits and split[virtual]:
+                whole = self._root() + sum(unit.gathered for unit in self.chunks[virtual])
+                walk = [*walk, _Moment("a split backward", held[virtual], whole, split[virtual], 0)]
             top = max(walk, key=lambda moment: moment.total)
-            found.append(top._replace(saved=top.saved + besides + received))
+            found.append(top._replace(saved=top.saved + besides + always))
         found.append(self._update(gradients))
         return found
 
@@ -351,7 +367,8 @@ class _Rank:
         units: list[tuple[UnitMemory, int]] = []
         if virtual == 0 and self.is_first:
             for prefix, own in self.inner.items():
-                units += [(unit, self.traces.around[prefix]) for unit in own]
+                around = self.traces.around[prefix] - self._traveling(prefix)
+                units += [(unit, around) for unit in own]
             units.append((self.stem, 0))
         units += [(unit, 0) for unit in self.chunks[virtual]]
         if virtual == len(self.chunks) - 1 and self.is_last:
@@ -362,7 +379,7 @@ class _Rank:
         """What FSDP gathers at the beginning of the forward and of the backward, and drops at their end."""
         owners = ["first"] * self.is_first + ["last"] * self.is_last
         of = [weight for owner in owners for weight in self.weights.of(owner)]
-        return [weight for weight in of if weight.group is not None]
+        return [weight for weight in of if weight.group == ""]
 
     def _root(self) -> int:
         return sum(weight.whole(self.weights.ranks) for weight in self._root_weights())
@@ -380,22 +397,24 @@ class _Rank:
             buffer = unit.gathered or (before.gathered if before else 0)  # until the next comes
             gathered = root + kept + unit.gathered + buffer + ahead
             leaving = before.host if before else 0
-            yield _Moment(f"forward of {unit.name}", alive + around, gathered, unit.trace.forward + leaving, 0)
+            run = unit.trace.forward - (unit.trace.output if unit.name == "head" else 0)
+            yield _Moment(f"forward of {unit.name}", alive + around, gathered, run + leaving, 0)
             alive += unit.saved + (self._all_constants() if unit.name == "stem" else 0)
             kept += 0 if self.memory.reshard else unit.gathered
             before = unit if unit.gathered else before
 
-    def _all_constants(self) -> int:
+    def _all_constants(self, prefix: str = "") -> int:
         """The forward itself refers to all of them."""
-        return sum(size for size, _ in self.traces.stream[""].values()) - self._traveling()
+        return sum(size for size, _ in self.traces.stream[prefix].values()) - self._traveling(prefix)
 
     def _backward(self, virtual: int, first: bool) -> Iterator[_Moment]:
         """first: no gradients are there yet, of any parameter."""
         root = self._root()
         sequence = self._sequence(virtual)
         alive = sum(unit.saved for unit, _ in sequence)
+        alive -= self.head.trace.output if sequence[-1][0].name == "head" else 0
         if virtual == 0 and self.is_first:
-            alive += self._constants(virtual) + self._called_with()
+            alive += self._constants(virtual) + self._called_with(self.stem.trace.holds)
         elif self.layout.pp > 1:
             alive -= min(sequence[0][0].saved, self._traveling())
         constant = sum(
@@ -404,27 +423,29 @@ class _Rank:
             if trained and name not in self.units.travels[""]
         )
         sharded = self.weights.sharded
-        last_gathered = next((unit.gathered for unit, _ in reversed(sequence) if unit.gathered), 0)
         still = 0 if self.memory.reshard else sum(unit.gathered for unit, _ in sequence)
         pending = buffer = done = 0  # gradients of the root; the buffer of the unit before; gradients that are there
         for place in reversed(range(len(sequence))):
             unit, around = sequence[place]
             trace = unit.trace
-            alive -= unit.saved
+            if around:  # in `alive` are those of the ladder's constants that are referred to
+                prefix = next(prefix for prefix, own in self.inner.items() if unit in own)
+                around = max(0, around - self._all_constants(prefix))
+            alive -= unit.saved - (trace.output if unit.name == "head" else 0)
             following = next((u.gathered for u, _ in reversed(sequence[:place]) if u.gathered), 0)
             ahead = following if self.memory.reshard else 0
             if self.memory.prefetch > 1 and self.memory.reshard:
                 ahead = sum(u.gathered for u, _ in sequence[max(0, place - self.memory.prefetch) : place])
-            weights = root + (unit.gathered + ahead if self.memory.reshard else still) + last_gathered
+            weights = root + (unit.gathered + ahead if self.memory.reshard else still)
             returned = sequence[place - 1][0].host if place else 0
             # the layer that runs first makes them itself
             grads = 0 if unit.name in ("stem", "head") or unit is self.chunks[virtual][-1] else constant
-            new = trace.backward if sharded or first else trace.again
+            new = (trace.backward if sharded or first else trace.again) - (trace.output if unit.name == "head" else 0)
             run = new + returned + grads
             yield _Moment(f"backward of {unit.name}", alive + around, weights + pending + buffer, run, done)
             if sharded and unit.name not in ("stem", "head"):
                 through = trace.gradients + trace.output + grads
-                weights = root + (ahead if self.memory.reshard else still - unit.gathered) + last_gathered
+                weights = root + (ahead if self.memory.reshard else still - unit.gathered)
                 reducing = weights + pending + unit.reduced
                 yield _Moment(f"gradients of {unit.name}", alive + around, reducing, through, done)
                 buffer = unit.reduced or buffer
@@ -433,4 +454,4 @@ class _Rank:
             still -= unit.gathered if not self.memory.reshard else 0
             done += unit.gradients if first and not self.memory.offload_params else 0
         if sharded:
-            yield _Moment("gradients of the root", 0, pending + self._reduce_root() + last_gathered, 0, done)
+            yield _Moment("gradients of the root", 0, pending + self._reduce_root(), 0, done)

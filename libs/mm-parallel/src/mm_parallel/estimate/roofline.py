@@ -211,7 +211,7 @@ class Clock:
         """
         weights = Weights(units, layout, memory.reduce)
         stages = ranges(layout.stages, len(units.layers[""])) if layout.pp_layers else [range(len(units.layers[""]))]
-        traffic = count_traffic(units, layout, memory, micro_batches)
+        traffic = count_traffic(units, layout, memory, micro_batches, weights)
         ranks = [
             self._rank(units, layout, memory, weights, stages, traffic[rank], rank, micro_batches, average)
             for rank in range(layout.pp)
@@ -248,12 +248,13 @@ class Clock:
         copied = 2 * count * moved / self.device.host_link
         bytes_of_own = self._optimizer_bytes(units, weights, words, rank, layout, average)
         splits = layout.pp > 1 and layout.schedule == "zero_bubble"
+        virtual = len(layout.stages) if layout.pp > 1 else 1
         of_each = (compute.total + waited) / count
         return StepTime(
             *compute,
             communication=waited,
             offload=max(0.0, copied - compute.total),
-            bubble=(layout.pp - 1) / (len(layout.stages) if layout.pp_layers else 1) * of_each * (1 / 3 if splits else 1),
+            bubble=(layout.pp - 1) / virtual * of_each * (1 / 3 if splits else 1),
             optimizer=bytes_of_own / self._optimizer_rate(memory),
             mfu=0.0,
             rank=rank,

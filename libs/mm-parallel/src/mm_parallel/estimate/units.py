@@ -49,7 +49,7 @@ class UnitTrace:
     kept: int
     """Of `saved`, what offload="attention" moves."""
     output: int
-    """Bytes that it hands on to the next unit."""
+    """Bytes that it hands on to the next unit; of the head, of its losses, which are kept until the end of the step."""
     forward: int
     """Most bytes at one time in the forward: its input, what it makes and saves, its output."""
     backward: int
@@ -59,7 +59,9 @@ class UnitTrace:
     gradients: int
     """Bytes of gradients of its parameters, in the dtype in which it reads them."""
     holds: frozenset[str]
-    """The fields of the stream that it changes nothing of, and that live until its backward, for it refers to them."""
+    """The fields of the stream that it changes nothing of, and that live until its backward, for it refers to them; of
+    the stem, the model's arguments.
+    """
     kernels: tuple[Kernel, ...] = field(repr=False)
     """Of one forward."""
     backward_kernels: tuple[Kernel, ...] = field(repr=False)
@@ -258,20 +260,23 @@ class Units:
         try:
             for prefix, ladder in ladders:
                 ladder.layer = stand_in(prefix, ladder)
+            example, held = tree_map_only(Tensor, torch.empty_like, dict(self.example)), _Held()
+            held.watch(example)
             with _running(counting, twin):
-                stream = twin.stem(**self.example)
+                stream = twin.stem(**example)
+                example = None
                 forward, kernels, sent = counting.peak, *counting.take()
                 end = _end([x for x in stream if isinstance(x, Tensor)])
                 output = _bytes([getattr(stream, name) for name in self.travels[""]])
                 entries[""] = _describe(stream)
                 stream = None
-                saved = counting.now
+                saved, holds = counting.now, held.find()
                 made = counting.back(end)
         finally:
             for _, ladder in ladders:
                 ladder.__dict__.pop("layer", None)
         back_kernels, back_sent = counting.take()
-        trace = UnitTrace(saved, 0, 0, output, forward, *made, frozenset(), kernels, back_kernels, sent, back_sent)
+        trace = UnitTrace(saved, 0, 0, output, forward, *made, holds, kernels, back_kernels, sent, back_sent)
         return _Stem(trace, around, {prefix: _make(entry) for prefix, entry in entries.items()})
 
     def _layer(self, way: Way, prefix: str, name: str, word: str) -> UnitTrace:
@@ -291,7 +296,8 @@ class Units:
         counting = _Counting(mesh)
         stream, held = _enter(entry, set(entry._fields) - travels, trained), _Held()
         with _running(counting, twin):
-            stream = held.watch(_enter(stream, travels, trained), travels)
+            held.watch({name: x for name, x in stream._asdict().items() if name not in travels})
+            stream = _enter(stream, travels, trained)
             following = ladder.layer(i, stream)
             stream = None
             forward, kernels, sent = counting.peak, *counting.take()
@@ -316,15 +322,14 @@ class Units:
         counting = _Counting(self._meshes[way, "none"])
         stream, held = _enter(entry, set(entry._fields) - travels, trained), _Held()
         with _running(counting, twin):
-            stream = held.watch(_enter(stream, travels, trained), travels)
+            held.watch({name: x for name, x in stream._asdict().items() if name not in travels})
+            stream = _enter(stream, travels, trained)
             output = twin.head(stream)
             stream = None
-            size = _bytes([output])
             losses = self.losses(output)
             del output
-            end = losses.sum()
+            end, size = losses.sum(), _bytes([losses])
             forward, kernels, sent = counting.peak, *counting.take()
-            del losses
             saved, holds = counting.now, held.find()
             backward = counting.back(end)
         back_kernels, back_sent = counting.take()
@@ -339,15 +344,13 @@ class _Stem(NamedTuple):
 
 
 class _Held:
-    """Which fields of a stream somebody refers to."""
+    """Which of these fields somebody refers to."""
 
-    def watch(self, stream: Any, besides: frozenset[str]) -> Any:
+    def watch(self, fields: Mapping[str, Any]) -> None:
         self._storages = {
             name: [weakref.ref(x.untyped_storage()) for x in tree_leaves(value) if isinstance(x, Tensor)]
-            for name, value in stream._asdict().items()
-            if name not in besides
+            for name, value in fields.items()
         }
-        return stream
 
     def find(self) -> frozenset[str]:
         return frozenset(name for name, own in self._storages.items() if any(x() is not None for x in own))
