@@ -1,27 +1,34 @@
 """Collects what `gpu.py` needs besides torch, transformers, peft and safetensors, for a machine without a network.
 
-    python docs/measure/gpu_wheels.py wheels
+    python docs/measure/gpu_wheels.py wheels [--python 3.12]
     python gpu.py --wheels wheels              # there: the two files gpu.py and qwen_step.py, and this folder
 
-Each package that is installed here, and each of ours, becomes a wheel of the version that was tested. Only packages of
-pure Python are taken, which run with every Python and torch. What holds compiled code (PyAV, Pillow, …) is named: what
-needs it is not run there.
+Each package that is installed here, and each of ours, becomes a wheel of the version that was tested. These are of pure
+Python, and run with every Python and torch. With --python, that of the other machine, pip downloads what holds compiled
+code, Pillow (for diffusers) and PyAV (for mm_train), for Linux on x86-64. Without, what needs them is named as not run.
 """
 
 from __future__ import annotations
 
+import argparse
+import subprocess
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
-FOREIGN = ("einops", "diffusers", "jsonargparse", "importlib_metadata", "zipp", "ftfy", "wcwidth")
-COMPILED = ("av", "pillow", "tensorboard")
+FOREIGN = ("einops", "diffusers", "jsonargparse", "importlib_metadata", "zipp")
+COMPILED = ("pillow", "av")
 ROOT = Path(__file__).parents[2]
 
 
-def main(folder: Path) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--python", help="version of the other machine's Python, as 3.12, to download compiled wheels")
+    args = parser.parse_args()
+    folder = args.folder
     folder.mkdir(parents=True, exist_ok=True)
     for name in FOREIGN:
         try:
@@ -36,7 +43,19 @@ def main(folder: Path) -> None:
     for source in sorted([*ROOT.glob("libs/*/src/*"), *ROOT.glob("apps/*/src/*")]):
         if (source / "__about__.py").exists():
             pack(folder, source.name, read_version(source), walk(source))
-    print(f"not pure, so not carried: {', '.join(COMPILED)}")
+    if args.python:
+        download(folder, args.python)
+    else:
+        print(f"not pure, so not carried without --python: {', '.join(COMPILED)}")
+
+
+def download(folder: Path, python: str) -> None:
+    """Wheels of the versions that are installed here, for another Python."""
+    wanted = [f"{name}=={distribution(name).version}" for name in COMPILED]
+    where = [flag for n in (17, 28) for flag in ("--platform", f"manylinux_2_{n}_x86_64")]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *where]
+    subprocess.run([*command, "--python-version", python, "--dest", str(folder), *wanted], check=True)
+    print(f"for Python {python}: {', '.join(wanted)}")
 
 
 def files_of(found: Distribution) -> list[str]:
@@ -69,6 +88,4 @@ def pack(folder: Path, name: str, version: str, files: Iterable[tuple[str, Path]
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    main()

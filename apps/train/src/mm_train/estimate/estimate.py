@@ -34,6 +34,8 @@ class Estimate:
 
     model: str
     task: str
+    dtype: str
+    """Of matrix products."""
     parameters: int
     trained: int
     samples: str
@@ -116,6 +118,7 @@ class Subject:
         return Estimate(
             config.model,
             self.objective.task,
+            config.dtype,
             *self._sizes,
             self.samples.source,
             world,

@@ -26,7 +26,7 @@ MEMORIES = (
 """From the fastest to the smallest."""
 VIRTUAL = (1, 2)
 """Virtual stages on each rank of a pipeline."""
-ENOUGH = 8192
+ENOUGH = 4096
 """Tokens of a micro-batch on a rank: with more, no kernel gets much faster."""
 FEW = 2048
 """Tokens of a micro-batch on a context rank: with fewer, kernels get slower, and more is sent for each."""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from heapq import heappop, heappush
+from typing import Any
 
+from mm_parallel.config import MemoryConfig
 from mm_parallel.devices import Device
 from mm_parallel.estimate.roofline import StepTime
 from mm_parallel.pipeline.schedule import check_count
-from mm_train.config import Config
+from mm_train.config import Config, LayoutConfig
 from mm_train.estimate.estimate import Estimate, Subject
 from mm_train.estimate.layouts import MEMORIES, find_layouts, with_memory
 
 SHOWN = 5
 """Of those that fit, how many are told; and of those that would be faster."""
+LARGE = 8
+"""Of those that are far too large, how many are looked at all the same, the fastest."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Search:
     best: list[Option]
     """That fit, the fastest first."""
     faster: list[Option]
-    """That would be faster than the best, and do not fit: the nearest to it, the fastest first."""
+    """That would be faster than the best, and do not fit: those that are nearest to fitting."""
     looked: int
     """How many layouts there are, with recompute, offload and micro-batches."""
     illegal: int
@@ -50,6 +55,7 @@ def search(subject: Subject, config: Config, world: int, device: Device, shown: 
     legal, illegal = _find_legal(subject, config, world, device)
     queue: list[tuple[float, int, StepTime | None]] = []
     options: list[Config] = []
+    large: list[tuple[float, Config]] = []
     small = 0
     for one in legal:
         layout = one.parallel.resolve(world)
@@ -58,6 +64,7 @@ def search(subject: Subject, config: Config, world: int, device: Device, shown: 
             size, seconds = subject.least(option, layout, device)
             if size > device.memory:
                 small += len(ways) - place
+                large.append((seconds, option))
                 break
             options.append(option)
             heappush(queue, (seconds, len(options) - 1, None))
@@ -74,33 +81,38 @@ def search(subject: Subject, config: Config, world: int, device: Device, shown: 
         if found.estimate.fits(device):
             best.append(found)
         elif not best:
-            faster = [*faster, found][-shown:]
-    return Search(best, faster, len(options) + small, illegal, small)
+            faster.append(found)
+    if best:
+        nearest = sorted(large, key=lambda each: each[0])[:LARGE]
+        faster += [Option(one, subject.estimate(one, world, device)) for _, one in nearest]
+        faster = [each for each in faster if each.estimate.seconds < best[0].estimate.seconds]
+    faster.sort(key=lambda each: each.estimate.peak)
+    return Search(best, faster[:shown], len(options) + small, illegal, small)
 
 
 def _find_legal(subject: Subject, config: Config, world: int, device: Device) -> tuple[list[Config], int]:
     """(layouts that the model can be cut into, how many others there are)."""
 
     @cache
-    def refuses(tp: int, cp: int, pp_layers: tuple) -> bool:
-        return _refuses(lambda: subject.check(known[tp, cp, pp_layers], world))
+    def takes(**alone: Any) -> bool:
+        """Whether the model can be cut so; each way to cut is asked by itself, as in `mm_parallel.fits`."""
+        one = replace(config, parallel=LayoutConfig(dp_shard=1, **alone), memory=MemoryConfig())
+        return not _refuses(lambda: subject.check(one, alone.get("tp") or alone.get("cp") or one.parallel.pp))
 
     found, illegal = [], 0
-    known: dict[tuple, Config] = {}
     for one in find_layouts(config, world, len(subject.model.layers), subject.tokens, device.per_host):
         p = one.parallel
-        key = p.tp, p.cp, p.pp_layers
-        known.setdefault(key, one)
         count = one.micro_batches(p.dp_replicate * p.dp_shard)
         virtual = len(p.stages) if p.pp_layers else 1
-        if refuses(*key) or _refuses(lambda: check_count(count, p.pp, virtual, p.schedule == "zero_bubble")):  # noqa: B023
+        goes = takes(tp=p.tp) and takes(cp=p.cp) and (not p.pp_layers or takes(pp_layers=p.pp_layers))
+        if not goes or _refuses(partial(check_count, count, p.pp, virtual, p.schedule == "zero_bubble")):
             illegal += 1
         else:
             found.append(one)
     return found, illegal
 
 
-def _refuses(check) -> bool:
+def _refuses(check: Callable[[], object]) -> bool:
     try:
         check()
     except ValueError:
