@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -32,6 +33,7 @@ from mm_infer.checks import Asked as AskedVideos
 from mm_infer.config import Config as InferConfig
 from mm_models import build
 from mm_models.families import find as find_preset
+from mm_models.libraries import NEEDED, check_libraries
 from mm_models.lora import LoRAConfig, add_lora
 from mm_models.opensoraplan import testing as opensoraplan_testing
 from mm_models.qwen2_5_vl.testing import write_hub_folder
@@ -273,8 +275,7 @@ def examine(asking: Asking, capsys) -> list[Finding]:
         if asking.program == "mm_infer":
             return list(find(OF_VIDEOS, AskedVideos(parse(InferConfig, asking.argv, prog="infer"), asking.ranks)))
         return list(find(chat.CHECKS, chat.Asked(parse(chat.Config, asking.argv, prog="chat"))))
-    except SystemExit as stop:
-        assert stop.code == 2
+    except SystemExit:
         return [Finding("command line", "fails", capsys.readouterr().err)]
 
 
@@ -498,7 +499,14 @@ MUTATIONS = [
     setting("--optim.warmup", "900000", "learning rate"),
     setting("--optim.min_lr", "0.5", "learning rate"),
     setting("--objective.range", "[0.9,0.1]", "objective", "model"),
-    Mutation("a boundary of one model", ("objective",), "--objective.boundary 0.5", lambda a, s: a.set("--objective.boundary", "0.5") if a.get("--data.features") and not a.get("--expert") else None),
+    Mutation(
+        "a boundary of one model",
+        ("objective",),
+        "--objective.boundary 0.5",
+        lambda a, s: (
+            a.set("--objective.boundary", "0.5") if a.get("--data.features") and not a.get("--expert") else None
+        ),
+    ),
     setting("--objective.task", "t3v", "model"),
     setting("--architecture", '{"num_layer": 4}', "model", told="num_layer"),
     setting("--architecture", '{"num_layers": 3}', "tensors", "model in layout", told="num_layers|layers"),
@@ -534,7 +542,15 @@ MUTATIONS = [
         "data",
         told="of wan|opensoraplan|question|tokenizer|holds",
     ),
-    swap("--weights", lambda a, s: s.root / (a.model or "qwen2.5-vl-tiny") / "adapter", "an adapter", "tensors", "weights", "data", told="adapter|tokenizer"),
+    swap(
+        "--weights",
+        lambda a, s: s.root / (a.model or "qwen2.5-vl-tiny") / "adapter",
+        "an adapter",
+        "tensors",
+        "weights",
+        "data",
+        told="adapter|tokenizer",
+    ),
     swap(
         "--weights",
         lambda a, s: s.root / a.model / "W/low_noise_model" if a.get("--expert") == "high" else None,
@@ -546,7 +562,16 @@ MUTATIONS = [
     other_features("of another width", "features", told="width 63", text=63),
     other_features("of other channels", "features", told="latents of 12 channels", latents=12),
     other_features("of an odd size", "sample", told="5 rows|5 columns", rows=5),
-    Mutation("too few samples", ("batches",), "no bucket is left", lambda a, s: a.set("--data.small_buckets", "drop").set("--data.global_batch", "64") if a.get("--data.features") and a.ranks == 8 else None),
+    Mutation(
+        "too few samples",
+        ("batches",),
+        "no bucket is left",
+        lambda a, s: (
+            a.set("--data.small_buckets", "drop").set("--data.global_batch", "64")
+            if a.get("--data.features") and a.ranks == 8
+            else None
+        ),
+    ),
     other_features("of long texts", "features", told="rows", length=600),
     swap(
         "--data.features",
@@ -555,61 +580,190 @@ MUTATIONS = [
         "features",
         told="conditioned|does not hold",
     ),
-    spoilt("--data.features", "cut off", truncate("shards/*.safetensors"), "features", "sample", told="damaged or cut off"),
+    spoilt(
+        "--data.features", "cut off", truncate("shards/*.safetensors"), "features", "sample", told="damaged or cut off"
+    ),
     spoilt("--data.features", "unfinished", remove("dataset.jsonl"), "features", told="has not finished"),
     spoilt("--data.features", "without shards", remove("shards"), "features", told="is gone"),
     # encoders
     *(
-        spoilt(flag, f"without {part}", remove(part), check, "encoders", told=re.escape(part.split("/")[0]), only="wan|open")
+        spoilt(
+            flag,
+            f"without {part}",
+            remove(part),
+            check,
+            "encoders",
+            told=re.escape(part.split("/")[0]),
+            only="wan|open",
+        )
         for flag, check in (("--data.encoders", "data"), ("--encoders", "encoders"))
         for part in ("vae", "tokenizer", "text_encoder/config.json")
     ),
     *(
-        spoilt(flag, "with no words", remove("tokenizer/tokenizer.json"), check, "encoders", told="tokenizer", only="wan|open")
+        spoilt(
+            flag,
+            "with no words",
+            remove("tokenizer/tokenizer.json"),
+            check,
+            "encoders",
+            told="tokenizer",
+            only="wan|open",
+        )
         for flag, check in (("--data.encoders", "data"), ("--encoders", "encoders"))
     ),
     *(
-        spoilt(flag, "with cut text", truncate("text_encoder/*.safetensors"), check, "encoders", told="text_encoder", only="wan|open")
+        spoilt(
+            flag,
+            "with cut text",
+            truncate("text_encoder/*.safetensors"),
+            check,
+            "encoders",
+            told="text_encoder",
+            only="wan|open",
+        )
         for flag, check in (("--data.encoders", "data"), ("--encoders", "encoders"))
     ),
     *(
-        spoilt(flag, "of other widths", edit_json("text_encoder/config.json", d_model=48), check, "encoders", told="48|width", only="wan|open")
+        spoilt(
+            flag,
+            "of other widths",
+            edit_json("text_encoder/config.json", d_model=48),
+            check,
+            "encoders",
+            told="48|width",
+            only="wan|open",
+        )
         for flag, check in (("--data.encoders", "data"), ("--encoders", "encoders"))
     ),
     *(
-        spoilt(flag, "with few words", edit_json("text_encoder/config.json", vocab_size=100), check, "encoders", told="token", only="wan|open")
+        spoilt(
+            flag,
+            "with few words",
+            edit_json("text_encoder/config.json", vocab_size=100),
+            check,
+            "encoders",
+            told="token",
+            only="wan|open",
+        )
         for flag, check in (("--data.encoders", "data"), ("--encoders", "encoders"))
     ),
     # conversations
-    spoilt("--data.conversations", "without pictures", write_file("", json.dumps([{"image": "gone.png", "conversations": ASK}])), "sample", told="gone.png"),
+    spoilt(
+        "--data.conversations",
+        "without pictures",
+        write_file("", json.dumps([{"image": "gone.png", "conversations": ASK}])),
+        "sample",
+        told="gone.png",
+    ),
     spoilt("--data.conversations", "broken", write_file("", "[{"), "sample", told="talks.json"),
     spoilt("--data.conversations", "empty", write_file("", "[]"), "sample", told="conversations"),
-    spoilt("--weights", "without words", remove("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"), "encoders", "processor", told="tokenizer|loaded", only="qwen"),
-    spoilt("--weights", "without sizes", remove("preprocessor_config.json"), "encoders", "processor", told="preprocessor", only="qwen"),
-    spoilt("--weights", "of broken words", write_file("tokenizer.json", "{"), "encoders", "processor", told="tokenizer|loaded", only="qwen"),
-    spoilt("--weights", "of another eps", edit_json("config.json", rms_norm_eps=0.5), "tensors", "weights", told="eps", only="qwen"),
+    spoilt(
+        "--weights",
+        "without words",
+        remove("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"),
+        "encoders",
+        "processor",
+        told="tokenizer|loaded",
+        only="qwen",
+    ),
+    spoilt(
+        "--weights",
+        "without sizes",
+        remove("preprocessor_config.json"),
+        "encoders",
+        "processor",
+        told="preprocessor",
+        only="qwen",
+    ),
+    spoilt(
+        "--weights",
+        "of broken words",
+        write_file("tokenizer.json", "{"),
+        "encoders",
+        "processor",
+        told="tokenizer|loaded",
+        only="qwen",
+    ),
+    spoilt(
+        "--weights",
+        "of another eps",
+        edit_json("config.json", rms_norm_eps=0.5),
+        "tensors",
+        "weights",
+        told="eps",
+        only="qwen",
+    ),
     # clips
-    spoilt("--data.manifest", "without files", write_file("", "/nowhere,/nowhere/clips.json\n"), "sample", "data", told="nowhere"),
+    spoilt(
+        "--data.manifest",
+        "without files",
+        write_file("", "/nowhere,/nowhere/clips.json\n"),
+        "sample",
+        "data",
+        told="nowhere",
+    ),
     spoilt("--data.manifest", "of no list", write_file("", "a,b,c,d\n"), "sample", "data", told="data.txt|a,b"),
-    Mutation("a length that is none", ("sample", PARSED), "num_frames|6", lambda a, s: a.set("--data.geometry.num_frames", "6") if a.get("--data.manifest") else None),
-    Mutation("clips that are too long", ("sample",), "data.txt", lambda a, s: a.set("--data.geometry.num_frames", "81").set("--data.geometry.min_frames", "81") if a.get("--data.manifest") else None),
+    Mutation(
+        "a length that is none",
+        ("sample", PARSED),
+        "num_frames|6",
+        lambda a, s: a.set("--data.geometry.num_frames", "6") if a.get("--data.manifest") else None,
+    ),
+    Mutation(
+        "clips that are too long",
+        ("sample",),
+        "data.txt",
+        lambda a, s: (
+            a.set("--data.geometry.num_frames", "81").set("--data.geometry.min_frames", "81")
+            if a.get("--data.manifest")
+            else None
+        ),
+    ),
     # adapters
     Mutation("another rank", ("adapter",), "--lora.rank 16", go_on(rank="8")),
     Mutation("another alpha", ("adapter",), "--lora.alpha 32", go_on(alpha="8")),
-    Mutation("other targets", ("adapter in model", "model in layout"), "targets", of_lora(edit_tensors(lambda t: [t.pop(name) for name in sorted(t)[:2]]), "fewer")),
-    Mutation("an adapter of another base", ("adapter in model", "adapter"), "another model|does not fit|fit", of_lora(edit_tensors(lambda t: t.update({sorted(t)[0]: t[sorted(t)[0]][:, :-1].contiguous()})), "narrower")),
+    Mutation(
+        "other targets",
+        ("adapter in model", "model in layout"),
+        "targets",
+        of_lora(edit_tensors(lambda t: [t.pop(name) for name in sorted(t)[:2]]), "fewer"),
+    ),
+    Mutation(
+        "an adapter of another base",
+        ("adapter in model", "adapter"),
+        "another model|does not fit|fit",
+        of_lora(edit_tensors(lambda t: t.update({sorted(t)[0]: t[sorted(t)[0]][:, :-1].contiguous()})), "narrower"),
+    ),
     Mutation("half an adapter", ("adapter",), "lora", of_lora(edit_tensors(lambda t: t.pop(sorted(t)[0])), "half")),
     Mutation("a cut adapter", ("adapter",), "truncated", of_lora(truncate_weights, "cut")),
-    spoilt("--lora", "narrower", edit_tensors(lambda t: t.update({sorted(t)[0]: t[sorted(t)[0]][:, :-1].contiguous()})), "adapter", "weights", told="lora|adapter"),
+    spoilt(
+        "--lora",
+        "narrower",
+        edit_tensors(lambda t: t.update({sorted(t)[0]: t[sorted(t)[0]][:, :-1].contiguous()})),
+        "adapter",
+        "weights",
+        told="lora|adapter",
+    ),
     spoilt("--lora", "half", edit_tensors(lambda t: t.pop(sorted(t)[0])), "adapter", "weights", told="adapter|lora"),
-    swap("--lora", lambda a, s: s.root / "opensoraplan-tiny" / "adapter" if a.model and "wan" in a.model else None, "of another family", "adapter", told="lora"),
+    swap(
+        "--lora",
+        lambda a, s: s.root / "opensoraplan-tiny" / "adapter" if a.model and "wan" in a.model else None,
+        "of another family",
+        "adapter",
+        told="lora",
+    ),
     # videos
     in_videos("--frames", "6", "task", "settings", told="frames 6"),
     in_videos("--height", "100", "task", "settings", told="height 100"),
     in_videos("--task", "t3v", "task", told="t3v"),
     in_videos("--sampler", "pndn", PARSED, told="sampler"),
     in_videos("--guidance", "[3.0,4.0,5.0]", PARSED, told="guidance"),
-    Mutation("a boundary of one model that is sampled", ("weights",), "boundary 0.5", lambda a, s: a.set("--boundary", "0.5") if a.program == "mm_infer" and "a14b" not in a.model else None),
+    Mutation(
+        "a boundary of one model that is sampled",
+        ("weights",),
+        "boundary 0.5",
+        lambda a, s: a.set("--boundary", "0.5") if a.program == "mm_infer" and "a14b" not in a.model else None,
+    ),
     in_videos("--model", "wan2.1-t2v-1.3b", "weights", "tensors", told="wan2.1-t2v-1.3b"),
     in_videos("--lora_alpha", "0", PARSED, told="lora_alpha"),
     in_videos("--parallel.cp", "3", "layout", told="3", ranks=8),
@@ -618,7 +772,7 @@ MUTATIONS = [
     spoilt("--video", "no video", write_file("", b"no video"), "settings", "question", told="mp4"),
     spoilt("--prompt_file", "empty", write_file("", "\n"), "requests", told="prompts"),
     spoilt("--questions", "broken", write_file("", "[{"), "question", told="held_out"),
-]  # fmt: skip
+]
 
 
 def draw(asked: list[Asking], shop: Shop) -> list[tuple[Mutation, Asking]]:
@@ -758,3 +912,32 @@ def test_the_headers_of_two_experts_of_14b_take_seconds(tmp_path):
     wrong = start(["-m", "mm_train.doctor", *flags, "--expert", "high", "--weights", "W/low_noise_model"], cwd=tmp_path)
     assert "✗ tensors" in wrong.stdout
     assert "is the expert for low noise" in " ".join(wrong.stdout.split())
+
+
+# --- the libraries
+
+
+def test_bounds_are_those_of_the_packages():
+    declared = {}
+    for file in Path(__file__).parent.parent.glob("*/*/pyproject.toml"):
+        project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+        extras = project.get("optional-dependencies", {}).values()
+        for said in (*project["dependencies"], *(one for those in extras for one in those)):
+            name, _, lowest = said.partition(">=")
+            declared.setdefault(name, set()).add(lowest.partition(",")[0])
+    for name, lowest in NEEDED.items():
+        assert lowest in declared[name], name
+        assert max(declared[name] - {""}, key=lambda text: [*map(int, text.split("."))]) == lowest, name
+
+
+def test_libraries_that_are_old_missing_or_of_another_torch_are_named():
+    right = {**NEEDED, "torch": "2.13.0a0+git1234"}
+    assert "torch 2.13.0a0" in check_libraries(right)
+    old = right | {"transformers": "4.9.1"}
+    with pytest.raises(ValueError, match=r"transformers 4.9.1 is older than 4.57: pip install 'transformers>=4.57'"):
+        check_libraries(old)
+    with pytest.raises(ValueError, match="peft is not installed"):
+        check_libraries({name: release for name, release in right.items() if name != "peft"})
+    assert check_libraries(right | {"torch-npu": "2.13.0rc1"})
+    with pytest.raises(ValueError, match=r"torch-npu 2\.9\.0 is for another release of torch"):
+        check_libraries(right | {"torch-npu": "2.9.0"})

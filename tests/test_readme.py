@@ -17,6 +17,7 @@ from mm_infer.chat import Config as ChatConfig
 from mm_infer.config import Config as InferConfig
 from mm_models import presets
 from mm_models.families import find
+from mm_train.doctor import DoctorConfig
 from mm_train.estimate.config import EstimateConfig
 from mm_train.export import ExportConfig
 from mm_train.extract import ExtractConfig
@@ -29,6 +30,7 @@ READMES = [ROOT / "README.md", ROOT / "README.zh.md", *ROOT.glob("apps/*/README.
 COUNTS = ("--nnodes", "--nproc_per_node")  # of torchrun
 PROGRAMS = {
     "mm_train": load_config,
+    "mm_train.doctor": lambda argv: load_config(argv, DoctorConfig, "doctor"),
     "mm_train.extract": lambda argv: parse(ExtractConfig, argv, prog="extract"),
     "mm_train.estimate": lambda argv: load_config(argv, EstimateConfig, "estimate"),
     "mm_train.export": lambda argv: parse(ExportConfig, argv, prog="export"),

@@ -99,6 +99,8 @@ MEMORY = [
     ),
     ({"recompute_modules": ["predictor.blocks.{*}"], "use_reentrant": True}, {"recompute": "full"}),
     ({"reshard_after_forward": "false", "offload_to_cpu": True}, {"reshard": False, "offload_params": True}),
+    ({"param_dtype": "bf16", "reduce_dtype": "fp32"}, {"reduce": "float32"}),
+    ({"reduce_dtype": "bf16"}, {"reduce": "bfloat16"}),
     ({"num_to_forward_prefetch": 2, "num_to_backward_prefetch": 2}, {"prefetch": 2}),
     ({"attention_async_offload": False}, {"offload": "none"}),
 ]

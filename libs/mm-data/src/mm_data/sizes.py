@@ -102,8 +102,9 @@ class Sizes:
 
         file: where sizes are kept. They are taken from there if data, processing and limits are still the same, and
         media are where they were (of 1,024 conversations that is asked; where one lacks some, all are looked at again);
-        those that could not be used are looked at again, as somebody may have mended them. `part`, `exchange`: of how many
-        processes each looks at its share. All then know the same, and what one of them raises is raised by all.
+        those that could not be used are looked at again, as somebody may have mended them.
+        part, exchange: of how many processes each looks at its share. All then know the same, and what one of them
+        raises is raised by all.
         """
         key = self._identify()
         kept = exchange(file is not None and self._read(file, key) and self._are_there())

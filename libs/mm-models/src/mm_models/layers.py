@@ -65,7 +65,7 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
         scale = torch.rsqrt(norm.square() / x.shape[-1] + eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight.to(x.dtype)).to(x.dtype)  # masters give what rounded weights give
+        return _cast(_multiply(x * scale, weight.to(x.dtype)), x.dtype)  # masters give what rounded weights give
 
     @staticmethod
     @once_differentiable
@@ -78,6 +78,19 @@ class _RMSNorm(torch.autograd.Function):
         shared = (of_weight @ rounded).unsqueeze(-1) / x.shape[-1]
         of_x = of_x.mul_(rounded).addcmul_(x, shared * scale.square(), value=-1).to(x.dtype)
         return of_x, of_weight.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+
+
+# Dynamo of torch 2.11 loses the backward of a function, silently, where the last operation of its forward returns what
+# it was given: an operation in place, or a cast to the dtype that is there already. So forwards end in these.
+
+
+def _multiply(x: Tensor, y: Tensor) -> Tensor:
+    """x · y, in the memory of x where that is of use."""
+    return x * y if torch.compiler.is_compiling() else x.mul_(y)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
@@ -114,7 +127,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, ...], dim: int)
         (a, b), (c, d) = pairs.unbind(dim), turned.unbind(dim)
         c.addcmul_(b, sin, value=-1)
         d.addcmul_(a, sin)
-    return turned.flatten(-len(shape)).to(x.dtype)
+    return _cast(turned.flatten(-len(shape)), x.dtype)
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:

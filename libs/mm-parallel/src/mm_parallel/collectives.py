@@ -33,7 +33,7 @@ class Leave(torch.autograd.Function):
 
 
 def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    if torch.compiler.is_compiling():  # dynamo of torch 2.11 loses a sum in place in a backward, silently
+    if torch.compiler.is_compiling():  # torch 2.11: behind a sum in place, the backward would be lost
         return _op(x, group.group_name)
     x = x.clone(memory_format=torch.contiguous_format)  # others may hold it
     dist.all_reduce(x, group=group)

@@ -232,8 +232,8 @@ def _search(subject: Subject, config: EstimateConfig, world: int, device: Device
         replace_file(config.json, json.dumps(options, indent=2) + "\n")
     yield f"samples    {subject.samples.source}"
     yield (
-        f"looked at  {found.looked:,} layouts of {world:,} ranks of {device.name}; {found.small:,} cannot hold weights, "
-        f"moments and activations, {found.illegal:,} others do not go with the model"
+        f"looked at  {found.looked:,} layouts of {world:,} ranks of {device.name}; {found.small:,} cannot hold what "
+        f"layers save; {found.illegal:,} others do not go with the model or the batch"
     )
     if not found.best:
         raise ValueError(

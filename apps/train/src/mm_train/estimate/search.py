@@ -18,6 +18,8 @@ from mm_train.estimate.layouts import MEMORIES, find_layouts, with_memory
 
 SHOWN = 5
 """Of those that fit, how many are told; and of those that would be faster."""
+LARGE = 8
+"""Of those that are far too large, how many are looked at all the same, the fastest."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Search:
     best: list[Option]
     """That fit, the fastest first."""
     faster: list[Option]
-    """That would be faster than the best, and do not fit: the nearest to it, the fastest first."""
+    """That would be faster than the best, and do not fit: those that are nearest to fitting."""
     looked: int
     """How many layouts there are, with recompute, offload and micro-batches."""
     illegal: int
@@ -53,6 +55,7 @@ def search(subject: Subject, config: Config, world: int, device: Device, shown: 
     legal, illegal = _find_legal(subject, config, world, device)
     queue: list[tuple[float, int, StepTime | None]] = []
     options: list[Config] = []
+    large: list[tuple[float, Config]] = []
     small = 0
     for one in legal:
         layout = one.parallel.resolve(world)
@@ -61,6 +64,7 @@ def search(subject: Subject, config: Config, world: int, device: Device, shown: 
             size, seconds = subject.least(option, layout, device)
             if size > device.memory:
                 small += len(ways) - place
+                large.append((seconds, option))
                 break
             options.append(option)
             heappush(queue, (seconds, len(options) - 1, None))
@@ -77,8 +81,13 @@ def search(subject: Subject, config: Config, world: int, device: Device, shown: 
         if found.estimate.fits(device):
             best.append(found)
         elif not best:
-            faster = [*faster, found][-shown:]
-    return Search(best, faster, len(options) + small, illegal, small)
+            faster.append(found)
+    if best:
+        nearest = sorted(large, key=lambda each: each[0])[:LARGE]
+        faster += [Option(one, subject.estimate(one, world, device)) for _, one in nearest]
+        faster = [each for each in faster if each.estimate.seconds < best[0].estimate.seconds]
+    faster.sort(key=lambda each: each.estimate.peak)
+    return Search(best, faster[:shown], len(options) + small, illegal, small)
 
 
 def _find_legal(subject: Subject, config: Config, world: int, device: Device) -> tuple[list[Config], int]:

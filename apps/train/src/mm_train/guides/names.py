@@ -133,11 +133,11 @@ NAMES: tuple[Name, ...] = (
     ),
     *_nothing(
         "parallel",
-        "one dtype of the computation is given to parallelize; gradients are reduced in fp32",
-        "param_dtype reduce_dtype buffer_dtype output_dtype cast_forward_inputs autocast_input autocast_output "
-        "downcast_to_bf16",
+        "one dtype of the computation is given to parallelize",
+        "param_dtype buffer_dtype output_dtype cast_forward_inputs autocast_input autocast_output downcast_to_bf16",
     ),
     Name("reshard_after_forward", "memory", ("reshard",), "true or false", as_is=True),
+    Name("reduce_dtype", "memory", ("reduce",), "`fp32`: float32; `bf16`: bfloat16"),
     Name("num_to_forward_prefetch", "memory", ("prefetch",), "one number for both directions: the larger"),
     Name("num_to_backward_prefetch", "memory", ("prefetch",), "one number for both directions: the larger"),
     *_nothing(

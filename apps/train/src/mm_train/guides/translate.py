@@ -211,6 +211,11 @@ def _fsdp(given: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     for name, field in (("reshard_after_forward", "reshard"), ("offload_to_cpu", "offload_params")):
         if name in given:
             found[field] = _switch(name, given[name])
+    if "reduce_dtype" in given:
+        words = {"fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}
+        if (asked := str(given["reduce_dtype"])) not in words:
+            raise ValueError(f"reduce_dtype is {asked!r}: gradients are reduced in fp32 or bf16")
+        found["reduce"] = words[asked]
     ahead = [f"num_to_{way}_prefetch" for way in ("forward", "backward") if f"num_to_{way}_prefetch" in given]
     if ahead:
         numbers = [number(name, given[name], least=0) for name in ahead]
