@@ -28,9 +28,10 @@ from mm_infer import chat
 from mm_infer.__main__ import main as infer
 from mm_infer.config import Config as InferConfig
 from mm_models.families import FAMILIES
-from mm_train import export, extract
+from mm_train import doctor, export, extract
 from mm_train.__main__ import main as train
 from mm_train.config import Config
+from mm_train.doctor import DoctorConfig
 from mm_train.export import ExportConfig
 from mm_train.extract import ExtractConfig
 
@@ -74,6 +75,8 @@ VALUES = [
     "{ a = 1 }",
 ]
 
+OF_TRAINING = {option.name for option in options_of(Config)}  # tried once
+
 Main = Callable[[list[str]], None]
 
 
@@ -85,6 +88,7 @@ def row_of(command) -> list[Option]:
 def commands() -> Iterator[tuple[str, Main, list[Option]]]:
     """(what it is called, how it is started, its options)"""
     yield "mm_train", train, list(options_of(Config))
+    yield "mm_train.doctor", doctor.main, [one for one in options_of(DoctorConfig) if one.name not in OF_TRAINING]
     yield "mm_train.extract", extract.main, list(options_of(ExtractConfig))
     yield "mm_train.export", export.main, list(options_of(ExportConfig))
     yield "mm_infer", infer, list(options_of(InferConfig))

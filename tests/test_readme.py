@@ -17,6 +17,7 @@ from mm_infer.chat import Config as ChatConfig
 from mm_infer.config import Config as InferConfig
 from mm_models import presets
 from mm_models.families import find
+from mm_train.doctor import DoctorConfig
 from mm_train.estimate.config import EstimateConfig
 from mm_train.export import ExportConfig
 from mm_train.extract import ExtractConfig
@@ -29,6 +30,7 @@ READMES = [ROOT / "README.md", ROOT / "README.zh.md", *ROOT.glob("apps/*/README.
 COUNTS = ("--nnodes", "--nproc_per_node")  # of torchrun
 PROGRAMS = {
     "mm_train": load_config,
+    "mm_train.doctor": lambda argv: load_config(argv, DoctorConfig, "doctor"),
     "mm_train.extract": lambda argv: parse(ExtractConfig, argv, prog="extract"),
     "mm_train.estimate": lambda argv: load_config(argv, EstimateConfig, "estimate"),
     "mm_train.export": lambda argv: parse(ExportConfig, argv, prog="export"),
@@ -175,7 +177,10 @@ def test_every_model_of_conversations_is_trained_in_each_way_where_so_many_devic
     }
     full -= {("qwen2.5-vl-72b", 8)}
     lora = {(model, ranks) for model in sizes for ranks in (1, 8, 16, 32)} - {(f"qwen2.5-vl-{n}b", 1) for n in (32, 72)}
-    assert trained >= {(*one, way) for one in full for way in ("", "full")} | {(*one, "lora") for one in lora}
+    whole = full - {("qwen2.5-vl-3b", 1)}  # moments go to the host by FSDP alone, which takes two
+    assert trained >= {(*one, "") for one in full} | {(*one, "full") for one in whole} | {
+        (*one, "lora") for one in lora
+    }
 
 
 def test_there_are_commands_of_every_program():

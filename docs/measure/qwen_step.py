@@ -149,7 +149,7 @@ def transformers_model(config: Any) -> Any:
     }
     tokens = {"image_token_id": c.image_token, "video_token_id": c.video_token}
     tokens |= {"vision_start_token_id": c.vision_start_token, "vision_end_token_id": c.vision_end_token}
-    whole = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)
+    whole = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=c.tied, **tokens)
     return Qwen2_5_VLForConditionalGeneration(whole).train()
 
 

@@ -77,6 +77,13 @@ def test_equals_the_pipeline_of_diffusers(pipeline, sampler, guidance, grid):
     assert np.abs(ours.frames.numpy() - frames * 255).max() <= 1  # half a step of rounding, and the latents' difference
 
 
+def test_compiled_layers_make_the_same_video(pipeline, sampler, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    wanted = {"guidance": 1.0, "seed": 7, **SMALL, "steps": 2}
+    compiled = mm_infer.load(pipeline, compile=True)(PROMPT, **wanted)
+    assert difference(compiled.latents, sampler(PROMPT, **wanted).latents) <= 1e-4
+
+
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_euler_and_flow_shift(pipeline, sampler, shift):
     theirs = FlowMatchEulerDiscreteScheduler.from_config(

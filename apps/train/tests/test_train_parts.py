@@ -352,6 +352,33 @@ def test_metrics_of_repeated_steps_stand_once(tmp_path, capsys):
     assert capsys.readouterr().err == "step 2/3 | loss 0.5000 | lr 1.00e-01 | grad 1.000 | fast\n"
 
 
+def test_metrics_are_json_also_where_a_number_is_none(tmp_path):
+    metrics = Metrics(tmp_path, leader=True, steps=1, start=0)
+    metrics.step({"step": 1, "loss": 0.5, "lr": 0.1, "grad_norm": float("inf")}, "")
+    metrics.event({"step": 1, "validation_loss": float("nan")})
+    metrics.close()
+    refuse = {"parse_constant": lambda word: pytest.fail(word)}
+    rows = [json.loads(line, **refuse) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert (rows[0]["grad_norm"], rows[1]["validation_loss"]) == (None, None)
+
+
+def test_a_refused_run_leaves_no_empty_folder(tmp_path):
+    def claim(path: Path, *, write: bool = False) -> None:
+        with claim_output(path):
+            if write:
+                (path / "failures.jsonl").touch()
+            raise ValueError("refused")
+
+    (tmp_path / "mine").mkdir()
+    for path in (tmp_path / "a" / "b", tmp_path / "mine"):
+        with pytest.raises(ValueError, match="refused"):
+            claim(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]  # which was there before
+    with pytest.raises(ValueError, match="refused"):
+        claim(tmp_path / "c", write=True)
+    assert (tmp_path / "c" / "failures.jsonl").exists()
+
+
 def test_metrics_on_a_full_disk_name_the_file(tmp_path):
     """Here a file may not grow any more."""
     metrics = Metrics(tmp_path, leader=True, steps=3, start=0)

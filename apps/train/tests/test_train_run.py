@@ -85,6 +85,32 @@ def test_two_ranks_give_the_same_curve_as_one(features, tmp_path, options):
     assert validation[0] == pytest.approx(validation[1], rel=tolerance)
 
 
+def test_compiled_layers_give_the_same_curve_and_a_step_that_compiled_says_so(features, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
+    train(config(features, tmp_path / "plain"))
+    capfd.readouterr()
+    train(config(features, tmp_path / "compiled", "--compile", "true"))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    first, *others = [row.get("compiled_graphs", 0) for row in rows(tmp_path / "compiled")]
+    assert first > 0
+    assert others == [0, 0, 0]
+    said = capfd.readouterr().err
+    assert "compile    each layer" in said
+    assert said.count(f"| {first} graphs compiled meanwhile") == 1
+    for option, message in (
+        (
+            ("--parallel.exact", "true"),
+            "--compile with --parallel.exact: compiled kernels sum in",
+        ),
+        (
+            ("--parallel.schedule", "zero_bubble"),
+            "--compile with --parallel.schedule zero_bubble: it splits",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config(features, tmp_path / "refused", "--compile", "true", *option))
+
+
 def test_micro_batches_do_not_change_the_numbers(features, tmp_path):
     for size in ("1", "4"):
         train(config(features, tmp_path / size, "--data.micro_batch", size, "--data.text_dropout", "0.3"))

@@ -334,6 +334,15 @@ def test_identity_is_that_of_the_stream(listed, tmp_path):
 # --- the survey
 
 
+def test_a_kept_survey_is_made_anew_where_pictures_are_gone(listed, tmp_path):
+    file = tmp_path / "run" / "survey.npz"
+    build(listed, survey_file=file)
+    pictures_of(listed, with_pictures(listed)[0])[0].unlink()
+    again = build(listed, survey_file=file)
+    assert len(again) == COUNT - 1
+    assert [entry.reason for entry in again.ledger.entries] == ["missing_media"]
+
+
 def test_a_survey_is_kept_and_mended_files_are_found(listed, tmp_path):
     missing = pictures_of(listed, with_pictures(listed)[0])[0]
     away = missing.rename(tmp_path / "away.png")

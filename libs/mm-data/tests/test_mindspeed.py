@@ -145,3 +145,14 @@ def test_other_contents_of_a_file_are_named(tmp_path, held, message):
     torch.save(found | held, file)
     with pytest.raises(ValueError, match=rf"video0_mp4\.pt.*{message}"):
         FeatureDataset(tmp_path)
+
+
+def test_captions_that_do_not_say_where_they_end_are_told(tmp_path):
+    write(tmp_path / "out", 2)
+    file = tmp_path / "out" / "features" / "video1_mp4.pt"
+    found = torch.load(file)
+    del found["prompt_mask"]
+    torch.save(found, file)
+    with pytest.warns(UserWarning, match="1 of 4 files have no prompt_mask, e.g. features/video1_mp4.pt"):
+        dataset = FeatureDataset(tmp_path / "out")
+    assert [len(dataset[i]["text"][0]) for i in range(4)] == [5, 512, 7, 8]

@@ -154,3 +154,59 @@ def test_a_mask_is_not_combined():
         core(q, k, v, Sequence(6, causal=True), mask)
     with pytest.raises(ValueError, match="packed samples with a mask of keys"):
         core(q, k, v, Sequence(6, segments=(0, 3, 6)), mask)
+
+
+PAIRS = {"neighbours": ((-1, 2), -1), "halves": ((2, -1), -2), "halves of thirds": ((3, 2, -1), -2)}
+
+
+@pytest.mark.parametrize(("shape", "dim"), PAIRS.values(), ids=PAIRS)
+def test_pairs_are_turned(shape, dim):
+    """As complex numbers are, by code that is run and by code that is compiled; and back by the backward."""
+    x = torch.randn(2, 5, 3, 12, dtype=torch.float64, requires_grad=True)
+    a, b = x.unflatten(-1, shape).unbind(dim)
+    angles = torch.randn(5, 1, *a.shape[3:], dtype=torch.float64)
+    turned = torch.complex(a, b) * torch.polar(torch.ones_like(angles), angles)
+    wanted = torch.stack((turned.real, turned.imag), dim).flatten(3)
+
+    def turn(x):
+        return layers.rotate(x, angles.cos(), angles.sin(), shape, dim)
+
+    for function in (turn, torch.compile(turn, backend="aot_eager", fullgraph=True)):
+        torch.testing.assert_close(function(x), wanted, rtol=1e-14, atol=1e-14)
+        (grad,) = torch.autograd.grad(function(x), x, torch.ones_like(x))
+        torch.testing.assert_close(grad, torch.autograd.grad(wanted.sum(), x, retain_graph=True)[0])
+    assert torch.autograd.gradcheck(turn, x)
+    low = turn(x.bfloat16())
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        low, layers.rotate(x.bfloat16().double(), angles.cos(), angles.sin(), shape, dim).bfloat16()
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8), (2, 5, 8)], ids=["of a sample", "of a token"])
+def test_modulation_and_gate_have_the_gradients_of_autograd(shape):
+    """Of several samples, where their backward is our own; in float32 they keep x, y and numbers of rows alone."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, 5, 8, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
+    a, b = (torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
+    norm = layers.LayerNorm(8, 1e-6, elementwise_affine=False)
+    wanted = F.layer_norm(x, (8,), eps=1e-6) * (1 + b) + a
+    torch.testing.assert_close(layers.modulate(norm, x, a, b), wanted, rtol=1e-13, atol=1e-13)
+    assert torch.autograd.gradcheck(lambda x, a, b: layers.modulate(norm, x, a, b), (x, a, b))
+    torch.testing.assert_close(layers.gated(x, a, y), x + a * y, rtol=1e-15, atol=1e-15)
+    assert torch.autograd.gradcheck(layers.gated, (x, a, y))
+
+
+def test_norm_in_bfloat16_is_rounded_once():
+    """Statistics and product are float32; masters give what rounded weights give, and get a gradient in float32."""
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    norm = layers.RMSNorm(32, 1e-6)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    rounded = norm.weight.detach().bfloat16()
+    y = x.double()
+    wanted = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6) * rounded.double()
+    torch.testing.assert_close(norm(x), wanted.bfloat16(), rtol=2**-8, atol=0)
+    assert (norm(x) == wanted.bfloat16()).float().mean() > 0.999
+    assert torch.equal(norm(x), layers._RMSNorm.apply(x, rounded, 1e-6))
+    norm(x).sum().backward()
+    torch.testing.assert_close(norm.weight.grad, (wanted / rounded.double()).sum(0).float(), rtol=1e-5, atol=1e-5)

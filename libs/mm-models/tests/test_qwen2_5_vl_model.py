@@ -124,7 +124,7 @@ def test_layers_with_a_backward_of_their_own():
     assert torch.autograd.gradcheck(GatedSilu.apply, (a, b))
     norm = RMSNorm(16, 1e-6, dtype=torch.float64)
     torch.nn.init.normal_(norm.weight)
-    assert torch.equal(norm(a), F.rms_norm(a, (16,), norm.weight, 1e-6))
+    torch.testing.assert_close(norm(a), F.rms_norm(a, (16,), norm.weight, 1e-6), rtol=1e-15, atol=0)
     assert torch.autograd.gradcheck(
         lambda x, weight: torch.func.functional_call(norm, {"weight": weight}, (x,)), (a, norm.weight)
     )

@@ -167,11 +167,7 @@ CHECKS: tuple[Check[Asked], ...] = (
     Check("weights", "when asked", _weights),
     Check("processor", "when asked", _processor, after=("weights",)),
     Check("question", "when asked", _question),
-    Check(
-        "output",
-        "when asked",
-        lambda asked: check_output(asked.config) if asked.config.questions else NotHere("no --questions"),
-    ),
+    Check("output", "when asked", _output),
     Check("device", "when asked", lambda asked: describe_device(asked.config.dtype, asked.config.device)),
 )
 

@@ -50,9 +50,11 @@ CONVERSATIONS = {"data": ConversationData, "validation": ConversationValidation,
 class Asked:
     """A run that is asked for, and what several checks look at, opened once."""
 
-    def __init__(self, config: Config, world: int | None = None) -> None:
-        """world: ranks; by default those that were started."""
-        self.config = config
+    def __init__(self, config: Config, world: int | None = None, device: str = "", devices: Path | None = None) -> None:
+        """world: ranks; by default those that were started. device: its name in the table of `mm_train.estimate`, or in
+        the file `devices`; by default that which is found.
+        """
+        self.config, self.device, self.devices = config, device, devices
         self.world = read_launch().world if world is None else world
 
     @property
@@ -376,25 +378,39 @@ def _writable(asked: Asked) -> str:
     return "\n".join([f"the run goes on from {found}", *(f"changed: {change}" for change in changed)])
 
 
-def _compile(asked: Asked) -> None:
+def _compile(asked: Asked) -> str:
     config = asked.config
-    if config.compile and config.parallel.exact:
+    if not config.compile:
+        return NotHere("no --compile")
+    if config.parallel.exact:
         raise ValueError(
             "--compile with --parallel.exact: compiled kernels sum in an order of their own: leave one of them out"
         )
-    if config.compile and config.parallel.schedule == "zero_bubble":
+    if config.parallel.schedule == "zero_bubble":
         raise ValueError(
             "--compile with --parallel.schedule zero_bubble: it splits a backward in two, and that of compiled code is "
             "one. Use schedule 1f1b, or leave --compile out"
         )
+    return "each layer"
 
 
-def _compiler(asked: Asked) -> None:
-    if asked.config.compile:
-        from mm_parallel.compile import check_compiler
-        from mm_parallel.device import device
+def _compiler(asked: Asked) -> str:
+    if not asked.config.compile:
+        return NotHere("no --compile")
+    from mm_parallel.compile import check_compiler
+    from mm_parallel.device import device
 
-        check_compiler(device().type)
+    return check_compiler(device().type)
+
+
+def _attention(asked: Asked) -> str:
+    from mm_parallel.device import device
+    from mm_train.start import choose_attention
+
+    here, name = device(), asked.config.attention
+    if here.type == "cpu" and name not in ("auto", "cpu", "math"):
+        return NotHere(f"no accelerator here that could run {name}")
+    return choose_attention(asked.config, None, here)
 
 
 CHECKS: tuple[Check[Asked], ...] = (
@@ -424,6 +440,13 @@ CHECKS: tuple[Check[Asked], ...] = (
     Check("batches", "when asked", _look("check_batches"), after=("sample", "layout")),
     Check("disk", "when asked", _look("check_disk"), after=("model", "what is trained", "resume")),
     Check("device", "when asked", _look("check_device")),
+    Check(
+        "memory",
+        "when asked",
+        _look("check_memory"),
+        after=("model", "options", "what is trained", "features", "model in layout"),
+    ),
+    Check("attention", "when asked", _attention, after=("model",)),
 )
 
 

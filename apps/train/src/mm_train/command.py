@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -63,20 +64,32 @@ def claim_output(path: Path) -> Iterator[None]:
     """Keep the directory for this run while the block runs, and remove what killed runs have left in it.
 
     Raises ValueError on every rank when another run has it (see `mm_convert.lock_output`), or when the ranks see
-    different directories.
+    different directories. Where the block raises it, a directory that was made for it, and is still empty, goes again.
     """
     from mm_train.ranks import broadcast
 
-    prepare_output(path)
-    with ExitStack() as held:
+    new = [folder for folder in (path, *path.absolute().parents) if not folder.exists()]
+    try:
+        prepare_output(path)
+        with ExitStack() as held:
 
-        def claim() -> None:
-            held.enter_context(lock_output(path))
-            _sweep(path)
+            def claim() -> None:
+                held.enter_context(lock_output(path))
+                _sweep(path)
 
-        broadcast(claim)
-        check_shared(path)
-        yield
+            broadcast(claim)
+            check_shared(path)
+            yield
+    except ValueError:  # refused before anything was written
+        _remove_empty(new)
+        raise
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Of these, from the inside out, those that nothing lies in."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _sweep(path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 from mm_convert.cli.arguments import dump
@@ -26,8 +27,14 @@ from mm_train.recipe import load_config
 class DoctorConfig(Config):
     """Look at all that a training run needs, with the flags of the run. Nothing is started, and nothing is written."""
 
-    world: Annotated[int, ">= 1"] | None = None
+    world: Annotated[int, ">= 1", "<= 1048576"] | None = None
     """Ranks that the run will have; by default those that torchrun has started, or one."""
+    device: str = ""
+    """Device that it will run on, of the table of mm_train.estimate, e.g. h100: whether its memory is enough. By
+    default the one that is found here.
+    """
+    devices: Path | None = None
+    """TOML with devices of your own, in the form of that table."""
 
 
 @escaped_output()
@@ -43,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         return config
 
     def work(config: DoctorConfig) -> None:
-        asked = Asked(config, config.world)
+        asked = Asked(config, config.world, config.device, config.devices)
         if not read_launch().joins:
             sys.exit(report(CHECKS, asked, sys.stdout))
         import torch.distributed as dist  # only now

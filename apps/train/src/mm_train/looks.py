@@ -24,6 +24,7 @@ from mm_models.encoders.text import open_tokenizer
 from mm_models.families import family_of
 from mm_parallel.device import bf16_ok, max_device_memory, name_of
 from mm_parallel.device import device as accelerator
+from mm_parallel.devices import find_device, recognize
 from mm_train import start
 from mm_train.adapter import open_adapter
 from mm_train.checks import Asked, check_space, checkpoint_bytes, nearest
@@ -312,6 +313,27 @@ def check_device(asked: Asked) -> str:
     if device.type == "cpu":
         return f"no accelerator is found here: a run computes on the CPU, with {torch.get_num_threads()} threads"
     return f"{torch.accelerator.device_count()} x {name_of(device)}, {_size(max_device_memory(device))}"
+
+
+def check_memory(asked: Asked) -> str:
+    """The fullest rank fits the device, as far as an estimate tells."""
+    from mm_train.estimate.estimate import estimate  # which asks these checks
+
+    if asked.device:
+        device = find_device(asked.device, asked.devices)
+    else:
+        here = accelerator()
+        device = None if here.type == "cpu" else recognize(name_of(here))
+    if device is None:
+        return NotHere("no accelerator of the table is found here: --device h100 (or another) says where it will run")
+    found = estimate(asked.config, asked.world, device)
+    said = f"about {_size(found.peak)} of the {_size(device.memory)} of {device.name}"
+    if found.peak > device.memory:
+        raise ValueError(
+            f"a rank takes {said}, by estimate ({found.fullest.moment}): give --memory.recompute full, more ranks, or "
+            "another layout; python -m mm_train.estimate --search with the same flags ranks those that fit"
+        )
+    return f"{said}, by estimate"
 
 
 def _size(count: float) -> str:

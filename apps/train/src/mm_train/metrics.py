@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,8 +59,11 @@ class Metrics:
             self.say(f"step {row['step']}/{self.steps} | {numbers}")
 
     def _keep(self, row: dict[str, Any]) -> None:
+        said = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
         with _naming(self.path):
-            self.file.write(json.dumps(row) + "\n")
+            self.file.write(json.dumps(said, allow_nan=False) + "\n")  # null: JSON has no NaN and no infinity
         with _naming(self.path.parent / "tensorboard"):
             for key, value in row.items():
                 if isinstance(value, int | float) and key != "step":

@@ -10,8 +10,8 @@ They come out under our names: `latents`, `text.0`, and as conditions `image`, `
 The mask of i2v is left out, as the task gives it. So is `first_frame_latents`, which is the first of the latents. Other
 tensors keep their names.
 
-Its writer allows two accidents, and there is a warning of each: samples that share a file name overwrote each other,
-and data.jsonl lists samples whose file was never written.
+Its writer allows three accidents, and there is a warning of each: samples that share a file name overwrote each other;
+data.jsonl lists samples whose file was never written; without `prompt_mask` a file does not say which rows are padding.
 """
 
 import os
@@ -73,14 +73,28 @@ def records(path: Path) -> list[FileRecord]:
         )
     if not there:
         raise ValueError(f"{path}: none of the {len(unique)} files that data.jsonl lists exists")
-    return [
-        FileRecord(name, {key: tuple(tensor.shape) for key, tensor in _read(path / name).items()}, path / name)
-        for name in there
-    ]
+    found, unmasked = [], []
+    for name in there:
+        stored = _load(path / name)
+        unmasked += [] if "prompt_mask" in stored else [name]
+        shapes = {key: tuple(tensor.shape) for key, tensor in _name(stored, path / name).items()}
+        found.append(FileRecord(name, shapes, path / name))
+    if unmasked:
+        warnings.warn(
+            f"{path}: {len(unmasked)} of {len(there)} files have no prompt_mask, e.g. {shorten(unmasked[0])}: all rows "
+            "of their captions count as text, the padding too. Extract again where captions were padded",
+            stacklevel=3,
+        )
+    return found
 
 
 def _read(file: Path) -> dict[str, Tensor]:
     """Tensors by our names, memory-mapped; the caption cut to its true length."""
+    return _name(_load(file), file)
+
+
+def _load(file: Path) -> dict:
+    """What a file holds, memory-mapped."""
     if fault := find_fault(file):
         raise ValueError(f"{fault}: extract again")
     try:
@@ -91,6 +105,11 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is damaged or no feature file: {str(error).splitlines()[0]}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} is no feature file: it holds a {type(found).__name__}")
+    return found
+
+
+def _name(found: dict, file: Path) -> dict[str, Tensor]:
+    """Its tensors by our names."""
     latents = next((name for name in LATENTS if name in found), None)
     text = next((name for name in TEXT if name in found), None)
     if latents is None or text is None:

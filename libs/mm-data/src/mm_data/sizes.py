@@ -21,6 +21,7 @@ from mm_data.processing import Processing, Size
 
 VERSION = 1  # of what is found, and of how it is kept
 UNKNOWN, REFUSED = -1, -2  # in place of a number of tokens
+_ASKED_AGAIN = 1024  # conversations of a kept file of sizes, whose media must still be there
 _CHUNK = 64  # conversations that a thread looks at before it takes others
 
 Exchange = Callable[[Any], Sequence[Any]]
@@ -99,12 +100,14 @@ class Sizes:
     ) -> dict[int, Unusable]:
         """Find the sizes of all conversations, and those that cannot be used.
 
-        file: where sizes are kept. They are taken from there if data, processing and limits are still the same; those
-        that could not be used are looked at again, as somebody may have mended them. `part`, `exchange`: of how many
-        processes each looks at its share. All then know the same, and what one of them raises is raised by all.
+        file: where sizes are kept. They are taken from there if data, processing and limits are still the same, and
+        media are where they were (of 1,024 conversations that is asked; where one lacks some, all are looked at again);
+        those that could not be used are looked at again, as somebody may have mended them.
+        part, exchange: of how many processes each looks at its share. All then know the same, and what one of them
+        raises is raised by all.
         """
         key = self._identify()
-        kept = exchange(file is not None and self._read(file, key))
+        kept = exchange(file is not None and self._read(file, key) and self._are_there())
         if not all(kept):
             self.tokens[:] = UNKNOWN
         todo = np.flatnonzero(self.tokens == UNKNOWN)
@@ -125,6 +128,14 @@ class Sizes:
         if file is not None and number == 0 and len(todo):
             self._write(file, key)
         return all_refused
+
+    def _are_there(self) -> bool:
+        """Whether the media of what was found once are still there; of many conversations, of some."""
+        usable = np.flatnonzero(self.tokens >= 0)
+        some = usable[:: max(1, len(usable) // _ASKED_AGAIN)].tolist()
+        ledger = Ledger()
+        find_missing(self.conversations, ledger, indices=some, headers=False)
+        return not len(ledger)
 
     def _find_names(self, refused: dict[int, Unusable]) -> dict[int, Unusable]:
         """The same; what is not there is named with what is most like it in its folder."""

@@ -65,7 +65,7 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
         scale = torch.rsqrt(norm.square() / x.shape[-1] + eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight.to(x.dtype)).to(x.dtype)  # masters give what rounded weights give
+        return _cast(_multiply(x * scale, weight.to(x.dtype)), x.dtype)  # masters give what rounded weights give
 
     @staticmethod
     @once_differentiable
@@ -78,6 +78,19 @@ class _RMSNorm(torch.autograd.Function):
         shared = (of_weight @ rounded).unsqueeze(-1) / x.shape[-1]
         of_x = of_x.mul_(rounded).addcmul_(x, shared * scale.square(), value=-1).to(x.dtype)
         return of_x, of_weight.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+
+
+# Dynamo of torch 2.11 loses the backward of a function, silently, where the last operation of its forward returns what
+# it was given: an operation in place, or a cast to the dtype that is there already. So forwards end in these.
+
+
+def _multiply(x: Tensor, y: Tensor) -> Tensor:
+    """x · y, in the memory of x where that is of use."""
+    return x * y if torch.compiler.is_compiling() else x.mul_(y)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
@@ -107,8 +120,14 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
     pairs = x.unflatten(-1, shape)
-    cos, sin = torch.stack((cos, cos), dim), torch.stack((-sin, sin), dim)
-    return (pairs * cos).addcmul_(pairs.flip(dim), sin).flatten(-len(shape)).to(x.dtype)
+    turned = pairs * torch.stack((cos, cos), dim)
+    if torch.compiler.is_compiling():  # where a change in place would be written out
+        turned = turned + pairs.flip(dim) * torch.stack((-sin, sin), dim)
+    else:  # where what is flipped would be a copy
+        (a, b), (c, d) = pairs.unbind(dim), turned.unbind(dim)
+        c.addcmul_(b, sin, value=-1)
+        d.addcmul_(a, sin)
+    return _cast(turned.flatten(-len(shape)), x.dtype)
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
@@ -178,7 +197,22 @@ def gated(x: Tensor, gate: Tensor, y: Tensor, noisy: Tensor | None = None) -> Te
     """x + gate · y; gate and noisy as in `modulate`."""
     if noisy is not None:
         return x + torch.where(noisy > 0, gate[:, 1:] * y, gate[:, :1] * y)
-    return torch.addcmul(x, gate, y)
+    return _Gated.apply(x, gate, y)
+
+
+class _Gated(torch.autograd.Function):
+    """x + gate · y. Its backward makes no tensor of the size of x but the two products."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, y)
+        return torch.addcmul(x, gate, y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gate, y = ctx.saved_tensors
+        return grad, (grad * y).sum_to_size(gate.shape), (grad * gate).to(y.dtype)
 
 
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 
 
@@ -32,9 +33,19 @@ class Leave(torch.autograd.Function):
 
 
 def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    if torch.compiler.is_compiling():  # torch 2.11: behind a sum in place, the backward would be lost
+        return _op(x, group.group_name)
     x = x.clone(memory_format=torch.contiguous_format)  # others may hold it
     dist.all_reduce(x, group=group)
     return x
+
+
+@torch.library.custom_op("mm_parallel::sum_over", mutates_args=())
+def _op(x: Tensor, group: str) -> Tensor:
+    return sum_over(x, _resolve_process_group(group))
+
+
+_op.register_fake(lambda x, group: x.new_empty(x.shape))
 
 
 _gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor  # the old name

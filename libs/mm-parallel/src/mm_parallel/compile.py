@@ -14,6 +14,7 @@ size that is 0 or 1. So the number of codes does not grow with the number of lay
 above `MOST_CODES`, an error says so, where torch would go on without compiling.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -47,31 +48,31 @@ def compile_layers(model: nn.Module, plan: ParallelPlan, backend: str = "inducto
             unit.forward = Compiled(compiled[kind], unit)
 
 
-def check_compiler(device_type: str) -> None:
-    """Raises ValueError where torch could not compile for such a device: without a compiler, or without Triton."""
+def check_compiler(device_type: str) -> str:
+    """What compiles for such a device, by name. Raises ValueError where there is no compiler, or no Triton."""
     if device_type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
 
         try:
-            get_cpp_compiler()
+            return get_cpp_compiler()
         except InvalidCxxCompiler as error:
             raise ValueError(
                 "compile needs a C++ compiler for the CPU, and there is none: install g++ (or name one in the variable "
                 "CXX), or leave compile out"
             ) from error
-    elif device_type == "cuda":
+    if device_type == "cuda":
         from torch.utils._triton import has_triton
 
         if not has_triton():
             raise ValueError("compile needs Triton for CUDA, and it is not here: install triton, or leave compile out")
-        if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
             raise ValueError(
                 "compile needs a C compiler, with which Triton builds what starts its kernels, and there is none: "
                 "install gcc (or name one in the variable CC), or leave compile out"
             )
-    else:
-        raise ValueError(f"compile works on CUDA and on the CPU, this is {device_type}: leave compile out")
+        return "Triton"
+    raise ValueError(f"compile works on CUDA and on the CPU, this is {device_type}: leave compile out")
 
 
 def count_graphs() -> int:

@@ -15,6 +15,8 @@ from mm_convert import replace_file
 from mm_convert.cli.terminal import one_line
 from mm_data import Batch
 from mm_models.objective import Objective
+from mm_parallel.device import name_of
+from mm_parallel.devices import recognize
 from mm_train.config import Config
 from mm_train.estimate.estimate import Estimate, Subject
 from mm_train.estimate.report import gib, to_json
@@ -49,8 +51,9 @@ class Comparison:
         if not self.leader or self.work is None or self.found or self.skipped:
             return {}
         started = time.perf_counter()
+        known = None if self.device.type == "cpu" else recognize(name_of(self.device))
         try:
-            self.found = Subject(self.config).estimate(self.config, self.world, work=self.work)
+            self.found = Subject(self.config).estimate(self.config, self.world, known, self.work)
         except Exception as error:  # whatever it is, the run goes on
             self.skipped = one_line(f"{type(error).__name__}: {error}")
             return {}

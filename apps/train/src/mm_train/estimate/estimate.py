@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -13,6 +14,8 @@ from mm_models.families import family_of
 from mm_parallel.config import ParallelConfig
 from mm_parallel.devices import Device
 from mm_parallel.estimate import RankMemory, Units, estimate_memory
+from mm_parallel.estimate.roofline import Clock, StepTime
+from mm_parallel.recompute import choose_words
 from mm_train.checks import CHECKS, Asked
 from mm_train.config import Config
 from mm_train.estimate.storage import Disk, Encoders, find_disk, find_encoders
@@ -20,6 +23,7 @@ from mm_train.estimate.workload import Samples, Workload, find_samples
 from mm_train.objective import build_objective
 from mm_train.start import check_cut, outline
 
+DAY = 24 * 3600
 RELATIONS = ("configuration", "model", "options", "objective", "learning rate", "what is trained")
 """The checks of a run that look at no path. The layout is looked at in `Subject.estimate`."""
 
@@ -30,6 +34,8 @@ class Estimate:
 
     model: str
     task: str
+    dtype: str
+    """Of matrix products."""
     parameters: int
     trained: int
     samples: str
@@ -43,13 +49,28 @@ class Estimate:
     """Of a step, over all ranks; the mean."""
     flops: float
     """That training needs for a step, over all ranks, as MFU counts it: recomputation does not count."""
+    share: float
+    """FLOPs of the mean micro-batch over those of the largest."""
     memory: tuple[RankMemory, ...]
     """Of each pipeline rank; all others are like one of them."""
     encoders: Encoders | None
     disk: Disk
     steps: int
-    seconds: float | None = None
+    time: StepTime | None = None
     """Of a step; None where the device is not known."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a step; of one with the largest samples `time` tells, of the mean this."""
+        return None if self.time is None else self.time.total * self.share
+
+    @property
+    def days(self) -> float | None:
+        return None if self.seconds is None else self.seconds * self.steps / DAY
+
+    def fits(self, device: Device) -> bool:
+        """Whether all ranks have the memory for it, and their hosts."""
+        return self.peak <= device.memory and all(rank.host <= device.host_memory for rank in self.memory)
 
     @property
     def fullest(self) -> RankMemory:
@@ -78,6 +99,7 @@ class Subject:
         self.plan, self.cost = plan(self.model), family_of(self.model.config).cost(self.model)
         self.dtype = getattr(torch, config.dtype)
         self._units: dict[Any, Units] = {}
+        self._clocks: dict[str, Clock] = {}
 
     def estimate(
         self, config: Config, world: int, device: Device | None = None, work: Workload | None = None
@@ -86,14 +108,17 @@ class Subject:
 
         work: of a data rank, where it is known better than by the samples.
         """
-        check_cut(self.model, config, world)
+        self.check(config, world)
         layout = config.parallel.resolve(world)
         data_ranks = layout.dp_replicate * layout.dp_shard
         work = work or self.samples.step(config, data_ranks)
         tokens, flops = self._count(work)
+        most = self.cost(work.tensors)[1]
+        time = None if device is None else self.time(config, layout, device, work)
         return Estimate(
             config.model,
             self.objective.task,
+            config.dtype,
             *self._sizes,
             self.samples.source,
             world,
@@ -101,11 +126,70 @@ class Subject:
             work.micro_batches,
             tokens * work.micro_batches * data_ranks,
             flops * work.micro_batches * data_ranks,
+            flops / most,
             self._memory(config, layout, work),
             self._encoders,
             self._disk,
             config.steps,
+            time,
         )
+
+    def time(self, config: Config, layout: ParallelConfig, device: Device, work: Workload | None = None) -> StepTime:
+        """Of a step whose micro-batches are all of the largest. layout: resolved.
+
+        ValueError for a dtype of which no peak of the device is known.
+        """
+        data_ranks = layout.dp_replicate * layout.dp_shard
+        work = work or self.samples.step(config, data_ranks)
+        flops = self.cost(work.tensors)[1] * work.micro_batches * data_ranks
+        how = (self._traced(work), layout, config.memory, work.micro_batches, flops)
+        return self.clock(device).time(*how, average=bool(config.optim.ema))
+
+    def clock(self, device: Device) -> Clock:
+        if device.name not in self._clocks:
+            foreach = self.config.optim.kernel == "foreach"
+            how = {"attention": self.config.attention, "compiled": self.config.compile, "foreach": foreach}
+            self._clocks[device.name] = Clock(device, self.dtype, **how)
+        return self._clocks[device.name]
+
+    def check(self, config: Config, world: int) -> None:
+        """Raise ValueError for a layout that does not fit so many ranks, or the model."""
+        check_cut(self.model, config, world)
+
+    def least(self, config: Config, layout: ParallelConfig, device: Device) -> tuple[float, float]:
+        """(bytes that a rank takes at least, seconds that a step takes at least), quickly. layout: resolved.
+
+        Parameters and moments as if all were shared evenly, and what layers save and compute; nothing else.
+        """
+        held = self._held + (4 * self._sizes[1] if config.optim.ema else 0)
+        ranks = layout.dp_shard * layout.ring * layout.ulysses * layout.tp * layout.pp
+        work = self.samples.step(config, layout.dp_replicate * layout.dp_shard)
+        units, clock, count = self._traced(work), self.clock(device), work.micro_batches
+        names = units.layers[""]
+        of = Counter(units.kinds[name] for name in names)
+        words = choose_words(config.memory, len(names), list(range(len(names))))
+        traces = units.trace(layout, {name: words[names.index(name)] for name in of}).units
+        waits = seconds = 0.0
+        for name, number in of.items():
+            moved = {"inputs": traces[name].inputs, "attention": traces[name].kept, "none": 0}[config.memory.offload]
+            waits += number * (traces[name].saved - moved)
+            seconds += number * sum(half.total for half in clock.unit(traces[name]))
+        virtual = len(layout.stages) if layout.pp_layers else 1
+        bubble = (layout.pp - 1) / virtual / (3 if layout.schedule == "zero_bubble" else 1)
+        in_flight = min(layout.pp, count)
+        return held / ranks + waits / layout.pp * in_flight, seconds / layout.pp * (count + bubble)
+
+    @cached_property
+    def tokens(self) -> float:
+        """Of the smallest forward: a sample, or a pack."""
+        one = replace(self.config, data=replace(self.config.data, micro_batch=1))
+        return self.cost(self.samples.step(one, 1).tensors)[0]
+
+    @cached_property
+    def _held(self) -> int:
+        """Bytes of parameters and moments, of the whole model."""
+        parameters = list(self.model.parameters())
+        return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in parameters)
 
     @cached_property
     def _sizes(self) -> tuple[int, int]:

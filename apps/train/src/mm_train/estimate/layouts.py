@@ -26,15 +26,19 @@ MEMORIES = (
 """From the fastest to the smallest."""
 VIRTUAL = (1, 2)
 """Virtual stages on each rank of a pipeline."""
-ENOUGH = 16384
-"""Tokens of a micro-batch on a rank: with more, no kernel gets faster."""
+ENOUGH = 4096
+"""Tokens of a micro-batch on a rank: with more, no kernel gets much faster."""
+FEW = 2048
+"""Tokens of a micro-batch on a context rank: with fewer, kernels get slower, and more is sent for each."""
 
 
 def find_layouts(config: Config, world: int, layers: int, tokens: float, per_host: int) -> Iterator[Config]:
     """The run in every layout of `world` ranks that may be the best, once with each micro-batch that fits the step.
 
-    layers: of the model; tokens: of a sample; per_host: devices of a host. Left out are
-    - tensor parallelism over hosts, and rings where Ulysses would do: more is sent, over slower links, for nothing
+    layers: of the model; tokens: of the smallest forward; per_host: devices of a host. Left out are
+    - tensor parallelism and Ulysses over hosts, rings within one or beside tensor parallelism: more is sent, over
+      slower links, for nothing
+    - context ranks with fewer than `FEW` tokens
     - copies (dp_replicate) that are not whole hosts: FSDP within a host costs less than it saves
     - micro-batches of several samples with more than `ENOUGH` tokens on a rank
     Memory is as in `config`. Whether the model can be cut so is not asked here.
@@ -46,31 +50,24 @@ def find_layouts(config: Config, world: int, layers: int, tokens: float, per_hos
             if pp > layers:
                 continue
             for cp in divisors(world // tp // pp):
-                rest = world // tp // pp // cp
-                for ulysses in _ulysses(cp, max(1, per_host // tp)):
-                    for replicate in divisors(rest):
-                        whole = replicate == 1 or replicate == rest or (rest // replicate * cp * tp) % per_host == 0
-                        if config.data.global_batch % rest or not whole:
-                            continue
-                        shape = LayoutConfig(
-                            dp_replicate=replicate,
-                            dp_shard=rest // replicate,
-                            cp=cp,
-                            ulysses=ulysses,
-                            ring=cp // ulysses,
-                            tp=tp,
-                        )
-                        micro = micro_batches(config, config.data.global_batch // rest, tokens / cp)
-                        yield from _stages(config, shape, pp, layers, micro)
-
-
-def _ulysses(cp: int, inside: int) -> Iterator[int]:
-    """How many of cp ranks exchange heads: all, or those inside a host, and rings over the hosts."""
-    yield cp
-    if cp > inside and cp % inside == 0 and inside > 1:
-        yield inside
-    elif cp > 1 and inside == 1:
-        yield 1
+                inside = max(1, per_host // tp)
+                if (cp > 1 and tokens / cp < FEW) or (cp > inside and (tp > 1 or cp % inside)):
+                    continue
+                ulysses, rest = min(cp, inside), world // tp // pp // cp
+                for replicate in divisors(rest):
+                    whole = replicate in (1, rest) or (rest // replicate * cp * tp) % per_host == 0
+                    if config.data.global_batch % rest or not whole:
+                        continue
+                    shape = LayoutConfig(
+                        dp_replicate=replicate,
+                        dp_shard=rest // replicate,
+                        cp=cp,
+                        ulysses=ulysses,
+                        ring=cp // ulysses,
+                        tp=tp,
+                    )
+                    micro = micro_batches(config, config.data.global_batch // rest, tokens / cp)
+                    yield from _stages(config, shape, pp, layers, micro)
 
 
 def _stages(config: Config, shape: LayoutConfig, pp: int, layers: int, micro: Sequence[int]) -> Iterator[Config]:

@@ -14,8 +14,8 @@ from mm_parallel.estimate import RankMemory
 from mm_train.config import Config
 from mm_train.estimate.config import EstimateConfig
 from mm_train.estimate.estimate import Estimate, Subject
-from mm_train.estimate.layouts import MEMORIES, describe, with_memory
-from mm_train.estimate.search import search
+from mm_train.estimate.layouts import MEMORIES, command, describe, with_memory
+from mm_train.estimate.search import Option, search
 from mm_train.estimate.workload import find_samples
 
 Known = Literal["counted", "modelled", "constant"]
@@ -38,7 +38,9 @@ def report(config: EstimateConfig, world: int, argv: Sequence[str]) -> Iterator[
     device = find_device(config.device, config.devices) if config.device else None
     subject = Subject(config, find_samples(config, config.size))
     if config.search:
-        yield from search(subject, config, world, device, argv)
+        if device is None:
+            raise ValueError("--search ranks by seconds: give --device, e.g. h100")
+        yield from _search(subject, config, world, device, argv)
         return
     found = subject.estimate(config, world, device)
     if config.json is not None:
@@ -65,6 +67,10 @@ def _lines(found: Estimate, config: Config, device: Device | None) -> Iterator[s
         yield ""
         yield from _by_rank(found.memory)
     yield ""
+    yield "a step"
+    yield from table([*_work_rows(found, device)])
+    yield ""
+    yield "disk"
     yield from table([*_disk_rows(found)])
 
 
@@ -132,6 +138,48 @@ def _by_rank(ranks: Sequence[RankMemory]) -> Iterator[str]:
         yield "  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
 
 
+def _work_rows(found: Estimate, device: Device | None) -> Iterator[Row]:
+    """What a step computes and sends, and how long that takes."""
+    yield Row(
+        "FLOPs, of all ranks", f"{found.flops / 1e15:,.2f} P", "counted", "of training; recomputation is not in it"
+    )
+    time = found.time
+    if time is None or device is None:
+        return
+    names = ", ".join(time.kernels)
+    parts = (
+        ("matrix products", time.gemm, ""),
+        ("attention", time.attention, names),
+        ("bound by memory", time.memory, ""),
+        ("waiting for other ranks", time.communication, ""),
+        ("waiting for the host", time.offload, ""),
+        ("bubble", time.bubble, f"of {found.layout.pp} stages"),
+        ("optimizer", time.optimizer, ""),
+    )
+    for name, seconds, note in parts:
+        if seconds:
+            yield Row(name, f"{seconds:,.3f} s", "modelled", note)
+    yield Row("a step of the largest samples", f"{time.total:,.3f} s", "modelled")
+    if found.share < 0.999:
+        yield Row("a step of the mean", f"{found.seconds:,.3f} s", "modelled")
+    yield Row("MFU", f"{100 * time.mfu:.1f} %", "modelled")
+    yield Row("tokens a second", f"{found.tokens / found.seconds:,.0f}", "modelled")
+    days, hours = found.days, found.days * 24 * found.world
+    yield Row(f"{found.steps:,} steps", f"{days:,.2f} days", "modelled", f"{hours:,.0f} device-hours, without encoding")
+    peak = device.peak_of(found.dtype) / 1e12
+    yield Row("peak", f"{peak:,.0f} TFLOP/s", "constant", f"{found.dtype}, dense")
+    yield Row("memory's bandwidth", f"{device.bandwidth / 1e12:.2f} TB/s", "constant")
+    for name, rate in (("link", device.link), ("network", device.network)):
+        if any(link.over == name for link in time.links):
+            yield Row(name, f"{rate / 1e9:,.0f} GB/s", "constant", "one way, a device")
+    for link in time.links:
+        each = link.traffic
+        said = f"{each.count:,} x {each.op} over {each.ranks} ranks ({each.axis}), {link.over}: {link.seconds:.3f} s"
+        behind = f" behind {each.overlaps_with}" if each.overlaps_with else ""
+        waited = f"{said}{behind}, {link.waited:.3f} s waited"
+        yield Row(f"sent: {each.what}", gib(each.bytes_sent), "counted", waited)
+
+
 def _disk_rows(found: Estimate) -> Iterator[Row]:
     disk = found.disk
     yield Row("a checkpoint", gib(disk.checkpoint), "counted", f"{disk.checkpoints} at one time")
@@ -171,3 +219,56 @@ def to_json(found: Estimate) -> dict[str, Any]:
         return [plain(one) for one in value] if isinstance(value, list | tuple) else value
 
     return plain(found) | {"peak": found.peak}
+
+
+# Layouts
+
+
+def _search(subject: Subject, config: EstimateConfig, world: int, device: Device, argv: Sequence[str]) -> Iterator[str]:
+    """The best layouts, why others are not, and how to start the first."""
+    found = search(subject, config, world, device)
+    if config.json is not None:
+        options = [to_json(option.estimate) for option in found.best]
+        replace_file(config.json, json.dumps(options, indent=2) + "\n")
+    yield f"samples    {subject.samples.source}"
+    yield (
+        f"looked at  {found.looked:,} layouts of {world:,} ranks of {device.name}; {found.small:,} cannot hold what "
+        f"layers save; {found.illegal:,} others do not go with the model or the batch"
+    )
+    if not found.best:
+        raise ValueError(
+            f"no layout of {world} ranks of {device.name} fits: take more ranks, --memory.offload_params true, or LoRA"
+        )
+    yield ""
+    yield from _options(found.best)
+    if found.faster:
+        yield ""
+        yield "these would be faster, and do not fit"
+        yield from _options(found.faster, device)
+    yield ""
+    yield command(found.best[0].config, argv, world, device.per_host)
+
+
+def _options(options: Sequence[Option], device: Device | None = None) -> Iterator[str]:
+    cells = [["s/step", "MFU", "peak", "host", "layout"]]
+    for option in options:
+        one = option.estimate
+        why = f"  ✗ {_why(one, device)}" if device else ""
+        host = gib(max(rank.host for rank in one.memory))
+        cells.append(
+            [f"{one.seconds:,.2f}", f"{100 * one.time.mfu:.1f} %", gib(one.peak), host, describe(option.config) + why]
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for *row, layout in cells:
+        yield "  " + "  ".join([*(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=False)), layout])
+
+
+def _why(found: Estimate, device: Device) -> str:
+    """Which bytes are too many, and by how much."""
+    rank = max(found.memory, key=lambda rank: rank.host)
+    if found.peak <= device.memory:
+        return f"{gib(rank.host - device.host_memory)} too much on the host ({gib(device.host_memory)} for a device)"
+    full = found.fullest
+    parts = {name: getattr(full, name) for name in ("parameters", "gradients", "moments", "saved", "gathered")}
+    name = max(parts, key=parts.get)
+    return f"{gib(found.peak - device.memory)} too much; most are {name}, {gib(parts[name])} ({full.moment})"

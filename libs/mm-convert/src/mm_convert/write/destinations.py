@@ -176,7 +176,9 @@ def refuse_target(target: Path, overwrite: bool, folder: bool = True, replaceabl
     if not target.exists() or (folder and target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
-        raise ValueError(f"{target} exists; name another target, or give --overwrite (overwrite=True) to replace it")
+        raise ValueError(
+            f"{target} exists; name another target, or replace it with --overwrite true (from Python: overwrite=True)"
+        )
     if target.is_dir() != folder:
         raise ValueError(f"{target} is a {'folder' if folder else 'file'}; remove it yourself or name another target")
     if folder and any(target.glob("*.safetensors")) and any((target / made).is_dir() for made in ("release", "mm")):

@@ -97,13 +97,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, calls: Calls, core: Callable) -> Ten
     """Attention within each window or frame, N H h: a call of `core` for each group of them."""
     if not calls.groups:
         return v  # N is 0; so the gradient goes on, and is zero
-    outs, start = [], 0
+    outs, sizes = [], [group.patches for group in calls.groups]
     qkv = [choose(x, calls.order) for x in (q, k, v)]
-    for count, size, patches, fill, real, kept in calls.groups:
-        own = [choose(x[start : start + patches], fill).unflatten(0, (count, size)) for x in qkv]
+    # the backward of a split is one cat, where slices would each fill a whole
+    parts = [x.split(sizes) if len(sizes) > 1 else (x,) for x in qkv]
+    for own, (count, size, _, fill, real, kept) in zip(zip(*parts, strict=True), calls.groups, strict=True):
+        own = [choose(x, fill).unflatten(0, (count, size)) for x in own]
         out = core(*own, Sequence(size)) if real is None else core(*own, Sequence(size), real)
         outs.append(choose(out.flatten(0, 1), kept))
-        start += patches
     return choose(outs[0] if len(outs) == 1 else torch.cat(outs), calls.back)
 
 

@@ -53,10 +53,17 @@ Sends = Counter[tuple[What, Sent]]
 
 
 def count_traffic(
-    units: Units, layout: ParallelConfig, memory: MemoryConfig, micro_batches: int = 1
+    units: Units,
+    layout: ParallelConfig,
+    memory: MemoryConfig,
+    micro_batches: int = 1,
+    weights: Weights | None = None,
 ) -> tuple[tuple[Traffic, ...], ...]:
-    """For each pipeline rank what one of its ranks sends in a step. layout: resolved; micro_batches: of a data rank."""
-    return tuple(fold(sends) for sends in count_sends(units, layout, memory, micro_batches))
+    """For each pipeline rank what one of its ranks sends in a step.
+
+    layout: resolved; micro_batches: of a data rank; weights: of this layout, where they are at hand.
+    """
+    return tuple(fold(sends) for sends in count_sends(units, layout, memory, micro_batches, weights))
 
 
 def fold(sends: Sends) -> tuple[Traffic, ...]:
@@ -69,9 +76,15 @@ def fold(sends: Sends) -> tuple[Traffic, ...]:
     return tuple(Traffic(*kind, *sums) for kind, sums in found.items())
 
 
-def count_sends(units: Units, layout: ParallelConfig, memory: MemoryConfig, micro_batches: int = 1) -> list[Sends]:
+def count_sends(
+    units: Units,
+    layout: ParallelConfig,
+    memory: MemoryConfig,
+    micro_batches: int = 1,
+    weights: Weights | None = None,
+) -> list[Sends]:
     """The same, one by one."""
-    weights = Weights(units, layout, memory.reduce)
+    weights = weights or Weights(units, layout, memory.reduce)
     count = len(units.layers[""])
     stages = ranges(layout.stages, count) if layout.pp_layers else [range(count)]
     found = []
@@ -151,17 +164,19 @@ class _Rank:
     # FSDP
 
     def _gather_and_reduce(self) -> None:
-        for group in self._groups():
+        groups = list(self._groups())
+        for group, gathers in zip(groups, self._count_gathers(groups), strict=True):
             ranks = self.weights.ranks
             gathered = sum(weight.whole(ranks) for weight in group.weights) // ranks
             reduced = sum(weight.to_reduce(ranks) for weight in group.weights)
-            self._note("weights", "all_gather", "fsdp", gathered, self._gathers(group))
+            self._note("weights", "all_gather", "fsdp", gathered, gathers)
             if group.reduced is not None:
                 times = 1 if self.splits else self.count
                 self._note("gradients", "reduce_scatter", "fsdp", reduced, times)
                 self._note("gradients", "all_reduce", "dp_replicate", reduced // ranks, times)
 
     def _groups(self) -> Iterator[_Group]:
+        """In the order in which their forwards end: within a virtual stage, and the root of all last."""
         ends = [("first", 0)] * self.is_first + [("last", len(self.names) - 1)] * self.is_last
         root: list[Weight] = []
         trained = None
@@ -169,54 +184,73 @@ class _Rank:
             own = self.weights.groups(owner).get("", [])
             root += own
             trained = virtual if _trains(own) else trained
-        everywhere = range(len(self.names))
-        of_chunks = [list(self._groups_of(virtual)) for virtual in everywhere]
-        self.backs = {i for i in everywhere if any(group.back for group in of_chunks[i])}
-        if trained is not None:
-            self.backs.add(trained)
+        of_chunks = [list(self._groups_of(virtual)) for virtual in range(len(self.names))]
+        backs = {virtual for virtual, groups in enumerate(of_chunks) if any(group.back for group in groups)}
+        self.backs = backs if trained is None else backs | {trained}
+        for groups in of_chunks:
+            yield from groups
         if root:
-            yield _Group(root, everywhere, sorted(self.backs), trained, False)
-        for virtual, groups in enumerate(of_chunks):
-            backs = [bool(group.back) for group in groups]
-            first = backs.index(True) if True in backs else 0
-            for place, group in enumerate(groups):
-                # FSDP gathers ahead, and asks not what for; told how far, it goes from layer to layer
-                ahead = (
-                    group.is_unit and first - place <= self.memory.prefetch
-                    if self.memory.prefetch
-                    else first - place == 1
-                )
-                yield group._replace(back=[virtual]) if place < first and ahead else group
+            yield _Group(root, range(len(self.names)), sorted(self.backs), trained, False)
 
     def _groups_of(self, virtual: int) -> Iterator[_Group]:
-        """But for the root, in the order in which they run."""
+        """But for the root of all."""
 
         def make(weights: Sequence[Weight], goes_back: bool, is_unit: bool = False) -> _Group:
             return _Group(weights, [virtual], [virtual] * goes_back, virtual if _trains(weights) else None, is_unit)
 
-        ends = ["first"] * (self.is_first and virtual == 0)
-        for owner in ends:
-            yield from (make(own, _trains(own)) for name, own in self.weights.groups(owner).items() if name)
+        first = self.weights.groups("first") if self.is_first and virtual == 0 else {}
+        ladders = {prefix.removesuffix(".") for prefix in self.units.layers}
+        yield from (make(own, _trains(own)) for name, own in first.items() if name not in ladders)
         for name in (*(self.inner if virtual == 0 else ()), *self.names[virtual]):
+            if self.inner and name == self.names[0][0]:
+                yield from (make(own, _trains(own)) for ladder, own in first.items() if ladder and ladder in ladders)
             goes_back = bool(self.traces.units[name].backward_kernels)
             yield from (make(own, goes_back, True) for own in self.weights.groups(name).values())
         if self.is_last and virtual == len(self.names) - 1:
             yield from (make(own, _trains(own)) for name, own in self.weights.groups("last").items() if name)
 
-    def _gathers(self, group: _Group) -> int:
-        """How often it is gathered in a step."""
+    def _count_gathers(self, groups: Sequence[_Group]) -> list[int]:
+        """How often each is gathered in a step."""
         reshard = self.memory.reshard
         if self.splits:  # once for all; the root to begin with and to reduce at the end, too
-            is_root = any(not weight.group for weight in group.weights)
-            return 3 if is_root and reshard else 1
-        gathers, here = 0, False
+            return [1 if group.weights[0].group or not reshard else 3 for group in groups]
+        counts = [0] * len(groups)
+        # what no backward drops is there from the first step on
+        here = set() if reshard or self.backs else set(range(len(groups)))
+        ended: list[int] = []  # forwards, by group
+
+        def gather(i: int) -> None:
+            counts[i] += i not in here
+            here.add(i)
+
         for kind, virtual, _ in turns(self.layout, self.rank, self.count):
-            if kind == "B" and virtual not in self.backs:
-                continue
-            gathers += not here and virtual in (group.chunks if kind == "F" else group.back)
-            # at the end of a backward FSDP drops all groups, also those that had no part in it
-            here = kind == "F" and not reshard and (here or virtual in group.chunks)
-        return gathers
+            if kind == "F":
+                for i, group in enumerate(groups):
+                    if virtual in group.chunks:
+                        gather(i)
+                        ended.append(i)
+                        if reshard:
+                            here.discard(i)
+            elif virtual in self.backs:
+                for i in reversed(range(len(groups))):
+                    if virtual in groups[i].back:
+                        gather(i)
+                        for ahead in self._ahead(groups, i, ended):
+                            gather(ahead)
+                here.clear()  # at its end FSDP drops all, also those that had no part in it, and forgets their order
+                ended.clear()
+        return counts
+
+    def _ahead(self, groups: Sequence[_Group], i: int, ended: list[int]) -> Sequence[int]:
+        """What FSDP gathers ahead in the backward of a group; it asks not whether that has a backward."""
+        if self.memory.prefetch and groups[i].is_unit:
+            before = range(max(0, i - self.memory.prefetch), i)
+            return [other for other in before if groups[other].is_unit and groups[other].chunks == groups[i].chunks]
+        if i not in ended:
+            return ()
+        place = len(ended) - 1 - ended[::-1].index(i)
+        ended[place] = -1  # each counts once
+        return [ended[place - 1]] if place and ended[place - 1] >= 0 else ()
 
     # once a step
 
@@ -249,13 +283,13 @@ class _Rank:
             if cut is not None:
                 self._note("norm", "all_reduce", "tp", count * size)
         if self.layout.pp > 1:
-            self._note("norm", "all_reduce", "pp", 4)
+            self._note("norm", "all_reduce", "pp", max((size for _, _, size in alike), default=4))
 
     # pipeline
 
     def _pass_on(self) -> None:
         """Without a bubble, and with frozen weights, gradients that nobody needs are sent as well; not seen here."""
-        stream = self.traces.stream
+        stream = self.traces.stream[""]
         for virtual, names in enumerate(self.names):
             if not (self.is_last and virtual == len(self.names) - 1):
                 for size, _ in stream.values():

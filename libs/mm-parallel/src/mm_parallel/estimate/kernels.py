@@ -18,7 +18,7 @@ nothing that it may have to fetch again.
     collectives                     not here: see `mm_parallel.estimate.collectives`
 
 FLOPs are those of torch's `FlopCounterMode`, a multiply-add counted as two, and of attention as if nothing was masked:
-`causal` says where about half of it is skipped. To torch's table come attention on the CPU, packed samples, and our own
+its `shape` says where about half is skipped. To torch's table come attention on the CPU, packed samples, and our own
 ops, see `FORMULAS`.
 """
 
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,20 @@ import mm_parallel.attention  # noqa: F401 (it makes the ops)
 from mm_parallel.meta import MetaMesh
 
 Kind = Literal["gemm", "attention", "memory"]
+
+
+class Shape(NamedTuple):
+    """Of an attention: what its speed depends on, beside its FLOPs."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    queries: int
+    keys: int
+    uneven: bool
+    """Packed samples, or masked keys: each call has lengths of its own."""
+    causal: bool
+    """About half of the FLOPs is skipped."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +69,8 @@ class Kernel:
     bytes_written: int
     dtype: torch.dtype
     """Of what it computes on: its first floating-point input, or its output."""
-    causal: bool = False
-    """Of attention: about half of `flops` is skipped."""
+    shape: Shape | None = None
+    """Of attention."""
 
     @property
     def bytes(self) -> int:
@@ -80,7 +94,7 @@ class KernelCounter(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # what it does with its local parts comes here
         kwargs = kwargs or {}
-        if _formula(op) is None and not _moves_nothing(op):
+        if _formula(op) is None and not _moves_nothing(op) and not _has_kernel(op):
             with self:  # in inference mode some operations come whole, and in parts otherwise
                 result = op.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -91,6 +105,11 @@ class KernelCounter(TorchDispatchMode):
         if self.mesh is not None:
             note_ring(op, args, kwargs, self.mesh)
         return result
+
+
+def _has_kernel(op: Any) -> bool:
+    """Whether it is one kernel, though torch could also take it apart."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CPU")
 
 
 def describe(op: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> Kernel | None:
@@ -107,7 +126,7 @@ def describe(op: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> Kerne
     dtype = floats[0].dtype if floats else next((x.dtype for x in _tensors(result)), torch.uint8)
     if kind == "memory" and not read + written:
         return None
-    return Kernel(kind, name, flops, read, written, dtype, kind == "attention" and _is_causal(given))
+    return Kernel(kind, name, flops, read, written, dtype, _shape(op, given) if kind == "attention" else None)
 
 
 # FLOPs
@@ -293,6 +312,11 @@ def _once(tensors: Any) -> list[Tensor]:
     return list({id(x): x for x in tensors}.values())
 
 
-def _is_causal(given: dict[str, Any]) -> bool:
+def _shape(op: Any, given: dict[str, Any]) -> Shape:
+    q, k = (given.get(short, given.get(long)) for short, long in (("q", "query"), ("k", "key")))
+    packed = given.get("segments") is not None or q.ndim == 3
+    tokens, heads = (2, 1) if op.namespace == "aten" and "_scaled_dot_product" in op._schema.name else (-3, -2)
     window = given.get("window_size")
-    return bool(given.get("is_causal") or given.get("causal") or (window and window[0] < 0 and window[1] == 0))
+    causal = given.get("is_causal") or given.get("causal") or (window and window[0] < 0 and window[1] == 0)
+    uneven = packed or given.get("mask") is not None
+    return Shape(q.shape[heads], k.shape[heads], q.shape[-1], q.shape[tokens], k.shape[tokens], uneven, bool(causal))

@@ -70,8 +70,8 @@ class RankMemory:
     saved: int
     """Activations of all units and micro-batches that wait for their backward, when these are most."""
     stream: int
-    """Of the same micro-batches, what the stem makes for all layers and what it is called with; in a pipeline also what
-    it sends, and buffers for what it receives.
+    """Of the same micro-batches, what the stem makes for all layers, what it is called with, and losses; in a pipeline
+    also what it sends, and buffers for what it receives.
     """
     head: int
     """Logits and loss: most bytes that head, loss and their backward make; 0 before the last stage."""
@@ -266,9 +266,9 @@ class _Rank:
         total = self.traces.constants("", [*names, "head"])
         return total + sum(self.traces.constants(p, [unit.name for unit in own]) for p, own in self.inner.items())
 
-    def _traveling(self) -> int:
-        travels = self.units.travels[""]
-        return sum(size for name, (size, _) in self.traces.stream[""].items() if name in travels)
+    def _traveling(self, prefix: str = "") -> int:
+        travels = self.units.travels[prefix]
+        return sum(size for name, (size, _) in self.traces.stream[prefix].items() if name in travels)
 
     def _called_with(self, names: Iterable[str] | None = None) -> int:
         """Bytes of these arguments of the model; None: of all."""
@@ -276,8 +276,8 @@ class _Rank:
         return sum(x.numel() * x.element_size() for x in values.values() if isinstance(x, Tensor))
 
     def _always(self) -> int:
-        """The losses of all micro-batches. In a pipeline, buffers to receive into, made once for all micro-batches, what
-        is being sent of one, and the arguments of the first, which all ranks look at.
+        """The losses of all micro-batches. In a pipeline, buffers to receive into, made once for all of them, what is
+        being sent of one of each stage, and the arguments of the first, which all ranks look at.
         """
         losses = self.head.trace.output * self.count if self.is_last else 0
         if self.layout.pp == 1:
@@ -287,7 +287,7 @@ class _Rank:
         last = len(self.chunks) - 1
         into = sum(not (virtual == 0 and self.is_first) for virtual in range(len(self.chunks)))
         back = sum(not (virtual == last and self.is_last) for virtual in range(len(self.chunks)))
-        sending = max(forward if back else 0, backward if into else 0)
+        sending = len(self.chunks) * max(forward if back else 0, backward if into else 0)
         return losses + self.count * (into * forward + back * backward) + sending + self._called_with()
 
     def _most_waiting(self) -> tuple[int, int, int, int]:
@@ -367,7 +367,8 @@ class _Rank:
         units: list[tuple[UnitMemory, int]] = []
         if virtual == 0 and self.is_first:
             for prefix, own in self.inner.items():
-                units += [(unit, self.traces.around[prefix]) for unit in own]
+                around = self.traces.around[prefix] - self._traveling(prefix)
+                units += [(unit, around) for unit in own]
             units.append((self.stem, 0))
         units += [(unit, 0) for unit in self.chunks[virtual]]
         if virtual == len(self.chunks) - 1 and self.is_last:
@@ -402,9 +403,9 @@ class _Rank:
             kept += 0 if self.memory.reshard else unit.gathered
             before = unit if unit.gathered else before
 
-    def _all_constants(self) -> int:
+    def _all_constants(self, prefix: str = "") -> int:
         """The forward itself refers to all of them."""
-        return sum(size for size, _ in self.traces.stream[""].values()) - self._traveling()
+        return sum(size for size, _ in self.traces.stream[prefix].values()) - self._traveling(prefix)
 
     def _backward(self, virtual: int, first: bool) -> Iterator[_Moment]:
         """first: no gradients are there yet, of any parameter."""
@@ -427,6 +428,9 @@ class _Rank:
         for place in reversed(range(len(sequence))):
             unit, around = sequence[place]
             trace = unit.trace
+            if around:  # in `alive` are those of the ladder's constants that are referred to
+                prefix = next(prefix for prefix, own in self.inner.items() if unit in own)
+                around = max(0, around - self._all_constants(prefix))
             alive -= unit.saved - (trace.output if unit.name == "head" else 0)
             following = next((u.gathered for u, _ in reversed(sequence[:place]) if u.gathered), 0)
             ahead = following if self.memory.reshard else 0

@@ -26,9 +26,10 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from mm_parallel import context, tensor
 from mm_parallel.attention import KEPT, attention, core
 from mm_parallel.config import MemoryConfig, ParallelConfig
-from mm_parallel.estimate.kernels import Kernel, describe
+from mm_parallel.estimate.kernels import Kernel, describe, note_ring
 from mm_parallel.estimate.peak import PeakMemory
-from mm_parallel.estimate.ranks import AbsentRanks, FullestItems, absent_mesh
+from mm_parallel.estimate.ranks import FullestItems
+from mm_parallel.meta import MetaMesh, Sent
 from mm_parallel.plan import ParallelPlan
 from mm_parallel.recompute import recompute
 
@@ -65,6 +66,10 @@ class UnitTrace:
     """Of one forward."""
     backward_kernels: tuple[Kernel, ...] = field(repr=False)
     """Of one backward, with what recompute runs again."""
+    sent: tuple[Sent, ...] = field(repr=False)
+    """Collectives over tensor-parallel and context ranks in one forward."""
+    backward_sent: tuple[Sent, ...] = field(repr=False)
+    """In one backward, with those that recompute makes again."""
 
 
 class Traces(NamedTuple):
@@ -138,6 +143,7 @@ class Units:
         others += [companion for name in others for companion in self.companions.get(name, ())]
         self.bones = copy.deepcopy(model, {id(model.get_submodule(name)): None for name in others})
         self._twins: dict[tuple[Way, str], nn.Module] = {}
+        self._meshes: dict[tuple[Way, str], MetaMesh] = {}
         self._stems: dict[Way, _Stem] = {}
         self._traces: dict[tuple[Way, str, str], UnitTrace] = {}
 
@@ -211,7 +217,7 @@ class Units:
             for parameter in twin.parameters():
                 if parameter not in in_fp32 and parameter.is_floating_point():
                     parameter.data = parameter.data.to(self.dtype)
-        mesh = absent_mesh(ParallelConfig(dp_shard=1, ring=way.ring, ulysses=way.ulysses, tp=way.tp).resolve(way.ranks))
+        mesh = MetaMesh(ParallelConfig(dp_shard=1, ring=way.ring, ulysses=way.ulysses, tp=way.tp).resolve(way.ranks))
         if way.tp > 1:
             tensor.cut(twin, plan, mesh)
         cuts_tokens = way.ring * way.ulysses > 1
@@ -221,11 +227,11 @@ class Units:
             if not cuts_tokens or prefix:
                 _name_core(ladder, own)
             if cuts_tokens and prefix and own.share:
-                items = FullestItems(0, AbsentRanks({"cp": way.ring * way.ulysses}), own.merge)
+                items = FullestItems(0, mesh.get_group("cp"), own.merge)
                 own.set_seam(ladder, own.share, items.share)
                 own.set_seam(ladder, own.collect, items.collect)
         recompute(twin, plan, MemoryConfig(recompute=word), core_is_cut=cuts_tokens)
-        self._twins[way, word] = twin
+        self._twins[way, word], self._meshes[way, word] = twin, mesh
         return twin
 
     def _stem(self, way: Way) -> "_Stem":
@@ -234,11 +240,11 @@ class Units:
         return self._stems[way]
 
     def _run_stem(self, way: Way) -> "_Stem":
-        twin = self.twin(way)
+        twin, mesh = self.twin(way), self._meshes[way, "none"]
         entries: dict[str, Any] = {}
         around: dict[str, int] = {}
         ladders = [(prefix, ladder) for prefix, ladder, _ in self.plan.ladders(twin) if prefix]
-        counting = _Counting()
+        counting = _Counting(mesh)
 
         def stand_in(prefix: str, ladder: nn.Module) -> Callable[[int, Any], Any]:
             def layer(i: int, stream: Any) -> Any:
@@ -259,7 +265,7 @@ class Units:
             with _running(counting, twin):
                 stream = twin.stem(**example)
                 example = None
-                forward, kernels = counting.peak, counting.take()
+                forward, kernels, sent = counting.peak, *counting.take()
                 end = _end([x for x in stream if isinstance(x, Tensor)])
                 output = _bytes([getattr(stream, name) for name in self.travels[""]])
                 entries[""] = _describe(stream)
@@ -269,7 +275,8 @@ class Units:
         finally:
             for _, ladder in ladders:
                 ladder.__dict__.pop("layer", None)
-        trace = UnitTrace(saved, 0, 0, output, forward, *made, holds, kernels, counting.take())
+        back_kernels, back_sent = counting.take()
+        trace = UnitTrace(saved, 0, 0, output, forward, *made, holds, kernels, back_kernels, sent, back_sent)
         return _Stem(trace, around, {prefix: _make(entry) for prefix, entry in entries.items()})
 
     def _layer(self, way: Way, prefix: str, name: str, word: str) -> UnitTrace:
@@ -278,28 +285,31 @@ class Units:
             entry = stem.entries[prefix]
             ladder = twin.get_submodule(prefix.removesuffix(".")) if prefix else twin
             number = self.layers[prefix].index(name)
-            self._traces[way, name, word] = self._run_layer(ladder, number, name, prefix, entry, twin, word)
+            mesh = self._meshes[way, word]
+            self._traces[way, name, word] = self._run_layer(ladder, number, name, prefix, entry, twin, mesh, word)
         return self._traces[way, name, word]
 
     def _run_layer(
-        self, ladder: nn.Module, i: int, name: str, prefix: str, entry: Any, twin: nn.Module, word: str
+        self, ladder: nn.Module, i: int, name: str, prefix: str, entry: Any, twin: nn.Module, mesh: MetaMesh, word: str
     ) -> UnitTrace:
         travels, trained = self.travels[prefix], self.trained[name]
-        counting = _Counting()
+        counting = _Counting(mesh)
         stream, held = _enter(entry, set(entry._fields) - travels, trained), _Held()
         with _running(counting, twin):
             held.watch({name: x for name, x in stream._asdict().items() if name not in travels})
             stream = _enter(stream, travels, trained)
             following = ladder.layer(i, stream)
             stream = None
-            forward, kernels, kept = counting.peak, counting.take(), counting.kept if word == "but_attention" else 0
+            forward, kernels, sent = counting.peak, *counting.take()
+            kept = counting.kept if word == "but_attention" else 0
             made = [getattr(following, field) for field in travels]
             output, end = _bytes(made), _end(made)
             del following, made
             saved, holds = counting.now, held.find()
             backward = counting.back(end)
         inputs = saved - kept if word != "none" else 0
-        return UnitTrace(saved, inputs, kept, output, forward, *backward, holds, kernels, counting.take())
+        back_kernels, back_sent = counting.take()
+        return UnitTrace(saved, inputs, kept, output, forward, *backward, holds, kernels, back_kernels, sent, back_sent)
 
     def _head(self, way: Way) -> UnitTrace:
         if (way, "head", "none") not in self._traces:
@@ -309,7 +319,7 @@ class Units:
     def _run_head(self, way: Way) -> UnitTrace:
         twin, entry = self.twin(way), self._stem(way).entries[""]
         travels, trained = self.travels[""], self.trained[""]
-        counting = _Counting()
+        counting = _Counting(self._meshes[way, "none"])
         stream, held = _enter(entry, set(entry._fields) - travels, trained), _Held()
         with _running(counting, twin):
             held.watch({name: x for name, x in stream._asdict().items() if name not in travels})
@@ -319,10 +329,11 @@ class Units:
             losses = self.losses(output)
             del output
             end, size = losses.sum(), _bytes([losses])
-            forward, kernels = counting.peak, counting.take()
+            forward, kernels, sent = counting.peak, *counting.take()
             saved, holds = counting.now, held.find()
             backward = counting.back(end)
-        return UnitTrace(saved, 0, 0, size, forward, *backward, holds, kernels, counting.take())
+        back_kernels, back_sent = counting.take()
+        return UnitTrace(saved, 0, 0, size, forward, *backward, holds, kernels, back_kernels, sent, back_sent)
 
 
 class _Stem(NamedTuple):
@@ -348,17 +359,21 @@ class _Held:
 class _Counting(PeakMemory):
     """Counts bytes and kernels of what has no values; where a value is asked for, it is worked with the worst."""
 
-    def __init__(self) -> None:
+    def __init__(self, mesh: MetaMesh) -> None:
         super().__init__()
+        self.mesh = mesh
         self.kernels: list[Kernel] = []
+        mesh.notes.clear()
         self.kept = 0
         self.settled = 0
         self.peak_besides = 0
 
-    def take(self) -> tuple[Kernel, ...]:
-        """The kernels since the last time."""
-        kernels, self.kernels = tuple(self.kernels), []
-        return kernels
+    def take(self) -> tuple[tuple[Kernel, ...], tuple[Sent, ...]]:
+        """The kernels since the last time, and what was sent."""
+        kernels, sent = tuple(self.kernels), tuple(note for note in self.mesh.notes if note.ranks > 1)
+        self.kernels.clear()
+        self.mesh.notes.clear()
+        return kernels, sent
 
     def back(self, end: Tensor | None) -> tuple[int, int, int]:
         """Runs the backward: (backward, again, gradients) of a `UnitTrace`."""
@@ -384,6 +399,7 @@ class _Counting(PeakMemory):
             self.kept += _bytes(list(result))
         if kernel := describe(op, args, kwargs or {}, result):
             self.kernels.append(kernel)
+        note_ring(op, args, kwargs or {}, self.mesh)
         return result
 
     def _count(self, counted: list[int], size: int) -> None:

@@ -194,8 +194,8 @@ def _compare(
     plan, values = subject.plan(model), {name: p.detach().clone() for name, p in model.state_dict().items()}
     if case.meta:
         model = model.to("meta")
-    cut = (plan, mesh, case.parallel, case.memory, None, case.compile)
-    run = Pipeline(model, *cut) if size(mesh, "pp") > 1 else parallelize(model, *cut)
+    make = Pipeline if size(mesh, "pp") > 1 else parallelize
+    run = make(model, plan, mesh, case.parallel, case.memory, compile=case.compile)
     elsewhere = () if run is model else run.elsewhere
     if case.meta:
         load_parameters(model, values, torch.device("cpu"), elsewhere=elsewhere)

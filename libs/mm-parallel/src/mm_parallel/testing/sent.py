@@ -1,7 +1,7 @@
 """What a rank sends, counted where it is sent."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mm_parallel.attention.ring import _Passing
+from mm_parallel.config import ParallelConfig
 from mm_parallel.mesh import AXES, FLAT, submesh
 from mm_parallel.meta import Sent, bytes_sent
 
@@ -58,6 +59,18 @@ def count_sent(mesh: DeviceMesh) -> Iterator[Counter[Sent]]:
             yield sent
     finally:
         _Passing.__init__ = passing
+
+
+def by_axes(sends: Mapping[Any, int], layout: ParallelConfig) -> Counter[tuple]:
+    """How often each (op, axes, ranks, bytes) is in it, axes those that are not of size 1: torch has one group for
+    them, by whatever name. sends: by `Sent`, or as `mm_parallel.estimate.collectives.count_sends` has them.
+    """
+    found: Counter[tuple] = Counter()
+    for key, count in sends.items():
+        sent = key if isinstance(key, Sent) else key[1]
+        axes = tuple(axis for axis in FLAT.get(sent.axis, (sent.axis,)) if getattr(layout, axis) > 1)
+        found[sent.op, axes, sent.ranks, sent.bytes] += count
+    return found
 
 
 class _Collectives(TorchDispatchMode):
