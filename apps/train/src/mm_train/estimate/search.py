@@ -18,7 +18,7 @@ from mm_train.estimate.layouts import MEMORIES, find_layouts, with_memory
 
 SHOWN = 5
 """Of those that fit, how many are told; and of those that would be faster."""
-LARGE = 8
+LARGE = 4
 """Of those that are far too large, how many are looked at all the same, the fastest."""
 
 
