@@ -659,6 +659,7 @@ def parity(tiny: bool) -> dict:
 
 def training(tiny: bool, out: str) -> dict:
     """A real run of mm_train on random features, interrupted by its end, and continued: what it prints of itself."""
+    import tensorboard  # noqa: F401  mm_train writes its files; where it is missing, nothing is begun
     import torch
 
     from mm_data import FeatureCache

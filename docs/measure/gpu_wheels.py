@@ -5,7 +5,8 @@
 
 Each package that is installed here, and each of ours, becomes a wheel of the version that was tested. These are of pure
 Python, and run with every Python and torch. With --python, that of the other machine, pip downloads what holds compiled
-code, Pillow (for diffusers) and PyAV (for mm_train), for Linux on x86-64. Without, what needs them is named as not run.
+code, Pillow (for diffusers) and PyAV (for mm_data), for Linux on x86-64. Without, what needs them is named as not run.
+mm_train also needs TensorBoard, which is not carried.
 """
 
 from __future__ import annotations

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import mm_infer
 from mm_convert import convert, save_lora
+from mm_convert.cli.arguments import parse
 from mm_data import made_with
 from mm_infer.__main__ import main
+from mm_infer.checks import CHECKS, Asked
 from mm_infer.config import Config
 from mm_infer.lists import read_requests
 from mm_infer.weights import Weights
@@ -335,3 +337,10 @@ def test_what_can_be_known_without_torch_is_said_without_it(asked, flags, messag
     assert done.returncode == 2, done.stderr
     for message in messages:
         assert message in done.stderr
+
+
+@pytest.mark.parametrize(("name", "said"), [("auto", "cpu"), ("math", "math"), ("cudnn", "no accelerator here")])
+def test_check_tells_the_kernel_of_attention(asked, tmp_path, name, said):
+    wanted = parse(Config, [*asked, "--output", str(tmp_path / "out"), "--attention", name], prog="mm_infer")
+    (check,) = (check for check in CHECKS if check.name == "attention")
+    assert said in check.run(Asked(wanted))

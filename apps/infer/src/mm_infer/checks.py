@@ -190,6 +190,20 @@ def describe_device(dtype: str | None, asked: str | None = None) -> str:
     return f"{torch.accelerator.device_count()} x {name_of(found)}"
 
 
+def _attention(asked: Asked) -> str:
+    import torch
+
+    from mm_infer.sample import Sampler
+    from mm_parallel.attention import activate
+    from mm_parallel.device import device
+
+    here, name, dtype = device(), asked.config.attention, asked.config.dtype
+    if here.type == "cpu" and name not in ("auto", "cpu", "math"):
+        return NotHere(f"no accelerator here that could run {name}")
+    activate(name, here.type)
+    return Sampler(asked.weights, here, None if dtype is None else getattr(torch, dtype), attention=name).kernel
+
+
 CHECKS: tuple[Check[Asked], ...] = (
     Check("libraries", "at once", lambda asked: check_libraries()),
     Check("requests", "at once", _requests),
@@ -203,6 +217,7 @@ CHECKS: tuple[Check[Asked], ...] = (
     Check("settings", "with torch", _settings, after=("task",)),
     Check("layout", "with torch", _layout),
     Check("device", "when asked", lambda asked: describe_device(asked.config.dtype)),
+    Check("attention", "when asked", _attention, after=("weights", "adapter", "encoders")),
 )
 
 

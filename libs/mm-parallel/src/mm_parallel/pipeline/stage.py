@@ -5,11 +5,14 @@ it requires a gradient. In earlier releases a stage lets everything that comes r
 and waits for the gradient of all that it has sent. `_Selective` teaches them the difference; the same travels.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining._backward import _get_grad_fn_or_grad_acc
 
 
 class _Selective(PipelineStage):
@@ -41,7 +44,10 @@ class _Selective(PipelineStage):
         """What is sent was compared in `outline.check`; what the last stage makes may have any shape."""
 
     def backward_maybe_with_nosync(self, kind: str, given: dict[str, Any], *args: Any, **named: Any) -> Any:
-        inputs = given.get("input_values", ())
+        if kind == "weight":
+            _add_weight_gradients(self.submod.parameters(), given["param_groups"])
+            return (), None
+        inputs = given["input_values"]
         if kind == "input":  # torch takes for granted that all outputs have a gradient, and returns those that are
             outputs, grads = given["stage_output"], given["output_grads"]
             places = [i for i, output in enumerate(outputs) if output.requires_grad]
@@ -53,9 +59,30 @@ class _Selective(PipelineStage):
         if kind == "input":
             left = iter(grads)
             grads = tuple(next(left) if x.requires_grad else None for x in inputs)
-        if kind != "weight" and not self.is_first:
+        if not self.is_first:
             grads = tuple(_zero_if_unused(x, grad) for x, grad in zip(inputs, grads, strict=True))
         return grads, groups
+
+
+def _add_weight_gradients(weights: Iterable[Tensor], groups: list[dict[str, Any]]) -> None:
+    """What `torch.autograd.grad` makes of each group's edges. It asks a node for shapes first, and in these releases
+    functions that are written in Python have no answer.
+    """
+    by_node = {_get_grad_fn_or_grad_acc(weight): weight for weight in weights}
+    for group in groups:
+        pairs = zip(group["grads"], group.pop("intermediates"), strict=True)  # popped: their hooks hold the group
+        known = [([g for g in grads if g is not None], node) for grads, node in pairs]
+        edges = {GradientEdge(node, 0): sum(grads) for grads, node in known if grads}
+        if not edges:
+            continue
+        asked = tuple(GradientEdge(node, 0) for node in group["params"])
+        found = _engine_run_backward(
+            tuple(edges), tuple(edges.values()), False, False, asked, False, accumulate_grad=False
+        )
+        del group["grads"]
+        for node, grad in zip(group["params"], found, strict=True):
+            weight = by_node[node]
+            weight.grad = grad if weight.grad is None else weight.grad + grad
 
 
 def _zero_if_unused(x: Tensor, grad: Tensor | None) -> Tensor | None:

@@ -188,8 +188,9 @@ class Exact:
                 zip(*([x.contiguous() for x in own.split(self.mine(chunks), TOKENS)] for own in xs), strict=True)
             )
 
-        rest = op.scale_of(first), sequence.causal, op.backend_of(first, None), mask, op.parting(sequence.segments)
-        qkv = to_heads(sent)
+        segments, qkv = op.parting(sequence.segments), to_heads(sent)
+        q, k, _ = qkv[0]  # one head, with all tokens: alike on every rank
+        rest = op.scale_of(first), sequence.causal, op.backend_of(q, k, "auto", mask, segments), mask, segments
         results = [dispatch.forward(*head, *rest) for head in qkv]
 
         def back(grads: list[Tensor]) -> list[tuple[Tensor, ...]]:
