@@ -48,7 +48,7 @@ def report(config: EstimateConfig, world: int, argv: Sequence[str]) -> Iterator[
     if config.json is not None:
         replace_file(config.json, json.dumps(to_json(found), indent=2) + "\n")
     yield from map(one_line, _lines(found, config, device))
-    if device is not None and found.peak > device.memory:
+    if device is not None and not found.fits(device):
         yield from _help(subject, config, world, device)
 
 
@@ -120,11 +120,12 @@ def _peak_rows(found: Estimate, device: Device | None) -> Iterator[Row]:
         yield Row("peak", gib(found.peak), "modelled")
         return
     left = device.memory - found.peak
+    unknown = ", without encoders" if found.encoders is not None and found.encoders.bytes is None else ""
     yield Row(
         "peak",
         gib(found.peak),
         "modelled",
-        f"✓ fits, {gib(left)} are left" if left >= 0 else f"✗ {gib(-left)} too much",
+        f"✓ fits, {gib(left)} are left{unknown}" if left >= 0 else f"✗ {gib(-left)} too much{unknown}",
     )
     yield Row("memory of the device", gib(device.memory), "constant", device.name)
     if found.fullest.host:
@@ -215,11 +216,13 @@ def _help(subject: Subject, config: Config, world: int, device: Device) -> Itera
     ways = [with_memory(config, memory) for memory in MEMORIES if memory != asked]
     for way in ways:
         try:
-            peak = subject.estimate(way, world).peak
+            found = subject.estimate(way, world)
         except ValueError:
             continue
+        over = found.peak <= device.memory and not found.fits(device)
+        host = f"  {gib(max(rank.host for rank in found.memory))} are too much for the host" if over else ""
         said = f"--memory.recompute {way.memory.recompute} --memory.offload {way.memory.offload}"
-        yield f"  {said:60} {gib(peak):>12} {'✓' if peak <= device.memory else '✗'}"
+        yield f"  {said:60} {gib(found.peak):>12} {'✓' if found.fits(device) else '✗'}{host}"
     yield "  --search looks at all layouts"
 
 
