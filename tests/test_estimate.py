@@ -139,7 +139,7 @@ EXACT = "parameters", "gradients", "moments"
 
 
 def test_bytes_of_every_family_are_those_of_ranks_that_train() -> None:
-    found = spawn(2, measure, CASES, timeout=120)
+    found = spawn(2, measure, CASES, timeout=300)
     wrong = []
     for i, case in enumerate(CASES):
         model = case.build("meta")

@@ -113,7 +113,7 @@ def fullest(found: list[dict[str, int]], rank: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("cases", [TWO, FOUR], ids=["two-ranks", "four-ranks"])
 def test_bytes_are_those_of_ranks_that_train(cases: list[Case]) -> None:
-    found = spawn(cases[0].ranks, measure, cases)
+    found = spawn(cases[0].ranks, measure, cases, timeout=300)
     peaks = []
     for i, case in enumerate(cases):
         for said in estimate(case):

@@ -128,15 +128,22 @@ def read_devices(own: Path | None = None) -> dict[str, Device]:
 
 
 def find_device(name: str, own: Path | None = None) -> Device:
-    """One of them by name, in any case. ValueError for one that there is not, with those that there are."""
+    """One of them by name; case, spaces and hyphens do not matter: `RTX 4090`. ValueError for one that there is not,
+    with those that there are.
+    """
     devices = read_devices(own)
-    if name.lower() in devices:
-        return devices[name.lower()]
+    for known, device in devices.items():
+        if _plain(known) == _plain(name):
+            return device
     near = get_close_matches(name.lower(), devices, n=3)
     raise ValueError(
         f"no device is named {name!r}{f', do you mean {near[0]}?' if near else ''}: there are {', '.join(devices)}; "
         "one of your own stands in a TOML file like devices.toml of mm_parallel"
     )
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 @cache
