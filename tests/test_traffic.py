@@ -32,9 +32,9 @@ def wan(f: float) -> dict[str, float]:
     return {
         "forward": 2 * (MODULATED + RMS + ROTATE + GATED) + MODULATED + RMS + ADD + 4 * f,
         "backward": 2 * (GATED_BACK + ROTATE) + 3 * (NORM_BACK + CAST + JOIN + RMS_BACK)
-        + CAST + 2 * JOIN_16 + 7 * SUM + f * (SUM + 3 * 2),
-        # streams; inputs of linears; q and k before the norm, q, k and v; attentions, and what is gated; twice f
-        "kept": 3 * 4 + 3 * 2 + (2 + 3) * 2 + 2 * 2 + 2 * 2 + 2 * 2 + 2 * f * 2,
+        + CAST + 2 * JOIN_16 + 7 * SUM + f * (SUM + 3 * 2 + 2 * 2),  # GELU's, and its output again
+        # streams; inputs of linears; q and k before the norm, q, k and v; attentions, and what is gated; f
+        "kept": 3 * 4 + 3 * 2 + (2 + 3) * 2 + 2 * 2 + 2 * 2 + 2 * 2 + f * 2,
     }  # fmt: skip
 
 
@@ -42,8 +42,8 @@ def opensoraplan(f: float) -> dict[str, float]:
     return {
         "forward": 2 * (MODULATED + ROTATE + GATED) + CAST + ADD + 4 * f,
         "backward": 2 * (GATED_BACK + ROTATE + NORM_BACK + CAST) + 3 * JOIN + 2 * CAST + 2 * JOIN_16
-        + 7 * SUM + f * (SUM + 3 * 2),
-        "kept": 2 * 4 + 3 * 2 + 3 * 2 + 2 * 2 + 2 + 2 * 2 + 2 * f * 2,
+        + 7 * SUM + f * (SUM + 3 * 2 + 2 * 2),  # GELU's, and its output again
+        "kept": 2 * 4 + 3 * 2 + 3 * 2 + 2 * 2 + 2 + 2 * 2 + f * 2,
     }  # fmt: skip
 
 

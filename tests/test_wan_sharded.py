@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from mm_models import build, plan
 from mm_models.layers import cast_weights
@@ -23,6 +24,9 @@ from mm_parallel.testing import assert_same_grads, gradients, spawn
 TEXT_TO_VIDEO = {}
 IMAGE_TO_VIDEO = {"in_channels": 36, "image_dim": 24, "image_tokens": 257}
 SAMPLES = 4
+# of the norm of all gradients. Below it lie three alone, the biases of the keys of the image (float64: 1e-7 to 3e-7 of
+# the norm): bfloat16 on one device is off by 2 to 4 times their size, so what it gives for them is rounding.
+ROUNDING = 1e-6
 
 
 def tiny(dtype: torch.dtype, compute: torch.dtype | None, variant: dict) -> WanModel:
@@ -80,7 +84,9 @@ def compare(rank: int, world: int, replicate: int, recompute: str | int, variant
     finish_gradients(model, mesh)
     dist.all_reduce(loss, dist.ReduceOp.AVG)
     assert abs(loss / expected - 1) <= rtol, (loss, expected)
-    assert_same_grads(gradients(model), gradients(single), rtol)
+    whole = gradients(single)
+    floor = ROUNDING * get_total_norm(whole.values()).item() if gathered == torch.bfloat16 else 0
+    assert_same_grads(gradients(model), whole, rtol, floor)
     norm = clip_grad_norm(model, 0.1)
     assert norm.item() == pytest.approx(clip_grad_norm(single, 0.1).item(), rel=rtol)
 

@@ -12,7 +12,7 @@ from PIL import Image
 from mm_data import FeatureDataset, write_video
 from mm_models.opensoraplan.testing import write_encoders as write_opensoraplan
 from mm_models.wan.testing import write_encoders as write_wan
-from mm_train.checks import check
+from mm_train.checks import CHECKS, Asked, check
 from mm_train.recipe import load_config
 from mm_train.train import train
 
@@ -146,3 +146,11 @@ def test_a_folder_without_lists_is_refused_before_anything_is_loaded(model, enco
         check(load_config([*run, str(tmp_path / "empty")]))
     with pytest.raises(ValueError, match=r"/emtpy is not a file, did you mean .*/empty\?: give a data\.txt, .* folder"):
         check(load_config([*run, str(tmp_path / "emtpy")]))
+
+
+def test_an_output_that_is_a_link_to_nothing_is_named(tmp_path):
+    """It could not be made, though nothing is there."""
+    (tmp_path / "away").symlink_to(tmp_path / "unmounted")
+    asked = Asked(load_config(["--model", "wan-tiny", "--output", str(tmp_path / "away" / "run")]))
+    with pytest.raises(ValueError, match="away is a link to nothing"):
+        next(one for one in CHECKS if one.name == "resume").run(asked)

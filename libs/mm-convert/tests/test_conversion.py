@@ -134,7 +134,7 @@ def test_an_existing_target_is_safe(toys, tmp_path):
     (tmp_path / "out").mkdir()
     convert(source, tmp_path / "out")  # an empty folder may be filled
     before = contents(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"exists; name another target, or give --overwrite"):
+    with pytest.raises(ValueError, match=r"exists; name another target, or replace it with --overwrite true"):
         convert(source, tmp_path / "out", "original")
     assert contents(tmp_path / "out") == before
     convert(source, tmp_path / "out", "original", overwrite=True)

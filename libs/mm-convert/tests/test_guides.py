@@ -106,7 +106,7 @@ def test_wan_in_place_and_back(layout, toys, tmp_path):
         --cfg.target_path ./weights/Wan-AI/Wan2.2-T2V-A14B-Diffusers/transformer --cfg.target_layout {layout}""")
     assert published < names(folder)
     assert open_checkpoint(folder).layout == layout
-    with pytest.raises(SystemExit, match="exists; name another target, or give --overwrite"):
+    with pytest.raises(SystemExit, match="exists; name another target, or replace it with --overwrite true"):
         mm_convert(
             f"WanConverter hf_to_mm --cfg.source_path {folder} --cfg.target_path {folder} --cfg.target_layout {layout}"
         )

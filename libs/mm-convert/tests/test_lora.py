@@ -776,7 +776,7 @@ def test_an_adapter_is_not_replaced_unasked(tmp_path: Path) -> None:
     said = state_dict_of_a_run()
     save_lora(tmp_path / "a", **said)
     before = contents(tmp_path / "a")
-    with pytest.raises(ValueError, match="exists; name another target, or give --overwrite"):
+    with pytest.raises(ValueError, match="exists; name another target, or replace it with --overwrite true"):
         save_lora(tmp_path / "a", **state_dict_of_a_run(alpha=2.0))
     assert contents(tmp_path / "a") == before
     save_lora(tmp_path / "a", **state_dict_of_a_run(alpha=2.0), overwrite=True)

@@ -224,7 +224,7 @@ def test_a_target_appears_whole(pair, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     mm_convert("convert", pair, tmp_path / "out", "--sha256")
     assert "sha256" in json.loads((tmp_path / "out" / OURS[1] / "mm_convert.json").read_text())
-    with pytest.raises(SystemExit, match="exists; name another target, or give --overwrite"):
+    with pytest.raises(SystemExit, match="exists; name another target, or replace it with --overwrite true"):
         mm_convert("convert", pair, tmp_path / "out")
     (tmp_path / "out/notes.txt").touch()
     with pytest.raises(SystemExit, match=r"notes\.txt, which is no part"):

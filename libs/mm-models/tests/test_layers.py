@@ -5,8 +5,10 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from mm_models import layers
 from mm_models.layers import Sequence, attention, core
@@ -210,3 +212,28 @@ def test_norm_in_bfloat16_is_rounded_once():
     assert torch.equal(norm(x), layers._RMSNorm.apply(x, rounded, 1e-6))
     norm(x).sum().backward()
     torch.testing.assert_close(norm.weight.grad, (wanted / rounded.double()).sum(0).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("word", ["none", "checkpoint"])
+def test_what_is_made_again_is_not_kept_and_changes_no_gradient(word):
+    """Also where other hooks are around it, which a second pair would hide; and where the graph is walked twice."""
+    torch.manual_seed(0)
+    down, x = torch.nn.Linear(6, 3), torch.randn(2, 5, 6, requires_grad=True)
+    wanted = torch.autograd.grad(down(F.gelu(x)).square().sum(), (x, *down.parameters()))
+    kept: dict[int, Tensor] = {}
+
+    def run(x: Tensor) -> Tensor:
+        return layers.remake(F.gelu, (x * 1,), down)
+
+    def pack(y: Tensor) -> Tensor:
+        kept[y.untyped_storage()._cdata] = y.detach()
+        return y.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
+        loss = (checkpoint(run, x, use_reentrant=False) if word == "checkpoint" else run(x)).square().sum()
+    sizes = sorted(y.numel() for y in kept.values() if y.numel())
+    inner = [] if word == "checkpoint" else [18]  # the weight
+    assert sizes == sorted([*inner, 30, 60]), "the output, and x or x * 1"
+    found = torch.autograd.grad(loss, (x,), retain_graph=True)
+    found += torch.autograd.grad(loss, tuple(down.parameters()))
+    assert all(map(torch.equal, found, wanted))

@@ -1,6 +1,7 @@
 """Compiled layers: loss and every gradient as without, in every layout; few codes; nothing falls back silently."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mm_parallel import MemoryConfig, ParallelConfig, Pipeline, finish_gradients, make_mesh, parallelize
-from mm_parallel.compile import check_compiler, compile_layers, count_graphs
+from mm_parallel.compile import MOST_CODES, check_compiler, compile_layers, count_graphs
 from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
 from mm_parallel.testing.equivalence import Case, Subject, check
 
@@ -138,14 +139,22 @@ def test_frozen_layers():
     spawn(2, frozen)
 
 
-def test_too_many_codes_are_an_error(monkeypatch):
+def test_too_many_codes_are_an_error():
     _, twin = pair(2)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    with torch.no_grad():
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=2), torch.no_grad():
         for samples, tokens in ((2, 6), (2, 9)):
             twin(*draw(samples, tokens))
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
             twin(*draw(1, 9))
+
+
+def test_too_many_codes_are_an_error_in_another_thread_too():
+    """Recompute on CUDA runs layers in a thread of autograd, and settings of torch are those of a thread."""
+    _, twin = pair(2)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(twin, *draw(2, 6)).result()
+        assert pool.submit(lambda: torch._dynamo.config.recompile_limit).result() == MOST_CODES
+        assert pool.submit(lambda: torch._dynamo.config.fail_on_recompile_limit_hit).result()
 
 
 def split(rank: int, world: int) -> None:
@@ -157,6 +166,10 @@ def split(rank: int, world: int) -> None:
 def test_what_cannot_be_compiled_is_refused(monkeypatch):
     spawn(2, split)
     check_compiler("cpu")
+    with monkeypatch.context() as patch:
+        patch.setenv("TORCH_COMPILE_DISABLE", "1")
+        with pytest.raises(ValueError, match="TORCH_COMPILE_DISABLE=1 is in the environment"):
+            check_compiler("cpu")
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler for the CPU, and there is none"):
         check_compiler("cpu")

@@ -43,6 +43,7 @@ def test_a_device_that_nobody_knows():
     assert recognize("NVIDIA T4") is None
     with pytest.raises(ValueError, match=r"no device is named 'h1000', do you mean h100\?: there are a100-40g, "):
         find_device("h1000")
+    assert find_device("RTX 4090") == find_device("rtx4090") == find_device("rtx-4090")
 
 
 OWN = """
@@ -84,7 +85,11 @@ def test_a_file_of_ones_own(tmp_path):
         ('kernels = "mine"', 'kernels = "hoper"', "device h100: kernels='hoper', but there are hopper, h20,"),
         ("memory = 70\n", "", "device h100: memory missing"),
         ("memory = 70", "memory = 70\nmemery = 7", "device h100: memery unknown"),
-        ("link = 4e11", "link = 0", "device h100: link must be above 0"),
+        ("link = 4e11", "link = 0", "device h100: link=0 must be above 0, and a number"),
+        ("memory = 70", 'memory = "70"', "device h100: memory='70' must be above 0, and a number"),
+        ('names = ["H100"]', 'names = "H100"', "device h100: names must be a list"),
+        ("[h100]", "fast = 1\n[h100]", "device fast: 1 is no table"),
+        ("gemm = 0.5", 'gemm = "0.5"', "kernels.mine: gemm=0.5: shares are above 0"),
         ("gemm = 0.5", "gemm = 65", "kernels.mine: gemm=65: shares are above 0 and at most 1"),
         ("gemm = 0.5\n", "", "kernels.mine: has memory, collective, launch, attention, but needs attention,"),
         ("[h100]", "[h100", "is no table of devices"),

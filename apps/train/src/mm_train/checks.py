@@ -367,7 +367,9 @@ def _output(asked: Asked) -> str:
 
 def _writable(asked: Asked) -> str:
     """The output can be made and written, as far as that shows without doing it; and which run is in it."""
-    where = nearest(asked.config.run_dir)
+    where, own = nearest(asked.config.run_dir), asked.config.run_dir
+    for link in (one for one in (own, *own.absolute().parents) if one.is_symlink() and not one.exists()):
+        raise ValueError(f"--output {asked.config.output}: {link} is a link to nothing: choose another --output")
     if not where.is_dir():
         raise ValueError(f"--output {asked.config.output}: {where} is a file, not a folder: choose another --output")
     if not os.access(where, os.W_OK | os.X_OK):

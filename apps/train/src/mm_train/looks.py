@@ -328,10 +328,19 @@ def check_memory(asked: Asked) -> str:
         return NotHere("no accelerator of the table is found here: --device h100 (or another) says where it will run")
     found = estimate(asked.config, asked.world, device)
     said = f"about {_size(found.peak)} of the {_size(device.memory)} of {device.name}"
+    search = "python -m mm_train.estimate --search with the same flags ranks the layouts that fit"
     if found.peak > device.memory:
+        full = "" if asked.config.memory.recompute == "full" else "--memory.recompute full, "
+        inputs = "" if asked.config.memory.offload == "inputs" else "--memory.offload inputs, "
         raise ValueError(
-            f"a rank takes {said}, by estimate ({found.fullest.moment}): give --memory.recompute full, more ranks, or "
-            "another layout; python -m mm_train.estimate --search with the same flags ranks those that fit"
+            f"a rank takes {said}, by estimate ({found.fullest.moment}): give {full}{inputs}more ranks, or another "
+            f"layout; {search}"
+        )
+    if not found.fits(device):
+        host = max(rank.host for rank in found.memory)
+        raise ValueError(
+            f"a rank puts about {_size(host)} on the host, which has {_size(device.host_memory)} for each "
+            f"{device.name}, by estimate: offload less, or give more ranks; {search}"
         )
     return f"{said}, by estimate"
 

@@ -5,16 +5,18 @@ computes in the dtype of its *input*, casting its parameters on the fly, and wha
 modulation, the residual stream) is kept in at least float32 by calling `wide`.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from fnmatch import fnmatch
 from inspect import signature
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
@@ -213,6 +215,61 @@ class _Gated(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate, y = ctx.saved_tensors
         return grad, (grad * y).sum_to_size(gate.shape), (grad * gate).to(y.dtype)
+
+
+def remake(make: Callable[..., Tensor], inputs: tuple[Tensor, ...], use: Callable[[Tensor], Tensor]) -> Tensor:
+    """use(make(*inputs)), where the backward makes what `use` would keep of that tensor again, from the inputs.
+
+    For what is quick to make and follows from tensors that are kept anyway: an activation before the linear behind it.
+    `use` may be any module. Where it keeps nothing of the tensor (a frozen linear), nothing is made again; where it
+    keeps it several times, it is made as often. Inductor weighs this itself: compiled, it is use(make(*inputs)).
+
+    make: differentiable, without randomness; of its result nobody may keep anything but `use`.
+    """
+    made = make(*inputs)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return use(made)
+    hooks = _Remaking(make, inputs, made)
+    with saved_tensors_hooks(hooks.pack, hooks.unpack):
+        result = use(made)
+    hooks.inputs = ()  # autograd may keep `pack`
+    return result
+
+
+class _Remaking:
+    """Hooks of saved tensors that hand all on to those around them (of a checkpoint, say), which torch would leave out.
+
+    Only in place of what was made they hand on the inputs.
+    """
+
+    def __init__(self, make: Callable[..., Tensor], inputs: tuple[Tensor, ...], made: Tensor) -> None:
+        self.make, self.inputs = make, inputs
+        self.like = _describe(made)
+        around = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        self.pack_around, self.unpack_around = around or (Tensor.detach, identity)
+
+    def pack(self, x: Tensor) -> Any:
+        if self.like is not None and _describe(x) == self.like:
+            return _Recipe(x.shape, [self.pack_around(y) for y in self.inputs])
+        return self.pack_around(x)
+
+    def unpack(self, packed: Any) -> Tensor:
+        if not isinstance(packed, _Recipe):
+            return self.unpack_around(packed)
+        with torch.no_grad():
+            return self.make(*map(self.unpack_around, packed.inputs)).view(packed.shape)
+
+
+class _Recipe(NamedTuple):
+    shape: torch.Size
+    inputs: list[Any]
+
+
+def _describe(x: Tensor) -> tuple | None:
+    """The same for two that hold the same numbers in the same memory, in whatever shape."""
+    if not x.is_contiguous():
+        return None
+    return x.untyped_storage()._cdata, x.storage_offset(), x.numel(), x.dtype
 
 
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

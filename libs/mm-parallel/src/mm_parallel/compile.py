@@ -35,9 +35,6 @@ def compile_layers(model: nn.Module, plan: ParallelPlan, backend: str = "inducto
     Dropout draws as without. The first call of a layer takes seconds, and that of a new kind of shape.
     backend: of torch.compile; "aot_eager" runs the traced operations one by one, for tests.
     """
-    # torch has these for the whole process. A code too many is an error; torch would go on without compiling.
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    torch._dynamo.config.recompile_limit = MOST_CODES
     options = {"fallback_random": True} if backend == "inductor" else None
     compiled: dict[type, Callable] = {}
     for _, ladder, own in plan.ladders(model):
@@ -49,7 +46,15 @@ def compile_layers(model: nn.Module, plan: ParallelPlan, backend: str = "inducto
 
 
 def check_compiler(device_type: str) -> str:
-    """What compiles for such a device, by name. Raises ValueError where there is no compiler, or no Triton."""
+    """What compiles for such a device, by name. Raises ValueError where there is no compiler, no Triton, or where a
+    variable of the environment tells torch not to compile.
+    """
+    for switch in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
+        if os.environ.get(switch) == "1":
+            raise ValueError(
+                f"compile, but {switch}=1 is in the environment, with which torch silently compiles nothing: unset it, "
+                "or leave compile out"
+            )
     if device_type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -87,7 +92,19 @@ class Compiled:
         self.forward, self.unit = forward, unit
 
     def __call__(self, *args: Any, **named: Any) -> Any:
+        _limit_codes()
         return self.forward(self.unit, *map(_hand, args), **{name: _hand(value) for name, value in named.items()})
+
+
+def _limit_codes() -> None:
+    """Makes a code too many an error, where torch would go on without compiling.
+
+    Torch has these settings for each thread, and a backward on CUDA, which recomputes layers, is in another thread.
+    """
+    settings = torch._dynamo.config
+    if not settings.fail_on_recompile_limit_hit:
+        settings.fail_on_recompile_limit_hit = True
+        settings.recompile_limit = MOST_CODES
 
 
 class Outside:

@@ -71,6 +71,8 @@ class Device:
     @classmethod
     def read(cls, name: str, said: Mapping[str, Any], shares: Mapping[str, Any]) -> Self:
         """From a table of the file. ValueError for what is missing, unknown or out of bounds."""
+        if not isinstance(said, Mapping):
+            raise ValueError(f"device {name}: {said!r} is no table: begin one with [{name}]")
         said = dict(said)
         kernels = said.pop("kernels", None)
         if kernels not in shares:
@@ -83,25 +85,36 @@ class Device:
                 unknown
             )
             raise ValueError(f"device {name}: {'; '.join(words)}")
+        if not isinstance(said["names"], list):
+            raise ValueError(f'device {name}: names must be a list, as ["H100"]')
         said |= {"names": tuple(said["names"]), "capability": tuple(said.get("capability", (0, 0)))}
         numbers = {key: said[key] for key in ("memory", "bandwidth", "link", "network", "host_link", "host_memory")}
-        wrong = [
-            key for key, value in (numbers | said["peak"] | {"per_host": said["per_host"]}).items() if not value > 0
-        ]
+        if not isinstance(said["peak"], Mapping):
+            raise ValueError(f"device {name}: peak must be a table, as {{ bfloat16 = 989e12 }}")
+        numbers |= said["peak"] | {"per_host": said["per_host"]}
+        wrong = [f"{key}={value!r}" for key, value in numbers.items() if not _above_zero(value)]
         if wrong:
-            raise ValueError(f"device {name}: {', '.join(wrong)} must be above 0")
+            raise ValueError(f"device {name}: {', '.join(wrong)} must be above 0, and a number")
         said |= {"memory": said["memory"] * _GIB, "host_memory": said["host_memory"] * _GIB}
         return cls(name=name, shares=_read_shares(kernels, shares[kernels]), **said)
 
 
+def _above_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
 def _read_shares(name: str, said: Mapping[str, Any]) -> Shares:
     wanted = {f.name for f in fields(Shares)}
+    if not isinstance(said, Mapping):
+        raise ValueError(f"kernels.{name}: {said!r} is no table: begin one with [kernels.{name}]")
     if set(said) != wanted:
         raise ValueError(f"kernels.{name}: has {', '.join(said)}, but needs {', '.join(sorted(wanted))}")
+    if not isinstance(said["attention"], Mapping):
+        raise ValueError(f"kernels.{name}: attention must be a table, as {{ flash = [0.5, 0.4] }}")
     attention = {kernel: tuple(pair) for kernel, pair in said["attention"].items()}
     rates = {key: said[key] for key in ("gemm", "memory", "collective")}
     rates |= {f"attention.{kernel}": share for kernel, pair in attention.items() for share in pair}
-    wrong = [f"{key}={value}" for key, value in rates.items() if not 0 < value <= 1]
+    wrong = [f"{key}={value}" for key, value in rates.items() if not (_above_zero(value) and value <= 1)]
     if wrong or any(len(pair) != 2 for pair in attention.values()):
         raise ValueError(
             f"kernels.{name}: {', '.join(wrong) or 'attention'}: shares are above 0 and at most 1, and two "
@@ -128,15 +141,22 @@ def read_devices(own: Path | None = None) -> dict[str, Device]:
 
 
 def find_device(name: str, own: Path | None = None) -> Device:
-    """One of them by name, in any case. ValueError for one that there is not, with those that there are."""
+    """One of them by name; case, spaces and hyphens do not matter: `RTX 4090`. ValueError for one that there is not,
+    with those that there are.
+    """
     devices = read_devices(own)
-    if name.lower() in devices:
-        return devices[name.lower()]
+    for known, device in devices.items():
+        if _plain(known) == _plain(name):
+            return device
     near = get_close_matches(name.lower(), devices, n=3)
     raise ValueError(
         f"no device is named {name!r}{f', do you mean {near[0]}?' if near else ''}: there are {', '.join(devices)}; "
         "one of your own stands in a TOML file like devices.toml of mm_parallel"
     )
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 @cache

@@ -11,6 +11,7 @@ from mm_convert import replace_file
 from mm_convert.cli.terminal import one_line
 from mm_parallel.devices import Device, find_device
 from mm_parallel.estimate import RankMemory
+from mm_parallel.estimate.roofline import StepTime
 from mm_train.config import Config
 from mm_train.estimate.config import EstimateConfig
 from mm_train.estimate.estimate import Estimate, Subject
@@ -21,7 +22,8 @@ from mm_train.estimate.workload import find_samples
 Known = Literal["counted", "modelled", "constant"]
 """counted: by running the code without values. modelled: by a formula. constant: of a device, from a table."""
 COLUMNS: tuple[Known, ...] = ("counted", "modelled", "constant")
-DAY = 24 * 3600
+WORDS = {"saved": "saved activations", "gathered": "gathered weights"}
+"""Parts of a rank's memory, where their names alone do not say what they are."""
 
 
 class Row(NamedTuple):
@@ -46,7 +48,7 @@ def report(config: EstimateConfig, world: int, argv: Sequence[str]) -> Iterator[
     if config.json is not None:
         replace_file(config.json, json.dumps(to_json(found), indent=2) + "\n")
     yield from map(one_line, _lines(found, config, device))
-    if device is not None and found.peak > device.memory:
+    if device is not None and not found.fits(device):
         yield from _help(subject, config, world, device)
 
 
@@ -61,7 +63,7 @@ def _lines(found: Estimate, config: Config, device: Device | None) -> Iterator[s
     yield ""
     rank = found.fullest
     where = f"of rank {rank.rank} of the pipeline, the fullest" if len(found.memory) > 1 else "of a rank"
-    yield f"memory {where}, at its peak"
+    yield f"memory {where}: each row when it is most, the peak is the fullest moment"
     yield from table([*_memory_rows(found, rank), *_peak_rows(found, device)])
     if len(found.memory) > 1:
         yield ""
@@ -69,6 +71,10 @@ def _lines(found: Estimate, config: Config, device: Device | None) -> Iterator[s
     yield ""
     yield "a step"
     yield from table([*_work_rows(found, device)])
+    if found.time is not None and found.time.links:
+        yield ""
+        yield "what a rank sends in a step (times and bytes are counted, seconds are modelled)"
+        yield from _link_rows(found.time)
     yield ""
     yield "disk"
     yield from table([*_disk_rows(found)])
@@ -114,11 +120,12 @@ def _peak_rows(found: Estimate, device: Device | None) -> Iterator[Row]:
         yield Row("peak", gib(found.peak), "modelled")
         return
     left = device.memory - found.peak
+    unknown = ", without encoders" if found.encoders is not None and found.encoders.bytes is None else ""
     yield Row(
         "peak",
         gib(found.peak),
         "modelled",
-        f"✓ fits, {gib(left)} are left" if left >= 0 else f"✗ {gib(-left)} too much",
+        f"✓ fits, {gib(left)} are left{unknown}" if left >= 0 else f"✗ {gib(-left)} too much{unknown}",
     )
     yield Row("memory of the device", gib(device.memory), "constant", device.name)
     if found.fullest.host:
@@ -133,16 +140,22 @@ def _by_rank(ranks: Sequence[RankMemory]) -> Iterator[str]:
     for rank in ranks:
         layers = sum(unit.name not in ("stem", "head") for unit in rank.layers)
         cells.append([str(rank.rank), str(layers), str(rank.in_flight), *(gib(getattr(rank, name)) for name in names)])
+    yield from _columns(cells)
+
+
+def _columns(cells: Sequence[Sequence[str]], words: Sequence[int] = ()) -> Iterator[str]:
+    """A line for each row; columns of `words` begin at the left, all others end at the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
-        yield "  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+        sides = ["<" if place in words else ">" for place in range(len(row))]
+        line = [f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)]
+        yield ("  " + "  ".join(line)).rstrip()
 
 
 def _work_rows(found: Estimate, device: Device | None) -> Iterator[Row]:
     """What a step computes and sends, and how long that takes."""
-    yield Row(
-        "FLOPs, of all ranks", f"{found.flops / 1e15:,.2f} P", "counted", "of training; recomputation is not in it"
-    )
+    flops = f"{found.flops / 1e15:,.2f} PFLOP"
+    yield Row("computed, on all ranks", flops, "counted", "of training; recomputation is not in it")
     time = found.time
     if time is None or device is None:
         return
@@ -156,14 +169,15 @@ def _work_rows(found: Estimate, device: Device | None) -> Iterator[Row]:
         ("bubble", time.bubble, f"of {found.layout.pp} stages"),
         ("optimizer", time.optimizer, ""),
     )
-    for name, seconds, note in parts:
-        if seconds:
-            yield Row(name, f"{seconds:,.3f} s", "modelled", note)
-    yield Row("a step of the largest samples", f"{time.total:,.3f} s", "modelled")
+    for name, took, note in parts:
+        if took:
+            yield Row(name, seconds(took), "modelled", note)
+    largest = "a step of the largest samples" if found.share < 0.999 else "a step"
+    yield Row(largest, seconds(time.total), "modelled")
     if found.share < 0.999:
-        yield Row("a step of the mean", f"{found.seconds:,.3f} s", "modelled")
+        yield Row("a step of the mean", seconds(found.seconds), "modelled")
     yield Row("MFU", f"{100 * time.mfu:.1f} %", "modelled")
-    yield Row("tokens a second", f"{found.tokens / found.seconds:,.0f}", "modelled")
+    yield Row("tokens a second", f"{found.tokens / found.seconds:,.0f}", "modelled", "of all ranks")
     days, hours = found.days, found.days * 24 * found.world
     yield Row(f"{found.steps:,} steps", f"{days:,.2f} days", "modelled", f"{hours:,.0f} device-hours, without encoding")
     peak = device.peak_of(found.dtype) / 1e12
@@ -172,12 +186,17 @@ def _work_rows(found: Estimate, device: Device | None) -> Iterator[Row]:
     for name, rate in (("link", device.link), ("network", device.network)):
         if any(link.over == name for link in time.links):
             yield Row(name, f"{rate / 1e9:,.0f} GB/s", "constant", "one way, a device")
+
+
+def _link_rows(time: StepTime) -> Iterator[str]:
+    """Each kind of collective: what it sends over which link, and how long others wait for it."""
+    cells = [["what", "collective", "ranks", "link", "times", "bytes", "takes", "waited"]]
     for link in time.links:
         each = link.traffic
-        said = f"{each.count:,} x {each.op} over {each.ranks} ranks ({each.axis}), {link.over}: {link.seconds:.3f} s"
-        behind = f" behind {each.overlaps_with}" if each.overlaps_with else ""
-        waited = f"{said}{behind}, {link.waited:.3f} s waited"
-        yield Row(f"sent: {each.what}", gib(each.bytes_sent), "counted", waited)
+        over = f"{link.over}, behind {each.overlaps_with}" if each.overlaps_with else link.over
+        cells.append([each.what, each.op, f"{each.ranks:,} ({each.axis})", over, f"{each.count:,}"])
+        cells[-1] += [gib(each.bytes_sent), seconds(link.seconds), seconds(link.waited)]
+    yield from _columns(cells, words=(0, 1, 2, 3))
 
 
 def _disk_rows(found: Estimate) -> Iterator[Row]:
@@ -197,17 +216,26 @@ def _help(subject: Subject, config: Config, world: int, device: Device) -> Itera
     ways = [with_memory(config, memory) for memory in MEMORIES if memory != asked]
     for way in ways:
         try:
-            peak = subject.estimate(way, world).peak
+            found = subject.estimate(way, world)
         except ValueError:
             continue
+        over = found.peak <= device.memory and not found.fits(device)
+        host = f"  {gib(max(rank.host for rank in found.memory))} are too much for the host" if over else ""
         said = f"--memory.recompute {way.memory.recompute} --memory.offload {way.memory.offload}"
-        yield f"  {said:60} {gib(peak)} {'✓' if peak <= device.memory else '✗'}"
-    yield "  --search true looks at all layouts"
+        yield f"  {said:60} {gib(found.peak):>12} {'✓' if found.fits(device) else '✗'}{host}"
+    yield "  --search looks at all layouts"
 
 
 def gib(size: float) -> str:
-    """12.34 GiB, or in MiB what is small."""
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**27 or not size else f"{size / 2**20:,.2f} MiB"
+    """12.34 GiB, or in MiB or KiB what is small."""
+    if not size or size >= 2**27:
+        return f"{size / 2**30:,.2f} GiB"
+    return f"{size / 2**20:,.2f} MiB" if size >= 2**17 else f"{size / 2**10:,.2f} KiB"
+
+
+def seconds(time: float) -> str:
+    """12.34 s, or in milliseconds what is short."""
+    return f"{time:,.2f} s" if time >= 0.1 or not time else f"{1e3 * time:,.2f} ms"
 
 
 def to_json(found: Estimate) -> dict[str, Any]:
@@ -230,15 +258,21 @@ def _search(subject: Subject, config: EstimateConfig, world: int, device: Device
     if config.json is not None:
         options = [to_json(option.estimate) for option in found.best]
         replace_file(config.json, json.dumps(options, indent=2) + "\n")
+    ranks = f"{world:,} rank{'s' * (world > 1)} of {device.name}"
     yield f"samples    {subject.samples.source}"
     yield (
-        f"looked at  {found.looked:,} layouts of {world:,} ranks of {device.name}; {found.small:,} cannot hold what "
-        f"layers save; {found.illegal:,} others do not go with the model or the batch"
+        f"looked at  {found.looked:,} combinations of layout, recompute, offload and micro-batch on {ranks}; "
+        f"{found.small:,} are far too large"
     )
+    if found.illegal:
+        yield f"           {found.illegal:,} more layouts do not go with the model or the batch"
     if not found.best:
-        raise ValueError(
-            f"no layout of {world} ranks of {device.name} fits: take more ranks, --memory.offload_params true, or LoRA"
-        )
+        if found.faster:
+            yield ""
+            yield "nearest to fitting"
+            yield from _options(found.faster, device)
+        ways = ["more ranks", "--memory.offload_params true", *(["LoRA"] if not config.lora.rank else [])]
+        raise ValueError(f"no layout of {ranks} fits: take {', '.join(ways)}, or smaller samples")
     yield ""
     yield from _options(found.best)
     if found.faster:
@@ -258,9 +292,7 @@ def _options(options: Sequence[Option], device: Device | None = None) -> Iterato
         cells.append(
             [f"{one.seconds:,.2f}", f"{100 * one.time.mfu:.1f} %", gib(one.peak), host, describe(option.config) + why]
         )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for *row, layout in cells:
-        yield "  " + "  ".join([*(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=False)), layout])
+    yield from _columns(cells, words=(4,))
 
 
 def _why(found: Estimate, device: Device) -> str:
@@ -271,4 +303,4 @@ def _why(found: Estimate, device: Device) -> str:
     full = found.fullest
     parts = {name: getattr(full, name) for name in ("parameters", "gradients", "moments", "saved", "gathered")}
     name = max(parts, key=parts.get)
-    return f"{gib(found.peak - device.memory)} too much; most are {name}, {gib(parts[name])} ({full.moment})"
+    return f"{gib(found.peak - device.memory)} too much; most are {WORDS.get(name, name)}, {gib(parts[name])}"

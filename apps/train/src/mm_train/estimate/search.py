@@ -37,7 +37,9 @@ class Search:
     best: list[Option]
     """That fit, the fastest first."""
     faster: list[Option]
-    """That would be faster than the best, and do not fit: those that are nearest to fitting."""
+    """That would be faster than the best, and do not fit: those that are nearest to fitting. Where none fits, the
+    nearest of all.
+    """
     looked: int
     """How many layouts there are, with recompute, offload and micro-batches."""
     illegal: int
@@ -82,7 +84,10 @@ def search(subject: Subject, config: Config, world: int, device: Device, shown: 
             best.append(found)
         elif not best:
             faster.append(found)
-    if best:
+    if not best:  # those that come nearest, with the least memory that can be
+        nearest = sorted(large, key=lambda each: subject.least(each[1], each[1].parallel.resolve(world), device)[0])
+        faster += [Option(one, subject.estimate(one, world, device)) for _, one in nearest[:LARGE]]
+    else:
         nearest = sorted(large, key=lambda each: each[0])[:LARGE]
         faster += [Option(one, subject.estimate(one, world, device)) for _, one in nearest]
         faster = [each for each in faster if each.estimate.seconds < best[0].estimate.seconds]

@@ -38,6 +38,7 @@ from mm_models.layers import (
     gated,
     identity,
     modulate,
+    remake,
     rotate,
     sinusoid,
     wide,
@@ -157,22 +158,15 @@ class CrossAttention(Attention):
         return self.to_out[0](attention(q, k, v, mask=mask).flatten(2))
 
 
-class Gelu(nn.Module):
-    def __init__(self, dim: int, ffn_dim: int) -> None:
-        super().__init__()
-        self.proj = Linear(dim, ffn_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
 class FeedForward(nn.Module):
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(Gelu(dim, ffn_dim), nn.Identity(), Linear(ffn_dim, dim))  # 1 was the makers' dropout
+        up = nn.ModuleDict({"proj": Linear(dim, ffn_dim)})
+        self.net = nn.ModuleList([up, nn.Identity(), Linear(ffn_dim, dim)])  # 1 was the makers' dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        up, _, down = self.net
+        return remake(partial(F.gelu, approximate="tanh"), (up["proj"](x),), down)
 
 
 class Block(nn.Module):

@@ -38,6 +38,7 @@ from mm_models.layers import (
     gated,
     identity,
     modulate,
+    remake,
     rotate,
     sinusoid,
     wide,
@@ -162,6 +163,15 @@ class CrossAttention(SelfAttention):
         return self.o(out.flatten(2))
 
 
+class FeedForward(nn.Sequential):
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__(Linear(dim, ffn_dim), nn.GELU("tanh"), Linear(ffn_dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, act, down = self
+        return remake(act, (up(x),), down)
+
+
 class Block(nn.Module):
     """One layer: self-attention, cross-attention, feed-forward; the first and last modulated and gated by the time."""
 
@@ -174,7 +184,7 @@ class Block(nn.Module):
         self.norm3 = LayerNorm(dim, eps)
         self.cross_attn = CrossAttention(config)
         self.norm2 = LayerNorm(dim, eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(Linear(dim, config.ffn_dim), nn.GELU("tanh"), Linear(config.ffn_dim, dim))
+        self.ffn = FeedForward(dim, config.ffn_dim)
 
     def forward(self, stream: Stream, core: Callable) -> Tensor:
         return self.run(stream.x, stream, core)
