@@ -93,7 +93,8 @@ TWO = [
     Case(P(dp_shard=2), model=TwoLadders),
     Case(P(dp_shard=1, ulysses=2), M("full"), model=TwoLadders),
     Case(P(dp_shard=1, pp_layers=(2, 2)), micro_batches=4),
-    Case(P(dp_shard=1, pp_layers=((1, 1), (1, 1))), M("full"), micro_batches=4, within=0.12),  # what is sent lives on
+    Case(P(dp_shard=1, pp_layers=((1, 1), (1, 1))), M("full"), micro_batches=4),
+    Case(P(dp_shard=1, pp_layers=((1, 1), (1, 1))), micro_batches=8),
     Case(P(dp_shard=1, pp_layers=(3, 1)), M(1, 1), BF16, micro_batches=3, frozen=True),
 ]
 FOUR = [
@@ -122,10 +123,10 @@ def test_bytes_are_those_of_ranks_that_train(cases: list[Case]) -> None:
             made = said.peak - said.parameters - said.moments
             assert made == pytest.approx(seen["peak"], rel=case.within), (case, said)
             peaks.append((made, seen["peak"]))
-    apart = [a for a in peaks for b in peaks if a is not b and abs(a[1] / b[1] - 1) > 0.12]
+    apart = [a for a in peaks for b in peaks if a is not b and abs(a[1] / b[1] - 1) > 0.04]
     assert len(apart) > len(peaks)
     for made, seen in peaks:
-        assert all((made < more) == (seen < most) for more, most in peaks if abs(seen / most - 1) > 0.12)
+        assert all((made < more) == (seen < most) for more, most in peaks if abs(seen / most - 1) > 0.04)
 
 
 @pytest.mark.parametrize("word", ["none", "full", "but_attention"])

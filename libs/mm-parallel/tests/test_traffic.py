@@ -24,7 +24,7 @@ from mm_parallel.testing import TinyLadder, spawn
 from mm_parallel.testing.ladder import TwoLadders
 from mm_parallel.testing.sent import by_axes, count_sent
 
-COUNT, TOKENS = 4, 9  # micro-batches of two samples
+TOKENS = 9
 
 
 def plain() -> nn.Module:
@@ -67,18 +67,22 @@ def losses(output: torch.Tensor, number: int) -> torch.Tensor:
     return output.square().flatten(1).mean(1)
 
 
-def sent_in_a_step(rank: int, world: int, build: Callable, cases: list[tuple[ParallelConfig, MemoryConfig]]) -> list:
+Case = tuple[Callable, ParallelConfig, MemoryConfig]
+
+
+def sent_in_a_step(rank: int, world: int, cases: list[Case]) -> list:
     """For each case: (pipeline rank, index of the rank on all other axes, what it sent)."""
     found = []
-    for parallel, memory in cases:
+    for build, parallel, memory in cases:
         mesh = make_mesh(parallel, "cpu")
         torch.manual_seed(0)
         model = build()
         cut = (model.plan, mesh, parallel, memory, model.compute_dtype)
         run = Pipeline(model, *cut) if parallel.pp > 1 else parallelize(model, *cut)
+        count = micro_batches(parallel)
         for _ in range(2):  # in a first step FSDP finds out what follows what
             with count_sent(mesh) as sent:
-                forward_backward(run, COUNT, lambda number: arguments(build), losses, 2 * COUNT * world, mesh)
+                forward_backward(run, count, lambda _, build=build: arguments(build), losses, 2 * count * world, mesh)
                 finish_gradients(model, mesh)
                 clip_grad_norm(model, 1.0, mesh)
         places = [rank_in(mesh, axis) for axis in ("dp_replicate", "dp_shard", "ring", "ulysses", "tp")]
@@ -86,67 +90,65 @@ def sent_in_a_step(rank: int, world: int, build: Callable, cases: list[tuple[Par
     return found
 
 
+def micro_batches(parallel: ParallelConfig) -> int:
+    return 4 if parallel.pp > 1 else 2
+
+
 def expected(build: Callable, layout: ParallelConfig, memory: MemoryConfig) -> list[Counter]:
     with torch.device("meta"):
         model = build()
     units = Units(model, model.plan, model.compute_dtype, arguments(build, "meta"))
-    return [by_axes(sends, layout) for sends in count_sends(units, layout, memory, COUNT)]
+    return [by_axes(sends, layout) for sends in count_sends(units, layout, memory, micro_batches(layout))]
 
 
+P, M = ParallelConfig, MemoryConfig
+# Of a frozen model no zero-bubble pipeline: what goes down it for nothing is not counted.
 CASES = {
     2: [
-        (ParallelConfig(dp_shard=2), MemoryConfig()),
-        (ParallelConfig(dp_replicate=2), MemoryConfig("full")),
-        (ParallelConfig(dp_shard=2), MemoryConfig("full", reshard=False)),
-        (ParallelConfig(dp_shard=2), MemoryConfig(prefetch=2)),
-        (ParallelConfig(ulysses=2), MemoryConfig("but_attention")),
-        (ParallelConfig(ring=2), MemoryConfig("but_attention")),
-        (ParallelConfig(tp=2), MemoryConfig(2)),
-        (ParallelConfig(pp_layers=(1, 3)), MemoryConfig("full")),
-        (ParallelConfig(pp_layers=((1, 1), (1, 1))), MemoryConfig()),
-        (ParallelConfig(pp_layers=(2, 2), schedule="zero_bubble"), MemoryConfig()),
+        (plain, P(dp_shard=2), M()),
+        (low, P(dp_replicate=2), M("full")),
+        (plain, P(dp_shard=2), M("full", reshard=False)),
+        (low, P(dp_shard=2), M(prefetch=2)),
+        (frozen, P(dp_shard=2), M("full")),
+        (low, P(ulysses=2), M("but_attention")),
+        (plain, P(ring=2), M("but_attention")),
+        (low, P(tp=2), M(2)),
+        (plain, P(pp_layers=(1, 3)), M("full")),
+        (frozen, P(pp_layers=(1, 3)), M("full")),
+        (low, P(pp_layers=((1, 1), (1, 1))), M()),
+        (plain, P(pp_layers=(2, 2), schedule="zero_bubble"), M()),
+        (two, P(dp_shard=2), M()),
+        (two, P(tp=2), M()),
+        (two, P(pp_layers=(2, 2)), M("full")),
     ],
     4: [
-        (ParallelConfig(dp_replicate=2, ulysses=2), MemoryConfig("full")),
-        (ParallelConfig(ring=2, ulysses=2), MemoryConfig(1, but_attention=1)),
-        (ParallelConfig(dp_shard=2, tp=2), MemoryConfig("full")),
-        (ParallelConfig(ulysses=2, pp_layers=(1, 3)), MemoryConfig(reshard=False)),
-        (ParallelConfig(ring=2, pp_layers=((1, 1), (1, 1))), MemoryConfig("full", reshard=False)),
-        (ParallelConfig(dp_shard=2, pp_layers=(2, 2), schedule="zero_bubble"), MemoryConfig()),
-        (ParallelConfig(dp_shard=2, pp_layers=(2, 2), schedule="zero_bubble"), MemoryConfig(reshard=False)),
-    ],
-    8: [
-        (ParallelConfig(dp_replicate=2, ulysses=2, tp=2), MemoryConfig("but_attention")),
-        (ParallelConfig(ring=2, tp=2, pp_layers=(3, 1)), MemoryConfig("full")),
+        (low, P(dp_replicate=2, ulysses=2), M("full")),
+        (shared, P(ring=2, ulysses=2), M(1, but_attention=1)),
+        (packed, P(ring=2, ulysses=2), M(1, but_attention=1)),
+        (frozen, P(ring=2, ulysses=2), M()),
+        (two, P(ring=2, ulysses=2), M("full")),
+        (frozen, P(dp_shard=2, tp=2), M("full")),
+        (packed, P(ulysses=2, pp_layers=(1, 3)), M(reshard=False)),
+        (low, P(ring=2, pp_layers=((1, 1), (1, 1))), M("full", reshard=False)),
+        (low, P(dp_shard=2, pp_layers=(2, 2), schedule="zero_bubble"), M()),
+        (shared, P(dp_shard=2, pp_layers=(2, 2), schedule="zero_bubble"), M(reshard=False)),
+        (low, P(dp_replicate=2, tp=2), M("but_attention")),
+        (low, P(ring=2, tp=2), M("full")),
+        (low, P(tp=2, pp_layers=(3, 1)), M("full")),
     ],
 }
-RUNS = [
-    (2, plain),
-    (2, low),
-    (4, low),
-    (4, shared),
-    (2, frozen),
-    (4, frozen),
-    (4, packed),
-    (2, two),
-    (4, two),
-    (8, low),
-]
 
 
-@pytest.mark.parametrize(("world", "build"), RUNS, ids=lambda given: getattr(given, "__name__", given))
-def test_a_step_sends_what_is_expected(world: int, build: Callable) -> None:
-    cases = [(parallel.resolve(world), memory) for parallel, memory in CASES[world]]
-    if build is frozen:  # what goes down such a pipeline for nothing is not counted
-        cases = [case for case in cases if case[0].schedule != "zero_bubble"]
-    ranks = spawn(world, sent_in_a_step, build, cases)
-    for number, (layout, memory) in enumerate(cases):
+@pytest.mark.parametrize("world", CASES)
+def test_a_step_sends_what_is_expected(world: int) -> None:
+    cases = [(build, parallel.resolve(world), memory) for build, parallel, memory in CASES[world]]
+    ranks = spawn(world, sent_in_a_step, cases, timeout=300)
+    for number, (build, layout, memory) in enumerate(cases):
         stages = expected(build, layout, memory)
         checked = set()
-        for case in (found[number] for found in ranks):
-            stage, places, sent = case
+        for stage, places, sent in (found[number] for found in ranks):
             if any(places):
                 continue  # what does not divide is with the first ranks
-            assert by_axes(sent, layout) == stages[stage], (layout, memory, stage)
+            assert by_axes(sent, layout) == stages[stage], (build.__name__, layout, memory, stage)
             checked.add(stage)
         assert len(checked) == layout.pp

@@ -7,7 +7,8 @@ over the units in the order in which they run, forward and backward, and adds wh
     with FSDP         the weights of the unit that runs, and as many again in the buffer in which they came; those of
                       the next in the backward; gradients before they are reduced, and the buffer in which they are
     the root's        (embeddings, head) from the first layer to the last, and their gradients until the end
-    in a pipeline     what waits of other micro-batches, and buffers for what is received, of all micro-batches
+    in a pipeline     what waits of other micro-batches, and buffers for what is received, of all micro-batches;
+                      of virtual stages and zero_bubble also all that was sent, until the end of the step
 
 That is what torch's FSDP2 and its pipelines do; it is modelled, and compared with runs in tests.
 """
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from mm_parallel.config import MemoryConfig, ParallelConfig
-from mm_parallel.estimate.flight import turns
+from mm_parallel.estimate.flight import Turn, turns
 from mm_parallel.estimate.units import Traces, Units, UnitTrace
 from mm_parallel.estimate.weights import Weight, Weights
+from mm_parallel.fits import check_fits
 from mm_parallel.pipeline.cut import ranges
 from mm_parallel.plan import ParallelPlan
 from mm_parallel.recompute import check_offload, choose_inner_words, choose_words, collect_words
@@ -110,10 +112,11 @@ def estimate_memory(
     there is an EMA of what is trained. optimizer: how AdamW is computed. units: of the same model, from another call:
     what has run there is not run again.
 
-    Raises ValueError for what `parallelize` would refuse.
+    Raises ValueError for what `parallelize` or `Pipeline` would refuse.
     """
-    units = units or Units(model, plan, dtype, example, losses)
+    check_fits(model, plan, layout, memory)
     check_offload(memory.offload, collect_words(memory))
+    units = units or Units(model, plan, dtype, example, losses)
     weights = Weights(units, layout, memory.reduce)
     count = len(units.layers[""])
     stages = ranges(layout.stages, count) if layout.pp_layers else [range(count)]
@@ -277,7 +280,7 @@ class _Rank:
 
     def _always(self) -> int:
         """The losses of all micro-batches. In a pipeline, buffers to receive into, made once for all of them, what is
-        being sent of one of each stage, and the arguments of the first, which all ranks look at.
+        being sent of one, and the arguments of the first, which all ranks look at.
         """
         losses = self.head.trace.output * self.count if self.is_last else 0
         if self.layout.pp == 1:
@@ -287,28 +290,53 @@ class _Rank:
         last = len(self.chunks) - 1
         into = sum(not (virtual == 0 and self.is_first) for virtual in range(len(self.chunks)))
         back = sum(not (virtual == last and self.is_last) for virtual in range(len(self.chunks)))
-        sending = len(self.chunks) * max(forward if back else 0, backward if into else 0)
+        sending = 0 if self._keeps_sent else max(forward if back else 0, backward if into else 0)
         return losses + self.count * (into * forward + back * backward) + sending + self._called_with()
+
+    @property
+    def _keeps_sent(self) -> bool:
+        """torch's schedules of virtual stages, and those that split a backward, wait for what was sent at the end."""
+        return len(self.layout.stages) > 1 or self.layout.schedule == "zero_bubble"
+
+    def _keeps(self, turn: Turn) -> int:
+        """Bytes of what was sent that live until the end of the step, though with this turn nothing else needs them."""
+        if self.layout.pp == 1 or not self._keeps_sent:
+            return 0
+        is_first = self.is_first and turn.virtual == 0
+        kept = 0
+        if turn.kind == "B" and not is_first:
+            kept += sum(size for size, trained in self.traces.stream[""].values() if trained)
+        if turn.kind == self._ends:
+            kept += self._all_constants() if is_first else 0
+            kept += 0 if self.is_last and turn.virtual == len(self.chunks) - 1 else self._traveling()
+        return kept
+
+    @property
+    def _ends(self) -> str:
+        """The kind of turn after which a micro-batch waits no longer."""
+        return "W" if self.layout.schedule == "zero_bubble" and self.layout.pp > 1 else "B"
 
     def _most_waiting(self) -> tuple[int, int, int, int]:
         """(saved, stream, host, micro-batches), each when it is most."""
         most = [0, 0, 0, 0]
-        for waiting in self._waiting():
+        for waiting, sent in self._waiting():
             now = [len(waiting), *map(sum, zip(*(self._held(turn) for turn in waiting), strict=True))]
+            now[2] += sent
             most = [max(a, b) for a, b in zip(most, now, strict=True)]
         in_flight, saved, stream, host = most
         return saved, stream + self._always(), host, in_flight
 
-    def _waiting(self) -> Iterator[list[int]]:
-        """The virtual stages of which something waits, after each forward."""
+    def _waiting(self) -> Iterator[tuple[list[int], int]]:
+        """After each forward: the virtual stages of which something waits, and bytes that were sent and are kept."""
         waiting: list[tuple[int, int]] = []
-        splits = self.layout.schedule == "zero_bubble" and self.layout.pp > 1
+        sent = 0
         for turn in turns(self.layout, self.rank, self.count):
             if turn.kind == "F":
                 waiting.append(turn[1:])
-                yield [virtual for virtual, _ in waiting]
-            elif turn.kind == ("W" if splits else "B"):
+                yield [virtual for virtual, _ in waiting], sent
+            elif turn.kind == self._ends:
                 waiting.remove(turn[1:])
+            sent += self._keeps(turn)
 
     # What comes and goes
 
@@ -318,7 +346,8 @@ class _Rank:
         always = self._always()
         others: dict[tuple, int] = {}
         waiting: list[tuple[int, int]] = []
-        splits = self.layout.schedule == "zero_bubble" and self.layout.pp > 1
+        splits = self._ends == "W"
+        sent = 0
         held = [sum(self._held(virtual)[:2]) for virtual in range(len(self.chunks))]
         # Between its halves, a backward keeps the gradients from which those of weights will come: modelled, about as
         # much as was saved. The first stage is not split.
@@ -328,12 +357,13 @@ class _Rank:
         halves: list[int] = []
         for turn in turns(self.layout, self.rank, self.count):
             place = turn[1:]
-            if turn.kind == ("W" if splits else "B"):
+            if turn.kind == self._ends:
                 waiting.remove(place)
             if turn.kind == "W":
                 halves.remove(turn.virtual)
+                sent += self._keeps(turn)
                 continue
-            besides = sum(held[virtual] for virtual, _ in waiting) + sum(split[virtual] for virtual in halves)
+            besides = sent + sum(held[virtual] for virtual, _ in waiting) + sum(split[virtual] for virtual in halves)
             if turn.kind == "B" and splits:
                 besides -= held[turn.virtual]
             # a step begins without gradients
@@ -345,6 +375,7 @@ class _Rank:
             else:
                 first_backward = False
                 halves += [turn.virtual] * splits
+            sent += self._keeps(turn)
         for (kind, virtual, first), besides in others.items():
             walk = self._forward(virtual) if kind == "F" else self._backward(virtual, first)
             if kind == "B" and splits and split[virtual]:
