@@ -254,7 +254,7 @@ def test_a_search_ends_with_a_command_that_starts(model, world, more, capsys):
 
 def test_best_first_finds_what_looking_at_all_finds():
     """On the layouts of 4 ranks, with a device that is too small for many of them."""
-    small = replace(find_device("h100"), name="small", memory=8 * 2**30)
+    small = replace(find_device("h100"), name="small", memory=4 * 2**30)
     config = asked("wan2.1-t2v-1.3b", "--architecture", '{"num_layers": 2}', "--data.global_batch", "4")
     subject = Subject(config)
     found = search(subject, config, 4, small, shown=3)

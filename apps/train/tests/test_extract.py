@@ -132,6 +132,7 @@ def test_what_was_extracted_trains_and_is_sampled_while_training(encoders, manif
     argv += ["--data.features", str(tmp_path / "f"), "--data.global_batch", "2", "--optim.ema", "0.9"]
     argv += ["--sample.prompts", '["one", "two", "three"]', "--sample.encoders", str(encoders), "--sample.steps", "2"]
     argv += ["--sample.height", "32", "--sample.width", "48", "--sample.frames", "5", "--optim.lr", "3e-2"]
+    argv += ["--optim.clip", "0"]  # a norm is a sum, whose rounding depends on the shards
     train(load_config([*argv, "--output", str(tmp_path / "one")]))
     spawn(2, ranks_train, [*argv, "--output", str(tmp_path / "two")], timeout=120)
     frames = {}
@@ -230,7 +231,7 @@ def test_sizes_suit_the_vae_of_the_model(tmp_path):
     model = replace(preset("wan-tiny"), in_channels=48, out_channels=48)
     encoders = Encoders(write_encoders(tmp_path, text_dim=64, vae="wan2.2"), model, "ti2v")
     assert encoders.fit_geometry(Geometry(dynamic=True)).stride == 32
-    with pytest.raises(ValueError, match=r"max_height=720 .* use 704 or 736 .*16x16 .* multiples of 32"):
+    with pytest.raises(ValueError, match="max_height=720 .* use 704 or 736 .* takes 32x32 pixels.* multiples of 32"):
         encoders.fit_geometry(Geometry(max_height=720, max_width=1280))
 
 

@@ -170,8 +170,9 @@ def test_what_cannot_be_compiled_is_refused(monkeypatch):
         patch.setenv("TORCH_COMPILE_DISABLE", "1")
         with pytest.raises(ValueError, match="TORCH_COMPILE_DISABLE=1 is in the environment"):
             check_compiler("cpu")
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler for the CPU, and there is none"):
+    # torch's own patch: monkeypatch would leave the setting hidden, for all tests after this
+    none = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with none, pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler for the CPU, and there is none"):
         check_compiler("cpu")
     with pytest.raises(ValueError, match="compile works on CUDA and on the CPU, this is npu: leave compile out"):
         check_compiler("npu")
