@@ -231,7 +231,7 @@ def test_sizes_suit_the_vae_of_the_model(tmp_path):
     model = replace(preset("wan-tiny"), in_channels=48, out_channels=48)
     encoders = Encoders(write_encoders(tmp_path, text_dim=64, vae="wan2.2"), model, "ti2v")
     assert encoders.fit_geometry(Geometry(dynamic=True)).stride == 32
-    with pytest.raises(ValueError, match="max_height=720 .* use 704 or 736 .* takes 32x32 pixels.* multiples of 32"):
+    with pytest.raises(ValueError, match=r"max_height=720 .* use 704 or 736 .* takes 32x32 pixels.* multiples of 32"):
         encoders.fit_geometry(Geometry(max_height=720, max_width=1280))
 
 
