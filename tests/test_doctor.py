@@ -59,6 +59,7 @@ CONDITIONS = {  # by what an objective stores: sizes behind the first dim
     "control_mask": lambda size, shape: (size, *shape),
 }
 MUTANTS = 200
+ENCODERS = (("--data.encoders", "data"), ("--encoders", "encoders"))  # flags, and which check looks at them first
 ASK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A shape."}]
 
 
@@ -596,7 +597,7 @@ MUTATIONS = [
             told=re.escape(part.split("/")[0]),
             only="wan|open",
         )
-        for flag, check in (("--data.encoders", "data"), ("--encoders", "encoders"))
+        for flag, check in ENCODERS
         for part in ("vae", "tokenizer", "text_encoder/config.json")
     ),
     *(
@@ -609,7 +610,7 @@ MUTATIONS = [
             told="tokenizer",
             only="wan|open",
         )
-        for flag, check in (("--data.encoders", "data"), ("--encoders", "encoders"))
+        for flag, check in ENCODERS
     ),
     *(
         spoilt(
@@ -621,7 +622,7 @@ MUTATIONS = [
             told="text_encoder",
             only="wan|open",
         )
-        for flag, check in (("--data.encoders", "data"), ("--encoders", "encoders"))
+        for flag, check in ENCODERS
     ),
     *(
         spoilt(
@@ -633,7 +634,7 @@ MUTATIONS = [
             told="48|width",
             only="wan|open",
         )
-        for flag, check in (("--data.encoders", "data"), ("--encoders", "encoders"))
+        for flag, check in ENCODERS
     ),
     *(
         spoilt(
@@ -645,7 +646,7 @@ MUTATIONS = [
             told="token",
             only="wan|open",
         )
-        for flag, check in (("--data.encoders", "data"), ("--encoders", "encoders"))
+        for flag, check in ENCODERS
     ),
     # conversations
     spoilt(

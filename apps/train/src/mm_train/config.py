@@ -98,6 +98,11 @@ class ConversationData:
     """
     chat: ChatOptions = field(default_factory=ChatOptions)
 
+    @property
+    def most_patches(self) -> int:
+        """`max_patches`, or what is usual."""
+        return self.max_patches or 4 * self.max_tokens
+
 
 @dataclass
 class DataConfig(ConversationData, VideoData):

@@ -115,7 +115,7 @@ def open_conversations(
             conversations,
             processing,
             max_tokens=data.max_tokens,
-            max_patches=data.max_patches or 4 * data.max_tokens,
+            max_patches=data.most_patches,
             too_long=data.too_long,
             packing=data.packing,
             pad=pad,

@@ -242,7 +242,7 @@ def _try_one(asked: Asked, flag: str, conversations: Conversations, processing: 
         conversations,
         processing,
         max_tokens=data.max_tokens,
-        max_patches=data.max_patches or 4 * data.max_tokens,
+        max_patches=data.most_patches,
         too_long=data.too_long,
         packing=False,
         survey=False,

@@ -62,7 +62,7 @@ def find_words(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig) -> di
         here = list(dict.fromkeys(order[name] for name in units))  # numbers of this part's layers
         by_layer = choose_inner_words(memory, here) if prefix else choose_words(memory, len(set(order.values())), here)
         words_of[prefix] = {name: by_layer[order[name]] for name in units}
-    check_offload(memory.offload, collect_words(memory))
+    _check_offload(memory.offload, _all_words(memory))
     return words_of
 
 
@@ -217,7 +217,7 @@ def choose_inner_words(memory: MemoryConfig, here: list[int]) -> dict[int, str]:
     return dict(zip(here, words, strict=False))
 
 
-def collect_words(memory: MemoryConfig) -> set[str]:
+def _all_words(memory: MemoryConfig) -> set[str]:
     """The words that are asked for, be it for layers of other pipeline ranks: all ranks must refuse alike."""
     if isinstance(memory.recompute, str):
         words = {memory.recompute}
@@ -228,7 +228,7 @@ def collect_words(memory: MemoryConfig) -> set[str]:
     return words - {"none"} | ({"but_attention"} if memory.but_attention else set())
 
 
-def check_offload(offload: str, words: set[str]) -> None:
+def _check_offload(offload: str, words: set[str]) -> None:
     if offload not in ("none", "attention", "inputs"):
         raise ValueError(f"offload={offload!r}: there are none, attention and inputs")
     if offload == "attention" and "but_attention" not in words:

@@ -180,7 +180,7 @@ class _Packs:
         size = PackSize(
             tokens,
             in_pack,
-            patches=min(round(tokens * self.patches), config.data.max_patches or 4 * config.data.max_tokens),
+            patches=min(round(tokens * self.patches), config.data.most_patches),
             labels=round(tokens * self.labels),
         )
         return Workload(self.family.example(self.shape, self.task, size), -(-each // in_pack), in_pack)

@@ -27,7 +27,7 @@ from mm_parallel.estimate.weights import Weight, Weights
 from mm_parallel.fits import check_fits
 from mm_parallel.pipeline.cut import ranges
 from mm_parallel.plan import ParallelPlan
-from mm_parallel.recompute import check_offload, choose_inner_words, choose_words, collect_words
+from mm_parallel.recompute import choose_inner_words, choose_words
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,6 @@ def estimate_memory(
     Raises ValueError for what `parallelize` or `Pipeline` would refuse.
     """
     check_fits(model, plan, layout, memory)
-    check_offload(memory.offload, collect_words(memory))
     units = units or Units(model, plan, dtype, example, losses)
     weights = Weights(units, layout, memory.reduce)
     count = len(units.layers[""])
