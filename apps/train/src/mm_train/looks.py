@@ -33,7 +33,7 @@ from mm_train.conversations import describe_refused, open_processing, read_sourc
 from mm_train.data import check_features as check_features_of
 from mm_train.encode import fit_geometry
 from mm_train.objective import build_objective
-from mm_train.start import Start, fit_adapter
+from mm_train.start import Start
 from mm_train.step import OnDevice
 
 LOOKED_AT = 256  # samples of which files are looked for
@@ -75,8 +75,8 @@ def check_adapter(asked: Asked) -> str:
     if asked.config.lora.weights is None:
         return NotHere("no --lora.weights: nothing is gone on from")
     adapter = open_adapter(asked.config)
-    fit_adapter(adapter, asked.model)
-    return f"{len(adapter.modules)} linears, as --lora.targets name them"
+    source = Start(asked.model, asked.config, adapter)
+    return "\n".join([f"{len(adapter.modules)} linears, as --lora.targets name them", *source.other_base])
 
 
 def check_encoders(asked: Asked) -> str:
