@@ -46,7 +46,7 @@ def prepare_conversion(
         target,
         to,
         split_of(content.family, pp_layers, tp_size),
-        shards=list(checkpoint.shards.values()) if checkpoint.layout in ("mm", "safetensors") else None,
+        shards=(list(checkpoint.shards.values()) or None) if checkpoint.layout in ("mm", "safetensors") else None,
         shard_bytes=shard_bytes,
         in_place=_is_in_place(target, checkpoint, to),
         metadata=_metadata(checkpoint),
