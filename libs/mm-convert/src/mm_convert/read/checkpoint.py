@@ -110,18 +110,18 @@ def open_checkpoint(
         raise ValueError(f"{error}{_way_to_the_rest(source)}") from error
     ours = {content.names[name]: tensor for name, tensor in tensors.items() if name in content.names}
     notes = [*source.notes, *copies]
+    # The shapes say most fields and are always right; config.json adds what they cannot say (num_heads, eps).
+    complete, doubts = family.complete({**said, **content.config})
+    if path.is_file() or source.kinds:
+        notes.append(_describe(source, content, ours, complete))
     wrong = {f: v for f, v in content.config.items() if f in said and said[f] != v}
     if wrong:
         differences = ", ".join(f"{field} {brief(said[field])} instead of {value}" for field, value in wrong.items())
         notes.append(f"{where} says {differences}: the tensors are believed")
-    # The shapes say most fields and are always right; config.json adds what they cannot say (num_heads, eps).
-    complete, doubts = family.complete({**said, **content.config})
     for reason in sorted(set(content.ignored.values())):
         names = [name for name, why in content.ignored.items() if why == reason]
         notes.append(f"{len(names)} tensors are left out ({reason}): {names[0]}" + (", …" if len(names) > 1 else ""))
     layout = "mm" if is_ours and source.layout == "safetensors" else source.layout
-    if path.is_file() or source.kinds:
-        notes.insert(0, _describe(source, content, ours, complete))
     return Checkpoint(path, source, layout, content, ours, complete, said, where, notes + doubts)
 
 

@@ -98,9 +98,7 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
     return json_
 
 
-def _read_format(
-    tensors: Mapping[str, LazyTensor], layer: str, said: Any, where: str
-) -> tuple[LazyTensor, str, int]:
+def _read_format(tensors: Mapping[str, LazyTensor], layer: str, said: Any, where: str) -> tuple[LazyTensor, str, int]:
     """The codes of a layer, their format, and the group size of a rotation (0: none)."""
     weight = tensors.get(f"{layer}.weight")
     if weight is None:
@@ -122,7 +120,9 @@ def _read_format(
             f"{where}: {layer} is quantised as {brief(format_)}, which is not read (these are: {known}). {_way_out()}"
         )
     if unknown := [word for word in said if word not in _WORDS]:
-        raise ValueError(f"{where}: {layer} says {unknown[0]} of its format {format_}, which is not known. {_way_out()}")
+        raise ValueError(
+            f"{where}: {layer} says {unknown[0]} of its format {format_}, which is not known. {_way_out()}"
+        )
     rotated = said.get("convrot", False)
     group = said.get("convrot_groupsize", 256) if rotated else 0
     if rotated and (format_ != "int8_tensorwise" or type(group) is not int or not _fits(group, weight)):
