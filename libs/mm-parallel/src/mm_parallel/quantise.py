@@ -13,6 +13,7 @@ The numbers of nf4, and the order of its codes, are those of QLoRA (Dettmers et 
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ def pack(kind: Base, matrix: Tensor) -> tuple[Tensor, ...]:
         case "nf4":
             blocks = F.pad(matrix.flatten(), (0, -matrix.numel() % BLOCK)).unflatten(0, (-1, BLOCK))
             scale = blocks.abs().amax(1, keepdim=True)
-            between = torch.tensor([(a + b) / 2 for a, b in zip(NF4, NF4[1:], strict=False)], device=matrix.device)
+            between = torch.tensor([(a + b) / 2 for a, b in pairwise(NF4)], device=matrix.device)
             codes = torch.bucketize(_wide(blocks) / _nonzero(_wide(scale)), between, out_int32=True).to(torch.uint8)
             return codes[:, 0::2] << 4 | codes[:, 1::2], scale
     raise ValueError(f"base={kind!r}: there are dtype, fp8, int8 and nf4")
