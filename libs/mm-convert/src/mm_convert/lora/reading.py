@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,13 @@ from mm_convert.lora.adapter import Adapter, LowRank
 from mm_convert.lora.base import read_base
 from mm_convert.lora.names import FILES, Names, is_lora, join_first, read_names
 from mm_convert.lora.strength import find_alphas
-from mm_convert.read.experts import FOLDERS
+from mm_convert.read.experts import FOLDERS, HALF
 from mm_convert.read.source import Source, find
 from mm_convert.store.mm import MANIFEST, name_of
 from mm_convert.store.safetensors import read_file
 from mm_convert.tensors.mapping import Tensors
 from mm_convert.tensors.rules import Row, Sizes
 from mm_convert.tensors.views import LazyTensor
-
-_HALF = re.compile(r"(?<![a-z])(high|low)(?=$|[^a-z]|noise)", re.IGNORECASE)  # in the name of a file
 
 
 def open_lora(
@@ -71,7 +68,7 @@ def find_source(path: Path) -> Source:
     """As `find`; two files of adapters in a folder, for high and for low noise, are refused in words of their own."""
     files = [] if not path.is_dir() or any(path.glob("*.index.json")) else sorted(path.glob("*.safetensors"))
     if len(files) == 2:
-        halves = {match[1].lower(): file for file in files for match in _HALF.finditer(file.stem)}
+        halves = {match[1].lower(): file for file in files for match in HALF.finditer(file.stem)}
         if set(halves) == {"high", "low"} and all(is_lora(read_file(file)[0]) for file in halves.values()):
             high, low = halves["high"], halves["low"]
             raise ValueError(
