@@ -14,6 +14,7 @@ from mm_convert.read.experts import FOLDERS, HALF
 from mm_convert.read.source import Source, find
 from mm_convert.store.mm import MANIFEST, name_of
 from mm_convert.store.safetensors import read_file
+from mm_convert.tensors.mapping import Tensors
 from mm_convert.tensors.rules import Row, Sizes
 from mm_convert.tensors.views import LazyTensor
 
@@ -119,7 +120,7 @@ def read_lora(
     """
     names = read_names(tensors, where, family)
     factors = {module: (tensors[parts["A"]], tensors[parts["B"]]) for module, parts in names.parts.items()}
-    _check_shapes(names, factors, where)
+    _check_shapes(names, tensors, factors, where)
     alphas, notes = find_alphas(names, tensors, metadata, adapter_config, where, rank, alpha, guess)
     config = adapter_config or {}
     base = metadata.get("base") or config.get("base_model_name_or_path") or ""
@@ -127,12 +128,17 @@ def read_lora(
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"the adapter_config.json of {where} says lora_dropout {dropout!r:.60}; it must be 0 <= x < 1")
     modules = {names.modules[m][0]: LowRank(a, b, alphas[m]) for m, (a, b) in factors.items()}
-    return Adapter(
-        names.family, names.format, names.dialect, modules, str(base), float(dropout), tuple(notes), names.expert
-    )
+    whole = Tensors({ours: tensors[name] for name, (ours, _) in names.differences.items()})
+    said = (str(base), float(dropout), tuple(notes), names.expert)
+    return Adapter(names.family, names.format, names.dialect, modules, *said, whole)
 
 
-def _check_shapes(names: Names, factors: Mapping[str, tuple[LazyTensor, LazyTensor]], where: str) -> None:
+def _check_shapes(
+    names: Names,
+    tensors: Mapping[str, LazyTensor],
+    factors: Mapping[str, tuple[LazyTensor, LazyTensor]],
+    where: str,
+) -> None:
     problems, sizes = [], Sizes()
     for module, (a, b) in factors.items():
         shapes = f"{module} has A {list(a.shape)} and B {list(b.shape)}"
@@ -141,6 +147,9 @@ def _check_shapes(names: Names, factors: Mapping[str, tuple[LazyTensor, LazyTens
         elif a.shape[0] != b.shape[1] or not a.shape[0]:
             problems.append(f"{shapes}, of rank {a.shape[0]} and {b.shape[1]}")
         elif problem := sizes.solve(module, _as_solvable(names.modules[module][1]), (b.shape[0], *a.shape[1:])):
+            problems.append(problem)
+    for name, (_, row) in names.differences.items():
+        if problem := sizes.solve(name, _as_solvable(row), tensors[name].shape):
             problems.append(problem)
     if problems:
         raise ValueError(f"{where} does not fit together: {join_first(problems)}")

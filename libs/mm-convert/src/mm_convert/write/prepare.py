@@ -128,7 +128,8 @@ def prepare_merge(
     base.tensors = merge(base.tensors, adapter)
     files = prepare_conversion(base, target, to, dtype=dtype, **how)
     files.needs_torch = True
-    files.notes += [*adapter.notes, f"{len(adapter.modules)} weights are merged"]
+    whole = f", {len(adapter.differences)} whole differences added" if adapter.differences else ""
+    files.notes += [*adapter.notes, f"{len(adapter.modules)} weights are merged{whole}"]
     manifest = base.folder / MANIFEST
     before = read_json(manifest).get("merged", []) if manifest.exists() else []
     if before:
