@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from mm_convert.cli.arguments import parse
 from mm_convert.cli.checks import Check, NotHere
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             asked = None if config.prompt is None else make_question(config)
             questions = None if config.questions is None else _open_questions(config)
         with _exit_code(2, ValueError), _exit_code(1, OSError, MemoryError):
-            ask = _Asking(config, _load(config, model))
+            ask = Asking(config, load(config, model))
             if asked is not None:
                 print(ask.show(ask(asked).text, asked))
             elif questions is not None:
@@ -174,12 +174,18 @@ CHECKS: tuple[Check[Asked], ...] = (
 
 def _as_trained(config: Config, argv: Sequence[str] | None) -> Config:
     """The same, asked as the adapter or the weights were trained where nothing else is given; and it is said."""
-    for folder in (config.lora, config.weights):
+    defaults = trained_options(config.lora, config.weights)
+    return parse(Config, argv, prog="mm_infer.chat", defaults=defaults) if defaults else config
+
+
+def trained_options(*folders: Path | None) -> list[dict[str, Any]]:
+    """Tables of options as the first of these folders was trained that says so, which is told; or nothing."""
+    for folder in folders:
         if folder is not None and (said := read_options(folder)):
             options = ", ".join(f"{name} {value}" for name, value in said.items())
             print(one_line(f"as {folder} was trained: {options}"), file=sys.stderr)
-            return parse(Config, argv, prog="mm_infer.chat", defaults=[{"chat": said}])
-    return config
+            return [{"chat": said}]
+    return []
 
 
 def make_question(config: Config) -> Conversation:
@@ -187,7 +193,7 @@ def make_question(config: Config) -> Conversation:
     that are not as many as there are of them.
     """
     given = {kind: [str(path) for path in _paths(getattr(config, kind))] for kind in ("image", "video")}
-    media = {kind: [_checked(Media(kind, path)) for path in paths] for kind, paths in given.items()}
+    media = {kind: [look_at(Media(kind, path)) for path in paths] for kind, paths in given.items()}
     marks = {kind: config.prompt.count(f"<{kind}>") if media[kind] else 0 for kind in media}
     for kind, count in marks.items():
         if count not in (0, len(media[kind])):
@@ -203,7 +209,7 @@ def make_question(config: Config) -> Conversation:
     return Conversation("prompt", (Turn("user", tuple(part for part in [*before, *parts] if part)),))
 
 
-def _checked(one: Media) -> Media:
+def look_at(one: Media) -> Media:
     """The same. Raises Unusable where its header cannot be read."""
     one.read_size() if one.kind == "image" else one.probe()
     return one
@@ -219,7 +225,7 @@ def _open_questions(config: Config):
     return read_conversations([Source(config.questions)], config.media, answered=False)
 
 
-def _load(config: Config, model: Model) -> Answerer:
+def load(config: Config, model: Model) -> Answerer:
     import torch  # only now that the command makes sense
 
     from mm_parallel.attention import activate
@@ -230,7 +236,7 @@ def _load(config: Config, model: Model) -> Answerer:
     return Answerer(model, config.options, device, dtype, config.attention)
 
 
-class _Asking:
+class Asking:
     """A model, and how it is asked."""
 
     def __init__(self, config: Config, answerer: Answerer) -> None:
@@ -281,20 +287,28 @@ class _Asking:
         if not asked:
             raise ValueError(f"{self.config.questions}: not one question could be asked")
 
+    def go_on(self, turns: Sequence[Turn], parts: Sequence[Media | str]) -> tuple[str, tuple[Turn, ...]]:
+        """The answer to a question after these turns, and the turns with both. Raises Unusable as the model does."""
+        asked = (*turns, Turn("user", tuple(parts)))
+        conversation = Conversation("chat", asked)
+        answer = self(conversation)
+        said = (answer.text,) if answer.text else ()
+        return self.show(answer.text, conversation), (*asked, Turn("assistant", said))
+
     def in_turn(self) -> None:
         """Questions and answers on the terminal, each with all before it."""
         print(HELP)
-        turns: list[Turn] = []
+        turns: tuple[Turn, ...] = ()
         media: list[Media] = []
         for line in _lines():
             word, _, path = line.partition(" ")
             if word == "/quit":
                 return
             if word == "/new":
-                turns, media = [], []
+                turns, media = (), []
             elif word in ("/image", "/video") and path.strip():
                 try:
-                    media = [*media, _checked(Media(word[1:], path.strip()))]
+                    media = [*media, look_at(Media(word[1:], path.strip()))]
                 except Unusable as error:
                     print(error)
             elif word.startswith("/"):
@@ -302,17 +316,12 @@ class _Asking:
             elif not _is_text(line):
                 print("this is not UTF-8 text: nothing was asked")
             elif line:
-                asked = [*turns, Turn("user", (*media, line))]
                 try:
-                    conversation = Conversation("chat", tuple(asked))
-                    answer = self(conversation)
+                    text, turns = self.go_on(turns, (*media, line))
+                    print(text)
                 except Unusable as error:
                     print(error)
-                    media = []
-                    continue
-                print(self.show(answer.text, conversation))
-                said = (answer.text,) if answer.text else ()
-                turns, media = [*asked, Turn("assistant", said)], []
+                media = []
 
 
 def _is_text(text: str) -> bool:

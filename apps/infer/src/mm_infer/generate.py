@@ -66,17 +66,13 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
     """
     first, step = share.prompts
     files = {config.output / f"video_{i}.mp4": requests[i] for i in range(first, len(requests), step)}
-    dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    activate(config.attention, accelerator().type)
-    how = {"vae_tiling": config.vae_tiling, "attention": config.attention, "compile": config.compile}
-    how |= {"mesh": share.mesh, "pair": share.pair}
-    sampler = Sampler(weights, None, dtype, config.offload, **how)
+    sampler = open_sampler(config, weights, share)
     agree(dump(config), "the configuration")
     contents = identify(config, weights.facts)
     agree({f"video {i}": request for i, request in enumerate(requests)}, "what is asked for")
     read = {f"--{flag} {name}": found for flag, those in contents.items() for name, found in those.items()}
     agree(read | {"the boundary of --weights": weights.boundary}, "what is read", way_out=COPY)
-    videos = {file: _video(config, sampler, request, contents) for file, request in files.items()}
+    videos = {file: settle_video(config, sampler, request, contents) for file, request in files.items()}
     if share.team is not None:
         made = {
             f"{key} of {file.name}": said for file, video in videos.items() for key, said in video.made_with.items()
@@ -102,7 +98,16 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
     return Job(sampler, todo, there, rank, share.leads, alone, said)
 
 
-def _video(config: Config, sampler: Sampler, request: Request, contents: Contents) -> Video:
+def open_sampler(config: Config, weights: Weights, share: Share) -> Sampler:
+    """What makes the videos of such a command on this rank. ValueError for what cannot run here."""
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    activate(config.attention, accelerator().type)
+    how = {"vae_tiling": config.vae_tiling, "attention": config.attention, "compile": config.compile}
+    how |= {"mesh": share.mesh, "pair": share.pair}
+    return Sampler(weights, None, dtype, config.offload, **how)
+
+
+def settle_video(config: Config, sampler: Sampler, request: Request, contents: Contents) -> Video:
     """What is asked for, settled, with its record: what repeats the video, and not where in a list it stood."""
     given = Given(**request.given)
     options = sampler.settle(config.options, given)
@@ -167,7 +172,7 @@ def run(job: Job, guard: Watchdog, patience: float) -> None:
     for number, (file, video) in enumerate(job.videos.items(), 1):
         name = f"{file.name} ({number}/{len(videos)})"
         guard.at(f"the model, and what {file.name} is made from", patience)
-        with _enough_memory(video.options), _progress(job, video.options, name) as show:
+        with enough_memory(video.options), _progress(job, video.options, name) as show:
             progress = _watched(show, guard, patience, file.name, video.options)
             result = job.sampler.run(video.prompt, video.options, video.given, progress=progress, decode=job.leads)
         if not job.leads:
@@ -198,7 +203,7 @@ def _watched(
 
 
 @contextmanager
-def _enough_memory(options: Options) -> Iterator[None]:
+def enough_memory(options: Options) -> Iterator[None]:
     """The allocator's errors, which have no class of their own on the CPU, as a MemoryError that names the size."""
     try:
         yield

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mm_models.diffusion.samplers import settle_sampling
-from mm_models.distilled import find_distilled, settle_distilled
+from mm_models.distilled import describe_distilled, find_distilled, settle_distilled
 from mm_models.families import find
 from mm_models.family import Distilled
 from mm_train.config import Config, SampleConfig
@@ -21,6 +21,14 @@ def find_known(config: Config) -> Distilled | None:
     paths = [config.sample.lora] if config.sample.lora else []
     paths += [Path(config.weights)] if config.weights not in ("", "random") else []
     return find_distilled(architecture(config)[0].video.distilled, paths)
+
+
+def describe_known_samples(config: Config) -> str:
+    """What of that is taken for sample videos, in words; empty where none are made, or nothing is known."""
+    made = config.sample.prompts or config.sample.from_validation
+    if not made or architecture(config)[0].video is None or (known := find_known(config)) is None:
+        return ""
+    return describe_distilled(known, vars(config.sample), "--sample.")
 
 
 def settle_samples(config: Config) -> SampleConfig:

@@ -23,6 +23,7 @@ from mm_models.lora import LoRAConfig, add_lora
 from mm_models.parts import find_parameters
 from mm_parallel import Pipeline, load_parameters, parallelize, verify
 from mm_parallel.attention import activate, describe_choice
+from mm_parallel.config import ParallelConfig
 from mm_parallel.fits import check_fits, find_idle
 from mm_parallel.mesh import size
 from mm_parallel.weights import allocate, check_names, check_shape, same_kind
@@ -220,13 +221,16 @@ def _cut(model: nn.Module, config: Config, mesh: DeviceMesh | None, dtype: torch
 
 
 def check_cut(model: nn.Module, config: Config, world: int) -> None:
-    """Raise ValueError where the whole model cannot be laid out on so many ranks, and for a pipeline stage of which
-    nothing is trained.
-    """
+    """Raise ValueError where the whole model cannot be laid out on so many ranks, and as `check_stages_train`."""
     layout = config.parallel.resolve(world)
     if config.parallel.exact:
         return  # `resolve` has checked all of it
     check_fits(model, plan(model), layout, config.memory)
+    check_stages_train(model, config, layout)
+
+
+def check_stages_train(model: nn.Module, config: Config, layout: ParallelConfig) -> None:
+    """Raise ValueError for a pipeline stage of which nothing is trained. layout: resolved."""
     if idle := find_idle(model, plan(model), layout, config.memory):
         raise ValueError(
             f"pipeline stages {idle} would hold nothing that is trained: choose other --parallel.pp_layers, or train "

@@ -88,13 +88,22 @@ class Weighted:
 
     def low_rank(self, parameter: str, part: Part = (), device: torch.device | str | None = None) -> Tensor | None:
         """Of that, what the factors make; None without factors."""
+        if (factors := self.factors(parameter, part[:1], device)) is None:
+            return None
+        a, b = factors
+        added = b @ a.flatten(1)
+        return added.view(len(b), *a.shape[1:])[(slice(None), *part[1:])]
+
+    def factors(
+        self, parameter: str, rows: Part = (), device: torch.device | str | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """A, and of B these rows, times the scale; at least float32. None without factors."""
         module = parameter.removesuffix(".weight")
         if module == parameter or module not in self.alphas:
             return None
         a, b = (self.tensors[f"{module}.lora_{letter}.weight"] for letter in "AB")
-        a, b = (wide(factor.to(device)).flatten(1) for factor in (a[...], b[part[:1] or ...]))
-        added = self.strength * self.alphas[module] / a.shape[0] * b @ a
-        return added.view(b.shape[0], *self.tensors[f"{module}.lora_A.weight"].shape[1:])[(slice(None), *part[1:])]
+        a, b = (wide(factor.to(device)) for factor in (a[...], b[rows or ...]))
+        return a, self.strength * self.alphas[module] / len(a) * b.flatten(1)
 
     def whole(self, parameter: str, part: Part = (), device: torch.device | str | None = None) -> Tensor | None:
         """Of that, the whole difference; None without one."""
@@ -122,7 +131,7 @@ def load_adapters(model: nn.Module, adapters: Sequence[Weighted]) -> nn.Module:
     convolutions = {name for one in adapters for name in one.alphas if isinstance(modules.get(name), nn.Conv3d)}
     linears: dict[str, list[Weighted]] = {}
     for one in adapters:
-        _check_fit(one, shapes)
+        check_fit(one, shapes)
         for name in one.alphas.keys() - convolutions:
             linears.setdefault(name, []).append(one)
     if linears:
@@ -158,13 +167,14 @@ def load_adapters(model: nn.Module, adapters: Sequence[Weighted]) -> nn.Module:
     return model
 
 
-def _check_fit(adapter: Weighted, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise ValueError unless the tensors of an adapter are whole and fit parameters of these shapes. Linears that are
-    not there are left to what wraps them.
+def check_fit(adapter: Weighted, shapes: Mapping[str, Sequence[int]], all_there: bool = False) -> None:
+    """Raise ValueError unless the tensors of an adapter are whole and fit parameters of these shapes.
+
+    all_there: whether linears that are not there are refused here, too; `load_adapters` has what wraps them say it.
     """
     wanted = {f"{name}.lora_{letter}.weight" for name in adapter.alphas for letter in "AB"}
     wrong = sorted(wanted ^ adapter.tensors.keys())
-    wrong += [name for name in adapter.differences if name not in shapes]
+    wrong += [name for name in (adapter.parameters if all_there else adapter.differences) if name not in shapes]
     known = [name for name in adapter.parameters if name in shapes] if not wrong else []
     wrong += [name for name in known if any(shape != tuple(shapes[name]) for shape in adapter.shapes(name))]
     if wrong:

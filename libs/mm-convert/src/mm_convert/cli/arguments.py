@@ -48,7 +48,17 @@ from mm_convert.cli.terminal import one_line
 from mm_convert.cli.toml import dump, read_tables, template
 from mm_convert.cli.values import check_value, describe, hints_of, read_text
 
-__all__ = ["REQUIRED", "Option", "dump", "nearest", "options_of", "parse", "parse_options", "read_config"]
+__all__ = [
+    "REQUIRED",
+    "Option",
+    "dump",
+    "instantiate",
+    "nearest",
+    "options_of",
+    "parse",
+    "parse_options",
+    "read_config",
+]
 
 T = TypeVar("T")
 
@@ -98,7 +108,7 @@ def parse(
     """
     return parse_options(
         options_of(config_class),
-        partial(_instantiate, config_class),
+        partial(instantiate, config_class),
         argv,
         prog=prog,
         description=description or inspect.getdoc(config_class) or "",
@@ -166,7 +176,7 @@ def read_config(config_class: type[T], path: Path) -> T:
     values |= _read_file(path, known, lambda tables: tables)
     if missing := [name for name, value in values.items() if value is REQUIRED]:
         raise ValueError(f"{path} does not say {', '.join(missing)}")
-    return _instantiate(config_class, values)
+    return instantiate(config_class, values)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -370,7 +380,7 @@ def _field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def _instantiate(cls: type[T], values: Mapping[str, Any]) -> T:
+def instantiate(cls: type[T], values: Mapping[str, Any]) -> T:
     """The dataclass from values by their dotted names."""
     hints = hints_of(cls)
 
@@ -378,7 +388,7 @@ def _instantiate(cls: type[T], values: Mapping[str, Any]) -> T:
         if not dataclasses.is_dataclass(hints[name]):
             return values[name]
         inside = {key.removeprefix(f"{name}."): item for key, item in values.items() if key.startswith(f"{name}.")}
-        return _instantiate(hints[name], inside)
+        return instantiate(hints[name], inside)
 
     return cls(**{field.name: value(field.name) for field in dataclasses.fields(cls)})
 

@@ -116,7 +116,7 @@ def _writer(kind: str) -> Callable[[Config], Config]:
     return write_config
 
 
-def _family(kind: str, table: Table, vocab_size: int) -> Family:
+def _family(kind: str, table: Table, vocab_size: int, comfyui: str = "") -> Family:
     xxl = {"dim": 4096, "ffn_dim": 10240, "num_heads": 64, "head_dim": 64, "buckets": 32, "num_layers": 24}
     return Family(
         name=kind,
@@ -125,10 +125,11 @@ def _family(kind: str, table: Table, vocab_size: int) -> Family:
         read_config=_reader(kind),
         write_config={"transformers": _writer(kind)},
         complete=complete,
+        comfyui=comfyui,
         copies={"transformers": {"encoder.embed_tokens.weight": "shared.weight"}},
         presets={f"{kind}-xxl": {"vocab_size": vocab_size, **xxl}},
     )
 
 
-UMT5 = _family("umt5", _UMT5_TABLE, 256384)
+UMT5 = _family("umt5", _UMT5_TABLE, 256384, comfyui="transformers")
 MT5 = _family("mt5", _MT5_TABLE, 250112)

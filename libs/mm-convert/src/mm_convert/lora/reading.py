@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,13 @@ from mm_convert.files import read_json, read_toml
 from mm_convert.lora.adapter import Adapter, LowRank
 from mm_convert.lora.names import FILES, Names, is_lora, join_first, read_names
 from mm_convert.lora.strength import find_alphas
-from mm_convert.read.experts import FOLDERS
+from mm_convert.read.experts import FOLDERS, HALF
 from mm_convert.read.source import Source, find
 from mm_convert.store.mm import MANIFEST, name_of
 from mm_convert.store.safetensors import read_file
 from mm_convert.tensors.mapping import Tensors
 from mm_convert.tensors.rules import Row, Sizes
 from mm_convert.tensors.views import LazyTensor
-
-_HALF = re.compile(r"(?<![a-z])(high|low)(?=$|[^a-z]|noise)", re.IGNORECASE)  # in the name of a file
 
 
 def open_lora(
@@ -86,7 +83,7 @@ def find_halves(path: Path) -> dict[str, Path]:
     files = [] if not path.is_dir() or any(path.glob("*.index.json")) else sorted(path.glob("*.safetensors"))
     if len(files) != 2:
         return {}
-    halves = {match[1].lower(): file for file in files for match in _HALF.finditer(file.stem)}
+    halves = {match[1].lower(): file for file in files for match in HALF.finditer(file.stem)}
     alike = set(halves) == {"high", "low"} and all(is_lora(read_file(file)[0]) for file in halves.values())
     return halves if alike else {}
 

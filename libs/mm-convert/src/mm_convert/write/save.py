@@ -42,13 +42,15 @@ def convert(
         target: a folder that does not exist yet (with `overwrite`: or that holds nothing but a checkpoint); a name in
             .safetensors or .pt makes one file. The same as `source`: published files stay, and what is made of them
             goes into `mm/` or `release/` beside them.
-        to: "mm" (our own layout), "mindspeed" (MindSpeed-MM's tree), "dcp" (torch DCP with MindSpeed-MM's names), or
-            one of the family's dialects: "original", "diffusers", "transformers".
+        to: "mm" (our own layout), "comfyui" (one file as ComfyUI reads it), "mindspeed" (MindSpeed-MM's tree), "dcp"
+            (torch DCP with MindSpeed-MM's names), or one of the family's dialects: "original", "diffusers",
+            "transformers".
         pp_layers: layers of each pipeline stage, flat or one list per virtual stage; by ladder where there are several
             ({"llm": …, "vit": …}). In our own layout a stage is a file.
         tp_size: tensor-parallel ranks. In our own layout tensors stay whole, any rank reads its slice of them.
         shard_bytes: regroup into files of at most so many bytes; None keeps the grouping of the source.
-        dtype: "float32", "bfloat16" or "float16" for all tensors of floating point (needs torch).
+        dtype: "float32", "bfloat16" or "float16" for all tensors of floating point (needs torch); with "comfyui" also
+            "fp8_scaled": every matrix in fp8, with a scale, the rest as it is.
         sha256: note the sum of every written tensor in `mm_convert.json`.
 
     Returns the source as it was opened; its `notes` say what was dropped. Raises ValueError before anything is
