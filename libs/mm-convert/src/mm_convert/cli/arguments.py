@@ -47,7 +47,17 @@ from mm_convert.cli.terminal import one_line
 from mm_convert.cli.toml import dump, read_tables, template
 from mm_convert.cli.values import check_value, describe, hints_of, read_text
 
-__all__ = ["REQUIRED", "Option", "dump", "instantiate", "nearest", "options_of", "parse", "parse_options", "read_config"]
+__all__ = [
+    "REQUIRED",
+    "Option",
+    "dump",
+    "instantiate",
+    "nearest",
+    "options_of",
+    "parse",
+    "parse_options",
+    "read_config",
+]
 
 T = TypeVar("T")
 
