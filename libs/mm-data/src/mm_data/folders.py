@@ -79,12 +79,12 @@ def read_folder(top: Path, say: Callable[[str], None], caption: str | None = Non
         folder / name for (folder, stem), names in texts.items() if (folder, stem) not in media for name in names
     ]
     for paths, what in (
-        (orphans, "belong to no clip and no picture"),
-        (hidden, "are hidden by their names and not read"),
-        (others, f"are no clips, pictures or captions, and are not read ({_kinds(others)})"),
+        (orphans, "without a clip or picture of the same name"),
+        (hidden, "hidden by a dot"),
+        (others, f"of other kinds ({_kinds(others)})"),
     ):
         if paths:
-            say(f"{top}: {_count(len(paths), 'file', 'files')}, e.g. {_below(top, paths[0])}, {what}")
+            say(f"{top}: not read: {_count(len(paths), 'file', 'files')} {what}, e.g. {_below(top, paths[0])}")
     return found
 
 
@@ -140,8 +140,9 @@ def _describe_missing(top: Path, without: list[Path], total: int, others: list[P
     first = without[0]
     lists = [path for path in others if path.parent == top and path.suffix in (".json", ".jsonl")]
     hint = f"; did you mean {lists[0]}? Else " if lists else ": "
+    have = _count(total, "clip or picture has", "clips and pictures have")
     return (
-        f"{top}: {len(without):,} of {_count(total, 'clip or picture has', 'clips and pictures have')} no caption, e.g. "
-        f"{_below(top, first)}{hint}write it into {first.stem}{CAPTION} beside it, or say what stands for those that "
-        'are missing: --data.caption "a photo", in a file of sets caption = "a photo"; "" trains on the empty prompt'
+        f"{top}: {len(without):,} of {have} no caption, e.g. {_below(top, first)}{hint}write it into "
+        f"{first.stem}{CAPTION} beside it, or say what stands for those that are missing: --data.caption "
+        '"a photo", in a file of sets caption = "a photo"; "" trains on the empty prompt'
     )
