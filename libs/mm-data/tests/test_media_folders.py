@@ -55,7 +55,7 @@ def test_files_without_a_text_are_refused_with_their_number_and_the_first(tmp_pa
         read(top)
     samples, notes = read(top, caption="a photo")
     assert [sample.captions for sample in samples] == [("one",), ("a photo",), ("a photo",)]
-    assert notes == [f"{top}: 2 files have no text beside them, e.g. 2.mp4: their caption is 'a photo'"]
+    assert notes == [f"{top}: 2 files have no text, e.g. 2.mp4: 'a photo' is taken as the caption"]
     assert [sample.captions for sample in read(top, caption="")[0]] == [("one",), ("",), ("",)]
     assert len(select(read(top, caption="")[0], Geometry()).kept) == 3  # the empty prompt is one
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_data import Clip, Geometry
+from mm_data import Clip, Geometry, Selection
 from mm_models.diffusion.objective import Pixels
 from mm_models.families import family_of
 from mm_models.family import AskedTiling, Task
+from mm_train.ranks import say
 
 
 class Encoders:
@@ -131,3 +132,10 @@ def fit_geometry(geometry: Geometry, multiples: tuple[int, int, int], task: Task
             f"{error} (the VAE packs {frames} frames after the first; a token takes {'x'.join(map(str, sides))} "
             f"pixels, so sizes are multiples of {lcm(*sides)})"
         ) from None
+
+
+def tell_short(selection: Selection, task: Task) -> None:
+    """Say why a task has left clips out, where it was the task."""
+    if task.least_frames > 1 and selection.counts.get("too_short"):
+        least = f"task {task.name} needs clips of at least {task.least_frames} frames"
+        say(f"{least}: pictures and shorter ones are left out")

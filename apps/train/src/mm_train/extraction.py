@@ -47,7 +47,7 @@ from mm_parallel.guard import Watchdog, agree, join
 from mm_parallel.guard.agree import COPY
 from mm_train.command import prepare_output
 from mm_train.contents import check_ranks, encoder_files
-from mm_train.encode import Encoders
+from mm_train.encode import Encoders, tell_short
 from mm_train.extract import ExtractConfig
 from mm_train.mixture import count_sets, describe_sets, tabulate, write_sets
 from mm_train.ranks import describe_missing, map_over_ranks, say
@@ -88,6 +88,7 @@ def _encode_share(config: ExtractConfig, guard: Watchdog) -> Callable[[], int]:
         say(f"{task} uses no sources, masks or references: {unread} samples have them")
     geometry = encoders.fit_geometry(config.geometry)
     selection = select(samples, geometry, map_over_ranks(samples, partial(check_samples, geometry=geometry)))
+    tell_short(selection, encoders.task)
 
     with FeatureCache(config.output) as cache:
         identified = _identify(selection.kept, cache, rank == 0, world)

@@ -32,7 +32,7 @@ from mm_data import (
 )
 from mm_parallel.encoders import interleave, share_encoding
 from mm_train.config import Config
-from mm_train.encode import Encoders
+from mm_train.encode import Encoders, tell_short
 from mm_train.mixture import count_sets, describe_sets
 from mm_train.ranks import describe_missing, map_over_ranks, say
 
@@ -46,6 +46,7 @@ def find_clips(config: Config, encoders: Encoders) -> tuple[ClipDataset, list[di
     samples = for_task(listed, controls=encoders.task.reads_control)
     geometry = encoders.fit_geometry(config.data.geometry)
     selection = select(samples, geometry, map_over_ranks(samples, partial(check_samples, geometry=geometry)))
+    tell_short(selection, encoders.task)
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     silent = rank > 0 or not sys.stderr.isatty()
     with tqdm(total=len(selection.kept), unit="clip", desc="looking into videos", disable=silent) as bar:
@@ -65,7 +66,7 @@ def find_clips(config: Config, encoders: Encoders) -> tuple[ClipDataset, list[di
         print(f"{one_line(manifest)}: {selection}", file=sys.stderr)
         said = f"{len(dataset)} of {len(samples)} samples of {manifest} can be used{why}"
         print(one_line(said), file=sys.stderr, flush=True)
-    return dataset, describe_sets(dataset.portions, dataset.clip_shapes, count_sets(left_out))
+    return dataset, describe_sets(dataset.portions, [shape[:3] for shape in dataset.clip_shapes], count_sets(left_out))
 
 
 def encoded_steps(

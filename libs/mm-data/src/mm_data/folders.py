@@ -72,8 +72,8 @@ def read_folder(top: Path, say: Callable[[str], None], caption: str | None = Non
         raise ValueError(_describe_missing(top, without, len(found), others))
     if without:
         say(
-            f"{top}: {_count(len(without), 'file has', 'files have')} no text beside them, e.g. "
-            f"{_below(top, without[0])}: their caption is {caption!r}"
+            f"{top}: {_count(len(without), 'file has', 'files have')} no text, e.g. {_below(top, without[0])}: "
+            f"{caption!r} is taken as the caption"
         )
     orphans = [
         folder / name for (folder, stem), names in texts.items() if (folder, stem) not in media for name in names
