@@ -49,9 +49,10 @@ def test_an_example_is_what_the_model_takes(model, task):
     objective, samples = build_objective(config), find_samples(config, config.size)
     work = samples.step(config, data_ranks=2)
     whole = outline(config)
-    output = whole.head(whole.stem(**work.arguments(objective)))
+    arguments, losses = work.ask(objective)
+    output = whole.head(whole.stem(**arguments))
     assert output.is_meta
-    assert len(work.losses(objective, output)) == len(objective.weigh(work.tensors))
+    assert len(losses(output)) == len(objective.weigh(work.tensors))
     assert work.micro_batches * work.samples == 2
 
 
