@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from mm_train.config import Config
 from mm_train.estimate.storage import Disk, Encoders, find_disk, find_encoders
 from mm_train.estimate.workload import Samples, Workload, find_samples
 from mm_train.objective import build_objective
-from mm_train.start import check_cut, outline
+from mm_train.start import check_cut, check_stages_train, outline
 
 DAY = 24 * 3600
 RELATIONS = ("configuration", "model", "options", "objective", "learning rate", "what is trained")
@@ -108,10 +108,11 @@ class Subject:
 
         work: of a data rank, where it is known better than by the samples.
         """
-        self.check(config, world)
         layout = config.parallel.resolve(world)
+        check_stages_train(self.model, config, layout)
         data_ranks = layout.dp_replicate * layout.dp_shard
         work = work or self.samples.step(config, data_ranks)
+        memory = self._memory(config, layout, work)  # asks whether the model can be cut so
         tokens, flops = self._count(work)
         most = self.cost(work.tensors)[1]
         time = None if device is None else self.time(config, layout, device, work)
@@ -127,7 +128,7 @@ class Subject:
             tokens * work.micro_batches * data_ranks,
             flops * work.micro_batches * data_ranks,
             flops / most,
-            self._memory(config, layout, work),
+            memory,
             self._encoders,
             self._disk,
             config.steps,
@@ -222,7 +223,7 @@ class Subject:
     def _traced(self, work: Workload) -> Units:
         """What has been run of the model on such a micro-batch."""
         if work.shapes not in self._units:
-            losses, example = partial(work.losses, self.objective), work.arguments(self.objective)
+            example, losses = work.ask(self.objective)
             self._units[work.shapes] = Units(self.model, self.plan, self.dtype, example, losses)
         return self._units[work.shapes]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,16 +41,12 @@ class Workload:
         facts = {name: x if x.is_meta else x.tolist() for name, x in self.tensors.items()}
         return tuple((n, tuple(x.shape) if isinstance(x, Tensor) else str(x)) for n, x in sorted(facts.items()))
 
-    def arguments(self, objective: Objective) -> dict[str, Any]:
-        """What the model is called with on the largest micro-batch."""
-        return objective.inputs(self.tensors, self._draw(objective))
-
-    def losses(self, objective: Objective, output: Tensor) -> Tensor:
-        """Those of the largest micro-batch, of what the model has made of it."""
-        return objective.losses(output, self.tensors, self._draw(objective))
-
-    def _draw(self, objective: Objective) -> Any:
-        return objective.draw(self.tensors, lambda number, purpose: torch.Generator())
+    def ask(self, objective: Objective) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]]:
+        """(what the model is called with on the largest micro-batch, losses of what it has made of it). What chance
+        decides is drawn once, as in a step.
+        """
+        drawn = objective.draw(self.tensors, lambda number, purpose: torch.Generator())
+        return objective.inputs(self.tensors, drawn), lambda output: objective.losses(output, self.tensors, drawn)
 
 
 class Samples(Protocol):
