@@ -93,7 +93,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
 def _memory_rows(found: Estimate, rank: RankMemory) -> Iterator[Row]:
     yield Row("parameters", gib(rank.parameters), "counted")
     yield Row("gradients", gib(rank.gradients), "counted")
-    yield Row("moments", gib(rank.moments), "counted", "of AdamW, float32")
+    yield Row("moments", gib(rank.moments), "counted", f"of {found.optimizer}")
     if rank.average:
         yield Row("average", gib(rank.average), "counted")
     flight = "" if rank.in_flight == 1 else f"of {rank.in_flight} micro-batches"
@@ -167,7 +167,7 @@ def _work_rows(found: Estimate, device: Device | None) -> Iterator[Row]:
         ("waiting for other ranks", time.communication, ""),
         ("waiting for the host", time.offload, ""),
         ("bubble", time.bubble, f"of {found.layout.pp} stages"),
-        ("optimizer", time.optimizer, ""),
+        ("optimizer", time.optimizer, "" if found.optimizer == "adamw" else "as of AdamW"),
     )
     for name, took, note in parts:
         if took:
