@@ -37,6 +37,7 @@ from mm_train.config import (
 )
 from mm_train.conversations import find_processor, read_sources
 from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
+from mm_train.optimizers import KINDS, check_optimizer
 from mm_train.resume import find_checkpoint
 from mm_train.settle import describe_known_samples, settle_samples
 
@@ -445,6 +446,7 @@ CHECKS: tuple[Check[Asked], ...] = (
     Check("data", "at once", _data, after=("model", "options")),
     Check("objective", "at once", _objective, after=("model",)),
     Check("learning rate", "at once", _rates),
+    Check("optimizer", "at once", lambda asked: check_optimizer(asked.config.optim, asked.world)),
     Check("what is trained", "at once", _trained),
     Check("adapter", "at once", lambda asked: check_adapter(asked.config), after=("what is trained",)),
     Check("layout", "at once", _layout),
@@ -480,8 +482,8 @@ def nearest(path: Path) -> Path:
 
 
 def checkpoint_bytes(trained: int, config: Config) -> int:
-    """What a checkpoint of so many trained parameters takes: float32 weights, two moments, and the average."""
-    return trained * (16 if config.optim.ema else 12)
+    """What a checkpoint of so many trained parameters takes, at most: float32 weights, moments, and the average."""
+    return round(trained * (4 + KINDS[config.optim.name].checkpoint + (4 if config.optim.ema else 0)))
 
 
 def check_space(trained: int, config: Config) -> None:

@@ -163,10 +163,18 @@ class ObjectiveConfig:
     """
 
 
+OptimizerName = Literal["adamw", "muon", "adafactor", "adamw8bit", "prodigy", "schedulefree"]
+
+
 @dataclass
 class OptimConfig:
-    """AdamW. Biases and one-dimensional parameters are not decayed."""
+    """How weights are updated. Biases and one-dimensional parameters are not decayed."""
 
+    name: OptimizerName = "adamw"
+    """muon: orthogonal updates for the matrices of layers, AdamW for all else; adafactor: second moments by rows and
+    columns; adamw8bit: moments of 8 bits; prodigy finds its rate (give lr 1); schedulefree: an average in place of a
+    schedule. The last two are packages: pip install prodigyopt, schedulefree.
+    """
     lr: Annotated[float, ">= 0", "<= 1"] = 1e-5
     min_lr: Annotated[float, ">= 0", "<= 1"] = 0.0
     """Where the cosine and linear schedules end; not above lr."""
@@ -181,6 +189,8 @@ class OptimConfig:
     weight_decay: Annotated[float, ">= 0"] = 0.01
     betas: tuple[Annotated[float, ">= 0", "< 1"], Annotated[float, ">= 0", "< 1"]] = (0.9, 0.999)
     eps: Annotated[float, "> 0"] = 1e-8
+    momentum: Annotated[float, ">= 0", "< 1"] = 0.95
+    """Of muon."""
     clip: Annotated[float, ">= 0"] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     kernel: Literal["fused", "foreach"] = "fused"
