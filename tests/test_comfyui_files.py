@@ -95,12 +95,24 @@ def path_of(place, kind):
     return next(place.glob(f"{kind}.*"))
 
 
-def losses(place, weights, *more):
+def losses(place, weights, *more, model="wan-tiny"):
     """Of a run of two steps."""
     output = place / "runs" / "-".join([weights.stem, *(word.strip("-.") for word in more)])
-    argv = ["--model", "wan-tiny", "--dtype", "float32", "--architecture", json.dumps(MODEL), "--weights", str(weights)]
+    argv = ["--model", model, "--dtype", "float32", "--architecture", json.dumps(MODEL), "--weights", str(weights)]
     argv += ["--data.features", str(place / "features"), "--data.global_batch", "2", "--data.workers", "0"]
-    train(load_config([*argv, "--output", str(output), "--steps", "2", "--optim.lr", "1e-2", *more]))
+    train(
+        load_config(
+            [
+                *argv,
+                "--output",
+                str(output),
+                "--optim.lr",
+                "1e-2",
+                *more,
+                *([] if "--steps" in more else ["--steps", "2"]),
+            ]
+        )
+    )
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
 
@@ -137,6 +149,13 @@ def test_two_files_are_the_two_experts(place):
     weights = Weights(pair, place / "encoders", boundary=0.875)
     assert weights.facts.experts
     assert [one.checkpoint.quantised for one in weights.experts] == ["fp8 scaled (e4m3fn)", "Q8_0, Q4_K"]
+    low = [
+        losses(place, path, "--expert", "low", "--steps", "1", model="wan-tiny-a14b")
+        for path in (pair, place / "gguf-plain.safetensors")
+    ]
+    assert low[0] == low[1]
+    with pytest.raises(ValueError, match="is the expert for high noise, and --expert is low: give the other"):
+        losses(place, next(pair.glob("*HighNoise*")), "--expert", "low", model="wan-tiny-a14b")
 
 
 def test_names_and_blocks_are_those_of_diffusers(place):
