@@ -62,7 +62,8 @@ def check_tensors(asked: Asked) -> str:
     source.check_open(asked.model)
     if source.file is None:
         return NotHere("fresh weights are drawn (--weights random)")
-    notes = [*source.file.notes, *([said.strip()] if (said := source.describe()) else [])]
+    said = source.describe().strip()
+    notes = [*(note for note in source.file.notes if note not in said), *([said] if said else [])]
     return "\n".join([describe_file(source.file), *notes])
 
 
