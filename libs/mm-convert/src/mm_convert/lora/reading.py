@@ -8,6 +8,7 @@ from typing import Any
 
 from mm_convert.files import read_json, read_toml
 from mm_convert.lora.adapter import Adapter, LowRank
+from mm_convert.lora.base import read_base
 from mm_convert.lora.names import FILES, Names, is_lora, join_first, read_names
 from mm_convert.lora.strength import find_alphas
 from mm_convert.read.experts import FOLDERS, HALF
@@ -140,7 +141,7 @@ def read_lora(
     modules = {names.modules[m][0]: LowRank(a, b, alphas[m]) for m, (a, b) in factors.items()}
     whole = Tensors({ours: tensors[name] for name, (ours, _) in names.differences.items()})
     said = (str(base), float(dropout), tuple(notes), names.expert)
-    return Adapter(names.family, names.format, names.dialect, modules, *said, whole)
+    return Adapter(names.family, names.format, names.dialect, modules, *said, whole, read_base(metadata, where))
 
 
 def _check_shapes(
