@@ -49,9 +49,10 @@ def test_an_example_is_what_the_model_takes(model, task):
     objective, samples = build_objective(config), find_samples(config, config.size)
     work = samples.step(config, data_ranks=2)
     whole = outline(config)
-    output = whole.head(whole.stem(**work.arguments(objective)))
+    arguments, losses = work.ask(objective)
+    output = whole.head(whole.stem(**arguments))
     assert output.is_meta
-    assert len(work.losses(objective, output)) == len(objective.weigh(work.tensors))
+    assert len(losses(output)) == len(objective.weigh(work.tensors))
     assert work.micro_batches * work.samples == 2
 
 
@@ -271,7 +272,10 @@ def test_best_first_finds_what_looking_at_all_finds():
 
 def test_what_does_not_go_together_is_one_line(capsys):
     for argv, said in (
-        (["--world", "64"], "a global batch of 8 cannot be cut.* 64 data-parallel ranks"),
+        (
+            ["--world", "64"],
+            "--data.global_batch 8 cannot be cut.* 64 data-parallel .*give --data.global_batch 64",
+        ),
         (["--device", "h1000"], "no device is named 'h1000', do you mean h100"),
         (["--search"], "give --device"),
         (["--size.frames", "80"], "frames 80 is not 4k.1"),

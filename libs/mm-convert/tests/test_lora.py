@@ -868,3 +868,91 @@ def test_peft_writes_torch_files_too(tmp_path: Path) -> None:
     torch.save(named, tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": 8}))
     assert open_lora(tmp_path).alpha == 8
+
+
+# --- whole differences, as files of distilled models hold them
+
+WHOLE = {  # our parameter -> its name in ComfyUI's files, its shape
+    "blocks.0.self_attn.q.bias": ("blocks.0.self_attn.q.diff_b", (DIM,)),
+    "blocks.0.self_attn.norm_q.weight": ("blocks.0.self_attn.norm_q.diff", (DIM,)),
+    "blocks.1.norm3.bias": ("blocks.1.norm3.diff_b", (DIM,)),
+    "blocks.1.modulation": ("blocks.1.diff_m", (1, 6, DIM)),
+    "head.modulation": ("head.diff_m", (1, 2, DIM)),
+    "head.head.weight": ("head.head.diff", (64, DIM)),
+    "head.head.bias": ("head.head.diff_b", (64,)),
+    "patch_embedding.weight": ("patch_embedding.diff", (DIM, 16, 1, 2, 2)),
+    "img_emb.proj.1.bias": ("img_emb.proj.1.diff_b", (20,)),
+}
+
+
+def whole(prefix: str = "diffusion_model.", flat: bool = False) -> dict[str, LazyTensor]:
+    def spell(name: str) -> str:
+        module, _, part = name.rpartition(".")
+        return f"{prefix}{module.replace('.', '_') if flat else module}.{part}"
+
+    return {
+        spell(name): constant(struct.pack(f"<{prod(shape)}f", *((i * 31 % 17) / 8 for i in range(prod(shape)))), shape)
+        for name, shape in WHOLE.values()
+    }
+
+
+@pytest.mark.parametrize("format", ["comfyui", "kohya", "diffsynth"])
+def test_whole_differences_are_read_beside_the_factors(format: str) -> None:
+    prefix = {"comfyui": "diffusion_model.", "kohya": "lora_unet_", "diffsynth": ""}[format]
+    adapter = read(tensors_of(format) | whole(prefix, flat=format == "kohya"))
+    assert list(adapter.modules) == OURS
+    assert {name: adapter.differences.shape(name) for name in adapter.differences} == {
+        name: shape for name, (_, shape) in WHOLE.items()
+    }
+
+
+def test_whole_differences_alone_are_an_adapter_and_come_back_whole(tmp_path: Path) -> None:
+    """Bytes, through ComfyUI's file; no other format can hold them."""
+    for tensors in (whole(), tensors_of("comfyui") | whole()):
+        adapter = read(tensors)
+        written, _, _ = lora_tensors(adapter, "comfyui")
+        bytes_of = {name: bytes(tensor.read()) for name, tensor in written.items()}
+        assert {name: bytes_of[name] for name in tensors} == {name: bytes(t.read()) for name, t in tensors.items()}
+        assert all(name.endswith(".alpha") for name in written.keys() - tensors.keys())
+        for to in ("mm", "peft", "diffusers", "mindspeed"):
+            with pytest.raises(ValueError, match=r"whole differences to 9 parameters .*write it as comfyui, or merge"):
+                lora_tensors(adapter, to)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("diffusion_model.head.heed.diff_b", (64,), r"nearest being wan .*head.heed.diff_b"),
+        ("diffusion_model.blocks.0.self_attn.q.diff_b", (DIM + 1,), r"has shape \[25\], expected dim = 24"),
+        ("diffusion_model.blocks.0.self_attn.q.diff_m", (DIM,), r"self_attn.q.diff_m"),
+    ],
+)
+def test_differences_that_fit_nowhere(name: str, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(tensors_of("comfyui") | {name: constant(bytes(4 * prod(shape)), shape)})
+
+
+def test_differences_are_added_to_their_parameters() -> None:
+    torch = pytest.importorskip("torch")
+    from mm_convert.tensors.torch import rows_of
+
+    def tensor(lazy: LazyTensor) -> Any:
+        return rows_of(lazy, 0, lazy.shape[0])
+
+    adapter = read(tensors_of("comfyui") | whole())
+    shapes = {name: shape for name, (_, shape) in WHOLE.items()} | {f"{n}.weight": shape for n, shape in SHAPES.items()}
+    base = {name: constant(bytes(4 * prod(shape)), shape) for name, shape in shapes.items()}
+    merged = merge(base, adapter)
+    for name in WHOLE:
+        assert torch.equal(tensor(merged[name]), adapter.differences[name])
+    for name in SHAPES:
+        a, b = (adapter[f"{name}.lora_{letter}.weight"] for letter in "AB")
+        assert torch.allclose(tensor(merged[f"{name}.weight"]), b @ a)
+    del base["head.modulation"]
+    with pytest.raises(ValueError, match=r"head.modulation, which the base has not"):
+        merge(base, adapter)
+
+
+def test_another_kind_is_called_by_its_name_first() -> None:
+    with pytest.raises(ValueError, match=r"this is a LoKr adapter, it has .*lokr_w1 \(Kronecker.*LyCORIS: merge_to"):
+        read({f"lora_unet_blocks_0_ffn_0.lokr_w{n}": matrix(DIM, 1) for n in (1, 2)})

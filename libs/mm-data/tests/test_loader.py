@@ -4,8 +4,9 @@ import itertools
 import threading
 import warnings
 from collections import Counter
+from fractions import Fraction
 from functools import partial
-from math import gcd
+from math import gcd, lcm
 
 import pytest
 import torch
@@ -98,30 +99,81 @@ def test_dropped_buckets_leave_the_stream_of_the_others_distinct_far_away(extra,
 weighted = st.lists(st.tuples(st.integers(1, 12), st.sampled_from([0.5, 1.0, 1.3, 2.0, 3.7])), min_size=1, max_size=4)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(weighted, st.integers(1, 9), st.integers(0, 3), st.integers(0, 50))
 def test_weights_are_exact_in_closed_form(sets, global_batch, seed, far):
-    """A set of n has round(n w) places in every epoch, and goes through all its samples before one comes again."""
+    """A set of n has n w places in an epoch, and goes through all its samples before one comes again."""
     sets = [(n, w) for n, w in sets if round(n * w)]
     if not sets:
         return
     numbers = [number for number, (n, _) in enumerate(sets) for _ in range(n)]
     make = partial(Order, [0] * len(numbers), global_batch, seed, sets=sets)
-    epoch = sum(round(n * w) for n, w in sets)
+    exact = [n * Fraction(str(w)) for n, w in sets]
+    epochs = global_batch * lcm(*(places.denominator for places in exact))  # so many hold whole places and whole steps
     order = make()
-    steps = [order.step(s) for s in range(order.batches_before(global_batch))]  # so many epochs
+    steps = [order.step(s) for s in range(order.batches_before(epochs))]
     seen = Counter(pick for step in steps for pick in step)
-    for number, (n, w) in enumerate(sets):
+    for number, (n, _) in enumerate(sets):
         own = Counter({pick: count for pick, count in seen.items() if numbers[pick.index] == number})
-        shown = round(n * w) * global_batch
+        shown = exact[number] * epochs
         first = next(i for i, one in enumerate(numbers) if one == number)
         whole = {(first + i, e) for i in range(n) for e in range(shown // n)}
         assert own.total() == shown
         assert set(own.values()) <= {1}
         assert whole <= set(own)
         assert all(e == shown // n for i, e in set(own) - whole)
-    assert sum(map(len, steps)) == epoch * global_batch
+    assert sum(map(len, steps)) == sum(exact) * epochs
     assert make().step(far) == order.step(far)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.sampled_from([1, 2, 3])), min_size=1, max_size=3),
+    st.data(),
+    st.integers(1, 6),
+    st.integers(0, 3),
+)
+def test_repeats_are_exact_in_every_epoch_of_every_bucket(sets, data, global_batch, seed):
+    """Each sample exactly `repeats` times, by other draws each time; ranks see a partition, from any step on."""
+    count = sum(n for n, _ in sets)
+    buckets = data.draw(st.lists(st.sampled_from("abc"), min_size=count, max_size=count))
+    repeats = [times for n, times in sets for _ in range(n)]
+    make = partial(Order, buckets, global_batch, seed, sets=sets)
+    order = make()
+    steps = [order.step(s) for s in range(order.batches_before(global_batch))]
+    seen = Counter(pick for step in steps for pick in step)  # so many rounds are whole steps
+    assert seen == Counter((i, e) for i in range(count) for e in range(repeats[i] * global_batch))
+    for key in set(buckets):  # and so is every epoch, by the places of its bucket
+        own = next(number for number, one in enumerate(order.buckets) if buckets[one.shares[0].members[0]] == key)
+        members = Counter({i: repeats[i] for i in range(count) if buckets[i] == key})
+        for epoch in range(3):
+            places = range(epoch * members.total(), (epoch + 1) * members.total())
+            assert Counter(order.pick(own, place).index for place in places) == members
+    start = data.draw(st.integers(0, len(steps) - 1))
+    assert [make().step(s) for s in range(start, len(steps))] == steps[start:]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.sampled_from([0.04, 0.3, 1.0, 2.5])), min_size=2, max_size=4),
+    st.data(),
+    st.integers(1, 6),
+)
+def test_a_set_keeps_its_share_however_few_of_its_samples_a_bucket_has(sets, data, global_batch):
+    sets = [(n, w) for n, w in sets if round(n * w)]
+    count = sum(n for n, _ in sets)
+    if not count:
+        return
+    buckets = data.draw(st.lists(st.integers(0, 7), min_size=count, max_size=count))
+    order = Order(buckets, global_batch, 0, sets=sets)
+    rounds = 10
+    seen = Counter(pick.index for s in range(order.batches_before(rounds)) for pick in order.step(s))
+    first = 0
+    for n, weight in sets:
+        shown = sum(seen[i] for i in range(first, first + n))
+        left = len(set(buckets)) * (global_batch + 1)  # a step that is not full yet, and a place, of every bucket
+        assert abs(shown - rounds * n * weight) <= left
+        first += n
 
 
 def test_sets_of_weight_one_are_no_sets():

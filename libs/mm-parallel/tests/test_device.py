@@ -122,3 +122,11 @@ def test_a_cpu_has_no_peak_but_has_memory():
     assert devices.bf16_ok(CPU)
     devices.synchronize(CPU)
     devices.reset_max_memory(CPU)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_the_memory_of_a_process_has_none_of_that_which_started_it():
+    code = "from mm_parallel import device; print(device.max_memory(device.torch.device('cpu')))"
+    block = torch.ones(1 << 30, dtype=torch.uint8)
+    started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(started.stdout) < len(block) / 2

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from mm_convert.cli.arguments import parse
 from mm_convert.cli.checks import Check, NotHere
@@ -21,12 +21,13 @@ from mm_infer.checks import check_output, choose_device, describe_device, descri
 from mm_models.libraries import check_libraries
 from mm_parallel.config import AttentionName
 
+PROGRAM = "mm_infer.chat"
 HELP = "/image PATH and /video PATH go with the next question; /new begins anew; /quit ends"
 
 
 @dataclass(frozen=True)
-class Config:
-    """Ask a model about images and videos: once (--prompt), a file of questions (--questions), or in a conversation."""
+class Answering:
+    """A model that answers, and how: what every program shares that asks one."""
 
     weights: Path
     "folder of the hub, or of ours, a run of mm_train, or any other form that mm-convert reads"
@@ -38,14 +39,38 @@ class Config:
     "LoRA that is added to the weights: a file or folder, of any format that mm-convert reads"
     lora_alpha: Annotated[float, "!= 0"] | None = None
     "alpha of the LoRA, where its files do not say it"
+    max_new_tokens: Annotated[int, ">= 1", "<= 1000000"] = 512
+    "most tokens of an answer"
+    temperature: Annotated[float, ">= 0", "<= 100"] = 0.0
+    "0 takes the likeliest token each time; above, tokens are drawn"
+    seed: Annotated[int, ">= 0", "<= 9223372036854775807"] = 0
+    "of drawn tokens"
+    system: str | None = None
+    "system prompt; by default the model's own, an empty text: none"
+    device: str | None = None
+    "as cpu, cuda:1, npu:0; by default the accelerator"
+    dtype: Literal["bfloat16", "float32"] | None = None
+    "by default bfloat16 on an accelerator, float32 on a CPU"
+    attention: AttentionName = "auto"
+    "kernel of attention: on CUDA flash, flash3 or flash4 (with their packages), cudnn, efficient"
+    chat: ChatOptions = field(default_factory=ChatOptions)
+
+    @property
+    def options(self) -> ChatOptions:
+        """With the system prompt of the flag."""
+        return self.chat if self.system is None else replace(self.chat, system=self.system)
+
+
+@dataclass(frozen=True)
+class Config(Answering):
+    """Ask a model about images and videos: once (--prompt), a file of questions (--questions), or in a conversation."""
+
     prompt: str | None = None
     "question; <image> and <video> in it say where they stand, without them they stand before it"
     image: Path | list[Path] | None = None
     'image of the question, or several: ["a.png", "b.png"]'
     video: Path | list[Path] | None = None
     "video of the question, or several"
-    system: str | None = None
-    "system prompt; by default the model's own, an empty text: none"
     questions: Path | None = None
     "file of conversations, in any form that is trained on; the last question of each is asked"
     media: Path | None = None
@@ -54,23 +79,10 @@ class Config:
     "of --questions: an object with id, question, answer, reference and exact on each line"
     overwrite: bool = False
     "replace an output that is there"
-    max_new_tokens: Annotated[int, ">= 1", "<= 1000000"] = 512
-    "most tokens of an answer"
-    temperature: Annotated[float, ">= 0", "<= 100"] = 0.0
-    "0 takes the likeliest token each time; above, tokens are drawn"
-    seed: Annotated[int, ">= 0", "<= 9223372036854775807"] = 0
-    "of drawn tokens"
     boxes: Literal["model", "original"] = "model"
     "boxes of an answer in pixels of the image as the model sees it, or of the image as it is"
-    device: str | None = None
-    "as cpu, cuda:1, npu:0; by default the accelerator"
-    dtype: Literal["bfloat16", "float32"] | None = None
-    "by default bfloat16 on an accelerator, float32 on a CPU"
     check: bool = False
     "look at everything that the command needs, print what is found, and ask nothing; exit code 2 where something is wrong"  # noqa: E501
-    attention: AttentionName = "auto"
-    "kernel of attention: on CUDA flash, flash3 or flash4 (with their packages), cudnn, efficient"
-    chat: ChatOptions = field(default_factory=ChatOptions)
 
     def __post_init__(self) -> None:
         if self.prompt is not None and self.questions is not None:
@@ -80,26 +92,21 @@ class Config:
         if self.questions is None and self.media is not None:
             raise ValueError("--media is the folder of --questions: give them")
 
-    @property
-    def options(self) -> ChatOptions:
-        """With the system prompt of the flag."""
-        return self.chat if self.system is None else replace(self.chat, system=self.system)
-
 
 @escaped_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 2 for a command that cannot work, found before a tensor is read; 130 after Ctrl-C."""
     try:
-        config = parse(Config, argv, prog="mm_infer.chat")
-        with _exit_code(2, ValueError, OSError):
+        config = parse(Config, argv, prog=PROGRAM)
+        with exit_code(PROGRAM, 2, ValueError, OSError):
             config = _as_trained(config, argv)
             if config.check:
                 sys.exit(tell(CHECKS, Asked(config), config, lambda: {}))
             model = open_model(config)
             asked = None if config.prompt is None else make_question(config)
             questions = None if config.questions is None else _open_questions(config)
-        with _exit_code(2, ValueError), _exit_code(1, OSError, MemoryError):
-            ask = _Asking(config, _load(config, model))
+        with exit_code(PROGRAM, 2, ValueError), exit_code(PROGRAM, 1, OSError, MemoryError):
+            ask = Asking(config, load(config, model))
             if asked is not None:
                 print(ask.show(ask(asked).text, asked))
             elif questions is not None:
@@ -107,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             else:
                 ask.in_turn()
     except KeyboardInterrupt:
-        print("mm_infer.chat: stopped", file=sys.stderr)
+        print(f"{PROGRAM}: stopped", file=sys.stderr)
         sys.exit(130)
 
 
@@ -122,7 +129,7 @@ class Asked:
         return open_model(self.config)
 
 
-def open_model(config: Config) -> Model:
+def open_model(config: Answering) -> Model:
     """The model that is asked for. ValueError as `Model`."""
     more = {"model": config.model, "lora": config.lora, "lora_alpha": config.lora_alpha}
     return Model(config.weights, config.processor, **more)
@@ -174,12 +181,18 @@ CHECKS: tuple[Check[Asked], ...] = (
 
 def _as_trained(config: Config, argv: Sequence[str] | None) -> Config:
     """The same, asked as the adapter or the weights were trained where nothing else is given; and it is said."""
-    for folder in (config.lora, config.weights):
+    defaults = trained_options(config.lora, config.weights)
+    return parse(Config, argv, prog=PROGRAM, defaults=defaults) if defaults else config
+
+
+def trained_options(*folders: Path | None) -> list[dict[str, Any]]:
+    """Tables of options as the first of these folders was trained that says so, which is told; or nothing."""
+    for folder in folders:
         if folder is not None and (said := read_options(folder)):
             options = ", ".join(f"{name} {value}" for name, value in said.items())
             print(one_line(f"as {folder} was trained: {options}"), file=sys.stderr)
-            return parse(Config, argv, prog="mm_infer.chat", defaults=[{"chat": said}])
-    return config
+            return [{"chat": said}]
+    return []
 
 
 def make_question(config: Config) -> Conversation:
@@ -187,7 +200,7 @@ def make_question(config: Config) -> Conversation:
     that are not as many as there are of them.
     """
     given = {kind: [str(path) for path in _paths(getattr(config, kind))] for kind in ("image", "video")}
-    media = {kind: [_checked(Media(kind, path)) for path in paths] for kind, paths in given.items()}
+    media = {kind: [look_at(Media(kind, path)) for path in paths] for kind, paths in given.items()}
     marks = {kind: config.prompt.count(f"<{kind}>") if media[kind] else 0 for kind in media}
     for kind, count in marks.items():
         if count not in (0, len(media[kind])):
@@ -203,7 +216,7 @@ def make_question(config: Config) -> Conversation:
     return Conversation("prompt", (Turn("user", tuple(part for part in [*before, *parts] if part)),))
 
 
-def _checked(one: Media) -> Media:
+def look_at(one: Media) -> Media:
     """The same. Raises Unusable where its header cannot be read."""
     one.read_size() if one.kind == "image" else one.probe()
     return one
@@ -219,7 +232,7 @@ def _open_questions(config: Config):
     return read_conversations([Source(config.questions)], config.media, answered=False)
 
 
-def _load(config: Config, model: Model) -> Answerer:
+def load(config: Answering, model: Model) -> Answerer:
     import torch  # only now that the command makes sense
 
     from mm_parallel.attention import activate
@@ -230,7 +243,7 @@ def _load(config: Config, model: Model) -> Answerer:
     return Answerer(model, config.options, device, dtype, config.attention)
 
 
-class _Asking:
+class Asking:
     """A model, and how it is asked."""
 
     def __init__(self, config: Config, answerer: Answerer) -> None:
@@ -281,20 +294,28 @@ class _Asking:
         if not asked:
             raise ValueError(f"{self.config.questions}: not one question could be asked")
 
+    def go_on(self, turns: Sequence[Turn], parts: Sequence[Media | str]) -> tuple[str, tuple[Turn, ...]]:
+        """The answer to a question after these turns, and the turns with both. Raises Unusable as the model does."""
+        asked = (*turns, Turn("user", tuple(parts)))
+        conversation = Conversation("chat", asked)
+        answer = self(conversation)
+        said = (answer.text,) if answer.text else ()
+        return self.show(answer.text, conversation), (*asked, Turn("assistant", said))
+
     def in_turn(self) -> None:
         """Questions and answers on the terminal, each with all before it."""
         print(HELP)
-        turns: list[Turn] = []
+        turns: tuple[Turn, ...] = ()
         media: list[Media] = []
         for line in _lines():
             word, _, path = line.partition(" ")
             if word == "/quit":
                 return
             if word == "/new":
-                turns, media = [], []
+                turns, media = (), []
             elif word in ("/image", "/video") and path.strip():
                 try:
-                    media = [*media, _checked(Media(word[1:], path.strip()))]
+                    media = [*media, look_at(Media(word[1:], path.strip()))]
                 except Unusable as error:
                     print(error)
             elif word.startswith("/"):
@@ -302,17 +323,12 @@ class _Asking:
             elif not _is_text(line):
                 print("this is not UTF-8 text: nothing was asked")
             elif line:
-                asked = [*turns, Turn("user", (*media, line))]
                 try:
-                    conversation = Conversation("chat", tuple(asked))
-                    answer = self(conversation)
+                    text, turns = self.go_on(turns, (*media, line))
+                    print(text)
                 except Unusable as error:
                     print(error)
-                    media = []
-                    continue
-                print(self.show(answer.text, conversation))
-                said = (answer.text,) if answer.text else ()
-                turns, media = [*asked, Turn("assistant", said)], []
+                media = []
 
 
 def _is_text(text: str) -> bool:
@@ -330,12 +346,12 @@ def _lines() -> Iterator[str]:
 
 
 @contextmanager
-def _exit_code(code: int, *errors: type[Exception]) -> Iterator[None]:
+def exit_code(program: str, code: int, *errors: type[Exception]) -> Iterator[None]:
     """Ends the program with this code and one line for errors that are not a mistake of ours."""
     try:
         yield
     except errors as error:
-        print(f"mm_infer.chat: error: {one_line(error)}", file=sys.stderr)
+        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(code)
 
 

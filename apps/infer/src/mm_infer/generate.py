@@ -29,6 +29,7 @@ from mm_infer.sample import Sampler
 from mm_infer.settle import calls_of
 from mm_infer.weights import Weights
 from mm_models.diffusion.samplers import fill_template
+from mm_models.distilled import describe_distilled
 from mm_parallel.attention import activate
 from mm_parallel.device import device as accelerator
 from mm_parallel.guard import Watchdog, agree
@@ -55,6 +56,7 @@ class Job:
     rank: int
     leads: bool  # of the ranks that make the same videos, this one decodes and writes
     alone: Path | None = None  # the folder of an expert without the other
+    known: str = ""  # what weights or adapters are known for, and which settings are taken from that
 
 
 def prepare(config: Config, requests: list[Request], weights: Weights, share: Share, rank: int, held: ExitStack) -> Job:
@@ -64,17 +66,13 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
     """
     first, step = share.prompts
     files = {config.output / f"video_{i}.mp4": requests[i] for i in range(first, len(requests), step)}
-    dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    activate(config.attention, accelerator().type)
-    how = {"vae_tiling": config.vae_tiling, "attention": config.attention, "compile": config.compile}
-    how |= {"mesh": share.mesh, "pair": share.pair}
-    sampler = Sampler(weights, None, dtype, config.offload, **how)
+    sampler = open_sampler(config, weights, share)
     agree(dump(config), "the configuration")
     contents = identify(config, weights.facts)
     agree({f"video {i}": request for i, request in enumerate(requests)}, "what is asked for")
     read = {f"--{flag} {name}": found for flag, those in contents.items() for name, found in those.items()}
     agree(read | {"the boundary of --weights": weights.boundary}, "what is read", way_out=COPY)
-    videos = {file: _video(config, sampler, request, contents) for file, request in files.items()}
+    videos = {file: settle_video(config, sampler, request, contents) for file, request in files.items()}
     if share.team is not None:
         made = {
             f"{key} of {file.name}": said for file, video in videos.items() for key, said in video.made_with.items()
@@ -95,17 +93,33 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
         pass
     todo = {file: video for file, video in videos.items() if file not in there}
     alone = config.weights if expert_of(config.weights) else None
-    return Job(sampler, todo, there, rank, share.leads, alone)
+    known = weights.facts.distilled
+    said = describe_distilled(known, vars(config.options)) if known else ""
+    return Job(sampler, todo, there, rank, share.leads, alone, said)
 
 
-def _video(config: Config, sampler: Sampler, request: Request, contents: Contents) -> Video:
+def open_sampler(config: Config, weights: Weights, share: Share) -> Sampler:
+    """What makes the videos of such a command on this rank. ValueError for what cannot run here."""
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    activate(config.attention, accelerator().type)
+    how = {"vae_tiling": config.vae_tiling, "attention": config.attention, "compile": config.compile}
+    how |= {"mesh": share.mesh, "pair": share.pair}
+    return Sampler(weights, None, dtype, config.offload, **how)
+
+
+def settle_video(config: Config, sampler: Sampler, request: Request, contents: Contents) -> Video:
     """What is asked for, settled, with its record: what repeats the video, and not where in a list it stood."""
     given = Given(**request.given)
     options = sampler.settle(config.options, given)
     check_passes(config, options)
     record: dict[str, Any] = {"prompt": request.prompt} | given.record() | dataclasses.asdict(options)
-    record |= {name: getattr(config, name) for name in ("weights", "encoders", "model", "lora", "text_tokens")}
+    record |= {name: getattr(config, name) for name in ("weights", "encoders", "model", "text_tokens")}
+    record["lora"] = [str(path) for path in config.lora] if isinstance(config.lora, list) else config.lora
+    if config.lora_strength != 1.0:
+        record["lora_strength"] = config.lora_strength
     record |= {"contents": digest(contents)}
+    if (known := sampler.weights.facts.distilled) is not None:
+        record["known_as"] = known.name
     if config.lora_alpha is not None:
         record["lora_alpha"] = config.lora_alpha
     if config.attention != "auto":
@@ -143,6 +157,8 @@ def run(job: Job, guard: Watchdog, patience: float) -> None:
     if job.alone:
         say(f"note: {job.alone} is one of two experts, and makes all steps alone; name the folder above it for both")
     say(f"attention: {job.sampler.kernel}")
+    if job.known:
+        say(job.known)
     start = time.perf_counter()
     prompts = [fill_template(video.options.prompt_template, video.prompt) for video in videos]
     say(f"text: encoding {len(set(prompts))} prompt(s)")
@@ -156,7 +172,7 @@ def run(job: Job, guard: Watchdog, patience: float) -> None:
     for number, (file, video) in enumerate(job.videos.items(), 1):
         name = f"{file.name} ({number}/{len(videos)})"
         guard.at(f"the model, and what {file.name} is made from", patience)
-        with _enough_memory(video.options), _progress(job, video.options, name) as show:
+        with enough_memory(video.options), _progress(job, video.options, name) as show:
             progress = _watched(show, guard, patience, file.name, video.options)
             result = job.sampler.run(video.prompt, video.options, video.given, progress=progress, decode=job.leads)
         if not job.leads:
@@ -187,7 +203,7 @@ def _watched(
 
 
 @contextmanager
-def _enough_memory(options: Options) -> Iterator[None]:
+def enough_memory(options: Options) -> Iterator[None]:
     """The allocator's errors, which have no class of their own on the CPU, as a MemoryError that names the size."""
     try:
         yield

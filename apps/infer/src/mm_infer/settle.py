@@ -65,7 +65,7 @@ def check(options: Options, given: Given, facts: Facts) -> Task:
     task = choose_task(facts, options.task, given.there())
     if options.clip_crop and "image_encoder" not in facts.family.video.encoders(facts.config):
         raise ValueError("clip_crop is for models with CLIP, and this has none: leave it out")
-    for name, tasks in _own_options().items():
+    for name, tasks in own_options().items():
         value = getattr(options, name)
         if value is not None and name not in task.options:
             raise ValueError(f"{name} {value} is for task {' or '.join(tasks)}, but this is {task.name}: leave it out")
@@ -128,7 +128,7 @@ def _list(tasks: Collection[Task]) -> str:
     return ", ".join(map(str, tasks))
 
 
-def _own_options() -> dict[str, list[str]]:
+def own_options() -> dict[str, list[str]]:
     """The options that are a task's own, with the names of the tasks, of any model, that have it."""
     tasks = [task for family in FAMILIES for preset in family.presets.values() for task in family.tasks(preset.config)]
     names = [field.name for field in fields(Options)]

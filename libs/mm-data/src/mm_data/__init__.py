@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from mm_data.images import area_size, is_picture, read_image, read_mask
     from mm_data.keys import content_key
     from mm_data.loader import Loader, Step, build_loader
-    from mm_data.manifest import Control, Sample, read_manifest
+    from mm_data.manifest import Control, Sample, list_files, read_manifest
     from mm_data.order import Order
     from mm_data.processing import Encoded, Flops, Processing, Size
     from mm_data.selection import Selection, check_samples, for_task, select
+    from mm_data.sets import Portion, SampleSet, read_sets
     from mm_data.transforms import crop_to, pad_to
     from mm_data.video import VideoClip, VideoInfo, probe, read_video
     from mm_data.video_write import made_with, write_video
@@ -47,8 +48,10 @@ __all__ = [
     "Order",
     "Pack",
     "Pick",
+    "Portion",
     "Processing",
     "Sample",
+    "SampleSet",
     "Selection",
     "Size",
     "Step",
@@ -67,6 +70,7 @@ __all__ = [
     "for_task",
     "identify_files",
     "is_picture",
+    "list_files",
     "made_with",
     "pad_texts",
     "pad_to",
@@ -74,6 +78,7 @@ __all__ = [
     "read_image",
     "read_manifest",
     "read_mask",
+    "read_sets",
     "read_video",
     "select",
     "survey",
@@ -94,10 +99,11 @@ _HOMES = {
     "images": ("area_size", "is_picture", "read_image", "read_mask"),
     "keys": ("content_key",),
     "loader": ("Loader", "Step", "build_loader"),
-    "manifest": ("Control", "Sample", "read_manifest"),
+    "manifest": ("Control", "Sample", "list_files", "read_manifest"),
     "order": ("Order",),
     "processing": ("Encoded", "Flops", "Processing", "Size"),
     "selection": ("Selection", "check_samples", "for_task", "select"),
+    "sets": ("Portion", "SampleSet", "read_sets"),
     "transforms": ("crop_to", "pad_to"),
     "video": ("VideoClip", "VideoInfo", "probe", "read_video"),
     "video_write": ("made_with", "write_video"),

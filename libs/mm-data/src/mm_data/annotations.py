@@ -56,6 +56,18 @@ class Annotation:
         return os.path.join(os.path.abspath(self.top), "")
 
 
+def has_lists(folder: Path) -> bool:
+    """Whether a folder, or one of those in it, has an annotation.json."""
+    return bool(_in_folder(folder))
+
+
+def _in_folder(path: Path) -> list[Annotation]:
+    below = sorted((entry.is_symlink(), path / entry.name) for entry in os.scandir(path) if entry.is_dir())
+    once = {os.path.realpath(folder): folder for folder in [*(folder for _, folder in reversed(below)), path]}
+    folders = [path, *sorted(set(once.values()) - {path})]
+    return [Annotation(folder / ANNOTATION, folder, path) for folder in folders if _exists(folder / ANNOTATION)]
+
+
 def find_annotations(path: str | Path) -> list[Annotation]:
     """The lists of a manifest, in the order in which they are read: that of a folder, then those of the folders in it.
     A folder to which links lead as well is read once.
@@ -64,26 +76,24 @@ def find_annotations(path: str | Path) -> list[Annotation]:
     """
     path = Path(path)
     if os.path.isdir(path):
-        below = sorted((entry.is_symlink(), path / entry.name) for entry in os.scandir(path) if entry.is_dir())
-        once = {os.path.realpath(folder): folder for folder in [*(folder for _, folder in reversed(below)), path]}
-        folders = [path, *sorted(set(once.values()) - {path})]
-        found = [Annotation(folder / ANNOTATION, folder, path) for folder in folders if _exists(folder / ANNOTATION)]
-        if found:
+        if found := _in_folder(path):
             return found
         inside = sorted(p.name for p in path.iterdir() if p.suffix in (".txt", ".json", ".jsonl"))
         hint = (
             f"did you mean {path / inside[0]}?"
             if inside
-            else "write a data.json that lists its videos with their captions"
+            else "write a data.json that lists its videos with their captions, or put a .txt beside each"
         )
         raise ValueError(f"{path} is a folder without {ANNOTATION}, and so are those in it: {hint}")
     if not os.path.exists(path):
-        raise ValueError(f"{path} does not exist: give a data.txt, data.json or .jsonl, or a folder with {ANNOTATION}")
+        raise ValueError(f"{path} does not exist: give a data.txt, data.json, .jsonl or sets.toml, or a folder")
     if path.suffix == ".txt":
         return [Annotation(file, folder) for folder, file in _read_sets(path)]
     if path.suffix in (".json", ".jsonl"):
         return [Annotation(path, path.parent)]
-    raise ValueError(f"{path}: a manifest is a .txt, .json or .jsonl file, not {path.suffix or 'one without a suffix'}")
+    raise ValueError(
+        f"{path}: a manifest is a .txt, .json, .jsonl or .toml file, not {path.suffix or 'one without a suffix'}"
+    )
 
 
 def _exists(path: Path) -> bool:

@@ -46,6 +46,9 @@ class BatchDataset(Protocol[Made]):
 
     `ids[i]` is unique: draws for a sample belong to it. `buckets[i]` is a key of the data set's choice: all samples of
     one step have the same, e.g. the shape of their latents. `batch` is called from several threads at once.
+
+    Where some samples are shown more often than others, it also has `sets`: (number of samples, weight) of each, in the
+    order of the samples, see `Order`.
     """
 
     ids: Sequence[str]
@@ -60,7 +63,7 @@ class BatchDataset(Protocol[Made]):
 class PackedDataset(BatchDataset[Made], Protocol[Made]):
     """A data set that says itself which samples of a step go together, in as many micro batches as they need.
 
-    `sets` are numbers of samples and their weights, see `Order`. `plan` gives, for each rank and each of its micro
+    `plan` gives, for each rank and each of its micro
     batches, the arguments of `batch`: alike whoever asks, and as many micro batches for every rank.
     """
 

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal
@@ -38,7 +39,9 @@ from mm_data.files import (
 )
 from mm_data.geometry import Geometry, Unfit
 from mm_data.keys import content_key, hash_control
+from mm_data.layout import geometry_of
 from mm_data.manifest import Sample
+from mm_data.sets import SampleSet
 from mm_data.shards import AGAIN, Shards, read_metadata
 from mm_data.video import decoder_identity
 
@@ -60,6 +63,12 @@ class ToDo:
     failed: list[tuple[Sample, str]]  # cannot be opened, with the reason
     stale: int  # entries in the store that no sample asks for: another encoder, decoder, geometry, caption or file
     other_decoders: dict[str, int]  # how many of them come from which other decoder
+
+    @property
+    def sets(self) -> dict[str, SampleSet]:
+        """Of every readable sample; empty where they are of none."""
+        samples = (*self.done, *self.to_encode, *self.repeated)
+        return {sample.id: sample.set for sample in samples if sample.set is not None}
 
     def __contains__(self, sample_id: str) -> bool:
         return sample_id in self.keys or any(sample.id == sample_id for sample, _ in self.failed)
@@ -115,7 +124,7 @@ class FeatureCache:
         """Look for entries committed by others since this process last looked."""
         for shard in sorted(set(self.path.glob("shards/*.safetensors")) - self._seen):
             for key, meta in read_metadata(shard).items():
-                self._entries.setdefault(key, (shard, _checked(parse_json(meta, shard), shard)))
+                self._entries.setdefault(key, (shard, check_meta(parse_json(meta, shard), shard)))
             self._seen.add(shard)
 
     def put(self, key: str, tensors: Mapping[str, Tensor], meta: Mapping) -> None:
@@ -133,11 +142,11 @@ class FeatureCache:
         if self._pending_bytes >= self.shard_bytes:
             self.flush()
 
-    def put_empty_text(self, encoding: Tensor, encoder: str = "") -> None:
+    def put_empty_text(self, encoding: Tensor, encoder: str = "", files: Mapping[str, str] | None = None) -> None:
         """Store the encoding (S D) of the empty prompt: what text dropout trains on, and the negative prompt of a
-        model without its text encoder.
+        model without its text encoder. files: identities of the encoders' files, see `FeatureDataset.encoders`.
         """
-        self.put(content_key("", None, encoder), {"text.0": encoding}, {"id": ""})
+        self.put(content_key("", None, encoder), {"text.0": encoding}, {"id": "", "encoders": dict(files or {})})
 
     def has_empty_text(self, encoder: str = "") -> bool:
         return content_key("", None, encoder) in self
@@ -250,7 +259,8 @@ class FeatureCache:
                 failed.append((sample, _why_unreadable(sample.files)))
                 continue
             video, control = sample.contents[0].sha256, hash_control(sample)
-            key = content_key(video, geometry, encoder, sample.captions, sample.cut, seed, control, decoder)
+            own = geometry_of(sample, geometry)
+            key = content_key(video, own, encoder, sample.captions, sample.cut, seed, control, decoder)
             keys[sample.id] = key
             (done if key in self else repeated if key in asked else to_encode).append(sample)
             asked.add(key)
@@ -272,11 +282,14 @@ class FeatureCache:
         self.refresh()
         empty = content_key("", None, todo.encoder if todo else "")
         chosen = todo.keys if todo else self._by_id(empty)
-        lines = [{"format": FORMAT, "empty_text": self._locate(empty) if empty in self._entries else None}]
+        header = {"format": FORMAT, "empty_text": self._locate(empty) if empty in self._entries else None}
+        lines = [header]
         for sample_id in chosen if todo else sorted(chosen):
             if chosen[sample_id] in self._entries:
                 lines.append({"id": sample_id, **self._locate(chosen[sample_id])})
-        there = {line.get("id") for line in lines}
+        if todo and (sets := todo.sets):
+            header["sets"] = _describe_sets(sets[line["id"]] for line in lines[1:])
+        there = {line["id"] for line in lines[1:]}
         failures = self.failures() | ({sample.id: reason for sample, reason in todo.failed} if todo else {})
         missing = {k: v for k, v in failures.items() if k not in there and (todo is None or k in todo)}
         missing |= {sample.id: str(reason) for sample, reason in dropped}
@@ -306,11 +319,11 @@ class FeatureCache:
         return {
             "key": key,
             "shard": os.path.relpath(shard, self.path),
-            **{k: v for k, v in meta.items() if k in ("shapes", "captions")},
+            **{k: v for k, v in meta.items() if k in ("shapes", "captions", "sha256")},
         }
 
 
-def _checked(meta: Any, shard: Path) -> dict:
+def check_meta(meta: Any, shard: Path) -> dict:
     """What a shard says of an entry. Raises ValueError for what `put` and `VideoDataset` never write."""
 
     def are(kind: type | UnionType, *values: Any) -> bool:
@@ -324,6 +337,8 @@ def _checked(meta: Any, shard: Path) -> dict:
         and are(dict, meta.get("shapes"))
         and are(list, meta.get("notes", []), meta.get("control", []))
         and are(str, *meta.get("notes", []))
+        and are(dict, meta.get("encoders", {}))
+        and are(str, *meta.get("encoders", {}).values())
         and is_stamp(meta.get("source", [""]))
         and all(is_stamp(one) for one in meta.get("control", []))
     )
@@ -341,6 +356,21 @@ def _why_unreadable(files: Sequence[Path]) -> str:
         except ValueError as error:
             return str(error)
     return f"{', '.join(map(str, files))}: could not be read to the end"
+
+
+def _describe_sets(sets: Iterable[SampleSet]) -> list[dict]:
+    """How many samples each set has, of samples in its order, and how often it is shown."""
+    grouped = [list(group) for _, group in groupby(sets, key=lambda one: one.number)]
+    return [
+        {
+            "name": one.name,
+            "samples": len(group),
+            "repeats": str(one.repeats),
+            "weight": None if one.weight is None else str(one.weight),
+        }
+        for group in grouped
+        for one in group[:1]
+    ]
 
 
 def _jsonl(records) -> bytes:

@@ -6,17 +6,18 @@ The same samples in the same order, the same frames and captions as from a featu
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from mm_data.annotations import find_annotations
 from mm_data.batch import Pick
 from mm_data.captions import OWN, Captions
 from mm_data.datasets import Clip, VideoDataset, describe
 from mm_data.geometry import Geometry
 from mm_data.images import read_image
 from mm_data.layout import lay_out
-from mm_data.manifest import Sample
+from mm_data.manifest import Sample, list_files
+from mm_data.sets import portions_of, weights_of
 
 
 class ClipShape(NamedTuple):
@@ -75,7 +76,8 @@ class ClipDataset:
 
     `ids`, and `buckets` (the shapes of the latents), list the usable samples in the order given; `unusable` has the
     others, each with its reason. `latent_shape(frames, height, width)` is the shape C F H W that the encoder makes of a
-    clip; a reference picture adds one latent frame. `captions` says which caption a batch shows. `path` names the list
+    clip; a reference picture adds one latent frame. `portions` says how often samples are shown, as their sets say, of
+    which the usable samples count. `captions` says which caption a batch shows. `path` names the list
     in messages. `found` is what `survey` gave for these samples and this geometry, where processes shared that work.
 
     Raises ValueError where no sample can be used, or one has no caption to show; and, naming the sample, when the
@@ -108,6 +110,7 @@ class ClipDataset:
         self.videos = VideoDataset([sample for sample, _ in usable], geometry, seed, backend=backend)
         self.ids = [sample.id for sample, _ in usable]
         captions.check(self.path, self.ids, [len(sample.captions) for sample, _ in usable], has_empty_text=True)
+        self.portions = portions_of(sample.set for sample, _ in usable)
         self.clip_shapes = [shape for _, shape in usable]
         self.buckets = []
         for frames, height, width, references in self.clip_shapes:
@@ -118,10 +121,17 @@ class ClipDataset:
         return len(self.ids)
 
     @property
+    def sets(self) -> list[tuple[int, Fraction]]:
+        """As `mm_data.order` takes them."""
+        return weights_of(self.portions)
+
+    @property
     def files(self) -> dict[str, Path]:
         """What samples are read from, by path: the list, or those of a folder, and every video, mask and picture."""
-        lists = [one.file for one in find_annotations(self.path)] if self.path.is_dir() else [self.path]
-        return {str(file): file for file in (*lists, *(f for sample in self.videos.samples for f in sample.files))}
+        return {
+            str(file): file
+            for file in (*list_files(self.path), *(f for sample in self.videos.samples for f in sample.files))
+        }
 
     @property
     def all_captions(self) -> list[tuple[str, ...]]:

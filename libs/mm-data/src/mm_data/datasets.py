@@ -15,7 +15,7 @@ from mm_data import random
 from mm_data.files import Content, file_stamp, fingerprint, shorten
 from mm_data.geometry import Geometry, crop_box
 from mm_data.images import read_image
-from mm_data.layout import Layout, lay_out
+from mm_data.layout import Layout, geometry_of, lay_out
 from mm_data.manifest import Control, Sample
 from mm_data.transforms import crop_resize, pad_to, to_mask, to_model_range
 from mm_data.video import VideoInfo, decoder_identity, read_video
@@ -99,7 +99,9 @@ class VideoDataset(Dataset):
                 raise ValueError(f"{file} was changed while it was in use")
         video, *rest = contents
         name = f"{video.sha256}[{layout.span[0]}:{layout.span[1]}]"
-        chosen = layout.choose(self.geometry, lambda n: random.integer(n, self.seed, 0, name, "window"))
+        chosen = layout.choose(
+            geometry_of(sample, self.geometry), lambda n: random.integer(n, self.seed, 0, name, "window")
+        )
         clip = Clip(
             id=sample.id,
             video=to_model_range(self._pixels(layout.video, chosen, layout.size)),

@@ -46,7 +46,8 @@ class Geometry:
 
     Frames: a clip has `num_frames`, or of a shorter video as many as there are, but not less than `min_frames`. They
     are taken at `fps` frames per second; None, or a slower video, means its own rate. They begin at a random place, at
-    the start, or so that they lie in the middle.
+    the start, or so that they lie in the middle. A picture is a clip of one frame, whatever `min_frames` is. Clips of
+    fewer than `least_frames` do not fit, pictures neither; programs raise it to what a task needs.
 
     Size: `max_height` x `max_width`. If `dynamic`, it is the video's own shape, shrunk to `max_area` pixels at most.
     Videos of less than `min_area` pixels do not fit. Nor do those whose aspect differs from the wanted one (if dynamic:
@@ -71,6 +72,7 @@ class Geometry:
     rule: Literal["window", "vace"] = "window"
     keep_last: bool = False
     time_stride: Annotated[int, ">= 1"] = 4
+    least_frames: Annotated[int, ">= 1"] = 1
 
     def __post_init__(self) -> None:
         for name, least, why in (
@@ -83,6 +85,8 @@ class Geometry:
             check_frames(f"{name}=", getattr(self, name), self.time_stride)
         if self.min_frames > self.num_frames:
             raise ValueError(f"min_frames={self.min_frames} is more than num_frames={self.num_frames}")
+        if self.least_frames > self.num_frames:
+            raise ValueError(f"least_frames={self.least_frames} is more than num_frames={self.num_frames}")
         if self.fps is not None and not self.fps > 0:
             raise ValueError(f"fps={self.fps} must be positive, or None for the video's own")
         if self.rule not in ("window", "vace"):

@@ -27,6 +27,8 @@ def content_key(
     place of its files. `decoder` is what gave the pixels, see `mm_data.video.decoder_identity`.
     """
     shape = asdict(geometry) if geometry else None
+    if shape:
+        del shape["least_frames"]  # says which clips there are, not what is in them
     # What was always so is not named, so that entries keep the keys that they had before there was another.
     if shape and shape["rule"] == "window":
         del shape["rule"], shape["keep_last"]

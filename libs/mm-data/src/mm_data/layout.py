@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +34,36 @@ class Layout:
         return choose_frames(self.available, geometry, draw)
 
 
+def geometry_of(sample: Sample, geometry: Geometry) -> Geometry:
+    """The geometry of one sample: that of all, with the size and the frames that its set asks for.
+
+    Raises ValueError, naming the set, where these cannot be.
+    """
+    if sample.set is None or (sample.size is None and sample.set.frames is None):
+        return geometry
+    try:
+        return _adapt(geometry, sample.size, sample.set.frames)
+    except ValueError as error:
+        raise ValueError(f"set {sample.set.name}: {error}") from error
+
+
+@lru_cache(maxsize=1024)
+def _adapt(geometry: Geometry, size: tuple[int, int] | None, frames: int | None) -> Geometry:
+    if size is not None:
+        geometry = replace(geometry, max_height=size[0], max_width=size[1], max_area=None)
+    if frames is not None:
+        geometry = replace(geometry, num_frames=frames, min_frames=min(geometry.min_frames, frames))
+    return geometry
+
+
 def lay_out(sample: Sample, geometry: Geometry) -> Layout:
     """Look into the files of a sample. Raises ValueError, as Unfit where the files are sound but do not suit.
 
-    A picture is a clip of one frame, whatever `min_frames` is.
+    A picture is a clip of one frame, whatever `min_frames` is; unless `least_frames` leaves it out.
     """
     check_control(sample)
     is_still = is_picture(sample.path)
+    geometry = geometry_of(sample, geometry)
     geometry = replace(geometry, min_frames=1) if is_still else geometry
     video, control, still_mask = (probe_picture if is_still else probe)(sample.path), {}, None
     if sample.control:
@@ -54,12 +78,21 @@ def lay_out(sample: Sample, geometry: Geometry) -> Layout:
     shown = video.timestamps[first:end] - video.timestamps[first]
     if geometry.rule == "vace":
         chosen, size, fps = vace_clip(shown, video.height, video.width * float(video.pixel_aspect), geometry)
+        check_least(sample.path, len(chosen), geometry, is_still)
         return Layout(video, control, still_mask, (first, end), first + chosen, len(chosen), size, fps)
     size = output_size(video.height, video.width, geometry, video.pixel_aspect)
     available = first + resample(shown, geometry.fps)
     length = clip_length(len(available), geometry)
+    check_least(sample.path, length, geometry, is_still)
     fps = clip_rate(shown, geometry.fps) or video.fps
     return Layout(video, control, still_mask, (first, end), available, length, size, fps)
+
+
+def check_least(path: Path, length: int, geometry: Geometry, is_still: bool) -> None:
+    """Unfit for a clip of fewer frames than are needed, also if it is a picture."""
+    if length < geometry.least_frames:
+        what = f"{path} is a picture, which is one frame" if is_still else f"the clip is {_frames(length)}"
+        raise Unfit("too_short", f"{what}, and least_frames={geometry.least_frames} are needed")
 
 
 def check_control(sample: Sample) -> None:

@@ -195,7 +195,7 @@ def build_loader(
         )
     if num_workers < 0:
         raise ValueError(f"num_workers={num_workers} must not be negative")
-    order = Order(dataset.buckets, global_batch, seed, small_buckets or "repeat", dataset.sets if packed else ())
+    order = Order(dataset.buckets, global_batch, seed, small_buckets or "repeat", getattr(dataset, "sets", ()))
     if order.small and small_buckets is None:
         warnings.warn(f"{order.small.describe()} Give small_buckets to choose.", stacklevel=2)
     return Loader(

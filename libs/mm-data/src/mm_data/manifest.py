@@ -1,10 +1,12 @@
 """Lists of videos, pictures and captions: data.txt, data.json and .jsonl, as in MindSpeed-MM's guides, and folders.
 
+    sets.toml    several of the following, and how often each is shown, see `mm_data.sets`
     data.txt     one data set per line: `folder,annotation`; lines that begin with # are skipped
     data.json    a list of objects; or data.jsonl, one object per line:
                  {"path": "videos/1.mp4", "cap": "a cat", "num_frames": 81, "fps": 24, "resolution": {"height": 480,
                  "width": 832}, "cut": [0, 81]}
-    a folder     with an annotation.json in it, in each of its folders, or in both: lists as data.json is one
+    a folder     with an annotation.json in it, in each of its folders, or in both: lists as data.json is one; without
+                 any, of clips and pictures with a text beside each, see `mm_data.folders`
 
 Only `path` is required here. `cap` may be a list, of which training draws one. Other tools call it `caption`, `text` or
 `prompt`, and so may a list. Facts that are absent are read from the file when it is decoded.
@@ -21,15 +23,19 @@ A sample of VACE has `video` in place of `path`, and beside it, each of them abs
                  "src_video_mask": "src_video_mask/1.mp4", "src_ref_images": ["src_ref_images/1.jpg"]}
 """
 
+import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mm_data.annotations import ANNOTATION, Annotation, find_annotations, read_records
+from mm_data.annotations import ANNOTATION, Annotation, find_annotations, has_lists, read_records
 from mm_data.files import Content, shorten, show
+from mm_data.folders import has_media, read_folder
+from mm_data.sets import SampleSet, is_sets_file, read_sets
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,8 @@ class Sample:
     cut: tuple[int, int] | None = None
     control: Control | None = None  # of a VACE sample; without source, mask and references all is to be made up
     contents: tuple[Content, ...] | None = None  # of `files`, in their order, once a plan has read them
+    set: SampleSet | None = None  # of a file of sets, the one it belongs to
+    size: tuple[int, int] | None = None  # height and width of the clip, where its set says so
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -79,18 +87,55 @@ def _warn(note: str) -> None:
     warnings.warn(note, stacklevel=3)
 
 
-def read_manifest(path: str | Path, say: Callable[[str], None] = _warn) -> list[Sample]:
-    """All samples of a data.txt, data.json or .jsonl, or of a folder with annotation.json in it, in order.
+def read_manifest(path: str | Path, say: Callable[[str], None] = _warn, caption: str | None = None) -> list[Sample]:
+    """All samples of a file of sets, of a list, or of a folder of lists or of clips and pictures, in order.
 
     Paths in an annotation belong to its folder: the one named beside it in data.txt, else its own. Those in the
     annotations of a folder belong to the folder of the annotation or to the one given, wherever the file is.
 
-    A file that two annotations of a folder name is one sample, with the captions of both. `say` is called with a line
-    that counts them.
+    A file that two annotations of a folder name is one sample, with the captions of both. A file that two sets name is
+    a sample of each. `say` is called with a line that counts them, and with one for what is not read.
+
+    caption: of samples without one, where their set says nothing else. None leaves them without in a list, and refuses
+    them in a folder of clips and pictures.
 
     Raises ValueError, naming file and line, for what cannot be understood, for a path that may mean two files, and for
     a list without samples. Videos are not opened.
     """
+    path = Path(path)
+    if not is_sets_file(path):
+        return _add_captions(_read_one(path, say, caption), caption, "")
+    samples: list[Sample] = []
+    names = _Names()
+    for one in read_sets(path):
+        said = one.caption if one.caption is not None else caption
+        for sample in _add_captions(_read_one(one.path, say, said), said, one.caption_prefix):
+            for size in one.sizes or (None,):
+                name = f"{one.prefix}{sample.id}" + (f"@{size[0]}x{size[1]}" if size and len(one.sizes) > 1 else "")
+                samples.append(replace(sample, id=names.own(name), set=one, size=size))
+    _tell_shared(path, samples, say)
+    return samples
+
+
+def list_files(path: Path) -> list[Path]:
+    """The lists of a manifest, as far as it has any. Raises ValueError for what is no manifest; no sample is read."""
+    if not is_sets_file(path):
+        return _lists(path)
+    return [file for one in read_sets(path) for file in _lists(one.path)]
+
+
+def _lists(path: Path) -> list[Path]:
+    return [] if _is_media_folder(path) else [one.file for one in find_annotations(path)]
+
+
+def _is_media_folder(path: Path) -> bool:
+    return path.is_dir() and not has_lists(path) and has_media(path)
+
+
+def _read_one(path: Path, say: Callable[[str], None], caption: str | None) -> list[Sample]:
+    """The samples of anything but a file of sets."""
+    if _is_media_folder(path):
+        return [Sample(found.name, found.path, (found.caption,)) for found in read_folder(path, say, caption)]
     samples = _Samples()
     for annotation in find_annotations(path):
         before = samples.read
@@ -101,6 +146,30 @@ def read_manifest(path: str | Path, say: Callable[[str], None] = _warn) -> list[
     for note in samples.notes():
         say(f"{path}: {note}")
     return samples.all
+
+
+def _add_captions(samples: list[Sample], caption: str | None, prefix: str) -> list[Sample]:
+    """With the caption of those that have none, and what stands before every caption."""
+    if caption is not None:
+        samples = [sample if sample.captions else replace(sample, captions=(caption,)) for sample in samples]
+    if prefix:
+        samples = [replace(one, captions=tuple(f"{prefix}{caption}" for caption in one.captions)) for one in samples]
+    return samples
+
+
+def _tell_shared(path: Path, samples: list[Sample], say: Callable[[str], None]) -> None:
+    """Of files that several sets name, how many there are."""
+    sets: dict[tuple, dict[int, str]] = {}
+    for sample in samples:
+        sets.setdefault((os.path.realpath(sample.path), sample.cut), {}).setdefault(sample.set.number, sample.set.name)
+    shared = {file: names for (file, _), names in sets.items() if len(names) > 1}
+    if shared:
+        first = shorten(next(iter(shared)), 200)
+        most = Counter(" and ".join(names.values()) for names in shared.values()).most_common(1)[0][0]
+        say(
+            f"{path}: {len(shared):,} file{'s are' if len(shared) > 1 else ' is'} in several sets, e.g. {first} "
+            f"(most in {shorten(most, 200)}): each set shows them"
+        )
 
 
 class _Samples:

@@ -6,13 +6,16 @@ floor(e n / G) ... floor((e + 1) n / G) - 1, and the batches of all buckets are 
 nothing is left over (the rest of a round comes first in the next), buckets are seen in proportion to their size, and
 no rank, worker or restart enters into it.
 
-Several sets in one bucket may have weights: a set of m samples and weight w then has round(m w) of the bucket's n
-places in every epoch. These places, epoch after epoch, go through the set's own permutations, one after another: a
-weight of 2 shows each sample twice in an epoch, one of 0.5 half of the set in one epoch and the other half in the next.
+Several sets in one bucket may have weights: a set of m samples and weight w then has m w of the bucket's places in an
+epoch. Where that is no whole number, epochs differ by a place: the first E have m w E of them, rounded. So a set keeps
+its weight however few of its samples a bucket has. These places, epoch after epoch, go through the set's own
+permutations, one after another: a weight of 2 shows each sample twice in an epoch, one of 0.5 half of the set in one
+epoch and the other half in the next.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from math import ceil, gcd
 from typing import Literal
@@ -60,12 +63,45 @@ class Small:
 
 @dataclass(frozen=True)
 class _Share:
-    """The places of one set among those of a bucket."""
+    """The part of one set in a bucket."""
 
     members: np.ndarray  # the set's samples in this bucket
-    places: int  # in an epoch
-    before: int  # places of the sets before it
+    places: Fraction  # in an epoch, on average
     name: str  # its own permutations are drawn by it
+
+    def before(self, epoch: int) -> int:
+        """Its places in all epochs before this one: the average so many times, rounded."""
+        over, under = self.places.as_integer_ratio()
+        return (2 * epoch * over + under) // (2 * under)
+
+
+class _Bucket:
+    """The samples of one key, as places of epochs."""
+
+    def __init__(self, shares: list[_Share]):
+        self.shares = shares
+        self.whole = sum(share.places.numerator for share in shares if share.places.denominator == 1)
+        self.broken = [share for share in shares if share.places.denominator != 1]
+        self.size = max(1, round(sum(share.places for share in shares)))  # of an epoch, on average
+
+    def before(self, epoch: int) -> int:
+        """Places in all epochs before this one."""
+        return epoch * self.whole + sum(share.before(epoch) for share in self.broken)
+
+    def epoch(self, place: int) -> int:
+        """In which epoch a place lies, counted from the first."""
+        return place // self.whole if not self.broken else _last(self.before, place)
+
+
+def _last(before: Callable[[int], int], value: int) -> int:
+    """The last number n with before(n) <= value; before(0) is 0, and it grows without end."""
+    low, high = 0, 1
+    while before(high) <= value:
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if before(middle) <= value else (low, middle)
+    return low
 
 
 class Order:
@@ -81,7 +117,8 @@ class Order:
 
     `small` describes such buckets; None where there are none. `sets`: (number of samples, weight) of each, in the order
     of the samples; none: all are one set of weight 1. Of a set with another weight than 1 a sample may stand twice in a
-    step. Raises ValueError if no sample is left, and for a weight with which a set is never shown.
+    step, and counts as often as its weight says. Raises ValueError if no sample is left, and for a weight with which a
+    set has no place in an epoch.
     """
 
     def __init__(
@@ -90,7 +127,7 @@ class Order:
         global_batch: int,
         seed: int,
         small_buckets: SmallBuckets = "repeat",
-        sets: Sequence[tuple[int, float]] = (),
+        sets: Sequence[tuple[int, float | Fraction]] = (),
     ):
         if not buckets:
             raise ValueError("the data set has no samples")
@@ -104,112 +141,123 @@ class Order:
         keys = sorted(found, key=repr)
         sets = sets or [(len(buckets), 1.0)]
         assert sum(count for count, _ in sets) == len(buckets)
+        _check_weights(sets)
         # of each bucket, the sets that are in it
-        self.shares = [_share(np.array(found.pop(key)), sets, f"bucket {number}") for number, key in enumerate(keys)]
+        self.buckets = [
+            _Bucket(_share(np.array(found.pop(key)), sets, f"bucket {number}")) for number, key in enumerate(keys)
+        ]
         self.global_batch = global_batch
         self.seed = seed
         self.distinct = small_buckets == "drop"
-        self.sizes = [sum(share.places for share in shares) for shares in self.shares]
-        few = [size for size in self.sizes if size < global_batch]
-        self.small = Small(few, len(self.sizes), sum(self.sizes), global_batch, self.distinct) if few else None
-        most = max(self.sizes)
-        kept = [number for number, size in enumerate(self.sizes) if size >= (global_batch if self.distinct else 1)]
-        if not kept:
+        sizes = [bucket.size for bucket in self.buckets]
+        few = [size for size in sizes if size < global_batch]
+        self.small = Small(few, len(sizes), sum(sizes), global_batch, self.distinct) if few else None
+        most = max(sizes)
+        self.buckets = [one for one in self.buckets if one.size >= (global_batch if self.distinct else 1)]
+        if not self.buckets:
             raise ValueError(
-                f"no bucket is left: all {len(self.sizes)} have fewer samples than a step takes ({global_batch}), the "
+                f"no bucket is left: all {len(sizes)} have fewer samples than a step takes ({global_batch}), the "
                 f"largest has {most}. Take a global batch of {most} or less, or repeat samples in a step: "
                 "small_buckets repeat"
             )
-        self.shares, self.sizes = [self.shares[number] for number in kept], [self.sizes[number] for number in kept]
         # A few permutations stay at hand: a batch lies in one epoch or two, and steps go through the buckets in turn.
-        self._permutation = lru_cache(maxsize=2 * len(self.sizes) + 2)(self._permutation)
+        self._permutation = lru_cache(maxsize=2 * len(self.buckets) + 2)(self._permutation)
         # A step of a set in two epochs of the bucket lies in so many of its own.
-        own = sum(ceil(2 * share.places / len(share.members)) + 1 for shares in self.shares for share in shares)
+        shares = [share for bucket in self.buckets for share in bucket.shares]
+        own = sum(ceil(2 * share.places / len(share.members)) + 1 for share in shares)
         self._own_permutation = lru_cache(maxsize=own)(self._own_permutation)
         self._round = lru_cache(maxsize=2)(self._round)
 
     def batches_before(self, round_: int) -> int:
         """The number of steps in all rounds before `round_`."""
-        return sum(round_ * size // self.global_batch for size in self.sizes)
+        return sum(bucket.before(round_) // self.global_batch for bucket in self.buckets)
 
     def step(self, step: int) -> list[Pick]:
         """The samples of a step, in the order in which ranks take them."""
         assert step >= 0
-        low, high = 0, 1  # the round: batches_before(low) <= step < batches_before(high)
-        while self.batches_before(high) <= step:
-            low, high = high, high * 2
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.batches_before(middle) <= step else (low, middle)
-        bucket, batch = self._round(low)[step - self.batches_before(low)]
-        size = self.sizes[bucket]
-        places = range(batch * self.global_batch, (batch + 1) * self.global_batch)
-        return [
-            self._pick(bucket, place // size, int(self._permutation(bucket, place // size)[place % size]))
-            for place in places
-        ]
+        round_ = _last(self.batches_before, step)
+        number, batch = self._round(round_)[step - self.batches_before(round_)]
+        return [self.pick(number, batch * self.global_batch + i) for i in range(self.global_batch)]
 
-    def _pick(self, bucket: int, epoch: int, place: int) -> Pick:
-        """The sample at a place of a bucket's epoch."""
-        share = next(share for share in reversed(self.shares[bucket]) if share.before <= place)
+    def pick(self, number: int, place: int) -> Pick:
+        """The sample at a place of a bucket."""
+        bucket = self.buckets[number]
+        epoch = bucket.epoch(place)
+        place = int(self._permutation(number, epoch)[place - bucket.before(epoch)])
+        for share in bucket.shares:
+            first = share.before(epoch)
+            own = share.before(epoch + 1) - first
+            if place < own:
+                break
+            place -= own
         size = len(share.members)
         if share.places != size:
-            epoch, place_in_set = divmod(epoch * share.places + place - share.before, size)
-            return Pick(int(share.members[self._own_permutation(share.name, size, epoch)[place_in_set]]), epoch)
-        return Pick(int(share.members[place - share.before]), epoch)
+            epoch, place_in_set = divmod(first + place, size)
+            place = self._own_permutation(share.name, size, epoch)[place_in_set]
+        return Pick(int(share.members[place]), epoch)
 
     def _round(self, round_: int) -> list[tuple[int, int]]:
         """(bucket, batch) of each step of a round."""
         batches = [
-            (b, j)
-            for b, n in enumerate(self.sizes)
-            for j in range(round_ * n // self.global_batch, (round_ + 1) * n // self.global_batch)
+            (number, batch)
+            for number, bucket in enumerate(self.buckets)
+            for batch in range(
+                bucket.before(round_) // self.global_batch, bucket.before(round_ + 1) // self.global_batch
+            )
         ]
         return [batches[i] for i in permutation(len(batches), self.seed, round_, "round")]
 
-    def _permutation(self, bucket: int, epoch: int) -> np.ndarray:
-        return self._distinct(bucket, epoch) if self.distinct else self._drawn(bucket, epoch)
+    def _permutation(self, number: int, epoch: int) -> np.ndarray:
+        """Of the places of a bucket in an epoch. Where their number changes, samples may stand twice in any case."""
+        is_distinct = self.distinct and not self.buckets[number].broken
+        return self._distinct(number, epoch) if is_distinct else self._drawn(number, epoch)
 
-    def _drawn(self, bucket: int, epoch: int) -> np.ndarray:
-        return permutation(self.sizes[bucket], self.seed, epoch, f"bucket {bucket}")
+    def _drawn(self, number: int, epoch: int) -> np.ndarray:
+        bucket = self.buckets[number]
+        size = bucket.before(epoch + 1) - bucket.before(epoch)
+        return permutation(size, self.seed, epoch, f"bucket {number}")
 
     def _own_permutation(self, name: str, size: int, epoch: int) -> np.ndarray:
         return permutation(size, self.seed, epoch, name)
 
-    def _distinct(self, bucket: int, epoch: int) -> np.ndarray:
+    def _distinct(self, number: int, epoch: int) -> np.ndarray:
         """A permutation that begins with other samples than those that its first step has of the epoch before.
 
         Only the first G places are reordered. In a bucket of 2G samples or more these do not reach to the last step,
         so the end of the epoch before is as drawn. In a smaller one its order is followed from the last epoch that
         began with a step of its own: less than G epochs.
         """
-        size, step = self.sizes[bucket], self.global_batch
+        size, step = self.buckets[number].whole, self.global_batch
         period = step // gcd(size, step)
         first = epoch // period * period if size < 2 * step else max(0, epoch - 1)
-        order = self._drawn(bucket, first)
+        order = self._drawn(number, first)
         for later in range(first + 1, epoch + 1):
             left = later * size % step  # places that the epoch before has in the first step of this one
-            drawn = self._drawn(bucket, later)
+            drawn = self._drawn(number, later)
             taken = np.isin(drawn[:step], order[size - left :])
             order = np.concatenate((drawn[:step][~taken], drawn[:step][taken], drawn[step:]))
         return order
 
 
-def _share(members: np.ndarray, sets: Sequence[tuple[int, float]], bucket: str) -> list[_Share]:
+def _check_weights(sets: Sequence[tuple[int, float | Fraction]]) -> None:
+    for count, weight in sets:
+        if not round(count * weight):
+            raise ValueError(
+                f"a weight of {float(weight):g} for a set of {count} samples: it would never be shown in an epoch. "
+                f"Give it a weight of more than {0.5 / count:g}, or leave it out"
+            )
+
+
+def _share(members: np.ndarray, sets: Sequence[tuple[int, float | Fraction]], bucket: str) -> list[_Share]:
     """The sets that have samples in a bucket, with their places."""
     shares: list[_Share] = []
-    first, before = 0, 0
+    first = 0
     for number, (count, weight) in enumerate(sets):
-        own = members[(members >= first) & (members < first + count)]
-        places = round(len(own) * weight)
-        if len(own) and not places:
-            raise ValueError(
-                f"a weight of {weight:g} for a set of {count} samples: it would never be shown. Give it a weight of "
-                f"more than {0.5 / len(own):g}, or leave it out"
-            )
-        if places:
-            shares.append(_Share(own, places, before, f"set {number} of {bucket}"))
-        first, before = first + count, before + places
+        begin, end = np.searchsorted(members, (first, first + count))
+        if end > begin:
+            own = members[begin:end]
+            shares.append(_Share(own, len(own) * Fraction(weight), f"set {number} of {bucket}"))
+        first += count
     return shares
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from mm_data.files import find_fault, shorten
 from mm_data.geometry import Geometry, Unfit, clip_length, output_size
 from mm_data.images import SUFFIXES
-from mm_data.layout import check_control, lay_out
+from mm_data.layout import check_control, check_least, geometry_of, lay_out
 from mm_data.manifest import Sample
 from mm_data.nearest import Neighbours
 from mm_data.video import PICTURE
@@ -43,9 +43,13 @@ class Selection:
         if self.geometry.rule == "vace":
             return {}  # there a clip's length also depends on its size, which annotations of VACE do not give
         videos = [sample for sample in self.kept if not _is_named_picture(sample)]
-        available = {sample.id: _available(sample, self.geometry) for sample in videos}
-        lengths = {name: clip_length(n, self.geometry) for name, n in available.items() if n is not None}
-        return {name: length for name, length in lengths.items() if length < self.geometry.num_frames}
+        found = {}
+        for sample in videos:
+            geometry = geometry_of(sample, self.geometry)
+            available = _available(sample, geometry)
+            if available is not None and (length := clip_length(available, geometry)) < geometry.num_frames:
+                found[sample.id] = length
+        return found
 
     def __str__(self) -> str:
         total, short = len(self.kept) + len(self.dropped), self.short
@@ -57,8 +61,9 @@ class Selection:
             lines.append(f"  {kind}: {count}, e.g. {shorten(sample.id)}: {shorten(reason.detail, 500)}")
         if short:
             least = min(short, key=short.__getitem__)
+            asked = geometry_of(next(one for one in self.kept if one.id == least), self.geometry).num_frames
             lines.append(
-                f"  kept, but shorter than num_frames={self.geometry.num_frames}: {len(short)}, the shortest gives a "
+                f"  kept, but shorter than num_frames={asked}: {len(short)}, the shortest gives a "
                 f"clip of {short[least]}: {shorten(least)}; a larger min_frames leaves them out"
             )
         return "\n".join(line.replace("\n", "\\n") for line in lines)
@@ -71,9 +76,12 @@ def check_samples(samples: Sequence[Sample], geometry: Geometry, threads: int = 
     annotation leaves out is not judged here but at decoding. A file that is not there is named with what is most like
     it in its folder; nothing is put in its place.
 
-    Reasons are those of `KINDS`. Of the files of a VACE sample all must be there.
+    Reasons are those of `KINDS`. Of the files of a VACE sample all must be there. Raises ValueError for a size or a
+    length that a set asks for and that cannot be.
     """
 
+    for sample in samples:
+        geometry_of(sample, geometry)  # a mistake of a set is none of its samples'
     neighbours = Neighbours()
 
     def check(sample: Sample) -> Sample | Unfit:
@@ -120,7 +128,7 @@ def _check(sample: Sample, geometry: Geometry, neighbours: Neighbours) -> Sample
     if geometry.rule == "vace":
         return sample
     try:
-        _check_claims(sample, geometry)
+        _check_claims(sample, geometry_of(sample, geometry))
     except Unfit as claimed:
         return _look(sample, geometry, claimed)
     return sample
@@ -138,11 +146,11 @@ def _check_claims(sample: Sample, geometry: Geometry) -> None:
     """Unfit for what the annotation says."""
     if sample.height is not None and sample.width is not None:
         output_size(sample.height, sample.width, geometry)
-    if _is_named_picture(sample):
-        return
-    frames = _available(sample, geometry)
+    is_still = _is_named_picture(sample)
+    frames = 1 if is_still else _available(sample, geometry)
     if frames is not None:
-        clip_length(frames, geometry)
+        length = 1 if is_still else clip_length(frames, geometry)
+        check_least(sample.path, length, geometry, is_still)
 
 
 def _look(sample: Sample, geometry: Geometry, claimed: Unfit) -> Sample:

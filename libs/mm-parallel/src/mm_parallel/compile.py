@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mm_parallel.frozen import frozen_linears
 from mm_parallel.plan import ParallelPlan
 
 MOST_CODES = 24
@@ -43,6 +44,8 @@ def compile_layers(model: nn.Module, plan: ParallelPlan, backend: str = "inducto
             if kind not in compiled:
                 compiled[kind] = torch.compile(kind.forward, backend=backend, options=options)
             unit.forward = Compiled(compiled[kind], unit)
+            for frozen in frozen_linears(unit).values():  # the compiler would keep matrices that are made of codes
+                frozen.forward = Outside(frozen.forward)
 
 
 def check_compiler(device_type: str) -> str:

@@ -13,6 +13,8 @@ Layers = tuple[_Count, ...] | tuple[tuple[_Count, ...], ...]
 """Layers of each pipeline stage: flat, or nested (outer: virtual stages, inner: ranks)."""
 Forgotten = Literal["none", "full", "but_attention"]
 """What a layer forgets in the forward."""
+Base = Literal["dtype", "fp8", "int8", "nf4"]
+"""In what frozen matrices are held, see `mm_parallel.quantise`."""
 AttentionName = Literal["auto", "cpu", "flash", "cudnn", "efficient", "npu", "math", "flash3", "flash4"]
 """The kernel of attention between tokens, see `mm_parallel.attention.backends`."""
 
@@ -153,6 +155,20 @@ class MemoryConfig:
     """Dtype in which FSDP sends and sums gradients over ranks. bfloat16 sends half the bytes, and rounds every sum to 8
     bits. What is kept in fp32 is reduced in fp32 all the same.
     """
+    base: Base = "dtype"
+    """In what the matrices of layers that are not trained are held: dtype (that of the computation), fp8 or int8 (a
+    byte for each number, and a scale for each row), or nf4 (half a byte, and a scale for 64 numbers). They become
+    matrices of the computation's dtype for each product, and are made so while the weights are read.
+    """
+    host_layers: Annotated[int, ">= 0"] = 0
+    """How many layers, of each ladder on each pipeline rank (all, if it has fewer), have these matrices in the host's
+    memory. The device holds those of two layers: of the one that runs, and of the one that comes next.
+    """
+
+    @property
+    def holds_frozen(self) -> bool:
+        """Whether frozen matrices are held apart from the other parameters, see `mm_parallel.frozen`."""
+        return self.base != "dtype" or self.host_layers > 0
 
 
 def check_in_stem(layers: Sequence[int] | Sequence[Sequence[int]], flag: str) -> None:

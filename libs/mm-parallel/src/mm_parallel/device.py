@@ -4,10 +4,12 @@ import gc
 import importlib
 import importlib.util
 import os
+import re
 import resource
 import sys
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -155,6 +157,10 @@ def max_memory(device: torch.device) -> int:
     process since its start."""
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
+    if sys.platform == "linux":  # whose ru_maxrss has that of the process that started this one, too
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        if found := re.search(r"VmHWM:\s+(\d+) kB", status):
+            return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

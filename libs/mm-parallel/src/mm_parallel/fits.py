@@ -4,6 +4,7 @@ from torch import nn
 
 from mm_parallel import context, tensor
 from mm_parallel.config import MemoryConfig, ParallelConfig
+from mm_parallel.frozen import check_frozen
 from mm_parallel.order import check_shards
 from mm_parallel.pipeline.pipeline import check_stages
 from mm_parallel.pipeline.prune import Owner, find_trained
@@ -17,6 +18,7 @@ def check_fits(model: nn.Module, plan: ParallelPlan, layout: ParallelConfig, mem
     model: whole, also on the meta device. layout: with nothing left open, see `ParallelConfig.resolve`.
     """
     plan.check(model)
+    check_frozen(model, plan, memory, layout.tp)
     if layout.pp > 1:
         check_stages(model, plan, layout, memory)
     if layout.tp > 1:

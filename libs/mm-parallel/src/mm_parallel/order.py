@@ -1,4 +1,5 @@
-"""The order in which a model is cut, stated once: tensor, context, compile, recompute and offload, fsdp.
+"""The order in which a model is cut, stated once: tensor, frozen matrices, context, compile, recompute and offload,
+fsdp.
 
 A pipeline comes before all of it: see `mm_parallel.pipeline`.
 """
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from mm_parallel import context, tensor
 from mm_parallel.attention import choose_core
 from mm_parallel.config import AttentionName, MemoryConfig, ParallelConfig
+from mm_parallel.frozen import check_frozen, hold_frozen
 from mm_parallel.fsdp import shard
 from mm_parallel.mesh import describe, parameter_mesh, size
 from mm_parallel.plan import ParallelPlan
@@ -47,6 +49,7 @@ def parallelize(
     if size(mesh, "pp") > 1:
         raise ValueError(f"pp_layers {parallel.pp_layers}: a model is cut into stages by mm_parallel.Pipeline")
     plan.check(model)
+    check_frozen(model, plan, memory, size(mesh, "tp"))
     cut(model, plan, mesh, memory, dtype, attention, compile)
     return model
 
@@ -63,6 +66,7 @@ def cut(
     """All but the pipeline; `model` may be some stages of one, and `plan` what is left of the plan there."""
     if size(mesh, "tp") > 1:
         tensor.cut(model, plan, mesh)
+    hold_frozen(model, plan, memory)
     cuts_tokens = size(mesh, "cp") > 1
     choose_core(model, plan, attention)
     if cuts_tokens:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -154,15 +155,16 @@ class ParallelPlan:
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError for a pattern or a name that means nothing in the whole model."""
-        self.fp32_parameters(model)
+        modules = self._modules(model)
+        _check_patterns(self.keep_fp32, list(self._parameters(model)), fnmatchcase, "keep_fp32", "parameter")
         for kind in ("layers", "columns", "rows", "norms", "vocabulary"):
-            self.modules_of(model, kind)
+            _check_patterns(getattr(self, kind), list(modules), _match_parts, kind, "module")
         everything = dict(model.named_modules())
         for name, plan in self.inner.items():
             if name not in everything:
                 raise ValueError(f"plan.inner: the model has no module {name!r}")
             plan.check(everything[name])
-        modules, count = self._modules(model), len(self.modules_of(model, "layers"))
+        count = sum(any(_match_parts(name, pattern) for pattern in self.layers) for name in modules)
         for name, layer in self.companions.items():
             if name not in modules or not 0 <= layer < count:
                 raise ValueError(
@@ -231,14 +233,19 @@ def _names(module: nn.Module, prefix: str = "") -> Iterator[str]:
             yield from _names(child, f"{prefix}{name}.")
 
 
+@lru_cache(maxsize=1 << 16)  # a search of layouts asks the same of a model a hundred times
 def _match_parts(name: str, pattern: str) -> bool:
     names, patterns = name.split("."), pattern.split(".")
     return len(names) == len(patterns) and all(map(fnmatchcase, names, patterns))
 
 
 def _matching(patterns: abc.Sequence[str], names: list[str], match: Any, field: str, kind: str) -> list[str]:
+    _check_patterns(patterns, names, match, field, kind)
+    return [name for name in names if any(match(name, pattern) for pattern in patterns)]
+
+
+def _check_patterns(patterns: abc.Sequence[str], names: list[str], match: Any, field: str, kind: str) -> None:
     for pattern in patterns:
         if not any(match(name, pattern) for name in names):
             near = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
             raise ValueError(f"plan.{field}: no {kind} is named like {pattern!r}; there are {', '.join(near)}, …")
-    return [name for name in names if any(match(name, pattern) for pattern in patterns)]

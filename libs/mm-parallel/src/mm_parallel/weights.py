@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mm_parallel.frozen import frozen_linears
 from mm_parallel.grads import is_sharded
 
 
@@ -30,9 +31,14 @@ def load_parameters(
     Call after `parallelize` and before making the optimizer. Raises ValueError with the nearest names for missing and
     unexpected names, and with both shapes or dtypes for a misfit; after an error the model's values are undefined.
     """
-    check_names(set(model.state_dict()) | set(elsewhere), set(source))
+    frozen = frozen_linears(model)
+    check_names(set(model.state_dict()) | set(frozen) | set(elsewhere), set(source))
     allocate(model, device, offload_params)
     with torch.no_grad():
+        for name, linear in frozen.items():
+            whole = source[name]
+            check_shape(name, whole, linear.outline)
+            linear.fill(same_kind(name, whole[...], linear.outline), device)
         for name, target in model.state_dict().items():
             whole = source[name]
             check_shape(name, whole, target)

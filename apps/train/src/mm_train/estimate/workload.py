@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,16 +41,12 @@ class Workload:
         facts = {name: x if x.is_meta else x.tolist() for name, x in self.tensors.items()}
         return tuple((n, tuple(x.shape) if isinstance(x, Tensor) else str(x)) for n, x in sorted(facts.items()))
 
-    def arguments(self, objective: Objective) -> dict[str, Any]:
-        """What the model is called with on the largest micro-batch."""
-        return objective.inputs(self.tensors, self._draw(objective))
-
-    def losses(self, objective: Objective, output: Tensor) -> Tensor:
-        """Those of the largest micro-batch, of what the model has made of it."""
-        return objective.losses(output, self.tensors, self._draw(objective))
-
-    def _draw(self, objective: Objective) -> Any:
-        return objective.draw(self.tensors, lambda number, purpose: torch.Generator())
+    def ask(self, objective: Objective) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]]:
+        """(what the model is called with on the largest micro-batch, losses of what it has made of it). What chance
+        decides is drawn once, as in a step.
+        """
+        drawn = objective.draw(self.tensors, lambda number, purpose: torch.Generator())
+        return objective.inputs(self.tensors, drawn), lambda output: objective.losses(output, self.tensors, drawn)
 
 
 class Samples(Protocol):
@@ -76,7 +72,7 @@ def find_samples(config: Config, size: SizeOptions | None = None) -> Samples:
     size = size or SizeOptions()
     if family.chat is not None:
         return _find_packs(config, family, shape, size)
-    if config.data.features is not None and config.data.features.is_dir():
+    if config.data.features is not None and config.data.features.exists():
         return _read_features(config)
     clip, source = _choose_clip(config, family, shape, size)
     task = choose_task(config.model, family, shape, config.objective.task, "--objective.task")
@@ -121,7 +117,9 @@ def _stack(sample: Tensors, count: int) -> dict[str, Tensor]:
 def _read_features(config: Config) -> _Clips:
     path = config.data.features
     dataset = FeatureDataset(path, None)
-    counts = Counter(dataset.buckets)
+    counts: Counter[tuple[int, ...]] = Counter()  # of an epoch
+    for bucket, times in zip(dataset.buckets, dataset.times, strict=True):
+        counts[bucket] += float(times)
     largest = max(counts, key=lambda bucket: int(np.prod(bucket)))
     item = dataset[dataset.buckets.index(largest)]
     rows, _ = dataset.longest_text
@@ -129,7 +127,7 @@ def _read_features(config: Config) -> _Clips:
     sample = {"latents": item["latents"], "text": text, **item["conditions"]}
     sample = {name: torch.empty_like(x, device="meta") for name, x in sample.items()}
     shares = tuple(
-        (count / len(dataset), sample | {"latents": sample["latents"].new_empty(bucket)})
+        (count / counts.total(), sample | {"latents": sample["latents"].new_empty(bucket)})
         for bucket, count in counts.items()
     )
     shapes = f"{len(counts)} shapes, the largest of them" if len(counts) > 1 else "one shape,"

@@ -22,8 +22,8 @@ POSITIONAL = {"positional": True}
 class Convert:
     """Rewrite a checkpoint, or a LoRA adapter, under other names and in other files; tensors keep their bytes."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    "dtype of all floating-point tensors in the target (needs torch); null: each keeps its own"
+    dtype: Literal["float32", "bfloat16", "float16", "fp8_scaled"] | None = None
+    "of all floating-point tensors in the target (needs torch); fp8_scaled: only with --to comfyui; null: as they are"
     overwrite: bool = False
     "replace the target, if it holds a checkpoint and nothing else"
     dry_run: bool = False
@@ -35,7 +35,7 @@ class Convert:
     target: Path = field(metadata=POSITIONAL)
     "folder to make; a name that ends in .safetensors or .pt makes one file"
     to: Form | None = "mm"
-    "mm (ours), mindspeed, dcp, or names: original, diffusers, transformers; LoRA: mm, diffusers, comfyui, mindspeed"
+    "mm (ours), comfyui, mindspeed, dcp, or names: original, diffusers, transformers; LoRA: all but dcp and names"
     shard_gb: Annotated[float, "> 0"] | None = None
     "regroup into files of at most this many GB (10^9 bytes); null: keep the source's grouping"
     pp_layers: Layers = field(default_factory=list)

@@ -61,6 +61,7 @@ class Family:
     `tied`: our names of two tensors that are one in some models, the second being left out.
     `copies[dialect]`: what some files hold besides, a second name of a tensor -> its first one.
     `in_memory`: the dialect of models in memory, beside which peft puts its adapters, where it is not ours.
+    `comfyui`: the dialect of ComfyUI's single files; "" where there are none.
     `mindspeed_file`: what MindSpeed-MM calls it, where it has no tree of it but one file.
     `heads(shapes, config)`: the counts that cutting them needs, from the shapes in that dialect and what is known of
     the configuration.
@@ -80,4 +81,5 @@ class Family:
     tied: tuple[str, ...] = ()
     copies: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     in_memory: str = ""
+    comfyui: str = ""
     mindspeed_file: str = ""

@@ -119,6 +119,7 @@ VACE = Family(
     read_config=read_config,
     write_config={"original": _write_original, "diffusers": _write_diffusers},
     complete=complete,
+    comfyui="original",
     presets={"vace-1.3b": _SMALL, "vace-14b": _LARGE, "vace-a14b": _LARGE},  # a14b: each of its two experts
     boundaries={"vace-a14b": 0.875},
     cuts=CUTS,

@@ -223,6 +223,7 @@ WAN = Family(
     read_config=read_config,
     write_config={"original": write_original, "diffusers": write_diffusers},
     complete=complete,
+    comfyui="original",
     presets=PRESETS,
     boundaries={"wan2.2-t2v-a14b": 0.875, "wan2.2-i2v-a14b": 0.9},
     cuts=Cuts(

@@ -198,6 +198,7 @@ def _family(name: str, nested: bool, statistics: Mapping[str, list[float]], pres
         read_config=read_config,
         write_config={"diffusers": partial(_write_diffusers, nested)},
         complete=partial(_complete, statistics),
+        comfyui="original",
         presets={preset: sizes},
     )
 

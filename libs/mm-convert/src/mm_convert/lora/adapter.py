@@ -1,8 +1,9 @@
-"""An adapter: for each module a pair of factors and their strength."""
+"""An adapter: for each module a pair of factors and their strength; of some parameters the whole difference."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from mm_convert.families.family import Family
@@ -30,7 +31,9 @@ class LowRank:
 
 @dataclass(eq=False)
 class Adapter(Tensors):
-    """An adapter on disk, also as a mapping to tensors: `blocks.0.self_attn.q.lora_A.weight`, with our names."""
+    """An adapter on disk, also as a mapping to tensors: `blocks.0.self_attn.q.lora_A.weight`, with our names. What it
+    adds whole, to `head.head.bias` or `blocks.0.modulation`, is a mapping of its own: `differences`.
+    """
 
     family: Family
     format: str  # as found: "peft", "diffusers", "comfyui", "kohya", "diffsynth", "mindspeed"
@@ -40,6 +43,8 @@ class Adapter(Tensors):
     dropout: float = 0.0  # on the input of A in training, where the file says so
     notes: tuple[str, ...] = ()
     expert: str = ""  # "low", where the names say that it is for low noise
+    differences: Tensors = field(default_factory=lambda: Tensors({}))  # what is added whole, by our parameters
+    trained_on: Mapping[str, str] = field(default_factory=dict)  # facts of its base, see `mm_convert.lora.base`
 
     def __post_init__(self) -> None:
         factors = {f"{name}.lora_A.weight": module.a for name, module in self.modules.items()}

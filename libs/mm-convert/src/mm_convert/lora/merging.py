@@ -28,6 +28,16 @@ def merge(tensors: Mapping[str, LazyTensor], adapter: Adapter) -> dict[str, Lazy
             factors.append(f"{name} in {odd.pop()}")
         elif weight.dtype not in _FLOATS:
             unfit.append(f"{name} in {weight.dtype}")
+    for name, difference in adapter.differences.tensors.items():
+        weight = tensors.get(name)
+        if weight is None:
+            problems.append(f"{name}, which the base has not")
+        elif weight.shape != difference.shape:
+            problems.append(f"{name} for {list(difference.shape)}, which in the base is {list(weight.shape)}")
+        elif difference.dtype not in (*_FLOATS, *FP8):
+            factors.append(f"{name} in {difference.dtype}")
+        elif weight.dtype not in _FLOATS:
+            unfit.append(f"{name} in {weight.dtype}")
     if problems:
         raise ValueError(f"this adapter is not for this base: it has {join_first(problems)}")
     if factors:
@@ -42,18 +52,27 @@ def merge(tensors: Mapping[str, LazyTensor], adapter: Adapter) -> dict[str, Lazy
             "bfloat16, for a merged model in that"
         )
     adapted = {f"{name}.weight": module for name, module in adapter.modules.items()}
-    return {name: _merge_one(weight, adapted[name]) if name in adapted else weight for name, weight in tensors.items()}
+    whole = adapter.differences.tensors
+    touched = {*adapted, *whole}
+    return {
+        name: _merge_one(weight, adapted.get(name), whole.get(name)) if name in touched else weight
+        for name, weight in tensors.items()
+    }
 
 
-def _merge_one(weight: LazyTensor, module: LowRank) -> LazyTensor:
+def _merge_one(weight: LazyTensor, module: LowRank | None, difference: LazyTensor | None) -> LazyTensor:
     from mm_convert.tensors.torch import DTYPES, bytes_of, rows_of, torch
 
     dtype = torch.float64 if weight.dtype == "F64" else torch.float32
 
     def compute(start: int, stop: int) -> memoryview:
-        w = rows_of(weight, start, stop).to(dtype).flatten(1)
-        b = rows_of(module.b, start, stop).to(dtype).flatten(1)
-        a = rows_of(module.a, 0, module.rank).to(dtype).flatten(1)
-        return bytes_of(w.addmm_(b, a, alpha=module.alpha / module.rank).to(DTYPES[weight.dtype]))
+        w = rows_of(weight, start, stop).to(dtype)
+        if module is not None:
+            b = rows_of(module.b, start, stop).to(dtype).flatten(1)
+            a = rows_of(module.a, 0, module.rank).to(dtype).flatten(1)
+            w.flatten(1).addmm_(b, a, alpha=module.alpha / module.rank)
+        if difference is not None:
+            w += rows_of(difference, start, stop).to(dtype)
+        return bytes_of(w.to(DTYPES[weight.dtype]))
 
     return Computed(weight.dtype, weight.shape, compute)

@@ -11,6 +11,10 @@ the `alpha` of that module.
     diffsynth   blocks.0.self_attn.q.lora_A.default.weight              with alpha nowhere: it is the rank
                 pipe.dit.blocks.…, pipe.vace.vace_blocks.…              one file may have both
     mindspeed   blocks.0.self_attn.proj_q.lora_A.default.weight         with alpha nowhere, and free
+
+Beside the factors, files under the names of ComfyUI and kohya may hold whole differences, as distilled models are
+published (LightX2V's extractor, Kijai's): `head.head.diff` is added to `head.head.weight`, `….diff_b` to `….bias`, and
+`blocks.0.diff_m` to `blocks.0.modulation`.
 """
 
 from __future__ import annotations
@@ -54,6 +58,8 @@ _WRAPPERS = re.compile(
 _PARTS = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
 _FACTOR = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})(\.(?P<adapter>[^.]+))?\.weight")
 _ALPHAS = (".alpha", ".lora_alpha", ".network_alpha")
+DIFFERENCES = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}  # a parameter of a module -> its difference
+_DIFFERENCE = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(DIFFERENCES.values())})")
 _OTHERS = {  # what an adapter may hold besides: a pattern of the name -> what that is
     r"\.lokr_": "Kronecker factors (LoKr)",
     r"\.hada_": "Hadamard factors (LoHa)",
@@ -75,6 +81,7 @@ _OTHERS = {  # what an adapter may hold besides: a pattern of the name -> what t
 _ADAPTERS = re.compile(
     r"\.lora\.(down|up)\.|\.(lora|lokr|hada|b?oft|dora|ia3|vera)_|\.diff(_b|_m)?$|\.[ab][12]\.weight$"
 )
+_NOT_TAKEN = (PEFT,)  # prefixes whose loaders know no whole differences
 _ELSE = {  # modules of models that are not read: a pattern -> whose they are
     r"^(lora_)?te\d*_|text_model|^text_encoder|^encoder\.block": "a text encoder",
     r"(double|single)_blocks": "HunyuanVideo or Flux",
@@ -88,7 +95,8 @@ _ELSE = {  # modules of models that are not read: a pattern -> whose they are
 }
 _FUSED = re.compile(r"(^|[._])((to|linear|attn)_)?(added_)?(qkv|kv|query_key_value)(_proj)?$|gate_up")
 MERGE_THERE = (
-    "merge it into its base with the tool that trained it (peft: merge_and_unload), and convert the merged model"
+    "merge it into its base with the tool that trained it (peft: merge_and_unload, LyCORIS: merge_to), and convert the "
+    "merged model"
 )
 FILES = {  # the names that loaders look for; of MindSpeed-MM it is a tree
     "mm": "adapter_model.safetensors",  # with adapter_config.json beside it
@@ -108,6 +116,7 @@ class Names:
     dialect: str
     parts: dict[str, dict[str, str]]  # module as found -> part ("A", "B", "alpha") -> name of the tensor
     modules: dict[str, tuple[str, Row]]  # module as found -> our module, and the row of its weight
+    differences: dict[str, tuple[str, Row]]  # tensor with a whole difference -> our parameter, and its row
     twofold: bool  # the names are those of MindSpeed-MM as well as of others
     wrapped: bool  # a trainer has wrapped the model: it is no file that loaders know
 
@@ -132,18 +141,23 @@ def read_names(names: Iterable[str], where: str, meant: str = "") -> Names:
     Raises ValueError for what is not plain LoRA, factors without their counterpart, and modules that no family has.
     """
     names = list(names)
-    prefix, parts = _split(names, where)
-    scores: dict[tuple[str, str], dict[str, tuple[str, Row]]] = {}
+    prefix, parts, whole = _split(names, where)
+    wanted = [*((module, "A") for module in parts), *whole]
+    scores: dict[tuple[str, str], dict[tuple[str, str], tuple[str, Row]]] = {}
     for family in FAMILIES:
         for dialect in family.table.dialects:
-            scores[family.name, dialect] = _modules(family, dialect, parts, flat=prefix in _FLAT)
-    (name, dialect), modules = max(scores.items(), key=lambda item: (len(item[1]), item[0][0] == meant))
+            scores[family.name, dialect] = _find(family, dialect, wanted, flat=prefix in _FLAT)
+    (name, dialect), found = max(scores.items(), key=lambda item: (len(item[1]), item[0][0] == meant))
     family = next(f for f in FAMILIES if f.name == name)
-    if unknown := [module for module in parts if module not in modules]:
-        raise ValueError(_explain(unknown, modules, family, dialect, where))
-    twofold = not prefix and dialect != "mindspeed" and len(scores.get((name, "mindspeed"), ())) == len(modules)
+    if unknown := [
+        module if part == "A" else f"{module}.{part}" for module, part in wanted if (module, part) not in found
+    ]:
+        raise ValueError(_explain(unknown, found, family, dialect, where))
+    twofold = not prefix and dialect != "mindspeed" and len(scores.get((name, "mindspeed"), ())) == len(found)
     wrapped = any(_WRAPPERS.search(name) for name in names)
-    return Names(prefix, family, dialect, parts, modules, twofold, wrapped)
+    modules = {module: found[module, "A"] for module in parts}
+    differences = {tensor: found[key] for key, tensor in whole.items()}
+    return Names(prefix, family, dialect, parts, modules, differences, twofold, wrapped)
 
 
 def rename(family: Family, dialect: str, modules: Iterable[str]) -> dict[str, str]:
@@ -161,8 +175,18 @@ def rename(family: Family, dialect: str, modules: Iterable[str]) -> dict[str, st
     return result
 
 
-def _split(names: list[str], where: str) -> tuple[str, dict[str, dict[str, str]]]:
-    """The prefix of all names, and the parts of each module."""
+def rename_parameters(family: Family, dialect: str, parameters: Iterable[str]) -> dict[str, str]:
+    """Our parameters -> their names in this dialect. ValueError as `rename`."""
+    rows = {row.name: row for row in family.table.rows}
+    finder, result = Patterns(rows), {}
+    for parameter in parameters:
+        pattern, layer = finder.find(parameter)
+        result[parameter] = rows[pattern].names[dialect].format(i=layer, j=layer)
+    return result
+
+
+def _split(names: list[str], where: str) -> tuple[str, dict[str, dict[str, str]], dict[tuple[str, str], str]]:
+    """The prefix of all names, the parts of each module, and the whole differences by module and part."""
     bare = {name: _WRAPPERS.sub("", name) for name in names}
     prefixes = {next((p for p in PREFIXES if short.startswith(p)), ""): name for name, short in bare.items()}
     if len(prefixes) > 1 and not any(set(prefixes) <= one for one in _ONE_MODEL):
@@ -170,7 +194,9 @@ def _split(names: list[str], where: str) -> tuple[str, dict[str, dict[str, str]]
             f"{where} mixes adapters of several kinds: it holds {join_first(list(prefixes.values()))}{_part(prefixes)}"
         )
     parts: dict[str, dict[str, str]] = {}
-    foreign, adapters = [], set()
+    whole: dict[tuple[str, str], str] = {}
+    foreign: dict[str, str] = {}
+    adapters = set()
     for name, short in bare.items():
         short = short.removeprefix(next((p for p in prefixes if p and short.startswith(p)), ""))
         if match := _FACTOR.fullmatch(short):
@@ -178,22 +204,26 @@ def _split(names: list[str], where: str) -> tuple[str, dict[str, dict[str, str]]
             adapters.add(match["adapter"])
         elif ending := next((e for e in _ALPHAS if short.endswith(e)), ""):
             module, part = short.removesuffix(ending), "alpha"
+        elif (match := _DIFFERENCE.fullmatch(short)) and not prefixes.keys() & {*_NOT_TAKEN}:
+            whole[match["module"], match["part"]] = name
+            continue
         else:
-            foreign.append(
-                next((f"{name} ({what})" for piece, what in _OTHERS.items() if re.search(piece, name)), name)
-            )
+            foreign[name] = next((what for piece, what in _OTHERS.items() if re.search(piece, name)), "")
             continue
         if part in (factors := parts.setdefault(module, {})) and len(adapters) == 1:
             raise ValueError(f"{where} has {part} of {module} twice: {factors[part]} and {name}")
         factors[part] = name
     if foreign:
+        kind = re.search(r"\((\w+)\)$|(DoRA)$", next(iter(foreign.values())))
+        called = f"this is a {kind[1] or kind[2]} adapter, " if kind else ""
+        has = join_first([f"{name} ({what})" if what else name for name, what in foreign.items()])
         raise ValueError(
-            f"{where} is more than plain LoRA, which alone can be converted: it has {join_first(foreign)}. To use it, "
+            f"{where} is more than plain LoRA, which alone can be converted: {called}it has {has}. To use it, "
             + MERGE_THERE
         )
     if len(adapters) > 1:
         raise ValueError(f"{where} holds several adapters: {', '.join(sorted(map(str, adapters)))}; keep one of them")
-    if not parts:
+    if not parts and not whole:
         raise ValueError(f"{where} holds no tensors")
     single = [
         f"{next(iter(factors.values()))} without its {part}"
@@ -203,7 +233,7 @@ def _split(names: list[str], where: str) -> tuple[str, dict[str, dict[str, str]]
     ]
     if single:
         raise ValueError(f"{where} is incomplete: it has {join_first(single)}")
-    return next(iter(prefixes), ""), parts
+    return next(iter(prefixes), ""), parts, whole
 
 
 def _part(prefixes: Mapping[str, str]) -> str:
@@ -247,24 +277,45 @@ def _linears(family: Family, dialect: str) -> dict[str, Row]:
     }
 
 
-def _modules(family: Family, dialect: str, modules: Iterable[str], flat: bool) -> dict[str, tuple[str, Row]]:
-    """Those of the modules that this dialect knows, with our name and row."""
-    linears, ours = _linears(family, dialect), family.table.dialects[0]
-    finder, found = Patterns(linears), {}
-    flattened = {pattern.replace(".", "_"): pattern for pattern in linears}
-    for module in modules:
-        pattern, layer = finder.find(_with_dots(module, flattened) if flat else module)
-        if pattern in linears:
-            row = linears[pattern]
-            found[module] = (row.names[ours].removesuffix(".weight").format(i=layer, j=layer), row)
+def _differing(family: Family, dialect: str) -> dict[str, Row]:
+    """What a whole difference can be added to: patterns of modules in this dialect with the part, and the rows."""
+    return {
+        f"{row.names[dialect].rpartition('.')[0]}.{part}": row
+        for row in family.table.rows
+        if (part := DIFFERENCES.get(row.name.rpartition(".")[2])) and "#" not in row.names[dialect]
+    }
+
+
+def _find(
+    family: Family, dialect: str, wanted: Iterable[tuple[str, str]], flat: bool
+) -> dict[tuple[str, str], tuple[str, Row]]:
+    """Those of the modules and parts ("A", or a difference) that this dialect knows, with our name and row: of factors
+    that of the module, of a difference that of the parameter.
+    """
+    linears, differing, ours = _linears(family, dialect), _differing(family, dialect), family.table.dialects[0]
+    finder, found = Patterns([*linears, *differing]), {}
+    dotted = {pattern.replace(".", "_"): pattern for pattern in linears}
+    dotted |= {pattern.rpartition(".")[0].replace(".", "_"): pattern.rpartition(".")[0] for pattern in differing}
+    for module, part in wanted:
+        name = _with_dots(module, dotted) if flat else module
+        if part == "A":
+            pattern, layer = finder.find(name)
+            if pattern in linears:
+                row = linears[pattern]
+                found[module, part] = (row.names[ours].removesuffix(".weight").format(i=layer, j=layer), row)
+            continue
+        pattern, layer = finder.find(f"{name}.{part}")
+        if pattern in differing:
+            row = differing[pattern]
+            found[module, part] = (row.names[ours].format(i=layer, j=layer), row)
     return found
 
 
 def _with_dots(module: str, flattened: Mapping[str, str]) -> str:
     """`blocks_7_ffn_0` -> `blocks.7.ffn.0`, as far as a pattern says where the dots were."""
-    number = re.search(r"_(\d+)_", module)
+    number = re.search(r"_(\d+)(?=_|$)", module)
     for letter in ("", *LETTERS) if number else ("",):
-        key = re.sub(r"_\d+_", f"_{{{letter}}}_", module, count=1) if letter else module
+        key = re.sub(r"_\d+(?=_|$)", f"_{{{letter}}}", module, count=1) if letter else module
         if key in flattened:
             return flattened[key].replace(f"{{{letter}}}", number[1]) if letter else flattened[key]
     return module

@@ -10,7 +10,8 @@ from typing import Any
 
 from mm_convert.families.family import Family
 from mm_convert.lora.adapter import Adapter, LowRank
-from mm_convert.lora.names import PEFT, rename
+from mm_convert.lora.base import KEY
+from mm_convert.lora.names import DIFFERENCES, PEFT, join_first, rename, rename_parameters
 from mm_convert.store.mm import name_of
 from mm_convert.tensors.views import Computed, LazyTensor
 
@@ -27,10 +28,17 @@ def lora_tensors(adapter: Adapter, to: str) -> tuple[dict[str, LazyTensor], dict
     """An adapter in the format `to`: "mm" or "peft" (they are one), "diffusers", "comfyui" or "mindspeed".
 
     Returns its tensors, the metadata of the header (of mindspeed: for a manifest), and adapter_config.json or None.
-    Rank and alpha are in one of these, whatever the format. Raises ValueError when the family has no such names.
+    Rank and alpha are in one of these, whatever the format. Raises ValueError when the family has no such names, and
+    for whole differences, which comfyui alone can hold.
     """
     if to not in _SPELLINGS:
         raise ValueError(f"adapters cannot be written as {to!r}, but as {', '.join(_SPELLINGS)}")
+    if adapter.differences and to != "comfyui":
+        raise ValueError(
+            f"this adapter adds whole differences to {len(adapter.differences)} parameters "
+            f"({join_first(list(adapter.differences))}), which {to} files cannot hold: write it as comfyui, or merge "
+            "it into its base (mm-convert convert BASE TARGET --lora ADAPTER)"
+        )
     prefix, dialect, a, b = _SPELLINGS[to]
     theirs = rename(adapter.family, dialect or _in_memory(adapter.family), adapter.modules)
     modules = {theirs[ours]: module for ours, module in adapter.modules.items()}
@@ -41,15 +49,28 @@ def lora_tensors(adapter: Adapter, to: str) -> tuple[dict[str, LazyTensor], dict
             tensors[f"{prefix}{name}.alpha"] = _scalar(module.alpha)
 
     base = name_of(adapter.base)
-    config = _config(modules, base, adapter.dropout)
     header = {"format": "pt"} | ({"base": base} if base else {})
+    header |= {KEY: json.dumps(dict(adapter.trained_on), sort_keys=True)} if adapter.trained_on else {}
+    if to == "comfyui":
+        return tensors | _differences(adapter, prefix, dialect), header, None
+    config = _config(modules, base, adapter.dropout)
     if to == "diffusers":
         header["lora_adapter_metadata"] = _json({prefix + key: value for key, value in config.items()})
-    elif to != "comfyui" and None not in (adapter.rank, adapter.alpha):
+    elif None not in (adapter.rank, adapter.alpha):
         header |= {"rank": str(adapter.rank), "alpha": str(adapter.alpha)}
-    elif to != "comfyui":
+    else:
         header["lora_adapter_metadata"] = _json(config)
     return tensors, header, config if to in ("mm", "peft") else None
+
+
+def _differences(adapter: Adapter, prefix: str, dialect: str) -> dict[str, LazyTensor]:
+    """`diffusion_model.head.head.diff_b` of `head.head.bias`, and so on."""
+    theirs = rename_parameters(adapter.family, dialect, adapter.differences)
+    found = {}
+    for ours, tensor in adapter.differences.tensors.items():
+        module, part = theirs[ours].rpartition(".")[0], DIFFERENCES[ours.rpartition(".")[2]]
+        found[f"{prefix}{module}.{part}"] = tensor
+    return found
 
 
 def _in_memory(family: Family) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from mm_convert.families import FAMILIES, Family
 from mm_convert.families.family import Config
+from mm_convert.families.presets import name_preset
 from mm_convert.files import brief, read_json
 from mm_convert.lora.names import is_lora
 from mm_convert.read.content import Content, cut_fused, identify, recognise
@@ -23,12 +25,14 @@ class Checkpoint(Tensors):
 
     Attributes:
         path: the folder or file it was opened as.
-        layout: "mm" (ours), "safetensors", "torch" (.pt, .pth), "mindspeed" (a tree of ranks) or "dcp".
+        layout: "mm" (ours), "safetensors", "torch" (.pt, .pth), "gguf", "mindspeed" (a tree of ranks) or "dcp".
         dialect: the names on disk, for example "original", "diffusers" or "mindspeed".
         family: for example "wan".
         config: the fields of the model's configuration, for example of `WanConfig`. A number of heads is absent where
             neither a config.json nor the published sizes say it.
         said: what a config.json says of these fields, as it stands there: it may be wrong. `said_in` is that file.
+        quantised: how the files hold weights that are read as bfloat16 here, for example "fp8 scaled (e4m3fn)"; "" for
+            files without such.
         notes: what a person should know: tensors that were dropped, a config.json that contradicts the tensors.
         tensors: our name -> where its bytes are, in the order of the files.
         metadata: the free text of the safetensors headers.
@@ -53,6 +57,7 @@ class Checkpoint(Tensors):
         self.files, self.folder, self.metadata, self.split = source.files, source.folder, source.metadata, source.split
         self.config, self.said, self.said_in, self.notes = config, said, said_in, notes
         self.dialect, self.family = content.dialect, content.family.name
+        self.quantised = ", ".join(source.kinds)
         self.shards = _by_file(tensors)
 
 
@@ -105,17 +110,30 @@ def open_checkpoint(
         raise ValueError(f"{error}{_way_to_the_rest(source)}") from error
     ours = {content.names[name]: tensor for name, tensor in tensors.items() if name in content.names}
     notes = [*source.notes, *copies]
+    # The shapes say most fields and are always right; config.json adds what they cannot say (num_heads, eps).
+    complete, doubts = family.complete({**said, **content.config})
+    if path.is_file() or source.kinds:
+        notes.append(_describe(source, content, ours, complete))
     wrong = {f: v for f, v in content.config.items() if f in said and said[f] != v}
     if wrong:
         differences = ", ".join(f"{field} {brief(said[field])} instead of {value}" for field, value in wrong.items())
         notes.append(f"{where} says {differences}: the tensors are believed")
-    # The shapes say most fields and are always right; config.json adds what they cannot say (num_heads, eps).
-    complete, doubts = family.complete({**said, **content.config})
     for reason in sorted(set(content.ignored.values())):
         names = [name for name, why in content.ignored.items() if why == reason]
         notes.append(f"{len(names)} tensors are left out ({reason}): {names[0]}" + (", …" if len(names) > 1 else ""))
     layout = "mm" if is_ours and source.layout == "safetensors" else source.layout
     return Checkpoint(path, source, layout, content, ours, complete, said, where, notes + doubts)
+
+
+def _describe(source: Source, content: Content, tensors: Mapping[str, LazyTensor], config: Config) -> str:
+    """What kind of file this is, in what its numbers are, how many tensors there are, and which model it is."""
+    comfyui = source.layout == "safetensors" and len(source.files) == 1 and content.dialect == content.family.comfyui
+    what = {"gguf": "GGUF file"}.get(source.layout, "ComfyUI single file" if comfyui else f"{source.layout} file")
+    dtypes = Counter(tensor.dtype.lower() for tensor in tensors.values()).most_common()
+    held = ", ".join(f"{kind} ({count:,})" for kind, count in source.kinds.most_common())
+    held = f"{held}, read as bf16" if held else " and ".join(dtype for dtype, _ in dtypes)
+    preset = name_preset(content.family, content.config | config)
+    return f"{what}, {held}, {len(tensors):,} tensors" + ("" if preset.startswith("none") else f": {preset}")
 
 
 def _way_to_the_rest(source: Source) -> str:

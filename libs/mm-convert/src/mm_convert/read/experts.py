@@ -3,27 +3,36 @@
 high_noise_model/  low_noise_model/                    as Wan-AI and alibaba-pai publish them
 high_noise_model/  low_noise_model/  experts.json      ours: it also says where one takes over from the other
 transformer/  transformer_2/  model_index.json         a diffusers repository: transformer is the one for high noise
+…high_noise….safetensors  …low_noise….safetensors      two single files as ComfyUI has them, and nothing else; or .gguf
 
-In each folder lies a whole model, or an adapter for one.
+In each folder lies a whole model, or an adapter for one; a single file is a whole model.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mm_convert.files import read_json
+from mm_convert.lora.names import is_lora
+from mm_convert.store.safetensors import read_file, refuse_link_out
 from mm_convert.write.install import replace_file
 
 FOLDERS = {"high": "high_noise_model", "low": "low_noise_model"}
 DIFFUSERS = {"high": "transformer", "low": "transformer_2"}
 FILE, INDEX = "experts.json", "model_index.json"
 FORMAT = "mm experts 1"
+HALF = re.compile(r"(?<![a-z])(high|low)(?=$|[^a-z]|noise)", re.IGNORECASE)  # in the name of a file that has another
+_NOISE = re.compile(r"(?<![a-z])(high|low)[ _-]?noise", re.IGNORECASE)  # in the name of any file
 
 
 class Pair(NamedTuple):
-    """Where the two experts lie. boundary: the noise level (sigma) from which on `high` generates, if it is said."""
+    """Where the two experts lie: folders, or files.
+
+    boundary: the noise level (sigma) from which on `high` generates, if it is said.
+    """
 
     high: Path
     low: Path
@@ -39,7 +48,7 @@ def open_experts(path: str | Path) -> Pair | None:
     path = Path(path)
     ours, theirs = ({e: f for e, f in names.items() if (path / f).is_dir()} for names in (FOLDERS, DIFFUSERS))
     if not ours and "low" not in theirs:
-        return None  # `transformer` alone is one model
+        return None if theirs or not path.is_dir() else _find_files(path)  # `transformer` alone is one model
     if ours and theirs:
         folders = ", ".join(f"{folder}/" for folder in (*ours.values(), *theirs.values()))
         raise ValueError(f"{path} holds {folders}: which two are meant is not clear; move the others elsewhere")
@@ -55,12 +64,34 @@ def open_experts(path: str | Path) -> Pair | None:
     return Pair(path / folders["high"], path / folders["low"], _boundary(path))
 
 
-def expert_of(folder: str | Path) -> str | None:
-    """ "high" or "low" by the name of an expert's folder; None for a name that does not tell (transformer/ may be one
-    model).
+def _find_files(path: Path) -> Pair | None:
+    """Two files of whole models whose names say high and low. Raises ValueError for more of them than two."""
+    files = [file for file in sorted(path.iterdir()) if file.suffix in (".safetensors", ".gguf")]
+    said = [{match[1].lower() for match in HALF.finditer(file.stem)} for file in files]
+    halves = {e: [file for file, names in zip(files, said, strict=True) if names == {e}] for e in FOLDERS}
+    if not all(halves.values()) or len(files) != sum(map(len, halves.values())) or any(path.glob("*.index.json")):
+        return None
+    for file in files:
+        refuse_link_out(file)
+    if any(file.suffix == ".safetensors" and is_lora(read_file(file)[0]) for file in files):
+        return None
+    if len(files) > 2:
+        counts = " and ".join(f"{len(those)} for {expert} noise" for expert, those in halves.items())
+        raise ValueError(
+            f"{path} holds {len(files)} files of experts, by their names {counts}: put the two that belong together "
+            "into a folder of their own (`ln FILE FOLDER` copies nothing), and name that; or name one file"
+        )
+    return Pair(*(those[0] for those in halves.values()), _boundary(path))
+
+
+def expert_of(path: str | Path) -> str | None:
+    """ "high" or "low" by the name of an expert's folder or single file; None for a name that does not tell
+    (transformer/ may be one model).
     """
+    path = Path(path)
     names = {name: expert for expert, name in FOLDERS.items()} | {DIFFUSERS["low"]: "low"}
-    return names.get(Path(folder).name)
+    said = {match[1].lower() for match in _NOISE.finditer(path.stem)} if path.is_file() else set()
+    return said.pop() if len(said) == 1 else names.get(path.name)
 
 
 def write_experts(path: str | Path, boundary: float | None) -> dict[str, Path]:

@@ -85,6 +85,7 @@ def inspect_adapter(path: str | Path) -> str | None:
     if not is_lora(source.tensors):
         return None
     adapter = open_lora(path)
+    whole = adapter.differences
     strengths = {(module.rank, module.alpha) for module in adapter.modules.values()}
     rows = {
         "what": "LoRA adapter",
@@ -93,10 +94,12 @@ def inspect_adapter(path: str | Path) -> str | None:
         "layout": source.layout,
         "modules": f"{len(adapter.modules)}",
         "rank, alpha": "; ".join(f"{rank}, {alpha:g}" for rank, alpha in sorted(strengths)),
-        "parameters": f"{sum(prod(t.shape) for m in adapter.modules.values() for t in (m.a, m.b)):,}",
+        "differences": f"{len(whole)} parameters are changed whole" if whole else "",
+        "parameters": f"{sum(map(prod, map(adapter.shape, adapter))) + sum(map(prod, map(whole.shape, whole))):,}",
         "base": adapter.base or "not said",
+        "trained on": ", ".join(f"{name} {value}" for name, value in adapter.trained_on.items()),
     }
-    lines = [f"{key:<14} {value}" for key, value in rows.items()]
+    lines = [f"{key:<14} {value}" for key, value in rows.items() if value]
     return "\n".join([str(path), *lines, *(f"note: {note}" for note in adapter.notes)])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,8 +13,10 @@ from mm_convert.files import brief, read_text, refuse_special
 from mm_convert.lora.names import is_lora
 from mm_convert.read.content import known_names, recognise
 from mm_convert.read.experts import DIFFUSERS, FOLDERS
+from mm_convert.read.quantised import METADATA, dequantise
 from mm_convert.store import mindspeed
 from mm_convert.store.dcp import Index
+from mm_convert.store.gguf import read_gguf
 from mm_convert.store.mm import FOLDER
 from mm_convert.store.safetensors import INDEX_SUFFIX, read_files, read_folder, read_indexed
 from mm_convert.store.torch_file import SUFFIXES as TORCH_SUFFIXES
@@ -41,7 +44,10 @@ class NotThere(ValueError):
 
 @dataclass
 class Source:
-    """`tensors` by their names on disk, whole and with the layer numbers of the model; `folder` may say more."""
+    """`tensors` by their names on disk, whole and with the layer numbers of the model; `folder` may say more.
+
+    kinds: how many weights were quantised, and are views, by the words for their format.
+    """
 
     tensors: dict[str, LazyTensor]
     layout: str
@@ -51,6 +57,7 @@ class Source:
     is_part: bool = False  # of a torch file that holds more, as trainers save
     split: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
 
 
 def find(path: Path, published: bool = False, part: str = "model", prefix: str = "") -> Source:
@@ -134,9 +141,12 @@ def _file(path: Path, part: str) -> Source:
         files = sorted({tensor.file for tensor in tensors.values()})
         return Source(dict(tensors), "safetensors", files, path.parent, metadata)
     if path.suffix == ".gguf":
-        raise ValueError(f"{path} is a GGUF file, of quantised weights for llama.cpp and ComfyUI: take the safetensors")
+        if part == "ema":
+            raise ValueError(f"{path} holds no moving average (ema), only the weights")
+        gguf = read_gguf(path)
+        return Source(gguf.tensors, "gguf", [path], path.parent, kinds=gguf.kinds)
     if path.suffix not in TORCH_SUFFIXES:
-        raise ValueError(f"{path} is not a checkpoint file (.safetensors, {', '.join(TORCH_SUFFIXES)})")
+        raise ValueError(f"{path} is not a checkpoint file (.safetensors, .gguf, {', '.join(TORCH_SUFFIXES)})")
     content = read_torch_file(path)
     tensors, notes = _state_dict(content, path, part)
     is_part = not set(tensors) <= set(content)
@@ -144,7 +154,9 @@ def _file(path: Path, part: str) -> Source:
 
 
 def _torch_folder(folder: Path, part: str) -> Source:
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in TORCH_SUFFIXES and not file.is_dir()]
+    there = [file for file in sorted(folder.iterdir()) if not file.is_dir()]
+    files = [file for file in there if file.suffix in TORCH_SUFFIXES]
+    files = files or [file for file in there if file.suffix == ".gguf"]
     if len(files) != 1:
         if index := next(folder.glob("*.bin.index.json"), None):
             raise ValueError(
@@ -152,7 +164,7 @@ def _torch_folder(folder: Path, part: str) -> Source:
                 "transformers and save it anew (`save_pretrained`), which writes safetensors"
             )
         found = ", ".join(file.name for file in files[:5])
-        what = f"several torch files ({found}); name one of them" if files else "no checkpoint"
+        what = f"several others ({found}); name one of them" if files else "no checkpoint"
         raise ValueError(f"{folder} holds no *.safetensors file and {what}")
     return _file(files[0], part)
 
@@ -253,7 +265,22 @@ def _unwrap(source: Source, prefixes: Sequence[str]) -> Source:
     bare = {_WRAPPERS.sub("", name): tensor for name, tensor in source.tensors.items()}
     if len(bare) == len(source.tensors):
         source.tensors = bare
+    if not is_lora(source.tensors):
+        source = _dequantise(source)
     return _strip_prefix(_without_beside(source), prefixes)
+
+
+def _dequantise(source: Source) -> Source:
+    """With views in place of quantised weights."""
+    found = dequantise(source.tensors, source.metadata, str(source.files[0] if source.files else source.folder))
+    metadata = {key: text for key, text in source.metadata.items() if key != METADATA}
+    return replace(
+        source,
+        tensors=found.tensors,
+        metadata=metadata,
+        notes=[*source.notes, *found.notes],
+        kinds=source.kinds + found.kinds,
+    )
 
 
 def _without_beside(source: Source) -> Source:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,6 +73,27 @@ def cast(tensor: LazyTensor, dtype: str) -> LazyTensor:
     if tensor.dtype == dtype:
         return tensor
     return Computed(dtype, tensor.shape, lambda start, stop: bytes_of(rows_of(tensor, start, stop).to(DTYPES[dtype])))
+
+
+def quantise_fp8(tensor: LazyTensor, name: str) -> tuple[LazyTensor, LazyTensor]:
+    """Codes in float8_e4m3fn and their one scale in fp32: the largest magnitude becomes 448, the largest code.
+
+    Each is computed when it is asked for, some rows at a time; ValueError then for numbers that are not finite.
+    """
+    blocks = range(0, tensor.height, max(1, 2**23 // max(1, tensor.row_bytes)))
+
+    @cache
+    def scale() -> torch.Tensor:
+        tops = [rows_of(tensor, top, min(top + blocks.step, tensor.height)).float().abs().amax() for top in blocks]
+        largest = torch.stack(tops).amax()  # passes NaN on
+        if not largest.isfinite():
+            raise ValueError(f"{name} holds numbers that are not finite: they have no scale")
+        return largest / torch.finfo(torch.float8_e4m3fn).max if largest else torch.ones(())
+
+    def compute(start: int, stop: int) -> memoryview:
+        return bytes_of((rows_of(tensor, start, stop).float() / scale()).clamp(-448, 448).to(torch.float8_e4m3fn))
+
+    return Computed("F8_E4M3", tensor.shape, compute), Computed("F32", (), lambda start, stop: bytes_of(scale()))
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mm_convert.families.family import Config, Family
 from mm_convert.files import read_bytes, read_json
 from mm_convert.lora.adapter import Adapter
+from mm_convert.lora.base import check_base, describe_content
 from mm_convert.lora.merging import merge
 from mm_convert.lora.names import FILES
 from mm_convert.lora.writing import lora_tensors
@@ -21,7 +22,7 @@ from mm_convert.tensors.stages import Layers, Split
 from mm_convert.tensors.views import FP8, LazyTensor
 from mm_convert.write.destinations import Folder, OneFile
 from mm_convert.write.outputs import Files, Output, copy_file, describe, index_file, safetensors_file, text_file
-from mm_convert.write.targets import Target, cast_all, prepare_target, release, split_of
+from mm_convert.write.targets import FP8_SCALED, Target, cast_all, prepare_target, release, split_of
 
 if TYPE_CHECKING:
     from mm_convert.read.checkpoint import Checkpoint
@@ -41,19 +42,22 @@ def prepare_conversion(
     target, content = Path(target), checkpoint.content
     if to == "mindspeed" and content.family.mindspeed_file and target.suffix not in (*SUFFIXES, ".safetensors"):
         target = target / content.family.mindspeed_file
-    tensors = checkpoint.tensors if dtype is None else cast_all(checkpoint.tensors, dtype)
+    tensors = checkpoint.tensors if dtype in (None, FP8_SCALED) else cast_all(checkpoint.tensors, dtype)
     wanted = Target(
         target,
         to,
         split_of(content.family, pp_layers, tp_size),
-        shards=list(checkpoint.shards.values()) if checkpoint.layout in ("mm", "safetensors") else None,
+        shards=(list(checkpoint.shards.values()) or None) if checkpoint.layout in ("mm", "safetensors") else None,
         shard_bytes=shard_bytes,
         in_place=_is_in_place(target, checkpoint, to),
         metadata=_metadata(checkpoint),
+        fp8_scaled=dtype == FP8_SCALED,
     )
     files = prepare_target(wanted, content, tensors, checkpoint.config, **_origin(checkpoint))
     files.needs_torch = dtype is not None or to == "dcp"
     files.notes = [*checkpoint.notes, *files.notes]
+    if dtype == FP8_SCALED and checkpoint.quantised:
+        files.notes.append(f"what was {checkpoint.quantised} is rounded a second time")
     return files
 
 
@@ -121,11 +125,13 @@ def prepare_merge(
 
     if dtype is not None:  # first, for sums in them would be lost in rounding; others are cast after it
         fp8 = {name: tensor for name, tensor in base.tensors.items() if tensor.dtype in FP8}
-        base.tensors = {**base.tensors, **cast_all(fp8, dtype)}
+        base.tensors = {**base.tensors, **cast_all(fp8, "bfloat16" if dtype == FP8_SCALED else dtype)}
+    of_base = check_base(adapter.trained_on, describe_content(base.tensors, adapter.modules), f"the adapter {where}")
     base.tensors = merge(base.tensors, adapter)
     files = prepare_conversion(base, target, to, dtype=dtype, **how)
     files.needs_torch = True
-    files.notes += [*adapter.notes, f"{len(adapter.modules)} weights are merged"]
+    whole = f", {len(adapter.differences)} whole differences added" if adapter.differences else ""
+    files.notes += [*adapter.notes, *of_base, f"{len(adapter.modules)} weights are merged{whole}"]
     manifest = base.folder / MANIFEST
     before = read_json(manifest).get("merged", []) if manifest.exists() else []
     if before:

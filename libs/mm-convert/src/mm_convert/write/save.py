@@ -42,13 +42,15 @@ def convert(
         target: a folder that does not exist yet (with `overwrite`: or that holds nothing but a checkpoint); a name in
             .safetensors or .pt makes one file. The same as `source`: published files stay, and what is made of them
             goes into `mm/` or `release/` beside them.
-        to: "mm" (our own layout), "mindspeed" (MindSpeed-MM's tree), "dcp" (torch DCP with MindSpeed-MM's names), or
-            one of the family's dialects: "original", "diffusers", "transformers".
+        to: "mm" (our own layout), "comfyui" (one file as ComfyUI reads it), "mindspeed" (MindSpeed-MM's tree), "dcp"
+            (torch DCP with MindSpeed-MM's names), or one of the family's dialects: "original", "diffusers",
+            "transformers".
         pp_layers: layers of each pipeline stage, flat or one list per virtual stage; by ladder where there are several
             ({"llm": …, "vit": …}). In our own layout a stage is a file.
         tp_size: tensor-parallel ranks. In our own layout tensors stay whole, any rank reads its slice of them.
         shard_bytes: regroup into files of at most so many bytes; None keeps the grouping of the source.
-        dtype: "float32", "bfloat16" or "float16" for all tensors of floating point (needs torch).
+        dtype: "float32", "bfloat16" or "float16" for all tensors of floating point (needs torch); with "comfyui" also
+            "fp8_scaled": every matrix in fp8, with a scale, the rest as it is.
         sha256: note the sum of every written tensor in `mm_convert.json`.
 
     Returns the source as it was opened; its `notes` say what was dropped. Raises ValueError before anything is
@@ -119,6 +121,7 @@ def save_lora(
     *,
     dropout: float = 0.0,
     base: str | Path = "",
+    trained_on: Mapping[str, str] | None = None,
     to: str = "mm",
     overwrite: bool = False,
 ) -> Path:
@@ -131,6 +134,7 @@ def save_lora(
         alpha: W becomes W + alpha/rank · B A.
         dropout: on the input of A in training; recorded in adapter_config.json.
         base: the model that the adapters are for, a name or a path; its name is recorded, for people and for peft.
+        trained_on: facts of that model, recorded in the header; see `mm_convert.lora.base`.
         to: "mm" or "peft" (they are one), "diffusers", "comfyui" or "mindspeed".
 
     Returns the path. Raises ValueError, before anything is written, for a target that exists, for tensors of which none
@@ -141,6 +145,6 @@ def save_lora(
         raise ValueError(f"nothing to write to {path}: none of {len(tensors)} tensors is a LoRA adapter")
     named = {f"{PEFT}{name.removeprefix(PEFT).replace('.default.', '.')}": factor for name, factor in factors.items()}
     adapter = read_lora(named, {}, None, "what is to be saved", alpha)
-    adapter = dataclasses.replace(adapter, base=name_of(base), dropout=dropout)
+    adapter = dataclasses.replace(adapter, base=name_of(base), dropout=dropout, trained_on=trained_on or {})
     prepare_adapter(adapter, None, path, to).write(overwrite=overwrite)
     return Path(path)

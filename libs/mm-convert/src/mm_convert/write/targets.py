@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mm_convert.families.family import Config, Family
 from mm_convert.read.content import Content, join_fused
+from mm_convert.read.experts import expert_of
 from mm_convert.store import mm
 from mm_convert.store.dcp import write_dcp
 from mm_convert.store.mindspeed import TRACKER, RankFiles, tree_files
 from mm_convert.store.torch_file import SUFFIXES
+from mm_convert.tensors.rules import GGUF
 from mm_convert.tensors.stages import Places, Split, check
-from mm_convert.tensors.views import FP8, LazyTensor
+from mm_convert.tensors.views import FP8, Computed, LazyTensor
 from mm_convert.write.destinations import Among, Folder, OneFile
 from mm_convert.write.outputs import (
     Files,
@@ -28,6 +30,8 @@ from mm_convert.write.outputs import (
 )
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what a dtype may be
+FP8_SCALED = "fp8_scaled"  # for ComfyUI: matrices in fp8 with a scale, the rest as it is
+COMFYUI = "comfyui"
 SHARD_BYTES = 5_000_000_000  # of a file, where nothing else says how large
 
 Tensors = Mapping[str, LazyTensor]
@@ -40,6 +44,7 @@ class Target:
     `shards`: our names by file, where neither `split` nor `shard_bytes` says otherwise.
     `in_place`: `path` is the folder of the source, which is to stay.
     `metadata`: free text for the headers of safetensors files.
+    `fp8_scaled`: of ComfyUI's single files, whether matrices are written in fp8, each with a scale.
     """
 
     path: Path
@@ -49,6 +54,7 @@ class Target:
     shard_bytes: int | None = None
     in_place: bool = False
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+    fp8_scaled: bool = False
 
     @property
     def is_file(self) -> bool:
@@ -83,10 +89,17 @@ def prepare_target(
     if split.tp > 1 and to != "mindspeed":
         files.notes.append(f"tensors stay whole in this layout; each of {split.tp} ranks reads its slice of them")
 
+    if target.fp8_scaled:
+        rows = family.table.names(dialect, content.layers, content.groups)
+        theirs = _scale_fp8(theirs, {name for name, row in rows.items() if len(row.shape.split()) == 2})
     if target.is_file:
         safetensors = target.path.suffix == ".safetensors"
         file = safetensors_file(target.path.name, theirs, target.metadata) if safetensors else None
         files.destination, files.outputs = OneFile(target.path), [file or torch_file(target.path.name, theirs)]
+    elif to == COMFYUI:
+        files.outputs = [safetensors_file(_name_single(target.path), theirs, target.metadata)]
+        if target.in_place:
+            files.destination = Among(target.path)
     elif to == "dcp":
         nbytes = sum(tensor.nbytes for tensor in theirs.values())
         files.outputs = [Output(".", nbytes, lambda path, progress: write_dcp(path, {"model": theirs}, progress))]
@@ -112,13 +125,19 @@ def _refuse_impossible(target: Target, split: Split, family: Family) -> None:
         raise ValueError(f"{target.path}: torch DCP is a folder; name one")
     if to == "mindspeed" and not target.is_file and not family.cuts:
         raise ValueError(f"MindSpeed-MM has {family.name} as one file; give the target a name in .pt")
-    if split.tp > 1 and target.is_file:
+    if to == COMFYUI and target.path.suffix in SUFFIXES:
+        raise ValueError(f"{target.path}: ComfyUI's single files end in .safetensors")
+    if target.fp8_scaled and (to != COMFYUI or not family.cuts):
+        raise ValueError(
+            f"fp8_scaled is for transformers in ComfyUI's single files (--to comfyui), not for {family.name} as {to}"
+        )
+    if split.tp > 1 and (target.is_file or to == COMFYUI):
         raise ValueError(f"{target.path} is one file, which holds whole tensors; leave the tp_size out")
     if target.shard_bytes is not None and target.shard_bytes < 1:
         raise ValueError(f"shard_bytes is {target.shard_bytes}; a file must hold something")
-    if split.stages > 1 and (target.is_file or to == "dcp"):
+    if split.stages > 1 and (target.is_file or to in ("dcp", COMFYUI)):
         raise ValueError(f"{target.path} in the form {to} is not split into stages; leave the pp_layers out")
-    if target.shard_bytes and (target.is_file or to in ("mindspeed", "dcp") or split.stages > 1):
+    if target.shard_bytes and (target.is_file or to in ("mindspeed", "dcp", COMFYUI) or split.stages > 1):
         raise ValueError("a size of files is for folders of safetensors that are not split into stages")
 
 
@@ -154,11 +173,34 @@ def _add_folder(
 
 
 def _dialect(family: Family, to: str) -> str:
-    dialects = family.table.dialects
+    dialects = [dialect for dialect in family.table.dialects if dialect != GGUF]
     forms = [mm.FORMAT, *dialects, *(["dcp"] if "mindspeed" in dialects else [])]
+    forms += [COMFYUI] if family.comfyui else []
     if to not in forms:
         raise ValueError(f"cannot write {family.name} as {to!r}; choose one of {', '.join(forms)}")
-    return {mm.FORMAT: dialects[0], "dcp": "mindspeed"}.get(to, to)
+    return {mm.FORMAT: dialects[0], "dcp": "mindspeed", COMFYUI: family.comfyui}.get(to, to)
+
+
+def _name_single(folder: Path) -> str:
+    """Of a file for ComfyUI in a folder. It has all models in one folder, where those of two experts need two names."""
+    expert = expert_of(folder)
+    return f"{folder.parent.name}_{expert}_noise.safetensors" if expert else f"{folder.name}.safetensors"
+
+
+def _scale_fp8(tensors: Tensors, matrices: Collection[str]) -> dict[str, LazyTensor]:
+    """The matrices as codes of fp8, each with a scale beside it, as Comfy-Org publishes them; biases, norms and
+    convolutions as they are.
+    """
+    from mm_convert.tensors.torch import quantise_fp8
+
+    # Two elements say that products are not to be made in fp8: for that, scales of activations would be needed.
+    found: dict[str, LazyTensor] = {"scaled_fp8": Computed("F8_E4M3", (2,), lambda start, stop: bytes(stop - start))}
+    for name, tensor in tensors.items():
+        if name in matrices:
+            found[name], found[f"{name.removesuffix('.weight')}.scale_weight"] = quantise_fp8(tensor, name)
+        else:
+            found[name] = tensor
+    return found
 
 
 def _by_stage(
@@ -186,6 +228,8 @@ def cast_all(tensors: Mapping[str, LazyTensor], dtype: str) -> dict[str, LazyTen
     """The tensors with all of floating point in this dtype: one of `FLOATS`."""
     from mm_convert.tensors.torch import cast
 
+    if dtype == FP8_SCALED:
+        raise ValueError(f"{dtype} is for whole models in ComfyUI's single files (--to comfyui), not for this")
     if dtype not in FLOATS:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
     floating = {"F16", "BF16", "F32", "F64", *FP8}

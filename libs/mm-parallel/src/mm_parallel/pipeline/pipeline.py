@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel.config import AttentionName, MemoryConfig, ParallelConfig
+from mm_parallel.frozen import check_frozen
 from mm_parallel.guard import agree_on
 from mm_parallel.mesh import rank_in, size
 from mm_parallel.order import cut
@@ -105,6 +106,7 @@ class Pipeline:
                 "schedule 1f1b, or leave compile out"
             )
         parts = check_stages(model, plan, parallel, memory)
+        check_frozen(model, plan, memory, size(mesh, "tp"))
         stages = [Stage(i, len(parts), part) for i, part in enumerate(parts)]
         self.stages, self.mine = stages, stages[rank_in(mesh, "pp") :: ranks]
         self.ranks, self.group = ranks, mesh.get_group("pp")

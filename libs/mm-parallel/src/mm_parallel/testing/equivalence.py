@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel.config import MemoryConfig, ParallelConfig
+from mm_parallel.frozen import frozen_linears
 from mm_parallel.grads import by_layout, clip_grad_norm, finish_gradients
 from mm_parallel.mesh import data_rank, make_mesh, reports_loss, size
 from mm_parallel.order import parallelize
@@ -252,7 +253,7 @@ def _outline(value: Any) -> Any:
 
 
 def _names_of_all(model: nn.Module) -> set[str]:
-    names = [name for name, _ in model.named_parameters()]
+    names = [*(name for name, _ in model.named_parameters()), *frozen_linears(model)]
     if not dist.is_initialized():
         return set(names)
     everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]

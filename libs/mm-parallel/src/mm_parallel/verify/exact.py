@@ -85,9 +85,9 @@ def _explain(ulysses: int | None, world: int) -> str:
 
 def _check_memory(memory: MemoryConfig) -> None:
     """Raises ValueError for what would run a layer, or sum its gradients, in another way."""
-    names = "recompute", "but_attention", "offload", "offload_params", "reduce"
+    names = "recompute", "but_attention", "offload", "offload_params", "reduce", "base", "host_layers"
     asked = {name: getattr(memory, name) for name in names}
-    asked = {name: value for name, value in asked.items() if value not in ("none", 0, "float32")}
+    asked = {name: value for name, value in asked.items() if value not in ("none", 0, "float32", "dtype")}
     if asked:
         words = ", ".join(f"{name}={value!r}" for name, value in asked.items())
         raise ValueError(f"exact with {words}: exact mode runs every layer as it is, and shards nothing; leave it out")
