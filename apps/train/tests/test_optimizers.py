@@ -111,8 +111,10 @@ def ranks_walk(rank: int, world: int, folder: str) -> None:
 
 
 def test_parameters_that_are_cut_are_updated_as_whole_ones(tmp_path):
-    """By rows (FSDP, columns of tensor parallelism) and by columns; but for rounding, which Muon does in bfloat16, where
-    small directions grow most: up to 0.17 here. Each part by itself would be 0.4 away, as two halves have twice the norm.
+    """By rows (FSDP, columns of tensor parallelism) and by columns; but for rounding.
+
+    Muon rounds to bfloat16, where small directions grow most: up to 0.17 here. Each part by itself would be 0.4 away:
+    two halves have twice the norm.
     """
     spawn(2, ranks_walk, str(tmp_path), timeout=120)
     assert CUT.keys() == {name for name, kind in KINDS.items() if not kind.alone}

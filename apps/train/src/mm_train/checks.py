@@ -254,6 +254,19 @@ def _objective(asked: Asked) -> str:
     if config.objective.boundary is not None and not config.expert:
         raise ValueError(f"--objective.boundary {config.objective.boundary}: it is for --expert high or low")
     options = choose_options(config, asked.family)
+    o = config.objective
+    for name in ("logit_mean", "logit_std"):
+        if getattr(o, name) is not None and o.sampling != "logit_normal":
+            raise ValueError(f"--objective.{name} {getattr(o, name):g} is for --objective.sampling logit_normal")
+    if o.shift_by == "flux" and o.shift is not None:
+        raise ValueError(
+            f"--objective.shift {o.shift:g} with --objective.shift_by flux, which has its own: leave it out"
+        )
+    if (o.shift_tokens is None) == (o.shift_by == "sqrt"):
+        raise ValueError(
+            f"--objective.shift_tokens {o.shift_tokens} with --objective.shift_by {o.shift_by}: sqrt needs it, and "
+            "only it takes it; Wan has 32,760 tokens for 81 frames of 480x832"
+        )
     return ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
 
 

@@ -149,6 +149,20 @@ class ObjectiveConfig:
     """Of flow matching: loss weight per timestep. bsmntw is a bell around t=500 (DiffSynth, MindSpeed-MM; the default
     for Wan), none weighs all alike.
     """
+    sampling: Literal["uniform", "logit_normal"] | None = None
+    """Of flow matching: how timesteps are drawn, before the shift. uniform (the default for Wan); logit_normal:
+    sigmoid(mean + std z), more of the middle.
+    """
+    logit_mean: float | None = None
+    """Of logit_normal; 0 by default. Above 0 is more noise."""
+    logit_std: Annotated[float, "> 0"] | None = None
+    """Of logit_normal; 1 by default. What others call the scale of the sigmoid."""
+    shift_by: Literal["fixed", "sqrt", "flux"] | None = None
+    """Of flow matching: whether the shift depends on a clip's size. fixed: no (the default); sqrt: shift is that of
+    shift_tokens, and grows with the root of the tokens (Stable Diffusion 3); flux: as FLUX.1, for images.
+    """
+    shift_tokens: Annotated[int, ">= 1"] | None = None
+    """Of shift_by sqrt: tokens of a clip that has the shift as it is given; Wan has 32,760 for 81 frames of 480x832."""
     snr_gamma: Annotated[float, ">= 0"] | None = None
     """Of DDPM: the error at a timestep weighs min(snr, gamma) / snr, or / (snr + 1) with v-prediction, so that those
     with little noise do not outweigh the others (min-SNR); 5 is usual. 0 weighs all alike.
