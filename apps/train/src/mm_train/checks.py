@@ -37,7 +37,7 @@ from mm_train.config import (
 from mm_train.conversations import find_processor, read_sources
 from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
 from mm_train.resume import find_checkpoint
-from mm_train.settle import settle_samples
+from mm_train.settle import describe_known_samples, settle_samples
 
 if TYPE_CHECKING:
     from torch import nn
@@ -305,6 +305,11 @@ def _layout(asked: Asked) -> str:
 def _samples(asked: Asked) -> str:
     config, s = asked.config, asked.config.sample
     if not s.prompts and not s.from_validation:
+        if s.lora is not None:
+            raise ValueError(
+                f"--sample.lora {s.lora} acts while samples are made, and none are: give --sample.prompts or "
+                "--sample.from_validation, or leave it out"
+            )
         return NotHere("no --sample.prompts and no --sample.from_validation")
     family, shape = architecture(config)
     if family.chat is not None:
@@ -322,6 +327,13 @@ def _samples(asked: Asked) -> str:
         raise ValueError(
             f"--sample.from_validation {s.from_validation}: give --validation.features, and how many of them"
         )
+    if s.lora is None and s.lora_strength != 1:
+        raise ValueError(f"--sample.lora_strength {s.lora_strength:g} is that of an adapter: give --sample.lora")
+    if s.lora is not None and config.compile and (config.memory.base != "dtype" or config.memory.host_layers):
+        raise ValueError(
+            "--sample.lora runs beside what --memory.base or --memory.host_layers holds, which compiled layers do not "
+            "see: leave out --compile, or --sample.lora"
+        )
     s = settle_samples(config)
     video = family.video
     folders = [part for part in video.encoders(shape) if part != "image_encoder"]  # what it saw lies in the features
@@ -338,7 +350,9 @@ def _samples(asked: Asked) -> str:
                 f"--sample.{name} {value} is not a multiple of {multiple} (pixels per latent of this VAE x latents per "
                 f"token); the nearest are {nearest}"
             )
-    return f"{len(s.prompts) + s.from_validation} of {s.frames} frames of {s.height}x{s.width}, every {s.every:,} steps"
+    made = f"{len(s.prompts) + s.from_validation} of {s.frames} frames of {s.height}x{s.width}, every {s.every:,} steps"
+    known = describe_known_samples(config)
+    return f"{made}\n{known}" if known else made
 
 
 def _output(asked: Asked) -> str:
@@ -435,6 +449,7 @@ CHECKS: tuple[Check[Asked], ...] = (
     Check("model in layout", "with torch", _look("check_cut"), after=("model", "what is trained", "layout")),
     Check("tensors", "when asked", _look("check_tensors"), after=("model", "weights", "what is trained", "resume")),
     Check("adapter in model", "when asked", _look("check_adapter"), after=("model", "adapter", "what is trained")),
+    Check("sample adapter", "when asked", _look("check_sample_adapter"), after=("model", "what is trained", "samples")),
     Check("encoders", "when asked", _look("check_encoders"), after=("model", "data", "samples")),
     Check("features", "with torch", _look("check_features"), after=("model", "data", "objective")),
     Check("validation", "with torch", _look("check_validation"), after=("features",)),

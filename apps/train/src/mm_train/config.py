@@ -265,6 +265,12 @@ class VideoSamples:
     """Flow matching: unipc, euler; models that predict noise or v: euler_ancestral, pndm, ddim, ddpm."""
     flow_shift: Annotated[float, "> 0"] | None = None
     """Of flow matching: bends the steps towards noise."""
+    lora: Path | None = None
+    """For videos: an adapter that acts on what is trained while samples are made, and at no other time, as one that was
+    distilled to four steps. Where its name is known, steps, guidance, flow_shift and sampler are those of its authors.
+    """
+    lora_strength: Annotated[float, "!= 0"] = 1.0
+    """How strongly; 1 is as it was trained."""
     seed: Annotated[int, ">= 0", "<= 9223372036854775807"] = 0
     """Of all noise; the same at every step, so that videos compare."""
     fps: Annotated[float, "> 0", "<= 240"] | None = None

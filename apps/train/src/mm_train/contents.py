@@ -81,6 +81,8 @@ def find_all(config: Config, data: Mapping[str, Mapping[str, Path]], continuing:
             read_sources(config.validation.conversations, "--validation.conversations")
         )
     family, shape = architecture(config)
+    if config.sample.lora is not None:
+        files["sample.lora"] = weight_files(config.sample.lora)
     if config.sample.encoders and (config.sample.prompts or config.sample.from_validation):
         files["sample.encoders"] = encoder_files(config.sample.encoders, family.video.encoders(shape))
     return files

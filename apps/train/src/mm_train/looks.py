@@ -33,7 +33,8 @@ from mm_train.conversations import describe_refused, open_processing, read_sourc
 from mm_train.data import check_features as check_features_of
 from mm_train.encode import fit_geometry
 from mm_train.objective import build_objective
-from mm_train.start import Start, fit_adapter
+from mm_train.sample_adapter import open_sample_adapter
+from mm_train.start import Start
 from mm_train.step import OnDevice
 
 LOOKED_AT = 256  # samples of which files are looked for
@@ -75,8 +76,17 @@ def check_adapter(asked: Asked) -> str:
     if asked.config.lora.weights is None:
         return NotHere("no --lora.weights: nothing is gone on from")
     adapter = open_adapter(asked.config)
-    fit_adapter(adapter, asked.model)
-    return f"{len(adapter.modules)} linears, as --lora.targets name them"
+    source = Start(asked.model, asked.config, adapter)
+    return "\n".join([f"{len(adapter.modules)} linears, as --lora.targets name them", *source.other_base])
+
+
+def check_sample_adapter(asked: Asked) -> str:
+    """The adapter that acts while samples are made fits the model."""
+    if asked.config.sample.lora is None:
+        return NotHere("no --sample.lora")
+    adapter = open_sample_adapter(asked.config, asked.model)
+    whole = f", {len(adapter.differences)} whole differences" if adapter.differences else ""
+    return f"{len(adapter.alphas)} linears{whole}, strength {adapter.strength:g}, while samples are made"
 
 
 def check_encoders(asked: Asked) -> str:

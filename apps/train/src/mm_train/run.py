@@ -40,6 +40,7 @@ from mm_train.optim import EMA, build_optimizer, learning_rate, step_if
 from mm_train.ranks import all_sum, broadcast, precise, start_sum
 from mm_train.resume import find_checkpoint, read_progress
 from mm_train.samples import Samples
+from mm_train.settle import describe_known_samples
 from mm_train.speed import Speed
 from mm_train.start import Built, build_model, choose_attention, outline
 from mm_train.step import MicroBatches, seed_dropout
@@ -352,6 +353,7 @@ def summarize(
         f"attention  {attention}",
         f"ranks      {ranks}",
         f"step       {config.data.global_batch} samples = {step}",
+        *([f"samples    {samples}"] if (samples := describe_known_samples(config)) else []),
         *(["compile    each layer; steps with a new kind of shape take longer, and say so"] if config.compile else []),
     ]
     return "\n".join(map(one_line, lines))
