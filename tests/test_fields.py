@@ -232,7 +232,8 @@ def test_every_wrong_size_of_an_architecture_is_refused_by_name(family, tmp_path
 
 def test_it_is_refused_without_torch():
     for module, flag in product(
-        ("mm_train.__main__", "mm_train.extract", "mm_infer.__main__", "mm_infer.chat", "mm_infer.caption"), ("--model",)
+        ("mm_train.__main__", "mm_train.extract", "mm_infer.__main__", "mm_infer.chat", "mm_infer.caption"),
+        ("--model",),
     ):
         script = (
             f"import sys\nfrom {module} import main\ntry:\n    main(['{flag}'])\n"
