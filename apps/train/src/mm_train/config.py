@@ -379,9 +379,8 @@ class Config:
             down = self.data.global_batch // share * share
             legal = [n for n in (down, down + share) if n]
             raise ValueError(
-                f"a global batch of {self.data.global_batch} cannot be cut into micro-batches of "
-                f"{self.data.micro_batch} on "
-                f"{data_ranks} data-parallel ranks: it must be a multiple of {share} (e.g. "
-                f"{' or '.join(map(str, legal))})"
+                f"--data.global_batch {self.data.global_batch} cannot be cut into micro-batches of "
+                f"{self.data.micro_batch} on {data_ranks} data-parallel ranks: it must be a multiple of {share}; give "
+                f"--data.global_batch {' or '.join(map(str, legal))}"
             )
         return self.data.global_batch // share

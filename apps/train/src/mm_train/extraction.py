@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -27,6 +28,7 @@ from mm_data import (
     Clip,
     Failure,
     FeatureCache,
+    Geometry,
     Sample,
     VideoDataset,
     check_samples,
@@ -36,8 +38,11 @@ from mm_data import (
     read_manifest,
     select,
 )
+from mm_data.clips import survey
 from mm_data.files import shorten
 from mm_models import preset
+from mm_models.families import find
+from mm_models.family import ClipSize
 from mm_parallel.device import device as accelerator
 from mm_parallel.guard import Watchdog, agree, join
 from mm_parallel.guard.agree import COPY
@@ -45,8 +50,9 @@ from mm_train.command import prepare_output
 from mm_train.contents import check_ranks, encoder_files
 from mm_train.encode import Encoders
 from mm_train.extract import ExtractConfig
-from mm_train.ranks import describe_missing, map_over_ranks, say
+from mm_train.ranks import broadcast, describe_missing, map_over_ranks, say
 
+LOOKED_AT = 32  # samples whose files say how large features are
 ADVICE = {
     "HDR": "their colours are taken as they are stored, which looks pale; tone-map the files first to train on colours "
     "as they are seen",
@@ -78,7 +84,8 @@ def _encode_share(config: ExtractConfig, guard: Watchdog) -> Callable[[], int]:
     agree(
         {sample.id: (sample.captions, sample.cut) for sample in samples}, "the samples of --data.manifest", None, COPY
     )
-    check_ranks({"encoders": identify_files(encoder_files(config.encoders, encoders.folders))})
+    files = identify_files(encoder_files(config.encoders, encoders.folders))
+    check_ranks({"encoders": files})
     unread = sum(a != b for a, b in zip(listed, samples, strict=True))
     if unread:
         say(f"{task} uses no sources, masks or references: {unread} samples have them")
@@ -92,7 +99,8 @@ def _encode_share(config: ExtractConfig, guard: Watchdog) -> Callable[[], int]:
             for name, what in ((config.data.manifest, selection), (config.output, todo)):
                 print(f"{one_line(name)}: {what}", file=sys.stderr, flush=True)
             if not cache.has_empty_text(encoders.identity):
-                cache.put_empty_text(encoders.empty_text, encoders.identity)
+                cache.put_empty_text(encoders.empty_text, encoders.identity, files)
+        broadcast(lambda: check_room(config, todo.to_encode, geometry))
         dataset = VideoDataset(todo.to_encode, geometry, config.seed, on_error="return")
         progress = Progress(len(todo.to_encode), leader=rank == 0, world=world)
         # Shared out by key, not by place: a rank that sees the store a moment later must not shift everybody's share.
@@ -121,6 +129,28 @@ def _encode_share(config: ExtractConfig, guard: Watchdog) -> Callable[[], int]:
         return missing
 
     return publish if rank == 0 else lambda: 0
+
+
+def check_room(config: ExtractConfig, samples: Sequence[Sample], geometry: Geometry) -> None:
+    """Raise ValueError where the features of these samples do not fit on the disk of the output.
+
+    Files of up to 32 of them say how large their clips are; of texts one row each is counted. So it is the least.
+    """
+    some = samples[:: -(-len(samples) // LOOKED_AT) or 1]
+    shapes = [shape for shape in survey(some, geometry) if not isinstance(shape, str)]
+    if not shapes:
+        return
+    family, model = find(config.model)
+    sizes = [ClipSize(shape.frames, shape.height, shape.width, text=1) for shape in shapes]
+    tensors = [x for size in sizes for x in family.example(model.config, config.chosen_task, size).values()]
+    needed = sum(x.numel() * x.element_size() for x in tensors) // len(shapes) * len(samples)
+    free = shutil.disk_usage(config.output).free
+    if needed > free:
+        raise ValueError(
+            f"the features of {len(samples):,} clips take {needed / 2**30:,.1f} GiB or more ({len(shapes)} were looked "
+            f"at), and {config.output} has {free / 2**30:,.1f} GiB free: free some, give another --output or a "
+            "smaller --geometry, or encode while training (--data.manifest of mm_train)"
+        )
 
 
 def batches(dataset: VideoDataset, indices: Sequence[int], config: ExtractConfig, on_failure) -> Iterator[list[Clip]]:

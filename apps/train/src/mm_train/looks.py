@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mm_convert import Checkpoint
 from mm_convert.cli.checks import NotHere
-from mm_data import Captions, FeatureDataset, Order, Pick, VideoDataset, for_task, read_manifest, select
+from mm_data import Captions, FeatureDataset, Order, Pick, VideoDataset, for_task, identify_files, read_manifest, select
 from mm_data.clips import survey
 from mm_data.conversation_dataset import ConversationDataset
 from mm_data.conversations import Conversations, Ledger, find_missing, read_conversations
@@ -29,6 +29,7 @@ from mm_train import start
 from mm_train.adapter import open_adapter
 from mm_train.checks import Asked, check_space, checkpoint_bytes, nearest
 from mm_train.checks import check_encoders as check_folders
+from mm_train.contents import encoder_files
 from mm_train.conversations import describe_refused, open_processing, read_sources
 from mm_train.data import check_features as check_features_of
 from mm_train.encode import fit_geometry
@@ -117,7 +118,23 @@ def check_features(asked: Asked) -> str:
         return NotHere("nothing is trained from features")
     check_features_of(path, asked.config)
     features = FeatureDataset(path)
-    return f"{len(features):,} samples in {len(set(features.buckets))} shapes"
+    said = f"{len(features):,} samples in {len(set(features.buckets))} shapes"
+    return "\n".join([said, *_other_encoders(asked, features)])
+
+
+def _other_encoders(asked: Asked, features: FeatureDataset) -> Iterator[str]:
+    """A note where sample videos are decoded, or their prompts read, by others than those that made the features."""
+    samples = asked.config.sample
+    if not (samples.prompts or samples.from_validation) or samples.encoders is None:
+        return
+    folders = [part for part in asked.family.video.encoders(asked.shape) if part != "image_encoder"]
+    now = identify_files(encoder_files(samples.encoders, folders))
+    if other := [name for name, found in now.items() if features.encoders.get(name, found) != found]:
+        yield (
+            f"--sample.encoders {samples.encoders} are not those that made --data.features {features.path}: {other[0]} "
+            f"was {features.encoders[other[0]]}, and is {now[other[0]]}; if they are another model's, sample videos "
+            "show nothing of what is learned: give the directory that was given to mm_train.extract --encoders"
+        )
 
 
 def check_validation(asked: Asked) -> str:

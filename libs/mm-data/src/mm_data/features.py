@@ -15,11 +15,11 @@ from torch import Tensor
 
 from mm_data import mindspeed
 from mm_data.batch import Batch, Pick, pad_texts
-from mm_data.cache import FORMAT
+from mm_data.cache import FORMAT, check_meta
 from mm_data.captions import OWN, Captions
 from mm_data.files import parse_json, read_lines, shorten, show
 from mm_data.sets import Portion, SampleSet, is_sets_file, mix, prefix_of, read_sets, weights_of
-from mm_data.shards import Shards, check_shard
+from mm_data.shards import Shards, check_shard, read_metadata
 
 
 class Features(TypedDict):
@@ -96,6 +96,16 @@ class FeatureDataset:
         folder does not say it.
         """
         return self._empty.key if self._empty else None
+
+    @cached_property
+    def encoders(self) -> dict[str, str]:
+        """Identities of the files of the encoders (`identify_files`), by their names as `vae/config.json`; {} where the
+        folder does not say them.
+        """
+        if self._empty is None:
+            return {}
+        file = self._empty.file
+        return check_meta(parse_json(read_metadata(file)[self._empty.key], file), file).get("encoders", {})
 
     def check_files(self) -> None:
         """Raise ValueError, naming it, for a file of tensors that is gone, damaged or cut off, by their headers."""
