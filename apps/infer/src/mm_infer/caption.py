@@ -1,7 +1,5 @@
 """python -m mm_infer.caption clips/ --weights Qwen2.5-VL-7B-Instruct: a caption beside each clip and picture."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
