@@ -18,7 +18,8 @@ from mm_convert import read_json
 from mm_convert.cli.checks import Check, NotHere, When
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
-from mm_data.annotations import ANNOTATION, find_annotations
+from mm_data.manifest import list_files
+from mm_data.sets import is_sets_file, read_sets
 from mm_models.families import find
 from mm_models.family import Family, Video, later
 from mm_models.folder import check_parts
@@ -98,14 +99,14 @@ def check_encoders(video: Video, path: Path | None, folders: Sequence[str], flag
 
 
 def check_manifest(path: Path) -> None:
-    """Raise ValueError unless this is a list of samples, or a folder of lists. No sample is read."""
+    """Raise ValueError unless this is a list of samples, a folder of lists or of clips, or sets. No sample is read."""
     if not path.exists():
         raise ValueError(
-            f"--data.manifest {path} is not a file{_near(path)}: give a data.txt, data.json or .jsonl, or a folder "
-            f"with {ANNOTATION} in it or in its folders"
+            f"--data.manifest {path} is not a file{_near(path)}: give a data.txt, data.json or .jsonl, a folder of "
+            "clips with a .txt beside each, or a sets.toml of these"
         )
     try:
-        find_annotations(path)
+        list_files(path)
     except ValueError as error:
         raise ValueError(f"--data.manifest {error}") from error
 
@@ -220,6 +221,7 @@ def _videos(config: Config) -> str:
         )
     if data.features is not None:
         given = {"encoders": data.encoders is not None, "geometry": data.geometry != Geometry()}
+        given["caption"] = data.caption is not None
         for name in (name for name, given in given.items() if given):
             raise ValueError(f"--data.{name} is for --data.manifest: features were encoded by mm_train.extract")
     elif data.encoders is None and data.manifest.exists():
@@ -229,7 +231,12 @@ def _videos(config: Config) -> str:
         family, shape = architecture(config)
         check_encoders(family.video, data.encoders, family.video.encoders(shape), "--data.encoders")
     for flag, path in (("data.features", data.features), ("validation.features", config.validation.features)):
-        if path is not None and not path.is_dir():
+        if path is not None and is_sets_file(path) and path.is_file():
+            try:
+                read_sets(path, of_features=True)
+            except ValueError as error:
+                raise ValueError(f"--{flag} {error}") from error
+        elif path is not None and not path.is_dir():
             raise ValueError(
                 f"--{flag} {path} is not a directory{_near(path)}; `python -m mm_train.extract --output {path} …` "
                 "writes one"

@@ -41,11 +41,16 @@ class VideoData:
     """Of models that make videos: features, or videos that are encoded as they are needed."""
 
     features: Path | None = None
-    """For videos: directory written by mm_train.extract, or a MindSpeed-MM feature folder."""
-    manifest: Path | None = None
-    """In place of features: data.txt, data.json or .jsonl in the format of MindSpeed-MM, or a folder with
-    annotation.json in it or in its folders.
+    """For videos: directory written by mm_train.extract, or a MindSpeed-MM feature folder; or a TOML of sets of them,
+    each with repeats or a weight.
     """
+    manifest: Path | None = None
+    """In place of features: a folder of clips and pictures with a .txt beside each; data.txt, data.json or .jsonl in
+    the format of MindSpeed-MM, or a folder with annotation.json in it or in its folders; or a TOML of sets of these,
+    with repeats, weights, sizes.
+    """
+    caption: str | None = None
+    """For a manifest: what stands for the caption of a sample that has none; empty text is the empty prompt."""
     encoders: Path | None = None
     """For a manifest: diffusers directory with vae/, text_encoder/, tokenizer/ (and image_encoder/ with CLIP)."""
     geometry: Geometry = field(default_factory=Geometry)

@@ -34,6 +34,7 @@ from mm_train.held_out import open_held_out
 from mm_train.interrupt import Interrupt
 from mm_train.log_tps import LogTps
 from mm_train.metrics import Metrics
+from mm_train.mixture import write_sets
 from mm_train.nonfinite import MOST_IN_A_ROW, Watch
 from mm_train.objective import architecture, build_objective
 from mm_train.optim import EMA, build_optimizer, learning_rate, step_if
@@ -141,6 +142,8 @@ class Run:
         layout = (describe(self.mesh), f"{self.data_ranks} x {micro_batches}")
         said = (found, changed, notes, attention)
         self.metrics.say(summarize(config, self.objective, built, self.data, *said, *layout))
+        if rank == 0 and self.data.sets:
+            write_sets(config.run_dir, self.data.sets)
         if self.progress.step == config.steps:
             self.metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
         self.validation = Validation(config, self.objective, held_out, self.mesh, self.device)

@@ -26,6 +26,7 @@ from mm_parallel import Pipeline, load_parameters, parallelize, verify
 from mm_parallel.attention import activate, describe_choice
 from mm_parallel.config import ParallelConfig
 from mm_parallel.fits import check_fits, find_idle
+from mm_parallel.frozen import frozen_linears
 from mm_parallel.mesh import size
 from mm_parallel.weights import allocate, check_names, check_shape, same_kind
 from mm_train.adapter import check_targets, describe_base, open_adapter
@@ -221,6 +222,9 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if not torch.isfinite(local).all():
+            raise ValueError(f"--weights {config.weights}: {name} holds numbers that are not finite")
+    for name, linear in frozen_linears(model).items():
+        if not linear.is_finite():
             raise ValueError(f"--weights {config.weights}: {name} holds numbers that are not finite")
     return Built(model.train(), run, *facts, source.describe())
 
