@@ -265,7 +265,7 @@ def _objective(asked: Asked) -> str:
     if (o.shift_tokens is None) == (o.shift_by == "sqrt"):
         raise ValueError(
             f"--objective.shift_tokens {o.shift_tokens} with --objective.shift_by {o.shift_by}: sqrt needs it, and "
-            "only it takes it; Wan has 32,760 tokens for 81 frames of 480x832"
+            "only it takes it, e.g. 32760 for 81 frames of 480x832 in patches of 4x16x16"
         )
     return ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
 
