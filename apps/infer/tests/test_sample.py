@@ -128,7 +128,7 @@ def test_a_config_that_cannot_be_is_refused_by_name(tmp_path, capsys):
                 file.write_text(json.dumps(said | {"config": said["config"] | {field: value}}))
                 refused, taken = "", model.config
                 try:
-                    taken = Transformer(tmp_path / "W", None, None, None).config
+                    taken = Transformer(tmp_path / "W", None).config
                 except ValueError as error:
                     refused = str(error)
                 # A size that could be is no error: the tensors know better, and it is said.

@@ -272,7 +272,10 @@ def test_best_first_finds_what_looking_at_all_finds():
 
 def test_what_does_not_go_together_is_one_line(capsys):
     for argv, said in (
-        (["--world", "64"], "a global batch of 8 cannot be cut.* 64 data-parallel ranks"),
+        (
+            ["--world", "64"],
+            "--data.global_batch 8 cannot be cut.* 64 data-parallel .*give --data.global_batch 64",
+        ),
         (["--device", "h1000"], "no device is named 'h1000', do you mean h100"),
         (["--search"], "give --device"),
         (["--size.frames", "80"], "frames 80 is not 4k.1"),

@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +22,11 @@ from mm_models.wan.tasks import stored
 from mm_models.wan.testing import write_encoders
 from mm_models.wan.vae import WanVAE
 from mm_parallel.testing import spawn
+from mm_train import command
+from mm_train.checks import Asked
 from mm_train.encode import Encoders
 from mm_train.extract import Data, ExtractConfig, Geometry, extract
+from mm_train.looks import check_features
 from mm_train.recipe import load_config
 from mm_train.train import train
 
@@ -133,6 +138,14 @@ def test_what_was_extracted_trains_and_is_sampled_while_training(encoders, manif
     argv += ["--sample.prompts", '["one", "two", "three"]', "--sample.encoders", str(encoders), "--sample.steps", "2"]
     argv += ["--sample.height", "32", "--sample.width", "48", "--sample.frames", "5", "--optim.lr", "3e-2"]
     argv += ["--optim.clip", "0"]  # a norm is a sum, whose rounding depends on the shards
+    assert "\n" not in check_features(Asked(load_config(argv)))
+    other = shutil.copytree(encoders, tmp_path / "other")
+    with open(other / "vae/config.json", "a", encoding="utf-8") as file:
+        file.write(" ")
+    said = check_features(Asked(load_config([*argv, "--sample.encoders", str(other)])))
+    assert re.search(
+        r"\n--sample.encoders .*other are not those that made --data.features .*: vae/config.json was ", said
+    )
     train(load_config([*argv, "--output", str(tmp_path / "one")]))
     spawn(2, ranks_train, [*argv, "--output", str(tmp_path / "two")], timeout=120)
     frames = {}
@@ -291,6 +304,24 @@ def test_what_fails_of_encoding_ends_the_run(encoders, manifest, tmp_path, monke
         extract(replace(config(encoders, manifest, tmp_path / "f"), data=Data(manifest, workers=1)))
     assert not (tmp_path / "f/dataset.jsonl").exists()
     assert not multiprocessing.active_children()
+
+
+def test_features_that_the_disk_cannot_hold_are_refused(encoders, manifest, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4096))
+    with pytest.raises(ValueError, match=r"features of 5 clips take 0\.0 GiB or more \(4 were .* has 0\.0 GiB free"):
+        extract(config(encoders, manifest, tmp_path / "f"))
+    monkeypatch.undo()
+    extract(config(encoders, manifest, tmp_path / "f"))
+
+
+def test_a_name_that_is_too_long_is_said_in_words(encoders, manifest, tmp_path, capsys):
+    asked = config(encoders, manifest, tmp_path / "f", data=Data(tmp_path / ("x" * 300)))
+    with pytest.raises(SystemExit) as stop:
+        command.run(asked.check, lambda _: None)
+    said = capsys.readouterr().err
+    assert (stop.value.code, said.count("x")) == (2, 40), said
+    assert "is a name of 300 bytes, and a file's has at most 255" in said
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from mm_models.opensoraplan.testing import write_encoders
 from mm_models.wan import testing as wan_testing
 from mm_parallel import forward_backward
 from mm_parallel.testing import spawn
+from mm_train.adapter import check_adapter
 from mm_train.checks import check_encoders
 from mm_train.config import Config
 from mm_train.data import training_data
@@ -229,6 +231,9 @@ def test_peft_puts_an_adapter_on_the_class_of_diffusers(features, tmp_path):
     base = train(config(features, tmp_path / "base", "--steps", "1", architecture=wide))
     lora = ["--weights", str(base), "--lora.rank", "2", "--lora.alpha", "4"]
     adapter = train(config(features, tmp_path / "lora", *lora, architecture=wide))
+    other = config(features, tmp_path / "v", *lora, architecture=wide | {"prediction_type": "v_prediction"})
+    with pytest.raises(ValueError, match=r"trained on weights of prediction epsilon .* these are of .* v_prediction: "):
+        check_adapter(replace(other, lora=replace(other.lora, weights=adapter)))
     merged = tmp_path / "merged"
     mm_convert(["convert", str(base), str(merged), "--lora", str(adapter), "--to", "original"])
     model = AllegroTransformer3DModel(

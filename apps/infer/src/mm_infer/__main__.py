@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from mm_convert.cli.arguments import parse
-from mm_convert.cli.terminal import escaped_output, one_line
+from mm_convert.cli.terminal import escaped_output, explain, one_line
 from mm_infer.checks import CHECKS, Asked, read_contents, tell
 from mm_infer.config import Config
 from mm_infer.lists import Request
@@ -74,7 +74,7 @@ def _refusing() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(explain(error)) from error
 
 
 if __name__ == "__main__":

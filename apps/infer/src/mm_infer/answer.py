@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mm_convert import open_checkpoint, open_lora
 from mm_convert.cli.terminal import one_line
+from mm_convert.lora.base import check_base, describe_content
 from mm_convert.lora.merging import merge
 from mm_convert.tensors.mapping import Tensors
 from mm_data.chat_options import ChatOptions
@@ -67,6 +68,10 @@ class Model:
             lora = must_exist(Path(lora), "lora")
             adapter = open_lora(lora, alpha=lora_alpha)
             notes += [f"{lora}: {note}" for note in adapter.notes]
+            facts = {"family": self.family.name}
+            if adapter.trained_on:
+                facts |= describe_content(checkpoint.tensors, adapter.modules)
+            notes += [f"{lora}: {note}" for note in check_base(adapter.trained_on, facts, f"lora {lora}")]
             try:
                 self.tensors = Tensors(merge(checkpoint.tensors, adapter))
             except ValueError as error:

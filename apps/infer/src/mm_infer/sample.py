@@ -43,7 +43,8 @@ def load(
     encoders: Path | str | None = None,
     *,
     model: str | None = None,
-    lora: Path | str | None = None,
+    lora: Path | str | Sequence[Path | str] | None = None,
+    lora_strength: float | Sequence[float] = 1.0,
     lora_alpha: float | None = None,
     boundary: float | None = None,
     offload: bool | None = None,
@@ -64,7 +65,7 @@ def load(
     mesh: of `mm_parallel.ParallelConfig`, with cp > 1 to share the tokens among its context ranks. pair: a group of two
     ranks that share the passes of guidance. All ranks of both then make the same calls, and get the same latents.
     """
-    adapter = {"lora": lora, "lora_alpha": lora_alpha}
+    adapter = {"lora": lora, "lora_strength": lora_strength, "lora_alpha": lora_alpha}
     weights = Weights(path, encoders, model=model, text_tokens=text_tokens, boundary=boundary, **adapter)
     how = {"vae_tiling": vae_tiling, "attention": attention, "compile": compile, "mesh": mesh, "pair": pair}
     return Sampler(weights, device, dtype, offload, **how)

@@ -8,7 +8,9 @@ from collections.abc import Collection, Mapping
 
 from mm_convert import Adapter, expert_of, open_experts, open_lora
 from mm_convert.cli.checks import NotHere
+from mm_convert.lora.base import check_base
 from mm_train.config import Config
+from mm_train.objective import architecture
 
 
 def open_adapter(config: Config) -> Adapter:
@@ -32,6 +34,14 @@ def open_adapter(config: Config) -> Adapter:
         raise ValueError(f"--lora.weights: {error}{way}") from error
 
 
+def describe_base(config: Config) -> dict[str, str]:
+    """What adapters of this run are trained on, as far as it shows without the weights; see `mm_convert.lora.base`."""
+    family, shape = architecture(config)
+    facts = {"family": family.name, "model": config.model}
+    facts |= {"prediction": family.video.prediction(shape)} if family.video else {}
+    return facts | ({"expert": config.expert} if config.expert else {})
+
+
 def check_adapter(config: Config) -> str:
     """Raise ValueError unless the adapter to go on from, if there is one, has the one rank and alpha of this run.
     Returns what it is.
@@ -45,6 +55,7 @@ def check_adapter(config: Config) -> str:
             f"--lora.weights {path} has {several} by module, and an adapter is trained with one for all: merge it into "
             f"the base (mm-convert convert {config.weights} TARGET --lora {path}), and train a new one on that"
         )
+    check_base(adapter.trained_on, describe_base(config), f"--lora.weights {path}")
     wanted = {"rank": adapter.rank, "alpha": adapter.alpha}
     if other := [f"{name} {value:g}" for name, value in wanted.items() if getattr(config.lora, name) != value]:
         flags = " ".join(f"--lora.{name} {value:g}" for name, value in wanted.items())

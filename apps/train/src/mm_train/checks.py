@@ -18,7 +18,8 @@ from mm_convert import read_json
 from mm_convert.cli.checks import Check, NotHere, When
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
-from mm_data.annotations import ANNOTATION, find_annotations
+from mm_data.manifest import list_files
+from mm_data.sets import is_sets_file, read_sets
 from mm_models.families import find
 from mm_models.family import Family, Video, later
 from mm_models.folder import check_parts
@@ -37,7 +38,7 @@ from mm_train.config import (
 from mm_train.conversations import find_processor, read_sources
 from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
 from mm_train.resume import find_checkpoint
-from mm_train.settle import settle_samples
+from mm_train.settle import describe_known_samples, settle_samples
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,14 +99,14 @@ def check_encoders(video: Video, path: Path | None, folders: Sequence[str], flag
 
 
 def check_manifest(path: Path) -> None:
-    """Raise ValueError unless this is a list of samples, or a folder of lists. No sample is read."""
+    """Raise ValueError unless this is a list of samples, a folder of lists or of clips, or sets. No sample is read."""
     if not path.exists():
         raise ValueError(
-            f"--data.manifest {path} is not a file{_near(path)}: give a data.txt, data.json or .jsonl, or a folder "
-            f"with {ANNOTATION} in it or in its folders"
+            f"--data.manifest {path} is not a file{_near(path)}: give a data.txt, data.json or .jsonl, a folder of "
+            "clips with a .txt beside each, or a sets.toml of these"
         )
     try:
-        find_annotations(path)
+        list_files(path)
     except ValueError as error:
         raise ValueError(f"--data.manifest {error}") from error
 
@@ -220,6 +221,7 @@ def _videos(config: Config) -> str:
         )
     if data.features is not None:
         given = {"encoders": data.encoders is not None, "geometry": data.geometry != Geometry()}
+        given["caption"] = data.caption is not None
         for name in (name for name, given in given.items() if given):
             raise ValueError(f"--data.{name} is for --data.manifest: features were encoded by mm_train.extract")
     elif data.encoders is None and data.manifest.exists():
@@ -229,7 +231,12 @@ def _videos(config: Config) -> str:
         family, shape = architecture(config)
         check_encoders(family.video, data.encoders, family.video.encoders(shape), "--data.encoders")
     for flag, path in (("data.features", data.features), ("validation.features", config.validation.features)):
-        if path is not None and not path.is_dir():
+        if path is not None and is_sets_file(path) and path.is_file():
+            try:
+                read_sets(path, of_features=True)
+            except ValueError as error:
+                raise ValueError(f"--{flag} {error}") from error
+        elif path is not None and not path.is_dir():
             raise ValueError(
                 f"--{flag} {path} is not a directory{_near(path)}; `python -m mm_train.extract --output {path} …` "
                 "writes one"
@@ -305,6 +312,11 @@ def _layout(asked: Asked) -> str:
 def _samples(asked: Asked) -> str:
     config, s = asked.config, asked.config.sample
     if not s.prompts and not s.from_validation:
+        if s.lora is not None:
+            raise ValueError(
+                f"--sample.lora {s.lora} acts while samples are made, and none are: give --sample.prompts or "
+                "--sample.from_validation, or leave it out"
+            )
         return NotHere("no --sample.prompts and no --sample.from_validation")
     family, shape = architecture(config)
     if family.chat is not None:
@@ -322,6 +334,13 @@ def _samples(asked: Asked) -> str:
         raise ValueError(
             f"--sample.from_validation {s.from_validation}: give --validation.features, and how many of them"
         )
+    if s.lora is None and s.lora_strength != 1:
+        raise ValueError(f"--sample.lora_strength {s.lora_strength:g} is that of an adapter: give --sample.lora")
+    if s.lora is not None and config.compile and (config.memory.base != "dtype" or config.memory.host_layers):
+        raise ValueError(
+            "--sample.lora runs beside what --memory.base or --memory.host_layers holds, which compiled layers do not "
+            "see: leave out --compile, or --sample.lora"
+        )
     s = settle_samples(config)
     video = family.video
     folders = [part for part in video.encoders(shape) if part != "image_encoder"]  # what it saw lies in the features
@@ -338,7 +357,9 @@ def _samples(asked: Asked) -> str:
                 f"--sample.{name} {value} is not a multiple of {multiple} (pixels per latent of this VAE x latents per "
                 f"token); the nearest are {nearest}"
             )
-    return f"{len(s.prompts) + s.from_validation} of {s.frames} frames of {s.height}x{s.width}, every {s.every:,} steps"
+    made = f"{len(s.prompts) + s.from_validation} of {s.frames} frames of {s.height}x{s.width}, every {s.every:,} steps"
+    known = describe_known_samples(config)
+    return f"{made}\n{known}" if known else made
 
 
 def _output(asked: Asked) -> str:
@@ -435,6 +456,7 @@ CHECKS: tuple[Check[Asked], ...] = (
     Check("model in layout", "with torch", _look("check_cut"), after=("model", "what is trained", "layout")),
     Check("tensors", "when asked", _look("check_tensors"), after=("model", "weights", "what is trained", "resume")),
     Check("adapter in model", "when asked", _look("check_adapter"), after=("model", "adapter", "what is trained")),
+    Check("sample adapter", "when asked", _look("check_sample_adapter"), after=("model", "what is trained", "samples")),
     Check("encoders", "when asked", _look("check_encoders"), after=("model", "data", "samples")),
     Check("features", "with torch", _look("check_features"), after=("model", "data", "objective")),
     Check("validation", "with torch", _look("check_validation"), after=("features",)),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from mm_convert import lock_output
-from mm_convert.cli.terminal import one_line
+from mm_convert.cli.terminal import explain, one_line
 from mm_parallel.absence import absence_told
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ def run(read: Callable[[], T], work: Callable[[T], object]) -> None:
         try:
             return read()
         except OSError as error:  # e.g. of a name that is too long: nothing has begun
-            raise ValueError(str(error)) from error
+            raise ValueError(explain(error)) from error
 
     with absence_told():
         asked = run_alone(refuse)
@@ -44,7 +44,7 @@ def run_alone(work: Callable[[], T]) -> T:
     except ValueError as error:
         _leave(f"error: {error}", 2)
     except (OSError, FloatingPointError) as error:
-        _leave(f"error: {error}", 1)
+        _leave(f"error: {explain(error)}", 1)
     except KeyboardInterrupt as stop:
         _leave("" if os.environ.get("RANK", "0") != "0" else str(stop) or "stopped", 130)  # all ranks stop alike
 

@@ -41,11 +41,16 @@ class VideoData:
     """Of models that make videos: features, or videos that are encoded as they are needed."""
 
     features: Path | None = None
-    """For videos: directory written by mm_train.extract, or a MindSpeed-MM feature folder."""
-    manifest: Path | None = None
-    """In place of features: data.txt, data.json or .jsonl in the format of MindSpeed-MM, or a folder with
-    annotation.json in it or in its folders.
+    """For videos: directory written by mm_train.extract, or a MindSpeed-MM feature folder; or a TOML of sets of them,
+    each with repeats or a weight.
     """
+    manifest: Path | None = None
+    """In place of features: a folder of clips and pictures with a .txt beside each; data.txt, data.json or .jsonl in
+    the format of MindSpeed-MM, or a folder with annotation.json in it or in its folders; or a TOML of sets of these,
+    with repeats, weights, sizes.
+    """
+    caption: str | None = None
+    """For a manifest: what stands for the caption of a sample that has none; empty text is the empty prompt."""
     encoders: Path | None = None
     """For a manifest: diffusers directory with vae/, text_encoder/, tokenizer/ (and image_encoder/ with CLIP)."""
     geometry: Geometry = field(default_factory=Geometry)
@@ -265,6 +270,12 @@ class VideoSamples:
     """Flow matching: unipc, euler; models that predict noise or v: euler_ancestral, pndm, ddim, ddpm."""
     flow_shift: Annotated[float, "> 0"] | None = None
     """Of flow matching: bends the steps towards noise."""
+    lora: Path | None = None
+    """For videos: an adapter that acts on what is trained while samples are made, and at no other time, as one that was
+    distilled to four steps. Where its name is known, steps, guidance, flow_shift and sampler are those of its authors.
+    """
+    lora_strength: Annotated[float, "!= 0"] = 1.0
+    """How strongly; 1 is as it was trained."""
     seed: Annotated[int, ">= 0", "<= 9223372036854775807"] = 0
     """Of all noise; the same at every step, so that videos compare."""
     fps: Annotated[float, "> 0", "<= 240"] | None = None
@@ -373,9 +384,8 @@ class Config:
             down = self.data.global_batch // share * share
             legal = [n for n in (down, down + share) if n]
             raise ValueError(
-                f"a global batch of {self.data.global_batch} cannot be cut into micro-batches of "
-                f"{self.data.micro_batch} on "
-                f"{data_ranks} data-parallel ranks: it must be a multiple of {share} (e.g. "
-                f"{' or '.join(map(str, legal))})"
+                f"--data.global_batch {self.data.global_batch} cannot be cut into micro-batches of "
+                f"{self.data.micro_batch} on {data_ranks} data-parallel ranks: it must be a multiple of {share}; give "
+                f"--data.global_batch {' or '.join(map(str, legal))}"
             )
         return self.data.global_batch // share

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Literal
 from mm_convert import open_dcp, save_checkpoint, save_lora, write_experts
 from mm_convert.cli.arguments import parse, read_config
 from mm_convert.cli.terminal import escaped_output, one_line
+from mm_convert.lora.base import describe_content
 from mm_data.chat_options import save_options
 from mm_models import build
+from mm_train.adapter import describe_base
 from mm_train.command import run_alone
 from mm_train.config import Config
 from mm_train.objective import architecture, expert_boundary
@@ -129,7 +131,7 @@ def export(
                 "give --merge true for whole weights; mm-convert turns adapters into other forms"
             )
         more = {"dropout": config.lora.dropout, "base": Path(config.weights), "overwrite": overwrite}
-        save_lora(output, tensors, config.lora.alpha, **more)
+        save_lora(output, tensors, config.lora.alpha, trained_on=_describe_base(config, tensors, checkpoint), **more)
         return _keep_options(config, output)
     from mm_train.contents import check_base  # torch, only now
     from mm_train.conversations import find_processor
@@ -151,6 +153,23 @@ def export(
     fields = family.describe(model.config)
     save_checkpoint(output, whole, fields, to=form, dtype=dtype, overwrite=overwrite, **more)
     return _keep_options(config, output)
+
+
+def _describe_base(config: Config, tensors: Mapping[str, Tensor], checkpoint: Path) -> dict[str, str]:
+    """What the adapters were trained on; its content where the weights are still there, and still the same."""
+    from mm_train.contents import check_base  # torch, only now
+    from mm_train.start import open_base
+
+    facts = describe_base(config)
+    if not Path(config.weights).exists():
+        return facts
+    try:
+        check_base(config, read_progress(checkpoint), checkpoint)
+        base = open_base(config, architecture(config)[1])
+    except ValueError:
+        return facts
+    modules = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}
+    return facts | describe_content(base.tensors, modules)
 
 
 def _keep_options(config: Config, output: Path) -> Path:

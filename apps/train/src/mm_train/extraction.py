@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -27,7 +28,10 @@ from mm_data import (
     Clip,
     Failure,
     FeatureCache,
+    FeatureDataset,
+    Geometry,
     Sample,
+    Selection,
     VideoDataset,
     check_samples,
     decode,
@@ -36,17 +40,24 @@ from mm_data import (
     read_manifest,
     select,
 )
+from mm_data.clips import survey
 from mm_data.files import shorten
+from mm_data.layout import geometry_of
+from mm_data.sets import portions_of
 from mm_models import preset
+from mm_models.families import find
+from mm_models.family import ClipSize
 from mm_parallel.device import device as accelerator
 from mm_parallel.guard import Watchdog, agree, join
 from mm_parallel.guard.agree import COPY
 from mm_train.command import prepare_output
 from mm_train.contents import check_ranks, encoder_files
-from mm_train.encode import Encoders
+from mm_train.encode import Encoders, tell_short
 from mm_train.extract import ExtractConfig
-from mm_train.ranks import describe_missing, map_over_ranks, say
+from mm_train.mixture import count_sets, describe_sets, tabulate, write_sets
+from mm_train.ranks import broadcast, describe_missing, map_over_ranks, say
 
+LOOKED_AT = 32  # samples whose files say how large features are
 ADVICE = {
     "HDR": "their colours are taken as they are stored, which looks pale; tone-map the files first to train on colours "
     "as they are seen",
@@ -71,19 +82,20 @@ def _encode_share(config: ExtractConfig, guard: Watchdog) -> Callable[[], int]:
         # Leave the workers their cores: the threads of one operation spin while one of them waits for a core.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world - config.data.workers))
     agree(dump(config), "the configuration")
-    listed = read_manifest(config.data.manifest, say)
+    listed = read_manifest(config.data.manifest, say, config.data.caption)
     dtype, task = getattr(torch, config.dtype), config.chosen_task
     encoders = Encoders(config.encoders, preset(config.model), task, device, dtype, config.tiling)
     samples = for_task(listed, controls=encoders.task.reads_control)
-    agree(
-        {sample.id: (sample.captions, sample.cut) for sample in samples}, "the samples of --data.manifest", None, COPY
-    )
-    check_ranks({"encoders": identify_files(encoder_files(config.encoders, encoders.folders))})
+    asked = {sample.id: (sample.captions, sample.cut, sample.size, _describe_set(sample)) for sample in samples}
+    agree(asked, "the samples of --data.manifest", None, COPY)
+    files = identify_files(encoder_files(config.encoders, encoders.folders))
+    check_ranks({"encoders": files})
     unread = sum(a != b for a, b in zip(listed, samples, strict=True))
     if unread:
         say(f"{task} uses no sources, masks or references: {unread} samples have them")
     geometry = encoders.fit_geometry(config.geometry)
     selection = select(samples, geometry, map_over_ranks(samples, partial(check_samples, geometry=geometry)))
+    tell_short(selection, encoders.task)
 
     with FeatureCache(config.output) as cache:
         identified = _identify(selection.kept, cache, rank == 0, world)
@@ -91,8 +103,11 @@ def _encode_share(config: ExtractConfig, guard: Watchdog) -> Callable[[], int]:
         if rank == 0:
             for name, what in ((config.data.manifest, selection), (config.output, todo)):
                 print(f"{one_line(name)}: {what}", file=sys.stderr, flush=True)
+            for row in _tabulate_asked(selection):
+                print(one_line(row), file=sys.stderr, flush=True)
             if not cache.has_empty_text(encoders.identity):
-                cache.put_empty_text(encoders.empty_text, encoders.identity)
+                cache.put_empty_text(encoders.empty_text, encoders.identity, files)
+        broadcast(lambda: check_room(config, todo.to_encode, geometry))
         dataset = VideoDataset(todo.to_encode, geometry, config.seed, on_error="return")
         progress = Progress(len(todo.to_encode), leader=rank == 0, world=world)
         # Shared out by key, not by place: a rank that sees the store a moment later must not shift everybody's share.
@@ -118,9 +133,56 @@ def _encode_share(config: ExtractConfig, guard: Watchdog) -> Callable[[], int]:
             print(one_line(f"note: {note}: {many}: {advice}"), file=sys.stderr)
         if not found:
             raise ValueError(f"not one sample of {config.data.manifest} could be used{why}")
+        features = FeatureDataset(config.output, None)
+        there = set(features.ids)
+        left_out = count_sets((sample, None) for sample in samples if sample.id not in there)
+        sets = describe_sets(features.portions, [shape for _, *shape in features.buckets], left_out)
+        write_sets(config.output, sets)
+        for row in tabulate(sets, "latents of frames x rows x columns"):
+            print(one_line(row), file=sys.stderr)
         return missing
 
     return publish if rank == 0 else lambda: 0
+
+
+def check_room(config: ExtractConfig, samples: Sequence[Sample], geometry: Geometry) -> None:
+    """Raise ValueError where the features of these samples do not fit on the disk of the output.
+
+    Files of up to 32 of them say how large their clips are; of texts one row each is counted. So it is the least.
+    """
+    some = samples[:: -(-len(samples) // LOOKED_AT) or 1]
+    shapes = [shape for shape in survey(some, geometry) if not isinstance(shape, str)]
+    if not shapes:
+        return
+    family, model = find(config.model)
+    sizes = [ClipSize(shape.frames, shape.height, shape.width, text=1) for shape in shapes]
+    tensors = [x for size in sizes for x in family.example(model.config, config.chosen_task, size).values()]
+    needed = sum(x.numel() * x.element_size() for x in tensors) // len(shapes) * len(samples)
+    free = shutil.disk_usage(config.output).free
+    if needed > free:
+        raise ValueError(
+            f"the features of {len(samples):,} clips take {needed / 2**30:,.1f} GiB or more ({len(shapes)} were looked "
+            f"at), and {config.output} has {free / 2**30:,.1f} GiB free: free some, give another --output or a "
+            "smaller --geometry, or encode while training (--data.manifest of mm_train)"
+        )
+
+
+def _describe_set(sample: Sample) -> tuple[str, ...]:
+    """What its set asks for besides; the same on all hosts, which may have it at other paths."""
+    one = sample.set
+    return () if one is None else (one.name, str(one.repeats), str(one.weight), str(one.frames))
+
+
+def _tabulate_asked(selection: Selection) -> list[str]:
+    """The sets of a file of sets, before anything is decoded: with the largest clip that each sample may become."""
+    if not any(sample.set for sample in selection.kept):
+        return []
+    asked = [geometry_of(sample, selection.geometry) for sample in selection.kept]
+    shapes = [(one.num_frames, one.max_height, one.max_width) for one in asked]
+    portions = portions_of(sample.set for sample in selection.kept)
+    return tabulate(
+        describe_sets(portions, shapes, count_sets(selection.dropped)), "clips of at most frames x height x width"
+    )
 
 
 def batches(dataset: VideoDataset, indices: Sequence[int], config: ExtractConfig, on_failure) -> Iterator[list[Clip]]:

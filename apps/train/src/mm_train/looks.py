@@ -5,6 +5,7 @@ Each says what it found; lines behind the first are notes. Nothing is written.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from mm_convert import Checkpoint
 from mm_convert.cli.checks import NotHere
-from mm_data import Captions, FeatureDataset, Order, Pick, VideoDataset, for_task, read_manifest, select
+from mm_data import Captions, FeatureDataset, Order, Pick, VideoDataset, for_task, identify_files, read_manifest, select
 from mm_data.clips import survey
 from mm_data.conversation_dataset import ConversationDataset
 from mm_data.conversations import Conversations, Ledger, find_missing, read_conversations
 from mm_data.random import generator
+from mm_data.sets import portions_of
 from mm_models.encoders.text import open_tokenizer
 from mm_models.families import family_of
 from mm_parallel.device import bf16_ok, max_device_memory, name_of
@@ -29,11 +31,13 @@ from mm_train import start
 from mm_train.adapter import open_adapter
 from mm_train.checks import Asked, check_space, checkpoint_bytes, nearest
 from mm_train.checks import check_encoders as check_folders
+from mm_train.contents import encoder_files
 from mm_train.conversations import describe_refused, open_processing, read_sources
 from mm_train.data import check_features as check_features_of
 from mm_train.encode import fit_geometry
 from mm_train.objective import build_objective
-from mm_train.start import Start, fit_adapter
+from mm_train.sample_adapter import open_sample_adapter
+from mm_train.start import Start
 from mm_train.step import OnDevice
 
 LOOKED_AT = 256  # samples of which files are looked for
@@ -76,8 +80,17 @@ def check_adapter(asked: Asked) -> str:
     if asked.config.lora.weights is None:
         return NotHere("no --lora.weights: nothing is gone on from")
     adapter = open_adapter(asked.config)
-    fit_adapter(adapter, asked.model)
-    return f"{len(adapter.modules)} linears, as --lora.targets name them"
+    source = Start(asked.model, asked.config, adapter)
+    return "\n".join([f"{len(adapter.modules)} linears, as --lora.targets name them", *source.other_base])
+
+
+def check_sample_adapter(asked: Asked) -> str:
+    """The adapter that acts while samples are made fits the model."""
+    if asked.config.sample.lora is None:
+        return NotHere("no --sample.lora")
+    adapter = open_sample_adapter(asked.config, asked.model)
+    whole = f", {len(adapter.differences)} whole differences" if adapter.differences else ""
+    return f"{len(adapter.alphas)} linears{whole}, strength {adapter.strength:g}, while samples are made"
 
 
 def check_encoders(asked: Asked) -> str:
@@ -108,7 +121,23 @@ def check_features(asked: Asked) -> str:
         return NotHere("nothing is trained from features")
     check_features_of(path, asked.config)
     features = FeatureDataset(path)
-    return f"{len(features):,} samples in {len(set(features.buckets))} shapes"
+    said = f"{len(features):,} samples in {len(set(features.buckets))} shapes"
+    return "\n".join([said, *_other_encoders(asked, features)])
+
+
+def _other_encoders(asked: Asked, features: FeatureDataset) -> Iterator[str]:
+    """A note where sample videos are decoded, or their prompts read, by others than those that made the features."""
+    samples = asked.config.sample
+    if not (samples.prompts or samples.from_validation) or samples.encoders is None:
+        return
+    folders = [part for part in asked.family.video.encoders(asked.shape) if part != "image_encoder"]
+    now = identify_files(encoder_files(samples.encoders, folders))
+    if other := [name for name, found in now.items() if features.encoders.get(name, found) != found]:
+        yield (
+            f"--sample.encoders {samples.encoders} are not those that made --data.features {features.path}: {other[0]} "
+            f"was {features.encoders[other[0]]}, and is {now[other[0]]}; if they are another model's, sample videos "
+            "show nothing of what is learned: give the directory that was given to mm_train.extract --encoders"
+        )
 
 
 def check_validation(asked: Asked) -> str:
@@ -127,6 +156,12 @@ def check_validation(asked: Asked) -> str:
         said += (
             f"\n--validation.features {path} and --data.features {config.data.features} were made by other encoders, "
             "with other tiles of the VAE, or for another task: their losses do not compare"
+        )
+    known = set(trained.contents) - {None}
+    if twice := [name for name, content in zip(held_out.ids, held_out.contents, strict=True) if content in known]:
+        said += (
+            f"\n{len(twice):,} of the samples of --validation.features {path}, e.g. {twice[0]}, are of files that are "
+            "trained, perhaps in another size or cut: their loss is not that of what is held out"
         )
     return said
 
@@ -174,8 +209,10 @@ def _try_clips(asked: Asked) -> str:
     flag, heard = f"--data.manifest {config.data.manifest}", []
     multiples = video.multiples(asked.shape, config.data.encoders)
     task = asked.family.task(asked.shape, build_objective(config).task)
-    listed = for_task(read_manifest(config.data.manifest, heard.append), controls=task.reads_control)
-    geometry = fit_geometry(config.data.geometry, multiples)
+    listed = for_task(
+        read_manifest(config.data.manifest, heard.append, config.data.caption), controls=task.reads_control
+    )
+    geometry = fit_geometry(config.data.geometry, multiples, task)
     some = [listed[index] for index in _spread(len(listed), LOOKED_AT)]
     selection = select(some, geometry)
     shapes = survey(selection.kept, geometry)
@@ -270,23 +307,25 @@ def check_batches(asked: Asked) -> str:
     config = asked.config
     each = config.data.global_batch
     if config.data.features is not None:
-        buckets = FeatureDataset(config.data.features).buckets
-        small = Order(buckets, each, config.seed, config.data.small_buckets).small
-        note = f"\n{small.describe('--data.small_buckets ', '--data.global_batch ')}" if small else ""
-        return (
-            f"{len(buckets):,} samples, {each} a step: an epoch is about {max(1, len(buckets) // each):,} steps{note}"
-        )
+        features = FeatureDataset(config.data.features)
+        small = Order(features.buckets, each, config.seed, config.data.small_buckets, features.sets).small
+        notes = [small.describe("--data.small_buckets ", "--data.global_batch ")] if small else []
+        epoch = math.floor(sum(one.places for one in features.portions))
+        said = f"{len(features):,} samples, {each} a step: an epoch is about {max(1, epoch // each):,} steps"
+        return "\n".join([said, *notes])
     if config.data.manifest is not None:
-        count = len(read_manifest(config.data.manifest, lambda said: None))
+        listed = read_manifest(config.data.manifest, lambda said: None, config.data.caption)
+        count, epoch = len(listed), sum(one.places for one in portions_of(sample.set for sample in listed))
     else:
         sources = read_sources(config.data.conversations, "--data.conversations")
-        count = len(read_conversations(sources, config.data.media, boxes=config.data.boxes))
+        count = epoch = len(read_conversations(sources, config.data.media, boxes=config.data.boxes))
     few = (
         f"\nthey are fewer than a step takes ({each}): samples are shown several times in a step"
         if count < each
         else ""
     )
-    return f"{count:,} samples are listed, {each} a step: an epoch is about {max(1, count // each):,} steps{few}"
+    steps = max(1, math.floor(epoch) // each)
+    return f"{count:,} samples are listed, {each} a step: an epoch is about {steps:,} steps{few}"
 
 
 def check_disk(asked: Asked) -> str:

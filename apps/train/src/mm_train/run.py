@@ -34,12 +34,14 @@ from mm_train.held_out import open_held_out
 from mm_train.interrupt import Interrupt
 from mm_train.log_tps import LogTps
 from mm_train.metrics import Metrics
+from mm_train.mixture import write_sets
 from mm_train.nonfinite import MOST_IN_A_ROW, Watch
 from mm_train.objective import architecture, build_objective
 from mm_train.optim import EMA, build_optimizer, learning_rate, step_if
 from mm_train.ranks import all_sum, broadcast, precise, start_sum
 from mm_train.resume import find_checkpoint, read_progress
 from mm_train.samples import Samples
+from mm_train.settle import describe_known_samples
 from mm_train.speed import Speed
 from mm_train.start import Built, build_model, choose_attention, outline
 from mm_train.step import MicroBatches, seed_dropout
@@ -140,6 +142,8 @@ class Run:
         layout = (describe(self.mesh), f"{self.data_ranks} x {micro_batches}")
         said = (found, changed, notes, attention)
         self.metrics.say(summarize(config, self.objective, built, self.data, *said, *layout))
+        if rank == 0 and self.data.sets:
+            write_sets(config.run_dir, self.data.sets)
         if self.progress.step == config.steps:
             self.metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
         self.validation = Validation(config, self.objective, held_out, self.mesh, self.device)
@@ -352,6 +356,7 @@ def summarize(
         f"attention  {attention}",
         f"ranks      {ranks}",
         f"step       {config.data.global_batch} samples = {step}",
+        *([f"samples    {samples}"] if (samples := describe_known_samples(config)) else []),
         *(["compile    each layer; steps with a new kind of shape take longer, and say so"] if config.compile else []),
     ]
     return "\n".join(map(one_line, lines))

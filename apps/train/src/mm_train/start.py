@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from mm_convert import Adapter, Checkpoint, expert_of, open_checkpoint, open_experts, read_said
 from mm_convert.cli.values import check_fields
+from mm_convert.lora.base import check_base, describe_content
 from mm_models import build, plan
 from mm_models.families import family_of
 from mm_models.family import Family
@@ -25,9 +26,10 @@ from mm_parallel import Pipeline, load_parameters, parallelize, verify
 from mm_parallel.attention import activate, describe_choice
 from mm_parallel.config import ParallelConfig
 from mm_parallel.fits import check_fits, find_idle
+from mm_parallel.frozen import frozen_linears
 from mm_parallel.mesh import size
 from mm_parallel.weights import allocate, check_names, check_shape, same_kind
-from mm_train.adapter import check_targets, open_adapter
+from mm_train.adapter import check_targets, describe_base, open_adapter
 from mm_train.checks import check_space
 from mm_train.config import Config
 from mm_train.parts import find_rates, tabulate
@@ -59,12 +61,16 @@ class Start(Mapping[str, Tensor]):
         self.path, self.seed, self.config = path, seed, model.config
         self.family = family_of(model.config).start()
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
-        self.file = None if path == "random" else _open(Path(path), config, model.config)
+        self.file = None if path == "random" else open_base(config, model.config)
         self.adapters = {name for name in self.shapes if ".lora_" in name}
         self.adapter = adapter
         self.published = {name.replace(".base_layer.", "."): name for name in self.shapes if name not in self.adapters}
+        self.other_base: list[str] = []
+        """Where the adapter was trained on other weights, a line that says so."""
         if adapter is not None:
             fit_adapter(adapter, model)
+            now = describe_base(config) | describe_content(self.file.tensors, adapter.modules)
+            self.other_base = check_base(adapter.trained_on, now, f"--lora.weights {config.lora.weights}")
         there = list(self.file or self.published)
         self.grown = self.family.missing(self.published, there)
         self.names = [*self.adapters, *(self.published.get(n, n) for n in (*there, *self.grown))]
@@ -104,7 +110,8 @@ class Start(Mapping[str, Tensor]):
         grown = f" ({self.family.GROWN})" if self.grown else ""
         changed = [] if self.file is None else _find_changes(self.file, self.config, family_of(self.config).unseen)
         before = f" (trained with {', '.join(changed)})" if changed else ""
-        adapter = f" (adapters of {self.adapter.format}, alpha {self.adapter.alpha:g})" if self.adapter else ""
+        facts = [] if self.adapter is None else [f"of {self.adapter.format}", f"alpha {self.adapter.alpha:g}"]
+        adapter = f" (adapters {', '.join((*facts, *self.other_base))})" if facts else ""
         return self._describe_file() + grown + before + adapter
 
     def _describe_file(self) -> str:
@@ -217,6 +224,9 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if not torch.isfinite(local).all():
             raise ValueError(f"--weights {config.weights}: {name} holds numbers that are not finite")
+    for name, linear in frozen_linears(model).items():
+        if not linear.is_finite():
+            raise ValueError(f"--weights {config.weights}: {name} holds numbers that are not finite")
     return Built(model.train(), run, *facts, source.describe())
 
 
@@ -246,8 +256,12 @@ def check_stages_train(model: nn.Module, config: Config, layout: ParallelConfig)
         )
 
 
-def _open(path: Path, config: Config, wanted: Any) -> Checkpoint:
-    """The checkpoint, if what its files say of the model is what is wanted; not all of it shows in names and shapes."""
+def open_base(config: Config, wanted: Any) -> Checkpoint:
+    """The files of --weights, if what they say of the model is what is wanted; not all of it shows in names and shapes.
+
+    wanted: the model's configuration. ValueError for those of another model.
+    """
+    path = Path(config.weights)
     if (path / "checkpoints").is_dir() and (path / "metrics.jsonl").is_file():
         raise ValueError(f"--weights {path} is a run: its weights are in {path / 'weights'} when it has finished")
     expert, of_folder = config.expert, expert_of(path)

@@ -124,7 +124,7 @@ class FeatureCache:
         """Look for entries committed by others since this process last looked."""
         for shard in sorted(set(self.path.glob("shards/*.safetensors")) - self._seen):
             for key, meta in read_metadata(shard).items():
-                self._entries.setdefault(key, (shard, _checked(parse_json(meta, shard), shard)))
+                self._entries.setdefault(key, (shard, check_meta(parse_json(meta, shard), shard)))
             self._seen.add(shard)
 
     def put(self, key: str, tensors: Mapping[str, Tensor], meta: Mapping) -> None:
@@ -142,11 +142,11 @@ class FeatureCache:
         if self._pending_bytes >= self.shard_bytes:
             self.flush()
 
-    def put_empty_text(self, encoding: Tensor, encoder: str = "") -> None:
+    def put_empty_text(self, encoding: Tensor, encoder: str = "", files: Mapping[str, str] | None = None) -> None:
         """Store the encoding (S D) of the empty prompt: what text dropout trains on, and the negative prompt of a
-        model without its text encoder.
+        model without its text encoder. files: identities of the encoders' files, see `FeatureDataset.encoders`.
         """
-        self.put(content_key("", None, encoder), {"text.0": encoding}, {"id": ""})
+        self.put(content_key("", None, encoder), {"text.0": encoding}, {"id": "", "encoders": dict(files or {})})
 
     def has_empty_text(self, encoder: str = "") -> bool:
         return content_key("", None, encoder) in self
@@ -287,8 +287,8 @@ class FeatureCache:
         for sample_id in chosen if todo else sorted(chosen):
             if chosen[sample_id] in self._entries:
                 lines.append({"id": sample_id, **self._locate(chosen[sample_id])})
-        if todo and todo.sets:
-            header["sets"] = _describe_sets([todo.sets[line["id"]] for line in lines[1:]])
+        if todo and (sets := todo.sets):
+            header["sets"] = _describe_sets(sets[line["id"]] for line in lines[1:])
         there = {line["id"] for line in lines[1:]}
         failures = self.failures() | ({sample.id: reason for sample, reason in todo.failed} if todo else {})
         missing = {k: v for k, v in failures.items() if k not in there and (todo is None or k in todo)}
@@ -319,11 +319,11 @@ class FeatureCache:
         return {
             "key": key,
             "shard": os.path.relpath(shard, self.path),
-            **{k: v for k, v in meta.items() if k in ("shapes", "captions")},
+            **{k: v for k, v in meta.items() if k in ("shapes", "captions", "sha256")},
         }
 
 
-def _checked(meta: Any, shard: Path) -> dict:
+def check_meta(meta: Any, shard: Path) -> dict:
     """What a shard says of an entry. Raises ValueError for what `put` and `VideoDataset` never write."""
 
     def are(kind: type | UnionType, *values: Any) -> bool:
@@ -337,6 +337,8 @@ def _checked(meta: Any, shard: Path) -> dict:
         and are(dict, meta.get("shapes"))
         and are(list, meta.get("notes", []), meta.get("control", []))
         and are(str, *meta.get("notes", []))
+        and are(dict, meta.get("encoders", {}))
+        and are(str, *meta.get("encoders", {}).values())
         and is_stamp(meta.get("source", [""]))
         and all(is_stamp(one) for one in meta.get("control", []))
     )

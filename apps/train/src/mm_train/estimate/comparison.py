@@ -17,6 +17,7 @@ from mm_data import Batch
 from mm_models.objective import Objective
 from mm_parallel.device import name_of
 from mm_parallel.devices import recognize
+from mm_parallel.frozen import count_frozen
 from mm_train.config import Config
 from mm_train.estimate.estimate import Estimate, Subject
 from mm_train.estimate.report import gib, to_json
@@ -82,7 +83,7 @@ class Comparison:
         if self.found is None:
             return f"estimate   skipped ({self.skipped})"
         measured = {
-            "parameters": _bytes(parameters.parameters()),
+            "parameters": _bytes(parameters.parameters()) + count_frozen(parameters),
             "moments": _bytes(x for state in optimizer.state.values() for x in state.values()),
             "average": _bytes(average.values()),
             "memory": round(row["memory_gib"] * 2**30),

@@ -91,7 +91,8 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _memory_rows(found: Estimate, rank: RankMemory) -> Iterator[Row]:
-    yield Row("parameters", gib(rank.parameters), "counted")
+    where = f"{gib(rank.waiting)} of them on the host" if rank.waiting else ""
+    yield Row("parameters", gib(rank.parameters), "counted", where)
     yield Row("gradients", gib(rank.gradients), "counted")
     yield Row("moments", gib(rank.moments), "counted", "of AdamW, float32")
     if rank.average:

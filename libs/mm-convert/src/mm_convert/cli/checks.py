@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr
 from typing import Any, Generic, Literal, NamedTuple, TextIO, TypeVar
 
-from mm_convert.cli.terminal import one_line
+from mm_convert.cli.terminal import explain, one_line
 
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ def find(checks: Iterable[Check[T]], subject: T) -> Iterator[Finding]:
             try:
                 said, state = check.run(subject) or "", "holds"
             except (ValueError, OSError) as error:
-                said, state = str(error).replace("\n", " "), "fails"
+                said, state = explain(error).replace("\n", " "), "fails"
                 failed.add(check.name)
         text, *more = said.split("\n")
         told = [str(one.message) for one in warned if issubclass(one.category, UserWarning)]

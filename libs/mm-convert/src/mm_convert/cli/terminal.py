@@ -14,6 +14,7 @@ from typing import Any, TextIO
 # Controls (C0 without tab and newline, DEL, C1), separators of lines, what turns the direction of text, half characters
 COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _OF_BARS = re.compile("\r|(\x1b\\[A)+$")
+_NAME = 255  # bytes of a name, on all usual file systems
 _GONE = (errno.EPIPE, errno.EIO, errno.ENXIO)  # the reader of a pipe has ended, or a terminal was closed
 
 
@@ -24,7 +25,19 @@ def escape(text: str) -> str:
 
 def one_line(said: object) -> str:
     """A message on one line, whatever stands in the names of files that it holds."""
-    return escape(str(said)).replace("\n", "\\n")
+    return escape(explain(said)).replace("\n", "\\n")
+
+
+def explain(said: object) -> str:
+    """A message, or that of an error; of a name that no file can have, in words that say which it is."""
+    if not isinstance(said, OSError) or said.errno != errno.ENAMETOOLONG or said.filename is None:
+        return str(said)
+    path = os.fsdecode(said.filename)
+    name = max(path.split(os.sep), key=lambda part: len(os.fsencode(part)))
+    size, whole = len(os.fsencode(name)), len(os.fsencode(path))
+    if size > _NAME:
+        return f"{name[:40]}… is a name of {size} bytes, and a file's has at most {_NAME}: is it meant to be a path?"
+    return f"{path[:40]}… is a path of {whole:,} bytes, more than the system takes: give a shorter one"
 
 
 def _spell(found: re.Match[str]) -> str:

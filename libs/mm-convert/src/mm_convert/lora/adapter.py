@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,7 @@ class Adapter(Tensors):
     notes: tuple[str, ...] = ()
     expert: str = ""  # "low", where the names say that it is for low noise
     differences: Tensors = field(default_factory=lambda: Tensors({}))  # what is added whole, by our parameters
+    trained_on: Mapping[str, str] = field(default_factory=dict)  # facts of its base, see `mm_convert.lora.base`
 
     def __post_init__(self) -> None:
         factors = {f"{name}.lora_A.weight": module.a for name, module in self.modules.items()}

@@ -10,6 +10,7 @@ from typing import Any
 
 from mm_convert.families.family import Family
 from mm_convert.lora.adapter import Adapter, LowRank
+from mm_convert.lora.base import KEY
 from mm_convert.lora.names import DIFFERENCES, PEFT, join_first, rename, rename_parameters
 from mm_convert.store.mm import name_of
 from mm_convert.tensors.views import Computed, LazyTensor
@@ -35,8 +36,8 @@ def lora_tensors(adapter: Adapter, to: str) -> tuple[dict[str, LazyTensor], dict
     if adapter.differences and to != "comfyui":
         raise ValueError(
             f"this adapter adds whole differences to {len(adapter.differences)} parameters "
-            f"({join_first(list(adapter.differences))}), which {to} files cannot hold: write it as comfyui, or merge it "
-            "into its base (mm-convert convert BASE TARGET --lora ADAPTER)"
+            f"({join_first(list(adapter.differences))}), which {to} files cannot hold: write it as comfyui, or merge "
+            "it into its base (mm-convert convert BASE TARGET --lora ADAPTER)"
         )
     prefix, dialect, a, b = _SPELLINGS[to]
     theirs = rename(adapter.family, dialect or _in_memory(adapter.family), adapter.modules)
@@ -49,6 +50,7 @@ def lora_tensors(adapter: Adapter, to: str) -> tuple[dict[str, LazyTensor], dict
 
     base = name_of(adapter.base)
     header = {"format": "pt"} | ({"base": base} if base else {})
+    header |= {KEY: json.dumps(dict(adapter.trained_on), sort_keys=True)} if adapter.trained_on else {}
     if to == "comfyui":
         return tensors | _differences(adapter, prefix, dialect), header, None
     config = _config(modules, base, adapter.dropout)

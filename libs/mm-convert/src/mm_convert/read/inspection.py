@@ -97,6 +97,7 @@ def inspect_adapter(path: str | Path) -> str | None:
         "differences": f"{len(whole)} parameters are changed whole" if whole else "",
         "parameters": f"{sum(map(prod, map(adapter.shape, adapter))) + sum(map(prod, map(whole.shape, whole))):,}",
         "base": adapter.base or "not said",
+        "trained on": ", ".join(f"{name} {value}" for name, value in adapter.trained_on.items()),
     }
     lines = [f"{key:<14} {value}" for key, value in rows.items() if value]
     return "\n".join([str(path), *lines, *(f"note: {note}" for note in adapter.notes)])

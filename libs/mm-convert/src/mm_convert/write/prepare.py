@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mm_convert.families.family import Config, Family
 from mm_convert.files import read_bytes, read_json
 from mm_convert.lora.adapter import Adapter
+from mm_convert.lora.base import check_base, describe_content
 from mm_convert.lora.merging import merge
 from mm_convert.lora.names import FILES
 from mm_convert.lora.writing import lora_tensors
@@ -125,11 +126,12 @@ def prepare_merge(
     if dtype is not None:  # first, for sums in them would be lost in rounding; others are cast after it
         fp8 = {name: tensor for name, tensor in base.tensors.items() if tensor.dtype in FP8}
         base.tensors = {**base.tensors, **cast_all(fp8, "bfloat16" if dtype == FP8_SCALED else dtype)}
+    of_base = check_base(adapter.trained_on, describe_content(base.tensors, adapter.modules), f"the adapter {where}")
     base.tensors = merge(base.tensors, adapter)
     files = prepare_conversion(base, target, to, dtype=dtype, **how)
     files.needs_torch = True
     whole = f", {len(adapter.differences)} whole differences added" if adapter.differences else ""
-    files.notes += [*adapter.notes, f"{len(adapter.modules)} weights are merged{whole}"]
+    files.notes += [*adapter.notes, *of_base, f"{len(adapter.modules)} weights are merged{whole}"]
     manifest = base.folder / MANIFEST
     before = read_json(manifest).get("merged", []) if manifest.exists() else []
     if before:

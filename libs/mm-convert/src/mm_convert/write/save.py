@@ -121,6 +121,7 @@ def save_lora(
     *,
     dropout: float = 0.0,
     base: str | Path = "",
+    trained_on: Mapping[str, str] | None = None,
     to: str = "mm",
     overwrite: bool = False,
 ) -> Path:
@@ -133,6 +134,7 @@ def save_lora(
         alpha: W becomes W + alpha/rank · B A.
         dropout: on the input of A in training; recorded in adapter_config.json.
         base: the model that the adapters are for, a name or a path; its name is recorded, for people and for peft.
+        trained_on: facts of that model, recorded in the header; see `mm_convert.lora.base`.
         to: "mm" or "peft" (they are one), "diffusers", "comfyui" or "mindspeed".
 
     Returns the path. Raises ValueError, before anything is written, for a target that exists, for tensors of which none
@@ -143,6 +145,6 @@ def save_lora(
         raise ValueError(f"nothing to write to {path}: none of {len(tensors)} tensors is a LoRA adapter")
     named = {f"{PEFT}{name.removeprefix(PEFT).replace('.default.', '.')}": factor for name, factor in factors.items()}
     adapter = read_lora(named, {}, None, "what is to be saved", alpha)
-    adapter = dataclasses.replace(adapter, base=name_of(base), dropout=dropout)
+    adapter = dataclasses.replace(adapter, base=name_of(base), dropout=dropout, trained_on=trained_on or {})
     prepare_adapter(adapter, None, path, to).write(overwrite=overwrite)
     return Path(path)

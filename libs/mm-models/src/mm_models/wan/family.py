@@ -3,6 +3,7 @@
 from mm_models.family import Family, Video, later
 from mm_models.wan import tasks
 from mm_models.wan.config import WanConfig
+from mm_models.wan.distilled import DISTILLED
 from mm_models.wan.presets import PRESETS
 
 
@@ -39,5 +40,6 @@ WAN = Family(
         codec=later("mm_models.wan.vae", "WanVAE"),
         text_encoder=later("mm_models.wan.encode", "text_encoder"),
         image_encoder=later("mm_models.encoders.image", "ImageEncoder"),
+        distilled=DISTILLED,
     ),
 )

@@ -25,6 +25,7 @@ from mm_parallel.estimate.flight import Turn, turns
 from mm_parallel.estimate.units import Traces, Units, UnitTrace
 from mm_parallel.estimate.weights import Weight, Weights
 from mm_parallel.fits import check_fits
+from mm_parallel.frozen import spread
 from mm_parallel.pipeline.cut import ranges
 from mm_parallel.plan import ParallelPlan
 from mm_parallel.recompute import choose_inner_words, choose_words
@@ -68,13 +69,17 @@ class RankMemory:
     average: int
     """Of an EMA."""
     gathered: int
-    """At the peak: weights that FSDP has whole, gradients before they are reduced, and buffers of both."""
+    """At the peak: weights that FSDP has whole, gradients before they are reduced, and buffers of both; and the two
+    buffers in which frozen matrices come from the host.
+    """
     saved: int
     """Activations of all units and micro-batches that wait for their backward, when these are most."""
     stream: int
     """Of the same micro-batches, what the stem makes for all layers, what it is called with, and losses; in a pipeline
     also what it sends, and buffers for what it receives.
     """
+    waiting: int
+    """Of `parameters`, frozen matrices that wait on the host (`host_layers`); they are in `host`, too."""
     head: int
     """Logits and loss: most bytes that head, loss and their backward make; 0 before the last stage."""
     transient: int
@@ -115,7 +120,7 @@ def estimate_memory(
     Raises ValueError for what `parallelize` or `Pipeline` would refuse.
     """
     check_fits(model, plan, layout, memory)
-    units = units or Units(model, plan, dtype, example, losses)
+    units = units or Units(model, plan, dtype, example, losses, memory.base if memory.holds_frozen else None)
     weights = Weights(units, layout, memory.reduce)
     count = len(units.layers[""])
     stages = ranges(layout.stages, count) if layout.pp_layers else [range(count)]
@@ -123,7 +128,8 @@ def estimate_memory(
     for rank in range(layout.pp):
         mine = stages[rank :: layout.pp]
         words = words_of(units, memory, [i for part in mine for i in part], first=rank == 0)
-        of_rank = _Rank(units, layout, memory, weights, mine, words, rank, micro_batches, average, optimizer)
+        waiting = weights.waiting(find_waiting(units, memory, [i for part in mine for i in part], first=rank == 0))
+        of_rank = _Rank(units, layout, memory, weights, mine, words, waiting, rank, micro_batches, average, optimizer)
         found.append(of_rank.measure())
     return tuple(found)
 
@@ -140,6 +146,19 @@ def words_of(units: Units, memory: MemoryConfig, here: list[int], first: bool) -
             continue
         words |= {names[i]: word for i, word in chosen.items()}
     return words
+
+
+def find_waiting(units: Units, memory: MemoryConfig, here: list[int], first: bool) -> list[str]:
+    """The layers of a pipeline rank whose frozen matrices wait on the host, in the order in which they run. here: as
+    for `words_of`.
+    """
+    ladders = {prefix: here if not prefix else range(len(names)) for prefix, names in units.layers.items()}
+    return [
+        units.layers[prefix][own[i]]
+        for prefix, own in ladders.items()
+        if first or not prefix
+        for i in spread(memory.host_layers, len(own))
+    ]
 
 
 class _Moment(NamedTuple):
@@ -167,12 +186,15 @@ class _Rank:
         weights: Weights,
         stages: Sequence[range],
         words: Mapping[str, str],
+        waiting: Sequence[tuple[int, int]],
         rank: int,
         micro_batches: int,
         average: bool,
         optimizer: str,
     ) -> None:
         self.units, self.layout, self.memory, self.weights = units, layout, memory, weights
+        self.waiting = sum(size for size, _ in waiting)
+        self.buffers = min(2, len(waiting)) * max((size for _, size in waiting), default=0)
         self.words, self.rank, self.count, self.average, self.optimizer = words, rank, micro_batches, average, optimizer
         self.traces: Traces = units.trace(layout, words)
         self.is_first, self.is_last = rank == 0, rank == layout.pp - 1
@@ -215,7 +237,8 @@ class _Rank:
             sharded = sum(weight.bytes(ranks) for weight in self.own if weight.group is not None)
             sharded_trained = sum(weight.bytes(ranks) for weight in trained if weight.group is not None)
             on_host = sharded + (2 + self.average) * sharded_trained
-        fixed = parameters + moments + average - on_host
+        on_host += self.waiting
+        fixed = parameters + moments + average - on_host + self.buffers
         off = sharded_trained if self.memory.offload_params else 0
         moments_seen = self._moments(gradients - off)
         top = max(moments_seen, key=lambda moment: moment.total)
@@ -229,9 +252,10 @@ class _Rank:
             gradients,
             moments,
             average,
-            top.gathered,
+            top.gathered + self.buffers,
             saved,
             stream,
+            self.waiting,
             head,
             top.transient,
             host + on_host + off,
