@@ -107,6 +107,7 @@ def estimate_memory(
     micro_batches: int = 1,
     average: bool = False,
     optimizer: Literal["fused", "foreach"] = "fused",
+    moments: Callable[[str, tuple[int, ...]], int] | None = None,
     losses: Callable[[Tensor], Tensor] | None = None,
     units: Units | None = None,
 ) -> tuple[RankMemory, ...]:
@@ -114,8 +115,9 @@ def estimate_memory(
 
     model: whole, on the meta device, with adapters and `requires_grad`; it is not changed. layout: resolved.
     dtype: of the computation. example, losses: see `Units`. micro_batches: of one data rank in a step. average: whether
-    there is an EMA of what is trained. optimizer: how AdamW is computed. units: of the same model, from another call:
-    what has run there is not run again.
+    there is an EMA of what is trained. optimizer: how AdamW is computed. moments: (name of a parameter, shape of what a
+    rank holds of it) -> bytes of the optimizer's states for it; by default those of AdamW. units: of the same model,
+    from another call: what has run there is not run again.
 
     Raises ValueError for what `parallelize` or `Pipeline` would refuse.
     """
@@ -129,7 +131,9 @@ def estimate_memory(
         mine = stages[rank :: layout.pp]
         words = words_of(units, memory, [i for part in mine for i in part], first=rank == 0)
         waiting = weights.waiting(find_waiting(units, memory, [i for part in mine for i in part], first=rank == 0))
-        of_rank = _Rank(units, layout, memory, weights, mine, words, waiting, rank, micro_batches, average, optimizer)
+        of_rank = _Rank(
+            units, layout, memory, weights, mine, words, waiting, rank, micro_batches, average, optimizer, moments
+        )
         found.append(of_rank.measure())
     return tuple(found)
 
@@ -191,7 +195,9 @@ class _Rank:
         micro_batches: int,
         average: bool,
         optimizer: str,
+        moments: Callable[[str, tuple[int, ...]], int] | None,
     ) -> None:
+        self.states = moments
         self.units, self.layout, self.memory, self.weights = units, layout, memory, weights
         self.waiting = sum(size for size, _ in waiting)
         self.buffers = min(2, len(waiting)) * max((size for _, size in waiting), default=0)
@@ -230,13 +236,14 @@ class _Rank:
         parameters = sum(weight.bytes(ranks) for weight in self.own)
         trained = [weight for weight in self.own if weight.trained]
         gradients = sum(weight.bytes(ranks) for weight in trained)
-        moments = 2 * gradients + 4 * len(trained)  # and the number of steps, of each
+        moments = sum(map(self._moments_of, trained))
         average = gradients if self.average else 0
         on_host = 0
         if self.memory.offload_params:
             sharded = sum(weight.bytes(ranks) for weight in self.own if weight.group is not None)
             sharded_trained = sum(weight.bytes(ranks) for weight in trained if weight.group is not None)
-            on_host = sharded + (2 + self.average) * sharded_trained
+            moved = sum(self._moments_of(weight) for weight in trained if weight.group is not None)
+            on_host = sharded + moved + self.average * sharded_trained
         on_host += self.waiting
         fixed = parameters + moments + average - on_host + self.buffers
         off = sharded_trained if self.memory.offload_params else 0
@@ -264,6 +271,11 @@ class _Rank:
             in_flight,
             tuple(every),
         )
+
+    def _moments_of(self, weight: Weight) -> int:
+        if self.states is None:
+            return 2 * weight.bytes(self.weights.ranks) + 4  # and the number of steps
+        return self.states(weight.name, weight.local(self.weights.ranks))
 
     # What waits
 
