@@ -16,8 +16,10 @@ from mm_convert import open_checkpoint, open_lora
 from mm_convert.cli import main as mm_convert
 from mm_convert.lora.base import describe_content
 from mm_parallel.testing import spawn
+from mm_train import interrupt as interrupt_module
 from mm_train.adapter import check_targets, open_adapter
 from mm_train.export import export
+from mm_train.interrupt import Interrupt
 from mm_train.start import Start, outline
 from mm_train.train import train
 
@@ -345,15 +347,34 @@ def test_exported_weights_start_another_run(features, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in names)
 
 
-def test_sigterm_ends_the_run_after_the_step_with_a_checkpoint(features, tmp_path):
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.mark.parametrize(("number", "launcher"), [(signal.SIGINT, []), (signal.SIGTERM, TORCHRUN)])
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(features, tmp_path, number, launcher):
+    """Sent to every process, as terminals and batch systems do."""
     argv = arguments(features, tmp_path / "run", "--steps", "100000")
-    process = subprocess.Popen([sys.executable, "-m", "mm_train", *argv], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, *launcher, "-m", "mm_train", *argv]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     for line in process.stderr:
         if line.startswith("step 2/"):
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, number)
             break
     rest = process.stderr.read()
-    assert process.wait() == 130
+    assert process.wait() == (1 if launcher else 130), rest
+    assert "stopping after this step" in rest
     assert "the same command continues" in rest
     last = rows(tmp_path / "run")[-1]["step"]
     assert (tmp_path / "run/checkpoints/latest").read_text() == f"step-{last:08d}"
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch, capfd):
+    """A terminal's Ctrl-C reaches torchrun and its ranks, and torchrun sends it to the ranks once more."""
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.signal == signal.SIGINT
+        monkeypatch.setattr(interrupt_module, "SAME", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err.count("stopping after this step") == 1

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from mm_models import layers
+from mm_models import layers, varlen
 from mm_models.layers import Sequence, attention, core
 
 
@@ -62,7 +62,7 @@ def test_a_pack_on_cuda_is_one_call_of_flash(head_dim, shared):
 def declared(q, k, v, ends, ends_k, longest, longest_k, *, scale, window_size, **shared):
     """As torch describes its kernel: T H h, samples part at `ends`."""
     assert ends is ends_k
-    assert (ends.dtype, longest, longest_k, shared) == (torch.int32, ends.diff().max(), longest, layers.SHARED_HEADS)
+    assert (ends.dtype, longest, longest_k, shared) == (torch.int32, ends.diff().max(), longest, varlen.SHARED_HEADS)
     assert window_size in ((-1, 0), (-1, -1))
     assert q.shape[-1] % 8 == 0
     outs = []
@@ -76,7 +76,7 @@ def declared(q, k, v, ends, ends_k, longest, longest_k, *, scale, window_size, *
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_pack_goes_to_the_kernel_of_cuda_and_back(causal, monkeypatch):
     """Two rows of samples, a head of 5 elements: a stand-in with the kernel's declaration gives what was asked for."""
-    monkeypatch.setattr(layers, "varlen_attn", declared)
+    monkeypatch.setattr(varlen, "varlen_attn", declared)
     q, k, v = (torch.randn(2, 9, heads, 5, dtype=torch.float64) for heads in (6, 2, 2))
     sequence = Sequence(9, causal, (0, 1, 5, 9))
     wanted = core(q, k, v, sequence)

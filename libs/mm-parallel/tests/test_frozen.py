@@ -17,12 +17,15 @@ from mm_parallel import (
     parallelize,
     verify,
 )
+from mm_parallel.attention import core
+from mm_parallel.estimate import estimate_memory
 from mm_parallel.estimate.peak import PeakMemory
 from mm_parallel.fits import check_fits
 from mm_parallel.frozen import FrozenLinear, frozen_linears, spread
 from mm_parallel.quantise import NF4, find_pairs, pack, unpack
 from mm_parallel.testing import TinyLadder, TwoLadders, assert_same_grads, gradients, spawn
 from mm_parallel.testing.equivalence import Case, Subject, check
+from mm_parallel.testing.memory import measure_memory
 
 M = MemoryConfig
 QUANTISED = ("fp8", "int8", "nf4")
@@ -218,6 +221,33 @@ def test_the_device_holds_two_layers() -> None:
     assert largest < 1.3 * sum(linear.held[0].nbytes for name, linear in host.items() if "blocks.0." in name)
     plain, held = peak(M("full")), peak(M("full", host_layers=8))
     assert plain + largest < held <= plain + 2 * largest
+
+
+@pytest.mark.parametrize("memory", [M("full", base="nf4", host_layers=6), M(base="fp8"), M(host_layers=1)], ids=repr)
+def test_an_estimate_knows_what_is_held_where(memory: MemoryConfig) -> None:
+    dtype = torch.float32
+    with torch.device("meta"):
+        outline = build(layers=8, dtype=dtype)
+    outline.core = core
+    example = {name: x.float().to("meta") for name, x in batch(0).items()}
+    how = (outline, outline.plan, ParallelConfig().resolve(1), memory, dtype, example)
+    (said,) = estimate_memory(*how, losses=lambda y: y.square())
+    model = build(layers=8, dtype=dtype)
+    model.core = core
+    held = parallelize(model, model.plan, memory=memory)
+    found = measure_memory(
+        held,
+        held,
+        1,
+        lambda _: {name: x.float() for name, x in batch(0).items()},
+        lambda y, _: y.square(),
+        None,
+    )
+    assert {name: getattr(said, name) for name in ("parameters", "gradients", "moments")}.items() <= found.items()
+    frozen = frozen_linears(held).values()
+    waiting = [x for linear in frozen if linear.host for x in linear.held]
+    assert said.waiting == said.host == sum(x.nbytes for x in waiting)
+    assert said.peak - (said.parameters - said.waiting) - said.moments == pytest.approx(found["peak"], rel=0.03)
 
 
 def test_layers_that_wait_are_spread() -> None:

@@ -21,12 +21,13 @@ from mm_infer.checks import check_output, choose_device, describe_device, descri
 from mm_models.libraries import check_libraries
 from mm_parallel.config import AttentionName
 
+PROGRAM = "mm_infer.chat"
 HELP = "/image PATH and /video PATH go with the next question; /new begins anew; /quit ends"
 
 
 @dataclass(frozen=True)
-class Config:
-    """Ask a model about images and videos: once (--prompt), a file of questions (--questions), or in a conversation."""
+class Answering:
+    """A model that answers, and how: what every program shares that asks one."""
 
     weights: Path
     "folder of the hub, or of ours, a run of mm_train, or any other form that mm-convert reads"
@@ -38,14 +39,38 @@ class Config:
     "LoRA that is added to the weights: a file or folder, of any format that mm-convert reads"
     lora_alpha: Annotated[float, "!= 0"] | None = None
     "alpha of the LoRA, where its files do not say it"
+    max_new_tokens: Annotated[int, ">= 1", "<= 1000000"] = 512
+    "most tokens of an answer"
+    temperature: Annotated[float, ">= 0", "<= 100"] = 0.0
+    "0 takes the likeliest token each time; above, tokens are drawn"
+    seed: Annotated[int, ">= 0", "<= 9223372036854775807"] = 0
+    "of drawn tokens"
+    system: str | None = None
+    "system prompt; by default the model's own, an empty text: none"
+    device: str | None = None
+    "as cpu, cuda:1, npu:0; by default the accelerator"
+    dtype: Literal["bfloat16", "float32"] | None = None
+    "by default bfloat16 on an accelerator, float32 on a CPU"
+    attention: AttentionName = "auto"
+    "kernel of attention: on CUDA flash, flash3 or flash4 (with their packages), cudnn, efficient"
+    chat: ChatOptions = field(default_factory=ChatOptions)
+
+    @property
+    def options(self) -> ChatOptions:
+        """With the system prompt of the flag."""
+        return self.chat if self.system is None else replace(self.chat, system=self.system)
+
+
+@dataclass(frozen=True)
+class Config(Answering):
+    """Ask a model about images and videos: once (--prompt), a file of questions (--questions), or in a conversation."""
+
     prompt: str | None = None
     "question; <image> and <video> in it say where they stand, without them they stand before it"
     image: Path | list[Path] | None = None
     'image of the question, or several: ["a.png", "b.png"]'
     video: Path | list[Path] | None = None
     "video of the question, or several"
-    system: str | None = None
-    "system prompt; by default the model's own, an empty text: none"
     questions: Path | None = None
     "file of conversations, in any form that is trained on; the last question of each is asked"
     media: Path | None = None
@@ -54,23 +79,10 @@ class Config:
     "of --questions: an object with id, question, answer, reference and exact on each line"
     overwrite: bool = False
     "replace an output that is there"
-    max_new_tokens: Annotated[int, ">= 1", "<= 1000000"] = 512
-    "most tokens of an answer"
-    temperature: Annotated[float, ">= 0", "<= 100"] = 0.0
-    "0 takes the likeliest token each time; above, tokens are drawn"
-    seed: Annotated[int, ">= 0", "<= 9223372036854775807"] = 0
-    "of drawn tokens"
     boxes: Literal["model", "original"] = "model"
     "boxes of an answer in pixels of the image as the model sees it, or of the image as it is"
-    device: str | None = None
-    "as cpu, cuda:1, npu:0; by default the accelerator"
-    dtype: Literal["bfloat16", "float32"] | None = None
-    "by default bfloat16 on an accelerator, float32 on a CPU"
     check: bool = False
     "look at everything that the command needs, print what is found, and ask nothing; exit code 2 where something is wrong"  # noqa: E501
-    attention: AttentionName = "auto"
-    "kernel of attention: on CUDA flash, flash3 or flash4 (with their packages), cudnn, efficient"
-    chat: ChatOptions = field(default_factory=ChatOptions)
 
     def __post_init__(self) -> None:
         if self.prompt is not None and self.questions is not None:
@@ -80,25 +92,20 @@ class Config:
         if self.questions is None and self.media is not None:
             raise ValueError("--media is the folder of --questions: give them")
 
-    @property
-    def options(self) -> ChatOptions:
-        """With the system prompt of the flag."""
-        return self.chat if self.system is None else replace(self.chat, system=self.system)
-
 
 @escaped_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 2 for a command that cannot work, found before a tensor is read; 130 after Ctrl-C."""
     try:
-        config = parse(Config, argv, prog="mm_infer.chat")
-        with _exit_code(2, ValueError, OSError):
+        config = parse(Config, argv, prog=PROGRAM)
+        with exit_code(PROGRAM, 2, ValueError, OSError):
             config = _as_trained(config, argv)
             if config.check:
                 sys.exit(tell(CHECKS, Asked(config), config, lambda: {}))
             model = open_model(config)
             asked = None if config.prompt is None else make_question(config)
             questions = None if config.questions is None else _open_questions(config)
-        with _exit_code(2, ValueError), _exit_code(1, OSError, MemoryError):
+        with exit_code(PROGRAM, 2, ValueError), exit_code(PROGRAM, 1, OSError, MemoryError):
             ask = Asking(config, load(config, model))
             if asked is not None:
                 print(ask.show(ask(asked).text, asked))
@@ -107,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             else:
                 ask.in_turn()
     except KeyboardInterrupt:
-        print("mm_infer.chat: stopped", file=sys.stderr)
+        print(f"{PROGRAM}: stopped", file=sys.stderr)
         sys.exit(130)
 
 
@@ -122,7 +129,7 @@ class Asked:
         return open_model(self.config)
 
 
-def open_model(config: Config) -> Model:
+def open_model(config: Answering) -> Model:
     """The model that is asked for. ValueError as `Model`."""
     more = {"model": config.model, "lora": config.lora, "lora_alpha": config.lora_alpha}
     return Model(config.weights, config.processor, **more)
@@ -175,7 +182,7 @@ CHECKS: tuple[Check[Asked], ...] = (
 def _as_trained(config: Config, argv: Sequence[str] | None) -> Config:
     """The same, asked as the adapter or the weights were trained where nothing else is given; and it is said."""
     defaults = trained_options(config.lora, config.weights)
-    return parse(Config, argv, prog="mm_infer.chat", defaults=defaults) if defaults else config
+    return parse(Config, argv, prog=PROGRAM, defaults=defaults) if defaults else config
 
 
 def trained_options(*folders: Path | None) -> list[dict[str, Any]]:
@@ -225,7 +232,7 @@ def _open_questions(config: Config):
     return read_conversations([Source(config.questions)], config.media, answered=False)
 
 
-def load(config: Config, model: Model) -> Answerer:
+def load(config: Answering, model: Model) -> Answerer:
     import torch  # only now that the command makes sense
 
     from mm_parallel.attention import activate
@@ -339,12 +346,12 @@ def _lines() -> Iterator[str]:
 
 
 @contextmanager
-def _exit_code(code: int, *errors: type[Exception]) -> Iterator[None]:
+def exit_code(program: str, code: int, *errors: type[Exception]) -> Iterator[None]:
     """Ends the program with this code and one line for errors that are not a mistake of ours."""
     try:
         yield
     except errors as error:
-        print(f"mm_infer.chat: error: {one_line(error)}", file=sys.stderr)
+        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(code)
 
 

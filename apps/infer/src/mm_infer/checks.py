@@ -12,15 +12,17 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mm_convert import Checkpoint
+from mm_convert import Adapter, Checkpoint
 from mm_convert.cli.arguments import dump
 from mm_convert.cli.checks import Check, NotHere, Together, report
 from mm_infer.config import Config
 from mm_infer.identity import identify
 from mm_infer.inputs import Given
 from mm_infer.lists import Request, read_requests
+from mm_infer.loras import Lora, read_loras
 from mm_infer.settle import check, settle
 from mm_infer.weights import Transformer, Weights, find_encoders, must_exist, open_transformers
+from mm_models.distilled import describe_distilled
 from mm_models.families import find as find_preset
 from mm_models.libraries import check_libraries, installed
 from mm_parallel.launch import read_launch
@@ -47,7 +49,7 @@ class Asked:
         config = self.config
         if config.model is not None:
             find_preset(config.model)
-        return open_transformers(must_exist(config.weights, "weights"), config.model, None, None, config.boundary)[0]
+        return open_transformers(must_exist(config.weights, "weights"), config.model, (), config.boundary)[0]
 
     @cached_property
     def weights(self) -> Weights:
@@ -62,6 +64,7 @@ def open_weights(config: Config) -> Weights:
         config.encoders,
         model=config.model,
         lora=config.lora,
+        lora_strength=config.lora_strength,
         lora_alpha=config.lora_alpha,
         boundary=config.boundary,
         text_tokens=config.text_tokens,
@@ -96,13 +99,20 @@ def describe_file(file: Checkpoint) -> str:
 
 def _adapter(asked: Asked) -> str:
     config = asked.config
-    if config.lora is None:
-        if config.lora_alpha is not None:
-            raise ValueError(f"lora_alpha {config.lora_alpha} is that of an adapter: name it (lora), or leave it out")
+    loras = read_loras(config.lora, config.lora_strength, config.lora_alpha)
+    if not loras:
         return NotHere("no --lora")
-    path = must_exist(config.lora, "lora")
-    made, _ = open_transformers(config.weights, config.model, path, config.lora_alpha, config.boundary)
-    return f"{path}: {len(made[0].lora.modules)} linears"
+    made, _ = open_transformers(config.weights, config.model, loras, config.boundary)
+    said = dict.fromkeys(describe_adapter(lora, adapter) for one in made for lora, adapter in one.adapters)
+    return "; ".join(said)
+
+
+def describe_adapter(lora: Lora, adapter: Adapter) -> str:
+    """`a.safetensors: 400 linears, 3 whole differences, strength 0.8`"""
+    changed = {"linear": len(adapter.modules), "whole difference": len(adapter.differences)}
+    said = [f"{count} {what}{'s' * (count > 1)}" for what, count in changed.items() if count]
+    said += [f"strength {lora.strength:g}"] if lora.strength != 1 else []
+    return f"{lora.expert}{'=' if lora.expert else ''}{lora.path}: {', '.join(said)}"
 
 
 def _encoders(asked: Asked) -> str:
@@ -135,7 +145,8 @@ def _settings(asked: Asked) -> str:
         options = settle(asked.config.options, Given(**request.given), facts)
         check_passes(asked.config, options)
         made.append(f"{options.frames} frames of {options.height}x{options.width}, {options.steps} steps")
-    return "; ".join(dict.fromkeys(made))
+    known = [describe_distilled(facts.distilled, vars(asked.config.options))] if facts.distilled else []
+    return "\n".join(["; ".join(dict.fromkeys(made)), *known])
 
 
 def check_passes(config: Config, options: Any) -> None:

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from mm_convert.cli.values import check_config
+from mm_infer.loras import read_loras
 from mm_models.diffusion.samplers import Grid, SamplerName
 from mm_models.family import AskedTiling
 from mm_parallel.config import AttentionName
 
 Boundary = Annotated[float, "> 0", "< 1"] | None
+Strength = Annotated[float, "!= 0"]
 Scale = Annotated[float, ">= 1"]
 
 
@@ -51,6 +53,8 @@ class Options:
     "v2v: part of the steps that are made, 1 leaves nothing of the video; default 0.7"
     control_scale: Annotated[float, ">= 0"] | None = None
     "vace: strength of the control; default 1"
+    first_block_cache: Annotated[float, "> 0", "<= 1"] | None = None
+    "skip layers in steps whose first layer changes by less than this share, e.g. 0.05: faster, and another video; by default none is skipped"  # noqa: E501
 
     def __post_init__(self) -> None:
         check_config(self)
@@ -110,10 +114,12 @@ class Config(Options):
     'vace: an image of what is to appear, or several: ["a.png", "b.png"]'
     references_file: Path | None = None
     "text file with one line of images for each prompt, as a.png, b.png"
-    lora: Path | None = None
-    "LoRA to put on the transformer: a file or directory, of any format that mm-convert reads; of two experts on both, or a directory with a high_noise_model/ and a low_noise_model/"  # noqa: E501
+    lora: Path | list[Path] | None = field(default=None, metadata={"repeated": True})
+    "LoRA to put on the transformer, or several: --lora a --lora b; each a file or directory, of any format that mm-convert reads; of two experts on both, or a directory with a high_noise_model/ and a low_noise_model/, or high=a and low=b"  # noqa: E501
+    lora_strength: Strength | list[Strength] = field(default=1.0, metadata={"repeated": True})
+    "how strongly the LoRA acts: one number for all, or one for each in their order: --lora_strength 0.8 --lora_strength 1; 1 is as it was trained"  # noqa: E501
     lora_alpha: Annotated[float, "!= 0"] | None = None
-    "alpha of the LoRA, where its files do not say it"
+    "alpha of the LoRA, where its files do not say it; of one LoRA alone"
     boundary: Boundary = None
     "of two experts: noise level from which on the first one works; by default what the directory says, or 0.9 for i2v, 0.875"  # noqa: E501
     offload: bool | None = None
@@ -145,6 +151,7 @@ class Config(Options):
                 raise ValueError(f"give either --{one} or --{one}_file")
         if self.parallel.guidance == 2 and self.guidance is not None and max(self.scales) == 1:
             raise ValueError("parallel.guidance 2 shares two passes, but guidance 1 makes one: leave either out")
+        read_loras(self.lora, self.lora_strength, self.lora_alpha)
 
     @property
     def patience(self) -> float:

@@ -29,6 +29,7 @@ from mm_infer.sample import Sampler
 from mm_infer.settle import calls_of
 from mm_infer.weights import Weights
 from mm_models.diffusion.samplers import fill_template
+from mm_models.distilled import describe_distilled
 from mm_parallel.attention import activate
 from mm_parallel.device import device as accelerator
 from mm_parallel.guard import Watchdog, agree
@@ -55,6 +56,7 @@ class Job:
     rank: int
     leads: bool  # of the ranks that make the same videos, this one decodes and writes
     alone: Path | None = None  # the folder of an expert without the other
+    known: str = ""  # what weights or adapters are known for, and which settings are taken from that
 
 
 def prepare(config: Config, requests: list[Request], weights: Weights, share: Share, rank: int, held: ExitStack) -> Job:
@@ -91,7 +93,9 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
         pass
     todo = {file: video for file, video in videos.items() if file not in there}
     alone = config.weights if expert_of(config.weights) else None
-    return Job(sampler, todo, there, rank, share.leads, alone)
+    known = weights.facts.distilled
+    said = describe_distilled(known, vars(config.options)) if known else ""
+    return Job(sampler, todo, there, rank, share.leads, alone, said)
 
 
 def open_sampler(config: Config, weights: Weights, share: Share) -> Sampler:
@@ -109,8 +113,13 @@ def settle_video(config: Config, sampler: Sampler, request: Request, contents: C
     options = sampler.settle(config.options, given)
     check_passes(config, options)
     record: dict[str, Any] = {"prompt": request.prompt} | given.record() | dataclasses.asdict(options)
-    record |= {name: getattr(config, name) for name in ("weights", "encoders", "model", "lora", "text_tokens")}
+    record |= {name: getattr(config, name) for name in ("weights", "encoders", "model", "text_tokens")}
+    record["lora"] = [str(path) for path in config.lora] if isinstance(config.lora, list) else config.lora
+    if config.lora_strength != 1.0:
+        record["lora_strength"] = config.lora_strength
     record |= {"contents": digest(contents)}
+    if (known := sampler.weights.facts.distilled) is not None:
+        record["known_as"] = known.name
     if config.lora_alpha is not None:
         record["lora_alpha"] = config.lora_alpha
     if config.attention != "auto":
@@ -148,6 +157,8 @@ def run(job: Job, guard: Watchdog, patience: float) -> None:
     if job.alone:
         say(f"note: {job.alone} is one of two experts, and makes all steps alone; name the folder above it for both")
     say(f"attention: {job.sampler.kernel}")
+    if job.known:
+        say(job.known)
     start = time.perf_counter()
     prompts = [fill_template(video.options.prompt_template, video.prompt) for video in videos]
     say(f"text: encoding {len(set(prompts))} prompt(s)")
@@ -170,7 +181,8 @@ def run(job: Job, guard: Watchdog, patience: float) -> None:
         write_video(file, result.frames.numpy(), video.options.fps, video.made_with)
         seconds = result.seconds | {"write": time.perf_counter() - start}
         total = {stage: spent + seconds[stage] for stage, spent in total.items()}
-        _say(f"{file}: {sum(seconds.values()):.1f} s, {video.prompt!r}")
+        skipped = f", layers skipped in {result.skipped:.0%} of the model's calls" if result.skipped else ""
+        _say(f"{file}: {sum(seconds.values()):.1f} s, {video.prompt!r}{skipped}")
     stages = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in total.items())
     say_own(f"{len(videos)} video(s) in {sum(total.values()):.1f} s: {stages}")
 

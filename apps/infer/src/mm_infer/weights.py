@@ -6,18 +6,21 @@ This file imports no torch before a model is made (or a LoRA compared): wrong we
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_convert import Checkpoint, expert_of, open_checkpoint, open_experts, open_lora
+from mm_convert import Adapter, Checkpoint, expert_of, open_checkpoint, open_experts
 from mm_convert.cli.terminal import one_line
 from mm_convert.cli.values import check_fields, check_value
+from mm_convert.lora.base import check_base, describe_content
 from mm_infer.config import Boundary
+from mm_infer.loras import EXPERTS, Lora, read_loras
+from mm_models.distilled import find_distilled, settle_distilled
 from mm_models.families import family_of_weights, find, published_like
-from mm_models.family import Family, Published
+from mm_models.family import Distilled, Family, Published
 from mm_models.folder import check_parts
 
 if TYPE_CHECKING:
@@ -37,9 +40,13 @@ class Facts:
     experts: bool
     """Whether there are two, which share the noise levels."""
     published: Published
-    """What these weights, or those they are most like, were published with; of the size that these say."""
+    """What these weights, or those they are most like, were published with; of the size that these say, and of the
+    steps that a distilled adapter is known for.
+    """
     repository: Path
     """The diffusers directory of the encoders."""
+    distilled: Distilled | None = None
+    """What weights or adapters are known for by their name."""
 
     @property
     def prediction(self) -> str:
@@ -57,7 +64,8 @@ class Weights:
         encoders: Path | str | None = None,
         *,
         model: str | None = None,
-        lora: Path | str | None = None,
+        lora: Path | str | Sequence[Path | str] | None = None,
+        lora_strength: float | Sequence[float] = 1.0,
         lora_alpha: float | None = None,
         text_tokens: int | None = None,
         boundary: float | None = None,
@@ -70,10 +78,8 @@ class Weights:
         named = None if model is None else find(model)[1]
         self.path = path = must_exist(Path(path), "weights")
         encoders = None if encoders is None else must_exist(Path(encoders), "encoders")
-        lora = None if lora is None else must_exist(Path(lora), "lora")
-        if lora is None and lora_alpha is not None:
-            raise ValueError(f"lora_alpha {lora_alpha} is that of an adapter: name it (lora), or leave it out")
-        self.experts, said = open_transformers(path, model, lora, lora_alpha, boundary)
+        loras = read_loras(lora, lora_strength, lora_alpha)
+        self.experts, said = open_transformers(path, model, loras, boundary)
         family, config = self.experts[0].family, self.experts[0].config
         two = len(self.experts) > 1
         like = named if named and (named.boundary is not None) == two else published_like(config, two)
@@ -87,8 +93,9 @@ class Weights:
         if text_tokens is not None:
             config = replace(config, text_tokens=text_tokens)
         repository = find_encoders(path, encoders, family, config)
-        published = family.video.sized(like.published, config)
-        self.facts = Facts(family, family.video.fit(config, repository), two, published, repository)
+        distilled = find_known(family, path, loras, two)
+        published = settle_distilled(family.video.sized(like.published, config), distilled)
+        self.facts = Facts(family, family.video.fit(config, repository), two, published, repository, distilled)
 
     def load(
         self,
@@ -111,17 +118,17 @@ class Weights:
 class Transformer:
     """A checkpoint whose names and shapes are known to be those of a model, and whose tensors are not read yet."""
 
-    def __init__(self, path: Path, model: str | None, lora: Path | None, alpha: float | None, expert: str = "") -> None:
-        """ValueError unless the files hold exactly the tensors of a model."""
-        self.checkpoint = open_checkpoint(path)
-        self.lora = None if lora is None else open_lora(lora, alpha=alpha, expert=expert)
+    def __init__(self, path: Path, model: str | None, loras: Sequence[Lora] = (), expert: str = "") -> None:
+        """expert: "high" or "low", of two. ValueError unless the files hold exactly the tensors of a model."""
+        self.checkpoint, self.expert = open_checkpoint(path), expert
+        self.adapters = [(lora, lora.open(expert)) for lora in loras]
         self.family = family_of_weights(self.checkpoint.family)
         self.family.need_video(f"give `python -m mm_infer.chat --weights {path} --prompt …`")
         self.config = read_architecture(path, self.family, self.checkpoint, model)
         for note in self.checkpoint.notes:
             print(one_line(f"{path}: {note}"), file=sys.stderr)
-        if self.lora is not None:
-            self._check_lora(lora)
+        if self.adapters:
+            self._check_adapters()
 
     def load(self, config: Any, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
         """The model on the device, in `dtype` except what is kept in fp32, read tensor by tensor.
@@ -151,22 +158,41 @@ class Transformer:
         except ValueError as error:
             raise ValueError(f"{self.checkpoint.path}: {error}") from error
 
-    def _check_lora(self, path: Path) -> None:
-        """ValueError unless the adapter fits, on the meta device: only a comparison."""
+    def _check_adapters(self) -> None:
+        """ValueError unless all adapters fit, on the meta device: only a comparison."""
         import torch
 
-        for note in self.lora.notes:
-            print(one_line(f"{path}: {note}"), file=sys.stderr)
-        try:
-            self._adapt(self._empty(self.config, torch.float32))
-        except ValueError as error:
-            raise ValueError(f"lora {path}: {error}") from error
+        from mm_models.lora import Weighted, load_adapters
+
+        for lora, adapter in self.adapters:
+            for note in adapter.notes:
+                print(one_line(f"{lora.path}: {note}"), file=sys.stderr)
+            if adapter.family.name not in self.family.checkpoints:
+                raise ValueError(
+                    f"lora {lora.path} is for {adapter.family.name}, and these weights are {self.family.name}"
+                )
+            for note in self._compare_base(lora.path, adapter):
+                print(one_line(f"{lora.path}: {note}"), file=sys.stderr)
+            shapes, whole = ({name: those.meta(name) for name in those} for those in (adapter, adapter.differences))
+            try:
+                load_adapters(self._empty(self.config, torch.float32), [Weighted(shapes, adapter.alphas, whole)])
+            except ValueError as error:
+                raise ValueError(f"lora {lora.path}: {error}") from error
+
+    def _compare_base(self, path: Path, adapter: Adapter) -> list[str]:
+        """What a person should know where an adapter was trained on other weights. ValueError where that cannot be."""
+        if not adapter.trained_on:
+            return []
+        facts = {"family": self.family.name, "prediction": self.family.video.prediction(self.config)}
+        facts |= {"expert": self.expert} if self.expert else {}
+        facts |= describe_content(self.checkpoint.tensors, adapter.modules)
+        return check_base(adapter.trained_on, facts, f"lora {path}")
 
     def _adapt(self, model: nn.Module) -> None:
-        if self.lora is not None:
-            from mm_models.lora import load_lora
+        if self.adapters:
+            from mm_models.lora import Weighted, load_adapters
 
-            load_lora(model, self.lora, self.lora.alphas)
+            load_adapters(model, [Weighted(a, a.alphas, a.differences, lora.strength) for lora, a in self.adapters])
 
     def _empty(self, config: Any, dtype: torch.dtype) -> nn.Module:
         import torch
@@ -178,29 +204,55 @@ class Transformer:
 
 
 def open_transformers(
-    path: Path, model: str | None, lora: Path | None, alpha: float | None, boundary: float | None
+    path: Path, model: str | None, loras: Sequence[Lora], boundary: float | None
 ) -> tuple[tuple[Transformer, ...], float | None]:
     """The one or two that lie there, and the boundary that is asked for or said in the files. ValueError as `Weights`.
 
-    lora, alpha: an adapter that is put on each of them, and compared with it.
+    loras: adapters that are put on each of them, or on one, and compared with it.
     """
+    for lora in loras:
+        must_exist(lora.path, "lora")
     pair = open_experts(path)
-    loras = None if lora is None else open_experts(lora)
     if pair is None:
-        if loras is not None:
-            raise ValueError(f"lora {lora} is for two experts, but {path} holds one model: name one of its folders")
+        if of_one := [lora for lora in loras if lora.expert]:
+            raise ValueError(
+                f"lora {of_one[0].expert}={of_one[0].path} is for one of two experts, but {path} holds one model: give "
+                "the path alone"
+            )
+        if two := [lora.path for lora in loras if open_experts(lora.path)]:
+            raise ValueError(f"lora {two[0]} is for two experts, but {path} holds one model: name one of its folders")
         if boundary is not None:
             raise ValueError(f"boundary {boundary} is for two experts, but {path} holds one model: leave it out")
-        return (Transformer(path, model, lora, alpha, expert_of(path) or ""),), None
+        return (Transformer(path, model, loras, expert_of(path) or ""),), None
     check_value("boundary", boundary, Boundary)
-    adapters = (loras.high, loras.low) if loras else (lora, lora)
     high, low = (
-        Transformer(folder, model, adapter, alpha, expert)
-        for folder, adapter, expert in zip((pair.high, pair.low), adapters, ("high", "low"), strict=True)
+        Transformer(folder, model, [lora for lora in loras if lora.on(expert)], expert)
+        for folder, expert in zip((pair.high, pair.low), EXPERTS, strict=True)
     )
     if high.config != low.config:
         raise ValueError(f"{path}: the two experts differ: {high.config}, {low.config}")
     return (high, low), boundary or pair.boundary
+
+
+def find_known(family: Family, weights: Path, loras: Sequence[Lora], two: bool) -> Distilled | None:
+    """What the weights or their adapters are known for by name. Where only one of two experts is known, that is said,
+    and nothing is taken from it.
+    """
+    rows = family.video.distilled
+    found = [
+        find_distilled(rows, [*(lora.path for lora in loras if lora.on(expert)), weights])
+        for expert in (EXPERTS if two else ("",))
+    ]
+    known = [one for one in found if one is not None]
+    if len(known) == len(found) and all(one.settings == known[0].settings for one in known):
+        return known[0]
+    if known:
+        print(
+            f"note: one of the two experts is known as {known[0].name}, and the other is not so: steps, guidance, "
+            "flow_shift and sampler stay those of the model unless you give them",
+            file=sys.stderr,
+        )
+    return None
 
 
 def read_architecture(path: Path, family: Family, checkpoint: Checkpoint, model: str | None) -> Any:

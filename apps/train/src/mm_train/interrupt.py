@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import time
+
+SAME = 5.0
+"""Seconds in which further signals are the first one again: a terminal or a batch system sends it to every process, and
+torchrun, which got it too, sends it to its ranks once more."""
 
 
 def ending_signals() -> list[signal.Signals]:
@@ -16,6 +23,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal, self.stop = 0, False
+        self.since = 0.0
 
     def __enter__(self) -> Interrupt:
         self.before = {s: signal.signal(s, self._on) for s in ending_signals()}
@@ -26,9 +34,22 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _on(self, number: int, _frame: object) -> None:
-        self.signal = number
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
+        if not self.signal:
+            self.signal, self.since = number, time.monotonic()
+            self._tell()
+        elif time.monotonic() - self.since > SAME:
+            self.__exit__()
+            signal.raise_signal(number)
+
+    def _tell(self) -> None:
+        """Rank 0 says that it has heard; by a bare write, as a print may be under way."""
+        if os.environ.get("RANK", "0") == "0":
+            limit = ""
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                seconds = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+                limit = f"; torchrun kills it after {seconds} s, if --shutdown_timeout says nothing else"
+            with contextlib.suppress(OSError):  # nobody may be reading
+                os.write(2, f"\nstopping after this step{limit}; again after {SAME:.0f} s: at once\n".encode())
 
     def hear(self, signals: float) -> None:
         """What all ranks together have got: if any was interrupted, all stop after the same step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,9 @@ from mm_train.config import Config
 from mm_train.objective import architecture
 from mm_train.optim import EMA
 from mm_train.ranks import broadcast
+from mm_train.sample_adapter import acting, open_sample_adapter
 from mm_train.settle import settle_samples
+from mm_train.start import outline
 
 
 class SampleRequest(NamedTuple):
@@ -58,6 +61,7 @@ class Samples:
             prompts = zip(self.options.prompts, texts, strict=True)
             self.requests = [SampleRequest(prompt, of_text, text, {}, None) for prompt, text in prompts]
             self.requests += self._from_validation()
+        self.adapter = open_sample_adapter(config, outline(config)) if self.requests else None
 
     def _encode(self) -> list[Tensor]:
         encoder = self.video.text_encoder(self.shape, self.options.encoders, device=self.device, dtype=self.dtype)
@@ -82,14 +86,14 @@ class Samples:
 
     def __call__(self, model: nn.Module | Pipeline, average: EMA, step: int) -> str:
         """Write this rank's share of the videos; returns what to tell of them. Uses the averaged weights where there
-        are some.
+        are some, with the adapter of samples in them.
         """
         directory = self.config.run_dir / "samples" / f"step-{step:08d}"
         directory.mkdir(parents=True, exist_ok=True)
         tiling = self.video.choose_tiling(None, "inference")
         codec = self.video.codec(self.options.encoders, device=self.device, tiling=tiling)
         count = len(self.requests)
-        with average.apply():
+        with average.apply(), acting(self.adapter, average.model):
             # A sharded model is run by all ranks together: those without a request left repeat one and throw it away.
             for start in range(0, count, self.ranks):
                 number = start + self.rank
@@ -97,7 +101,8 @@ class Samples:
                 latents = self._denoise(model, codec, request)
                 if number < count and self.reports:
                     made_with = asdict(self.options) | {"prompt": request.name, "step": step}
-                    made_with |= {"encoders": str(self.options.encoders), "vae_tiling": tiling}
+                    made_with |= {name: str(path) for name, path in made_with.items() if isinstance(path, Path)}
+                    made_with |= {"vae_tiling": tiling}
                     frames = to_frames(codec, latents).numpy()
                     write_video(directory / f"{number:03d}.mp4", frames, self.options.fps, made_with)
         return f"samples in {one_line(directory)}"

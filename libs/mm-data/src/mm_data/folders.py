@@ -42,9 +42,25 @@ def read_folder(top: Path, say: Callable[[str], None], caption: str | None = Non
 
     caption: of those that have no text beside them, or an empty one; None refuses them.
 
-    Raises ValueError, with their number and the first of them, for files without a caption, for two of one name (which
-    would share a caption), and for a text that is not UTF-8. `say` is called with a line for each kind of file that is
-    not read.
+    Raises ValueError as `list_folder`, and for files without a caption, with their number and the first of them. `say`
+    is called with a line for each kind of file that is not read.
+    """
+    found = list_folder(top, say)
+    without = [one for one in found if not one.caption]
+    if without and caption is None:
+        raise ValueError(_describe_missing(top, without[0].path, len(without), len(found)))
+    if without:
+        say(
+            f"{top}: {_count(len(without), 'file has', 'files have')} no text, e.g. {without[0].name}: "
+            f"{caption!r} is taken as the caption"
+        )
+    return [one if one.caption else one._replace(caption=caption) for one in found]
+
+
+def list_folder(top: Path, say: Callable[[str], None]) -> list[Captioned]:
+    """The same, whether they have a caption or not: then it is empty.
+
+    Raises ValueError for two files of one name (which would share a caption), and for a text that is not UTF-8.
     """
     media: dict[tuple[Path, str], list[str]] = {}
     texts: dict[tuple[Path, str], list[str]] = {}
@@ -62,29 +78,20 @@ def read_folder(top: Path, say: Callable[[str], None], caption: str | None = Non
                 others.append(folder / name)
     _refuse_two(top, media, "clips or pictures share a name, and so a caption", "rename one of them")
     _refuse_two(top, {key: names for key, names in texts.items() if key in media}, "captions share a name", "keep one")
-    found, without = [], []
+    found = []
     for (folder, stem), [name] in media.items():
         text = read_text(folder / texts[folder, stem][0]).strip() if (folder, stem) in texts else ""
-        if not text:
-            without.append(folder / name)
-        found.append(Captioned(_below(top, folder / name), folder / name, text or (caption or "")))
-    if without and caption is None:
-        raise ValueError(_describe_missing(top, without, len(found), others))
-    if without:
-        say(
-            f"{top}: {_count(len(without), 'file has', 'files have')} no text beside them, e.g. "
-            f"{_below(top, without[0])}: their caption is {caption!r}"
-        )
+        found.append(Captioned(_below(top, folder / name), folder / name, text))
     orphans = [
         folder / name for (folder, stem), names in texts.items() if (folder, stem) not in media for name in names
     ]
     for paths, what in (
-        (orphans, "belong to no clip and no picture"),
-        (hidden, "are hidden by their names and not read"),
-        (others, f"are no clips, pictures or captions, and are not read ({_kinds(others)})"),
+        (orphans, "without a clip or picture of the same name"),
+        (hidden, "hidden by a dot"),
+        (others, f"of other kinds ({_kinds(others)})"),
     ):
         if paths:
-            say(f"{top}: {_count(len(paths), 'file', 'files')}, e.g. {_below(top, paths[0])}, {what}")
+            say(f"{top}: not read: {_count(len(paths), 'file', 'files')} {what}, e.g. {_below(top, paths[0])}")
     return found
 
 
@@ -136,12 +143,12 @@ def _refuse_two(top: Path, found: dict[tuple[Path, str], list[str]], what: str, 
         raise ValueError(f"{top}: {_count(len(twice), 'time', 'times')} two {what}, e.g. {first}: {way_out}")
 
 
-def _describe_missing(top: Path, without: list[Path], total: int, others: list[Path]) -> str:
-    first = without[0]
-    lists = [path for path in others if path.parent == top and path.suffix in (".json", ".jsonl")]
+def _describe_missing(top: Path, first: Path, missing: int, total: int) -> str:
+    lists = sorted(path for path in top.iterdir() if path.suffix in (".json", ".jsonl"))
     hint = f"; did you mean {lists[0]}? Else " if lists else ": "
+    have = _count(total, "clip or picture has", "clips and pictures have")
     return (
-        f"{top}: {len(without):,} of {_count(total, 'clip or picture has', 'clips and pictures have')} no caption, e.g. "
-        f"{_below(top, first)}{hint}write it into {first.stem}{CAPTION} beside it, or say what stands for those that "
-        'are missing: --data.caption "a photo", in a file of sets caption = "a photo"; "" trains on the empty prompt'
+        f"{top}: {missing:,} of {have} no caption, e.g. {_below(top, first)}{hint}write it into "
+        f"{first.stem}{CAPTION} beside it (`python -m mm_infer.caption {top}` writes all of them), or say what "
+        'stands for them: --data.caption "a photo", in a file of sets caption = "a photo"; "" is the empty prompt'
     )

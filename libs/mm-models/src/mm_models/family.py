@@ -54,6 +54,27 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Distilled:
+    """How weights, or an adapter, sample that were distilled to a few steps. They are known by their file's name."""
+
+    name: str
+    """For people."""
+    pattern: str
+    """A regular expression that the lower-case name of the file, or of a folder just above it, has somewhere."""
+    steps: int
+    guidance: float
+    flow_shift: float
+    sampler: str
+    source: str
+    """Where their authors say so."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """By the names that they have in `Published` and in flags."""
+        return {name: getattr(self, name) for name in ("steps", "guidance", "flow_shift", "sampler")}
+
+
+@dataclass(frozen=True)
 class Preset:
     """A fact about released weights: their architecture, and what was published with them."""
 
@@ -187,6 +208,8 @@ class Video:
     """(config, F H W of the latents of each sample) -> what to tell before training, where the configuration says a
     length or a size that no sample has; else None.
     """
+    distilled: tuple[Distilled, ...] = field(default=(), kw_only=True)
+    """Distilled weights and adapters that are known by name; see `mm_models.distilled`."""
     tiling: Mapping[Program, Tiling] = field(default_factory=lambda: {"training": "none", "inference": "none"})
     """How the codec works where nothing is asked, in a program that trains or extracts and in one that samples."""
 

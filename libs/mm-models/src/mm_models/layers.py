@@ -8,7 +8,6 @@ modulation, the residual stream) is kept in at least float32 by calling `wide`.
 from collections.abc import Callable
 from contextlib import nullcontext
 from fnmatch import fnmatch
-from inspect import signature
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,12 +17,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
-
-SHARED_HEADS = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
-"""How `varlen_attn` is told that k and v may have fewer heads. Releases that cannot be told hand all on to flash, which
-takes them.
-"""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -352,21 +345,10 @@ def core(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, mask: Tensor | Non
     if len(sequence.segments) <= 2:  # one sample, or none
         return attention(q, k, v, sequence.causal)
     if _has_flash(q):
-        return _attend_varlen(q, k, v, sequence)
+        from mm_models.varlen import attend  # with torch's compiler: 70 MiB that only this needs
+
+        return attend(q, k, v, sequence)
     return _attend_by_length(q, k, v, sequence)
-
-
-def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
-    """All packed samples of all rows in one call of CUDA's flash kernel, which reads their ends on the device."""
-    rows, ends = q.shape[0], sequence.segments
-    longest = max(b - a for a, b in pairwise(ends))
-    ends = torch.tensor([0, *(row * sequence.tokens + end for row in range(rows) for end in ends[1:])])
-    ends = ends.to(q.device, torch.int32, non_blocking=True)
-    window = (-1, 0 if sequence.causal else -1)
-    dim, missing = q.shape[-1], -q.shape[-1] % 8  # it wants whole 8s
-    flat = ((F.pad(x, (0, missing)) if missing else x).flatten(0, 1).contiguous() for x in (q, k, v))
-    out = varlen_attn(*flat, ends, ends, longest, longest, scale=dim**-0.5, window_size=window, **SHARED_HEADS)
-    return out.narrow(-1, 0, dim).unflatten(0, (rows, -1))
 
 
 def _attend_by_length(q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:

@@ -5,7 +5,7 @@ Files of adapters, whatever their format, are read and written by mm_convert: `o
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from mm_models.families import family_of, suggest
 from mm_models.layers import Linear, wide
 from mm_models.parts import find_linears
+
+Part = tuple[slice, ...]
+"""Of a tensor: rows, columns and so on; empty for all."""
 
 
 @dataclass(frozen=True)
@@ -49,47 +52,134 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     return _inject(model, targets, r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout)
 
 
+@dataclass(frozen=True)
+class Weighted:
+    """An adapter, and how strongly it acts: W becomes W + strength · (alpha/rank · B A), and a parameter with a whole
+    difference that parameter + strength · difference.
+    """
+
+    tensors: Mapping[str, Tensor]
+    """`blocks.0.self_attn.q.lora_A.weight` (rank x in), `….lora_B.weight` (out x rank), and so on; of a convolution
+    with its kernel behind that, and ones.
+    """
+    alphas: Mapping[str, float]
+    """Linear or convolution -> its alpha."""
+    differences: Mapping[str, Tensor] = field(default_factory=dict)
+    """Parameter -> what is added to it whole."""
+    strength: float = 1.0
+
+    @property
+    def parameters(self) -> list[str]:
+        """What it changes, by name."""
+        return [*dict.fromkeys((*(f"{name}.weight" for name in self.alphas), *self.differences))]
+
+    def shapes(self, parameter: str) -> list[tuple[int, ...]]:
+        """Of the parameter, as its factors and its whole difference say."""
+        said = [tuple(self.differences[parameter].shape)] if parameter in self.differences else []
+        if (module := parameter.removesuffix(".weight")) in self.alphas:
+            a, b = (self.tensors[f"{module}.lora_{letter}.weight"].shape for letter in "AB")
+            said.append((b[0], *a[1:]))
+        return said
+
+    def added(self, parameter: str, part: Part = (), device: torch.device | str | None = None) -> Tensor:
+        """What this adds to a parameter, or to a part of it, by slices: at least float32, on the device."""
+        both = (self.low_rank(parameter, part, device), self.whole(parameter, part, device))
+        return sum(one for one in both if one is not None)
+
+    def low_rank(self, parameter: str, part: Part = (), device: torch.device | str | None = None) -> Tensor | None:
+        """Of that, what the factors make; None without factors."""
+        if (factors := self.factors(parameter, part[:1], device)) is None:
+            return None
+        a, b = factors
+        added = b @ a.flatten(1)
+        return added.view(len(b), *a.shape[1:])[(slice(None), *part[1:])]
+
+    def factors(
+        self, parameter: str, rows: Part = (), device: torch.device | str | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """A, and of B these rows, times the scale; at least float32. None without factors."""
+        module = parameter.removesuffix(".weight")
+        if module == parameter or module not in self.alphas:
+            return None
+        a, b = (self.tensors[f"{module}.lora_{letter}.weight"] for letter in "AB")
+        a, b = (wide(factor.to(device)) for factor in (a[...], b[rows or ...]))
+        return a, self.strength * self.alphas[module] / len(a) * b.flatten(1)
+
+    def whole(self, parameter: str, part: Part = (), device: torch.device | str | None = None) -> Tensor | None:
+        """Of that, the whole difference; None without one."""
+        if parameter not in self.differences:
+            return None
+        return self.strength * wide(self.differences[parameter][part or ...].to(device))
+
+
 def load_lora(model: nn.Module, tensors: Mapping[str, Tensor], alphas: Mapping[str, float]) -> nn.Module:
-    """Adds trained adapters to `model` in place, each with its own rank and alpha. Returns the model.
+    """`load_adapters` of one adapter, whose arguments `Weighted` explains."""
+    return load_adapters(model, [Weighted(tensors, alphas)])
 
-    A convolution gets its adapter added to its weight, as patches are embedded by one that peft cannot wrap.
 
-    Args:
-        tensors: `blocks.0.self_attn.q.lora_A.weight` (rank x in), `….lora_B.weight` (out x rank), and so on; of a
-            convolution with its kernel behind that, and ones.
-        alphas: linear or convolution -> its alpha.
+def load_adapters(model: nn.Module, adapters: Sequence[Weighted]) -> nn.Module:
+    """Adds trained adapters to `model` in place, each module with its own rank and alpha. Returns the model.
+
+    The factors of several are put side by side, as one adapter of the sum of their ranks. A convolution gets its
+    factors added to its weight, as patches are embedded by one that peft cannot wrap; so does what has a whole
+    difference.
 
     Raises:
         ValueError: a tensor that fits nowhere in the model, or is missing; a model that has adapters already.
     """
-    modules = dict(model.named_modules())
-    ranks = {name: tensors[f"{name}.lora_A.weight"].shape[0] for name in alphas}
-    convolutions = [name for name in alphas if isinstance(modules.get(name), nn.Conv3d)]
-    linears = [name for name in alphas if name not in convolutions]
+    modules, shapes = dict(model.named_modules()), {name: p.shape for name, p in model.named_parameters()}
+    convolutions = {name for one in adapters for name in one.alphas if isinstance(modules.get(name), nn.Conv3d)}
+    linears: dict[str, list[Weighted]] = {}
+    for one in adapters:
+        check_fit(one, shapes)
+        for name in one.alphas.keys() - convolutions:
+            linears.setdefault(name, []).append(one)
     if linears:
-        common = {"r": ranks[linears[0]], "lora_alpha": alphas[linears[0]]}
+        linears = {name: linears[name] for name in sorted(linears)}
+        ranks = {name: sum(one.tensors[f"{name}.lora_A.weight"].shape[0] for one in of) for name, of in linears.items()}
+        # Of one adapter, B stays as it is and alpha has the strength; of several, B has both, and alpha is the rank.
+        alphas = {
+            name: of[0].strength * of[0].alphas[name] if len(of) == 1 else float(ranks[name])
+            for name, of in linears.items()
+        }
+        first = next(iter(linears))
         # peft's patterns are regular expressions for the end of a name; ^ makes it the whole.
-        own = {"rank_pattern": {f"^{n}": ranks[n] for n in linears}}
-        own |= {"alpha_pattern": {f"^{n}": alphas[n] for n in linears}}
-        _inject(model, linears, **common, **own)
+        own = {"rank_pattern": {f"^{n}": rank for n, rank in ranks.items()}}
+        own |= {"alpha_pattern": {f"^{n}": alpha for n, alpha in alphas.items()}}
+        _inject(model, [*linears], r=ranks[first], lora_alpha=alphas[first], **own)
     slots = lora_state_dict(model)
-    shapes = {name: slot.shape for name, slot in slots.items()}
-    for name in convolutions:
-        out, *kernel = modules[name].weight.shape
-        shapes[f"{name}.lora_A.weight"] = torch.Size((ranks[name], *kernel))
-        shapes[f"{name}.lora_B.weight"] = torch.Size((out, ranks[name], 1, 1, 1))
-    wrong = [n for n in shapes.keys() ^ tensors.keys()] or [n for n in shapes if shapes[n] != tensors[n].shape]
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} tensors of the adapter are missing, unknown or misshapen: {sorted(wrong)[0]}, …"
-        )
-    for name, slot in slots.items():
-        slot.copy_(tensors[name])
-    for name in convolutions:
-        weight = modules[name].weight
-        a, b = (wide(tensors[f"{name}.lora_{letter}.weight"].to(weight.device)).flatten(1) for letter in "AB")
-        weight.data = (wide(weight.data) + (alphas[name] / ranks[name] * b @ a).view_as(weight)).to(weight.dtype)
+    for name, of in linears.items():
+        at = 0
+        for one in of:
+            a, b = (one.tensors[f"{name}.lora_{letter}.weight"] for letter in "AB")
+            scale = 1.0 if len(of) == 1 else one.strength * one.alphas[name] / len(a)
+            slots[f"{name}.lora_A.weight"][at : at + len(a)].copy_(a)
+            slots[f"{name}.lora_B.weight"][:, at : at + len(a)].copy_(b if scale == 1.0 else wide(b) * scale)
+            at += len(a)
+    parameters = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
+    for one in adapters:
+        for name in one.parameters:
+            target = parameters[name]
+            take = one.added if name.removesuffix(".weight") in convolutions else one.whole
+            added = take(name, device=target.device)
+            if added is not None:
+                target.data = (wide(target.data) + added).to(target.dtype)
     return model
+
+
+def check_fit(adapter: Weighted, shapes: Mapping[str, Sequence[int]], all_there: bool = False) -> None:
+    """Raise ValueError unless the tensors of an adapter are whole and fit parameters of these shapes.
+
+    all_there: whether linears that are not there are refused here, too; `load_adapters` has what wraps them say it.
+    """
+    wanted = {f"{name}.lora_{letter}.weight" for name in adapter.alphas for letter in "AB"}
+    wrong = sorted(wanted ^ adapter.tensors.keys())
+    wrong += [name for name in (adapter.parameters if all_there else adapter.differences) if name not in shapes]
+    known = [name for name in adapter.parameters if name in shapes] if not wrong else []
+    wrong += [name for name in known if any(shape != tuple(shapes[name]) for shape in adapter.shapes(name))]
+    if wrong:
+        there = f" ({[*adapter.shapes(wrong[0])[0]]}, here {[*shapes[wrong[0]]]})" if wrong[0] in known else ""
+        raise ValueError(f"{len(wrong)} tensors of the adapter are missing, unknown or misshapen: {wrong[0]}{there}, …")
 
 
 def merge_lora(model: nn.Module) -> nn.Module:

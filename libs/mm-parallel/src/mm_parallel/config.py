@@ -165,6 +165,11 @@ class MemoryConfig:
     memory. The device holds those of two layers: of the one that runs, and of the one that comes next.
     """
 
+    @property
+    def holds_frozen(self) -> bool:
+        """Whether frozen matrices are held apart from the other parameters, see `mm_parallel.frozen`."""
+        return self.base != "dtype" or self.host_layers > 0
+
 
 def check_in_stem(layers: Sequence[int] | Sequence[Sequence[int]], flag: str) -> None:
     """Whether a ladder in the stem (a vision tower) is on the first pipeline stage, where it runs as a whole.

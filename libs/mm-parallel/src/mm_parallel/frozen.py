@@ -36,7 +36,7 @@ class FrozenLinear(nn.Linear):
         self.base: Base = base
         self.outline = torch.empty_like(linear.weight, device="meta", requires_grad=False)
         """The matrix without values: its shape and dtype."""
-        self.pairs = find_pairs()
+        self.pairs = find_pairs() if base == "nf4" else None
         self.host, self.unit = host, unit
         self.packed = pack(base, linear.weight.detach())
         """Codes and scales. Empty where they wait on the host."""
@@ -47,11 +47,16 @@ class FrozenLinear(nn.Linear):
         """Gives it other values, of any floating dtype; codes are made on the device. One matrix at a time is there."""
         check_device(self.base, device)
         packed = pack(self.base, matrix.to(device).to(self.outline.dtype))
-        self.pairs = find_pairs().to(device)
+        self.pairs = None if self.pairs is None else find_pairs().to(device)
         if self.host is None:
             self.packed = packed
         else:
             self.host.replace(self.unit, self.slots, packed)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it holds but its bias."""
+        return self.held if self.pairs is None else (*self.held, self.pairs)
 
     @property
     def held(self) -> tuple[Tensor, ...]:
@@ -74,7 +79,8 @@ class FrozenLinear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenLinear":
         super()._apply(fn, recurse)
-        self.packed, self.pairs = tuple(_move(x, fn) for x in self.packed), _move(self.pairs, fn)
+        self.packed = tuple(_move(x, fn) for x in self.packed)
+        self.pairs = None if self.pairs is None else _move(self.pairs, fn)
         return self
 
 
@@ -99,29 +105,44 @@ class _Multiply(torch.autograd.Function):
 
 
 def hold_frozen(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig) -> None:
-    """Replaces the frozen linears of layers by what holds them as `memory.base` and `memory.host_layers` say.
+    """Replaces the frozen linears of layers, where `memory.base` or `memory.host_layers` say how they are held.
 
     Of a model on the meta device they are filled by `load_parameters`; of another they are packed at once.
-    Raises ValueError as `check_frozen`, but where nothing is frozen here: it may be on another pipeline stage.
     """
-    if memory.base == "dtype" and not memory.host_layers:
-        return
+    if memory.holds_frozen:
+        hold(model, plan, memory.base, memory.host_layers)
+
+
+def hold(model: nn.Module, plan: ParallelPlan, base: Base, host_layers: int = 0) -> None:
+    """The same, whatever they say."""
     host = HostLayers()
     for _, ladder, own in plan.ladders(model):
-        units = own.units_of(ladder)
-        numbers = own.units_in_order(ladder)
-        here = list(dict.fromkeys(numbers[name] for name in units))
-        waiting = {here[i] for i in spread(memory.host_layers, len(here))}
-        for name, unit in units.items():
+        numbers, waiting = own.units_in_order(ladder), find_waiting(ladder, own, host_layers)
+        for name, unit in own.units_of(ladder).items():
             linears = dict(_find_linears(unit, own, ladder))
-            on_host = numbers[name] in waiting and linears
-            if not on_host and memory.base == "dtype":
-                continue
+            on_host = bool(linears) and numbers[name] in waiting
             number = host.add() if on_host else 0
             for path, linear in linears.items():
                 parent, _, child = path.rpartition(".")
-                frozen = FrozenLinear(linear, memory.base, host if on_host else None, number)
+                frozen = FrozenLinear(linear, base, host if on_host else None, number)
                 setattr(unit.get_submodule(parent), child, frozen)
+
+
+def find_waiting(ladder: nn.Module, plan: ParallelPlan, host_layers: int) -> set[int]:
+    """Numbers of the layers of this part of a ladder whose matrices wait on the host."""
+    numbers = plan.units_in_order(ladder)
+    here = list(dict.fromkeys(numbers[name] for name in plan.units_of(ladder)))
+    return {here[i] for i in spread(host_layers, len(here))}
+
+
+def find_frozen(model: nn.Module, plan: ParallelPlan) -> dict[str, nn.Linear]:
+    """The linears by name that `hold_frozen` would replace."""
+    return {
+        f"{prefix}{name}.{path}": linear
+        for prefix, ladder, own in plan.ladders(model)
+        for name, unit in own.units_of(ladder).items()
+        for path, linear in _find_linears(unit, own, ladder)
+    }
 
 
 def spread(count: int, layers: int) -> list[int]:
@@ -132,7 +153,7 @@ def spread(count: int, layers: int) -> list[int]:
 
 def check_frozen(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, tp: int) -> None:
     """Raise ValueError for what cannot be held so. model: whole; tp: ranks of tensor parallelism."""
-    if memory.base == "dtype" and not memory.host_layers:
+    if not memory.holds_frozen:
         return
     asked = {"base": memory.base, "host_layers": memory.host_layers}
     said = " and ".join(f"{name}={value!r}" for name, value in asked.items() if value not in ("dtype", 0))
@@ -144,11 +165,7 @@ def check_frozen(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, tp:
     layers = len(set(plan.units_in_order(model).values()))
     if memory.host_layers > layers:
         raise ValueError(f"host_layers={memory.host_layers}: the model has {layers} layers, so it can be 0 … {layers}")
-    if not any(
-        any(_find_linears(unit, own, ladder))
-        for _, ladder, own in plan.ladders(model)
-        for unit in own.units_of(ladder).values()
-    ):
+    if not find_frozen(model, plan):
         raise ValueError(
             f"{said} is for matrices that are not trained, and in the layers of this model all are: train adapters "
             "(LoRA) or a part of the model, or leave it out"
@@ -158,6 +175,11 @@ def check_frozen(model: nn.Module, plan: ParallelPlan, memory: MemoryConfig, tp:
 def frozen_linears(model: nn.Module) -> dict[str, FrozenLinear]:
     """By the name that their weight would have."""
     return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+
+
+def count_frozen(model: nn.Module) -> int:
+    """Bytes of what is held apart, wherever it is."""
+    return sum(x.nbytes for linear in frozen_linears(model).values() for x in linear.tensors)
 
 
 def _find_linears(unit: nn.Module, plan: ParallelPlan, ladder: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

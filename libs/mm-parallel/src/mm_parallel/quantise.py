@@ -66,8 +66,10 @@ def pack(kind: Base, matrix: Tensor) -> tuple[Tensor, ...]:
     raise ValueError(f"base={kind!r}: there are dtype, fp8, int8 and nf4")
 
 
-def unpack(kind: Base, packed: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, pairs: Tensor) -> Tensor:
-    """The matrix, out x in, in this dtype. pairs: see `find_pairs`, on the device of what is packed."""
+def unpack(
+    kind: Base, packed: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, pairs: Tensor | None = None
+) -> Tensor:
+    """The matrix, out x in, in this dtype. pairs: for nf4, see `find_pairs`, on the device of what is packed."""
     if kind == "dtype":
         return packed[0].to(dtype)
     codes, scale = packed

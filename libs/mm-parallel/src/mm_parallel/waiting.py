@@ -72,7 +72,7 @@ class HostLayers:
     @property
     def largest(self) -> int:
         """Bytes of each of the two buffers."""
-        return max((sum(map(_padded, unit)) for unit in self.units), default=0)
+        return max((sum(padded(x.nbytes) for x in unit) for unit in self.units), default=0)
 
     def fetch(self, unit: int, device: torch.device, again: bool = False) -> tuple[Tensor, ...]:
         """A unit's tensors on the device, and the start of the way for the next. They are to be used at once.
@@ -104,7 +104,7 @@ class HostLayers:
         for source in sources:
             part = flat[start : start + source.nbytes]
             parts.append(part.view(source.dtype).view(source.shape))
-            start += _padded(source)
+            start += padded(source.nbytes)
         module = torch.get_device_module(device)
         if self._side is None:
             self._side = module.Stream()
@@ -120,7 +120,7 @@ class HostLayers:
 
     def _pin(self, x: Tensor) -> Tensor:
         """A copy in the host's memory, which an accelerator reads by itself."""
-        size = _padded(x)
+        size = padded(x.nbytes)
         if self._piece is None or self._used + size > self._piece.numel():
             pinned = torch.accelerator.is_available()
             room = max(size, _PIECE) if pinned else size
@@ -131,5 +131,6 @@ class HostLayers:
         return part
 
 
-def _padded(x: Tensor) -> int:
-    return -(-x.nbytes // _ALIGNED) * _ALIGNED
+def padded(size: int) -> int:
+    """Bytes that a tensor of this size takes in a buffer."""
+    return -(-size // _ALIGNED) * _ALIGNED

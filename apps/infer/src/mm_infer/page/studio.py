@@ -195,12 +195,23 @@ def command(record: Mapping[str, Any], output: Path) -> str:
     if "mm_infer" not in record:
         raise ValueError("mm_infer has not made this one: it has no command")
     usual = {field.name: field.default for field in fields(Config)}
-    words = ["python", "-m", "mm_infer"]
+    flags: list[list[str]] = []
     for name, value in record.items():
         if name not in usual or value is None or value == usual[name]:
             continue
-        words += _flag(name, [_path(one) for one in value] if name == "references" else _path(value))
-    return shlex.join([*words, *_flag("output", str(output))])
+        flags += [_flag(name, [_path(one) for one in value] if name == "references" else _path(value))]
+    return _in_lines(["python -m mm_infer", *map(shlex.join, [*flags, _flag("output", str(output))])])
+
+
+def _in_lines(parts: list[str], width: int = 76) -> str:
+    """The parts of a command in lines that a shell puts together."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) < width:
+            lines[-1] += f" {part}"
+        else:
+            lines.append(f"    {part}")
+    return " \\\n".join(lines)
 
 
 def _path(value: Any) -> Any:

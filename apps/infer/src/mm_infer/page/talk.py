@@ -82,5 +82,6 @@ def build(gradio: Any, talker: Talker) -> Any:
         how = [message, chatbot, turns, most, temperature, seed, boxes]
         one = {"concurrency_limit": 1, "concurrency_id": "model", **private}
         message.submit(answer, how, [message, chatbot, turns, error], show_progress_on=chatbot, **one)
+        chatbot.clear(lambda: ((), ""), None, [turns, error], queue=False, **private)
         new.click(lambda: (None, [], (), ""), None, [message, chatbot, turns, error], queue=False, **private)
     return blocks

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from mm_convert.cli.arguments import options_of
 from mm_convert.cli.values import kinds_of, read_text
 from mm_infer.config import Options
+from mm_infer.loras import read_loras
 from mm_infer.page.studio import Made, Stopped, Studio, difference
 from mm_models.diffusion.samplers import fitting
 
@@ -32,12 +33,15 @@ SHOWN = (
     ("seed", "strength", "control_scale"),
 )
 """Rows of the form; all other options stand below, closed."""
+FOLLOWING = {"height": {"image", "video"}, "width": {"image", "video"}, "frames": {"video"}}
+"""Options that follow what the video is made from, where they are left open."""
 MOST = 60
 """Videos that are shown at once."""
 CSS = """
-.mm-grid {display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 12px}
+.mm-grid {display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 12px}
 .mm-card {border: 2px solid var(--border-color-primary); border-radius: 8px; padding: 6px; cursor: pointer;
-  background: var(--background-fill-primary); text-align: left; font-size: 13px; color: var(--body-text-color)}
+  background: var(--background-fill-primary); text-align: left; font-size: 13px; font-weight: normal;
+  color: var(--body-text-color)}
 .mm-card:hover, .mm-card:focus {border-color: var(--primary-500)}
 .mm-card video {width: 100%; aspect-ratio: 16/10; object-fit: contain; background: #111; border-radius: 4px}
 .mm-card span {display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap}
@@ -45,8 +49,8 @@ CSS = """
 .mm-video video {width: 100%; max-height: 60vh; min-height: 160px; object-fit: contain; background: #111;
   border-radius: 8px}
 .mm-table {border-collapse: collapse; font-size: 14px; width: 100%}
-.mm-table td, .mm-table th {border-bottom: 1px solid var(--border-color-primary); padding: 4px 8px; text-align: left;
-  vertical-align: top; overflow-wrap: anywhere}
+.mm-table td, .mm-table th {border: 0; border-bottom: 1px solid var(--border-color-primary); padding: 4px 8px;
+  text-align: left; vertical-align: top; overflow-wrap: anywhere}
 .mm-status {padding: 8px 0; min-height: 3em}
 .mm-error {color: var(--error-text-color, #b91c1c)}
 .mm-command textarea {font-family: var(--font-mono); font-size: 13px}
@@ -87,7 +91,8 @@ class _Page:
     def _headline(self) -> str:
         studio, config = self.studio, self.studio.config
         parts = [studio.facts.family.name, str(studio.sampler.device), str(studio.sampler.dtype).removeprefix("torch.")]
-        parts += [f"with {config.lora}"] if config.lora else []
+        loras = read_loras(config.lora, config.lora_strength, config.lora_alpha)
+        parts += [f"with {' and '.join(str(lora.path) for lora in loras)}"] if loras else []
         return (
             f"### {escape(config.weights.resolve().name)}\n{escape(', '.join(parts))} · videos go to `{config.output}`"
         )
@@ -120,7 +125,7 @@ class _Page:
                 with gr.Row():
                     self.go = gr.Button("Make the video", variant="primary", scale=3, elem_id="go")
                     self.stop = gr.Button("Stop", variant="stop", scale=1, elem_id="stop")
-                self.status = gr.HTML(_status("Nothing is made yet."), elem_id="status", min_height=90)
+                self.status = gr.HTML(_status("Nothing is made yet."), elem_id="status", min_height=70)
                 self.result = self._one("result")
 
     def _one(self, id: str) -> dict[str, Any]:
@@ -148,7 +153,7 @@ class _Page:
         return [name for name in known if any(name in task.inputs for task in self.tasks.values())]
 
     def _input(self, name: str, task: str) -> Any:
-        gr, how = self.gr, {"visible": name in self.tasks[task].inputs, "elem_id": f"input-{name}"}
+        gr, how = self.gr, {"visible": name in self.tasks[task].inputs, "elem_id": f"input-{name}", "min_width": 200}
         label = LABELS[name]
         if name in PICTURES:
             picture = gr.Image(label=label, sources=["upload"], height=220, **how)
@@ -179,9 +184,8 @@ class _Page:
             self.options[name] = gr.Checkbox(bool(value), info=option.help, **how)
         else:
             help = None if any(name in row for row in SHOWN) else option.help
-            self.options[name] = gr.Textbox(
-                _typed(value), info=help, placeholder="as usual", max_lines=1, min_width=100, **how
-            )
+            first = {"value": _typed(value), "placeholder": "as usual"} if own else self._first_value(name, task)
+            self.options[name] = gr.Textbox(info=help, max_lines=1, min_width=100, **first, **how)
 
     def _gallery(self) -> None:
         gr = self.gr
@@ -256,9 +260,17 @@ class _Page:
                 shown.append(gr.update())
         return shown
 
+    def _first_value(self, name: str, task: str) -> dict[str, str]:
+        """What the form holds of an option: nothing, where what is given decides."""
+        value = _typed(self.studio.usual(name))
+        decides = FOLLOWING.get(name, set()) & self.tasks[task].inputs
+        if decides and getattr(self.studio.config, name) is None:
+            return {"value": "", "placeholder": f"as given, or {value}"}
+        return {"value": value, "placeholder": "as usual"}
+
     def _begin(self, session: str) -> str:
         self.ended[session] = Event()
-        return _status("Waiting for its turn.")
+        return _status("")
 
     def _stop(self, session: str) -> None:
         if session in self.ended:
@@ -364,7 +376,9 @@ def _typed(value: Any) -> str:
     """As it is typed into the form: `5`, `[4, 3]`."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return "" if value is None else json.dumps(value) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_typed, value))}]"
+    return "" if value is None else str(value)
 
 
 def _is_literal(hint: Any) -> bool:
@@ -426,11 +440,12 @@ def _cards(made: list[Made]) -> str:
         facts = (
             f"{record.get('width')}x{record.get('height')}, {record.get('frames')} frames, seed {record.get('seed')}"
         )
+        title = escape(f"{one.name}: {record.get('prompt')}")
         cards.append(
-            f'<button class="mm-card" data-name="{escape(one.name)}" title="{escape(str(record.get("prompt")))}">'
+            f'<button class="mm-card" data-name="{escape(one.name)}" title="{title}">'
             f'<video src="{_address(one)}" muted loop playsinline preload="metadata" onmouseover="this.play()" '
             f'onmouseout="this.pause()"></video><span>{escape(_short(record.get("prompt")))}</span>'
-            f'<span class="mm-small">{escape(one.name)}: {escape(facts)}</span></button>'
+            f'<span class="mm-small">{escape(facts)}</span></button>'
         )
     more = f"<p>{len(made) - MOST} older ones are in the folder.</p>" if len(made) > MOST else ""
     return f'<div class="mm-grid">{"".join(cards)}</div>{more}'

@@ -17,10 +17,12 @@ from mm_data import Batch
 from mm_models.objective import Objective
 from mm_parallel.device import name_of
 from mm_parallel.devices import recognize
+from mm_parallel.frozen import count_frozen
 from mm_train.config import Config
 from mm_train.estimate.estimate import Estimate, Subject
 from mm_train.estimate.report import gib, to_json
 from mm_train.estimate.workload import Workload, of_batch
+from mm_train.optim import AnyOptimizer
 
 AFTER = 3  # steps: the first make states and choose kernels
 
@@ -66,7 +68,7 @@ class Comparison:
         self,
         row: Mapping[str, float],
         parameters: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AnyOptimizer,
         average: Mapping[str, torch.Tensor],
         last: bool,
     ) -> str:
@@ -82,7 +84,7 @@ class Comparison:
         if self.found is None:
             return f"estimate   skipped ({self.skipped})"
         measured = {
-            "parameters": _bytes(parameters.parameters()),
+            "parameters": _bytes(parameters.parameters()) + count_frozen(parameters),
             "moments": _bytes(x for state in optimizer.state.values() for x in state.values()),
             "average": _bytes(average.values()),
             "memory": round(row["memory_gib"] * 2**30),

@@ -11,16 +11,19 @@ import torch
 
 from mm_models import plan
 from mm_models.families import family_of
-from mm_parallel.config import ParallelConfig
+from mm_parallel.config import MemoryConfig, ParallelConfig
 from mm_parallel.devices import Device
 from mm_parallel.estimate import RankMemory, Units, estimate_memory
 from mm_parallel.estimate.roofline import Clock, StepTime
+from mm_parallel.frozen import find_frozen
 from mm_parallel.recompute import choose_words
 from mm_train.checks import CHECKS, Asked
 from mm_train.config import Config
 from mm_train.estimate.storage import Disk, Encoders, find_disk, find_encoders
 from mm_train.estimate.workload import Samples, Workload, find_samples
 from mm_train.objective import build_objective
+from mm_train.optim import find_matrices
+from mm_train.optimizers import check_optimizer, state_bytes
 from mm_train.start import check_cut, check_stages_train, outline
 
 DAY = 24 * 3600
@@ -55,6 +58,7 @@ class Estimate:
     """Of each pipeline rank; all others are like one of them."""
     encoders: Encoders | None
     disk: Disk
+    optimizer: str
     steps: int
     time: StepTime | None = None
     """Of a step; None where the device is not known."""
@@ -131,6 +135,7 @@ class Subject:
             memory,
             self._encoders,
             self._disk,
+            config.optim.name,
             config.steps,
             time,
         )
@@ -143,7 +148,7 @@ class Subject:
         data_ranks = layout.dp_replicate * layout.dp_shard
         work = work or self.samples.step(config, data_ranks)
         flops = self.cost(work.tensors)[1] * work.micro_batches * data_ranks
-        how = (self._traced(work), layout, config.memory, work.micro_batches, flops)
+        how = (self._traced(work, config.memory), layout, config.memory, work.micro_batches, flops)
         return self.clock(device).time(*how, average=bool(config.optim.ema))
 
     def clock(self, device: Device) -> Clock:
@@ -154,7 +159,8 @@ class Subject:
         return self._clocks[device.name]
 
     def check(self, config: Config, world: int) -> None:
-        """Raise ValueError for a layout that does not fit so many ranks, or the model."""
+        """Raise ValueError for a layout that does not fit so many ranks, or the model, or the optimizer."""
+        check_optimizer(config.optim, world)
         check_cut(self.model, config, world)
 
     def least(self, config: Config, layout: ParallelConfig, device: Device) -> tuple[float, float]:
@@ -163,9 +169,10 @@ class Subject:
         Parameters and moments as if all were shared evenly, and what layers save and compute; nothing else.
         """
         held = self._held + (4 * self._sizes[1] if config.optim.ema else 0)
+        held -= self._frozen if config.memory.holds_frozen else 0
         ranks = layout.dp_shard * layout.ring * layout.ulysses * layout.tp * layout.pp
         work = self.samples.step(config, layout.dp_replicate * layout.dp_shard)
-        units, clock, count = self._traced(work), self.clock(device), work.micro_batches
+        units, clock, count = self._traced(work, config.memory), self.clock(device), work.micro_batches
         names = units.layers[""]
         of = Counter(units.kinds[name] for name in names)
         words = choose_words(config.memory, len(names), list(range(len(names))))
@@ -189,8 +196,18 @@ class Subject:
     @cached_property
     def _held(self) -> int:
         """Bytes of parameters and moments, of the whole model."""
-        parameters = list(self.model.parameters())
-        return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in parameters)
+        states, named = state_bytes(self.config.optim.name, self._matrices), list(self.model.named_parameters())
+        held = sum(p.numel() * p.element_size() for _, p in named)
+        return held + sum(states(name, tuple(p.shape)) for name, p in named if p.requires_grad)
+
+    @cached_property
+    def _matrices(self) -> frozenset[str]:
+        return find_matrices(self.model, self.plan)
+
+    @cached_property
+    def _frozen(self) -> int:
+        """Of these, what may be in fewer bits, and on the host."""
+        return sum(linear.weight.nbytes for linear in find_frozen(self.model, self.plan).values())
 
     @cached_property
     def _sizes(self) -> tuple[int, int]:
@@ -206,7 +223,7 @@ class Subject:
         return find_disk(self.config, self.model, self.samples.bytes)
 
     def _memory(self, config: Config, layout: ParallelConfig, work: Workload) -> tuple[RankMemory, ...]:
-        units = self._traced(work)
+        units = self._traced(work, config.memory)
         return estimate_memory(
             self.model,
             self.plan,
@@ -217,15 +234,17 @@ class Subject:
             micro_batches=work.micro_batches,
             average=bool(config.optim.ema),
             optimizer=config.optim.kernel,
+            moments=state_bytes(config.optim.name, self._matrices),
             units=units,
         )
 
-    def _traced(self, work: Workload) -> Units:
+    def _traced(self, work: Workload, memory: MemoryConfig) -> Units:
         """What has been run of the model on such a micro-batch."""
-        if work.shapes not in self._units:
+        base = memory.base if memory.holds_frozen else None
+        if (work.shapes, base) not in self._units:
             example, losses = work.ask(self.objective)
-            self._units[work.shapes] = Units(self.model, self.plan, self.dtype, example, losses)
-        return self._units[work.shapes]
+            self._units[work.shapes, base] = Units(self.model, self.plan, self.dtype, example, losses, base)
+        return self._units[work.shapes, base]
 
     def _count(self, work: Workload) -> tuple[float, float]:
         """(tokens, FLOPs of training) of the mean micro-batch."""

@@ -72,7 +72,7 @@ def find_samples(config: Config, size: SizeOptions | None = None) -> Samples:
     size = size or SizeOptions()
     if family.chat is not None:
         return _find_packs(config, family, shape, size)
-    if config.data.features is not None and config.data.features.is_dir():
+    if config.data.features is not None and config.data.features.exists():
         return _read_features(config)
     clip, source = _choose_clip(config, family, shape, size)
     task = choose_task(config.model, family, shape, config.objective.task, "--objective.task")
@@ -117,7 +117,9 @@ def _stack(sample: Tensors, count: int) -> dict[str, Tensor]:
 def _read_features(config: Config) -> _Clips:
     path = config.data.features
     dataset = FeatureDataset(path, None)
-    counts = Counter(dataset.buckets)
+    counts: Counter[tuple[int, ...]] = Counter()  # of an epoch
+    for bucket, times in zip(dataset.buckets, dataset.times, strict=True):
+        counts[bucket] += float(times)
     largest = max(counts, key=lambda bucket: int(np.prod(bucket)))
     item = dataset[dataset.buckets.index(largest)]
     rows, _ = dataset.longest_text
@@ -125,7 +127,7 @@ def _read_features(config: Config) -> _Clips:
     sample = {"latents": item["latents"], "text": text, **item["conditions"]}
     sample = {name: torch.empty_like(x, device="meta") for name, x in sample.items()}
     shares = tuple(
-        (count / len(dataset), sample | {"latents": sample["latents"].new_empty(bucket)})
+        (count / counts.total(), sample | {"latents": sample["latents"].new_empty(bucket)})
         for bucket, count in counts.items()
     )
     shapes = f"{len(counts)} shapes, the largest of them" if len(counts) > 1 else "one shape,"

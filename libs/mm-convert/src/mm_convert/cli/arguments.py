@@ -20,7 +20,8 @@ reads `--optim.lr 3e-4`, `--config mine.toml` (the same names, as TOML tables; m
 `--print_config` (`=comments` adds what the fields mean). Later beats earlier: dataclass defaults, files of `defaults`,
 environment variables where the program has them, `--config`, flags. A field without default is required. An unknown
 flag or key, or a value that its field does not take, ends with exit code 2, one line, and the nearest name.
-Lists are written `[1, 2]` or `[[5,5],[5,5]]`, a true bool `--flag` or `--flag true`. None is written `null` on the
+Lists are written `[1, 2]` or `[[5,5],[5,5]]`; of a field with `metadata={"repeated": True}` the flag may also be given
+several times, `--lora a --lora b`. A true bool is `--flag` or `--flag true`. None is written `null` on the
 command line and "null" in TOML, which has no word for it. Text that begins with `--` is written `--flag=--text`.
 What fits a field is said by its type, limits included: see `mm_convert.cli.values`.
 """
@@ -74,6 +75,8 @@ class Option:
     default: Any = REQUIRED
     help: str = ""
     positional: bool = False
+    repeated: bool = False
+    """Whether its flag may be given several times, each with one of its values."""
 
     @property
     def required(self) -> bool:
@@ -144,7 +147,7 @@ def parse_options(
         if words.help:
             _print_help(known, values, prog, description, groups or {})
             sys.exit(0)
-        values |= {name: read_text(shown, text, known[name].hint) for name, (shown, text) in words.given.items()}
+        values |= {name: _read(shown, texts, known[name].hint) for name, (shown, texts) in words.given.items()}
         missing = [name for name in known if values[name] is REQUIRED]
         if missing and words.printing is None:
             said = ", ".join(name if known[name].positional else f"--{name}" for name in missing)
@@ -190,8 +193,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 class _Words(NamedTuple):
     """A command line, not understood yet."""
 
-    given: dict[str, tuple[str, str]]
-    """Name of an option -> what it is called in a message, and the text of its value."""
+    given: dict[str, tuple[str, list[str]]]
+    """Name of an option -> what it is called in a message, and the text of its value, or of several."""
     files: list[str]
     printing: str | None
     """None: nothing is printed; otherwise what follows `--print_config=`."""
@@ -205,7 +208,7 @@ def _split(argv: list[str], known: Mapping[str, Option]) -> _Words:
             raise ValueError(_why_undecoded(word))
     positional = [name for name, option in known.items() if option.positional]
     flags = known.keys() - positional | {"config", "print_config", "help"}
-    given: dict[str, tuple[str, str]] = {}
+    given: dict[str, tuple[str, list[str]]] = {}
     bare: list[str] = []
     files: list[str] = []
     printing, wants_help, words = None, False, list(argv)
@@ -231,10 +234,11 @@ def _split(argv: list[str], known: Mapping[str, Option]) -> _Words:
             if name == "config":
                 files.append(value)
             else:
-                given[name] = (flag, value)
+                before = given[name][1] if name in given and known[name].repeated else []
+                given[name] = (flag, [*before, value])
     if len(bare) > len(positional):
         raise ValueError(f"{bare[len(positional)]!r} belongs to no option: values follow a --flag")
-    given |= {name: (name, word) for name, word in zip(positional, bare, strict=False)}
+    given |= {name: (name, [word]) for name, word in zip(positional, bare, strict=False)}
     return _Words(given, files, printing, wants_help)
 
 
@@ -245,6 +249,14 @@ def _why_undecoded(word: str) -> str:
         return f"{word!r} is not UTF-8 text, as configurations and records are: give it another name"
     encoding = sys.getfilesystemencoding()
     return f"Python reads the command line as {encoding} here, and {text!r} is UTF-8: set PYTHONUTF8=1"
+
+
+def _read(shown: str, texts: list[str], hint: Any) -> Any:
+    """The value that a flag says; of a flag that is given several times, all of them in one list."""
+    read = [read_text(shown, text, hint) for text in texts]
+    if len(read) == 1:
+        return read[0]
+    return [one for value in read for one in (value if isinstance(value, list | tuple) else [value])]
 
 
 def _value(flag: str, words: list[str], option: Option | None) -> str:
@@ -332,8 +344,8 @@ def options_of(cls: type, prefix: str = "") -> Iterator[Option]:
             inside = any(dataclasses.is_dataclass(part) for part in typing.get_args(hint))
             assert not inside, f"{prefix}{field.name}: a table is always there; give it a field that switches it off"
             default = _default(field)
-            positional = field.metadata.get("positional", False)
-            yield Option(prefix + field.name, hint, default, helps.get(field.name, ""), positional)
+            how = {name: field.metadata.get(name, False) for name in ("positional", "repeated")}
+            yield Option(prefix + field.name, hint, default, helps.get(field.name, ""), **how)
 
 
 def _group_docs(cls: type, prefix: str = "") -> dict[str, str]:

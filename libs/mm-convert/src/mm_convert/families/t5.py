@@ -1,8 +1,8 @@
 """Text encoders of the T5 family: UMT5, the text side of Wan and VACE, and mT5, that of Open-Sora-Plan.
 
 UMT5 has position biases in every layer, mT5 in the first alone. Our names are those of transformers' `UMT5EncoderModel`
-and `MT5EncoderModel` (`transformers`); Wan-AI published UMT5 with others (`original`). What Google publishes holds a
-decoder as well, which no prompt needs.
+and `MT5EncoderModel` (`transformers`); Wan-AI published UMT5 with others (`original`), and llama.cpp writes its own
+(`gguf`). What Google publishes holds a decoder as well, which no prompt needs.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from typing import Any
 
 from mm_convert.families.family import Config, Family
 from mm_convert.families.fields import is_count, is_small, settle
-from mm_convert.tensors.rules import Row, Table
+from mm_convert.tensors.rules import GGUF, Row, Table
 
-_T, _O = "encoder.block.{i}.layer.", "blocks.{i}."
+_T, _O, _G = "encoder.block.{i}.layer.", "blocks.{i}.", "enc.blk.{i}."
 _ATTENTION, _FFN = _T + "0.SelfAttention.", _T + "1.DenseReluDense."
 _BIAS = "relative_attention_bias"
 
-# transformers, original, shape; all are weights
+# transformers, original, gguf, shape; all are weights
 _ROWS = [
-    ("shared", "token_embedding", "vocab_size dim"),
+    ("shared", "token_embedding", "token_embd", "vocab_size dim"),
     # layer i
-    (_T + "0.layer_norm", _O + "norm1", "dim"),
-    (_ATTENTION + _BIAS, _O + "pos_embedding.embedding", "buckets num_heads"),
-    (_ATTENTION + "q", _O + "attn.q", "num_heads*head_dim dim"),
-    (_ATTENTION + "k", _O + "attn.k", "num_heads*head_dim dim"),
-    (_ATTENTION + "v", _O + "attn.v", "num_heads*head_dim dim"),
-    (_ATTENTION + "o", _O + "attn.o", "dim num_heads*head_dim"),
-    (_T + "1.layer_norm", _O + "norm2", "dim"),
-    (_FFN + "wi_0", _O + "ffn.gate.0", "ffn_dim dim"),  # the one that is activated
-    (_FFN + "wi_1", _O + "ffn.fc1", "ffn_dim dim"),
-    (_FFN + "wo", _O + "ffn.fc2", "dim ffn_dim"),
+    (_T + "0.layer_norm", _O + "norm1", _G + "attn_norm", "dim"),
+    (_ATTENTION + _BIAS, _O + "pos_embedding.embedding", _G + "attn_rel_b", "buckets num_heads"),
+    (_ATTENTION + "q", _O + "attn.q", _G + "attn_q", "num_heads*head_dim dim"),
+    (_ATTENTION + "k", _O + "attn.k", _G + "attn_k", "num_heads*head_dim dim"),
+    (_ATTENTION + "v", _O + "attn.v", _G + "attn_v", "num_heads*head_dim dim"),
+    (_ATTENTION + "o", _O + "attn.o", _G + "attn_o", "dim num_heads*head_dim"),
+    (_T + "1.layer_norm", _O + "norm2", _G + "ffn_norm", "dim"),
+    (_FFN + "wi_0", _O + "ffn.gate.0", _G + "ffn_gate", "ffn_dim dim"),  # the one that is activated
+    (_FFN + "wi_1", _O + "ffn.fc1", _G + "ffn_up", "ffn_dim dim"),
+    (_FFN + "wo", _O + "ffn.fc2", _G + "ffn_down", "dim ffn_dim"),
     # head
-    ("encoder.final_layer_norm", "norm", "dim"),
+    ("encoder.final_layer_norm", "norm", "enc.output_norm", "dim"),
 ]
 _DECODER = [
     "lm_head",
@@ -51,14 +51,15 @@ _IGNORED = {
 }
 _UMT5_TABLE = Table(
     rows=[
-        Row({"transformers": f"{ours}.weight", "original": f"{theirs}.weight"}, shape) for ours, theirs, shape in _ROWS
+        Row({"transformers": f"{ours}.weight", "original": f"{wan}.weight", GGUF: f"{llama}.weight"}, shape)
+        for ours, wan, llama, shape in _ROWS
     ],
     ignored={"transformers": _IGNORED},
 )
 _MT5_TABLE = Table(
     rows=[
         Row({"transformers": f"{ours.format(i=0) if ours.endswith(_BIAS) else ours}.weight"}, shape)
-        for ours, _, shape in _ROWS
+        for ours, _, _, shape in _ROWS
     ],
     ignored={"transformers": _IGNORED},
 )

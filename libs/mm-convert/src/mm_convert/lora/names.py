@@ -186,7 +186,7 @@ def rename_parameters(family: Family, dialect: str, parameters: Iterable[str]) -
 
 
 def _split(names: list[str], where: str) -> tuple[str, dict[str, dict[str, str]], dict[tuple[str, str], str]]:
-    """The prefix of all names, the parts of each module, and the tensors that are whole differences by module and part."""
+    """The prefix of all names, the parts of each module, and the whole differences by module and part."""
     bare = {name: _WRAPPERS.sub("", name) for name in names}
     prefixes = {next((p for p in PREFIXES if short.startswith(p)), ""): name for name, short in bare.items()}
     if len(prefixes) > 1 and not any(set(prefixes) <= one for one in _ONE_MODEL):

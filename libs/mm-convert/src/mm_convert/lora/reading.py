@@ -31,11 +31,14 @@ def open_lora(
         alpha: where the files do not say it and no loader takes it for the rank. Compared with them where they do.
         rank: compared with the factors.
         family: the one to take where the names fit several alike: Wan is a part of VACE.
-        expert: "high" or "low", of two experts that for which it is wanted.
+        expert: "high" or "low", of two experts that for which it is wanted: of a folder with a file for each, by their
+            names, that one is read.
 
     Raises ValueError, naming up to five modules, for what is no adapter, is not plain LoRA, belongs to no known family,
     is not whole, is for the other expert, or says two things of its rank or alpha.
     """
+    halves = find_halves(Path(path)) if expert else {}
+    path = halves.get(expert, path)
     adapter = find_lora(path, alpha=alpha, rank=rank, family=family)
     if adapter is None:
         raise ValueError(f"{path} holds no LoRA adapter: no tensor in it has the name of a factor (….lora_A.weight)")
@@ -66,17 +69,24 @@ def find_lora(
 
 def find_source(path: Path) -> Source:
     """As `find`; two files of adapters in a folder, for high and for low noise, are refused in words of their own."""
-    files = [] if not path.is_dir() or any(path.glob("*.index.json")) else sorted(path.glob("*.safetensors"))
-    if len(files) == 2:
-        halves = {match[1].lower(): file for file in files for match in HALF.finditer(file.stem)}
-        if set(halves) == {"high", "low"} and all(is_lora(read_file(file)[0]) for file in halves.values()):
-            high, low = halves["high"], halves["low"]
-            raise ValueError(
-                f"{path} holds two adapters, by their names {high.name} for high noise and {low.name} for low noise: "
-                f"name one of them ({high}); or put them into {path / FOLDERS['high']} and {path / FOLDERS['low']}, "
-                f"and name {path} for both"
-            )
+    if halves := find_halves(path):
+        high, low = halves["high"], halves["low"]
+        raise ValueError(
+            f"{path} holds two adapters, by their names {high.name} for high noise and {low.name} for low noise: "
+            f"name one of them ({high}); or put them into {path / FOLDERS['high']} and {path / FOLDERS['low']}, "
+            f"and name {path} for both"
+        )
     return find(path)
+
+
+def find_halves(path: Path) -> dict[str, Path]:
+    """The files of two adapters in a folder, by "high" and "low" in their names; empty where it holds anything else."""
+    files = [] if not path.is_dir() or any(path.glob("*.index.json")) else sorted(path.glob("*.safetensors"))
+    if len(files) != 2:
+        return {}
+    halves = {match[1].lower(): file for file in files for match in HALF.finditer(file.stem)}
+    alike = set(halves) == {"high", "low"} and all(is_lora(read_file(file)[0]) for file in halves.values())
+    return halves if alike else {}
 
 
 def _said_beside(source: Source) -> dict[str, str]:

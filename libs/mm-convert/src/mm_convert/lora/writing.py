@@ -36,8 +36,8 @@ def lora_tensors(adapter: Adapter, to: str) -> tuple[dict[str, LazyTensor], dict
     if adapter.differences and to != "comfyui":
         raise ValueError(
             f"this adapter adds whole differences to {len(adapter.differences)} parameters "
-            f"({join_first(list(adapter.differences))}), which {to} files cannot hold: write it as comfyui, or merge it "
-            "into its base (mm-convert convert BASE TARGET --lora ADAPTER)"
+            f"({join_first(list(adapter.differences))}), which {to} files cannot hold: write it as comfyui, or merge "
+            "it into its base (mm-convert convert BASE TARGET --lora ADAPTER)"
         )
     prefix, dialect, a, b = _SPELLINGS[to]
     theirs = rename(adapter.family, dialect or _in_memory(adapter.family), adapter.modules)

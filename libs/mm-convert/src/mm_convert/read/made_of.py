@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mm_convert.lora.reading import find_halves
 from mm_convert.read.experts import FILE, open_experts
 from mm_convert.read.source import find
 from mm_convert.store.dcp import INDEX
@@ -21,7 +22,7 @@ def weight_files(path: str | Path) -> dict[str, Path]:
     path = Path(path)
     pair = open_experts(path) if path.is_dir() else None
     files: list[Path] = [path / FILE] if pair and (path / FILE).is_file() else []
-    for folder in (pair.high, pair.low) if pair else (path,):
+    for folder in (pair.high, pair.low) if pair else (*find_halves(path).values(),) or (path,):
         source = find(folder)
         files += source.files
         files += [file for file in (source.folder / name for name in _BESIDE) if file.is_file()]

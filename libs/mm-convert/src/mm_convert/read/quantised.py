@@ -148,10 +148,8 @@ def _view(
     where: str,
 ) -> LazyTensor:
     """The weight that codes and scales stand for. Takes a second scale out of the tensors."""
-    try:
-        from mm_convert.tensors.quantised import MX_BLOCK, NV_BLOCK, scale_mxfp8, scale_nvfp4, scale_rows, tiled_shape
-    except ImportError as error:
-        raise ImportError("quantised weights need numpy: pip install numpy") from error
+    # Here, as numpy is wanted for nothing else.
+    from mm_convert.tensors.quantised import MX_BLOCK, NV_BLOCK, scale_mxfp8, scale_nvfp4, scale_rows, tiled_shape
 
     codes = {"int8_tensorwise": "I8", "nvfp4": "U8", "mxfp8": "F8_E4M3"} | {name: kind for kind, name in _FP8.items()}
     scales = {"nvfp4": ("F8_E4M3", "U8"), "mxfp8": ("F8_E8M0", "U8")}.get(format_, ("F32", "F16", "BF16"))

@@ -18,6 +18,7 @@ from functools import cached_property
 from math import prod
 
 LETTERS = ("i", "j")
+GGUF = "gguf"  # the dialect of llama.cpp's files, which are read and not written
 
 
 @dataclass(frozen=True)

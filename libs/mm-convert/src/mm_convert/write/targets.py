@@ -14,6 +14,7 @@ from mm_convert.store import mm
 from mm_convert.store.dcp import write_dcp
 from mm_convert.store.mindspeed import TRACKER, RankFiles, tree_files
 from mm_convert.store.torch_file import SUFFIXES
+from mm_convert.tensors.rules import GGUF
 from mm_convert.tensors.stages import Places, Split, check
 from mm_convert.tensors.views import FP8, Computed, LazyTensor
 from mm_convert.write.destinations import Among, Folder, OneFile
@@ -172,7 +173,7 @@ def _add_folder(
 
 
 def _dialect(family: Family, to: str) -> str:
-    dialects = family.table.dialects
+    dialects = [dialect for dialect in family.table.dialects if dialect != GGUF]
     forms = [mm.FORMAT, *dialects, *(["dcp"] if "mindspeed" in dialects else [])]
     forms += [COMFYUI] if family.comfyui else []
     if to not in forms:

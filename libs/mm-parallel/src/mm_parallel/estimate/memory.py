@@ -25,6 +25,7 @@ from mm_parallel.estimate.flight import Turn, turns
 from mm_parallel.estimate.units import Traces, Units, UnitTrace
 from mm_parallel.estimate.weights import Weight, Weights
 from mm_parallel.fits import check_fits
+from mm_parallel.frozen import spread
 from mm_parallel.pipeline.cut import ranges
 from mm_parallel.plan import ParallelPlan
 from mm_parallel.recompute import choose_inner_words, choose_words
@@ -68,13 +69,17 @@ class RankMemory:
     average: int
     """Of an EMA."""
     gathered: int
-    """At the peak: weights that FSDP has whole, gradients before they are reduced, and buffers of both."""
+    """At the peak: weights that FSDP has whole, gradients before they are reduced, and buffers of both; and the two
+    buffers in which frozen matrices come from the host.
+    """
     saved: int
     """Activations of all units and micro-batches that wait for their backward, when these are most."""
     stream: int
     """Of the same micro-batches, what the stem makes for all layers, what it is called with, and losses; in a pipeline
     also what it sends, and buffers for what it receives.
     """
+    waiting: int
+    """Of `parameters`, frozen matrices that wait on the host (`host_layers`); they are in `host`, too."""
     head: int
     """Logits and loss: most bytes that head, loss and their backward make; 0 before the last stage."""
     transient: int
@@ -102,6 +107,7 @@ def estimate_memory(
     micro_batches: int = 1,
     average: bool = False,
     optimizer: Literal["fused", "foreach"] = "fused",
+    moments: Callable[[str, tuple[int, ...]], int] | None = None,
     losses: Callable[[Tensor], Tensor] | None = None,
     units: Units | None = None,
 ) -> tuple[RankMemory, ...]:
@@ -109,13 +115,14 @@ def estimate_memory(
 
     model: whole, on the meta device, with adapters and `requires_grad`; it is not changed. layout: resolved.
     dtype: of the computation. example, losses: see `Units`. micro_batches: of one data rank in a step. average: whether
-    there is an EMA of what is trained. optimizer: how AdamW is computed. units: of the same model, from another call:
-    what has run there is not run again.
+    there is an EMA of what is trained. optimizer: how AdamW is computed. moments: (name of a parameter, shape of what a
+    rank holds of it) -> bytes of the optimizer's states for it; by default those of AdamW. units: of the same model,
+    from another call: what has run there is not run again.
 
     Raises ValueError for what `parallelize` or `Pipeline` would refuse.
     """
     check_fits(model, plan, layout, memory)
-    units = units or Units(model, plan, dtype, example, losses)
+    units = units or Units(model, plan, dtype, example, losses, memory.base if memory.holds_frozen else None)
     weights = Weights(units, layout, memory.reduce)
     count = len(units.layers[""])
     stages = ranges(layout.stages, count) if layout.pp_layers else [range(count)]
@@ -123,7 +130,10 @@ def estimate_memory(
     for rank in range(layout.pp):
         mine = stages[rank :: layout.pp]
         words = words_of(units, memory, [i for part in mine for i in part], first=rank == 0)
-        of_rank = _Rank(units, layout, memory, weights, mine, words, rank, micro_batches, average, optimizer)
+        waiting = weights.waiting(find_waiting(units, memory, [i for part in mine for i in part], first=rank == 0))
+        of_rank = _Rank(
+            units, layout, memory, weights, mine, words, waiting, rank, micro_batches, average, optimizer, moments
+        )
         found.append(of_rank.measure())
     return tuple(found)
 
@@ -140,6 +150,19 @@ def words_of(units: Units, memory: MemoryConfig, here: list[int], first: bool) -
             continue
         words |= {names[i]: word for i, word in chosen.items()}
     return words
+
+
+def find_waiting(units: Units, memory: MemoryConfig, here: list[int], first: bool) -> list[str]:
+    """The layers of a pipeline rank whose frozen matrices wait on the host, in the order in which they run. here: as
+    for `words_of`.
+    """
+    ladders = {prefix: here if not prefix else range(len(names)) for prefix, names in units.layers.items()}
+    return [
+        units.layers[prefix][own[i]]
+        for prefix, own in ladders.items()
+        if first or not prefix
+        for i in spread(memory.host_layers, len(own))
+    ]
 
 
 class _Moment(NamedTuple):
@@ -167,12 +190,17 @@ class _Rank:
         weights: Weights,
         stages: Sequence[range],
         words: Mapping[str, str],
+        waiting: Sequence[tuple[int, int]],
         rank: int,
         micro_batches: int,
         average: bool,
         optimizer: str,
+        moments: Callable[[str, tuple[int, ...]], int] | None,
     ) -> None:
+        self.states = moments
         self.units, self.layout, self.memory, self.weights = units, layout, memory, weights
+        self.waiting = sum(size for size, _ in waiting)
+        self.buffers = min(2, len(waiting)) * max((size for _, size in waiting), default=0)
         self.words, self.rank, self.count, self.average, self.optimizer = words, rank, micro_batches, average, optimizer
         self.traces: Traces = units.trace(layout, words)
         self.is_first, self.is_last = rank == 0, rank == layout.pp - 1
@@ -208,14 +236,16 @@ class _Rank:
         parameters = sum(weight.bytes(ranks) for weight in self.own)
         trained = [weight for weight in self.own if weight.trained]
         gradients = sum(weight.bytes(ranks) for weight in trained)
-        moments = 2 * gradients + 4 * len(trained)  # and the number of steps, of each
+        moments = sum(map(self._moments_of, trained))
         average = gradients if self.average else 0
         on_host = 0
         if self.memory.offload_params:
             sharded = sum(weight.bytes(ranks) for weight in self.own if weight.group is not None)
             sharded_trained = sum(weight.bytes(ranks) for weight in trained if weight.group is not None)
-            on_host = sharded + (2 + self.average) * sharded_trained
-        fixed = parameters + moments + average - on_host
+            moved = sum(self._moments_of(weight) for weight in trained if weight.group is not None)
+            on_host = sharded + moved + self.average * sharded_trained
+        on_host += self.waiting
+        fixed = parameters + moments + average - on_host + self.buffers
         off = sharded_trained if self.memory.offload_params else 0
         moments_seen = self._moments(gradients - off)
         top = max(moments_seen, key=lambda moment: moment.total)
@@ -229,9 +259,10 @@ class _Rank:
             gradients,
             moments,
             average,
-            top.gathered,
+            top.gathered + self.buffers,
             saved,
             stream,
+            self.waiting,
             head,
             top.transient,
             host + on_host + off,
@@ -240,6 +271,11 @@ class _Rank:
             in_flight,
             tuple(every),
         )
+
+    def _moments_of(self, weight: Weight) -> int:
+        if self.states is None:
+            return 2 * weight.bytes(self.weights.ranks) + 4  # and the number of steps
+        return self.states(weight.name, weight.local(self.weights.ranks))
 
     # What waits
 

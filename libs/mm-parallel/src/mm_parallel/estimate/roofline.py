@@ -8,7 +8,8 @@ constants of a device (`mm_parallel.devices`). The rest is this model:
     a collective    the bytes that leave a rank over the slowest link on their way. Neighbours are in tp, then ulysses,
                     ring, dp; so many as a host has devices share its fast links, and each has a network card
     at one time     FSDP with compute (all but what the first waits for, and the last), reduction with the backward, a
-                    ring with its attention, offload with compute. Ulysses and tensor parallelism with nothing
+                    ring with its attention, offload with compute, layers that come from the host with the forward
+                    and with the backward. Ulysses and tensor parallelism with nothing
     a pipeline      a bubble of (ranks - 1) / virtual stages micro-batches; without bubble a third of it
     the optimizer   its bytes, on each rank's own part
 
@@ -26,7 +27,7 @@ from mm_parallel.config import MemoryConfig, ParallelConfig
 from mm_parallel.devices import Device
 from mm_parallel.estimate.collectives import Traffic, count_traffic
 from mm_parallel.estimate.kernels import Kernel
-from mm_parallel.estimate.memory import words_of
+from mm_parallel.estimate.memory import find_waiting, words_of
 from mm_parallel.estimate.units import Units, UnitTrace
 from mm_parallel.estimate.weights import Weights
 from mm_parallel.mesh import AXES, FLAT
@@ -246,6 +247,11 @@ class Clock:
         links = self._wait(traffic, layout, compute, backward.total * count, len(names))
         waited = sum(link.waited for link in links)
         copied = 2 * count * moved / self.device.host_link
+        comes = [size for size, _ in weights.waiting(find_waiting(units, memory, here, first=rank == 0))]
+        late = sum(  # two layers are there already where a forward, or a backward, begins
+            max(0.0, sum(of) / self.device.host_link - half.total)
+            for of, half in ((comes[2:], forward), (comes[:-2], backward))
+        )
         bytes_of_own = self._optimizer_bytes(units, weights, words, rank, layout, average)
         splits = layout.pp > 1 and layout.schedule == "zero_bubble"
         virtual = len(layout.stages) if layout.pp > 1 else 1
@@ -253,7 +259,7 @@ class Clock:
         return StepTime(
             *compute,
             communication=waited,
-            offload=max(0.0, copied - compute.total),
+            offload=max(0.0, copied - compute.total) + count * late,
             bubble=(layout.pp - 1) / virtual * of_each * (1 / 3 if splits else 1),
             optimizer=bytes_of_own / self._optimizer_rate(memory),
             mfu=0.0,

@@ -25,10 +25,11 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from mm_parallel import context, tensor
 from mm_parallel.attention import KEPT, attention, core
-from mm_parallel.config import MemoryConfig, ParallelConfig
+from mm_parallel.config import Base, MemoryConfig, ParallelConfig
 from mm_parallel.estimate.kernels import Kernel, describe, note_ring
 from mm_parallel.estimate.peak import PeakMemory
 from mm_parallel.estimate.ranks import FullestItems
+from mm_parallel.frozen import hold
 from mm_parallel.meta import MetaMesh, Sent
 from mm_parallel.plan import ParallelPlan
 from mm_parallel.recompute import recompute
@@ -116,6 +117,7 @@ class Units:
     dtype: of the computation; None: as parameters are.
     example: arguments of the model for one micro-batch of one data rank; tensors on the meta device, facts as they are.
     losses: output -> losses of any shape, as the training has them. None: squares of the output in float32.
+    base: what frozen matrices are held in (`mm_parallel.frozen`); None: they are parameters like others.
     """
 
     def __init__(
@@ -125,9 +127,11 @@ class Units:
         dtype: torch.dtype | None,
         example: Mapping[str, Any],
         losses: Losses | None = None,
+        base: Base | None = None,
     ) -> None:
         plan.check(model)
         self.plan, self.dtype, self.example = plan, dtype, example
+        self.base = base
         self.losses = losses or (lambda output: output.float().square())
         self.layers: dict[str, list[str]] = {}
         """Names of the layers of each ladder, by its prefix."""
@@ -212,6 +216,8 @@ class Units:
             return self._twins[way, word]
         twin = copy.deepcopy(self.bones)
         plan = self.plan.on(twin)
+        if self.base is not None:
+            hold(twin, plan, self.base)
         if way.sharded and self.dtype is not None:
             in_fp32 = {p for _, ladder, own in plan.ladders(twin) for p in own.fp32_parameters(ladder).values()}
             for parameter in twin.parameters():

@@ -1,6 +1,7 @@
 """Parameters of a pipeline rank: how many bytes of each it holds, gathers and reduces. Exact, for its fullest rank."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from math import prod
 from typing import NamedTuple
 
@@ -9,7 +10,9 @@ from torch import nn
 
 from mm_parallel.config import ParallelConfig
 from mm_parallel.estimate.units import Units, way_of
+from mm_parallel.frozen import frozen_linears
 from mm_parallel.fsdp import group
+from mm_parallel.waiting import padded
 
 
 class Weight(NamedTuple):
@@ -23,10 +26,16 @@ class Weight(NamedTuple):
     trained: bool
     group: str | None
     """Of FSDP; None: it is replicated."""
+    unit: str = ""
+    """Of a frozen matrix that is held apart: the layer or companion with which it comes from the host."""
+
+    def local(self, ranks: int) -> tuple[int, ...]:
+        """The shape of what one of `ranks` holds: FSDP pads the first dim to a multiple of them."""
+        return (-(-self.shape[0] // ranks), *self.shape[1:]) if self.shape and self.group is not None else self.shape
 
     def bytes(self, ranks: int) -> int:
-        """Of what one of `ranks` holds: FSDP pads the first dim to a multiple of them."""
-        return _part(self.shape, ranks if self.group is not None else 1) * self.held.itemsize
+        """Of the same."""
+        return prod(self.local(ranks)) * self.held.itemsize
 
     def whole(self, ranks: int) -> int:
         """Gathered."""
@@ -64,6 +73,13 @@ class Weights:
             reduced = widest if in_fp32 else narrow
             weight = Weight(name, tuple(p.shape), held[name], gathered, reduced, p.requires_grad, own)
             self.owned[self._owner(name)].append(weight)
+        units_here = [p + unit for p, ladder, own in plan.ladders(twin) for unit in own.units_of(ladder)]
+        for name, linear in frozen_linears(twin).items():
+            unit = next(unit for unit in units_here if name.startswith(f"{unit}."))
+            for part in linear.tensors:
+                of_host = "" if part is linear.pairs else unit
+                like = (name, tuple(part.shape), part.dtype, part.dtype, part.dtype, False, None, of_host)
+                self.owned[self._owner(name)].append(Weight(*like))
 
     def _owner(self, name: str) -> str:
         for layer in set(self.units.kinds.values()):
@@ -77,6 +93,17 @@ class Weights:
     def of(self, owner: str) -> list[Weight]:
         """Of "first", "last", or any layer."""
         return self.owned[self.units.kinds.get(owner, owner)]
+
+    def waiting(self, layers: Iterable[str]) -> list[tuple[int, int]]:
+        """(bytes, bytes of the buffer that it needs) of what comes from the host at one time, of layers that wait."""
+        found = []
+        for layer in layers:
+            sizes: dict[str, list[int]] = defaultdict(list)
+            for weight in self.of(layer):
+                if weight.unit:
+                    sizes[weight.unit].append(weight.bytes(1))
+            found += [(sum(own), sum(map(padded, own))) for own in sizes.values()]
+        return found
 
     def groups(self, owner: str) -> dict[str, list[Weight]]:
         """The same, as FSDP gathers them; without what is replicated."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mm_parallel.estimate.peak import PeakMemory
+from mm_parallel.frozen import count_frozen
 from mm_parallel.grads import finish_gradients
 from mm_parallel.step import forward_backward
 
@@ -40,7 +41,7 @@ def measure_memory(
             optimizer.step()
             optimizer.zero_grad()
     return {
-        "parameters": held(model.parameters()),
+        "parameters": held(model.parameters()) + count_frozen(model),
         "gradients": gradients,
         "moments": moments,
         "peak": min(peaks[1:]),  # a thread of gloo may let a buffer go late, on a busy machine often
