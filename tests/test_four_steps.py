@@ -63,7 +63,7 @@ def command(place: Path, output: Path, *more: str) -> list[str]:
     return [
         *("--model", "wan-tiny", "--weights", "random", "--dtype", "float32", "--architecture", json.dumps(SMALL)),
         *("--data.features", str(place / "features"), "--output", str(output), "--data.workers", "0"),
-        *("--data.global_batch", "2", "--data.micro_batch", "2", "--optim.lr", "1e-2", "--steps", "3"),
+        *("--data.global_batch", "2", "--data.micro_batch", "2", "--optim.lr", "1e-2", "--steps", "2"),
         *more,
     ]
 
@@ -95,7 +95,7 @@ def runs(place):
 @pytest.mark.parametrize(("kind", "exported"), [("full", "weights"), ("lora", "adapter")])
 def test_samples_with_an_adapter_leave_the_training_as_it_was(runs, kind, exported):
     """Bit for bit: losses, and what is exported."""
-    assert len(losses(runs / kind)) == 3
+    assert len(losses(runs / kind)) == 2
     assert losses(runs / kind) == losses(runs / f"{kind}-sampled")
     files = [next((runs / run / exported).glob("*.safetensors")) for run in (kind, f"{kind}-sampled")]
     plain, sampled = map(load_file, files)
@@ -114,7 +114,7 @@ def test_samples_are_what_mm_infer_makes_of_the_exported_weights(runs):
     strength = ("--lora", str(runs / NAME), "--lora_strength", "0.5")
     weights = str(runs / "full-sampled/weights-ema")
     ours = generate(runs, "made", "--weights", weights, *strength)
-    sample = runs / "full-sampled/samples/step-00000003/000.mp4"
+    sample = runs / "full-sampled/samples/step-00000002/000.mp4"
     plain = generate(runs, "without", "--weights", weights, "--steps", "4", "--guidance", "1")
     same, other = (np.abs(frames(sample) - frames(video)).mean() for video in (ours, plain))
     assert same < 0.1 * other, (same, other)  # rounding, which H.264 makes larger in places

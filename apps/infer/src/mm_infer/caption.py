@@ -1,7 +1,5 @@
 """python -m mm_infer.caption clips/ --weights Qwen2.5-VL-7B-Instruct: a caption beside each clip and picture."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,9 +43,7 @@ class Config(Answering):
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 2 for a command that cannot work, 1 if a file got no caption, 130 after Ctrl-C."""
     try:
-        words = list(sys.argv[1:] if argv is None else argv)
-        if words and not words[0].startswith("--"):
-            words = ["--folder", *words]
+        words = name_folder(sys.argv[1:] if argv is None else argv)
         config = parse(Config, words, prog=PROGRAM)
         with exit_code(PROGRAM, 2, ValueError, OSError):
             if said := trained_options(config.lora, config.weights):
@@ -60,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{PROGRAM}: stopped; the same command continues", file=sys.stderr)
         sys.exit(130)
     sys.exit(1 if failed else 0)
+
+
+def name_folder(argv: Sequence[str]) -> list[str]:
+    """The same words; the first one, if it is no flag, is the folder."""
+    return ["--folder", *argv] if argv and not argv[0].startswith("--") else list(argv)
 
 
 def choose(config: Config) -> list[Captioned]:

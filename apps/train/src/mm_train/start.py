@@ -32,6 +32,7 @@ from mm_parallel.weights import allocate, check_names, check_shape, same_kind
 from mm_train.adapter import check_targets, describe_base, open_adapter
 from mm_train.checks import check_space
 from mm_train.config import Config
+from mm_train.optim import find_matrices
 from mm_train.parts import find_rates, tabulate
 
 
@@ -163,6 +164,8 @@ class Built(NamedTuple):
     trained: int
     rates: Mapping[str, float]
     """Of parameters that have a learning rate of their own, by name; of the whole model."""
+    matrices: frozenset[str]
+    """Names of the trained matrices in layers, of the whole model."""
     parts: list[str]
     """A table of the parts: how many parameters each has, how many of them are trained, and at which rate."""
     notes: str = ""
@@ -207,7 +210,7 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
     sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (True, False)]
     check_space(sizes[1], config)
     rates = find_rates(model, config.optim)
-    facts = (*sizes, rates, tabulate(model, rates, config))
+    facts = (*sizes, rates, find_matrices(model, plan(model)), tabulate(model, rates, config))
     source = None
     if config.has_frozen or not continuing:
         adapter = open_adapter(config) if config.lora.weights and not continuing else None
