@@ -113,7 +113,8 @@ def losses(place, weights, *more, model="wan-tiny"):
             ]
         )
     )
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    (metrics,) = output.rglob("metrics.jsonl")  # of an expert, in a folder of its own
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
 
 

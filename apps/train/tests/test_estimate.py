@@ -167,6 +167,7 @@ def test_a_layout_is_a_command_that_gives_it(tmp_path):
         (),
         ("--optim.ema", "0.9", "--memory.recompute", "full", "--dtype", "bfloat16"),
         ("--trained", '["blocks.1.*", "head.*"]', "--optim.kernel", "foreach"),
+        ("--trained", '["blocks.1.*", "head.*"]', "--memory.base", "int8", "--memory.host_layers", "1"),
     ],
 )
 def test_a_run_holds_what_was_estimated(tmp_path, capsys, more):

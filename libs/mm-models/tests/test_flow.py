@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mm_models.diffusion.flow import FlowMatching
+from mm_models.diffusion.flow import FlowMatching, expert_range
 from mm_models.diffusion.objective import blend
 
 
@@ -81,7 +81,7 @@ def test_logit_normal_draws_have_the_quantiles_of_the_formula(mean, std, shift):
 def test_parts_of_two_experts_together_have_the_density_of_the_whole(sampling):
     how = {"shift": 3.0, "sampling": sampling, "logit": (0.3, 1.0)}
     whole = FlowMatching(**how)
-    high, low = (FlowMatching(**how, expert=(name, 0.875)) for name in ("high", "low"))
+    high, low = (FlowMatching(**how, range=expert_range(name, 0.875, 3.0)) for name in ("high", "low"))
     cut = high.index_range[1]
     assert cut == low.index_range[0]
     assert (whole.sigmas >= 0.875).sum() == cut

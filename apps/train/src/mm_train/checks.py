@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -287,6 +288,15 @@ def _rates(asked: Asked) -> str:
     return f"{config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup:,} steps of warmup"
 
 
+def _log(asked: Asked) -> str:
+    project, name = asked.config.log.wandb, asked.config.log.wandb_name
+    if name and not project:
+        raise ValueError(f"--log.wandb_name {name}: give --log.wandb with a project")
+    if project and find_spec("wandb") is None:
+        raise ValueError(f"--log.wandb {project} needs the package wandb: pip install wandb")
+    return f"metrics.jsonl, TensorBoard{f', Weights & Biases: {project}' if project else ''}"
+
+
 def _trained(asked: Asked) -> str:
     """What is trained: patterns, adapters."""
     config = asked.config
@@ -488,6 +498,7 @@ CHECKS: tuple[Check[Asked], ...] = (
     Check("objective", "at once", _objective, after=("model",)),
     Check("learning rate", "at once", _rates),
     Check("optimizer", "at once", lambda asked: check_optimizer(asked.config.optim, asked.world)),
+    Check("log", "at once", _log),
     Check("what is trained", "at once", _trained),
     Check("frozen matrices", "at once", _frozen, after=("what is trained",)),
     Check("adapter", "at once", lambda asked: check_adapter(asked.config), after=("what is trained",)),

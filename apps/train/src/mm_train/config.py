@@ -153,7 +153,7 @@ class ObjectiveConfig:
     """Of flow matching: how timesteps are drawn, before the shift. uniform (the default for Wan); logit_normal:
     sigmoid(mean + std z), more of the middle.
     """
-    logit_mean: float | None = None
+    logit_mean: Annotated[float, ">= -20", "<= 20"] | None = None
     """Of logit_normal; 0 by default. Above 0 is more noise."""
     logit_std: Annotated[float, "> 0"] | None = None
     """Of logit_normal; 1 by default. What others call the scale of the sigmoid."""
@@ -326,6 +326,16 @@ class SampleConfig(AnswerSamples, VideoSamples):
 
 
 @dataclass
+class LogConfig:
+    """Where numbers go besides metrics.jsonl and TensorBoard files."""
+
+    wandb: str = ""
+    """Weights & Biases: a project, or entity/project (pip install wandb). WANDB_MODE=offline writes without network."""
+    wandb_name: str = ""
+    """The run's name there; by default that of the output directory."""
+
+
+@dataclass
 class Config:
     """Train a model of videos, on extracted features or straight from videos; or a model that answers, on conversations
     with images and videos.
@@ -380,6 +390,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     @property
     def patience(self) -> float:

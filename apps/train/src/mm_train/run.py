@@ -46,6 +46,7 @@ from mm_train.settle import describe_known_samples
 from mm_train.speed import Speed
 from mm_train.start import Built, build_model, choose_attention, outline
 from mm_train.step import MicroBatches, seed_dropout
+from mm_train.tracker import Tracker
 from mm_train.validate import Validation
 
 LOG_TPS = "tokens of --log-tps"
@@ -140,6 +141,8 @@ class Run:
         self.progress.contents |= contents
 
         self.metrics = Metrics(config.run_dir, leader=rank == 0, steps=config.steps, start=self.progress.step)
+        if rank == 0 and config.log.wandb:
+            self.metrics.tracker = Tracker(config, self.metrics.say)
         layout = (describe(self.mesh), f"{self.data_ranks} x {micro_batches}")
         said = (found, changed, notes, attention)
         self.metrics.say(summarize(config, self.objective, built, self.data, *said, *layout))
@@ -326,6 +329,8 @@ class Run:
         if self.samples.due(step):
             self.guard.at(f"samples after step {step}", deadline=math.inf)
             self.metrics.say(f"step {step} | {self.samples(self.model, self.average, step)}")
+            if self.metrics.tracker:
+                self.metrics.tracker.send_samples(step)
 
 
 def describe_micro_batches(config: Config, data_ranks: int) -> str:

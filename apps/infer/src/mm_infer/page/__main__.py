@@ -62,6 +62,8 @@ def prepare(argv: Sequence[str] | None, held: ExitStack) -> tuple[Any, Any]:
     if family.chat is not None:
         from mm_infer.page import talk
 
+        if isinstance(given["lora"], list):
+            raise ValueError("lora: questions are answered with one adapter; merge the others into the weights first")
         given = _parse(argv, chat.trained_options(given["lora"], given["weights"]))
         config = _configure(chat.Config, given, f"weights of {family.name} answer questions")
         blocks, css, find = talk.build(gradio, talk.Talker(config)), talk.CSS, lambda name: None

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from mm_convert.cli.arguments import options_of
 from mm_convert.cli.values import kinds_of, read_text
 from mm_infer.config import Options
+from mm_infer.loras import read_loras
 from mm_infer.page.studio import Made, Stopped, Studio, difference
 from mm_models.diffusion.samplers import fitting
 
@@ -90,7 +91,8 @@ class _Page:
     def _headline(self) -> str:
         studio, config = self.studio, self.studio.config
         parts = [studio.facts.family.name, str(studio.sampler.device), str(studio.sampler.dtype).removeprefix("torch.")]
-        parts += [f"with {config.lora}"] if config.lora else []
+        loras = read_loras(config.lora, config.lora_strength, config.lora_alpha)
+        parts += [f"with {' and '.join(str(lora.path) for lora in loras)}"] if loras else []
         return (
             f"### {escape(config.weights.resolve().name)}\n{escape(', '.join(parts))} · videos go to `{config.output}`"
         )

@@ -52,8 +52,8 @@ class FlowMatching:
     patch: int = 1
     """Positions of the latents in a token, so that tokens can be counted."""
     expert: tuple[Literal["high", "low"], float] | None = None
-    """Of two experts, which one is trained, and the noise level at which they part: in place of a range, and right for
-    every shift.
+    """Of two experts, which one is trained, and the noise level at which they part, so that a shift by size cuts the
+    range anew.
     """
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class FlowMatching:
     @property
     def index_range(self) -> tuple[int, int]:
         """Indices to draw from: first, and one past the last."""
-        low, high = expert_range(*self.expert, self.shift) if self.expert else self.range
+        low, high = self.range
         return round(low * POINTS), round(high * POINTS)  # int() would make 289 of 0.29 · 1000
 
     @cached_property
@@ -170,4 +170,5 @@ def _shifted(flow: FlowMatching, tokens: int) -> FlowMatching:
         shift = exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
     else:
         shift = flow.shift * sqrt(tokens / flow.shift_tokens)
-    return replace(flow, shift=shift, shift_by="fixed", shift_tokens=None)
+    part = expert_range(*flow.expert, shift) if flow.expert else flow.range
+    return replace(flow, shift=shift, shift_by="fixed", shift_tokens=None, range=part)

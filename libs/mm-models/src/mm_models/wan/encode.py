@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from mm_models.diffusion.flow import FlowMatching
+from mm_models.diffusion.flow import FlowMatching, expert_range
 from mm_models.diffusion.objective import Diffusion, Pixels, pad_text
 from mm_models.encoders.text import TextEncoder
 from mm_models.wan.config import WanConfig
@@ -151,7 +151,7 @@ def objective(
     """
     flow = FlowMatching(
         shift,
-        range or (0.0, 1.0),
+        range or (expert_range(expert, boundary, shift) if expert else (0.0, 1.0)),
         weighting,
         sampling,
         (logit_mean, logit_std),
