@@ -15,6 +15,7 @@ from mm_convert.cli.values import kinds_of, read_text
 from mm_infer.config import Options
 from mm_infer.page.studio import Made, Stopped, Studio, difference
 from mm_models.diffusion.samplers import fitting
+from mm_models.distilled import describe_distilled
 
 PICTURES = ("image", "last_image")
 LABELS = {
@@ -90,10 +91,13 @@ class _Page:
     def _headline(self) -> str:
         studio, config = self.studio, self.studio.config
         parts = [studio.facts.family.name, str(studio.sampler.device), str(studio.sampler.dtype).removeprefix("torch.")]
-        parts += [f"with {config.lora}"] if config.lora else []
-        return (
-            f"### {escape(config.weights.resolve().name)}\n{escape(', '.join(parts))} · videos go to `{config.output}`"
-        )
+        lines = [f"### {escape(config.weights.resolve().name)}", f"{', '.join(parts)} · videos go to `{config.output}`"]
+        if config.lora:
+            loras = config.lora if isinstance(config.lora, list) else [config.lora]
+            lines.append(f"with {', '.join(f'`{lora}`' for lora in loras)}")
+        if known := studio.facts.distilled:
+            lines.append(escape(describe_distilled(known, vars(config.options))))
+        return "\n".join(line + "  " for line in lines)
 
     def _form(self) -> None:
         gr, config = self.gr, self.studio.config
