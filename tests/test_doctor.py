@@ -12,8 +12,10 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from mm_convert.cli.arguments import parse
 from mm_convert.cli.checks import Finding, find
 from mm_data import FeatureCache, write_video
 from mm_infer import chat
+from mm_infer.__main__ import main as infer_main
 from mm_infer.checks import CHECKS as OF_VIDEOS
 from mm_infer.checks import Asked as AskedVideos
 from mm_infer.config import Config as InferConfig
@@ -37,6 +40,8 @@ from mm_models.lora import LoRAConfig, add_lora
 from mm_models.opensoraplan import testing as opensoraplan_testing
 from mm_models.qwen2_5_vl.testing import write_hub_folder
 from mm_models.wan import testing as wan_testing
+from mm_parallel.testing import spawn
+from mm_train import doctor
 from mm_train.checks import CHECKS, Asked
 from mm_train.objective import build_objective
 from mm_train.recipe import load_config
@@ -494,7 +499,7 @@ MUTATIONS = [
     setting("--recipe", "wan-big", PARSED, told="wan-big"),
     setting("--steps", "many", PARSED),
     setting("--optim.lr", "2", PARSED),
-    setting("--data.global_batch", "7", "layout", told="global batch of 7", ranks=8),
+    setting("--data.global_batch", "7", "layout", told="global[ _]batch (of )?7", ranks=8),
     setting("--data.micro_batch", "5", "layout", told="micro-batches of 5"),
     setting("--optim.warmup", "900000", "learning rate"),
     setting("--optim.min_lr", "0.5", "learning rate"),
@@ -817,7 +822,15 @@ def start(arguments: list[str], *launcher: str, **options) -> subprocess.Complet
     )
 
 
-def test_a_command_prints_each_check_once_and_makes_nothing(shop, tmp_path):
+def start_here(main: Callable[[list[str]], None], arguments: list[str], capsys) -> tuple[object, str]:
+    """Exit code and standard output of a program in this process, where torch is imported."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    return end.value.code, capsys.readouterr().out
+
+
+def test_a_command_prints_each_check_once_and_makes_nothing(shop, tmp_path, capsys, monkeypatch):
     asking = next(one for one in shrunk(shop) if one.program == "mm_train" and one.get("--data.features"))
     asking = asking.set("--output", "new")
     right = start(["-m", "mm_train.doctor", *asking.argv, f"--world={asking.ranks}"], cwd=tmp_path)
@@ -831,24 +844,39 @@ def test_a_command_prints_each_check_once_and_makes_nothing(shop, tmp_path):
     assert max(map(len, lines)) <= 120
     assert list(tmp_path.iterdir()) == []
     wrong = asking.set("--data.features", "gone").set("--optim.warmup", "900000")
-    done = start(["-m", "mm_train.doctor", *wrong.argv, f"--world={asking.ranks}"], cwd=tmp_path)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "✗ data " in done.stdout
-    assert "✗ learning rate" in done.stdout
-    assert "not here: data must hold first" in done.stdout
-    assert "2 fail" in done.stdout.splitlines()[-1]
+    monkeypatch.chdir(tmp_path)
+    code, said = start_here(doctor.main, [*wrong.argv, f"--world={asking.ranks}"], capsys)
+    assert code == 2, said
+    assert "✗ data " in said
+    assert "✗ learning rate" in said
+    assert "not here: data must hold first" in said
+    assert "2 fail" in said.splitlines()[-1]
 
 
-def test_inference_is_looked_at_alike(shop, tmp_path):
-    for program in ("mm_infer", "mm_infer.chat"):
+def test_inference_is_looked_at_alike(shop, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for program, main in (("mm_infer", infer_main), ("mm_infer.chat", chat.main)):
         asking = next(one for one in shrunk(shop) if one.program == program).set("--output", "new")
         done = start(["-m", program, *asking.argv, "--check"], cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         assert " checks hold" in done.stdout
-        done = start(["-m", program, *asking.set("--weights", "gone").argv, "--check"], cwd=tmp_path)
-        assert done.returncode == 2
-        assert re.search("✗ weights .*gone does not exist", done.stdout)
+        code, said = start_here(main, [*asking.set("--weights", "gone").argv, "--check"], capsys)
+        assert code == 2, said
+        assert re.search("✗ weights .*gone does not exist", said)
         assert list(tmp_path.iterdir()) == []
+
+
+def look_on_a_rank(rank: int, world: int, place: Path, argv: list[str]) -> tuple[object, str]:
+    """Exit code and standard output of one of the ranks that torchrun would start."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    os.chdir(place / str(rank))
+    with redirect_stdout(StringIO()) as said:
+        try:
+            doctor.main(argv)
+        except SystemExit as end:
+            return end.code, said.getvalue()
+    raise AssertionError("it has not ended")
 
 
 def test_ranks_that_see_other_files_are_named(shop, tmp_path):
@@ -872,13 +900,12 @@ def test_ranks_that_see_other_files_are_named(shop, tmp_path):
     bytes_ = bytearray(shard.read_bytes())
     bytes_[-8:] = bytes(8)
     shard.write_bytes(bytes_)
-    wrong = start([str(script)], *launcher, cwd=tmp_path)
-    assert wrong.returncode != 0
-    said = " ".join(wrong.stdout.split())
-    assert re.search(r"✗ ranks .*--data.features shards/\S+ is .* on rank 0.* on rank 1", said), wrong.stdout
+    (code, said), (other, _) = spawn(2, look_on_a_rank, tmp_path, argv)
+    assert (code, other) == (2, 2), said
+    assert re.search(r"✗ ranks .*--data.features shards/\S+ is .* on rank 0.* on rank 1", " ".join(said.split())), said
     shutil.rmtree(tmp_path / "1" / "features")
-    gone = start([str(script)], *launcher, cwd=tmp_path)
-    assert re.search(r"✗ data on rank 1 \(\S+\): --data.features", " ".join(gone.stdout.split())), gone.stdout
+    (_, gone), _ = spawn(2, look_on_a_rank, tmp_path, argv)
+    assert re.search(r"✗ data on rank 1 \(\S+\): --data.features", " ".join(gone.split())), gone
 
 
 def write_sparse(path: Path, model: str) -> None:
@@ -907,7 +934,7 @@ finally:
 """
 
 
-def test_the_headers_of_two_experts_of_14b_take_seconds(tmp_path):
+def test_the_headers_of_two_experts_of_14b_take_seconds(tmp_path, capsys, monkeypatch):
     """Under 30 s and 1 GB; 57 GB of weights are looked at by their headers."""
     model = "wan2.2-t2v-a14b"
     for expert in ("high", "low"):
@@ -920,9 +947,10 @@ def test_the_headers_of_two_experts_of_14b_take_seconds(tmp_path):
     assert "✓ tensors           1,095 tensors" in done.stdout, done.stdout + done.stderr
     assert seconds < 30
     assert int(done.stdout.split()[-1]) < 2**30
-    wrong = start(["-m", "mm_train.doctor", *flags, "--expert", "high", "--weights", "W/low_noise_model"], cwd=tmp_path)
-    assert "✗ tensors" in wrong.stdout
-    assert "is the expert for low noise" in " ".join(wrong.stdout.split())
+    monkeypatch.chdir(tmp_path)
+    _, wrong = start_here(doctor.main, [*flags, "--expert", "high", "--weights", "W/low_noise_model"], capsys)
+    assert "✗ tensors" in wrong
+    assert "is the expert for low noise" in " ".join(wrong.split())
 
 
 # --- the libraries

@@ -155,7 +155,9 @@ OTHERS = {
     "a VAE": [f"{side}.layers.{i}.conv1.weight_v" for side in ("encoder", "decoder") for i in range(4)],
     "a language model": [f"transformer.h.{i}.attn.c_attn.weight" for i in range(9)],
     "a transformer of HunyuanVideo or Flux": [f"double_blocks.{i}.img_attn.qkv.weight" for i in range(9)],
-    "a CLIP encoder": [f"visual.transformer.resblocks.{i}.ln_1.weight" for i in range(9)],
+    "a CLIP encoder; take a diffusers repository's image_encoder/": [
+        f"visual.transformer.resblocks.{i}.ln_1.weight" for i in range(9)
+    ],
     "states of an optimizer": [f"blocks.{i}.exp_avg" for i in range(9)],
     r"a\.\* \(1 tensors\), b \(1 tensors\)": ["a.x", "b"],
 }
@@ -172,8 +174,8 @@ def test_what_is_no_model_is_named_for_what_it_is(what, tmp_path, capsys):
     assert end.value.code not in (0, None)
 
 
-@pytest.mark.parametrize("name", ["scaled_fp8", "blocks.0.ffn.0.scale_weight", "blocks.0.ffn.0.weight_scale"])
-def test_scaled_fp8_is_named(name, toys, tmp_path):
+@pytest.mark.parametrize("name", ["blocks.0.ffn.0.weight_scale_inv", "blocks.0.ffn.0.weight_scale_2", "a.scales"])
+def test_fp8_with_other_scales_is_named(name, toys, tmp_path):
     source = toys.write_checkpoint(tmp_path / "a", toys.shapes("original", toys.kinds["t2v"]), dtype="F8_E4M3")
     tensors = tensors_of(source) | {name: filled((1,), 1)}
     with pytest.raises(ValueError, match=rf"is scaled fp8: .*{name}.* dequantise"):
@@ -189,12 +191,6 @@ def test_whole_numbers_are_no_weights(dtype, toys, tmp_path):
     whole = save(tmp_path / "whole.safetensors", tensors)
     with pytest.raises(ValueError, match=f"is quantised: {name} is {dtype}, as are 0 more, and nothing says of what"):
         open_checkpoint(whole)
-
-
-def test_gguf_is_named(tmp_path):
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match="is a GGUF file, of quantised weights"):
-        open_checkpoint(tmp_path / "a.gguf")
 
 
 # --- fp8 is floating point

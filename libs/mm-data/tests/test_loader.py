@@ -153,7 +153,7 @@ def test_repeats_are_exact_in_every_epoch_of_every_bucket(sets, data, global_bat
     assert [make().step(s) for s in range(start, len(steps))] == steps[start:]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 30), st.sampled_from([0.04, 0.3, 1.0, 2.5])), min_size=2, max_size=4),
     st.data(),
@@ -166,7 +166,7 @@ def test_a_set_keeps_its_share_however_few_of_its_samples_a_bucket_has(sets, dat
         return
     buckets = data.draw(st.lists(st.integers(0, 7), min_size=count, max_size=count))
     order = Order(buckets, global_batch, 0, sets=sets)
-    rounds = 20
+    rounds = 10
     seen = Counter(pick.index for s in range(order.batches_before(rounds)) for pick in order.step(s))
     first = 0
     for n, weight in sets:

@@ -53,6 +53,8 @@ class Options:
     "v2v: part of the steps that are made, 1 leaves nothing of the video; default 0.7"
     control_scale: Annotated[float, ">= 0"] | None = None
     "vace: strength of the control; default 1"
+    first_block_cache: Annotated[float, "> 0", "<= 1"] | None = None
+    "skip layers in steps whose first layer changes by less than this share, e.g. 0.05: faster, and another video; by default none is skipped"  # noqa: E501
 
     def __post_init__(self) -> None:
         check_config(self)

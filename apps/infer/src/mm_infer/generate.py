@@ -183,7 +183,8 @@ def run(job: Job, guard: Watchdog, patience: float) -> None:
         write_video(file, result.frames.numpy(), video.options.fps, video.made_with)
         seconds = result.seconds | {"write": time.perf_counter() - start}
         total = {stage: spent + seconds[stage] for stage, spent in total.items()}
-        _say(f"{file}: {sum(seconds.values()):.1f} s, {video.prompt!r}")
+        skipped = f", layers skipped in {result.skipped:.0%} of the model's calls" if result.skipped else ""
+        _say(f"{file}: {sum(seconds.values()):.1f} s, {video.prompt!r}{skipped}")
     stages = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in total.items())
     say_own(f"{len(videos)} video(s) in {sum(total.values()):.1f} s: {stages}")
 

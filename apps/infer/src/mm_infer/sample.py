@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +17,8 @@ from mm_infer.encode import Encoders
 from mm_infer.inputs import Given
 from mm_infer.settle import settle, start_of
 from mm_infer.weights import Weights
+from mm_models.diffusion.experts import Experts
+from mm_models.diffusion.first_block import FirstBlockCache
 from mm_models.diffusion.samplers import fill_template
 from mm_models.diffusion.sampling import denoise, noise, partly_noised
 from mm_models.encoders import to_frames
@@ -36,6 +38,7 @@ class Result:
     frames: Tensor  # F H W 3, uint8 on the CPU
     seconds: dict[str, float]  # by stage: text, inputs, load, denoise, decode
     options: Options  # all of them, with what was left to the defaults
+    skipped: float = 0.0  # share of the model's calls that the first block cache has answered
 
 
 def load(
@@ -181,7 +184,9 @@ class Sampler:
         if options.strength is not None:  # it begins from another video
             latents = partly_noised(conditions["clean"], latents, start, **schedule)
         own = self.family.task(self.config, options.task).options
-        with self._timed(seconds, "denoise"):
+        cache = self._cache(options)
+        models = (self._model.high, self._model.low) if isinstance(self._model, Experts) else (self._model,)
+        with self._timed(seconds, "denoise"), nullcontext() if cache is None else cache.on(*models):
             latents = denoise(
                 self._model,
                 latents,
@@ -196,6 +201,7 @@ class Sampler:
                 start=start,
                 progress=progress,
                 pair=self.pair,
+                cache=cache,
                 **schedule,
             )[:, :, before:]
         if not latents.isfinite().all():
@@ -206,7 +212,7 @@ class Sampler:
         with self._timed(seconds, "decode"):
             nothing = torch.empty(0, options.height, options.width, 3).byte()
             frames = to_frames(self.encoders.codec, latents) if decode else nothing
-        return Result(latents.cpu(), frames, seconds, options)
+        return Result(latents.cpu(), frames, seconds, options, cache.skipped / cache.calls if cache else 0.0)
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """The encodings of prompts, S D each on the CPU, remembered; the text encoder is gone again afterwards."""
@@ -228,6 +234,18 @@ class Sampler:
                 f"{options.height}x{options.width}{more} need {(1, *shape)}"
             )
         return given
+
+    def _cache(self, options: Options) -> FirstBlockCache | None:
+        if options.first_block_cache is None:
+            return None
+        shared = context.Context(self.mesh).groups.get("cp") if self.mesh is not None else None
+
+        def total(sums: Tensor) -> Tensor:
+            if shared is not None:
+                dist.all_reduce(sums, group=shared)
+            return sums
+
+        return FirstBlockCache(options.first_block_cache, total)
 
     def _diagnose(self, told: Mapping[str, Tensor]) -> str:
         """The likely cause of latents that are not finite; told: text and conditions."""

@@ -12,9 +12,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_convert import Checkpoint, expert_of, open_checkpoint, open_experts
+from mm_convert import Adapter, Checkpoint, expert_of, open_checkpoint, open_experts
 from mm_convert.cli.terminal import one_line
 from mm_convert.cli.values import check_fields, check_value
+from mm_convert.lora.base import check_base, describe_content
 from mm_infer.config import Boundary
 from mm_infer.loras import EXPERTS, Lora, read_loras
 from mm_models.distilled import find_distilled, settle_distilled
@@ -134,7 +135,7 @@ class Transformer:
 
     def __init__(self, path: Path, model: str | None, loras: Sequence[Lora] = (), expert: str = "") -> None:
         """expert: "high" or "low", of two. ValueError unless the files hold exactly the tensors of a model."""
-        self.checkpoint = open_checkpoint(path)
+        self.checkpoint, self.expert = open_checkpoint(path), expert
         self.adapters = [(lora, lora.open(expert)) for lora in loras]
         self.family = family_of_weights(self.checkpoint.family)
         self.family.need_video(f"give `python -m mm_infer.chat --weights {path} --prompt …`")
@@ -203,11 +204,22 @@ class Transformer:
                 raise ValueError(
                     f"lora {lora.path} is for {adapter.family.name}, and these weights are {self.family.name}"
                 )
+            for note in self._compare_base(lora.path, adapter):
+                print(one_line(f"{lora.path}: {note}"), file=sys.stderr)
             shapes, whole = ({name: those.meta(name) for name in those} for those in (adapter, adapter.differences))
             try:
                 load_adapters(self._empty(self.config, torch.float32), [Weighted(shapes, adapter.alphas, whole)])
             except ValueError as error:
                 raise ValueError(f"lora {lora.path}: {error}") from error
+
+    def _compare_base(self, path: Path, adapter: Adapter) -> list[str]:
+        """What a person should know where an adapter was trained on other weights. ValueError where that cannot be."""
+        if not adapter.trained_on:
+            return []
+        facts = {"family": self.family.name, "prediction": self.family.video.prediction(self.config)}
+        facts |= {"expert": self.expert} if self.expert else {}
+        facts |= describe_content(self.checkpoint.tensors, adapter.modules)
+        return check_base(adapter.trained_on, facts, f"lora {path}")
 
     def _adapt(self, model: nn.Module) -> None:
         if self.adapters:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ from mm_convert import read_json
 from mm_convert.cli.checks import Check, NotHere, When
 from mm_convert.cli.values import check_config
 from mm_data import Geometry
-from mm_data.annotations import ANNOTATION, find_annotations
+from mm_data.manifest import list_files
+from mm_data.sets import is_sets_file, read_sets
 from mm_models.families import find
 from mm_models.family import Family, Video, later
 from mm_models.folder import check_parts
@@ -37,6 +39,7 @@ from mm_train.config import (
 )
 from mm_train.conversations import find_processor, read_sources
 from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
+from mm_train.optimizers import KINDS, check_optimizer
 from mm_train.resume import find_checkpoint
 from mm_train.settle import describe_known_samples, settle_samples
 
@@ -99,14 +102,14 @@ def check_encoders(video: Video, path: Path | None, folders: Sequence[str], flag
 
 
 def check_manifest(path: Path) -> None:
-    """Raise ValueError unless this is a list of samples, or a folder of lists. No sample is read."""
+    """Raise ValueError unless this is a list of samples, a folder of lists or of clips, or sets. No sample is read."""
     if not path.exists():
         raise ValueError(
-            f"--data.manifest {path} is not a file{_near(path)}: give a data.txt, data.json or .jsonl, or a folder "
-            f"with {ANNOTATION} in it or in its folders"
+            f"--data.manifest {path} is not a file{_near(path)}: give a data.txt, data.json or .jsonl, a folder of "
+            "clips with a .txt beside each, or a sets.toml of these"
         )
     try:
-        find_annotations(path)
+        list_files(path)
     except ValueError as error:
         raise ValueError(f"--data.manifest {error}") from error
 
@@ -221,6 +224,7 @@ def _videos(config: Config) -> str:
         )
     if data.features is not None:
         given = {"encoders": data.encoders is not None, "geometry": data.geometry != Geometry()}
+        given["caption"] = data.caption is not None
         for name in (name for name, given in given.items() if given):
             raise ValueError(f"--data.{name} is for --data.manifest: features were encoded by mm_train.extract")
     elif data.encoders is None and data.manifest.exists():
@@ -230,7 +234,12 @@ def _videos(config: Config) -> str:
         family, shape = architecture(config)
         check_encoders(family.video, data.encoders, family.video.encoders(shape), "--data.encoders")
     for flag, path in (("data.features", data.features), ("validation.features", config.validation.features)):
-        if path is not None and not path.is_dir():
+        if path is not None and is_sets_file(path) and path.is_file():
+            try:
+                read_sets(path, of_features=True)
+            except ValueError as error:
+                raise ValueError(f"--{flag} {error}") from error
+        elif path is not None and not path.is_dir():
             raise ValueError(
                 f"--{flag} {path} is not a directory{_near(path)}; `python -m mm_train.extract --output {path} …` "
                 "writes one"
@@ -246,6 +255,19 @@ def _objective(asked: Asked) -> str:
     if config.objective.boundary is not None and not config.expert:
         raise ValueError(f"--objective.boundary {config.objective.boundary}: it is for --expert high or low")
     options = choose_options(config, asked.family)
+    o = config.objective
+    for name in ("logit_mean", "logit_std"):
+        if getattr(o, name) is not None and o.sampling != "logit_normal":
+            raise ValueError(f"--objective.{name} {getattr(o, name):g} is for --objective.sampling logit_normal")
+    if o.shift_by == "flux" and o.shift is not None:
+        raise ValueError(
+            f"--objective.shift {o.shift:g} with --objective.shift_by flux, which has its own: leave it out"
+        )
+    if (o.shift_tokens is None) == (o.shift_by == "sqrt"):
+        raise ValueError(
+            f"--objective.shift_tokens {o.shift_tokens} with --objective.shift_by {o.shift_by}: sqrt needs it, and "
+            "only it takes it, e.g. 32760 for 81 frames of 480x832 in patches of 4x16x16"
+        )
     return ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
 
 
@@ -264,6 +286,15 @@ def _rates(asked: Asked) -> str:
             "give cosine or linear, or leave it out"
         )
     return f"{config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup:,} steps of warmup"
+
+
+def _log(asked: Asked) -> str:
+    project, name = asked.config.log.wandb, asked.config.log.wandb_name
+    if name and not project:
+        raise ValueError(f"--log.wandb_name {name}: give --log.wandb with a project")
+    if project and find_spec("wandb") is None:
+        raise ValueError(f"--log.wandb {project} needs the package wandb: pip install wandb")
+    return f"metrics.jsonl, TensorBoard{f', Weights & Biases: {project}' if project else ''}"
 
 
 def _trained(asked: Asked) -> str:
@@ -466,6 +497,8 @@ CHECKS: tuple[Check[Asked], ...] = (
     Check("data", "at once", _data, after=("model", "options")),
     Check("objective", "at once", _objective, after=("model",)),
     Check("learning rate", "at once", _rates),
+    Check("optimizer", "at once", lambda asked: check_optimizer(asked.config.optim, asked.world)),
+    Check("log", "at once", _log),
     Check("what is trained", "at once", _trained),
     Check("frozen matrices", "at once", _frozen, after=("what is trained",)),
     Check("adapter", "at once", lambda asked: check_adapter(asked.config), after=("what is trained",)),
@@ -502,8 +535,8 @@ def nearest(path: Path) -> Path:
 
 
 def checkpoint_bytes(trained: int, config: Config) -> int:
-    """What a checkpoint of so many trained parameters takes: float32 weights, two moments, and the average."""
-    return trained * (16 if config.optim.ema else 12)
+    """What a checkpoint of so many trained parameters takes, at most: float32 weights, moments, and the average."""
+    return round(trained * (4 + KINDS[config.optim.name].checkpoint + (4 if config.optim.ema else 0)))
 
 
 def check_space(trained: int, config: Config) -> None:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm_convert import open_experts, read_toml, weight_files
 from mm_convert.cli.arguments import dump
-from mm_data import FeatureDataset, files_below, identify_files, read_manifest
-from mm_data.annotations import find_annotations
+from mm_data import FeatureDataset, files_below, identify_files, list_files, read_manifest
 from mm_parallel.guard import agree
 from mm_parallel.guard.agree import COPY
 from mm_train.config import Config
@@ -54,8 +53,8 @@ def _find_data(config: Config) -> dict[str, Mapping[str, Path]]:
         return find_conversations(config)
     if data.features is not None:
         return {"data.features": FeatureDataset(data.features, None).files}
-    lists = [one.file for one in find_annotations(data.manifest)] if data.manifest.is_dir() else [data.manifest]
-    samples = read_manifest(data.manifest, lambda said: None)
+    lists = list_files(data.manifest)
+    samples = read_manifest(data.manifest, lambda said: None, data.caption)
     files = {str(file): file for file in (*lists, *(file for sample in samples for file in sample.files))}
     return {"data.manifest": files, "data.encoders": encoder_files(data.encoders, family.video.encoders(shape))}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from mm_data import BatchDataset, Captions, FeatureDataset, Order, Step, build_loader
+from mm_data import BatchDataset, Captions, ClipDataset, FeatureDataset, Order, Step, build_loader
 from mm_models.objective import Objective
 from mm_parallel.encoders import ranks_of_sample
 from mm_parallel.mesh import data_rank, size
@@ -27,6 +27,7 @@ from mm_train.conversations import (
     read_sources,
 )
 from mm_train.encode import Encoders
+from mm_train.mixture import describe_sets, tabulate
 from mm_train.objective import architecture, build_objective
 from mm_train.online import encoded_steps, find_clips
 
@@ -53,6 +54,8 @@ class TrainingData:
     """What a person should know before the first step, one line each."""
     refusals: Refusals | None = None
     """Of conversations, those that are not used."""
+    sets: list[dict[str, Any]] = field(default_factory=list)
+    """Of videos, the sets that they are of, as of `describe_sets`."""
 
     def check_same(self, progress: dict[str, Any], config: Config) -> None:
         """Raise ValueError if the samples are no longer those that the checkpoint was trained on."""
@@ -76,14 +79,16 @@ def training_data(config: Config, objective: Objective, mesh: DeviceMesh | None,
 
 def _features(config: Config, mesh: DeviceMesh | None) -> TrainingData:
     features = FeatureDataset(config.data.features, Captions(config.seed, config.data.text_dropout))
+    sets = describe_sets(features.portions, [shape for _, *shape in features.buckets])
     return TrainingData(
         f"--data.features {config.data.features}",
-        _fingerprint(features.ids, features.buckets),
+        _fingerprint(features),
         _describe(features),
         {"data.features": features.files},
         {},
         lambda cursor: _steps(features, config, mesh, cursor),
-        notes=_notes(features, config),
+        notes=[*tabulate(sets, "latents of frames x rows x columns"), *_notes(features, config)],
+        sets=sets,
     )
 
 
@@ -91,7 +96,7 @@ def _clips(config: Config, objective: Objective, mesh: DeviceMesh | None, device
     data, dtype = config.data, getattr(torch, config.dtype)
     family, shape = architecture(config)
     encoders = Encoders(data.encoders, shape, objective.task, "cpu", dtype, data.tiling)
-    clips = find_clips(config, encoders)
+    clips, sets = find_clips(config, encoders)
     group = ranks_of_sample(mesh) if data.share_encoding else None
     captions = sha256(json.dumps(clips.all_captions).encode()).hexdigest()[:16]
     tiling = family.video.choose_tiling(data.tiling, "training")
@@ -101,7 +106,7 @@ def _clips(config: Config, objective: Objective, mesh: DeviceMesh | None, device
 
     return TrainingData(
         f"--data.manifest {data.manifest}",
-        _fingerprint(clips.ids, clips.buckets),
+        _fingerprint(clips),
         _describe(clips),
         {"data.manifest": clips.files, "data.encoders": encoder_files(data.encoders, encoders.folders)},
         {
@@ -110,7 +115,8 @@ def _clips(config: Config, objective: Objective, mesh: DeviceMesh | None, device
         },
         steps,
         steps_at_once=max(1, data.encode_every),
-        notes=_notes(clips, config),
+        notes=[*tabulate(sets, "clips of frames x height x width"), *_notes(clips, config)],
+        sets=sets,
     )
 
 
@@ -143,11 +149,18 @@ def _conversations(config: Config, mesh: DeviceMesh | None) -> TrainingData:
     )
 
 
-def _fingerprint(ids: Sequence[str], buckets: Sequence[Hashable]) -> str:
-    return sha256(json.dumps(list(zip(ids, buckets, strict=True))).encode()).hexdigest()
+def _fingerprint(dataset: FeatureDataset | ClipDataset) -> str:
+    parts: list[Any] = list(zip(dataset.ids, dataset.buckets, strict=True))
+    parts += [(count, str(times)) for count, times in dataset.sets]
+    return sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _describe(dataset: BatchDataset) -> str:
+def _describe(dataset: FeatureDataset | ClipDataset) -> str:
+    if dataset.sets:
+        epoch = float(sum(portion.places for portion in dataset.portions))
+        return (
+            f"{len(dataset.ids):,} samples in {len(set(dataset.buckets))} shapes, shown {epoch:,.0f} times in an epoch"
+        )
     return f"{len(dataset.ids):,} samples in {len(set(dataset.buckets))} shapes"
 
 
@@ -157,12 +170,17 @@ def _notes(dataset: BatchDataset, config: Config) -> list[str]:
     """
     family, shape = architecture(config)
     shapes = [tuple(frames_rows_columns) for _, *frames_rows_columns in dataset.buckets]
-    other = family.video.note_shapes(shape, shapes)
-    return [*_small(dataset, config), *([other] if other else [])]
+    task, stills = family.task(shape, build_objective(config).task), sum(frames == 1 for frames, *_ in shapes)
+    notes = [*_small(dataset, config), family.video.note_shapes(shape, shapes)]
+    if stills and "image" in task.needs:
+        notes.append(f"{stills:,} samples are of one frame, which task {task.name} is given: they teach no movement")
+    return [note for note in notes if note]
 
 
 def _small(dataset: BatchDataset, config: Config) -> list[str]:
-    small = Order(dataset.buckets, config.data.global_batch, config.seed, config.data.small_buckets).small
+    small = Order(
+        dataset.buckets, config.data.global_batch, config.seed, config.data.small_buckets, getattr(dataset, "sets", ())
+    ).small
     return [small.describe("--data.small_buckets ", "--data.global_batch ")] if small else []
 
 
@@ -201,6 +219,13 @@ def check_features(path: Path, config: Config) -> None:
         raise ValueError(
             f"{path}: a text of {longest} has {rows} rows, but the model is asked to read {most}: give "
             f"--architecture with text_tokens of at least {rows}, as prompts are not cut once they are encoded"
+        )
+    task = family.task(shape, objective.task)
+    short = [name for name, bucket in zip(dataset.ids, dataset.buckets, strict=True) if bucket[1] == 1]
+    if short and task.least_frames > 1:
+        raise ValueError(
+            f"{path}: {len(short):,} of {len(dataset):,} samples, e.g. {short[0]}, are of one frame, and task "
+            f"{task.name} needs {task.least_frames}: extract again with --task {task.name}, which leaves them out"
         )
     if misfit := conditioning.find_misfit(item["conditions"]):
         raise ValueError(f"{path} {misfit}: extract again with --task {objective.task}")

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_data import Clip, Geometry
+from mm_data import Clip, Geometry, Selection
 from mm_models.diffusion.objective import Pixels
 from mm_models.families import family_of
-from mm_models.family import AskedTiling
+from mm_models.family import AskedTiling, Task
+from mm_train.ranks import say
 
 
 class Encoders:
@@ -67,7 +68,7 @@ class Encoders:
 
     def fit_geometry(self, geometry: Geometry) -> Geometry:
         """See `fit_geometry`."""
-        return fit_geometry(geometry, self.multiples)
+        return fit_geometry(geometry, self.multiples, self.task)
 
     @torch.no_grad()
     def encode(self, clips: Sequence[Clip]) -> list[dict[str, Tensor]]:
@@ -111,16 +112,30 @@ class Encoders:
         return torch.stack(list(tensors)).to(self.codec.device)
 
 
-def fit_geometry(geometry: Geometry, multiples: tuple[int, int, int]) -> Geometry:
-    """The geometry with strides that leave whole tokens. Raises ValueError where its size or length does not.
+def fit_geometry(geometry: Geometry, multiples: tuple[int, int, int], task: Task) -> Geometry:
+    """The geometry with strides that leave whole tokens, and as many frames as the task needs. Raises ValueError where
+    its size or length does not.
 
     multiples: frames per latent frame, rows and columns of pixels per token.
     """
     frames, *sides = multiples
+    least = max(geometry.least_frames, task.least_frames)
+    if geometry.num_frames < task.least_frames:
+        raise ValueError(
+            f"num_frames={geometry.num_frames}: task {task.name} needs clips of at least {task.least_frames} frames"
+        )
     try:
-        return replace(geometry, stride=lcm(geometry.stride, *sides), time_stride=lcm(geometry.time_stride, frames))
+        strides = {"stride": lcm(geometry.stride, *sides), "time_stride": lcm(geometry.time_stride, frames)}
+        return replace(geometry, **strides, least_frames=least)
     except ValueError as error:
         raise ValueError(
             f"{error} (the VAE packs {frames} frames after the first; a token takes {'x'.join(map(str, sides))} "
             f"pixels, so sizes are multiples of {lcm(*sides)})"
         ) from None
+
+
+def tell_short(selection: Selection, task: Task) -> None:
+    """Say why a task has left clips out, where it was the task."""
+    if task.least_frames > 1 and selection.counts.get("too_short"):
+        least = f"task {task.name} needs clips of at least {task.least_frames} frames"
+        say(f"{least}: pictures and shorter ones are left out")

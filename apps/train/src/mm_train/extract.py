@@ -28,11 +28,14 @@ from mm_train.recipe import find_recipe
 @dataclass
 class Data:
     manifest: Path
-    """data.txt, data.json or .jsonl in the format of MindSpeed-MM, or a folder with annotation.json in it or in its
-    folders.
+    """A folder of clips and pictures with a .txt beside each; data.txt, data.json or .jsonl in the format of
+    MindSpeed-MM, or a folder with annotation.json in it or in its folders; or a TOML of sets of these, with repeats,
+    weights, sizes.
     """
     workers: Annotated[int, ">= 0", "<= 256"] = 2
     """Decoding processes per rank."""
+    caption: str | None = None
+    """What stands for the caption of a sample that has none; empty text is the empty prompt."""
 
 
 @dataclass

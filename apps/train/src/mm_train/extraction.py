@@ -28,8 +28,10 @@ from mm_data import (
     Clip,
     Failure,
     FeatureCache,
+    FeatureDataset,
     Geometry,
     Sample,
+    Selection,
     VideoDataset,
     check_samples,
     decode,
@@ -40,6 +42,8 @@ from mm_data import (
 )
 from mm_data.clips import survey
 from mm_data.files import shorten
+from mm_data.layout import geometry_of
+from mm_data.sets import portions_of
 from mm_models import preset
 from mm_models.families import find
 from mm_models.family import ClipSize
@@ -48,8 +52,9 @@ from mm_parallel.guard import Watchdog, agree, join
 from mm_parallel.guard.agree import COPY
 from mm_train.command import prepare_output
 from mm_train.contents import check_ranks, encoder_files
-from mm_train.encode import Encoders
+from mm_train.encode import Encoders, tell_short
 from mm_train.extract import ExtractConfig
+from mm_train.mixture import count_sets, describe_sets, tabulate, write_sets
 from mm_train.ranks import broadcast, describe_missing, map_over_ranks, say
 
 LOOKED_AT = 32  # samples whose files say how large features are
@@ -77,13 +82,12 @@ def _encode_share(config: ExtractConfig, guard: Watchdog) -> Callable[[], int]:
         # Leave the workers their cores: the threads of one operation spin while one of them waits for a core.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world - config.data.workers))
     agree(dump(config), "the configuration")
-    listed = read_manifest(config.data.manifest, say)
+    listed = read_manifest(config.data.manifest, say, config.data.caption)
     dtype, task = getattr(torch, config.dtype), config.chosen_task
     encoders = Encoders(config.encoders, preset(config.model), task, device, dtype, config.tiling)
     samples = for_task(listed, controls=encoders.task.reads_control)
-    agree(
-        {sample.id: (sample.captions, sample.cut) for sample in samples}, "the samples of --data.manifest", None, COPY
-    )
+    asked = {sample.id: (sample.captions, sample.cut, sample.size, _describe_set(sample)) for sample in samples}
+    agree(asked, "the samples of --data.manifest", None, COPY)
     files = identify_files(encoder_files(config.encoders, encoders.folders))
     check_ranks({"encoders": files})
     unread = sum(a != b for a, b in zip(listed, samples, strict=True))
@@ -91,6 +95,7 @@ def _encode_share(config: ExtractConfig, guard: Watchdog) -> Callable[[], int]:
         say(f"{task} uses no sources, masks or references: {unread} samples have them")
     geometry = encoders.fit_geometry(config.geometry)
     selection = select(samples, geometry, map_over_ranks(samples, partial(check_samples, geometry=geometry)))
+    tell_short(selection, encoders.task)
 
     with FeatureCache(config.output) as cache:
         identified = _identify(selection.kept, cache, rank == 0, world)
@@ -98,6 +103,8 @@ def _encode_share(config: ExtractConfig, guard: Watchdog) -> Callable[[], int]:
         if rank == 0:
             for name, what in ((config.data.manifest, selection), (config.output, todo)):
                 print(f"{one_line(name)}: {what}", file=sys.stderr, flush=True)
+            for row in _tabulate_asked(selection):
+                print(one_line(row), file=sys.stderr, flush=True)
             if not cache.has_empty_text(encoders.identity):
                 cache.put_empty_text(encoders.empty_text, encoders.identity, files)
         broadcast(lambda: check_room(config, todo.to_encode, geometry))
@@ -126,6 +133,13 @@ def _encode_share(config: ExtractConfig, guard: Watchdog) -> Callable[[], int]:
             print(one_line(f"note: {note}: {many}: {advice}"), file=sys.stderr)
         if not found:
             raise ValueError(f"not one sample of {config.data.manifest} could be used{why}")
+        features = FeatureDataset(config.output, None)
+        there = set(features.ids)
+        left_out = count_sets((sample, None) for sample in samples if sample.id not in there)
+        sets = describe_sets(features.portions, [shape for _, *shape in features.buckets], left_out)
+        write_sets(config.output, sets)
+        for row in tabulate(sets, "latents of frames x rows x columns"):
+            print(one_line(row), file=sys.stderr)
         return missing
 
     return publish if rank == 0 else lambda: 0
@@ -151,6 +165,24 @@ def check_room(config: ExtractConfig, samples: Sequence[Sample], geometry: Geome
             f"at), and {config.output} has {free / 2**30:,.1f} GiB free: free some, give another --output or a "
             "smaller --geometry, or encode while training (--data.manifest of mm_train)"
         )
+
+
+def _describe_set(sample: Sample) -> tuple[str, ...]:
+    """What its set asks for besides; the same on all hosts, which may have it at other paths."""
+    one = sample.set
+    return () if one is None else (one.name, str(one.repeats), str(one.weight), str(one.frames))
+
+
+def _tabulate_asked(selection: Selection) -> list[str]:
+    """The sets of a file of sets, before anything is decoded: with the largest clip that each sample may become."""
+    if not any(sample.set for sample in selection.kept):
+        return []
+    asked = [geometry_of(sample, selection.geometry) for sample in selection.kept]
+    shapes = [(one.num_frames, one.max_height, one.max_width) for one in asked]
+    portions = portions_of(sample.set for sample in selection.kept)
+    return tabulate(
+        describe_sets(portions, shapes, count_sets(selection.dropped)), "clips of at most frames x height x width"
+    )
 
 
 def batches(dataset: VideoDataset, indices: Sequence[int], config: ExtractConfig, on_failure) -> Iterator[list[Clip]]:

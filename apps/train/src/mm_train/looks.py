@@ -5,6 +5,7 @@ Each says what it found; lines behind the first are notes. Nothing is written.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from mm_data.clips import survey
 from mm_data.conversation_dataset import ConversationDataset
 from mm_data.conversations import Conversations, Ledger, find_missing, read_conversations
 from mm_data.random import generator
+from mm_data.sets import portions_of
 from mm_models.encoders.text import open_tokenizer
 from mm_models.families import family_of
 from mm_parallel.device import bf16_ok, max_device_memory, name_of
@@ -61,7 +63,8 @@ def check_tensors(asked: Asked) -> str:
     source.check_open(asked.model)
     if source.file is None:
         return NotHere("fresh weights are drawn (--weights random)")
-    notes = [*source.file.notes, *([said.strip()] if (said := source.describe()) else [])]
+    said = source.describe().strip()
+    notes = [*(note for note in source.file.notes if note not in said), *([said] if said else [])]
     return "\n".join([describe_file(source.file), *notes])
 
 
@@ -155,6 +158,12 @@ def check_validation(asked: Asked) -> str:
             f"\n--validation.features {path} and --data.features {config.data.features} were made by other encoders, "
             "with other tiles of the VAE, or for another task: their losses do not compare"
         )
+    known = set(trained.contents) - {None}
+    if twice := [name for name, content in zip(held_out.ids, held_out.contents, strict=True) if content in known]:
+        said += (
+            f"\n{len(twice):,} of the samples of --validation.features {path}, e.g. {twice[0]}, are of files that are "
+            "trained, perhaps in another size or cut: their loss is not that of what is held out"
+        )
     return said
 
 
@@ -201,8 +210,10 @@ def _try_clips(asked: Asked) -> str:
     flag, heard = f"--data.manifest {config.data.manifest}", []
     multiples = video.multiples(asked.shape, config.data.encoders)
     task = asked.family.task(asked.shape, build_objective(config).task)
-    listed = for_task(read_manifest(config.data.manifest, heard.append), controls=task.reads_control)
-    geometry = fit_geometry(config.data.geometry, multiples)
+    listed = for_task(
+        read_manifest(config.data.manifest, heard.append, config.data.caption), controls=task.reads_control
+    )
+    geometry = fit_geometry(config.data.geometry, multiples, task)
     some = [listed[index] for index in _spread(len(listed), LOOKED_AT)]
     selection = select(some, geometry)
     shapes = survey(selection.kept, geometry)
@@ -297,23 +308,25 @@ def check_batches(asked: Asked) -> str:
     config = asked.config
     each = config.data.global_batch
     if config.data.features is not None:
-        buckets = FeatureDataset(config.data.features).buckets
-        small = Order(buckets, each, config.seed, config.data.small_buckets).small
-        note = f"\n{small.describe('--data.small_buckets ', '--data.global_batch ')}" if small else ""
-        return (
-            f"{len(buckets):,} samples, {each} a step: an epoch is about {max(1, len(buckets) // each):,} steps{note}"
-        )
+        features = FeatureDataset(config.data.features)
+        small = Order(features.buckets, each, config.seed, config.data.small_buckets, features.sets).small
+        notes = [small.describe("--data.small_buckets ", "--data.global_batch ")] if small else []
+        epoch = math.floor(sum(one.places for one in features.portions))
+        said = f"{len(features):,} samples, {each} a step: an epoch is about {max(1, epoch // each):,} steps"
+        return "\n".join([said, *notes])
     if config.data.manifest is not None:
-        count = len(read_manifest(config.data.manifest, lambda said: None))
+        listed = read_manifest(config.data.manifest, lambda said: None, config.data.caption)
+        count, epoch = len(listed), sum(one.places for one in portions_of(sample.set for sample in listed))
     else:
         sources = read_sources(config.data.conversations, "--data.conversations")
-        count = len(read_conversations(sources, config.data.media, boxes=config.data.boxes))
+        count = epoch = len(read_conversations(sources, config.data.media, boxes=config.data.boxes))
     few = (
         f"\nthey are fewer than a step takes ({each}): samples are shown several times in a step"
         if count < each
         else ""
     )
-    return f"{count:,} samples are listed, {each} a step: an epoch is about {max(1, count // each):,} steps{few}"
+    steps = max(1, math.floor(epoch) // each)
+    return f"{count:,} samples are listed, {each} a step: an epoch is about {steps:,} steps{few}"
 
 
 def check_disk(asked: Asked) -> str:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,16 +32,21 @@ from mm_data import (
 )
 from mm_parallel.encoders import interleave, share_encoding
 from mm_train.config import Config
-from mm_train.encode import Encoders
+from mm_train.encode import Encoders, tell_short
+from mm_train.mixture import count_sets, describe_sets
 from mm_train.ranks import describe_missing, map_over_ranks, say
 
 
-def find_clips(config: Config, encoders: Encoders) -> ClipDataset:
-    """The samples that an extraction would use, as far as that shows without decoding them; the others are reported."""
+def find_clips(config: Config, encoders: Encoders) -> tuple[ClipDataset, list[dict[str, Any]]]:
+    """The samples that an extraction would use, as far as that shows without decoding them; the others are reported.
+    And their sets, as of `describe_sets`.
+    """
     manifest = config.data.manifest
-    samples = for_task(read_manifest(manifest, say), controls=encoders.task.reads_control)
+    listed = read_manifest(manifest, say, config.data.caption)
+    samples = for_task(listed, controls=encoders.task.reads_control)
     geometry = encoders.fit_geometry(config.data.geometry)
     selection = select(samples, geometry, map_over_ranks(samples, partial(check_samples, geometry=geometry)))
+    tell_short(selection, encoders.task)
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     silent = rank > 0 or not sys.stderr.isatty()
     with tqdm(total=len(selection.kept), unit="clip", desc="looking into videos", disable=silent) as bar:
@@ -60,7 +66,7 @@ def find_clips(config: Config, encoders: Encoders) -> ClipDataset:
         print(f"{one_line(manifest)}: {selection}", file=sys.stderr)
         said = f"{len(dataset)} of {len(samples)} samples of {manifest} can be used{why}"
         print(one_line(said), file=sys.stderr, flush=True)
-    return dataset
+    return dataset, describe_sets(dataset.portions, [shape[:3] for shape in dataset.clip_shapes], count_sets(left_out))
 
 
 def encoded_steps(

@@ -21,6 +21,7 @@ FIXED = (
     "data.small_buckets",
     "data.too_long",
     "data.chat",
+    "optim.name",
     "objective.task",
     "objective.average",
     "lora.rank",
@@ -60,7 +61,7 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
             f"{config.run_dir} holds a run ({found.name}) and --checkpoint.resume is never: choose another "
             "--output, or delete it"
         )
-    saved, now = _flat(read_toml(found / "config.toml")), _flat(tomllib.loads(dump(config)))
+    saved, now = flat(read_toml(found / "config.toml")), flat(tomllib.loads(dump(config)))
     changed = {key: (saved.get(key), now.get(key)) for key in saved | now if saved.get(key) != now.get(key)}
     # What is trained means nothing without the rest that it was trained beside.
     fixed = (*FIXED, "weights") if config.has_frozen else FIXED
@@ -95,8 +96,8 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     rows = {}
     for key, value in table.items():
-        rows |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return rows

@@ -287,8 +287,8 @@ class FeatureCache:
         for sample_id in chosen if todo else sorted(chosen):
             if chosen[sample_id] in self._entries:
                 lines.append({"id": sample_id, **self._locate(chosen[sample_id])})
-        if todo and todo.sets:
-            header["sets"] = _describe_sets([todo.sets[line["id"]] for line in lines[1:]])
+        if todo and (sets := todo.sets):
+            header["sets"] = _describe_sets(sets[line["id"]] for line in lines[1:])
         there = {line["id"] for line in lines[1:]}
         failures = self.failures() | ({sample.id: reason for sample, reason in todo.failed} if todo else {})
         missing = {k: v for k, v in failures.items() if k not in there and (todo is None or k in todo)}
@@ -319,7 +319,7 @@ class FeatureCache:
         return {
             "key": key,
             "shard": os.path.relpath(shard, self.path),
-            **{k: v for k, v in meta.items() if k in ("shapes", "captions")},
+            **{k: v for k, v in meta.items() if k in ("shapes", "captions", "sha256")},
         }
 
 

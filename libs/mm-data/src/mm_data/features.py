@@ -18,7 +18,7 @@ from mm_data.batch import Batch, Pick, pad_texts
 from mm_data.cache import FORMAT, check_meta
 from mm_data.captions import OWN, Captions
 from mm_data.files import parse_json, read_lines, shorten, show
-from mm_data.sets import Portion, SampleSet, is_sets_file, mix, prefix_of, read_sets, weights_of
+from mm_data.sets import Portion, SampleSet, is_sets_file, mix, read_sets, weights_of
 from mm_data.shards import Shards, check_shard, read_metadata
 
 
@@ -46,7 +46,9 @@ class FeatureDataset:
 
     `path` is a folder filled by `FeatureCache`, or one that MindSpeed-MM's feature extraction has written; or a file of
     sets (`mm_data.sets`) of such folders. `portions` says how often samples are shown, as the sets say from which the
-    features were made, and those of the file. `dataset[i]` reads a sample from disk. `ids[i]` is unique. `buckets[i]` is the shape C F H W of the latents, known
+    features were made, and those of the file.
+
+    `dataset[i]` reads a sample from disk. `ids[i]` is unique. `buckets[i]` is the shape C F H W of the latents, known
     without reading: all samples of a bucket have the same conditions. `captions` says which text a batch shows; with
     None batches hold no text, and samples need none.
 
@@ -78,6 +80,11 @@ class FeatureDataset:
         return len(self.records)
 
     @property
+    def times(self) -> list[Fraction]:
+        """How often each sample is shown in an epoch."""
+        return [portion.times for portion in self.portions for _ in range(portion.samples)]
+
+    @property
     def sets(self) -> list[tuple[int, Fraction]]:
         """As `mm_data.order` takes them."""
         return weights_of(self.portions)
@@ -106,6 +113,11 @@ class FeatureDataset:
             return {}
         file = self._empty.file
         return check_meta(parse_json(read_metadata(file)[self._empty.key], file), file).get("encoders", {})
+
+    @property
+    def contents(self) -> list[str | None]:
+        """Of every sample, what identifies the file that it was made from; None where the folder does not say it."""
+        return [getattr(record, "content", None) for record in self.records]
 
     def check_files(self) -> None:
         """Raise ValueError, naming it, for a file of tensors that is gone, damaged or cut off, by their headers."""
@@ -163,6 +175,7 @@ class ShardRecord:
     file: Path
     key: str
     shards: Shards = field(repr=False, compare=False)
+    content: str | None = None  # of the file that it was made from, where that is known
 
     def load(self) -> dict[str, Tensor]:
         """The tensors. Raises ValueError, naming the shard, where they are no longer what dataset.jsonl says."""
@@ -188,8 +201,7 @@ def _read_sets(path: Path) -> Found:
     filled, indices = [], []
     for one in read_sets(path, of_features=True):
         own, its_empty, portions, its_indices = _read_folder(one.path)
-        prefix = prefix_of(one, is_folder=True)
-        records += [replace(record, id=f"{prefix}{record.id}") for record in own]
+        records += [replace(record, id=f"{one.prefix}{record.id}") for record in own]
         empty |= {one.path: its_empty} if its_empty else {}
         filled.append((one, portions))
         indices += its_indices
@@ -224,10 +236,10 @@ def _read_portions(said: Any, index: Path, count: int) -> list[Portion]:
             (
                 SampleSet(
                     Path(),
-                    one["name"],
+                    str(one["name"]),
                     number,
-                    Fraction(one["repeats"]),
-                    None if one["weight"] is None else Fraction(one["weight"]),
+                    repeats=Fraction(one["repeats"]),
+                    weight=None if one["weight"] is None else Fraction(one["weight"]),
                 ),
                 [Portion("", int(one["samples"]))],
             )
@@ -280,11 +292,11 @@ def _read_index(path: Path) -> Found:
 def _record(path: Path, line: Any, shards: Shards, where: str, needed: str = "latents") -> ShardRecord:
     """`where` names file and line for messages; `needed`: a tensor that it must have."""
     try:
-        told = [line[name] for name in ("id", "key", "shard")]
+        told = [*(line[name] for name in ("id", "key", "shard")), line.get("sha256", "")]
         shapes = {name: tuple(shape) for name, shape in line["shapes"].items()}
         texts = [name for name in shapes if name.startswith("text.")]
         if not all(isinstance(one, str) for one in told):
-            raise TypeError("id, key and shard must be text")
+            raise TypeError("id, key, shard and sha256 must be text")
         if not all(type(size) is int and size >= 0 for shape in shapes.values() for size in shape):
             raise TypeError("shapes must be whole numbers")
         if needed not in shapes or set(texts) != {f"text.{n}" for n in range(len(texts))}:
@@ -294,7 +306,8 @@ def _record(path: Path, line: Any, shards: Shards, where: str, needed: str = "la
             f"{where}: no sample of a feature store ({type(error).__name__}: {error}); the same extraction again "
             "writes this file anew"
         ) from error
-    return ShardRecord(line["id"], shapes, path / line["shard"], line["key"], shards)
+    content = line.get("sha256")
+    return ShardRecord(line["id"], shapes, path / line["shard"], line["key"], shards, content)
 
 
 def _conditions(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

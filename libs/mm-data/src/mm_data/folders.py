@@ -51,8 +51,8 @@ def read_folder(top: Path, say: Callable[[str], None], caption: str | None = Non
         raise ValueError(_describe_missing(top, without[0].path, len(without), len(found)))
     if without:
         say(
-            f"{top}: {_count(len(without), 'file has', 'files have')} no text beside them, e.g. "
-            f"{without[0].name}: their caption is {caption!r}"
+            f"{top}: {_count(len(without), 'file has', 'files have')} no text, e.g. {without[0].name}: "
+            f"{caption!r} is taken as the caption"
         )
     return [one if one.caption else one._replace(caption=caption) for one in found]
 
@@ -86,12 +86,12 @@ def list_folder(top: Path, say: Callable[[str], None]) -> list[Captioned]:
         folder / name for (folder, stem), names in texts.items() if (folder, stem) not in media for name in names
     ]
     for paths, what in (
-        (orphans, "belong to no clip and no picture"),
-        (hidden, "are hidden by their names and not read"),
-        (others, f"are no clips, pictures or captions, and are not read ({_kinds(others)})"),
+        (orphans, "without a clip or picture of the same name"),
+        (hidden, "hidden by a dot"),
+        (others, f"of other kinds ({_kinds(others)})"),
     ):
         if paths:
-            say(f"{top}: {_count(len(paths), 'file', 'files')}, e.g. {_below(top, paths[0])}, {what}")
+            say(f"{top}: not read: {_count(len(paths), 'file', 'files')} {what}, e.g. {_below(top, paths[0])}")
     return found
 
 
@@ -149,6 +149,6 @@ def _describe_missing(top: Path, first: Path, missing: int, total: int) -> str:
     have = _count(total, "clip or picture has", "clips and pictures have")
     return (
         f"{top}: {missing:,} of {have} no caption, e.g. {_below(top, first)}{hint}write it into "
-        f"{first.stem}{CAPTION} beside it, or say what stands for those that are missing: --data.caption "
-        '"a photo", in a file of sets caption = "a photo"; "" trains on the empty prompt'
+        f"{first.stem}{CAPTION} beside it (`python -m mm_infer.caption {top}` writes all of them), or say what "
+        'stands for them: --data.caption "a photo", in a file of sets caption = "a photo"; "" is the empty prompt'
     )

@@ -35,7 +35,7 @@ from typing import Any
 from mm_data.annotations import ANNOTATION, Annotation, find_annotations, has_lists, read_records
 from mm_data.files import Content, shorten, show
 from mm_data.folders import has_media, read_folder
-from mm_data.sets import SampleSet, is_sets_file, prefix_of, read_sets
+from mm_data.sets import SampleSet, is_sets_file, read_sets
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,9 @@ def read_manifest(path: str | Path, say: Callable[[str], None] = _warn, caption:
     names = _Names()
     for one in read_sets(path):
         said = one.caption if one.caption is not None else caption
-        prefix = prefix_of(one, one.path.is_dir())
         for sample in _add_captions(_read_one(one.path, say, said), said, one.caption_prefix):
             for size in one.sizes or (None,):
-                name = f"{prefix}{sample.id}" + (f"@{size[0]}x{size[1]}" if size and len(one.sizes) > 1 else "")
+                name = f"{one.prefix}{sample.id}" + (f"@{size[0]}x{size[1]}" if size and len(one.sizes) > 1 else "")
                 samples.append(replace(sample, id=names.own(name), set=one, size=size))
     _tell_shared(path, samples, say)
     return samples
@@ -165,11 +164,11 @@ def _tell_shared(path: Path, samples: list[Sample], say: Callable[[str], None]) 
         sets.setdefault((os.path.realpath(sample.path), sample.cut), {}).setdefault(sample.set.number, sample.set.name)
     shared = {file: names for (file, _), names in sets.items() if len(names) > 1}
     if shared:
-        file, names = next(iter(shared.items()))
+        first = shorten(next(iter(shared)), 200)
         most = Counter(" and ".join(names.values()) for names in shared.values()).most_common(1)[0][0]
         say(
-            f"{path}: {len(shared):,} file{'s' * (len(shared) > 1)}, e.g. {shorten(file, 200)}, of several sets (most of "
-            f"{shorten(most, 200)}): each set shows them"
+            f"{path}: {len(shared):,} file{'s are' if len(shared) > 1 else ' is'} in several sets, e.g. {first} "
+            f"(most in {shorten(most, 200)}): each set shows them"
         )
 
 

@@ -19,7 +19,7 @@ share. Where all sets have a weight, an epoch is as many samples as there are. T
 import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from fractions import Fraction
 from itertools import groupby
@@ -38,8 +38,9 @@ class SampleSet:
     """A set as its file says it."""
 
     path: Path
-    name: str  # the path as written
-    number: int = 0  # in the file, from 0: sets may be alike
+    name: str  # the path as written, and where it is there before, which time this is
+    number: int = 0  # in the file, from 0
+    prefix: str = ""  # of the ids of its samples: the folder, or that of the list, as it is written
     repeats: Fraction = Fraction(1)  # how often each of its samples is shown in an epoch
     weight: Fraction | None = None  # or: its share of all that is shown
     sizes: tuple[tuple[int, int], ...] = ()  # (height, width) of its clips, a sample for each; none: as all
@@ -84,7 +85,11 @@ def read_sets(path: Path, *, of_features: bool = False) -> list[SampleSet]:
     listed = tables.get("set")
     if not isinstance(listed, list) or not listed or not all(isinstance(one, dict) for one in listed):
         raise ValueError(f'{path} has no sets: write [[set]], and below it path = "…", for each')
-    sets = [_read_set(table, path, number, of_features) for number, table in enumerate(listed)]
+    sets: list[SampleSet] = []
+    for number, table in enumerate(listed):
+        one = _read_set(table, path, number, of_features)
+        times = 1 + sum(other.path == one.path for other in sets)
+        sets.append(one if times == 1 else replace(one, name=f"{one.name} ({times})"))
     _check_weights(path, sets)
     return sets
 
@@ -92,8 +97,8 @@ def read_sets(path: Path, *, of_features: bool = False) -> list[SampleSet]:
 def mix(sets: Sequence[tuple[SampleSet, Sequence[Portion]]]) -> list[Portion]:
     """The portions of all sets, in order, with how often a sample of each is shown in an epoch of all.
 
-    The portions of a set, where it is made of several, keep their proportions. Sets without samples have no share, which
-    falls to the others.
+    The portions of a set, where it is made of several, keep their proportions. The share of sets without samples falls
+    to the others.
     """
     filled = [(one, portions, sum(portion.places for portion in portions)) for one, portions in sets]
     filled = [(one, portions, places) for one, portions, places in filled if places]
@@ -125,17 +130,10 @@ def portions_of(sets: Iterable[SampleSet | None]) -> list[Portion]:
     return mix(filled)
 
 
-def prefix_of(one: SampleSet, is_folder: bool) -> str:
-    """What the ids of a set's samples begin with: the folder, or that of the list, as it is written."""
-    folder = one.name if is_folder else os.path.dirname(one.name)
-    plain = Path(os.path.normpath(folder)).as_posix() if folder else "."
-    return "" if plain == "." else f"{plain.rstrip('/')}/"
-
-
 def _read_set(table: Mapping[str, Any], file: Path, number: int, of_features: bool) -> SampleSet:
     named = table.get("path")
     where = f"{file}, set {number + 1}" + (f" ({show(named)})" if isinstance(named, str) else "")
-    known = [one.name for one in fields(SampleSet) if one.name not in ("name", "number")]
+    known = [one.name for one in fields(SampleSet) if one.name not in ("name", "number", "prefix")]
     for key in table:
         if key not in known:
             raise ValueError(f"{where}: unknown key {show(key)}{_near(key, known)}; there are {', '.join(known)}")
@@ -166,6 +164,7 @@ def _read_set(table: Mapping[str, Any], file: Path, number: int, of_features: bo
         path=path,
         name=named,
         number=number,
+        prefix=_prefix(named if path.is_dir() else os.path.dirname(named)),
         repeats=repeats or Fraction(1),
         weight=weight,
         sizes=_sizes(table.get("sizes"), where),
@@ -175,6 +174,11 @@ def _read_set(table: Mapping[str, Any], file: Path, number: int, of_features: bo
     )
 
 
+def _prefix(folder: str) -> str:
+    plain = Path(os.path.normpath(folder)).as_posix() if folder else "."
+    return "" if plain == "." else f"{plain.rstrip('/')}/"
+
+
 def _check_weights(path: Path, sets: Sequence[SampleSet]) -> None:
     weights = [one.weight for one in sets if one.weight is not None]
     total = sum(weights, Fraction(0))
@@ -182,8 +186,8 @@ def _check_weights(path: Path, sets: Sequence[SampleSet]) -> None:
     if len(weights) == len(sets) and abs(total - 1) > Fraction(1, 1000):
         even = ", ".join(f"{float(weight / total):.3g}" for weight in weights)
         raise ValueError(
-            f"{path}: all sets have a weight, and {said} is {float(total):g}, not 1: a weight is a share of all that is "
-            f"shown. Give {even}, or leave out the weight of those that are shown whole"
+            f"{path}: all sets have a weight, and {said} is {float(total):g}, not 1: a weight is a share of all that "
+            f"is shown. Give {even}, or leave out the weight of those that are shown whole"
         )
     if len(weights) < len(sets) and total >= 1:
         raise ValueError(
@@ -230,4 +234,5 @@ def _near(key: str, known: Sequence[str]) -> str:
     theirs |= {"frame_buckets": "frames", "trigger_word": "caption_prefix", "default_caption": "caption"}
     theirs |= {"directory": "set", "datasets": "set", "sets": "set"}
     near = [theirs[key]] if theirs.get(key) in known else get_close_matches(key[:80], known, n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
+    order = " (height first)" if near and "resolution" in key else ""  # elsewhere the width is
+    return f", did you mean {near[0]!r}{order}?" if near else ""

@@ -94,7 +94,7 @@ def _memory_rows(found: Estimate, rank: RankMemory) -> Iterator[Row]:
     where = f"{gib(rank.waiting)} of them on the host" if rank.waiting else ""
     yield Row("parameters", gib(rank.parameters), "counted", where)
     yield Row("gradients", gib(rank.gradients), "counted")
-    yield Row("moments", gib(rank.moments), "counted", "of AdamW, float32")
+    yield Row("moments", gib(rank.moments), "counted", f"of {found.optimizer}")
     if rank.average:
         yield Row("average", gib(rank.average), "counted")
     flight = "" if rank.in_flight == 1 else f"of {rank.in_flight} micro-batches"
@@ -168,7 +168,7 @@ def _work_rows(found: Estimate, device: Device | None) -> Iterator[Row]:
         ("waiting for other ranks", time.communication, ""),
         ("waiting for the host", time.offload, ""),
         ("bubble", time.bubble, f"of {found.layout.pp} stages"),
-        ("optimizer", time.optimizer, ""),
+        ("optimizer", time.optimizer, "" if found.optimizer == "adamw" else "as of AdamW"),
     )
     for name, took, note in parts:
         if took:

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm_data import FeatureDataset, Geometry
+from mm_data import FeatureDataset, Geometry, read_sets
+from mm_data.layout import geometry_of_set
+from mm_data.sets import is_sets_file
 from mm_models.families import find
 from mm_models.family import ClipSize, Family, PackSize
 from mm_models.objective import Objective
@@ -72,7 +74,7 @@ def find_samples(config: Config, size: SizeOptions | None = None) -> Samples:
     size = size or SizeOptions()
     if family.chat is not None:
         return _find_packs(config, family, shape, size)
-    if config.data.features is not None and config.data.features.is_dir():
+    if config.data.features is not None and config.data.features.exists():
         return _read_features(config)
     clip, source = _choose_clip(config, family, shape, size)
     task = choose_task(config.model, family, shape, config.objective.task, "--objective.task")
@@ -117,7 +119,9 @@ def _stack(sample: Tensors, count: int) -> dict[str, Tensor]:
 def _read_features(config: Config) -> _Clips:
     path = config.data.features
     dataset = FeatureDataset(path, None)
-    counts = Counter(dataset.buckets)
+    counts: Counter[tuple[int, ...]] = Counter()  # of an epoch
+    for bucket, times in zip(dataset.buckets, dataset.times, strict=True):
+        counts[bucket] += float(times)
     largest = max(counts, key=lambda bucket: int(np.prod(bucket)))
     item = dataset[dataset.buckets.index(largest)]
     rows, _ = dataset.longest_text
@@ -125,7 +129,7 @@ def _read_features(config: Config) -> _Clips:
     sample = {"latents": item["latents"], "text": text, **item["conditions"]}
     sample = {name: torch.empty_like(x, device="meta") for name, x in sample.items()}
     shares = tuple(
-        (count / len(dataset), sample | {"latents": sample["latents"].new_empty(bucket)})
+        (count / counts.total(), sample | {"latents": sample["latents"].new_empty(bucket)})
         for bucket, count in counts.items()
     )
     shapes = f"{len(counts)} shapes, the largest of them" if len(counts) > 1 else "one shape,"
@@ -135,8 +139,13 @@ def _read_features(config: Config) -> _Clips:
 def _choose_clip(config: Config, family: Family, shape: Any, size: SizeOptions) -> tuple[ClipSize, str]:
     """The size of a clip, and who says it."""
     geometry = config.data.geometry
-    if config.data.manifest is not None or geometry != Geometry():
-        clip, source = ClipSize(geometry.num_frames, geometry.max_height, geometry.max_width), "--data.geometry"
+    manifest = config.data.manifest
+    if manifest is not None and is_sets_file(manifest) and manifest.exists():
+        sizes = [(one, size) for one in read_sets(manifest) for size in one.sizes or (None,)]
+        clips = [_largest(geometry_of_set(one, size, geometry)) for one, size in sizes]
+        clip, source = max(clips, key=lambda one: one.frames * one.height * one.width), f"the largest of {manifest}"
+    elif manifest is not None or geometry != Geometry():
+        clip, source = _largest(geometry), "--data.geometry"
     else:
         published = family.video.sized(find(config.model)[1].published, shape)
         clip, source = ClipSize(published.frames, *published.size), "as published"
@@ -145,6 +154,10 @@ def _choose_clip(config: Config, family: Family, shape: Any, size: SizeOptions) 
     if asked:
         clip, source = replace(clip, **asked), "--size" if len(asked) > 2 else f"{source}, --size"
     return clip, f"clips of {clip.frames}x{clip.height}x{clip.width} ({source})"
+
+
+def _largest(geometry: Geometry) -> ClipSize:
+    return ClipSize(geometry.num_frames, geometry.max_height, geometry.max_width)
 
 
 # Conversations

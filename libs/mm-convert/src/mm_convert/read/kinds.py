@@ -16,7 +16,7 @@ _KINDS = {
     r"joint_(transformer_)?blocks\.": "a transformer of Stable Diffusion 3",
     r"(input|output|down|up)_blocks\.\d+\.\d*\.?(resnets|attentions|in_layers|op|downsamplers|upsamplers)?": "a UNet",
     r"control_(model|add)|controlnet|input_hint_block": "a ControlNet",
-    r"(resblocks|vision_model\.encoder|text_model\.encoder)\.": "a CLIP encoder",
+    r"(resblocks|(vision|text)_model\.encoder)\.": "a CLIP encoder; take a diffusers repository's image_encoder/",
     r"(SelfAttention|EncDecAttention|DenseReluDense)\.": "a text encoder of the T5 family",
     r"(layers|h)\.\d+\.(self_attn|attn|attention|mlp)\.": "a language model",
     r"^(encoder|decoder)\.(conv_in|down|up|mid|layers)\b|quant_conv": "a VAE",
@@ -24,7 +24,6 @@ _KINDS = {
     r"(emb_params|string_to_param|clip_[gl])$": "an embedding (textual inversion)",
 }
 _SCALES = re.compile(r"(^|[._])(scale_weight|weight_scale(_inv|_2)?|(scale_input|input_scale)|_?scales?|comfy_quant)$")
-_SCALED = re.compile(r"(^|\.)scaled_fp8$")
 _QUANTISED = re.compile(
     r"\.(absmax|quant_map|quant_state\.\w+|SCB|qweight|qzeros|g_idx|weight_packed|weight_shape|nested_absmax)$"
 )
@@ -45,18 +44,17 @@ def list_beginnings(names: Iterable[str]) -> str:
 
 
 def refuse_quantised(tensors: Mapping[str, LazyTensor], where: str) -> None:
-    """Raises ValueError for weights that mean nothing without the scales beside them."""
+    """Raises ValueError for weights that mean nothing without the scales beside them, where those are not read."""
     packed = [name for name in tensors if _QUANTISED.search(name)]
-    scaled = [name for name in tensors if _SCALED.search(name)]
-    if scaled or any(tensor.dtype in (*FP8, "I8", "U8") for tensor in tensors.values()):
-        scaled += [name for name in tensors if _SCALES.search(name)]
+    coded = any(tensor.dtype in (*FP8, "I8", "U8") for tensor in tensors.values())
+    scaled = [name for name in tensors if coded and _SCALES.search(name)]
     if packed or scaled:
         kind = "is quantised" if packed else "is scaled fp8"
         first = (packed or scaled)[0]
         raise ValueError(
             f"{where} {kind}: its weights mean nothing without what stands beside them ({first}; "
-            f"{len(packed) + len(scaled)} such tensors), which is not read. Take the file in bf16, fp16 or plain fp8, "
-            "or dequantise this one with the tool that made it"
+            f"{len(packed) + len(scaled)} such tensors), which is not read. Take the file in bf16, fp16, ComfyUI's "
+            "scaled fp8 or GGUF, or dequantise this one with the tool that made it"
         )
     whole = [name for name, tensor in tensors.items() if tensor.dtype in ("I8", "U8") and len(tensor.shape) > 1]
     if whole:

@@ -14,8 +14,8 @@ from mm_convert.store import mm
 from mm_convert.store.dcp import write_dcp
 from mm_convert.store.mindspeed import TRACKER, RankFiles, tree_files
 from mm_convert.store.torch_file import SUFFIXES
-from mm_convert.tensors.stages import Places, Split, check
 from mm_convert.tensors.rules import GGUF
+from mm_convert.tensors.stages import Places, Split, check
 from mm_convert.tensors.views import FP8, Computed, LazyTensor
 from mm_convert.write.destinations import Among, Folder, OneFile
 from mm_convert.write.outputs import (

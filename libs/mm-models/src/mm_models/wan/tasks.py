@@ -19,7 +19,7 @@ from mm_models.wan.config import WanConfig
 T2V = Task("t2v")
 I2V = Task("i2v", needs=("image",))
 FLF2V = Task("flf2v", needs=("image", "last_image"), least_frames=5)
-TI2V = Task("ti2v", needs=("image",))
+TI2V = Task("ti2v", needs=("image",), least_frames=5)  # the first latent frame is given: one more is to be made
 V2V = Task("v2v", needs=("video",), options={"strength": 0.7}, trained=False)
 VACE = Task("vace", takes=("video", "mask", "references"), options={"control_scale": 1.0})
 

@@ -445,7 +445,13 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """B H L h; a mask of keys alone: B 1 1 L."""
+    """B H L h; a mask of keys alone: B 1 1 L. By torch's op for a CPU, which runs here without its kernel: recompute of
+    all but attention keeps ours (`KEPT`), and not what a layer asks torch for, as of the text.
+    """
+    if q.shape[1] == k.shape[1]:
+        bias = None if attn_mask is None else attn_mask.to(q.dtype)
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return op(q, k, v, dropout_p, is_causal, attn_mask=bias, scale=scale)[0]
     mask = None if attn_mask is None else attn_mask[:, 0, 0]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return attention(q, k, v, is_causal, scale, mask=mask).transpose(1, 2)

@@ -1,0 +1,1 @@
+"""Runs in the browser, while they grow: ``python -m mm_train.page runs/``."""
