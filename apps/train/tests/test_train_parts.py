@@ -145,6 +145,9 @@ def test_a_typo_is_refused_with_the_nearest_name(capsys):
         (("--sample.prompts", '["a cat"]', "--sample.prompt_template", "best"), "--sample.prompt_template 'best'"),
         (("--objective.snr_gamma", "5"), "--objective.snr_gamma 5.0: wan-tiny is trained otherwise"),
         (("--objective.noise_offset", "-1"), "at least 0"),
+        (("--objective.logit_std", "1.5"), "--objective.logit_std 1.5 is for --objective.sampling logit_normal"),
+        (("--objective.shift_by", "sqrt"), "--objective.shift_tokens None with --objective.shift_by sqrt: sqrt needs"),
+        (("--objective.shift_by", "flux", "--objective.shift", "5"), "which has its own"),
         (("--validation.timesteps", "[1000]"), "more than 0, less than 1000"),
         (("--validation.max_samples", "0"), "at least 1"),
         (("--optim.clip", "-1"), "at least 0"),
@@ -287,6 +290,23 @@ def test_draws_belong_to_the_sample_not_to_its_place(features):
                         assert torch.equal(found[0], given["t"][i])
                         assert torch.equal(found[1], given["video"][i])
     assert len({float(t) for t, _ in seen.values()}) > 10
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"sampling": "logit_normal", "logit": (0.5, 1.0)}, {"shift_by": "sqrt", "shift_tokens": 24, "patch": 4}],
+)
+def test_draws_of_other_densities_belong_to_the_sample_too(features, how):
+    data, seen = FeatureDataset(features), {}
+    for micro in (4, 1):
+        loader = build_loader(data, global_batch=4, micro_batch=micro, seed=3, num_workers=0)
+        for _, step in zip(range(4), loader, strict=False):
+            batches = MicroBatches(step, objective(**how), seed=3, device=torch.device("cpu"))
+            for number, batch in enumerate(step.micro):
+                times = batches.inputs(number)["t"]
+                for i, key in enumerate(zip(batch.ids, batch.epochs, strict=True)):
+                    assert seen.setdefault(key, times[i].item()) == times[i].item()
+    assert len(set(seen.values())) > 10
 
 
 def test_index_range_of_an_expert(features):

@@ -1,9 +1,11 @@
 """The training schedule, against numbers worked out from its definition."""
 
+import math
+
 import pytest
 import torch
 
-from mm_models.diffusion.flow import FlowMatching
+from mm_models.diffusion.flow import FlowMatching, expert_range
 from mm_models.diffusion.objective import blend
 
 
@@ -55,6 +57,56 @@ def test_line_and_loss():
     assert half.dtype == torch.float32
 
 
+def draws(flow: FlowMatching, count: int = 4000) -> torch.Tensor:
+    return torch.stack([flow.draw_index(torch.Generator().manual_seed(i)) for i in range(count)])
+
+
+@pytest.mark.parametrize(("mean", "std", "shift"), [(0.0, 1.0, 1.0), (0.5, 1.5, 5.0), (-1.0, 0.5, 3.0)])
+def test_logit_normal_draws_have_the_quantiles_of_the_formula(mean, std, shift):
+    flow = FlowMatching(shift=shift, sampling="logit_normal", logit=(mean, std))
+    sigmas = flow.sigmas[draws(flow)].double()
+    for q in (0.1, 0.25, 0.5, 0.75, 0.9):
+        u = torch.sigmoid(mean + std * torch.special.ndtri(torch.tensor(q, dtype=torch.float64)))
+        expected = shift * u / (1 + (shift - 1) * u)
+        assert ((sigmas <= expected).double().mean() - q).abs() < 0.025  # three deviations of so many draws
+    assert flow.measure[0] == 0
+    assert flow.measure[-1] == 1
+    # the table's own probabilities, against the integral of the density
+    u = 1 - (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    density = torch.exp(-((torch.logit(u) - mean) ** 2) / 2 / std**2) / (std * (2 * torch.pi) ** 0.5 * u * (1 - u))
+    assert torch.allclose(flow.measure.diff(), density / 1000, atol=2e-5)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
+def test_parts_of_two_experts_together_have_the_density_of_the_whole(sampling):
+    how = {"shift": 3.0, "sampling": sampling, "logit": (0.3, 1.0)}
+    whole = FlowMatching(**how)
+    high, low = (FlowMatching(**how, range=expert_range(name, 0.875, 3.0)) for name in ("high", "low"))
+    cut = high.index_range[1]
+    assert cut == low.index_range[0]
+    assert (whole.sigmas >= 0.875).sum() == cut
+    share = whole.measure[cut].item()
+    drawn = torch.cat([draws(high, 1000), draws(low, 1000)])
+    assert (drawn[:1000] < cut).all()
+    assert (drawn[1000:] >= cut).all()
+    for at in (cut // 2, cut, cut + 200, 900):
+        below = (drawn[:1000] < at).double().mean() * share + (drawn[1000:] < at).double().mean() * (1 - share)
+        assert (below - whole.measure[at]).abs() < 0.04
+
+
+def test_a_shift_by_size_is_that_of_the_papers():
+    sd3 = FlowMatching(shift=3.0, shift_by="sqrt", shift_tokens=4096, patch=4, expert=("high", 0.875))
+    for tokens, shift in ((4096, 3.0), (1024, 1.5), (16384, 6.0)):
+        found = sd3.at(4 * tokens)
+        assert found.shift == pytest.approx(shift)
+        assert found.index_range[1] == (found.sigmas >= 0.875).sum()  # the boundary is a noise level, whatever the size
+    flux = FlowMatching(shift_by="flux")
+    for tokens, mu in ((256, 0.5), (4096, 1.15), (2176, 0.825)):
+        assert math.log(flux.at(tokens).shift) == pytest.approx(mu)
+    assert FlowMatching().at(17) == FlowMatching()
+    assert "by size (3 at 4,096 tokens" in sd3.describe()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -62,6 +114,8 @@ def test_line_and_loss():
         ({"range": (0.5, 0.5)}, r"0\.5 to 0\.5"),
         ({"range": (0.5, 0.2)}, r"0\.5 to 0\.2"),
         ({"range": (0, 1.1)}, r"0 to 1\.1"),
+        ({"logit": (0, 0)}, "std of logit-normal sampling is 0"),
+        ({"shift_by": "sqrt"}, "sqrt, and only it"),
         ({"weighting": "logit"}, "'logit' is not known"),
     ],
 )

@@ -17,23 +17,24 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.optim import Optimizer
 
 from mm_convert import load_dcp, replace_file
-from mm_train.optim import EMA
+from mm_train.optim import EMA, AnyOptimizer, evaluated, parts_of
 from mm_train.resume import latest, read_progress
 
 # DCP remarks on every save and load of a single process that it is one.
@@ -41,6 +42,9 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 # Frozen weights (the base below an adapter) are not ours to save: they are read again from where the run started.
 OPTIONS = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
+
+ASKED = ("weight_decay", "betas", "eps", "momentum")
+"""Of a group of parameters, what a command says anew; all else in it is the run's."""
 
 
 class Checkpointer:
@@ -70,7 +74,7 @@ class Checkpointer:
         return None if self.newest is None else self.directory / f"step-{self.newest:08d}"
 
     def save(
-        self, step: int, model: nn.Module, optimizer: Optimizer, average: EMA, progress: dict, config: str
+        self, step: int, model: nn.Module, optimizer: AnyOptimizer, average: EMA, progress: dict, config: str
     ) -> None:
         """Start saving; returns as soon as the state has been copied. Raises what went wrong in the save before."""
         self.wait()
@@ -78,9 +82,10 @@ class Checkpointer:
         if step == self.newest:
             return
         self.newest = step
-        state = _state(model, optimizer, average)
         alone = self.group is None
-        upload = dcp.async_save(state, checkpoint_id=unfinished, process_group=self.group, no_dist=alone)
+        with evaluated(model, optimizer) as elsewhere:  # what is saved as the model is what is to be used
+            state = _state(model, optimizer, average, elsewhere)
+            upload = dcp.async_save(state, checkpoint_id=unfinished, process_group=self.group, no_dist=alone)
         self.pending = self.thread.submit(self._finish, upload, unfinished, final, progress, config)
 
     def _finish(self, upload: Future, unfinished: Path, final: Path, progress: dict, config: str) -> None:
@@ -121,9 +126,10 @@ class Checkpointer:
             pending, self.pending = self.pending, None
             pending.result()
 
-    def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: EMA) -> dict[str, Any]:
+    def load(self, path: Path, model: nn.Module, optimizer: AnyOptimizer, average: EMA) -> dict[str, Any]:
         """Fill model, optimizer and average in place, and return the progress that was saved with them."""
-        state = _state(model, optimizer, average)
+        with evaluated(model, optimizer) as elsewhere:
+            state = _state(model, optimizer, average, elsewhere)
         try:
             load_dcp(state, path, self.group)
         except BaseException as error:  # DCP raises CheckpointException, which is not an Exception
@@ -132,8 +138,12 @@ class Checkpointer:
                 f"{path} cannot be read ({_reason(error)}). Other checkpoints there: {others}; "
                 f"to continue from one of them, write its name into {self.directory / 'latest'}"
             ) from error
-        asked = [{key: group[key] for key in ("weight_decay", "betas", "eps")} for group in optimizer.param_groups]
-        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=OPTIONS)
+        asked = [{key: group[key] for key in ASKED if key in group} for group in optimizer.param_groups]
+        set_optimizer_state_dict(model, parts_of(optimizer), state["optimizer"], options=OPTIONS)
+        live = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in elsewhere.items():
+                live[name].copy_(value)
         for group, chosen in zip(optimizer.param_groups, asked, strict=True):
             group.update(chosen)  # the moments are the run's, these are the command's
         progress = read_progress(path)
@@ -143,12 +153,14 @@ class Checkpointer:
         return progress
 
 
-def _state(model: nn.Module, optimizer: Optimizer, average: EMA) -> dict[str, Any]:
+def _state(model: nn.Module, optimizer: AnyOptimizer, average: EMA, elsewhere: Mapping[str, Tensor]) -> dict[str, Any]:
+    """elsewhere: by name, weights at which the run goes on, where they are not those of the model."""
     state = {
         "model": get_model_state_dict(model, options=OPTIONS),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=OPTIONS),
+        "optimizer": get_optimizer_state_dict(model, parts_of(optimizer), options=OPTIONS),
     }
-    return state | ({"ema": average.average} if average.average else {})
+    state |= {"ema": average.average} if average.average else {}
+    return state | ({"trained_at": dict(elsewhere)} if elsewhere else {})
 
 
 def is_full(error: BaseException) -> bool:

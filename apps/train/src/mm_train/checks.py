@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from mm_models.families import find
 from mm_models.family import Family, Video, later
 from mm_models.folder import check_parts
 from mm_models.libraries import check_libraries
+from mm_parallel.config import MemoryConfig
 from mm_parallel.launch import read_launch
 from mm_train.adapter import check_adapter
 from mm_train.config import (
@@ -37,6 +39,7 @@ from mm_train.config import (
 )
 from mm_train.conversations import find_processor, read_sources
 from mm_train.objective import architecture, choose_options, choose_task, expert_boundary
+from mm_train.optimizers import KINDS, check_optimizer
 from mm_train.resume import find_checkpoint
 from mm_train.settle import describe_known_samples, settle_samples
 
@@ -252,6 +255,19 @@ def _objective(asked: Asked) -> str:
     if config.objective.boundary is not None and not config.expert:
         raise ValueError(f"--objective.boundary {config.objective.boundary}: it is for --expert high or low")
     options = choose_options(config, asked.family)
+    o = config.objective
+    for name in ("logit_mean", "logit_std"):
+        if getattr(o, name) is not None and o.sampling != "logit_normal":
+            raise ValueError(f"--objective.{name} {getattr(o, name):g} is for --objective.sampling logit_normal")
+    if o.shift_by == "flux" and o.shift is not None:
+        raise ValueError(
+            f"--objective.shift {o.shift:g} with --objective.shift_by flux, which has its own: leave it out"
+        )
+    if (o.shift_tokens is None) == (o.shift_by == "sqrt"):
+        raise ValueError(
+            f"--objective.shift_tokens {o.shift_tokens} with --objective.shift_by {o.shift_by}: sqrt needs it, and "
+            "only it takes it, e.g. 32760 for 81 frames of 480x832 in patches of 4x16x16"
+        )
     return ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
 
 
@@ -270,6 +286,15 @@ def _rates(asked: Asked) -> str:
             "give cosine or linear, or leave it out"
         )
     return f"{config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup:,} steps of warmup"
+
+
+def _log(asked: Asked) -> str:
+    project, name = asked.config.log.wandb, asked.config.log.wandb_name
+    if name and not project:
+        raise ValueError(f"--log.wandb_name {name}: give --log.wandb with a project")
+    if project and find_spec("wandb") is None:
+        raise ValueError(f"--log.wandb {project} needs the package wandb: pip install wandb")
+    return f"metrics.jsonl, TensorBoard{f', Weights & Biases: {project}' if project else ''}"
 
 
 def _trained(asked: Asked) -> str:
@@ -296,6 +321,33 @@ def _trained(asked: Asked) -> str:
         )
     lora = config.lora
     return f"adapters of rank {lora.rank}, alpha {lora.alpha:g}" if lora.rank else ", ".join(config.trained)
+
+
+def _frozen(asked: Asked) -> str:
+    """How matrices are held that are not trained."""
+    config = asked.config
+    if not config.memory.holds_frozen:
+        return NotHere("no --memory.base and no --memory.host_layers")
+    said = describe_frozen(config.memory)
+    if not config.has_frozen:
+        raise ValueError(
+            f"--memory: {said}, but all of the model is trained: give --lora.rank 16, or --trained with what is, or "
+            "leave --memory.base and --memory.host_layers out"
+        )
+    if config.parallel.tp > 1:
+        raise ValueError(
+            f"--memory: {said}, with --parallel.tp {config.parallel.tp}: codes and their scales are not cut over ranks "
+            "that share a matrix. Leave tp out; dp_shard, cp and pp_layers go together with it"
+        )
+    return said
+
+
+def describe_frozen(memory: MemoryConfig) -> str:
+    """`frozen matrices of layers in nf4, those of 30 layers on the host`"""
+    held = "" if memory.base == "dtype" else f" in {memory.base}"
+    plural = "s" * (memory.host_layers > 1)
+    waiting = f"those of {memory.host_layers} layer{plural} on the host" if memory.host_layers else ""
+    return ", ".join(filter(None, [f"frozen matrices of layers{held}", waiting]))
 
 
 def _layout(asked: Asked) -> str:
@@ -445,7 +497,10 @@ CHECKS: tuple[Check[Asked], ...] = (
     Check("data", "at once", _data, after=("model", "options")),
     Check("objective", "at once", _objective, after=("model",)),
     Check("learning rate", "at once", _rates),
+    Check("optimizer", "at once", lambda asked: check_optimizer(asked.config.optim, asked.world)),
+    Check("log", "at once", _log),
     Check("what is trained", "at once", _trained),
+    Check("frozen matrices", "at once", _frozen, after=("what is trained",)),
     Check("adapter", "at once", lambda asked: check_adapter(asked.config), after=("what is trained",)),
     Check("layout", "at once", _layout),
     Check("compile", "at once", _compile),
@@ -480,8 +535,8 @@ def nearest(path: Path) -> Path:
 
 
 def checkpoint_bytes(trained: int, config: Config) -> int:
-    """What a checkpoint of so many trained parameters takes: float32 weights, two moments, and the average."""
-    return trained * (16 if config.optim.ema else 12)
+    """What a checkpoint of so many trained parameters takes, at most: float32 weights, moments, and the average."""
+    return round(trained * (4 + KINDS[config.optim.name].checkpoint + (4 if config.optim.ema else 0)))
 
 
 def check_space(trained: int, config: Config) -> None:

@@ -149,6 +149,20 @@ class ObjectiveConfig:
     """Of flow matching: loss weight per timestep. bsmntw is a bell around t=500 (DiffSynth, MindSpeed-MM; the default
     for Wan), none weighs all alike.
     """
+    sampling: Literal["uniform", "logit_normal"] | None = None
+    """Of flow matching: how timesteps are drawn, before the shift. uniform (the default for Wan); logit_normal:
+    sigmoid(mean + std z), more of the middle.
+    """
+    logit_mean: Annotated[float, ">= -20", "<= 20"] | None = None
+    """Of logit_normal; 0 by default. Above 0 is more noise."""
+    logit_std: Annotated[float, "> 0"] | None = None
+    """Of logit_normal; 1 by default. What others call the scale of the sigmoid."""
+    shift_by: Literal["fixed", "sqrt", "flux"] | None = None
+    """Of flow matching: whether the shift depends on a clip's size. fixed: no (the default); sqrt: shift is that of
+    shift_tokens, and grows with the root of the tokens (Stable Diffusion 3); flux: as FLUX.1, for images.
+    """
+    shift_tokens: Annotated[int, ">= 1"] | None = None
+    """Of shift_by sqrt: tokens of a clip that has the shift as it is given; Wan has 32,760 for 81 frames of 480x832."""
     snr_gamma: Annotated[float, ">= 0"] | None = None
     """Of DDPM: the error at a timestep weighs min(snr, gamma) / snr, or / (snr + 1) with v-prediction, so that those
     with little noise do not outweigh the others (min-SNR); 5 is usual. 0 weighs all alike.
@@ -163,10 +177,18 @@ class ObjectiveConfig:
     """
 
 
+OptimizerName = Literal["adamw", "muon", "adafactor", "adamw8bit", "prodigy", "schedulefree"]
+
+
 @dataclass
 class OptimConfig:
-    """AdamW. Biases and one-dimensional parameters are not decayed."""
+    """How weights are updated. Biases and one-dimensional parameters are not decayed."""
 
+    name: OptimizerName = "adamw"
+    """muon: orthogonal updates for the matrices of layers, AdamW for all else; adafactor: second moments by rows and
+    columns; adamw8bit: moments of 8 bits; prodigy finds its rate (give lr 1); schedulefree: an average in place of a
+    schedule. The last two are packages: pip install prodigyopt, schedulefree.
+    """
     lr: Annotated[float, ">= 0", "<= 1"] = 1e-5
     min_lr: Annotated[float, ">= 0", "<= 1"] = 0.0
     """Where the cosine and linear schedules end; not above lr."""
@@ -181,6 +203,8 @@ class OptimConfig:
     weight_decay: Annotated[float, ">= 0"] = 0.01
     betas: tuple[Annotated[float, ">= 0", "< 1"], Annotated[float, ">= 0", "< 1"]] = (0.9, 0.999)
     eps: Annotated[float, "> 0"] = 1e-8
+    momentum: Annotated[float, ">= 0", "< 1"] = 0.95
+    """Of muon."""
     clip: Annotated[float, ">= 0"] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     kernel: Literal["fused", "foreach"] = "fused"
@@ -302,6 +326,16 @@ class SampleConfig(AnswerSamples, VideoSamples):
 
 
 @dataclass
+class LogConfig:
+    """Where numbers go besides metrics.jsonl and TensorBoard files."""
+
+    wandb: str = ""
+    """Weights & Biases: a project, or entity/project (pip install wandb). WANDB_MODE=offline writes without network."""
+    wandb_name: str = ""
+    """The run's name there; by default that of the output directory."""
+
+
+@dataclass
 class Config:
     """Train a model of videos, on extracted features or straight from videos; or a model that answers, on conversations
     with images and videos.
@@ -356,6 +390,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     @property
     def patience(self) -> float:

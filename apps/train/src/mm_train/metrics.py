@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mm_convert import read_bytes, replace_file
+from mm_train.tracker import Tracker
 
 
 class Metrics:
@@ -24,6 +25,8 @@ class Metrics:
 
     def __init__(self, output: Path, *, leader: bool, steps: int, start: int):
         self.leader, self.steps = leader, steps
+        self.tracker: Tracker | None = None
+        """Is told all that is kept."""
         if not leader:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -68,10 +71,14 @@ class Metrics:
             for key, value in row.items():
                 if isinstance(value, int | float) and key != "step":
                     self.board.add_scalar(key, value, row["step"])
+        if self.tracker:
+            self.tracker.log(said)
 
     def close(self) -> None:
         if self.leader:
             self.bar.close()
+            if self.tracker:
+                self.tracker.close()
             with _naming(self.path):
                 self.file.close()
             with _naming(self.path.parent / "tensorboard"):

@@ -21,6 +21,7 @@ FIXED = (
     "data.small_buckets",
     "data.too_long",
     "data.chat",
+    "optim.name",
     "objective.task",
     "objective.average",
     "lora.rank",

@@ -24,7 +24,7 @@ from mm_parallel.guard import Watchdog, agree, join
 from mm_parallel.mesh import data_rank, describe, make_mesh, rank_in, reports_loss
 from mm_train.answers import Answers, share_exact
 from mm_train.checkpoint import Checkpointer
-from mm_train.checks import check
+from mm_train.checks import check, describe_frozen
 from mm_train.command import claim_output
 from mm_train.config import Config
 from mm_train.contents import Contents, check_again, check_ranks, identify
@@ -37,7 +37,8 @@ from mm_train.metrics import Metrics
 from mm_train.mixture import write_sets
 from mm_train.nonfinite import MOST_IN_A_ROW, Watch
 from mm_train.objective import architecture, build_objective
-from mm_train.optim import EMA, build_optimizer, learning_rate, step_if
+from mm_train.optim import EMA, build_optimizer, evaluated, found_rate, learning_rate, step_if
+from mm_train.optimizers import describe as describe_optimizer
 from mm_train.ranks import all_sum, broadcast, precise, start_sum
 from mm_train.resume import find_checkpoint, read_progress
 from mm_train.samples import Samples
@@ -45,6 +46,7 @@ from mm_train.settle import describe_known_samples
 from mm_train.speed import Speed
 from mm_train.start import Built, build_model, choose_attention, outline
 from mm_train.step import MicroBatches, seed_dropout
+from mm_train.tracker import Tracker
 from mm_train.validate import Validation
 
 LOG_TPS = "tokens of --log-tps"
@@ -129,7 +131,7 @@ class Run:
             self.samples = Samples(config, self.objective, self.mesh, self.device, getattr(torch, config.dtype))
         built = build_model(config, self.mesh, self.device, continuing=found is not None)
         self.model, self.parameters = built.model, built.parameters
-        self.optimizer = build_optimizer(self.parameters, config.optim, built.rates)
+        self.optimizer = build_optimizer(self.parameters, config.optim, built.rates, built.matrices)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]  # the highest of each
         self.average = EMA(self.parameters, config.optim.ema)
         self.checkpoints = Checkpointer(config.run_dir / "checkpoints", config.checkpoint.keep)
@@ -139,6 +141,8 @@ class Run:
         self.progress.contents |= contents
 
         self.metrics = Metrics(config.run_dir, leader=rank == 0, steps=config.steps, start=self.progress.step)
+        if rank == 0 and config.log.wandb:
+            self.metrics.tracker = Tracker(config, self.metrics.say)
         layout = (describe(self.mesh), f"{self.data_ranks} x {micro_batches}")
         said = (found, changed, notes, attention)
         self.metrics.say(summarize(config, self.objective, built, self.data, *said, *layout))
@@ -248,6 +252,7 @@ class Run:
             "loss": step.loss,
             "grad_norm": step.norm,
             "lr": self.rate,
+            **found_rate(self.optimizer),
             "samples": self.progress.cursor,
             "seconds": seconds,
             "data_seconds": self.data_seconds,
@@ -309,6 +314,12 @@ class Run:
 
     def _evaluate(self) -> None:
         step = self.progress.step
+        if not self.validation.due(step) and not self.samples.due(step):
+            return
+        with evaluated(self.parameters, self.optimizer):
+            self._evaluate_now(step)
+
+    def _evaluate_now(self, step: int) -> None:
         if self.validation.due(step):
             self.guard.at(f"validation after step {step}", deadline=math.inf)
             row = {"step": step, "validation_loss": self.validation(self.model)}
@@ -318,6 +329,8 @@ class Run:
         if self.samples.due(step):
             self.guard.at(f"samples after step {step}", deadline=math.inf)
             self.metrics.say(f"step {step} | {self.samples(self.model, self.average, step)}")
+            if self.metrics.tracker:
+                self.metrics.tracker.send_samples(step)
 
 
 def describe_micro_batches(config: Config, data_ranks: int) -> str:
@@ -354,9 +367,11 @@ def summarize(
         f"data       {data.described}, {data.name}",
         *(f"           {note}" for note in [*data.notes, *notes]),
         f"attention  {attention}",
+        f"optimizer  {describe_optimizer(config.optim)}",
         f"ranks      {ranks}",
         f"step       {config.data.global_batch} samples = {step}",
         *([f"samples    {samples}"] if (samples := describe_known_samples(config)) else []),
+        *([f"memory     {describe_frozen(config.memory)}"] if config.memory.holds_frozen else []),
         *(["compile    each layer; steps with a new kind of shape take longer, and say so"] if config.compile else []),
     ]
     return "\n".join(map(one_line, lines))

@@ -32,6 +32,7 @@ from mm_parallel.weights import allocate, check_names, check_shape, same_kind
 from mm_train.adapter import check_targets, describe_base, open_adapter
 from mm_train.checks import check_space
 from mm_train.config import Config
+from mm_train.optim import find_matrices
 from mm_train.parts import find_rates, tabulate
 
 
@@ -112,14 +113,15 @@ class Start(Mapping[str, Tensor]):
         before = f" (trained with {', '.join(changed)})" if changed else ""
         facts = [] if self.adapter is None else [f"of {self.adapter.format}", f"alpha {self.adapter.alpha:g}"]
         adapter = f" (adapters {', '.join((*facts, *self.other_base))})" if facts else ""
-        return self._describe_rounding() + grown + before + adapter
+        return self._describe_file() + grown + before + adapter
 
-    def _describe_rounding(self) -> str:
-        """Of weights that the files hold quantised: what they are read as, and what that means for training."""
-        if self.file is None or not self.file.quantised:
+    def _describe_file(self) -> str:
+        """What a single file was recognised as; of quantised weights, what that means for training them."""
+        if self.file is None or not self.file.described:
             return ""
-        trained = "" if self.adapters else ": trained are the rounded weights, not those that they were made of"
-        return f" ({self.file.quantised}, read as bf16{trained})"
+        rounded = self.file.quantised and not self.adapters
+        trained = "; trained are the rounded weights, not those that they were made of" if rounded else ""
+        return f" ({self.file.described}{trained})"
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self.adapters and self.adapter is not None:
@@ -162,6 +164,8 @@ class Built(NamedTuple):
     trained: int
     rates: Mapping[str, float]
     """Of parameters that have a learning rate of their own, by name; of the whole model."""
+    matrices: frozenset[str]
+    """Names of the trained matrices in layers, of the whole model."""
     parts: list[str]
     """A table of the parts: how many parameters each has, how many of them are trained, and at which rate."""
     notes: str = ""
@@ -206,7 +210,7 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device, c
     sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) for frozen in (True, False)]
     check_space(sizes[1], config)
     rates = find_rates(model, config.optim)
-    facts = (*sizes, rates, tabulate(model, rates, config))
+    facts = (*sizes, rates, find_matrices(model, plan(model)), tabulate(model, rates, config))
     source = None
     if config.has_frozen or not continuing:
         adapter = open_adapter(config) if config.lora.weights and not continuing else None

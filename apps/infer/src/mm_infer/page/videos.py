@@ -13,6 +13,7 @@ from urllib.parse import quote
 from mm_convert.cli.arguments import options_of
 from mm_convert.cli.values import kinds_of, read_text
 from mm_infer.config import Options
+from mm_infer.loras import read_loras
 from mm_infer.page.studio import Made, Stopped, Studio, difference
 from mm_models.diffusion.samplers import fitting
 from mm_models.distilled import describe_distilled
@@ -92,9 +93,8 @@ class _Page:
         studio, config = self.studio, self.studio.config
         parts = [studio.facts.family.name, str(studio.sampler.device), str(studio.sampler.dtype).removeprefix("torch.")]
         lines = [f"### {escape(config.weights.resolve().name)}", f"{', '.join(parts)} · videos go to `{config.output}`"]
-        if config.lora:
-            loras = config.lora if isinstance(config.lora, list) else [config.lora]
-            lines.append(f"with {', '.join(f'`{lora}`' for lora in loras)}")
+        if loras := read_loras(config.lora, config.lora_strength, config.lora_alpha):
+            lines.append(f"with {', '.join(f'`{lora.path}`' for lora in loras)}")
         if known := studio.facts.distilled:
             lines.append(escape(describe_distilled(known, vars(config.options))))
         return "\n".join(line + "  " for line in lines)

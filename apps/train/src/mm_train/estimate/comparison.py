@@ -22,6 +22,7 @@ from mm_train.config import Config
 from mm_train.estimate.estimate import Estimate, Subject
 from mm_train.estimate.report import gib, to_json
 from mm_train.estimate.workload import Workload, of_batch
+from mm_train.optim import AnyOptimizer
 
 AFTER = 3  # steps: the first make states and choose kernels
 
@@ -67,7 +68,7 @@ class Comparison:
         self,
         row: Mapping[str, float],
         parameters: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AnyOptimizer,
         average: Mapping[str, torch.Tensor],
         last: bool,
     ) -> str:

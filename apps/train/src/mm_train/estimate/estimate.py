@@ -22,6 +22,8 @@ from mm_train.config import Config
 from mm_train.estimate.storage import Disk, Encoders, find_disk, find_encoders
 from mm_train.estimate.workload import Samples, Workload, find_samples
 from mm_train.objective import build_objective
+from mm_train.optim import find_matrices
+from mm_train.optimizers import check_optimizer, state_bytes
 from mm_train.start import check_cut, check_stages_train, outline
 
 DAY = 24 * 3600
@@ -56,6 +58,7 @@ class Estimate:
     """Of each pipeline rank; all others are like one of them."""
     encoders: Encoders | None
     disk: Disk
+    optimizer: str
     steps: int
     time: StepTime | None = None
     """Of a step; None where the device is not known."""
@@ -132,6 +135,7 @@ class Subject:
             memory,
             self._encoders,
             self._disk,
+            config.optim.name,
             config.steps,
             time,
         )
@@ -155,7 +159,8 @@ class Subject:
         return self._clocks[device.name]
 
     def check(self, config: Config, world: int) -> None:
-        """Raise ValueError for a layout that does not fit so many ranks, or the model."""
+        """Raise ValueError for a layout that does not fit so many ranks, or the model, or the optimizer."""
+        check_optimizer(config.optim, world)
         check_cut(self.model, config, world)
 
     def least(self, config: Config, layout: ParallelConfig, device: Device) -> tuple[float, float]:
@@ -191,8 +196,13 @@ class Subject:
     @cached_property
     def _held(self) -> int:
         """Bytes of parameters and moments, of the whole model."""
-        parameters = list(self.model.parameters())
-        return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in parameters)
+        states, named = state_bytes(self.config.optim.name, self._matrices), list(self.model.named_parameters())
+        held = sum(p.numel() * p.element_size() for _, p in named)
+        return held + sum(states(name, tuple(p.shape)) for name, p in named if p.requires_grad)
+
+    @cached_property
+    def _matrices(self) -> frozenset[str]:
+        return find_matrices(self.model, self.plan)
 
     @cached_property
     def _frozen(self) -> int:
@@ -224,6 +234,7 @@ class Subject:
             micro_batches=work.micro_batches,
             average=bool(config.optim.ema),
             optimizer=config.optim.kernel,
+            moments=state_bytes(config.optim.name, self._matrices),
             units=units,
         )
 

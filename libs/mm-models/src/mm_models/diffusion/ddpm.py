@@ -66,6 +66,10 @@ class DDPM:
         """A level, all as likely."""
         return torch.randint(0, LEVELS, (), generator=generator)
 
+    def at(self, positions: int) -> "DDPM":
+        """One schedule for all sizes."""
+        return self
+
     def level(self, index: Tensor) -> Level:
         """The levels with these numbers, B; a number is also the timestep that the model is told."""
         return Level(index.float(), self.alphas[index], self.sigmas[index], self.weights[index])

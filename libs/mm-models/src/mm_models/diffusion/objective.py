@@ -27,6 +27,9 @@ class Level(NamedTuple):
 class Schedule(Protocol):
     """Which noise levels are drawn, how a sample is noised, what is predicted, and how an error counts."""
 
+    def at(self, positions: int) -> "Schedule":
+        """The schedule for latents of so many positions: frames x rows x columns."""
+
     def draw_index(self, generator: torch.Generator) -> Tensor:
         """A point of the table of levels, a scalar integer."""
 
@@ -197,13 +200,14 @@ class Diffusion:
 
     def draw(self, tensors: Mapping[str, Tensor], generators: Generators) -> Drawn:
         count = range(len(tensors["latents"]))
-        index = torch.stack([self.schedule.draw_index(generators(i, "timestep")) for i in count])
+        schedule = self.schedule.at(tensors["latents"].shape[2:].numel())
+        index = torch.stack([schedule.draw_index(generators(i, "timestep")) for i in count])
         noise = self._noise(tensors, generators)
         if self.noise_offset:
             shape = (noise.shape[1], *[1] * (noise.ndim - 2))
             offset = torch.stack([torch.randn(shape, generator=generators(i, "noise_offset")) for i in count])
             noise = noise + self.noise_offset * offset
-        return Drawn(self.schedule.level(index), noise)
+        return Drawn(schedule.level(index), noise)
 
     def draw_at(self, tensors: Mapping[str, Tensor], points: Sequence[float], generators: Generators) -> Drawn:
         """points: timesteps. The noise has no offset, as in sampling: so runs with other offsets compare."""

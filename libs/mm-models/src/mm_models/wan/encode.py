@@ -9,6 +9,7 @@ vace    control: latents of what is kept and of what changes; control_mask: whic
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -137,14 +138,29 @@ def objective(
     shift: float,
     range: tuple[float, float] | None,
     weighting: str,
+    sampling: str,
+    logit_mean: float,
+    logit_std: float,
+    shift_by: str,
+    shift_tokens: int | None,
 ) -> Diffusion:
     """Flow matching for a task.
 
     expert, boundary: of two experts, which one, and the noise level at which their parts of the schedule meet.
-    shift, range, weighting: see `FlowMatching`; without a range all of the schedule, or the expert's part of it.
+    shift, …: see `FlowMatching`; without a range all of the schedule, or the expert's part of it.
     """
-    part = range or (expert_range(expert, boundary, shift) if expert else (0.0, 1.0))
-    return Diffusion(FlowMatching(shift, part, weighting), Conditioning(config, task))
+    flow = FlowMatching(
+        shift,
+        range or (expert_range(expert, boundary, shift) if expert else (0.0, 1.0)),
+        weighting,
+        sampling,
+        (logit_mean, logit_std),
+        shift_by,
+        shift_tokens,
+        prod(config.patch_size),
+        (expert, boundary) if expert and not range else None,
+    )
+    return Diffusion(flow, Conditioning(config, task))
 
 
 def _encode_vace(pixels: Pixels, encode: Encode) -> list[dict[str, Tensor]]:

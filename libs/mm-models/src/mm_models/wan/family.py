@@ -27,7 +27,10 @@ WAN = Family(
     lora_targets=("q", "k", "v", "o", "ffn.0", "ffn.2"),
     start=start,
     objective=later("mm_models.wan.encode", "objective"),
-    objective_options={"shift": 5.0, "range": None, "weighting": "bsmntw"},
+    objective_options={
+        **{"shift": 5.0, "range": None, "weighting": "bsmntw", "sampling": "uniform"},
+        **{"logit_mean": 0.0, "logit_std": 1.0, "shift_by": "fixed", "shift_tokens": None},
+    },
     example=later("mm_models.wan.example", "example"),
     video=Video(
         tasks_unasked=tasks.tasks_unasked,

@@ -107,6 +107,7 @@ def estimate_memory(
     micro_batches: int = 1,
     average: bool = False,
     optimizer: Literal["fused", "foreach"] = "fused",
+    moments: Callable[[str, tuple[int, ...]], int] | None = None,
     losses: Callable[[Tensor], Tensor] | None = None,
     units: Units | None = None,
 ) -> tuple[RankMemory, ...]:
@@ -114,8 +115,9 @@ def estimate_memory(
 
     model: whole, on the meta device, with adapters and `requires_grad`; it is not changed. layout: resolved.
     dtype: of the computation. example, losses: see `Units`. micro_batches: of one data rank in a step. average: whether
-    there is an EMA of what is trained. optimizer: how AdamW is computed. units: of the same model, from another call:
-    what has run there is not run again.
+    there is an EMA of what is trained. optimizer: how AdamW is computed. moments: (name of a parameter, shape of what a
+    rank holds of it) -> bytes of the optimizer's states for it; by default those of AdamW. units: of the same model,
+    from another call: what has run there is not run again.
 
     Raises ValueError for what `parallelize` or `Pipeline` would refuse.
     """
@@ -129,7 +131,9 @@ def estimate_memory(
         mine = stages[rank :: layout.pp]
         words = words_of(units, memory, [i for part in mine for i in part], first=rank == 0)
         waiting = weights.waiting(find_waiting(units, memory, [i for part in mine for i in part], first=rank == 0))
-        of_rank = _Rank(units, layout, memory, weights, mine, words, waiting, rank, micro_batches, average, optimizer)
+        of_rank = _Rank(
+            units, layout, memory, weights, mine, words, waiting, rank, micro_batches, average, optimizer, moments
+        )
         found.append(of_rank.measure())
     return tuple(found)
 
@@ -191,7 +195,9 @@ class _Rank:
         micro_batches: int,
         average: bool,
         optimizer: str,
+        moments: Callable[[str, tuple[int, ...]], int] | None,
     ) -> None:
+        self.states = moments
         self.units, self.layout, self.memory, self.weights = units, layout, memory, weights
         self.waiting = sum(size for size, _ in waiting)
         self.buffers = min(2, len(waiting)) * max((size for _, size in waiting), default=0)
@@ -230,13 +236,14 @@ class _Rank:
         parameters = sum(weight.bytes(ranks) for weight in self.own)
         trained = [weight for weight in self.own if weight.trained]
         gradients = sum(weight.bytes(ranks) for weight in trained)
-        moments = 2 * gradients + 4 * len(trained)  # and the number of steps, of each
+        moments = sum(map(self._moments_of, trained))
         average = gradients if self.average else 0
         on_host = 0
         if self.memory.offload_params:
             sharded = sum(weight.bytes(ranks) for weight in self.own if weight.group is not None)
             sharded_trained = sum(weight.bytes(ranks) for weight in trained if weight.group is not None)
-            on_host = sharded + (2 + self.average) * sharded_trained
+            moved = sum(self._moments_of(weight) for weight in trained if weight.group is not None)
+            on_host = sharded + moved + self.average * sharded_trained
         on_host += self.waiting
         fixed = parameters + moments + average - on_host + self.buffers
         off = sharded_trained if self.memory.offload_params else 0
@@ -264,6 +271,11 @@ class _Rank:
             in_flight,
             tuple(every),
         )
+
+    def _moments_of(self, weight: Weight) -> int:
+        if self.states is None:
+            return 2 * weight.bytes(self.weights.ranks) + 4  # and the number of steps
+        return self.states(weight.name, weight.local(self.weights.ranks))
 
     # What waits
 
@@ -461,6 +473,17 @@ class _Rank:
         """The forward itself refers to all of them."""
         return sum(size for size, _ in self.traces.stream[prefix].values()) - self._traveling(prefix)
 
+    def _idle(self, unit: UnitMemory) -> int:
+        """Of a layer whose companion alone is trained: its own weights, where no gradient passes them. FSDP gathers
+        them ahead all the same, and has them until the end.
+        """
+        if not self.weights.sharded or unit.name not in self.units.companions:
+            return 0
+        if self.units.plan.residual in self.units.trained[unit.name]:
+            return 0
+        frozen = [own for own in self.weights.groups(unit.name).values() if not any(w.trained for w in own)]
+        return sum(weight.whole(self.weights.ranks) for own in frozen for weight in own)
+
     def _backward(self, virtual: int, first: bool) -> Iterator[_Moment]:
         """first: no gradients are there yet, of any parameter."""
         root = self._root()
@@ -479,6 +502,7 @@ class _Rank:
         sharded = self.weights.sharded
         still = 0 if self.memory.reshard else sum(unit.gathered for unit, _ in sequence)
         pending = buffer = done = 0  # gradients of the root; the buffer of the unit before; gradients that are there
+        idle = 0  # weights that were gathered ahead for a backward that never comes
         for place in reversed(range(len(sequence))):
             unit, around = sequence[place]
             trace = unit.trace
@@ -490,7 +514,8 @@ class _Rank:
             ahead = following if self.memory.reshard else 0
             if self.memory.prefetch > 1 and self.memory.reshard:
                 ahead = sum(u.gathered for u, _ in sequence[max(0, place - self.memory.prefetch) : place])
-            weights = root + (unit.gathered + ahead if self.memory.reshard else still)
+            idle += self._idle(unit) if self.memory.reshard else 0
+            weights = root + (unit.gathered + ahead + idle if self.memory.reshard else still)
             returned = sequence[place - 1][0].host if place else 0
             # the layer that runs first makes them itself
             grads = 0 if unit.name in ("stem", "head") or unit is self.chunks[virtual][-1] else constant
@@ -499,7 +524,7 @@ class _Rank:
             yield _Moment(f"backward of {unit.name}", alive + around, weights + pending + buffer, run, done)
             if sharded and unit.name not in ("stem", "head"):
                 through = trace.gradients + trace.output + grads
-                weights = root + (ahead if self.memory.reshard else still - unit.gathered)
+                weights = root + (ahead + idle if self.memory.reshard else still - unit.gathered)
                 reducing = weights + pending + unit.reduced
                 yield _Moment(f"gradients of {unit.name}", alive + around, reducing, through, done)
                 buffer = unit.reduced or buffer

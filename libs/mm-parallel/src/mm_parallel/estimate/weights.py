@@ -29,9 +29,13 @@ class Weight(NamedTuple):
     unit: str = ""
     """Of a frozen matrix that is held apart: the layer or companion with which it comes from the host."""
 
+    def local(self, ranks: int) -> tuple[int, ...]:
+        """The shape of what one of `ranks` holds: FSDP pads the first dim to a multiple of them."""
+        return (-(-self.shape[0] // ranks), *self.shape[1:]) if self.shape and self.group is not None else self.shape
+
     def bytes(self, ranks: int) -> int:
-        """Of what one of `ranks` holds: FSDP pads the first dim to a multiple of them."""
-        return _part(self.shape, ranks if self.group is not None else 1) * self.held.itemsize
+        """Of the same."""
+        return prod(self.local(ranks)) * self.held.itemsize
 
     def whole(self, ranks: int) -> int:
         """Gathered."""
