@@ -11,7 +11,10 @@ from mm_data import is_picture
 from mm_data.conversations import Media, Turn, Unusable
 from mm_infer.chat import Asking, Config, load, look_at, open_model
 
-CSS = ".mm-error {color: var(--error-text-color, #b91c1c)}"
+CSS = """
+.mm-error {color: var(--error-text-color, #b91c1c)}
+#chat button[title='Share'], #chat button[aria-label='Share'] {display: none}
+"""
 
 
 class Talker:
