@@ -99,7 +99,7 @@ def test_its_help_is_quick():
     assert min(seconds(sys.executable, "-c", script) for _ in range(3)) < 0.5
 
 
-@pytest.mark.parametrize("program", ["mm_train", "mm_infer", "mm_infer.chat"])
+@pytest.mark.parametrize("program", ["mm_train", "mm_infer", "mm_infer.chat", "mm_infer.caption"])
 def test_a_typo_is_answered_without_torch(program):
     wrong = (
         f"import sys, runpy\nsys.argv = ['x', '--modle', 'a']\ntry: runpy.run_module('{program}', run_name='__main__')"

@@ -24,7 +24,7 @@ from mm_convert.cli.commands import CONVERT, READING
 from mm_convert.cli.options import Convert, _option
 from mm_convert.cli.values import Kind, check_config, check_value, kinds_of
 from mm_convert.guides.table import CONVERTERS, WRITING
-from mm_infer import chat
+from mm_infer import caption, chat
 from mm_infer.__main__ import main as infer
 from mm_infer.config import Config as InferConfig
 from mm_models.families import FAMILIES
@@ -93,6 +93,7 @@ def commands() -> Iterator[tuple[str, Main, list[Option]]]:
     yield "mm_train.export", export.main, list(options_of(ExportConfig))
     yield "mm_infer", infer, list(options_of(InferConfig))
     yield "mm_infer.chat", chat.main, list(options_of(chat.Config))
+    yield "mm_infer.caption", caption.main, list(options_of(caption.Config))
     rows = {("convert",): CONVERT} | {
         (name, method): row for name, methods in CONVERTERS.items() for method, row in methods.items()
     }
@@ -231,7 +232,8 @@ def test_every_wrong_size_of_an_architecture_is_refused_by_name(family, tmp_path
 
 def test_it_is_refused_without_torch():
     for module, flag in product(
-        ("mm_train.__main__", "mm_train.extract", "mm_infer.__main__", "mm_infer.chat"), ("--model",)
+        ("mm_train.__main__", "mm_train.extract", "mm_infer.__main__", "mm_infer.chat", "mm_infer.caption"),
+        ("--model",),
     ):
         script = (
             f"import sys\nfrom {module} import main\ntry:\n    main(['{flag}'])\n"

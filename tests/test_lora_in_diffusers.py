@@ -3,12 +3,13 @@
 import diffusers
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mm_convert import open_lora, save_checkpoint, save_lora, write_experts
 from mm_convert.cli import main
 from mm_convert.store.safetensors import read_file
 from mm_models import build
-from mm_models.lora import LoRAConfig, add_lora, load_lora, lora_state_dict
+from mm_models.lora import LoRAConfig, Weighted, add_lora, load_adapters, load_lora, lora_state_dict
 
 SMALL = {"dim": 24, "ffn_dim": 32, "num_heads": 2, "num_layers": 3, "text_dim": 16}
 USUAL = ("q", "k", "v", "o", "ffn.0", "ffn.2")
@@ -159,3 +160,103 @@ def test_the_adapters_of_two_experts(tmp_path):
     assert relative(outputs(pipeline.transformer, inputs), expected["high"]) <= 1e-5
     assert relative(outputs(pipeline.transformer_2, inputs), expected["low"]) <= 1e-5
     assert relative(expected["high"], expected["low"]) > 0.1
+
+
+# --- distilled adapters, and several at once, as diffusers applies them
+
+
+def write_comfyui(file, model, seed, whole):
+    """In ComfyUI's names, of ranks and alphas that differ; with the whole differences that diffusers takes."""
+    random = torch.Generator().manual_seed(seed)
+    linears = [name for name in dict(model.named_modules()) if name.rpartition(".")[2] in "qkvo" and "attn" in name]
+    linears += [f"blocks.{i}.ffn.{n}" for i in range(3) for n in (0, 2)]
+    linears += [f"{name}.{n}" for name in ("text_embedding", "time_embedding") for n in (0, 2)] + ["time_projection.1"]
+    tensors = {}
+    for number, name in enumerate(linears):
+        weight, rank = model.get_parameter(f"{name}.weight"), 1 + number % 3
+        shapes = {"down": (rank, weight.shape[1]), "up": (len(weight), rank)}
+        for part, shape in shapes.items():
+            tensors[f"diffusion_model.{name}.lora_{part}.weight"] = torch.randn(shape, generator=random) * 0.3
+        if name.startswith("blocks"):
+            tensors[f"diffusion_model.{name}.alpha"] = torch.tensor(float(1 + number % 4))
+        if whole:
+            tensors[f"diffusion_model.{name}.diff_b"] = torch.randn(len(weight), generator=random) * 0.3
+    if whole:
+        head = model.get_parameter("head.head.weight")
+        tensors["diffusion_model.head.head.diff"] = torch.randn(head.shape, generator=random) * 0.3
+        tensors["diffusion_model.head.head.diff_b"] = torch.randn(len(head), generator=random) * 0.3
+    save_file(tensors, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    place = tmp_path_factory.mktemp("plain")
+    torch.manual_seed(0)
+    model = build("wan-tiny", **SMALL)
+    randomise(model.parameters(), 0.2)
+    save_checkpoint(place / "transformer", model.state_dict(), model.config, to="diffusers")
+    inputs = {"video": torch.randn(1, 16, 3, 4, 6), "t": torch.tensor([900.0]), "text": torch.randn(1, 512, 16)}
+    return place, model, inputs
+
+
+def weighted(file, strength=1.0):
+    adapter = open_lora(file)
+    return Weighted(adapter, adapter.alphas, adapter.differences, strength)
+
+
+def copy_of(model):
+    other = build("wan-tiny", **SMALL)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_a_distilled_adapter_computes_the_same_in_diffusers(plain):
+    """Its whole differences too, of all biases and of the head; and merged into the base by us."""
+    place, model, inputs = plain
+    file = write_comfyui(place / "distilled.safetensors", model, 1, whole=True)
+    ours = load_adapters(copy_of(model), [weighted(file)])(**inputs).detach()
+    assert relative(model(**inputs).detach(), ours) > 0.1
+    assert relative(in_diffusers(place, inputs, lambda p: p.load_lora_weights(file)), ours) <= 1e-5
+    main(["convert", str(place / "transformer"), str(place / "merged"), "--lora", str(file), "--to", "diffusers"])
+    merged = diffusers.WanTransformer3DModel.from_pretrained(place / "merged")
+    assert relative(outputs(merged, inputs), ours) <= 1e-5
+
+
+def test_several_adapters_are_the_sum_that_diffusers_makes(plain):
+    place, model, inputs = plain
+    files = [write_comfyui(place / f"{n}.safetensors", model, n, whole=n == 2) for n in (2, 3)]
+    strengths = (0.8, -0.5)
+    ours = load_adapters(copy_of(model), list(map(weighted, files, strengths)))(**inputs).detach()
+
+    def load(pipeline):
+        for name, file in zip("ab", files, strict=True):
+            pipeline.load_lora_weights(file, adapter_name=name)
+        pipeline.set_adapters(["a", "b"], list(strengths))
+
+    assert relative(in_diffusers(place, inputs, load), ours) <= 1e-5
+    for alone in zip(files, strengths, strict=True):
+        assert relative(load_adapters(copy_of(model), [weighted(*alone)])(**inputs).detach(), ours) > 0.05
+
+
+def test_norms_modulation_and_patches_change_whole(plain):
+    """diffusers passes these over; as ComfyUI does it, they are added to the parameters."""
+    place, model, inputs = plain
+    names = {
+        "blocks.1.norm3.weight": "blocks.1.norm3.diff",
+        "blocks.0.self_attn.norm_q.weight": "blocks.0.self_attn.norm_q.diff",
+        "blocks.2.modulation": "blocks.2.diff_m",
+        "head.modulation": "head.diff_m",
+        "patch_embedding.weight": "patch_embedding.diff",
+        "patch_embedding.bias": "patch_embedding.diff_b",
+    }
+    shapes = {ours: model.get_parameter(ours).shape for ours in names}
+    drawn = {ours: torch.randn(shape, generator=torch.Generator().manual_seed(4)) for ours, shape in shapes.items()}
+    file = place / "whole.safetensors"
+    save_file({f"diffusion_model.{theirs}": drawn[ours] for ours, theirs in names.items()}, file)
+    expected = copy_of(model)
+    with torch.no_grad():
+        for name, difference in drawn.items():
+            expected.get_parameter(name).add_(0.5 * difference)
+    ours = load_adapters(copy_of(model), [weighted(file, 0.5)])(**inputs)
+    assert torch.equal(ours, expected(**inputs))

@@ -13,6 +13,7 @@ import pytest
 from mm_convert import cli, convert_ckpt_to_mm
 from mm_convert.cli.arguments import parse
 from mm_data import llava_to_mllm, show
+from mm_infer.caption import Config as CaptionConfig
 from mm_infer.chat import Config as ChatConfig
 from mm_infer.config import Config as InferConfig
 from mm_models import presets
@@ -36,6 +37,7 @@ PROGRAMS = {
     "mm_train.export": lambda argv: parse(ExportConfig, argv, prog="export"),
     "mm_infer": lambda argv: parse(InferConfig, argv, prog="infer"),
     "mm_infer.chat": lambda argv: parse(ChatConfig, argv, prog="chat"),
+    "mm_infer.caption": lambda argv: parse(CaptionConfig, argv, prog="caption"),
     "mm_data.show": lambda argv: show.make_parser().parse_args(argv),
     "mm_data.llava_to_mllm": lambda argv: llava_to_mllm.make_parser().parse_args(argv),
 }

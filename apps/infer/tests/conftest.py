@@ -14,6 +14,7 @@ from diffusers import (
     WanVACEPipeline,
     WanVACETransformer3DModel,
 )
+from safetensors.torch import save_file
 
 from mm_models.wan.testing import tiny_encoders
 
@@ -68,6 +69,31 @@ def tiny(tmp_path_factory) -> Callable[[str], Path]:
         return made[kind]
 
     return make
+
+
+def _write_lora(path: Path, seed: int, dim: int = 40) -> Path:
+    """In ComfyUI's names: of all queries, with the seed as rank, and of a bias whole."""
+    random = torch.Generator().manual_seed(seed)
+    tensors = {"diffusion_model.blocks.0.ffn.2.diff_b": torch.randn(dim, generator=random)}
+    for i in range(3):
+        name = f"diffusion_model.blocks.{i}.self_attn.q"
+        tensors[f"{name}.lora_down.weight"] = torch.randn(seed, dim, generator=random)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(dim, seed, generator=random)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def write_lora() -> Callable[..., Path]:
+    return _write_lora
+
+
+@pytest.fixture(scope="session")
+def loras(tmp_path_factory) -> list[Path]:
+    """Two of them, for the tiny text to video."""
+    place = tmp_path_factory.mktemp("loras")
+    return [_write_lora(place / f"{seed}.safetensors", seed) for seed in (2, 3)]
 
 
 @pytest.fixture(scope="session")

@@ -34,30 +34,40 @@ TASKS = {
     "vace": {"references": (IMAGE,)},
     "a14b": {"guidance": (4.0, 3.0)},
 }
+ADAPTED = "t2v with two adapters"
 
 
-def latents(paths: dict[str, str], here: Share) -> dict[str, np.ndarray]:
+def latents(paths: dict[str, str], here: Share, loras: list[str]) -> dict[str, np.ndarray]:
     made = {}
     for kind, path in paths.items():
-        sampler = mm_infer.load(path, dtype=torch.float32, device="cpu", mesh=here.mesh, pair=here.pair)
-        made[kind] = sampler("a cat", **SMALL | TASKS[kind]).latents.numpy()
+        adapters = {"lora": loras, "lora_strength": [0.8, -0.5]} if kind == ADAPTED else {}
+        how = {"dtype": torch.float32, "device": "cpu", "mesh": here.mesh, "pair": here.pair}
+        sampler = mm_infer.load(path, **how, **adapters)
+        made[kind] = sampler("a cat", **SMALL | TASKS.get(kind, {})).latents.numpy()
+        if kind == "t2v":  # ranks decide alike which layers to skip
+            made["cached"] = (cached := sampler("a cat", first_block_cache=0.8, **SMALL)).latents.numpy()
+            assert cached.skipped
     return made
 
 
-def together(rank: int, world: int, paths: dict[str, str], layouts: list[Ranks]) -> list[tuple[dict, bool, tuple]]:
+def together(
+    rank: int, world: int, paths: dict[str, str], layouts: list[Ranks], loras: list[str]
+) -> list[tuple[dict, bool, tuple]]:
     shares = [share(ranks) for ranks in layouts]
-    return [(latents(paths, here), here.leads, here.prompts) for here in shares]
+    return [(latents(paths, here, loras), here.leads, here.prompts) for here in shares]
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_latents_are_those_of_one_device(tiny, world):
+def test_latents_are_those_of_one_device(tiny, world, loras):
     paths = {kind: str(tiny(kind)) for kind in (TASKS if world == 2 else ["t2v"])}
-    alone = latents(paths, Share())
+    paths |= {ADAPTED: paths["t2v"]} if world == 2 else {}
+    files = [str(path) for path in loras]
+    alone = latents(paths, Share(), files)
     layouts = [r for r in LAYOUTS if (r.cp or (r.ulysses or 1) * (r.ring or 1)) * r.guidance == world]
     assert layouts
-    for rank, made in enumerate(spawn(world, together, paths, layouts, timeout=120)):
+    for rank, made in enumerate(spawn(world, together, paths, layouts, files, timeout=120)):
         for shared, leads, prompts in made:
-            for kind in paths:
+            for kind in alone:
                 np.testing.assert_allclose(shared[kind], alone[kind], rtol=1e-4, atol=1e-4, err_msg=kind)
             assert leads == (rank == 0)
             assert prompts == (0, 1)

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+from diffusers.hooks import apply_first_block_cache
 from safetensors.torch import save_file
 
 import mm_infer
@@ -26,8 +27,10 @@ class GuidesGrid(UniPCMultistepScheduler):
         super().set_timesteps(sigmas=np.linspace(0.999, 0, num_inference_steps + 1)[:-1], device=device)
 
 
-def reference(path, guidance: float, scheduler=None, **arguments):
+def reference(path, guidance: float, scheduler=None, cache: FirstBlockCacheConfig | None = None, **arguments):
     pipe = WanPipeline.from_pretrained(path)
+    if cache is not None:
+        apply_first_block_cache(pipe.transformer, cache)
     pipe.set_progress_bar_config(disable=True)
     if scheduler is not None:
         pipe.scheduler = scheduler
@@ -75,6 +78,20 @@ def test_equals_the_pipeline_of_diffusers(pipeline, sampler, guidance, grid):
     assert ours.frames.shape == (9, 32, 48, 3)
     assert ours.frames.dtype == torch.uint8
     assert np.abs(ours.frames.numpy() - frames * 255).max() <= 1  # half a step of rounding, and the latents' difference
+
+
+def test_first_block_cache_skips_what_diffusers_skips(pipeline, sampler):
+    asked = {"negative_prompt": "blurry", "guidance": 5.0, "grid": "diffusers", "seed": 7, **SMALL}
+    whole = sampler(PROMPT, **asked)
+    for threshold, skipped in ((0.6, 0.5), (1.0, 0.75)):  # with 1, all calls but the first of each pass
+        ours = sampler(PROMPT, first_block_cache=threshold, **asked)
+        latents, _ = reference(pipeline, 5.0, cache=FirstBlockCacheConfig(threshold))
+        assert difference(ours.latents, latents) <= 1e-4
+        assert ours.skipped == skipped
+        assert difference(ours.latents, whole.latents) > 1e-3
+    again = sampler(PROMPT, **asked)
+    assert torch.equal(again.latents, whole.latents)
+    assert again.skipped == 0
 
 
 def test_compiled_layers_make_the_same_video(pipeline, sampler, tmp_path, monkeypatch):
@@ -168,6 +185,19 @@ def test_bfloat16_keeps_what_is_kept_in_fp32_and_stays_close(pipeline, sampler):
     assert 0 < difference(latents, exact) < 0.1
 
 
+def test_matrices_in_few_bits_and_on_the_host(pipeline, sampler):
+    exact = sampler(PROMPT, **SMALL).latents
+    assert torch.equal(mm_infer.load(pipeline, host_layers=3)(PROMPT, **SMALL).latents, exact)
+    errors = {}
+    for base in ("int8", "nf4"):
+        held = mm_infer.load(pipeline, base=base, host_layers=1)
+        errors[base] = difference(held(PROMPT, **SMALL).latents, exact)
+        assert not any("ffn.0.weight" in name for name in held._model.state_dict())
+    assert 0 < errors["int8"] < errors["nf4"] < 0.2
+    with pytest.raises(ValueError, match=r"host_layers=4: the model has 3 layers, so it can be 0 … 3"):
+        mm_infer.load(pipeline, host_layers=4)
+
+
 def test_lora(pipeline, sampler, tmp_path):
     model = sampler.weights.load(torch.device("cpu"), torch.float32)
     add_lora(model, LoRAConfig(rank=2, alpha=8.0, targets=("q", "ffn.2")))
@@ -179,6 +209,8 @@ def test_lora(pipeline, sampler, tmp_path):
     adapted = mm_infer.load(pipeline, lora=folder)(PROMPT, **SMALL).latents
     plain = sampler(PROMPT, **SMALL).latents
     assert difference(adapted, plain) > 1e-2
+    held = mm_infer.load(pipeline, lora=folder, base="int8")(PROMPT, **SMALL).latents
+    assert 0 < difference(held, adapted) < difference(adapted, plain) / 5
 
     merge_lora(model)
     save_checkpoint(tmp_path / "merged", model.state_dict(), sampler.config)

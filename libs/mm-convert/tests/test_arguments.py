@@ -386,3 +386,22 @@ def test_utf8_that_python_reads_as_ascii_is_said(capsys):
     with pytest.raises(SystemExit):
         read("--model", "\udcff")
     assert "is not UTF-8 text" in capsys.readouterr().err
+
+
+@dataclass
+class Several:
+    lora: Path | list[Path] | None = field(default=None, metadata={"repeated": True})
+    strength: float | list[float] = field(default=1.0, metadata={"repeated": True})
+    steps: int = 1
+
+
+def test_a_flag_that_may_be_given_several_times() -> None:
+    def read(*argv: str) -> Several:
+        return parse(Several, argv, prog="x")
+
+    assert read("--lora", "a").lora == Path("a")
+    assert read("--lora", "a", "--lora=b", "--strength", "0.5", "--strength", "-1") == Several(
+        [Path("a"), Path("b")], [0.5, -1.0]
+    )
+    assert read("--lora", '["a", "b"]', "--lora", "c").lora == [Path("a"), Path("b"), Path("c")]
+    assert read("--steps", "2", "--steps", "3").steps == 3  # of any other, the last counts

@@ -1,10 +1,8 @@
 """python -m mm_infer.caption clips/ --weights Qwen2.5-VL-7B-Instruct: a caption beside each clip and picture."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mm_convert.cli.arguments import parse
@@ -31,8 +29,8 @@ class Config(Answering):
     A command that was stopped continues. Under torchrun each rank captions its share of the files.
     """
 
-    folder: Path
-    "clips and pictures, also in folders of it; the first word of the command"
+    folder: Path = field(metadata={"positional": True})
+    "clips and pictures, also in folders of it"
     prompt: str | None = None
     "what is asked of each; {} stands for image or video. By default a description for training"
     prefix: str = ""
@@ -45,13 +43,10 @@ class Config(Answering):
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 2 for a command that cannot work, 1 if a file got no caption, 130 after Ctrl-C."""
     try:
-        words = list(sys.argv[1:] if argv is None else argv)
-        if words and not words[0].startswith("--"):
-            words = ["--folder", *words]
-        config = parse(Config, words, prog=PROGRAM)
+        config = parse(Config, argv, prog=PROGRAM)
         with exit_code(PROGRAM, 2, ValueError, OSError):
             if said := trained_options(config.lora, config.weights):
-                config = parse(Config, words, prog=PROGRAM, defaults=said)
+                config = parse(Config, argv, prog=PROGRAM, defaults=said)
             todo = choose(config)
             model = open_model(config) if todo else None
         with exit_code(PROGRAM, 2, ValueError), exit_code(PROGRAM, 1, OSError, MemoryError):

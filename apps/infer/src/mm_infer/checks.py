@@ -109,8 +109,8 @@ def _adapter(asked: Asked) -> str:
 
 def describe_adapter(lora: Lora, adapter: Adapter) -> str:
     """`a.safetensors: 400 linears, 3 whole differences, strength 0.8`"""
-    changed = {"linears": len(adapter.modules), "whole differences": len(adapter.differences)}
-    said = [f"{count} {what}" for what, count in changed.items() if count]
+    changed = {"linear": len(adapter.modules), "whole difference": len(adapter.differences)}
+    said = [f"{count} {what}{'s' * (count > 1)}" for what, count in changed.items() if count]
     said += [f"strength {lora.strength:g}"] if lora.strength != 1 else []
     return f"{lora.expert}{'=' if lora.expert else ''}{lora.path}: {', '.join(said)}"
 

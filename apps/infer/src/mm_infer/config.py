@@ -8,7 +8,7 @@ from mm_convert.cli.values import check_config
 from mm_infer.loras import read_loras
 from mm_models.diffusion.samplers import Grid, SamplerName
 from mm_models.family import AskedTiling
-from mm_parallel.config import AttentionName
+from mm_parallel.config import AttentionName, Base
 
 Boundary = Annotated[float, "> 0", "< 1"] | None
 Strength = Annotated[float, "!= 0"]
@@ -53,6 +53,8 @@ class Options:
     "v2v: part of the steps that are made, 1 leaves nothing of the video; default 0.7"
     control_scale: Annotated[float, ">= 0"] | None = None
     "vace: strength of the control; default 1"
+    first_block_cache: Annotated[float, "> 0", "<= 1"] | None = None
+    "skip layers in steps whose first layer changes by less than this share, e.g. 0.05: faster, and another video; by default none is skipped"  # noqa: E501
 
     def __post_init__(self) -> None:
         check_config(self)
@@ -124,6 +126,10 @@ class Config(Options):
     "of two experts, keep the idle one in the host's memory; by default on an accelerator"
     dtype: Literal["bfloat16", "float32"] | None = None
     "of transformer and text encoder; by default bfloat16 on an accelerator, float32 on a CPU, as VAE and CLIP always are"  # noqa: E501
+    base: Base = "dtype"
+    "in what the transformer's matrices are held: dtype, fp8 or int8 (a byte for each number), nf4 (half a byte); made while the weights are read, adapters stay beside them"  # noqa: E501
+    host_layers: Annotated[int, ">= 0"] = 0
+    "so many layers of the transformer have their matrices in the host's memory, and come one ahead"
     attention: AttentionName = "auto"
     "kernel of attention between tokens, where there are several: on CUDA flash, cudnn (H100, B200), flash3 or flash4 (with their packages), efficient; auto takes one by device, dtype and shapes, and the first line names it"  # noqa: E501
     text_tokens: Annotated[int, ">= 1"] | None = None

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,13 +17,15 @@ from mm_infer.encode import Encoders
 from mm_infer.inputs import Given
 from mm_infer.settle import settle, start_of
 from mm_infer.weights import Weights
+from mm_models.diffusion.experts import Experts
+from mm_models.diffusion.first_block import FirstBlockCache
 from mm_models.diffusion.samplers import fill_template
 from mm_models.diffusion.sampling import denoise, noise, partly_noised
 from mm_models.encoders import to_frames
 from mm_models.family import AskedTiling
 from mm_parallel import context
 from mm_parallel.attention import choose_core, describe_choice
-from mm_parallel.config import AttentionName
+from mm_parallel.config import AttentionName, Base, MemoryConfig
 from mm_parallel.device import bf16_ok, synchronize
 from mm_parallel.device import device as accelerator
 
@@ -36,6 +38,7 @@ class Result:
     frames: Tensor  # F H W 3, uint8 on the CPU
     seconds: dict[str, float]  # by stage: text, inputs, load, denoise, decode
     options: Options  # all of them, with what was left to the defaults
+    skipped: float = 0.0  # share of the model's calls that the first block cache has answered
 
 
 def load(
@@ -56,6 +59,8 @@ def load(
     mesh: DeviceMesh | None = None,
     pair: dist.ProcessGroup | None = None,
     attention: AttentionName = "auto",
+    base: Base = "dtype",
+    host_layers: int = 0,
 ) -> "Sampler":
     """A sampler for weights on disk; the arguments are the flags of the same names (see `mm_infer.config.Config`).
 
@@ -68,6 +73,7 @@ def load(
     adapter = {"lora": lora, "lora_strength": lora_strength, "lora_alpha": lora_alpha}
     weights = Weights(path, encoders, model=model, text_tokens=text_tokens, boundary=boundary, **adapter)
     how = {"vae_tiling": vae_tiling, "attention": attention, "compile": compile, "mesh": mesh, "pair": pair}
+    how |= {"base": base, "host_layers": host_layers}
     return Sampler(weights, device, dtype, offload, **how)
 
 
@@ -91,6 +97,8 @@ class Sampler:
         mesh: DeviceMesh | None = None,
         pair: dist.ProcessGroup | None = None,
         attention: AttentionName = "auto",
+        base: Base = "dtype",
+        host_layers: int = 0,
     ) -> None:
         """See `load`."""
         self.weights, self.family, self.config = weights, weights.facts.family, weights.facts.config
@@ -104,6 +112,8 @@ class Sampler:
             )
         self.offload = not on_host if offload is None else offload
         self.mesh, self.pair, self.attention, self.compile = mesh, pair, attention, compile
+        self.memory = MemoryConfig(base=base, host_layers=host_layers)
+        weights.check_held(self.memory, self.device)
         self.kernel = self._describe_attention()
         if compile:
             from mm_parallel.compile import check_compiler
@@ -167,14 +177,16 @@ class Sampler:
             conditions = self.encoders.conditions(conditioning, given, options)
         with self._timed(seconds, "load"):
             if self._model is None:
-                self._model = self.weights.load(self.device, self.dtype, self.offload, self._cut)
+                self._model = self.weights.load(self.device, self.dtype, self.offload, self._cut, self.memory)
         before, start = conditioning.frames_before(conditions), start_of(options)
         latents = self._first_latents(latents, options, before).to(self.device)
         schedule = {name: getattr(options, name) for name in ("steps", "flow_shift", "sampler", "grid")}
         if options.strength is not None:  # it begins from another video
             latents = partly_noised(conditions["clean"], latents, start, **schedule)
         own = self.family.task(self.config, options.task).options
-        with self._timed(seconds, "denoise"):
+        cache = self._cache(options)
+        models = (self._model.high, self._model.low) if isinstance(self._model, Experts) else (self._model,)
+        with self._timed(seconds, "denoise"), nullcontext() if cache is None else cache.on(*models):
             latents = denoise(
                 self._model,
                 latents,
@@ -189,6 +201,7 @@ class Sampler:
                 start=start,
                 progress=progress,
                 pair=self.pair,
+                cache=cache,
                 **schedule,
             )[:, :, before:]
         if not latents.isfinite().all():
@@ -199,7 +212,7 @@ class Sampler:
         with self._timed(seconds, "decode"):
             nothing = torch.empty(0, options.height, options.width, 3).byte()
             frames = to_frames(self.encoders.codec, latents) if decode else nothing
-        return Result(latents.cpu(), frames, seconds, options)
+        return Result(latents.cpu(), frames, seconds, options, cache.skipped / cache.calls if cache else 0.0)
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """The encodings of prompts, S D each on the CPU, remembered; the text encoder is gone again afterwards."""
@@ -221,6 +234,18 @@ class Sampler:
                 f"{options.height}x{options.width}{more} need {(1, *shape)}"
             )
         return given
+
+    def _cache(self, options: Options) -> FirstBlockCache | None:
+        if options.first_block_cache is None:
+            return None
+        shared = context.Context(self.mesh).groups.get("cp") if self.mesh is not None else None
+
+        def total(sums: Tensor) -> Tensor:
+            if shared is not None:
+                dist.all_reduce(sums, group=shared)
+            return sums
+
+        return FirstBlockCache(options.first_block_cache, total)
 
     def _diagnose(self, told: Mapping[str, Tensor]) -> str:
         """The likely cause of latents that are not finite; told: text and conditions."""

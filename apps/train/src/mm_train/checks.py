@@ -25,6 +25,7 @@ from mm_models.families import find
 from mm_models.family import Family, Video, later
 from mm_models.folder import check_parts
 from mm_models.libraries import check_libraries
+from mm_parallel.config import MemoryConfig
 from mm_parallel.launch import read_launch
 from mm_train.adapter import check_adapter
 from mm_train.config import (
@@ -289,7 +290,7 @@ def _objective(asked: Asked) -> str:
     if (o.shift_tokens is None) == (o.shift_by == "sqrt"):
         raise ValueError(
             f"--objective.shift_tokens {o.shift_tokens} with --objective.shift_by {o.shift_by}: sqrt needs it, and "
-            "only it takes it"
+            "only it takes it, e.g. 32760 for 81 frames of 480x832 in patches of 4x16x16"
         )
     return ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
 
@@ -349,6 +350,33 @@ def _trained(asked: Asked) -> str:
 def _adapter(asked: Asked) -> str:
     """To go on from; of two experts, both."""
     return [check_adapter(one) for one in asked.config.trainees][-1]
+
+
+def _frozen(asked: Asked) -> str:
+    """How matrices are held that are not trained."""
+    config = asked.config
+    if not config.memory.holds_frozen:
+        return NotHere("no --memory.base and no --memory.host_layers")
+    said = describe_frozen(config.memory)
+    if not config.has_frozen:
+        raise ValueError(
+            f"--memory: {said}, but all of the model is trained: give --lora.rank 16, or --trained with what is, or "
+            "leave --memory.base and --memory.host_layers out"
+        )
+    if config.parallel.tp > 1:
+        raise ValueError(
+            f"--memory: {said}, with --parallel.tp {config.parallel.tp}: codes and their scales are not cut over ranks "
+            "that share a matrix. Leave tp out; dp_shard, cp and pp_layers go together with it"
+        )
+    return said
+
+
+def describe_frozen(memory: MemoryConfig) -> str:
+    """`frozen matrices of layers in nf4, those of 30 layers on the host`"""
+    held = "" if memory.base == "dtype" else f" in {memory.base}"
+    plural = "s" * (memory.host_layers > 1)
+    waiting = f"those of {memory.host_layers} layer{plural} on the host" if memory.host_layers else ""
+    return ", ".join(filter(None, [f"frozen matrices of layers{held}", waiting]))
 
 
 def _layout(asked: Asked) -> str:
@@ -507,6 +535,7 @@ CHECKS: tuple[Check[Asked], ...] = (
     Check("optimizer", "at once", lambda asked: check_optimizer(asked.config.optim, asked.world)),
     Check("log", "at once", _log),
     Check("what is trained", "at once", _trained),
+    Check("frozen matrices", "at once", _frozen, after=("what is trained",)),
     Check("adapter", "at once", _adapter, after=("what is trained",)),
     Check("layout", "at once", _layout),
     Check("compile", "at once", _compile),

@@ -27,6 +27,7 @@ from mm_models.families import family_of
 from mm_parallel.device import bf16_ok, max_device_memory, name_of
 from mm_parallel.device import device as accelerator
 from mm_parallel.devices import find_device, recognize
+from mm_parallel.quantise import check_device as check_codes
 from mm_train import start
 from mm_train.adapter import open_adapter
 from mm_train.checks import Asked, check_space, checkpoint_bytes, nearest
@@ -63,7 +64,8 @@ def check_tensors(asked: Asked) -> str:
         source.check_open(asked.model)
     if source.file is None:
         return NotHere("fresh weights are drawn (--weights random)")
-    notes = [*source.file.notes, *([said.strip()] if (said := source.describe()) else [])]
+    said = source.describe().strip()
+    notes = [*(note for note in source.file.notes if note not in said), *([said] if said else [])]
     return "\n".join([describe_file(source.file), *notes])
 
 
@@ -351,6 +353,7 @@ def check_device(asked: Asked) -> str:
     dtype = getattr(torch, asked.config.dtype)
     if dtype == torch.bfloat16 and not bf16_ok(device):
         raise ValueError(f"--dtype bfloat16: {name_of(device)} has no arithmetic of it: give --dtype float32")
+    check_codes(asked.config.memory.base, device)
     if device.type == "cpu":
         return f"no accelerator is found here: a run computes on the CPU, with {torch.get_num_threads()} threads"
     return f"{torch.accelerator.device_count()} x {name_of(device)}, {_size(max_device_memory(device))}"
@@ -371,11 +374,17 @@ def check_memory(asked: Asked) -> str:
     said = f"about {_size(found.peak)} of the {_size(device.memory)} of {device.name}"
     search = "python -m mm_train.estimate --search with the same flags ranks the layouts that fit"
     if found.peak > device.memory:
-        full = "" if asked.config.memory.recompute == "full" else "--memory.recompute full, "
-        inputs = "" if asked.config.memory.offload == "inputs" else "--memory.offload inputs, "
+        memory = asked.config.memory
+        ways = [
+            *(["--memory.recompute full"] if memory.recompute != "full" else []),
+            *(["--memory.offload inputs"] if memory.offload != "inputs" else []),
+        ]
+        if asked.config.has_frozen and asked.config.parallel.tp == 1:
+            ways += ["--memory.base nf4"] if memory.base == "dtype" else []
+            ways += ["--memory.host_layers"] if not memory.host_layers else []
         raise ValueError(
-            f"a rank takes {said}, by estimate ({found.fullest.moment}): give {full}{inputs}more ranks, or another "
-            f"layout; {search}"
+            f"a rank takes {said}, by estimate ({found.fullest.moment}): give {', '.join([*ways, 'more ranks'])}, or "
+            f"another layout; {search}"
         )
     if not found.fits(device):
         host = max(rank.host for rank in found.memory)

@@ -26,7 +26,7 @@ from mm_parallel.guard import Watchdog, agree, join
 from mm_parallel.mesh import data_rank, describe, make_mesh, rank_in, reports_loss
 from mm_train.answers import Answers, share_exact
 from mm_train.checkpoint import Checkpointer
-from mm_train.checks import check
+from mm_train.checks import check, describe_frozen
 from mm_train.command import claim_output
 from mm_train.config import Config
 from mm_train.contents import Contents, check_again, check_ranks, identify
@@ -397,6 +397,7 @@ def summarize(
         f"ranks      {ranks}",
         f"step       {config.data.global_batch} samples = {step}",
         *([f"samples    {samples}"] if (samples := describe_known_samples(config)) else []),
+        *([f"memory     {describe_frozen(config.memory)}"] if config.memory.holds_frozen else []),
         *(["compile    each layer; steps with a new kind of shape take longer, and say so"] if config.compile else []),
     ]
     return "\n".join(map(one_line, lines))

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mm_convert import open_experts, open_lora
+from mm_convert.lora.base import check_base
 from mm_models.layers import wide
 from mm_models.lora import Weighted, check_fit
 from mm_parallel.frozen import FrozenLinear, frozen_linears
 from mm_parallel.fsdp import drop_gathered
+from mm_train.adapter import describe_base
 from mm_train.config import Config
 from mm_train.objective import architecture
 
@@ -37,7 +39,9 @@ def open_sample_adapter(config: Config, model: nn.Module) -> Weighted | None:
     if not path.exists():
         raise ValueError(f"--sample.lora {path} does not exist")
     if open_experts(path) is not None:
-        raise ValueError(f"--sample.lora {path} is for two experts, and samples are made by one model: name one of its")
+        raise ValueError(
+            f"--sample.lora {path} is for two experts, and samples are made by one model: name one of its folders"
+        )
     try:
         adapter = open_lora(path)
     except ValueError as error:
@@ -46,6 +50,7 @@ def open_sample_adapter(config: Config, model: nn.Module) -> Weighted | None:
     family = architecture(config)[0]
     if adapter.family.name not in family.checkpoints:
         raise ValueError(f"--sample.lora {path} is for {adapter.family.name}, and the model is of {family.name}")
+    check_base(adapter.trained_on, describe_base(config), f"--sample.lora {path}")
     found = Weighted(adapter, adapter.alphas, adapter.differences, config.sample.lora_strength)
     shapes = {_published(name): p.shape for name, p in model.named_parameters()}
     try:

@@ -113,14 +113,15 @@ class Start(Mapping[str, Tensor]):
         before = f" (trained with {', '.join(changed)})" if changed else ""
         facts = [] if self.adapter is None else [f"of {self.adapter.format}", f"alpha {self.adapter.alpha:g}"]
         adapter = f" (adapters {', '.join((*facts, *self.other_base))})" if facts else ""
-        return self._describe_rounding() + grown + before + adapter
+        return self._describe_file() + grown + before + adapter
 
-    def _describe_rounding(self) -> str:
-        """Of weights that the files hold quantised: what they are read as, and what that means for training."""
-        if self.file is None or not self.file.quantised:
+    def _describe_file(self) -> str:
+        """What a single file was recognised as; of quantised weights, what that means for training them."""
+        if self.file is None or not self.file.described:
             return ""
-        trained = "" if self.adapters else ": trained are the rounded weights, not those that they were made of"
-        return f" ({self.file.quantised}, read as bf16{trained})"
+        rounded = self.file.quantised and not self.adapters
+        trained = "; trained are the rounded weights, not those that they were made of" if rounded else ""
+        return f" ({self.file.described}{trained})"
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self.adapters and self.adapter is not None:

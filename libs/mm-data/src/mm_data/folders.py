@@ -149,6 +149,6 @@ def _describe_missing(top: Path, first: Path, missing: int, total: int) -> str:
     have = _count(total, "clip or picture has", "clips and pictures have")
     return (
         f"{top}: {missing:,} of {have} no caption, e.g. {_below(top, first)}{hint}write it into "
-        f"{first.stem}{CAPTION} beside it (`python -m mm_infer.caption` writes them all), or say what stands for those that are "
-        'missing: --data.caption "a photo", in a file of sets caption = "a photo"; "" is the empty prompt'
+        f"{first.stem}{CAPTION} beside it (`python -m mm_infer.caption {top}` writes all of them), or say what "
+        'stands for them: --data.caption "a photo", in a file of sets caption = "a photo"; "" is the empty prompt'
     )

@@ -13,8 +13,10 @@ from urllib.parse import quote
 from mm_convert.cli.arguments import options_of
 from mm_convert.cli.values import kinds_of, read_text
 from mm_infer.config import Options
+from mm_infer.loras import read_loras
 from mm_infer.page.studio import Made, Stopped, Studio, difference
 from mm_models.diffusion.samplers import fitting
+from mm_models.distilled import describe_distilled
 
 PICTURES = ("image", "last_image")
 LABELS = {
@@ -90,10 +92,12 @@ class _Page:
     def _headline(self) -> str:
         studio, config = self.studio, self.studio.config
         parts = [studio.facts.family.name, str(studio.sampler.device), str(studio.sampler.dtype).removeprefix("torch.")]
-        parts += [f"with {config.lora}"] if config.lora else []
-        return (
-            f"### {escape(config.weights.resolve().name)}\n{escape(', '.join(parts))} · videos go to `{config.output}`"
-        )
+        lines = [f"### {escape(config.weights.resolve().name)}", f"{', '.join(parts)} · videos go to `{config.output}`"]
+        if loras := read_loras(config.lora, config.lora_strength, config.lora_alpha):
+            lines.append(f"with {', '.join(f'`{lora.path}`' for lora in loras)}")
+        if known := studio.facts.distilled:
+            lines.append(escape(describe_distilled(known, vars(config.options))))
+        return "\n".join(line + "  " for line in lines)
 
     def _form(self) -> None:
         gr, config = self.gr, self.studio.config

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import fields, replace
 from io import StringIO
+from typing import Any
 
 from mm_parallel.config import ParallelConfig
 from mm_parallel.pipeline.cut import even
@@ -140,7 +141,7 @@ def _flags(config: Config, usual: Config) -> list[str]:
     return flags
 
 
-def with_memory(config: Config, memory: dict[str, str]) -> Config:
+def with_memory(config: Config, memory: dict[str, Any]) -> Config:
     return replace(config, memory=replace(config.memory, but_attention=0, **memory))
 
 
@@ -161,5 +162,7 @@ def describe(config: Config, layout: ParallelConfig | None = None) -> str:
     words += [f"recompute {m.recompute}"] if m.recompute not in ("none", 0) else []
     words += [f"but_attention {m.but_attention}"] if m.but_attention else []
     words += [f"offload {m.offload}"] if m.offload != "none" else []
+    words += [f"base {m.base}"] if m.base != "dtype" else []
+    words += [f"host_layers {m.host_layers}"] if m.host_layers else []
     words += [f"micro-batch {config.data.micro_batch}"] if config.data.micro_batch > 1 else []
     return ", ".join(words) or "1 rank"

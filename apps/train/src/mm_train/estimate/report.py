@@ -215,6 +215,9 @@ def _help(subject: Subject, config: Config, world: int, device: Device) -> Itera
     yield "what would help"
     asked = {field: getattr(config.memory, field) for field in ("recompute", "offload")}
     ways = [with_memory(config, memory) for memory in MEMORIES if memory != asked]
+    if config.has_frozen and config.parallel.tp == 1:
+        bases = [{"base": "nf4"}, {"base": "nf4", "host_layers": sum(1 for _ in subject.model.layers)}]
+        ways += [with_memory(config, MEMORIES[-1] | base) for base in bases]
     for way in ways:
         try:
             found = subject.estimate(way, world)
@@ -222,8 +225,10 @@ def _help(subject: Subject, config: Config, world: int, device: Device) -> Itera
             continue
         over = found.peak <= device.memory and not found.fits(device)
         host = f"  {gib(max(rank.host for rank in found.memory))} are too much for the host" if over else ""
-        said = f"--memory.recompute {way.memory.recompute} --memory.offload {way.memory.offload}"
-        yield f"  {said:60} {gib(found.peak):>12} {'✓' if found.fits(device) else '✗'}{host}"
+        more = [name for name in ("base", "host_layers") if getattr(way.memory, name) != getattr(config.memory, name)]
+        names = ["recompute", "offload", *more]
+        said = " ".join(f"--memory.{name} {getattr(way.memory, name)}" for name in names)
+        yield f"  {said:98} {gib(found.peak):>12} {'✓' if found.fits(device) else '✗'}{host}"
     yield "  --search looks at all layouts"
 
 

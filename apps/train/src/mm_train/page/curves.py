@@ -6,7 +6,6 @@ import json
 import math
 import time
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,7 +117,7 @@ class Curves:
         inside = (steps >= first) & (steps <= (last if last is not None else math.inf))
         chosen = np.flatnonzero(inside)
         if len(chosen) > points:
-            chosen = np.fromiter(_extremes(values, chosen, max(1, points // 2)), int)
+            chosen = _extremes(values, chosen, max(1, points // 2))
         return Curve(steps[chosen].tolist(), _plain(values[chosen]), [] if mean is None else _plain(mean[chosen]))
 
 
@@ -133,14 +132,15 @@ def _smooth(values: np.ndarray, share: float) -> np.ndarray:
     return np.array(found)
 
 
-def _extremes(values: np.ndarray, chosen: np.ndarray, parts: int) -> Iterator[int]:
+def _extremes(values: np.ndarray, chosen: np.ndarray, parts: int) -> np.ndarray:
     """Of each part of the places, those of its least and its largest value, in order."""
-    for part in np.array_split(chosen, parts):
-        those = values[part]
-        if np.isnan(those).all():
-            yield part[0]
-            continue
-        yield from sorted({part[np.nanargmin(those)], part[np.nanargmax(those)]})
+    size = -(-len(chosen) // parts)
+    places = np.pad(chosen, (0, -len(chosen) % size), mode="edge").reshape(-1, size)
+    those = values[places]
+    least = np.where(np.isnan(those), np.inf, those).argmin(1)
+    largest = np.where(np.isnan(those), -np.inf, those).argmax(1)
+    rows = np.arange(len(places))
+    return np.unique(np.concatenate([places[rows, least], places[rows, largest]]))
 
 
 def _plain(values: np.ndarray) -> list[float | None]:

@@ -41,7 +41,9 @@ class Run:
             problems.append(f"metrics.jsonl: {error.strerror}")
         curves = self.curves
         if curves.unread:
-            problems.append(f"metrics.jsonl: {curves.unread} lines cannot be read, first {curves.broken}")
+            problems.append(
+                f"metrics.jsonl: {curves.unread} of {curves.lines} lines cannot be read, first {curves.broken}"
+            )
         if not any(self._has(sign) for sign in SIGNS):
             problems.append("no run lies here: it has no metrics.jsonl")
         elif not curves.metrics and curves.share == 1:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
@@ -23,7 +24,7 @@ POLICY = (
     "img-src data:; frame-ancestors 'none'"
 )
 """What the browser may load: nothing from elsewhere."""
-AT_ONCE = 0.5
+AT_ONCE = 1.0
 """Seconds that an answer may take to read metrics; what is left is read for the next one."""
 PAGE = Path(__file__).with_name("page.html")
 
@@ -36,6 +37,10 @@ class Server(ThreadingHTTPServer):
         self.runs, self.lock = runs, Lock()
         self.local = address[0] in LOCAL
         super().__init__(address, _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a tab that was closed
+            super().handle_error(request, client_address)
 
 
 def open_server(runs: Runs, host: str, port: int) -> Server:

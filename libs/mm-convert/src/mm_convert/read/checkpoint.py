@@ -33,6 +33,7 @@ class Checkpoint(Tensors):
         said: what a config.json says of these fields, as it stands there: it may be wrong. `said_in` is that file.
         quantised: how the files hold weights that are read as bfloat16 here, for example "fp8 scaled (e4m3fn)"; "" for
             files without such.
+        described: of a single file, or of quantised weights, what they were recognised as, for people; else "".
         notes: what a person should know: tensors that were dropped, a config.json that contradicts the tensors.
         tensors: our name -> where its bytes are, in the order of the files.
         metadata: the free text of the safetensors headers.
@@ -51,13 +52,14 @@ class Checkpoint(Tensors):
         said: Config,
         said_in: Path,
         notes: list[str],
+        described: str = "",
     ) -> None:
         super().__init__(tensors)
         self.path, self.layout, self.content = path, layout, content
         self.files, self.folder, self.metadata, self.split = source.files, source.folder, source.metadata, source.split
         self.config, self.said, self.said_in, self.notes = config, said, said_in, notes
         self.dialect, self.family = content.dialect, content.family.name
-        self.quantised = ", ".join(source.kinds)
+        self.quantised, self.described = ", ".join(source.kinds), described
         self.shards = _by_file(tensors)
 
 
@@ -112,8 +114,8 @@ def open_checkpoint(
     notes = [*source.notes, *copies]
     # The shapes say most fields and are always right; config.json adds what they cannot say (num_heads, eps).
     complete, doubts = family.complete({**said, **content.config})
-    if path.is_file() or source.kinds:
-        notes.append(_describe(source, content, ours, complete))
+    described = _describe(source, content, ours, complete) if path.is_file() or source.kinds else ""
+    notes += [described] if described else []
     wrong = {f: v for f, v in content.config.items() if f in said and said[f] != v}
     if wrong:
         differences = ", ".join(f"{field} {brief(said[field])} instead of {value}" for field, value in wrong.items())
@@ -122,7 +124,7 @@ def open_checkpoint(
         names = [name for name, why in content.ignored.items() if why == reason]
         notes.append(f"{len(names)} tensors are left out ({reason}): {names[0]}" + (", …" if len(names) > 1 else ""))
     layout = "mm" if is_ours and source.layout == "safetensors" else source.layout
-    return Checkpoint(path, source, layout, content, ours, complete, said, where, notes + doubts)
+    return Checkpoint(path, source, layout, content, ours, complete, said, where, notes + doubts, described)
 
 
 def _describe(source: Source, content: Content, tensors: Mapping[str, LazyTensor], config: Config) -> str:

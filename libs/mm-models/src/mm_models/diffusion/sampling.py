@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mm_models.diffusion.experts import Experts
+from mm_models.diffusion.first_block import FirstBlockCache
 from mm_models.diffusion.objective import Conditioning
 from mm_models.diffusion.samplers import SAMPLERS, Grid, SamplerName
 from mm_models.diffusion.schedulers import scheduler
@@ -42,6 +43,7 @@ def denoise(
     start: int = 0,
     progress: Callable[[int, Tensor], None] | None = None,
     pair: dist.ProcessGroup | None = None,
+    cache: FirstBlockCache | None = None,
 ) -> Tensor:
     """Turns noise into latents.
 
@@ -61,6 +63,7 @@ def denoise(
         progress: called after each step with the number of steps done and the latents. How many there will be:
             `mm_models.diffusion.samplers.count_calls`.
         pair: a group of two ranks, of which each makes one of the two passes; both return the same.
+        cache: is told which pass comes next; it must be on for the models.
 
     Returns:
         latents, as large as given, in float32. Frames before the video still stand in front.
@@ -91,11 +94,13 @@ def denoise(
             is_low = isinstance(model, Experts) and not model.is_high(float(t))
             expert = model.at(float(t), latents.device) if isinstance(model, Experts) else model
 
-            def predict(text: Tensor, expert=expert, noisy=noisy, times=times) -> Tensor:
+            def predict(text: Tensor, pass_: str, expert=expert, noisy=noisy, times=times) -> Tensor:
+                if cache is not None:
+                    cache.pass_ = pass_
                 return expert(**conditioning.inputs(noisy, times, text, conditions), **arguments).float()
 
             if weights[is_low] <= 1:
-                v = predict(text)
+                v = predict(text, "text")
             else:
                 v, away = _both(predict, text, negative, pair)
                 v = away + weights[is_low] * (v - away)
@@ -109,12 +114,13 @@ def denoise(
 
 
 def _both(
-    predict: Callable[[Tensor], Tensor], text: Tensor, negative: Tensor, pair: dist.ProcessGroup | None
+    predict: Callable[[Tensor, str], Tensor], text: Tensor, negative: Tensor, pair: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """The predictions with the prompt and with the negative one."""
+    passes = ((text, "text"), (negative, "negative"))
     if pair is None:
-        return predict(text), predict(negative)
-    mine = predict((text, negative)[pair.rank()]).contiguous()
+        return tuple(predict(*one) for one in passes)
+    mine = predict(*passes[pair.rank()]).contiguous()
     both = torch.empty_like(mine), torch.empty_like(mine)
     dist.all_gather(list(both), mine, group=pair)
     return both
