@@ -21,6 +21,8 @@ SPARE = 1.0
 """GiB that a card keeps free: what CUDA itself takes, and gaps between tensors, are in no estimate."""
 HOST = 64.0
 """GiB of the host, which offloaded inputs and waiting layers may fill to three quarters."""
+PACK = 4096
+"""Tokens of a conversation, which is a pack."""
 ALL = -1
 FULL = {"recompute": "full", "offload": "inputs"}
 WAYS: tuple[dict[str, Any], ...] = (
@@ -64,7 +66,9 @@ MODELS: dict[str, tuple[tuple[int, int, int] | None, ...]] = {
 def look(model: str, size: tuple[int, int, int] | None) -> Iterator[tuple[int, str]]:
     """(card, row of the table) for each card on which it fits."""
     words = ["--model", model, "--recipe", f"{model}-lora", "--data.global_batch", "1", "--memory.recompute", "none"]
-    if size is not None:
+    if size is None:
+        words += ["--size.conversation", str(PACK), "--data.max_tokens", str(PACK)]
+    else:
         words += [
             x for name, n in zip(("frames", "height", "width"), size, strict=True) for x in (f"--size.{name}", str(n))
         ]
@@ -86,7 +90,7 @@ def look(model: str, size: tuple[int, int, int] | None) -> Iterator[tuple[int, s
             if card.device:
                 seconds = f"{subject.estimate(asked, 1, find_device(card.device)).seconds:,.1f} ({card.device})"
             flags = ", ".join(f"{name} {value}" for name, value in memory.items())
-            what = "x".join(map(str, size)) if size else f"{config.data.max_tokens:,} tokens"
+            what = "x".join(map(str, size)) if size else f"{PACK:,} tokens"
             yield gigabytes, f"| {model} | {what} | {gigabytes} | {flags} | {peak:.1f} | {host:.1f} | {seconds} |"
             break
 
