@@ -223,19 +223,21 @@ def test_a_conversation_with_a_picture(page, serve, place):
     page.locator("#question img").wait_for()
     page.locator("#question textarea").fill("What is this?")
     page.keyboard.press("Enter")
-    page.locator("#chat .bot").first.wait_for()
+    page.locator("#chat [data-testid=bot]").first.wait_for()
     page.locator("#chat img").first.wait_for()
     page.locator("#question textarea").fill("And now?")
     page.keyboard.press("Enter")
-    page.locator("#chat .bot").nth(1).wait_for()
+    page.locator("#chat [data-testid=bot]").nth(1).wait_for()
     broken = {"name": "broken.png", "mimeType": "image/png", "buffer": b"no picture"}
     page.locator("#question input[type=file]").set_input_files(broken)
     page.locator("#question .thumbnail-item").wait_for()
     page.locator("#question textarea").fill("And this?")
     page.keyboard.press("Enter")
     page.get_by_role("alert").get_by_text("broken.png").wait_for()
+    assert page.locator("#question textarea").input_value() == "And this?"
+    assert page.locator("#chat [data-testid=user]").count() == 3  # a picture and two questions
     page.locator("#new").click()
-    page.locator("#chat .bot").first.wait_for(state="detached")
+    page.locator("#chat [data-testid=bot]").first.wait_for(state="detached")
 
 
 def write_run(folder: Path, steps: range, lr: float) -> None:

@@ -56,13 +56,13 @@ def prepare(argv: Sequence[str] | None, held: ExitStack) -> tuple[Any, Any]:
     """
     from mm_infer.page.serve import claim_port, import_gradio, make_app
 
-    given = _parse(argv)
+    given = read_flags(argv)
     family = _family(given["weights"])
     if family.chat is not None:
         what = f"weights of {family.name} answer questions"
         config = _configure(chat.Config, given, what)
         if trained := chat.trained_options(config.lora, config.weights):
-            config = _configure(chat.Config, _parse(argv, trained), what)
+            config = _configure(chat.Config, read_flags(argv, trained), what)
     else:
         config = _configure(Config, given, f"weights of {family.name} make videos", prompt=given["prompt"] or "")
         check_output(config.output)
@@ -82,7 +82,7 @@ def prepare(argv: Sequence[str] | None, held: ExitStack) -> tuple[Any, Any]:
     return make_app(gradio, blocks, css, given["host"], find), listening
 
 
-def _parse(argv: Sequence[str] | None, defaults: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+def read_flags(argv: Sequence[str] | None, defaults: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """The flags by name."""
     say = inspect.getdoc(Serving) or ""
     return parse_options(_options(), dict, argv, prog="mm_infer.page", description=say, defaults=defaults)

@@ -267,7 +267,7 @@ class _Page:
         value = _typed(self.studio.usual(name))
         decides = FOLLOWING.get(name, set()) & self.tasks[task].inputs
         if decides and getattr(self.studio.config, name) is None:
-            return {"value": "", "placeholder": f"as given, or {value}"}
+            return {"value": "", "placeholder": "as given"}
         return {"value": value, "placeholder": "as usual"}
 
     def _begin(self, session: str) -> str:
