@@ -11,7 +11,7 @@ from mm_data.conversations import Conversation, Media, Turn, Unusable
 from mm_data.files import write_atomic
 from mm_data.folders import CAPTION, PICTURES, Captioned, list_folder
 from mm_infer.answer import Model
-from mm_infer.chat import Answering, Asking, exit_code, load, open_model, trained_options
+from mm_infer.chat import Answering, Asking, check_prompt, exit_code, load, open_model, trained_options
 from mm_parallel.launch import read_launch
 
 PROGRAM = "mm_infer.caption"
@@ -37,6 +37,14 @@ class Config(Answering):
     'put before each caption, e.g. a name for what a LoRA is to learn: "sks dog, "'
     overwrite: bool = False
     "write anew what has a caption already"
+
+    def __post_init__(self) -> None:
+        check_prompt(self.prompt)
+        if marks := [mark for mark in ("<image>", "<video>") if mark in (self.prompt or "")]:
+            raise ValueError(
+                f"--prompt has the mark {marks[0]}, but each clip or picture stands before it: leave the mark out, or "
+                "write {}, which becomes the word image or video"
+            )
 
 
 @escaped_output()

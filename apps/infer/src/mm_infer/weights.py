@@ -200,10 +200,7 @@ class Transformer:
         for lora, adapter in self.adapters:
             for note in adapter.notes:
                 print(one_line(f"{lora.path}: {note}"), file=sys.stderr)
-            if adapter.family.name not in self.family.checkpoints:
-                raise ValueError(
-                    f"lora {lora.path} is for {adapter.family.name}, and these weights are {self.family.name}"
-                )
+            check_family(lora.path, adapter, self.family)
             for note in self._compare_base(lora.path, adapter):
                 print(one_line(f"{lora.path}: {note}"), file=sys.stderr)
             shapes, whole = ({name: those.meta(name) for name in those} for those in (adapter, adapter.differences))
@@ -286,6 +283,15 @@ def find_known(family: Family, weights: Path, loras: Sequence[Lora], two: bool) 
             file=sys.stderr,
         )
     return None
+
+
+def check_family(path: Path, adapter: Adapter, family: Family) -> None:
+    """Raise ValueError unless the adapter's tensors are called as those of this family."""
+    if adapter.family.name not in family.checkpoints:
+        raise ValueError(
+            f"lora {path} is for {adapter.family.name}, and these weights are {family.name}: give an adapter for "
+            f"{family.name}, or the weights that it was trained on"
+        )
 
 
 def read_architecture(path: Path, family: Family, checkpoint: Checkpoint, model: str | None) -> Any:
