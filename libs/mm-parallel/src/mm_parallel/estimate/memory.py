@@ -473,6 +473,17 @@ class _Rank:
         """The forward itself refers to all of them."""
         return sum(size for size, _ in self.traces.stream[prefix].values()) - self._traveling(prefix)
 
+    def _idle(self, unit: UnitMemory) -> int:
+        """Of a layer whose companion alone is trained: its own weights, where no gradient passes them. FSDP gathers
+        them ahead all the same, and has them until the end.
+        """
+        if not self.weights.sharded or unit.name not in self.units.companions:
+            return 0
+        if self.units.plan.residual in self.units.trained[unit.name]:
+            return 0
+        frozen = [own for own in self.weights.groups(unit.name).values() if not any(w.trained for w in own)]
+        return sum(weight.whole(self.weights.ranks) for own in frozen for weight in own)
+
     def _backward(self, virtual: int, first: bool) -> Iterator[_Moment]:
         """first: no gradients are there yet, of any parameter."""
         root = self._root()
@@ -491,6 +502,7 @@ class _Rank:
         sharded = self.weights.sharded
         still = 0 if self.memory.reshard else sum(unit.gathered for unit, _ in sequence)
         pending = buffer = done = 0  # gradients of the root; the buffer of the unit before; gradients that are there
+        idle = 0  # weights that were gathered ahead for a backward that never comes
         for place in reversed(range(len(sequence))):
             unit, around = sequence[place]
             trace = unit.trace
@@ -502,7 +514,8 @@ class _Rank:
             ahead = following if self.memory.reshard else 0
             if self.memory.prefetch > 1 and self.memory.reshard:
                 ahead = sum(u.gathered for u, _ in sequence[max(0, place - self.memory.prefetch) : place])
-            weights = root + (unit.gathered + ahead if self.memory.reshard else still)
+            idle += self._idle(unit) if self.memory.reshard else 0
+            weights = root + (unit.gathered + ahead + idle if self.memory.reshard else still)
             returned = sequence[place - 1][0].host if place else 0
             # the layer that runs first makes them itself
             grads = 0 if unit.name in ("stem", "head") or unit is self.chunks[virtual][-1] else constant
@@ -511,7 +524,7 @@ class _Rank:
             yield _Moment(f"backward of {unit.name}", alive + around, weights + pending + buffer, run, done)
             if sharded and unit.name not in ("stem", "head"):
                 through = trace.gradients + trace.output + grads
-                weights = root + (ahead if self.memory.reshard else still - unit.gathered)
+                weights = root + (ahead + idle if self.memory.reshard else still - unit.gathered)
                 reducing = weights + pending + unit.reduced
                 yield _Moment(f"gradients of {unit.name}", alive + around, reducing, through, done)
                 buffer = unit.reduced or buffer
