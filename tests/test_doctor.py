@@ -500,7 +500,7 @@ MUTATIONS = [
     setting("--recipe", "wan-big", PARSED, told="wan-big"),
     setting("--steps", "many", PARSED),
     setting("--optim.lr", "2", PARSED),
-    setting("--data.global_batch", "7", "layout", told="global batch of 7", ranks=8),
+    setting("--data.global_batch", "7", "layout", told="global[ _]batch (of )?7", ranks=8),
     setting("--data.micro_batch", "5", "layout", told="micro-batches of 5"),
     setting("--optim.warmup", "900000", "learning rate"),
     setting("--optim.min_lr", "0.5", "learning rate"),

@@ -8,7 +8,7 @@ from mm_convert.cli.values import check_config
 from mm_infer.loras import read_loras
 from mm_models.diffusion.samplers import Grid, SamplerName
 from mm_models.family import AskedTiling
-from mm_parallel.config import AttentionName
+from mm_parallel.config import AttentionName, Base
 
 Boundary = Annotated[float, "> 0", "< 1"] | None
 Strength = Annotated[float, "!= 0"]
@@ -126,6 +126,10 @@ class Config(Options):
     "of two experts, keep the idle one in the host's memory; by default on an accelerator"
     dtype: Literal["bfloat16", "float32"] | None = None
     "of transformer and text encoder; by default bfloat16 on an accelerator, float32 on a CPU, as VAE and CLIP always are"  # noqa: E501
+    base: Base = "dtype"
+    "in what the transformer's matrices are held: dtype, fp8 or int8 (a byte for each number), nf4 (half a byte); made while the weights are read, adapters stay beside them"  # noqa: E501
+    host_layers: Annotated[int, ">= 0"] = 0
+    "so many layers of the transformer have their matrices in the host's memory, and come one ahead"
     attention: AttentionName = "auto"
     "kernel of attention between tokens, where there are several: on CUDA flash, cudnn (H100, B200), flash3 or flash4 (with their packages), efficient; auto takes one by device, dtype and shapes, and the first line names it"  # noqa: E501
     text_tokens: Annotated[int, ">= 1", "<= 65536"] | None = None
