@@ -510,6 +510,7 @@ class _Rank:
                 prefix = next(prefix for prefix, own in self.inner.items() if unit in own)
                 around = max(0, around - self._all_constants(prefix))
             alive -= unit.saved - (trace.output if unit.name == "head" else 0)
+            given = self.traces.returned if unit.name == "head" and self.layout.pp > 1 else 0
             following = next((u.gathered for u, _ in reversed(sequence[:place]) if u.gathered), 0)
             ahead = following if self.memory.reshard else 0
             if self.memory.prefetch > 1 and self.memory.reshard:
@@ -531,6 +532,7 @@ class _Rank:
             elif sharded:
                 pending += trace.gradients
             still -= unit.gathered if not self.memory.reshard else 0
+            alive += given  # from the head's backward on: before, it is among what the head saves
             done += unit.gradients if first and not self.memory.offload_params else 0
         if sharded:
             yield _Moment("gradients of the root", 0, pending + self._reduce_root(), 0, done)

@@ -84,6 +84,10 @@ class Traces(NamedTuple):
     """By prefix, of each field of the stream with tensors: bytes, and whether it requires a gradient when it leaves the
     last layer.
     """
+    returned: int
+    """Bytes of what the model returns. In a pipeline it is in the head's `saved`, and lives until the last stage's
+    backward has ended: torch's stage refers to it.
+    """
 
     def constants(self, prefix: str, names: Iterable[str]) -> int:
         """Bytes of the fields that some of these units refer to."""
@@ -150,6 +154,7 @@ class Units:
         self._meshes: dict[tuple[Way, str], MetaMesh] = {}
         self._stems: dict[Way, _Stem] = {}
         self._traces: dict[tuple[Way, str, str], UnitTrace] = {}
+        self._heads: dict[tuple[Way, bool], tuple[UnitTrace, int]] = {}
 
     def _look(self, model: nn.Module) -> None:
         """Runs the whole model once, to see which layers are of one kind, and what requires a gradient."""
@@ -200,9 +205,9 @@ class Units:
         units = {"stem": stem.trace}
         for prefix, names in self.layers.items():
             units |= {name: self._layer(way, prefix, self.kinds[name], words[name]) for name in names if name in words}
-        units["head"] = self._head(way)
+        units["head"], returned = self._head(way, layout.pp > 1)
         streams = {prefix: self._sizes(prefix, entry) for prefix, entry in stem.entries.items()}
-        return Traces(units, stem.around, streams)
+        return Traces(units, stem.around, streams, returned)
 
     def _sizes(self, prefix: str, entry: Any) -> dict[str, tuple[int, bool]]:
         tensors = {
@@ -317,12 +322,13 @@ class Units:
         back_kernels, back_sent = counting.take()
         return UnitTrace(saved, inputs, kept, output, forward, *backward, holds, kernels, back_kernels, sent, back_sent)
 
-    def _head(self, way: Way) -> UnitTrace:
-        if (way, "head", "none") not in self._traces:
-            self._traces[way, "head", "none"] = self._run_head(way)
-        return self._traces[way, "head", "none"]
+    def _head(self, way: Way, returns: bool) -> tuple[UnitTrace, int]:
+        if (way, returns) not in self._heads:
+            self._heads[way, returns] = self._run_head(way, returns)
+        return self._heads[way, returns]
 
-    def _run_head(self, way: Way) -> UnitTrace:
+    def _run_head(self, way: Way, returns: bool) -> tuple[UnitTrace, int]:
+        """returns: whether what the model returns lives until the backward has ended."""
         twin, entry = self.twin(way), self._stem(way).entries[""]
         travels, trained = self.travels[""], self.trained[""]
         counting = _Counting(self._meshes[way, "none"])
@@ -333,13 +339,14 @@ class Units:
             output = twin.head(stream)
             stream = None
             losses = self.losses(output)
-            del output
+            returned, output = _bytes([output]), output.detach() if returns else None  # `output` would hold the graph
             end, size = losses.sum(), _bytes([losses])
             forward, kernels, sent = counting.peak, *counting.take()
             saved, holds = counting.now, held.find()
             backward = counting.back(end)
         back_kernels, back_sent = counting.take()
-        return UnitTrace(saved, 0, 0, size, forward, *backward, holds, kernels, back_kernels, sent, back_sent)
+        trace = UnitTrace(saved, 0, 0, size, forward, *backward, holds, kernels, back_kernels, sent, back_sent)
+        return trace, returned
 
 
 class _Stem(NamedTuple):
