@@ -1,6 +1,6 @@
 """Whether compiled layers (Inductor, on the CPU) give the loss and every gradient that eager ones give.
 
-    python docs/measure/compiled.py                # all cases; a quarter of an hour on two cores
+    python docs/measure/compiled.py                # all cases; some 25 compilations, a minute each beside other work
     python docs/measure/compiled.py dropout ranks  # those whose name has one of the words
 
 The judge is the eager model in float64 on one device, with the same values: it measures eager and compiled layers of a
@@ -129,14 +129,11 @@ def compare(
     dtype: torch.dtype = F32,
     memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
     samples: int = SAMPLES,
-    draws: bool = False,
 ) -> None:
-    """draws: whether the step draws, which is why the judge is the eager model of that dtype."""
     torch._dynamo.reset()
-    alone = prepare(subject, dtype if draws or memory.holds_frozen else F64)
-    if memory.holds_frozen:
-        parallelize(alone, plan(alone), memory=MemoryConfig(base=memory.base))
-    reference = step(alone, subject, dtype if draws or memory.holds_frozen else F64, samples)
+    alone = prepare(subject, F64)
+    parallelize(alone, plan(alone), memory=MemoryConfig(base=memory.base))
+    reference = step(alone, subject, F64, samples)
     before, results = count_graphs(), []
     for compile in (False, True):
         model = prepare(subject, dtype)
@@ -178,7 +175,7 @@ def in_families(dtype: torch.dtype) -> None:
 
 def dropout() -> None:
     for words in ("none", "full"):
-        compare(f"dropout in LoRA, float32, {words}", DROPOUT, memory=MemoryConfig(words), draws=True)
+        compare(f"dropout in LoRA, float32, {words}", DROPOUT, memory=MemoryConfig(words))
 
 
 def frozen_base() -> None:
@@ -302,10 +299,9 @@ def compile_of(number: int) -> float:
 
 
 def main(*words: str) -> None:
-    for name, case in CASES.items():
-        if not words or any(word in name for word in words):
-            print(f"\n{name}\n\n{HEAD}", flush=True)
-            case()
+    for name in dict.fromkeys(name for word in words or [""] for name in CASES if word in name):
+        print(f"\n{name}\n" + (f"\n{HEAD}" if name not in ("training", "layers") else ""), flush=True)
+        CASES[name]()
 
 
 CASES: dict[str, Callable[[], Any]] = {
