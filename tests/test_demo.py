@@ -70,6 +70,7 @@ def test_the_commands_of_a_task(task, heads, videos, images, tmp_path, monkeypat
     demo_run.show(tmp_path, demo, stages)
     report = (tmp_path / "report.html").read_text()
     assert heads in report
+    assert "python -m mm_infer.page --weights" in report
     assert report.count("data:video/mp4;base64,") == videos
     assert report.count("data:image/png;base64,") == images
     for name in demo.scores:
@@ -107,6 +108,7 @@ def test_the_commands_of_questions(tmp_path, monkeypatch):
     assert report.count("data:video/mp4;base64,") == 1
     assert report.count('<rect class="given"') == 1
     assert "mm-convert Qwen2_5_VLConverter mm_to_hf" in report
+    assert "python -m mm_infer.page --weights" in report
 
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     known = "".join(json.dumps(one | {"answer": one["reference"]}) + "\n" for one in answers)

@@ -16,6 +16,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
 from io import StringIO
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -499,7 +500,7 @@ MUTATIONS = [
     setting("--recipe", "wan-big", PARSED, told="wan-big"),
     setting("--steps", "many", PARSED),
     setting("--optim.lr", "2", PARSED),
-    setting("--data.global_batch", "7", "layout", told="global batch of 7", ranks=8),
+    setting("--data.global_batch", "7", "layout", told="global[ _]batch (of )?7", ranks=8),
     setting("--data.micro_batch", "5", "layout", told="micro-batches of 5"),
     setting("--optim.warmup", "900000", "learning rate"),
     setting("--optim.min_lr", "0.5", "learning rate"),
@@ -910,17 +911,24 @@ def test_ranks_that_see_other_files_are_named(shop, tmp_path):
 
 def write_sparse(path: Path, model: str) -> None:
     """Weights of which the header is true, and the data a hole."""
-    tensors = build(model, device="meta").state_dict()
+    write_hole(path, {name: list(tensor.shape) for name, tensor in build(model, device="meta").state_dict().items()})
+
+
+def write_hole(path: Path, shapes: dict[str, list[int]]) -> None:
+    """Weights in bfloat16 by a header alone, but that no two begin alike: equal ones would be taken to be tied."""
     header, position = {}, 0
-    for name, tensor in tensors.items():
-        end = position + tensor.numel() * 2
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [position, end]}
+    for name, shape in shapes.items():
+        end = position + prod(shape) * 2
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header).encode()
     path.mkdir(parents=True)
     with open(path / "model.safetensors", "wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         file.truncate(8 + len(raw) + position)
+        for i, one in enumerate(header.values()):
+            file.seek(8 + len(raw) + one["data_offsets"][0])
+            file.write(bytes([1 + i % 255]))
 
 
 AND_ITS_PEAK = """
@@ -951,6 +959,53 @@ def test_the_headers_of_two_experts_of_14b_take_seconds(tmp_path, capsys, monkey
     _, wrong = start_here(doctor.main, [*flags, "--expert", "high", "--weights", "W/low_noise_model"], capsys)
     assert "✗ tensors" in wrong
     assert "is the expert for low noise" in " ".join(wrong.split())
+
+
+def misname(shapes: dict[str, list[int]], name: str) -> None:
+    shapes[f"{name}x"] = shapes.pop(name)
+
+
+def turn(shapes: dict[str, list[int]], name: str) -> None:
+    shapes[name] = shapes[name][::-1]
+
+
+BIG = {
+    # preset: a matrix of its last layer, that is not square
+    "vace-14b": "vace_blocks.7.ffn.0.weight",
+    "wan2.2-ti2v-5b": "blocks.29.ffn.2.weight",
+    "opensoraplan-1.2": "transformer_blocks.31.ff.net.2.weight",
+    "qwen2.5-vl-7b": "model.layers.27.mlp.down_proj.weight",
+}
+
+
+@pytest.mark.parametrize("model", BIG)
+def test_a_wrong_header_of_big_weights_is_caught_and_named(tmp_path, model):
+    """Of billions of parameters only the header is there."""
+    looks = [check for check in CHECKS if check.name in ("model", "weights", "tensors")]
+    whole = {name: list(tensor.shape) for name, tensor in build(model, device="meta").state_dict().items()}
+    flags = ["--model", model, "--output", str(tmp_path / "run")]
+
+    def look(folder: Path) -> dict[str, Finding]:
+        asked = Asked(load_config([*flags, "--weights", str(folder)]), 8)
+        return {one.name: one for one in find(looks, asked)}
+
+    write_hole(tmp_path / "whole", whole)
+    right = look(tmp_path / "whole")
+    assert {one.state for one in right.values()} == {"holds"}, right
+    assert f"{len(whole):,} tensors" in right["tensors"].text
+    for change in (misname, turn, None):
+        folder, shapes = tmp_path / (change.__name__ if change else "cut"), dict(whole)
+        if change:
+            change(shapes, BIG[model])
+        write_hole(folder, shapes)
+        if change is None:
+            file = folder / "model.safetensors"
+            os.truncate(file, file.stat().st_size - 2)
+        wrong = look(folder)["tensors"]
+        assert wrong.state == "fails", (folder.name, wrong)
+        named = BIG[model] if change else "is truncated"
+        assert named in wrong.text, (folder.name, wrong.text)
+        assert str(folder) in wrong.text, (folder.name, wrong.text)
 
 
 # --- the libraries

@@ -27,6 +27,7 @@ from mm_convert.guides.table import CONVERTERS, WRITING
 from mm_infer import caption, chat
 from mm_infer.__main__ import main as infer
 from mm_infer.config import Config as InferConfig
+from mm_infer.page import __main__ as page
 from mm_models.families import FAMILIES
 from mm_train import doctor, export, extract
 from mm_train.__main__ import main as train
@@ -34,6 +35,7 @@ from mm_train.config import Config
 from mm_train.doctor import DoctorConfig
 from mm_train.export import ExportConfig
 from mm_train.extract import ExtractConfig
+from mm_train.page import __main__ as runs
 
 MODEL = "wan2.1-t2v-1.3b"
 TEXTS = [
@@ -93,6 +95,8 @@ def commands() -> Iterator[tuple[str, Main, list[Option]]]:
     yield "mm_train.export", export.main, list(options_of(ExportConfig))
     yield "mm_infer", infer, list(options_of(InferConfig))
     yield "mm_infer.chat", chat.main, list(options_of(chat.Config))
+    yield "mm_infer.page", page.main, list(options_of(page.Serving))  # all else is mm_infer's, or mm_infer.chat's
+    yield "mm_train.page", runs.main, [one for one in options_of(runs.Config) if not one.positional]
     yield "mm_infer.caption", caption.main, list(options_of(caption.Config))
     rows = {("convert",): CONVERT} | {
         (name, method): row for name, methods in CONVERTERS.items() for method, row in methods.items()

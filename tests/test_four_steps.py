@@ -17,6 +17,7 @@ from mm_infer.__main__ import main
 from mm_models import build
 from mm_models.wan.model import WanModel
 from mm_models.wan.testing import write_encoders
+from mm_parallel.frozen import frozen_linears
 from mm_parallel.mesh import make_mesh
 from mm_parallel.testing import spawn
 from mm_parallel.weights import full_tensors
@@ -155,6 +156,25 @@ def test_the_adapter_of_samples_is_looked_at_before_the_start(place, tmp_path):
         with pytest.raises(ValueError, match=message):
             train(load_config(command(place, tmp_path / "run", *flags, *SAMPLE_SIZE)))
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_beside_a_base_in_four_bits(runs):
+    """What is quantised stays as it is: the factors, and the bias, make the difference."""
+    flags = ["--weights", str(runs / "full/weights"), "--lora.rank", "2", "--memory.base", "nf4"]
+    config = load_config(command(runs, runs / "nowhere", *flags, "--sample.lora", str(runs / NAME)))
+    adapter = open_sample_adapter(config, outline(config))
+    model = build_model(config, None, torch.device("cpu"), continuing=False).parameters
+    linears = frozen_linears(model)
+    assert len(linears) == 2 * 10
+    for name, linear in linears.items():
+        published = name.replace(".base_layer.", ".")
+        x = torch.randn(3, linear.in_features)
+        before = linear(x)
+        with acting(adapter, model):
+            added = linear(x) - before
+        bias = adapter.added(published.replace(".weight", ".bias"))
+        torch.testing.assert_close(added, x @ adapter.added(published).T + bias, rtol=1e-4, atol=1e-4)
+        assert torch.equal(linear(x), before)
 
 
 LAYOUTS = (["--parallel.dp_shard", "2"], ["--parallel.tp", "2"], ["--parallel.pp_layers", "[1,1]"])

@@ -13,16 +13,17 @@ import pytest
 from mm_convert import cli, convert_ckpt_to_mm
 from mm_convert.cli.arguments import parse
 from mm_data import llava_to_mllm, show
-from mm_infer import caption
 from mm_infer.caption import Config as CaptionConfig
 from mm_infer.chat import Config as ChatConfig
 from mm_infer.config import Config as InferConfig
+from mm_infer.page.__main__ import read_flags
 from mm_models import presets
 from mm_models.families import find
 from mm_train.doctor import DoctorConfig
 from mm_train.estimate.config import EstimateConfig
 from mm_train.export import ExportConfig
 from mm_train.extract import ExtractConfig
+from mm_train.page.__main__ import read_config as read_runs
 from mm_train.recipe import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,9 @@ PROGRAMS = {
     "mm_train.export": lambda argv: parse(ExportConfig, argv, prog="export"),
     "mm_infer": lambda argv: parse(InferConfig, argv, prog="infer"),
     "mm_infer.chat": lambda argv: parse(ChatConfig, argv, prog="chat"),
-    "mm_infer.caption": lambda argv: parse(CaptionConfig, caption.name_folder(argv), prog="caption"),
+    "mm_infer.caption": lambda argv: parse(CaptionConfig, argv, prog="caption"),
+    "mm_infer.page": read_flags,
+    "mm_train.page": read_runs,
     "mm_data.show": lambda argv: show.make_parser().parse_args(argv),
     "mm_data.llava_to_mllm": lambda argv: llava_to_mllm.make_parser().parse_args(argv),
 }

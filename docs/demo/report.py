@@ -181,9 +181,11 @@ def write_report(
     scores: dict[str, dict],
     progress: Sequence[tuple[str, Path]],
     stages: Sequence[tuple[str, float, str]],
+    pages: Sequence[str] = (),
 ) -> None:
     """`told` stands above the clips; `metrics` of one training or of several; `scores` by measure.py, with a name
-    for each where there are several; `progress` is one prompt at growing steps; `stages` are (name, seconds, command).
+    for each where there are several; `progress` is one prompt at growing steps; `stages` are (name, seconds, command);
+    `pages` are commands that open what was made in the browser.
     """
     table = "".join(f"<tr><td>{html.escape(n)}</td><td>{s:.1f} s</td></tr>" for n, s, _ in stages)
     commands = "\n\n".join(f"# {name}\n{command}" for name, _, command in stages)
@@ -198,6 +200,7 @@ def write_report(
         "How often it is right": _each(scores, percentages),
         "How it learned": learned,
         "Time": f"<table>{table}</table>",
+        "Make more, in the browser": f"<pre>{html.escape(chr(10).join(pages))}</pre>",
         "The commands": f"<pre>{html.escape(commands)}</pre>",
     }
     body = "".join(f"<h2>{heading}</h2>{content}" for heading, content in sections.items())

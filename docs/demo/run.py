@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -28,6 +29,10 @@ from mm_data import made_with  # noqa: E402
 
 # Half the cores: threads that wait for a core spin, which is slow on a machine that does something else as well.
 ENVIRONMENT = {"OMP_NUM_THREADS": str(min(4, max(1, (os.cpu_count() or 2) // 2)))} | os.environ
+
+
+PAGE = "weights|encoders|lora|processor|model|config|task"
+"""Flags that say which model is asked, and how."""
 
 
 def run(name: str, command: str) -> float:
@@ -53,7 +58,17 @@ def show(out: Path, demo: Demo, stages: list[tuple[str, float, str]]) -> None:
         scores={name: json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in demo.scores},
         progress=[(f"{made_with(path)['prompt']}, step {made_with(path)['step']}", path) for path in samples],
         stages=stages,
+        pages=page_commands(out, demo, [command for _, _, command in stages]),
     )
+
+
+def page_commands(out: Path, demo: Demo, commands: list[str]) -> list[str]:
+    """What opens the pages of what was made: of the model, as its first command asks it, and of its runs."""
+    asked = next(command for command in commands if "-m mm_infer" in command)
+    kept = re.findall(rf" --(?:{PAGE}) (?:'[^']*'|\S+)", asked)
+    made = shlex.quote(str(out / "page"))
+    runs = shlex.join(str(out / run) for run in demo.runs)
+    return [f"python -m mm_infer.page{''.join(kept)} --output {made}", f"python -m mm_train.page {runs}"]
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Whole diffusers pipelines with random weights, small enough to run in a second and awake to their inputs."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 
+from mm_convert.lora.base import KEY
 from mm_models.wan.testing import tiny_encoders
 
 CLIP = {"image_dim": 24, "added_kv_proj_dim": 40}  # 40: the width of the model
@@ -71,7 +73,7 @@ def tiny(tmp_path_factory) -> Callable[[str], Path]:
     return make
 
 
-def _write_lora(path: Path, seed: int, dim: int = 40) -> Path:
+def _write_lora(path: Path, seed: int, dim: int = 40, trained_on: dict[str, str] | None = None) -> Path:
     """In ComfyUI's names: of all queries, with the seed as rank, and of a bias whole."""
     random = torch.Generator().manual_seed(seed)
     tensors = {"diffusion_model.blocks.0.ffn.2.diff_b": torch.randn(dim, generator=random)}
@@ -80,7 +82,7 @@ def _write_lora(path: Path, seed: int, dim: int = 40) -> Path:
         tensors[f"{name}.lora_down.weight"] = torch.randn(seed, dim, generator=random)
         tensors[f"{name}.lora_up.weight"] = torch.randn(dim, seed, generator=random)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path)
+    save_file(tensors, path, {KEY: json.dumps(trained_on)} if trained_on else None)
     return path
 
 

@@ -77,6 +77,14 @@ def test_what_cannot_be_captioned_is_named(hub, folder, capsys):
     assert not (folder / "more/v.txt").exists()
 
 
+def test_a_prompt_with_marks_or_without_words_is_refused(hub, folder, capsys):
+    for prompt, way in (("<image> what is it?", "leave the mark out, or write {}"), ("", "--prompt is empty: write")):
+        with pytest.raises(SystemExit, match="2"):
+            main([str(folder), "--weights", str(hub), "--prompt", prompt])
+        assert way in capsys.readouterr().err
+    assert not (folder / "a.txt").exists()
+
+
 def test_a_folder_that_is_none_is_refused(hub, folder, capsys):
     assert caption(folder / "a.png", "--weights", hub) == 2
     assert "is not a folder" in capsys.readouterr().err

@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from mm_convert import convert, open_checkpoint, save_lora
+from mm_convert import convert, open_checkpoint, open_lora, save_lora
+from mm_convert.lora.base import describe_content
 from mm_data.chat_options import ChatOptions
 from mm_data.conversations import Conversation, Media, Turn
 from mm_data.video_write import write_video
@@ -264,6 +265,9 @@ def test_errors_say_what_to_do(hub, folder, tmp_path, capsys):
     assert "did you mean" in refused(capsys, "--weights", f"{hub}x", "--prompt", "a")
     assert "leave one out" in refused(capsys, *weights, "--prompt", "a", "--questions", image)
     assert "are of a --prompt" in refused(capsys, *weights, "--image", image)
+    assert "--prompt is empty: write what is asked" in refused(capsys, *weights, "--prompt", " ")
+    said = refused(capsys, *weights, "--questions", image, "--output", str(folder), "--overwrite", "true")
+    assert f"output {folder} is a folder: give a file, as {folder / 'answers.jsonl'}" in said
     assert "none.png is not there" in refused(capsys, *weights, "--prompt", "a", "--image", "none.png")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"x")
@@ -288,6 +292,29 @@ def test_errors_say_what_to_do(hub, folder, tmp_path, capsys):
     (short / "config.json").write_bytes((hub / "config.json").read_bytes())
     save_file({n: t for n, t in tensors.items() if "layers.1." not in n}, short / "model.safetensors")
     assert "layers" in refused(capsys, "--weights", str(short), "--prompt", "a")
+
+
+def test_what_an_adapter_was_trained_on_is_compared(hub, tmp_path, capsys):
+    model = add_lora(build("qwen2.5-vl-tiny", device="cpu", **vars(tiny_config(merges=110))), LoRAConfig(rank=2))
+    tensors = {n: torch.zeros(t.shape) for n, t in model.state_dict().items() if "lora_" in n}
+    modules = open_lora(save_lora(tmp_path / "plain", tensors, 16.0)).modules
+    same = describe_content(open_checkpoint(hub).tensors, modules)
+    assert same
+    for name, said, note in (("same", same, ""), ("other", {"content": "0" * 16}, "was trained on other weights")):
+        save_lora(tmp_path / name, tensors, 16.0, trained_on=said)
+        Model(hub, lora=tmp_path / name)
+        error = capsys.readouterr().err
+        assert note in error if note else "trained on" not in error
+    save_lora(tmp_path / "wan", tensors, 16.0, trained_on={"family": "wan", "model": "wan2.1-t2v-1.3b"})
+    names = {f"diffusion_model.blocks.0.self_attn.q.lora_{side}.weight": torch.zeros(2, 2) for side in ("down", "up")}
+    save_file(names, tmp_path / "wan.safetensors")
+    with pytest.raises(ValueError, match=r"wan.safetensors is for wan, and these weights are qwen2_5_vl: give an adap"):
+        Model(hub, lora=tmp_path / "wan.safetensors")
+    asked = ["--weights", str(hub), "--prompt", "a", "--lora", str(tmp_path / "wan")]
+    assert "was trained on weights of family wan (wan2.1-t2v-1.3b)" in refused(capsys, *asked)
+    with pytest.raises(SystemExit, match="2"):
+        main([*asked, "--check"])
+    assert re.search(r"✗ weights .*of family wan", " ".join(capsys.readouterr().out.split()))
 
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")

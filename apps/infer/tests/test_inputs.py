@@ -311,6 +311,12 @@ def refused(command: list[str], capsys, *messages: str) -> None:
         ("vace", ["--references", '["nowhere.png"]'], "nowhere.png does not exist"),
         ("t2v", ["--image", "nowhere.png"], "cannot make a video from image"),
         ("t2v", ["--boundary", "0.8"], "boundary 0.8 is for two experts"),
+        (
+            "t2v",
+            ["--height", "1000000000"],
+            "--height is 1000000000; it takes a whole number (at least 1, at most 1",
+        ),
+        ("t2v", ["--text_tokens", "1000000000"], "at most 65536"),
         ("a14b", ["--guidance", "[1, 2, 3]"], "guidance"),
         ("t2v", ["--guidance", "1", "--parallel.guidance", "2"], "leave either out"),
     ],

@@ -1,11 +1,14 @@
 """Several adapters, with strengths, for both experts or one; what cannot be meant is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 import mm_infer
+from mm_convert import open_checkpoint
+from mm_convert.lora.base import describe_content
 from mm_data import made_with
 from mm_infer.__main__ import main
 from mm_infer.loras import Lora, read_loras
@@ -74,6 +77,52 @@ def test_what_cannot_be_meant(pipeline, loras, write_lora, tmp_path):
     other = write_lora(tmp_path / "other.safetensors", 2, dim=48)
     with pytest.raises(ValueError, match=r"other.safetensors: .*misshapen.*q.weight \(\[48, 48\], here \[40, 40\]\)"):
         Weights(pipeline, lora=[a, other])
+
+
+@pytest.mark.parametrize(
+    ("kind", "expert", "said", "message"),
+    [
+        ("t2v", "", {"prediction": "v_prediction"}, "on weights of prediction v_prediction, and these are of .* flow"),
+        ("t2v", "", {"family": "opensoraplan"}, "on weights of family opensoraplan, and these are of family wan"),
+        ("t2v", "", {"family": "wan", "prediction": "flow", "expert": "high"}, ""),
+        ("a14b", "high=", {"expert": "low"}, r"on weights of expert low.* Give weights of expert low, or an adapter"),
+        ("a14b", "low=", {"expert": "low"}, ""),
+    ],
+)
+def test_what_it_was_trained_on_must_be_what_it_is_put_on(
+    tiny, write_lora, tmp_path, capsys, kind, expert, said, message
+):
+    lora = f"{expert}{write_lora(tmp_path / 'lora.safetensors', 2, trained_on=said)}"
+    asked = [
+        "--weights",
+        str(tiny(kind)),
+        "--prompt",
+        "x",
+        "--output",
+        str(tmp_path / "out"),
+        "--lora",
+        lora,
+        "--check",
+    ]
+    with pytest.raises(SystemExit) as end:
+        main([*asked, *(f"--{name}={value}" for name, value in SMALL.items())])
+    told = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == (2 if message else 0), told
+    if message:
+        assert re.search(f"✗ adapter .*lora.safetensors was trained {message}", told)
+        with pytest.raises(ValueError, match=message):
+            Weights(tiny(kind), lora=lora)
+
+
+def test_other_weights_of_the_family_are_noted(pipeline, write_lora, tmp_path, capsys):
+    modules = [f"blocks.{i}.self_attn.q" for i in range(3)]
+    said = describe_content(open_checkpoint(pipeline).tensors, modules)
+    lora = write_lora(tmp_path / "lora.safetensors", 2, trained_on={**said, "model": "mine"})
+    Weights(pipeline, lora=lora)
+    assert "other weights" not in capsys.readouterr().err
+    other = write_lora(tmp_path / "other.safetensors", 2, trained_on={"content": "0" * 16, "model": "mine"})
+    Weights(pipeline, lora=other)
+    assert "other.safetensors: it was trained on other weights (mine)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

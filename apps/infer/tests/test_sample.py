@@ -185,6 +185,19 @@ def test_bfloat16_keeps_what_is_kept_in_fp32_and_stays_close(pipeline, sampler):
     assert 0 < difference(latents, exact) < 0.1
 
 
+def test_matrices_in_few_bits_and_on_the_host(pipeline, sampler):
+    exact = sampler(PROMPT, **SMALL).latents
+    assert torch.equal(mm_infer.load(pipeline, host_layers=3)(PROMPT, **SMALL).latents, exact)
+    errors = {}
+    for base in ("int8", "nf4"):
+        held = mm_infer.load(pipeline, base=base, host_layers=1)
+        errors[base] = difference(held(PROMPT, **SMALL).latents, exact)
+        assert not any("ffn.0.weight" in name for name in held._model.state_dict())
+    assert 0 < errors["int8"] < errors["nf4"] < 0.2
+    with pytest.raises(ValueError, match=r"host_layers=4: the model has 3 layers, so it can be 0 … 3"):
+        mm_infer.load(pipeline, host_layers=4)
+
+
 def test_lora(pipeline, sampler, tmp_path):
     model = sampler.weights.load(torch.device("cpu"), torch.float32)
     add_lora(model, LoRAConfig(rank=2, alpha=8.0, targets=("q", "ffn.2")))
@@ -196,6 +209,8 @@ def test_lora(pipeline, sampler, tmp_path):
     adapted = mm_infer.load(pipeline, lora=folder)(PROMPT, **SMALL).latents
     plain = sampler(PROMPT, **SMALL).latents
     assert difference(adapted, plain) > 1e-2
+    held = mm_infer.load(pipeline, lora=folder, base="int8")(PROMPT, **SMALL).latents
+    assert 0 < difference(held, adapted) < difference(adapted, plain) / 5
 
     merge_lora(model)
     save_checkpoint(tmp_path / "merged", model.state_dict(), sampler.config)

@@ -95,6 +95,12 @@ def test_sizes_are_those_of_features_of_the_geometry_or_as_published(tmp_path):
     assert "as published" in published.source
     geometry = find_samples(asked("wan2.1-t2v-14b", "--data.manifest", "none.txt"))
     assert geometry.sample["latents"].shape[1:] == (21, 60, 104)
+    (tmp_path / "sets.toml").write_text(
+        '[[set]]\npath = "."\nsizes = [[480, 832], [720, 1280]]\nframes = 49\n[[set]]\npath = "."\n', encoding="utf-8"
+    )
+    sets = find_samples(asked("wan2.1-t2v-14b", "--data.manifest", str(tmp_path / "sets.toml")))
+    assert sets.sample["latents"].shape[1:] == (13, 90, 160)
+    assert f"49x720x1280 (the largest of {tmp_path}/sets.toml)" in sets.source
     config = asked("wan2.1-t2v-14b", "--size.frames", "17", "--size.text", "77")
     assert find_samples(config, config.size).sample["text"].shape == (77, 4096)
     missing = find_samples(asked("wan2.1-t2v-14b", "--data.features", "not/there"))
@@ -161,6 +167,7 @@ def test_a_layout_is_a_command_that_gives_it(tmp_path):
         (),
         ("--optim.ema", "0.9", "--memory.recompute", "full", "--dtype", "bfloat16"),
         ("--trained", '["blocks.1.*", "head.*"]', "--optim.kernel", "foreach"),
+        ("--trained", '["blocks.1.*", "head.*"]', "--memory.base", "int8", "--memory.host_layers", "1"),
     ],
 )
 def test_a_run_holds_what_was_estimated(tmp_path, capsys, more):

@@ -315,6 +315,8 @@ def test_two_files_are_a_pair(weights, tmp_path, capsys):
     assert {name.split("_")[2] for name in weight_files(folder)} == {"high", "low"}
     main(["inspect", str(folder)])
     assert "what           two experts" in capsys.readouterr().out
+    main(["convert", str(folder), str(tmp_path / "W"), "--to", "comfyui", "--boundary", "0.875", "--dry_run"])
+    assert "memory under 180 MB" in capsys.readouterr().out
     main(["convert", str(folder), str(tmp_path / "W"), "--to", "comfyui", "--boundary", "0.875"])
     assert open_experts(tmp_path / "W").boundary == 0.875
     for half in ("high", "low"):

@@ -14,7 +14,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from mm_parallel import MemoryConfig, ParallelConfig, finish_gradients, make_mesh, parallelize
 from mm_parallel.attention import core
-from mm_parallel.testing import PeakMemory, TinyLadder, assert_same_grads, gradients, spawn
+from mm_parallel.estimate.peak import PeakMemory
+from mm_parallel.testing import TinyLadder, assert_same_grads, gradients, spawn
 
 CASES = {
     "none": MemoryConfig(),

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mm_parallel import ParallelConfig, ParallelPlan, data_rank, finish_gradients, make_mesh, parallelize, vocabulary
-from mm_parallel.testing import PeakMemory, assert_same_grads, gradients, spawn
+from mm_parallel.estimate.peak import PeakMemory
+from mm_parallel.testing import assert_same_grads, gradients, spawn
 
 TOKENS, DIM = 24, 6
 PLAN = ParallelPlan(("blocks.*",), heads=4, columns=("blocks.*.0",), rows=("blocks.*.2",))

@@ -16,7 +16,7 @@ from mm_convert.lora.merging import merge
 from mm_convert.tensors.mapping import Tensors
 from mm_data.chat_options import ChatOptions
 from mm_data.conversations import Conversation
-from mm_infer.weights import must_exist, read_architecture
+from mm_infer.weights import check_family, must_exist, read_architecture
 from mm_models.families import family_of_weights
 from mm_models.family import Family
 from mm_models.processors import is_exact
@@ -68,6 +68,7 @@ class Model:
             lora = must_exist(Path(lora), "lora")
             adapter = open_lora(lora, alpha=lora_alpha)
             notes += [f"{lora}: {note}" for note in adapter.notes]
+            check_family(lora, adapter, self.family)
             facts = {"family": self.family.name}
             if adapter.trained_on:
                 facts |= describe_content(checkpoint.tensors, adapter.modules)

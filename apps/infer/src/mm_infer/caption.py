@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mm_convert.cli.arguments import parse
@@ -11,7 +11,7 @@ from mm_data.conversations import Conversation, Media, Turn, Unusable
 from mm_data.files import write_atomic
 from mm_data.folders import CAPTION, PICTURES, Captioned, list_folder
 from mm_infer.answer import Model
-from mm_infer.chat import Answering, Asking, exit_code, load, open_model, trained_options
+from mm_infer.chat import Answering, Asking, check_prompt, exit_code, load, open_model, trained_options
 from mm_parallel.launch import read_launch
 
 PROGRAM = "mm_infer.caption"
@@ -29,8 +29,8 @@ class Config(Answering):
     A command that was stopped continues. Under torchrun each rank captions its share of the files.
     """
 
-    folder: Path
-    "clips and pictures, also in folders of it; the first word of the command"
+    folder: Path = field(metadata={"positional": True})
+    "clips and pictures, also in folders of it"
     prompt: str | None = None
     "what is asked of each; {} stands for image or video. By default a description for training"
     prefix: str = ""
@@ -38,16 +38,23 @@ class Config(Answering):
     overwrite: bool = False
     "write anew what has a caption already"
 
+    def __post_init__(self) -> None:
+        check_prompt(self.prompt)
+        if marks := [mark for mark in ("<image>", "<video>") if mark in (self.prompt or "")]:
+            raise ValueError(
+                f"--prompt has the mark {marks[0]}, but each clip or picture stands before it: leave the mark out, or "
+                "write {}, which becomes the word image or video"
+            )
+
 
 @escaped_output()
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 2 for a command that cannot work, 1 if a file got no caption, 130 after Ctrl-C."""
     try:
-        words = name_folder(sys.argv[1:] if argv is None else argv)
-        config = parse(Config, words, prog=PROGRAM)
+        config = parse(Config, argv, prog=PROGRAM)
         with exit_code(PROGRAM, 2, ValueError, OSError):
             if said := trained_options(config.lora, config.weights):
-                config = parse(Config, words, prog=PROGRAM, defaults=said)
+                config = parse(Config, argv, prog=PROGRAM, defaults=said)
             todo = choose(config)
             model = open_model(config) if todo else None
         with exit_code(PROGRAM, 2, ValueError), exit_code(PROGRAM, 1, OSError, MemoryError):
@@ -56,11 +63,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{PROGRAM}: stopped; the same command continues", file=sys.stderr)
         sys.exit(130)
     sys.exit(1 if failed else 0)
-
-
-def name_folder(argv: Sequence[str]) -> list[str]:
-    """The same words; the first one, if it is no flag, is the folder."""
-    return ["--folder", *argv] if argv and not argv[0].startswith("--") else list(argv)
 
 
 def choose(config: Config) -> list[Captioned]:

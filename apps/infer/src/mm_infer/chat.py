@@ -87,10 +87,17 @@ class Config(Answering):
     def __post_init__(self) -> None:
         if self.prompt is not None and self.questions is not None:
             raise ValueError("--prompt is one question, --questions a file of them: leave one out")
+        check_prompt(self.prompt)
         if self.prompt is None and (self.image or self.video):
             raise ValueError("--image and --video are of a --prompt: give it; in a conversation, /image PATH adds one")
         if self.questions is None and self.media is not None:
             raise ValueError("--media is the folder of --questions: give them")
+
+
+def check_prompt(prompt: str | None) -> None:
+    """Raise ValueError for a question that is given and empty, as an unset variable of a shell makes it."""
+    if prompt is not None and not prompt.strip():
+        raise ValueError("--prompt is empty: write what is asked, or leave it out")
 
 
 @escaped_output()
@@ -227,6 +234,8 @@ def _paths(given: Path | list[Path] | None) -> list[Path]:
 
 
 def _open_questions(config: Config):
+    if config.output.is_dir():
+        raise ValueError(f"output {config.output} is a folder: give a file, as {config.output / 'answers.jsonl'}")
     if config.output.exists() and not config.overwrite:
         raise ValueError(f"output {config.output} is there already: give --overwrite true, or another --output")
     return read_conversations([Source(config.questions)], config.media, answered=False)

@@ -8,7 +8,7 @@ from mm_convert.cli.values import check_config
 from mm_infer.loras import read_loras
 from mm_models.diffusion.samplers import Grid, SamplerName
 from mm_models.family import AskedTiling
-from mm_parallel.config import AttentionName
+from mm_parallel.config import AttentionName, Base
 
 Boundary = Annotated[float, "> 0", "< 1"] | None
 Strength = Annotated[float, "!= 0"]
@@ -25,11 +25,11 @@ class Options:
     "what to stay away from; not used with guidance 1 (default: Wan: MindSpeed-MM's list, in Chinese for Wan2.2; Open-Sora-Plan: its makers')"  # noqa: E501
     prompt_template: str | None = None
     "what is put around each prompt, where {} stands; default: as the model was published, which is {} alone for Wan"
-    height: Annotated[int, ">= 1"] | None = None
+    height: Annotated[int, ">= 1", "<= 16384"] | None = None
     "pixels, a multiple of 16 (32 for Wan2.2 5B); default that of the weights: Wan 480, 704 for the 5B, 720 for 14B t2v, flf2v, VACE and A14B; Open-Sora-Plan 480 or 720; with an image or a source video its shape, in about that area"  # noqa: E501
-    width: Annotated[int, ">= 1"] | None = None
+    width: Annotated[int, ">= 1", "<= 16384"] | None = None
     "pixels, likewise; default Wan 832, 1280; Open-Sora-Plan 640, 1280"
-    frames: Annotated[int, ">= 1"] | None = None
+    frames: Annotated[int, ">= 1", "<= 100000"] | None = None
     "4k+1 frames; default Wan 81, 121 for the 5B, at most those of a source video; Open-Sora-Plan those of the weights, 29 or 93"  # noqa: E501
     other_frames: bool = False
     "weights that make one length of video only: make another one, for weights that you trained on it"
@@ -126,9 +126,13 @@ class Config(Options):
     "of two experts, keep the idle one in the host's memory; by default on an accelerator"
     dtype: Literal["bfloat16", "float32"] | None = None
     "of transformer and text encoder; by default bfloat16 on an accelerator, float32 on a CPU, as VAE and CLIP always are"  # noqa: E501
+    base: Base = "dtype"
+    "in what the transformer's matrices are held: dtype, fp8 or int8 (a byte for each number), nf4 (half a byte); made while the weights are read, adapters stay beside them"  # noqa: E501
+    host_layers: Annotated[int, ">= 0"] = 0
+    "so many layers of the transformer have their matrices in the host's memory, and come one ahead"
     attention: AttentionName = "auto"
     "kernel of attention between tokens, where there are several: on CUDA flash, cudnn (H100, B200), flash3 or flash4 (with their packages), efficient; auto takes one by device, dtype and shapes, and the first line names it"  # noqa: E501
-    text_tokens: Annotated[int, ">= 1"] | None = None
+    text_tokens: Annotated[int, ">= 1", "<= 65536"] | None = None
     "rows of text that the model attends to; by default those it was trained with (512, or what the weights say)"
     vae_tiling: AskedTiling = None
     "encode and decode in tiles: less memory, faint seams; true, training: which tiles, where a model has several; default as the makers did, Wan false, Open-Sora-Plan true"  # noqa: E501

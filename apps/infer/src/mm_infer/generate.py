@@ -103,7 +103,7 @@ def open_sampler(config: Config, weights: Weights, share: Share) -> Sampler:
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     activate(config.attention, accelerator().type)
     how = {"vae_tiling": config.vae_tiling, "attention": config.attention, "compile": config.compile}
-    how |= {"mesh": share.mesh, "pair": share.pair}
+    how |= {"mesh": share.mesh, "pair": share.pair, "base": config.base, "host_layers": config.host_layers}
     return Sampler(weights, None, dtype, config.offload, **how)
 
 
@@ -124,6 +124,8 @@ def settle_video(config: Config, sampler: Sampler, request: Request, contents: C
         record["lora_alpha"] = config.lora_alpha
     if config.attention != "auto":
         record["attention"] = config.attention
+    if config.base != "dtype":
+        record["base"] = config.base
     if config.compile:
         record["compile"] = True
     record |= {"vae_tiling": sampler.encoders.tiling, "boundary": sampler.weights.boundary}

@@ -25,7 +25,7 @@ from mm_models.encoders import to_frames
 from mm_models.family import AskedTiling
 from mm_parallel import context
 from mm_parallel.attention import choose_core, describe_choice
-from mm_parallel.config import AttentionName
+from mm_parallel.config import AttentionName, Base, MemoryConfig
 from mm_parallel.device import bf16_ok, synchronize
 from mm_parallel.device import device as accelerator
 
@@ -59,6 +59,8 @@ def load(
     mesh: DeviceMesh | None = None,
     pair: dist.ProcessGroup | None = None,
     attention: AttentionName = "auto",
+    base: Base = "dtype",
+    host_layers: int = 0,
 ) -> "Sampler":
     """A sampler for weights on disk; the arguments are the flags of the same names (see `mm_infer.config.Config`).
 
@@ -71,6 +73,7 @@ def load(
     adapter = {"lora": lora, "lora_strength": lora_strength, "lora_alpha": lora_alpha}
     weights = Weights(path, encoders, model=model, text_tokens=text_tokens, boundary=boundary, **adapter)
     how = {"vae_tiling": vae_tiling, "attention": attention, "compile": compile, "mesh": mesh, "pair": pair}
+    how |= {"base": base, "host_layers": host_layers}
     return Sampler(weights, device, dtype, offload, **how)
 
 
@@ -94,6 +97,8 @@ class Sampler:
         mesh: DeviceMesh | None = None,
         pair: dist.ProcessGroup | None = None,
         attention: AttentionName = "auto",
+        base: Base = "dtype",
+        host_layers: int = 0,
     ) -> None:
         """See `load`."""
         self.weights, self.family, self.config = weights, weights.facts.family, weights.facts.config
@@ -107,6 +112,8 @@ class Sampler:
             )
         self.offload = not on_host if offload is None else offload
         self.mesh, self.pair, self.attention, self.compile = mesh, pair, attention, compile
+        self.memory = MemoryConfig(base=base, host_layers=host_layers)
+        weights.check_held(self.memory, self.device)
         self.kernel = self._describe_attention()
         if compile:
             from mm_parallel.compile import check_compiler
@@ -170,7 +177,7 @@ class Sampler:
             conditions = self.encoders.conditions(conditioning, given, options)
         with self._timed(seconds, "load"):
             if self._model is None:
-                self._model = self.weights.load(self.device, self.dtype, self.offload, self._cut)
+                self._model = self.weights.load(self.device, self.dtype, self.offload, self._cut, self.memory)
         before, start = conditioning.frames_before(conditions), start_of(options)
         latents = self._first_latents(latents, options, before).to(self.device)
         schedule = {name: getattr(options, name) for name in ("steps", "flow_shift", "sampler", "grid")}

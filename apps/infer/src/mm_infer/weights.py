@@ -22,6 +22,7 @@ from mm_models.distilled import find_distilled, settle_distilled
 from mm_models.families import family_of_weights, find, published_like
 from mm_models.family import Distilled, Family, Published
 from mm_models.folder import check_parts
+from mm_parallel.config import MemoryConfig
 
 if TYPE_CHECKING:
     import torch
@@ -103,16 +104,30 @@ class Weights:
         dtype: torch.dtype,
         offload: bool = False,
         each: Callable[[nn.Module], None] = lambda model: None,
+        memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
     ) -> nn.Module | Experts:
-        """On the device (of two experts with `offload`, the second on the host); `each` is called for every one."""
+        """On the device (of two experts with `offload`, the second on the host); `each` is called for every one.
+
+        memory: how matrices are held, see `mm_parallel.frozen`.
+        """
         from mm_models.diffusion.experts import Experts
 
         models: list[nn.Module] = []
         for number, expert in enumerate(self.experts):
             host = "cpu" if number and offload else device
-            models.append(expert.load(self.facts.config, host, dtype))
+            models.append(expert.load(self.facts.config, host, dtype, memory))
             each(models[-1])
         return models[0] if len(models) == 1 else Experts(*models, self.boundary, offload)
+
+    def check_held(self, memory: MemoryConfig, device: torch.device) -> None:
+        """Raise ValueError where the matrices cannot be held so on this device."""
+        if memory.holds_frozen:
+            from mm_parallel.frozen import check_frozen
+            from mm_parallel.quantise import check_device
+
+            check_device(memory.base, device)
+            outline = self.experts[0].outline(self.facts.config)
+            check_frozen(outline, self.facts.family.plan(outline), memory, tp=1)
 
 
 class Transformer:
@@ -130,17 +145,35 @@ class Transformer:
         if self.adapters:
             self._check_adapters()
 
-    def load(self, config: Any, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    def load(
+        self,
+        config: Any,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
+    ) -> nn.Module:
         """The model on the device, in `dtype` except what is kept in fp32, read tensor by tensor.
 
-        config: that of the weights, fitted to the encoders.
+        config: that of the weights, fitted to the encoders. memory: how matrices are held.
         """
-        from mm_parallel import load_parameters
+        import torch
 
-        model = self._empty(config, dtype)
+        from mm_parallel import load_parameters
+        from mm_parallel.frozen import hold_frozen
+
+        model, device = self.outline(config, dtype), torch.device(device)
+        hold_frozen(model, self.family.plan(model), memory)
         load_parameters(model, self.checkpoint, device)
         self._adapt(model)
+        if memory.holds_frozen:
+            model.to(device)  # adapters, which lie where the matrices beside them are, if these are parameters
         return model.eval().requires_grad_(False)
+
+    def outline(self, config: Any, dtype: torch.dtype | None = None) -> nn.Module:
+        """The model without values, of which nothing is trained."""
+        import torch
+
+        return self._empty(config, dtype or torch.float32).requires_grad_(False)
 
     def check_fit(self) -> None:
         """Raise ValueError unless every tensor of the model is in the files, in its shape, by their headers."""
@@ -167,10 +200,7 @@ class Transformer:
         for lora, adapter in self.adapters:
             for note in adapter.notes:
                 print(one_line(f"{lora.path}: {note}"), file=sys.stderr)
-            if adapter.family.name not in self.family.checkpoints:
-                raise ValueError(
-                    f"lora {lora.path} is for {adapter.family.name}, and these weights are {self.family.name}"
-                )
+            check_family(lora.path, adapter, self.family)
             for note in self._compare_base(lora.path, adapter):
                 print(one_line(f"{lora.path}: {note}"), file=sys.stderr)
             shapes, whole = ({name: those.meta(name) for name in those} for those in (adapter, adapter.differences))
@@ -253,6 +283,15 @@ def find_known(family: Family, weights: Path, loras: Sequence[Lora], two: bool) 
             file=sys.stderr,
         )
     return None
+
+
+def check_family(path: Path, adapter: Adapter, family: Family) -> None:
+    """Raise ValueError unless the adapter's tensors are called as those of this family."""
+    if adapter.family.name not in family.checkpoints:
+        raise ValueError(
+            f"lora {path} is for {adapter.family.name}, and these weights are {family.name}: give an adapter for "
+            f"{family.name}, or the weights that it was trained on"
+        )
 
 
 def read_architecture(path: Path, family: Family, checkpoint: Checkpoint, model: str | None) -> Any:

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
 from mm_convert import load_dcp, replace_file
 from mm_train.optim import EMA, AnyOptimizer, evaluated, parts_of
 from mm_train.resume import latest, read_progress
+from mm_train.turns import Averages
 
 # DCP remarks on every save and load of a single process that it is one.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -74,7 +75,7 @@ class Checkpointer:
         return None if self.newest is None else self.directory / f"step-{self.newest:08d}"
 
     def save(
-        self, step: int, model: nn.Module, optimizer: AnyOptimizer, average: EMA, progress: dict, config: str
+        self, step: int, model: nn.Module, optimizer: AnyOptimizer, average: EMA | Averages, progress: dict, config: str
     ) -> None:
         """Start saving; returns as soon as the state has been copied. Raises what went wrong in the save before."""
         self.wait()
@@ -126,7 +127,7 @@ class Checkpointer:
             pending, self.pending = self.pending, None
             pending.result()
 
-    def load(self, path: Path, model: nn.Module, optimizer: AnyOptimizer, average: EMA) -> dict[str, Any]:
+    def load(self, path: Path, model: nn.Module, optimizer: AnyOptimizer, average: EMA | Averages) -> dict[str, Any]:
         """Fill model, optimizer and average in place, and return the progress that was saved with them."""
         with evaluated(model, optimizer) as elsewhere:
             state = _state(model, optimizer, average, elsewhere)
@@ -153,7 +154,9 @@ class Checkpointer:
         return progress
 
 
-def _state(model: nn.Module, optimizer: AnyOptimizer, average: EMA, elsewhere: Mapping[str, Tensor]) -> dict[str, Any]:
+def _state(
+    model: nn.Module, optimizer: AnyOptimizer, average: EMA | Averages, elsewhere: Mapping[str, Tensor]
+) -> dict[str, Any]:
     """elsewhere: by name, weights at which the run goes on, where they are not those of the model."""
     state = {
         "model": get_model_state_dict(model, options=OPTIONS),

@@ -132,13 +132,37 @@ def _model(asked: Asked) -> str:
     if preset.boundary and not config.expert:
         raise ValueError(
             f"{config.model} is two models, for high and for low noise: give --expert high or --expert low, and "
-            "train the other into the same --output afterwards"
+            "train the other into the same --output afterwards; or --expert both, in one run"
         )
     if config.expert and not preset.boundary:
         raise ValueError(f"--expert {config.expert}: {config.model} is one model, not two experts: leave it out")
     task = choose_task(config.model, family, shape, config.objective.task, "--objective.task")
     choose_options(config, family)
     return f"{config.model}{f', expert {config.expert}' if config.expert else ''}, trained for {task}"
+
+
+def _both(asked: Asked) -> str:
+    """Two experts in one run: what cannot wait on the host, or is for one of them."""
+    config = asked.config
+    if config.expert != "both":
+        if config.expert_steps != type(config).expert_steps:
+            raise ValueError(f"--expert_steps {config.expert_steps} is for --expert both")
+        return NotHere("not --expert both")
+    refused = {
+        "--parallel.pp_layers": (config.parallel.pp_layers, "stages of both would run through one pipeline"),
+        "--parallel.exact": (config.parallel.exact, "it verifies one model"),
+        "--memory.offload_params": (config.memory.offload_params, "the one that trains would be on the host, too"),
+        "--memory.host_layers": (config.memory.host_layers, "the one that trains would be on the host, too"),
+        "--memory.base": (config.memory.base != "dtype", "what is held in fewer bits does not move"),
+        "--objective.range": (config.objective.range, "each has its own part"),
+        "--objective.shift_by": (config.objective.shift_by not in (None, "fixed"), "their shares would differ by size"),
+        "--optim.name schedulefree": (config.optim.name == "schedulefree", "its average is counted in all steps"),
+        "--sample.lora": (config.sample.lora, "it is that of one model"),
+    }
+    for flag, (given, why) in refused.items():
+        if given:
+            raise ValueError(f"{flag} with --expert both: {why}. Leave it out, or train --expert high and then low")
+    return f"turns of {config.expert_steps} steps"
 
 
 def _weights(asked: Asked) -> str:
@@ -253,7 +277,7 @@ def _objective(asked: Asked) -> str:
     if not low < high:
         raise ValueError(f"--objective.range is [{low}, {high}]; it must satisfy 0 <= low < high <= 1")
     if config.objective.boundary is not None and not config.expert:
-        raise ValueError(f"--objective.boundary {config.objective.boundary}: it is for --expert high or low")
+        raise ValueError(f"--objective.boundary {config.objective.boundary}: it is for --expert high, low or both")
     options = choose_options(config, asked.family)
     o = config.objective
     for name in ("logit_mean", "logit_std"):
@@ -323,6 +347,11 @@ def _trained(asked: Asked) -> str:
     return f"adapters of rank {lora.rank}, alpha {lora.alpha:g}" if lora.rank else ", ".join(config.trained)
 
 
+def _adapter(asked: Asked) -> str:
+    """To go on from; of two experts, both."""
+    return [check_adapter(one) for one in asked.config.trainees][-1]
+
+
 def _frozen(asked: Asked) -> str:
     """How matrices are held that are not trained."""
     config = asked.config
@@ -377,7 +406,7 @@ def _samples(asked: Asked) -> str:
                 f"--sample.from_validation {s.from_validation}: give --validation.conversations, which are asked"
             )
         return f"{s.from_validation} answers, every {s.every:,} steps"
-    if config.expert:
+    if config.expert in ("high", "low"):
         raise ValueError(
             f"--sample.* with --expert {config.expert}: a video takes both experts. Generate with mm_infer, from the "
             "--output of both"
@@ -420,7 +449,12 @@ def _output(asked: Asked) -> str:
     """
     config = asked.config
     made = config.artifact
-    pair = [p for p in (made / "experts.json", config.output / "high", config.output / "low") if p.exists()]
+    runs = {name: config.output / name for name in ("high", "low", "both")}
+    if config.expert == "both" and (other := [runs[name] for name in ("high", "low") if runs[name].exists()]):
+        raise ValueError(f"{other[0]} is the run of one expert, and this run trains both: choose another --output")
+    if config.expert in ("high", "low") and runs["both"].exists():
+        raise ValueError(f"{runs['both']} is a run of both experts, and this trains one: choose another --output")
+    pair = [p for p in (made / "experts.json", *runs.values()) if p.exists()]
     one = [
         p for p in (config.output / "metrics.jsonl", made / "config.json", made / "adapter_config.json") if p.exists()
     ]
@@ -492,6 +526,7 @@ CHECKS: tuple[Check[Asked], ...] = (
     Check("libraries", "at once", lambda asked: check_libraries()),
     Check("configuration", "at once", _limits),
     Check("model", "at once", _model),
+    Check("both experts", "at once", _both, after=("model",)),
     Check("weights", "at once", _weights, after=("model",)),
     Check("options", "at once", _kind, after=("model",)),
     Check("data", "at once", _data, after=("model", "options")),
@@ -501,7 +536,7 @@ CHECKS: tuple[Check[Asked], ...] = (
     Check("log", "at once", _log),
     Check("what is trained", "at once", _trained),
     Check("frozen matrices", "at once", _frozen, after=("what is trained",)),
-    Check("adapter", "at once", lambda asked: check_adapter(asked.config), after=("what is trained",)),
+    Check("adapter", "at once", _adapter, after=("what is trained",)),
     Check("layout", "at once", _layout),
     Check("compile", "at once", _compile),
     Check("samples", "at once", _samples, after=("model", "options")),
@@ -536,7 +571,8 @@ def nearest(path: Path) -> Path:
 
 def checkpoint_bytes(trained: int, config: Config) -> int:
     """What a checkpoint of so many trained parameters takes, at most: float32 weights, moments, and the average."""
-    return round(trained * (4 + KINDS[config.optim.name].checkpoint + (4 if config.optim.ema else 0)))
+    models = 2 if config.expert == "both" else 1
+    return models * round(trained * (4 + KINDS[config.optim.name].checkpoint + (4 if config.optim.ema else 0)))
 
 
 def check_space(trained: int, config: Config) -> None:

@@ -351,8 +351,12 @@ class Config:
     """Directory for metrics.jsonl, TensorBoard files, checkpoints, samples and the final weights."""
     recipe: str = ""
     """File of defaults to start from; empty takes the one named like the model, if there is one."""
-    expert: Literal["high", "low"] | None = None
-    """Of a model that is two experts, which one is trained. Both go into the same --output, one after the other."""
+    expert: Literal["high", "low", "both"] | None = None
+    """Of a model that is two experts, which one is trained. Both go into the same --output, one after the other; or in
+    one run that takes turns, and the other waits on the host.
+    """
+    expert_steps: Annotated[int, ">= 1"] = 10
+    """Of --expert both: steps of one turn. More of them move weights between host and device less often."""
     trained: tuple[str, ...] = ("*",)
     """What is trained; the others stay as they are. Patterns of the names of parameters, e.g. ["vace_*"]; where a
     model's family has parts, also these, and their last layers: ["merger", "language:-4"].
@@ -391,6 +395,11 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def trainees(self) -> list[Config]:
+        """One configuration for each model that the run trains."""
+        return [replace(self, expert=one) for one in ("high", "low")] if self.expert == "both" else [self]
 
     @property
     def patience(self) -> float:

@@ -69,9 +69,9 @@ def find_all(config: Config, data: Mapping[str, Mapping[str, Path]], continuing:
     """By flag, all files that a run reads. data: those of its samples."""
     files: dict[str, Mapping[str, Path]] = {}
     if config.weights != "random" and (config.has_frozen or not continuing):
-        files["weights"] = weight_files(_of_expert(Path(config.weights), config.expert))
+        files["weights"] = _weight_files(Path(config.weights), config)
     if config.lora.weights is not None and not continuing:
-        files["lora.weights"] = weight_files(_of_expert(config.lora.weights, config.expert))
+        files["lora.weights"] = _weight_files(config.lora.weights, config)
     files |= data
     if config.validation.features is not None:
         files["validation.features"] = FeatureDataset(config.validation.features, None).files
@@ -125,7 +125,7 @@ def check_base(config: Config, saved: dict[str, Any], found: Path) -> None:
     then = saved.get("contents", {}).get("weights")
     if then is None:
         return
-    now = identify_files(weight_files(_of_expert(Path(config.weights), config.expert)))
+    now = identify_files(_weight_files(Path(config.weights), config))
     if then != now:
         raise ValueError(
             f"{found} was trained on other contents of --weights {config.weights}: {_differing(then, now)}. What was "
@@ -139,9 +139,13 @@ def _differing(then: dict[str, str], now: dict[str, str]) -> str:
     return f"{first}; {len(names) - 1} more differ" if len(names) > 1 else first
 
 
-def _of_expert(path: Path, expert: str | None) -> Path:
-    pair = open_experts(path) if expert and path.is_dir() else None
-    return getattr(pair, expert) if pair else path
+def _weight_files(path: Path, config: Config) -> Mapping[str, Path]:
+    """By name, those of the models that are trained: of two, each name begins with its expert."""
+    pair = open_experts(path) if config.expert and path.is_dir() else None
+    of = {one.expert: weight_files(getattr(pair, one.expert) if pair else path) for one in config.trainees}
+    if len(of) == 1:
+        return of[config.expert]
+    return {f"{expert}/{name}": file for expert, files in of.items() for name, file in files.items()}
 
 
 def encoder_files(path: Path, parts: Sequence[str]) -> dict[str, Path]:

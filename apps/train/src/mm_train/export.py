@@ -7,7 +7,7 @@ Reads one tensor at a time and needs no process group, whatever layout the check
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -39,6 +39,8 @@ class ExportConfig:
     """Directory run/checkpoints/step-…, or the run itself for its newest."""
     output: Path
     """Directory to write."""
+    expert: Literal["high", "low"] | None = None
+    """Of a run of both experts, which one."""
     ema: bool = False
     """The moving average instead of the last weights."""
     merge: bool = False
@@ -52,6 +54,25 @@ class ExportConfig:
     with (--dtype of the run).
     """
     overwrite: bool = False
+
+
+class Below(Mapping):
+    """The tensors whose names begin with a prefix, without it."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str):
+        self.tensors, self.prefix = tensors, prefix
+
+    def meta(self, name: str) -> Tensor:
+        return self.tensors.meta(self.prefix + name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[self.prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self.prefix) for name in self.tensors if name.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class Filled(Mapping):
@@ -104,12 +125,13 @@ def export(
     to: str | None = None,
     dtype: str | None = None,
     merge: bool = False,
+    expert: str | None = None,
 ) -> Path:
     """Write the weights of `checkpoint` to the directory `output` and return it. See `ExportConfig`."""
     if not checkpoint.is_dir():
         what = "is not a directory" if checkpoint.exists() else "does not exist"
         raise ValueError(f"{checkpoint} {what}: name a run, or one of its checkpoints/step-…")
-    if experts := [name for name in ("high", "low") if (checkpoint / name / "checkpoints").is_dir()]:
+    if experts := [name for name in ("high", "low", "both") if (checkpoint / name / "checkpoints").is_dir()]:
         raise ValueError(
             f"{checkpoint} holds runs of experts: name {' or '.join(str(checkpoint / n) for n in experts)}"
         )
@@ -121,7 +143,13 @@ def export(
     config = read_config(Config, checkpoint / "config.toml")
     if ema and not config.optim.ema:
         raise ValueError(f"{checkpoint} holds no moving average (the run kept no --optim.ema)")
-    tensors = open_dcp(checkpoint, "ema" if ema else "model")
+    tensors: Mapping[str, Tensor] = open_dcp(checkpoint, "ema" if ema else "model")
+    if (config.expert == "both") != (expert is not None):
+        what = "both experts: give --expert high or low" if expert is None else "one model: leave out --expert"
+        raise ValueError(f"{checkpoint} holds {what}")
+    run = config
+    if expert is not None:
+        config, tensors = replace(config, expert=expert), Below(tensors, f"{expert}.")
     if merge and not config.lora.rank:
         raise ValueError(f"{checkpoint} holds no adapters (the run had no --lora.rank): leave out --merge")
     if config.lora.rank and not merge:
@@ -131,7 +159,9 @@ def export(
                 "give --merge true for whole weights; mm-convert turns adapters into other forms"
             )
         more = {"dropout": config.lora.dropout, "base": Path(config.weights), "overwrite": overwrite}
-        save_lora(output, tensors, config.lora.alpha, trained_on=_describe_base(config, tensors, checkpoint), **more)
+        save_lora(
+            output, tensors, config.lora.alpha, trained_on=_describe_base(config, tensors, run, checkpoint), **more
+        )
         return _keep_options(config, output)
     from mm_train.contents import check_base  # torch, only now
     from mm_train.conversations import find_processor
@@ -141,7 +171,7 @@ def export(
     model = build(config.model, device="meta", **config.architecture)
     whole = tensors
     if config.has_frozen:
-        check_base(config, read_progress(checkpoint), checkpoint)
+        check_base(run, read_progress(checkpoint), checkpoint)
         start = Start(model, config)
         scale = config.lora.alpha / max(1, config.lora.rank)
         whole = Merged(tensors, start, scale) if merge else Filled(tensors, start)
@@ -155,7 +185,7 @@ def export(
     return _keep_options(config, output)
 
 
-def _describe_base(config: Config, tensors: Mapping[str, Tensor], checkpoint: Path) -> dict[str, str]:
+def _describe_base(config: Config, tensors: Mapping[str, Tensor], run: Config, checkpoint: Path) -> dict[str, str]:
     """What the adapters were trained on; its content where the weights are still there, and still the same."""
     from mm_train.contents import check_base  # torch, only now
     from mm_train.start import open_base
@@ -164,7 +194,7 @@ def _describe_base(config: Config, tensors: Mapping[str, Tensor], checkpoint: Pa
     if not Path(config.weights).exists():
         return facts
     try:
-        check_base(config, read_progress(checkpoint), checkpoint)
+        check_base(run, read_progress(checkpoint), checkpoint)
         base = open_base(config, architecture(config)[1])
     except ValueError:
         return facts
@@ -189,9 +219,13 @@ def export_final(config: Config, checkpoint: Path, leader: bool) -> Path:
     averaged = (False, True) if config.optim.ema else (False,)
     for ema in averaged if leader else ():
         target = output.with_name(f"{output.name}-ema") if ema else output
-        if config.expert:  # both experts are one artifact
-            target = write_experts(target, expert_boundary(config))[config.expert]
-        export(checkpoint, target, ema=ema, overwrite=True)
+        if not config.expert:
+            export(checkpoint, target, ema=ema, overwrite=True)
+            continue
+        folders = write_experts(target, expert_boundary(config))  # both experts are one artifact
+        for one in config.trainees:
+            own = one.expert if config.expert == "both" else None
+            export(checkpoint, folders[one.expert], ema=ema, overwrite=True, expert=own)
     return output
 
 
@@ -200,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     def work() -> None:
         config = parse(ExportConfig, argv, prog="python -m mm_train.export")
         asked = (config.checkpoint, config.output, config.ema, config.overwrite, config.to, config.dtype)
-        print(one_line(export(*asked, merge=config.merge)))
+        print(one_line(export(*asked, merge=config.merge, expert=config.expert)))
 
     run_alone(work)
 

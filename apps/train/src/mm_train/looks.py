@@ -58,9 +58,10 @@ def check_tensors(asked: Asked) -> str:
     found, _ = asked.continued
     if found and not config.has_frozen:
         return NotHere(f"the run goes on from {found}, and reads --weights no more")
-    source = Start(asked.model, config)
-    source.check_fit(asked.model)
-    source.check_open(asked.model)
+    for one in config.trainees:
+        source = Start(asked.model, one)
+        source.check_fit(asked.model)
+        source.check_open(asked.model)
     if source.file is None:
         return NotHere("fresh weights are drawn (--weights random)")
     said = source.describe().strip()
@@ -80,8 +81,9 @@ def check_adapter(asked: Asked) -> str:
     """The adapter to go on from stands beside the linears that are trained."""
     if asked.config.lora.weights is None:
         return NotHere("no --lora.weights: nothing is gone on from")
-    adapter = open_adapter(asked.config)
-    source = Start(asked.model, asked.config, adapter)
+    for one in asked.config.trainees:
+        adapter = open_adapter(one)
+        source = Start(asked.model, one, adapter)
     return "\n".join([f"{len(adapter.modules)} linears, as --lora.targets name them", *source.other_base])
 
 

@@ -32,11 +32,12 @@ def expert_boundary(config: Config) -> float | None:
 
 
 def build_objective(config: Config) -> Objective:
-    """The objective of a run. ValueError for a task that the model was not made for."""
+    """The objective of a run, of both experts the whole; ValueError for a task that the model was not made for."""
     family, shape = architecture(config)
     task = choose_task(config.model, family, shape, config.objective.task, "--objective.task")
-    boundary = expert_boundary(config) if config.expert else None
-    return family.objective(shape, task, expert=config.expert, boundary=boundary, **choose_options(config, family))
+    expert = None if config.expert == "both" else config.expert
+    boundary = expert_boundary(config) if expert else None
+    return family.objective(shape, task, expert=expert, boundary=boundary, **choose_options(config, family))
 
 
 def choose_options(config: Config, family: Family) -> dict[str, Any]:

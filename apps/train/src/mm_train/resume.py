@@ -14,6 +14,7 @@ from mm_train.config import Config
 FIXED = (
     "model",
     "expert",
+    "expert_steps",
     "architecture",
     "trained",
     "seed",

@@ -9,15 +9,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm_convert.cli.arguments import dump
 from mm_convert.cli.terminal import one_line
 from mm_data import Step
 from mm_models.objective import Objective
+from mm_parallel import Pipeline
 from mm_parallel.device import device as accelerator
 from mm_parallel.device import reset_max_memory, synchronize
 from mm_parallel.guard import Watchdog, agree, join
@@ -30,14 +32,14 @@ from mm_train.config import Config
 from mm_train.contents import Contents, check_again, check_ranks, identify
 from mm_train.data import TrainingData, training_data
 from mm_train.estimate.comparison import Comparison
-from mm_train.held_out import open_held_out
+from mm_train.held_out import HeldOut, open_held_out
 from mm_train.interrupt import Interrupt
 from mm_train.log_tps import LogTps
 from mm_train.metrics import Metrics
 from mm_train.mixture import write_sets
 from mm_train.nonfinite import MOST_IN_A_ROW, Watch
-from mm_train.objective import architecture, build_objective
-from mm_train.optim import EMA, build_optimizer, evaluated, found_rate, learning_rate, step_if
+from mm_train.objective import architecture, build_objective, expert_boundary
+from mm_train.optim import EMA, AnyOptimizer, build_optimizer, evaluated, found_rate, learning_rate, step_if
 from mm_train.optimizers import describe as describe_optimizer
 from mm_train.ranks import all_sum, broadcast, precise, start_sum
 from mm_train.resume import find_checkpoint, read_progress
@@ -47,6 +49,7 @@ from mm_train.speed import Speed
 from mm_train.start import Built, build_model, choose_attention, outline
 from mm_train.step import MicroBatches, seed_dropout
 from mm_train.tracker import Tracker
+from mm_train.turns import Trainee, Turns
 from mm_train.validate import Validation
 
 LOG_TPS = "tokens of --log-tps"
@@ -129,15 +132,17 @@ class Run:
             self.samples: Samples | Answers = Answers(config, held_out, self.device, leader=rank == 0)
         else:  # before the model: it needs the text encoder for a moment
             self.samples = Samples(config, self.objective, self.mesh, self.device, getattr(torch, config.dtype))
-        built = build_model(config, self.mesh, self.device, continuing=found is not None)
-        self.model, self.parameters = built.model, built.parameters
-        self.optimizer = build_optimizer(self.parameters, config.optim, built.rates, built.matrices)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # the highest of each
-        self.average = EMA(self.parameters, config.optim.ema)
+        trainees: list[Trainee] = []
+        for one in config.trainees:
+            if trainees:
+                trainees[-1].move(torch.device("cpu"))
+            built = build_model(one, self.mesh, self.device, continuing=found is not None)
+            trainees.append(self._train(one, built, held_out))
+        self.turns = Turns(trainees, config, self.device)
         self.checkpoints = Checkpointer(config.run_dir / "checkpoints", config.checkpoint.keep)
         self.progress = Progress(dataset=self.data.identity)
         if found:
-            self.progress = Progress(**self.checkpoints.load(found, self.parameters, self.optimizer, self.average))
+            self.progress = Progress(**self.checkpoints.load(found, *self.turns.whole))
         self.progress.contents |= contents
 
         self.metrics = Metrics(config.run_dir, leader=rank == 0, steps=config.steps, start=self.progress.step)
@@ -150,13 +155,35 @@ class Run:
             write_sets(config.run_dir, self.data.sets)
         if self.progress.step == config.steps:
             self.metrics.say(f"all {config.steps} steps were done already; the weights are exported again")
-        self.validation = Validation(config, self.objective, held_out, self.mesh, self.device)
         self.speed = Speed(outline(config), self.device, world, config.compile)  # of all stages
         self.comparison = Comparison(config, self.objective, self.device, world, leader=rank == 0)
         self.watch = Watch(config.on_nonfinite)
         self.max_norm = config.optim.clip or math.inf
         self.log_tps = LogTps(config.data.global_batch) if config.log_tps else None
         self.masked_in_a_row = 0
+
+    def _train(self, config: Config, built: Built, held_out: HeldOut | None) -> Trainee:
+        objective = build_objective(config)
+        optimizer = build_optimizer(built.parameters, config.optim, built.rates, built.matrices)
+        average = EMA(built.parameters, config.optim.ema)
+        validation = Validation(config, objective, held_out, self.mesh, self.device)
+        return Trainee(config, objective, built.model, built.parameters, optimizer, average, validation)
+
+    @property
+    def model(self) -> nn.Module | Pipeline:
+        return self.turns.now.model
+
+    @property
+    def parameters(self) -> nn.Module:
+        return self.turns.now.parameters
+
+    @property
+    def optimizer(self) -> AnyOptimizer:
+        return self.turns.now.optimizer
+
+    @property
+    def average(self) -> EMA:
+        return self.turns.now.average
 
     def batches(self) -> Iterator[MicroBatches]:
         """This rank's part of one step after the other, from where the run is."""
@@ -173,7 +200,8 @@ class Run:
             if self.data.refusals:
                 self.data.refusals.tell()
             place = (self.config.seed, step.index, self.data_index, rank_in(self.mesh, "cp"))
-            batch = MicroBatches(step, self.objective, self.config.seed, self.device, partial(seed_dropout, *place))
+            objective = self.turns.take(step.index).objective
+            batch = MicroBatches(step, objective, self.config.seed, self.device, partial(seed_dropout, *place))
             weight = batch.weigh() if reports_loss(self.mesh) else 0.0
             planned, made = step.digest % 2**20, batch.digest() % 2**20  # sums of these are exact
             others = self.world // self.data_ranks - 1  # that have the same samples as this rank
@@ -204,7 +232,7 @@ class Run:
     def set_rate(self) -> None:
         place = (self.progress.step, self.config.steps, self.config.optim)
         self.rate = learning_rate(*place)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, self.turns.now.rates, strict=True):
             group["lr"] = learning_rate(*place, rate)
 
     def start_loss(self, losses: list[Tensor]) -> Callable[[], Tensor]:
@@ -249,6 +277,7 @@ class Run:
         seconds = time.perf_counter() - self.started
         row = {
             "step": self.progress.step,
+            **({} if self.turns.alone else {"expert": self.turns.now.name}),
             "loss": step.loss,
             "grad_norm": step.norm,
             "lr": self.rate,
@@ -308,27 +337,24 @@ class Run:
             self.data.refusals.write()
         if self.progress.step == 0:
             return  # nothing is lost, and an optimizer without a step has no state to save
-        self.checkpoints.save(
-            self.progress.step, self.parameters, self.optimizer, self.average, asdict(self.progress), dump(self.config)
-        )
+        self.checkpoints.save(self.progress.step, *self.turns.whole, asdict(self.progress), dump(self.config))
 
     def _evaluate(self) -> None:
         step = self.progress.step
-        if not self.validation.due(step) and not self.samples.due(step):
-            return
-        with evaluated(self.parameters, self.optimizer):
-            self._evaluate_now(step)
-
-    def _evaluate_now(self, step: int) -> None:
-        if self.validation.due(step):
-            self.guard.at(f"validation after step {step}", deadline=math.inf)
-            row = {"step": step, "validation_loss": self.validation(self.model)}
-            if isinstance(self.samples, Answers) and (count := self.config.validation.answers):
-                row["validation_exact"] = share_exact(self.samples.ask(self.model, count))
+        if self.turns.now.validation.due(step):
+            row: dict[str, Any] = {"step": step}
+            for now in self.turns.visit():
+                self.guard.at(f"validation after step {step}", deadline=math.inf)
+                with evaluated(now.parameters, now.optimizer):
+                    row[f"validation_loss{'' if self.turns.alone else f'_{now.name}'}"] = now.validation(now.model)
+                    if isinstance(self.samples, Answers) and (count := self.config.validation.answers):
+                        row["validation_exact"] = share_exact(self.samples.ask(now.model, count))
             self.metrics.event(row)
         if self.samples.due(step):
             self.guard.at(f"samples after step {step}", deadline=math.inf)
-            self.metrics.say(f"step {step} | {self.samples(self.model, self.average, step)}")
+            whole, sampler = self.turns.whole, self.turns.sampler(expert_boundary(self.config))
+            with evaluated(whole.parameters, whole.optimizer):
+                self.metrics.say(f"step {step} | {self.samples(sampler, whole.average, step)}")
             if self.metrics.tracker:
                 self.metrics.tracker.send_samples(step)
 

@@ -25,6 +25,7 @@ from mm_train.ranks import broadcast
 from mm_train.sample_adapter import acting, open_sample_adapter
 from mm_train.settle import settle_samples
 from mm_train.start import outline
+from mm_train.turns import Averages
 
 
 class SampleRequest(NamedTuple):
@@ -84,7 +85,7 @@ class Samples:
     def due(self, step: int) -> bool:
         return bool(self.requests) and (step % self.options.every == 0 or step == self.config.steps)
 
-    def __call__(self, model: nn.Module | Pipeline, average: EMA, step: int) -> str:
+    def __call__(self, model: nn.Module | Pipeline, average: EMA | Averages, step: int) -> str:
         """Write this rank's share of the videos; returns what to tell of them. Uses the averaged weights where there
         are some, with the adapter of samples in them.
         """

@@ -10,6 +10,7 @@ import numpy as np
 from mm_data.geometry import Geometry, Unfit, choose_frames, clip_length, clip_rate, output_size, resample
 from mm_data.images import is_picture, read_mask
 from mm_data.manifest import Sample
+from mm_data.sets import SampleSet
 from mm_data.vace import vace_clip
 from mm_data.video import VideoInfo, probe, probe_picture
 
@@ -39,12 +40,17 @@ def geometry_of(sample: Sample, geometry: Geometry) -> Geometry:
 
     Raises ValueError, naming the set, where these cannot be.
     """
-    if sample.set is None or (sample.size is None and sample.set.frames is None):
+    return geometry if sample.set is None else geometry_of_set(sample.set, sample.size, geometry)
+
+
+def geometry_of_set(one: SampleSet, size: tuple[int, int] | None, geometry: Geometry) -> Geometry:
+    """The same for one of a set's sizes; None where it has none."""
+    if size is None and one.frames is None:
         return geometry
     try:
-        return _adapt(geometry, sample.size, sample.set.frames)
+        return _adapt(geometry, size, one.frames)
     except ValueError as error:
-        raise ValueError(f"set {sample.set.name}: {error}") from error
+        raise ValueError(f"set {one.name}: {error}") from error
 
 
 @lru_cache(maxsize=1024)

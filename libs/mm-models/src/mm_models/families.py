@@ -56,7 +56,10 @@ def family_of_weights(checkpoint: str) -> Family:
     for family in FAMILIES:
         if checkpoint in family.checkpoints:
             return family
-    raise ValueError(f"weights of {checkpoint} can be converted, but not be run here; families that can are {_names()}")
+    raise ValueError(
+        f"weights of {checkpoint} can be converted, but not be run here; families that can are {_names()}: of a "
+        "diffusers directory name the whole, or its transformer/"
+    )
 
 
 def published_like(config: Any, experts: bool) -> Preset:

@@ -159,11 +159,18 @@ def load_adapters(model: nn.Module, adapters: Sequence[Weighted]) -> nn.Module:
     parameters = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
     for one in adapters:
         for name in one.parameters:
+            by_weight = name.removesuffix(".weight") in convolutions
+            if not by_weight and name not in one.differences:
+                continue  # factors alone, which stand beside it
+            if name not in parameters:
+                raise ValueError(
+                    f"the adapter has a whole difference of {name}, and this model holds no such parameter: its "
+                    "matrices are in fewer bits, or on the host (base, host_layers). Leave these out, or merge the "
+                    "adapter into the weights first (mm-convert)"
+                )
             target = parameters[name]
-            take = one.added if name.removesuffix(".weight") in convolutions else one.whole
-            added = take(name, device=target.device)
-            if added is not None:
-                target.data = (wide(target.data) + added).to(target.dtype)
+            added = (one.added if by_weight else one.whole)(name, device=target.device)
+            target.data = (wide(target.data) + added).to(target.dtype)
     return model
 
 

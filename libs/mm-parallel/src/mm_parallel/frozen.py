@@ -32,6 +32,7 @@ class FrozenLinear(nn.Linear):
         """host, unit: where the matrix waits, and with which layer it comes."""
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.weight = linear.weight.detach().new_empty(0)  # no parameter: peft asks it for a device and a dtype
         self.train(linear.training)
         self.base: Base = base
         self.outline = torch.empty_like(linear.weight, device="meta", requires_grad=False)
@@ -79,7 +80,7 @@ class FrozenLinear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenLinear":
         super()._apply(fn, recurse)
-        self.packed = tuple(_move(x, fn) for x in self.packed)
+        self.packed, self.weight = tuple(_move(x, fn) for x in self.packed), _move(self.weight, fn)
         self.pairs = None if self.pairs is None else _move(self.pairs, fn)
         return self
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from mm_convert import open_checkpoint, open_experts
 from mm_convert.cli.arguments import Option, instantiate, nearest, options_of, parse_options
 from mm_convert.cli.terminal import escaped_output, one_line
+from mm_convert.cli.values import check_value
 from mm_infer import chat
 from mm_infer.checks import check_output
 from mm_infer.config import Config
@@ -55,31 +56,33 @@ def prepare(argv: Sequence[str] | None, held: ExitStack) -> tuple[Any, Any]:
     """
     from mm_infer.page.serve import claim_port, import_gradio, make_app
 
-    given = _parse(argv)
+    given = read_flags(argv)
     family = _family(given["weights"])
+    if family.chat is not None:
+        what = f"weights of {family.name} answer questions"
+        config = _configure(chat.Config, given, what)
+        if trained := chat.trained_options(config.lora, config.weights):
+            config = _configure(chat.Config, read_flags(argv, trained), what)
+    else:
+        config = _configure(Config, given, f"weights of {family.name} make videos", prompt=given["prompt"] or "")
+        check_output(config.output)
     listening = held.enter_context(claim_port(given["host"], given["port"]))
     gradio, uploads = import_gradio(held)
     if family.chat is not None:
         from mm_infer.page import talk
 
-        if isinstance(given["lora"], list):
-            raise ValueError("lora: questions are answered with one adapter; merge the others into the weights first")
-        given = _parse(argv, chat.trained_options(given["lora"], given["weights"]))
-        config = _configure(chat.Config, given, f"weights of {family.name} answer questions")
         blocks, css, find = talk.build(gradio, talk.Talker(config)), talk.CSS, lambda name: None
     else:
         from mm_infer.checks import open_weights
         from mm_infer.page import videos
         from mm_infer.page.studio import Studio
 
-        config = _configure(Config, given, f"weights of {family.name} make videos", prompt=given["prompt"] or "")
-        check_output(config.output)
         studio = Studio(config, open_weights(config), uploads, held)
         blocks, css, find = videos.build(gradio, studio), videos.CSS, studio.find
     return make_app(gradio, blocks, css, given["host"], find), listening
 
 
-def _parse(argv: Sequence[str] | None, defaults: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+def read_flags(argv: Sequence[str] | None, defaults: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """The flags by name."""
     say = inspect.getdoc(Serving) or ""
     return parse_options(_options(), dict, argv, prog="mm_infer.page", description=say, defaults=defaults)
@@ -108,7 +111,10 @@ def _configure(kind: type, given: Mapping[str, Any], what: str, **more: Any) -> 
     for name, value in given.items():
         if name not in own and not hasattr(Serving, name) and value != usual[name]:
             raise ValueError(f"{what}, and --{name} is of others: leave it out{nearest(name, own)}")
-    values = {name: given.get(name, option.default) for name, option in own.items()}
+    values = {
+        name: check_value(name, given[name], option.hint) if name in given else option.default
+        for name, option in own.items()
+    }
     return instantiate(kind, values | more)
 
 

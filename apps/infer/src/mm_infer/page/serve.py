@@ -13,9 +13,9 @@ from typing import Any
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
-    "frame-ancestors 'none'"
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; "
+    "connect-src 'self' blob: data:; worker-src 'self' blob:; frame-ancestors 'none'"
 )
 """What the browser may load: nothing from elsewhere."""
 
@@ -41,7 +41,8 @@ def make_app(gradio: Any, blocks: Any, css: str, host: str, find: Callable[[str]
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.responses import FileResponse, PlainTextResponse
 
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    quiet = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    app = FastAPI(**quiet)
 
     @app.middleware("http")
     async def guard(request: Any, call_next: Any) -> Any:
@@ -65,6 +66,7 @@ def make_app(gradio: Any, blocks: Any, css: str, host: str, find: Callable[[str]
         blocks,
         path="/",
         server_name=host,
+        app_kwargs=quiet,
         footer_links=[],
         run_history=False,
         allowed_paths=[],

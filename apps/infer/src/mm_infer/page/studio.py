@@ -196,7 +196,10 @@ def command(record: Mapping[str, Any], output: Path) -> str:
         raise ValueError("mm_infer has not made this one: it has no command")
     usual = {field.name: field.default for field in fields(Config)}
     flags: list[list[str]] = []
-    for name, value in record.items():
+    said = dict(record)
+    if said.get("vae_tiling") == "none":  # the flag is a truth, or which tiles
+        said["vae_tiling"] = False
+    for name, value in said.items():
         if name not in usual or value is None or value == usual[name]:
             continue
         flags += [_flag(name, [_path(one) for one in value] if name == "references" else _path(value))]

@@ -11,7 +11,10 @@ from mm_data import is_picture
 from mm_data.conversations import Media, Turn, Unusable
 from mm_infer.chat import Asking, Config, load, look_at, open_model
 
-CSS = ".mm-error {color: var(--error-text-color, #b91c1c)}"
+CSS = """
+.mm-error {color: var(--error-text-color, #b91c1c)}
+#chat button[title='Share'], #chat button[aria-label='Share'] {display: none}
+"""
 
 
 class Talker:
@@ -42,20 +45,25 @@ def build(gradio: Any, talker: Talker) -> Any:
     """The blocks of the page."""
     gr, config = gradio, talker.config
 
-    def answer(message: dict[str, Any], shown: list[Any], turns: tuple[Turn, ...], *how: Any) -> tuple[Any, ...]:
-        text, files = message.get("text", ""), message.get("files", [])
+    def take(message: dict[str, Any], shown: list[Any]) -> tuple[Any, ...]:
+        """The question goes into the conversation at once, so that the next one can be written meanwhile."""
+        asked = [{"role": "user", "content": {"path": file}} for file in message["files"]]
+        asked += [{"role": "user", "content": message["text"]}] if message["text"] else []
+        return None, [*shown, *asked], (message, len(asked)), ""
+
+    def answer(taken: tuple[dict[str, Any], int], shown: list[Any], turns: tuple[Turn, ...], *how: Any) -> list[Any]:
+        message, asked = taken
         names = ("max_new_tokens", "temperature", "seed", "boxes")
         try:
-            said, after = talker(turns, text, files, **dict(zip(names, how, strict=True)))
-        except (ValueError, OSError, MemoryError, Unusable) as error:
-            return message, shown, turns, f'<div class="mm-error" role="alert">{escape(str(error))}</div>'
-        asked = [{"role": "user", "content": {"path": file}} for file in files]
-        asked += [{"role": "user", "content": text}, {"role": "assistant", "content": said or "(an empty answer)"}]
-        return None, [*shown, *asked], after, ""
+            said, after = talker(turns, message["text"], message["files"], **dict(zip(names, how, strict=True)))
+        except (ValueError, OSError, MemoryError, Unusable) as error:  # the question goes back to where it was written
+            told = f'<div class="mm-error" role="alert">{escape(str(error))}</div>'
+            return [message, shown[: len(shown) - asked], turns, told]
+        return [gr.update(), [*shown, {"role": "assistant", "content": said or "(an empty answer)"}], after, ""]
 
     with gr.Blocks(title="mm_infer", analytics_enabled=False, fill_height=True) as blocks:
         gr.Markdown(f"### {escape(config.weights.resolve().name)}\n{escape(str(talker.answerer.device))}")
-        turns = gr.State(())
+        turns, taken = gr.State(()), gr.State(None)
         chatbot = gr.Chatbot(
             label="Conversation",
             render_markdown=False,
@@ -79,9 +87,11 @@ def build(gradio: Any, talker: Talker) -> Any:
             boxes = gr.Dropdown(["model", "original"], value=config.boxes, label="Boxes in pixels of", min_width=120)
             new = gr.Button("New conversation", elem_id="new")
         private = {"api_visibility": "private"}
-        how = [message, chatbot, turns, most, temperature, seed, boxes]
+        at_once = {"queue": False, "show_progress": "hidden", **private}
+        how = [taken, chatbot, turns, most, temperature, seed, boxes]
         one = {"concurrency_limit": 1, "concurrency_id": "model", **private}
-        message.submit(answer, how, [message, chatbot, turns, error], show_progress_on=chatbot, **one)
+        asking = message.submit(take, [message, chatbot], [message, chatbot, taken, error], **at_once)
+        asking.then(answer, how, [message, chatbot, turns, error], show_progress_on=chatbot, **one)
         chatbot.clear(lambda: ((), ""), None, [turns, error], queue=False, **private)
         new.click(lambda: (None, [], (), ""), None, [message, chatbot, turns, error], queue=False, **private)
     return blocks

@@ -16,6 +16,7 @@ from mm_infer.config import Options
 from mm_infer.loras import read_loras
 from mm_infer.page.studio import Made, Stopped, Studio, difference
 from mm_models.diffusion.samplers import fitting
+from mm_models.distilled import describe_distilled
 
 PICTURES = ("image", "last_image")
 LABELS = {
@@ -91,11 +92,12 @@ class _Page:
     def _headline(self) -> str:
         studio, config = self.studio, self.studio.config
         parts = [studio.facts.family.name, str(studio.sampler.device), str(studio.sampler.dtype).removeprefix("torch.")]
-        loras = read_loras(config.lora, config.lora_strength, config.lora_alpha)
-        parts += [f"with {' and '.join(str(lora.path) for lora in loras)}"] if loras else []
-        return (
-            f"### {escape(config.weights.resolve().name)}\n{escape(', '.join(parts))} · videos go to `{config.output}`"
-        )
+        lines = [f"### {escape(config.weights.resolve().name)}", f"{', '.join(parts)} · videos go to `{config.output}`"]
+        if loras := read_loras(config.lora, config.lora_strength, config.lora_alpha):
+            lines.append(f"with {', '.join(f'`{lora.path}`' for lora in loras)}")
+        if known := studio.facts.distilled:
+            lines.append(escape(describe_distilled(known, vars(config.options))))
+        return "\n".join(line + "  " for line in lines)
 
     def _form(self) -> None:
         gr, config = self.gr, self.studio.config
@@ -265,7 +267,7 @@ class _Page:
         value = _typed(self.studio.usual(name))
         decides = FOLLOWING.get(name, set()) & self.tasks[task].inputs
         if decides and getattr(self.studio.config, name) is None:
-            return {"value": "", "placeholder": f"as given, or {value}"}
+            return {"value": "", "placeholder": "as given"}
         return {"value": value, "placeholder": "as usual"}
 
     def _begin(self, session: str) -> str:

@@ -55,7 +55,8 @@ class Comparison:
         started = time.perf_counter()
         known = None if self.device.type == "cpu" else recognize(name_of(self.device))
         try:
-            self.found = Subject(self.config).estimate(self.config, self.world, known, self.work)
+            one = self.config.trainees[0]  # of two, the other waits
+            self.found = Subject(one).estimate(one, self.world, known, self.work)
         except Exception as error:  # whatever it is, the run goes on
             self.skipped = one_line(f"{type(error).__name__}: {error}")
             return {}

@@ -224,7 +224,7 @@ class Subject:
 
     def _memory(self, config: Config, layout: ParallelConfig, work: Workload) -> tuple[RankMemory, ...]:
         units = self._traced(work, config.memory)
-        return estimate_memory(
+        ranks = estimate_memory(
             self.model,
             self.plan,
             layout,
@@ -237,6 +237,9 @@ class Subject:
             moments=state_bytes(config.optim.name, self._matrices),
             units=units,
         )
+        if config.expert != "both":
+            return ranks
+        return tuple(replace(one, host=one.host + one.parameters + one.moments + one.average) for one in ranks)
 
     def _traced(self, work: Workload, memory: MemoryConfig) -> Units:
         """What has been run of the model on such a micro-batch."""

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm_data import FeatureDataset, Geometry
+from mm_data import FeatureDataset, Geometry, read_sets
+from mm_data.layout import geometry_of_set
+from mm_data.sets import is_sets_file
 from mm_models.families import find
 from mm_models.family import ClipSize, Family, PackSize
 from mm_models.objective import Objective
@@ -137,8 +139,13 @@ def _read_features(config: Config) -> _Clips:
 def _choose_clip(config: Config, family: Family, shape: Any, size: SizeOptions) -> tuple[ClipSize, str]:
     """The size of a clip, and who says it."""
     geometry = config.data.geometry
-    if config.data.manifest is not None or geometry != Geometry():
-        clip, source = ClipSize(geometry.num_frames, geometry.max_height, geometry.max_width), "--data.geometry"
+    manifest = config.data.manifest
+    if manifest is not None and is_sets_file(manifest) and manifest.exists():
+        sizes = [(one, size) for one in read_sets(manifest) for size in one.sizes or (None,)]
+        clips = [_largest(geometry_of_set(one, size, geometry)) for one, size in sizes]
+        clip, source = max(clips, key=lambda one: one.frames * one.height * one.width), f"the largest of {manifest}"
+    elif manifest is not None or geometry != Geometry():
+        clip, source = _largest(geometry), "--data.geometry"
     else:
         published = family.video.sized(find(config.model)[1].published, shape)
         clip, source = ClipSize(published.frames, *published.size), "as published"
@@ -147,6 +154,10 @@ def _choose_clip(config: Config, family: Family, shape: Any, size: SizeOptions) 
     if asked:
         clip, source = replace(clip, **asked), "--size" if len(asked) > 2 else f"{source}, --size"
     return clip, f"clips of {clip.frames}x{clip.height}x{clip.width} ({source})"
+
+
+def _largest(geometry: Geometry) -> ClipSize:
+    return ClipSize(geometry.num_frames, geometry.max_height, geometry.max_width)
 
 
 # Conversations

@@ -25,13 +25,18 @@ class Config:
     "0: any free one"
 
 
-@escaped_output()
-def main(argv: list[str] | None = None) -> None:
-    """Exit code 2 for a command that cannot work; 130 after Ctrl-C."""
+def read_config(argv: list[str] | None = None) -> Config:
+    """Of a command line: the folders, and then flags."""
     words = sys.argv[1:] if argv is None else argv
     folders = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     named = [json.dumps(folders)] if folders else []
-    config = parse(Config, [*named, *words[len(folders) :]], prog="mm_train.page")
+    return parse(Config, [*named, *words[len(folders) :]], prog="mm_train.page")
+
+
+@escaped_output()
+def main(argv: list[str] | None = None) -> None:
+    """Exit code 2 for a command that cannot work; 130 after Ctrl-C."""
+    config = read_config(argv)
     try:
         from mm_train.page.runs import Runs
         from mm_train.page.server import open_server

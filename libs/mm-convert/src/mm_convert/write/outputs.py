@@ -43,6 +43,7 @@ class Files:
         outputs: the files, in the order in which they are written.
         manifests: folder of the target ("" is the target itself) -> where the files in it come from (see `describe`).
         needs_torch: whether writing them loads torch.
+        decodes: whether quantised weights are made numbers of, with numpy.
         notes: what a person should know: what is left out, what is taken for granted.
     """
 
@@ -50,6 +51,7 @@ class Files:
     outputs: list[Output]
     manifests: dict[str, dict[str, Any]]
     needs_torch: bool = False
+    decodes: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -107,7 +109,8 @@ class Files:
         lines.append(
             f"disk   {readable_bytes(self.nbytes)} and headers, of {readable_bytes(free_space(at))} that are free"
         )
-        lines.append(f"memory {'about 350 MB, most of it torch itself' if self.needs_torch else 'under 100 MB'}")
+        without = "under 180 MB" if self.decodes else "under 100 MB"
+        lines.append(f"memory {'about 350 MB, most of it torch itself' if self.needs_torch else without}")
         return "\n".join(lines)
 
 

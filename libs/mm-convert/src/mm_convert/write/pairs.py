@@ -68,6 +68,7 @@ def _join(target: Path, parts: dict[str, Files]) -> Files:
         joined.outputs += [replace(output, name=f"{folder}/{output.name}") for output in files.outputs]
         joined.manifests |= {f"{folder}/{inside}": manifest for inside, manifest in files.manifests.items()}
         joined.needs_torch |= files.needs_torch
+        joined.decodes |= files.decodes
         joined.notes += [note for note in files.notes if note not in joined.notes]
     return joined
 

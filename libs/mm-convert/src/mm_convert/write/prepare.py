@@ -54,7 +54,7 @@ def prepare_conversion(
         fp8_scaled=dtype == FP8_SCALED,
     )
     files = prepare_target(wanted, content, tensors, checkpoint.config, **_origin(checkpoint))
-    files.needs_torch = dtype is not None or to == "dcp"
+    files.needs_torch, files.decodes = dtype is not None or to == "dcp", bool(checkpoint.quantised)
     files.notes = [*checkpoint.notes, *files.notes]
     if dtype == FP8_SCALED and checkpoint.quantised:
         files.notes.append(f"what was {checkpoint.quantised} is rounded a second time")

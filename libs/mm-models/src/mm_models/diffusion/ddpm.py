@@ -66,6 +66,11 @@ class DDPM:
         """A level, all as likely."""
         return torch.randint(0, LEVELS, (), generator=generator)
 
+    @property
+    def share(self) -> float:
+        """All levels are trained."""
+        return 1.0
+
     def at(self, positions: int) -> "DDPM":
         """One schedule for all sizes."""
         return self

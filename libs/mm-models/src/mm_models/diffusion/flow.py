@@ -109,6 +109,12 @@ class FlowMatching:
         mean, std = self.logit
         return 1 - torch.special.ndtr((torch.logit(u) - mean) / std)
 
+    @property
+    def share(self) -> float:
+        """How much of all draws falls into the part that is trained on."""
+        low, high = self.index_range
+        return (self.measure[high] - self.measure[low]).item()
+
     def draw_index(self, generator: torch.Generator) -> Tensor:
         """A point of the part that is trained on."""
         low, high = self.index_range

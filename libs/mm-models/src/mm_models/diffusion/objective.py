@@ -30,6 +30,10 @@ class Schedule(Protocol):
     def at(self, positions: int) -> "Schedule":
         """The schedule for latents of so many positions: frames x rows x columns."""
 
+    @property
+    def share(self) -> float:
+        """How much of what the whole table would give falls into the part that is trained."""
+
     def draw_index(self, generator: torch.Generator) -> Tensor:
         """A point of the table of levels, a scalar integer."""
 
@@ -193,6 +197,11 @@ class Diffusion:
     @property
     def stored(self) -> Mapping[str, int]:
         return {**self.conditioning.always, **self.conditioning.stored}
+
+    @property
+    def share(self) -> float:
+        """How much of what the whole schedule would draw falls into the part that is trained."""
+        return self.schedule.share
 
     @property
     def points(self) -> Sequence[int]:

@@ -1,6 +1,5 @@
 """For our tests and for those of others: ranks of this machine, a model to cut, and what to compare."""
 
-from mm_parallel.estimate.peak import PeakMemory as PeakMemory
 from mm_parallel.testing.compare import assert_same_grads as assert_same_grads
 from mm_parallel.testing.compare import gradients as gradients
 from mm_parallel.testing.ladder import TinyLadder as TinyLadder
