@@ -47,7 +47,7 @@ from mm_parallel.testing.equivalence import SAMPLES, Subject
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "tests"), str(ROOT / "apps/train/tests")]
-from runs import arguments, losses, rows, write_features  # noqa: E402
+from runs import arguments, rows, write_features  # noqa: E402
 from test_equivalence import SUBJECTS, WAN, conversations, filled, pack, qwen, videos  # noqa: E402
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -236,10 +236,12 @@ def training() -> None:
             for steps in ("3", "6"):
                 options = arguments(features, Path(folder) / name, *more, "--steps", steps, "--compile", compile)
                 subprocess.run([sys.executable, "-m", "mm_train", *options], check=True, capture_output=True)
-        eager, own = (losses(Path(folder) / name) for name in ("eager", "compiled"))
-        off = [abs(a / b - 1) for a, b in zip(own, eager, strict=True)]
-        graphs = [row.get("compiled_graphs", 0) for row in rows(Path(folder) / "compiled") if "loss" in row]
-    print(f"losses {eager}\ncompiled differs by {', '.join(f'{x:.0e}' for x in off)}; graphs of each step {graphs}")
+        eager, own = ([row for row in rows(Path(folder) / name) if "loss" in row] for name in ("eager", "compiled"))
+    print(f"losses {', '.join(str(row['loss']) for row in eager)}; compiled graphs of each step", end=" ")
+    print(", ".join(str(row.get("compiled_graphs", 0)) for row in own))
+    for what in ("loss", "grad_norm"):
+        off = [abs(a[what] / b[what] - 1) for a, b in zip(own, eager, strict=True)]
+        print(f"compiled {what} is off by {', '.join(f'{x:.0e}' for x in off)}", flush=True)
 
 
 def of_diffusers() -> None:
