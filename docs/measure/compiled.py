@@ -1,6 +1,6 @@
 """Whether compiled layers (Inductor, on the CPU) give the loss and every gradient that eager ones give.
 
-    python docs/measure/compiled.py                # all cases; a quarter of an hour on two cores
+    python docs/measure/compiled.py                # all cases; some 25 compilations, a minute each beside other work
     python docs/measure/compiled.py dropout ranks  # those whose name has one of the words
 
 The judge is the eager model in float64 on one device, with the same values: it measures eager and compiled layers of a
@@ -47,7 +47,7 @@ from mm_parallel.testing.equivalence import SAMPLES, Subject
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "tests"), str(ROOT / "apps/train/tests")]
-from runs import arguments, losses, rows, write_features  # noqa: E402
+from runs import arguments, rows, write_features  # noqa: E402
 from test_equivalence import SUBJECTS, WAN, conversations, filled, pack, qwen, videos  # noqa: E402
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -129,14 +129,11 @@ def compare(
     dtype: torch.dtype = F32,
     memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
     samples: int = SAMPLES,
-    draws: bool = False,
 ) -> None:
-    """draws: whether the step draws, which is why the judge is the eager model of that dtype."""
     torch._dynamo.reset()
-    alone = prepare(subject, dtype if draws or memory.holds_frozen else F64)
-    if memory.holds_frozen:
-        parallelize(alone, plan(alone), memory=MemoryConfig(base=memory.base))
-    reference = step(alone, subject, dtype if draws or memory.holds_frozen else F64, samples)
+    alone = prepare(subject, F64)
+    parallelize(alone, plan(alone), memory=MemoryConfig(base=memory.base))
+    reference = step(alone, subject, F64, samples)
     before, results = count_graphs(), []
     for compile in (False, True):
         model = prepare(subject, dtype)
@@ -178,7 +175,7 @@ def in_families(dtype: torch.dtype) -> None:
 
 def dropout() -> None:
     for words in ("none", "full"):
-        compare(f"dropout in LoRA, float32, {words}", DROPOUT, memory=MemoryConfig(words), draws=True)
+        compare(f"dropout in LoRA, float32, {words}", DROPOUT, memory=MemoryConfig(words))
 
 
 def frozen_base() -> None:
@@ -239,10 +236,12 @@ def training() -> None:
             for steps in ("3", "6"):
                 options = arguments(features, Path(folder) / name, *more, "--steps", steps, "--compile", compile)
                 subprocess.run([sys.executable, "-m", "mm_train", *options], check=True, capture_output=True)
-        eager, own = (losses(Path(folder) / name) for name in ("eager", "compiled"))
-        off = [abs(a / b - 1) for a, b in zip(own, eager, strict=True)]
-        graphs = [row.get("compiled_graphs", 0) for row in rows(Path(folder) / "compiled") if "loss" in row]
-    print(f"losses {eager}\ncompiled differs by {', '.join(f'{x:.0e}' for x in off)}; graphs of each step {graphs}")
+        eager, own = ([row for row in rows(Path(folder) / name) if "loss" in row] for name in ("eager", "compiled"))
+    print(f"losses {', '.join(str(row['loss']) for row in eager)}; compiled graphs of each step", end=" ")
+    print(", ".join(str(row.get("compiled_graphs", 0)) for row in own))
+    for what in ("loss", "grad_norm"):
+        off = [abs(a[what] / b[what] - 1) for a, b in zip(own, eager, strict=True)]
+        print(f"compiled {what} is off by {', '.join(f'{x:.0e}' for x in off)}", flush=True)
 
 
 def of_diffusers() -> None:
@@ -302,10 +301,9 @@ def compile_of(number: int) -> float:
 
 
 def main(*words: str) -> None:
-    for name, case in CASES.items():
-        if not words or any(word in name for word in words):
-            print(f"\n{name}\n\n{HEAD}", flush=True)
-            case()
+    for name in dict.fromkeys(name for word in words or [""] for name in CASES if word in name):
+        print(f"\n{name}\n" + (f"\n{HEAD}" if name not in ("training", "layers") else ""), flush=True)
+        CASES[name]()
 
 
 CASES: dict[str, Callable[[], Any]] = {
