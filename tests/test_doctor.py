@@ -201,7 +201,7 @@ def shrink(command: Command, shop: Shop) -> Asking | None:
     """The documented command of a tiny model of its kind; None where there is none."""
     program, words, ranks = command
     flags = dict(pairs(words))
-    named = re.sub(r"-(lora|full)$", "", flags.get("--recipe", "")) or flags.get("--model", "")
+    named = re.sub(r"-(lora(-24gb)?|full)$", "", flags.get("--recipe", "")) or flags.get("--model", "")
     if program == "mm_infer.chat":
         named = "qwen2.5-vl-3b"
     if named not in TINY or "--config" in flags or "flf2v" in flags.get("--objective.task", ""):
@@ -215,6 +215,8 @@ def shrink(command: Command, shop: Shop) -> Asking | None:
         "--weights": folder / "W",
         "--encoders": folder / "W",
         "--data.encoders": folder / "W",
+        "--sample.encoders": folder / "W",
+        "--sample.lora": folder / "adapter",
         "--data.features": folder / "features",
         "--data.manifest": media / "data.txt",
         "--data.conversations": media / "talks.json",
@@ -519,7 +521,7 @@ MUTATIONS = [
     setting("--trained", '["block.*"]', "what is trained", "model in layout", told="trained"),
     setting("--lora.targets", '["qq"]', "model in layout", "what is trained", told="qq", when="--recipe"),
     setting("--sample.prompts", '["a cat"]', "samples", told="--sample", when="--data.features"),
-    setting("--sample.from_validation", "3", "samples", when="--data.features"),
+    setting("--sample.from_validation", "3", "samples", told="--sample", when="--data.features"),
     setting("--validation.answers", "100", "data", "options"),
     setting("--data.boxes", "original", "options", when="--data.features"),
     setting("--data.text_dropout", "0.1", "options", when="--data.conversations"),

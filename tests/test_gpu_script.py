@@ -105,7 +105,7 @@ def test_wheels_of_ours_are_found_and_used(tmp_path):
     subprocess.run([sys.executable, str(MEASURE / "gpu_wheels.py"), str(tmp_path / "wheels")], check=True, timeout=60)
     (tmp_path / "gpu.py").write_text((MEASURE / "gpu.py").read_text(encoding="utf-8"), encoding="utf-8")
     names = {wheel.name.split("-")[0] for wheel in (tmp_path / "wheels").glob("*.whl")}
-    assert {"einops", "diffusers", "jsonargparse", "mm_parallel", "mm_models", "mm_train"} <= names
+    assert {"einops", "diffusers", "mm_parallel", "mm_models", "mm_train"} <= names
     script = "import gpu, sys, pathlib; gpu.find_packages('wheels', pathlib.Path('out')); import mm_parallel, einops; "
     script += "print(mm_parallel.__file__, einops.__file__)"
     bare = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, '.'); {script}"]

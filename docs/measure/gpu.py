@@ -190,7 +190,7 @@ def packages(tiny: bool) -> dict:
     from mm_parallel.attention import pick
 
     row: dict[str, Any] = {}
-    for name in ("transformers", "peft", "safetensors", "diffusers", "einops", "jsonargparse", "av", "triton"):
+    for name in ("transformers", "peft", "safetensors", "diffusers", "einops", "av", "triton"):
         try:
             row[name] = version(name)
         except PackageNotFoundError:

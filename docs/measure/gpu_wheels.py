@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
-FOREIGN = ("einops", "diffusers", "jsonargparse", "importlib_metadata", "zipp")
+FOREIGN = ("einops", "diffusers", "importlib_metadata", "zipp")
 COMPILED = ("pillow", "av")
 ROOT = Path(__file__).parents[2]
 

@@ -176,7 +176,11 @@ def test_a_run_outlives_its_terminal(tmp_path):
 def test_a_closed_terminal_loses_no_step(tmp_path):
     """Its SIGHUP ends a run after the step, as SIGTERM does."""
     features = write_features(tmp_path / "f")
-    process = start(features, tmp_path / "run", "--steps", "100000", stderr=subprocess.PIPE)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
+    try:
+        process = start(features, tmp_path / "run", "--steps", "100000", stderr=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     wait_for_steps(tmp_path / "run", 2)
     process.send_signal(signal.SIGHUP)
     _, said = process.communicate(timeout=120)
