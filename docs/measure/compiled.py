@@ -190,21 +190,27 @@ def recompute() -> None:
             compare(f"{name}, bfloat16, {words}", SUBJECTS[name], BF16, MemoryConfig(words))
 
 
-def on_two_ranks(rank: int, world: int, name: str, layout: dict[str, int]) -> tuple[Result, Result, int]:
-    """The eager step on the ranks, and the compiled one."""
+def on_two_ranks(rank: int, world: int, name: str, layout: dict[str, int]) -> tuple[list, int]:
+    """Loss and gradients (numpy, as tensors would be files of a process that has ended) of an eager step on the ranks,
+    and of a compiled one.
+    """
     mesh, results = make_mesh(ParallelConfig(**layout), "cpu"), []
     for compile in (False, True):
         model = prepare(SUBJECTS[name], F32)
         parallelize(model, plan(model), mesh, ParallelConfig(**layout), dtype=F32, compile=compile)
-        results.append(step(model, SUBJECTS[name], F32, SAMPLES, mesh))
-    return *results, count_graphs()
+        made = step(model, SUBJECTS[name], F32, SAMPLES, mesh)
+        results.append((made.loss, {name: grad.numpy() for name, grad in made.grads.items()}))
+    return results, count_graphs()
 
 
 def ranks() -> None:
     reference = step(prepare(SUBJECTS["wan"], F64), SUBJECTS["wan"], F64, SAMPLES)
     for word, layout in (("FSDP", {"dp_shard": 2}), ("Ulysses", {"dp_shard": 1, "ulysses": 2})):
-        found = spawn(2, on_two_ranks, "wan", layout, timeout=500)[0]
-        judge(f"wan, float32, {word} over two gloo ranks", reference, *found[:2], F32, found[2])
+        results, graphs = spawn(2, on_two_ranks, "wan", layout, timeout=500)[0]
+        found = [
+            Result(loss, {name: torch.from_numpy(grad) for name, grad in grads.items()}) for loss, grads in results
+        ]
+        judge(f"wan, float32, {word} over two gloo ranks", reference, *found, F32, graphs)
 
 
 def between() -> None:

@@ -282,7 +282,10 @@ def open_base(config: Config, wanted: Any) -> Checkpoint:
     check_fields(type(wanted), {n: v for n, v in file.said.items() if v is not None}, f"{file.said_in}: ")
     tensors = [name for name in file.config if name not in family.unseen]
     if other := _find_changes(file, wanted, tensors):
-        raise ValueError(f"--weights {path} is another architecture: {', '.join(other)}")
+        raise ValueError(
+            f"--weights {path} is another architecture: {', '.join(other)}. Give --architecture with what the weights "
+            "have, another --model, or other weights"
+        )
     return file
 
 
