@@ -6,7 +6,7 @@
 The judge is the eager model in float64 on one device, with the same values: it measures eager and compiled layers of a
 dtype alike. An error is |own - judge| / |judge| in the 2-norm, of all gradients as one vector, and of each; a gradient
 that is nothing but rounding (a key's bias) counts as 1e-4 of all. Compiled layers are wrong where they are off by more
-than 1.1 times what eager ones are off, or in one gradient by more than twice; errors below `NOTHING` are none.
+than 1.5 times what eager ones are off, or in one gradient by more than twice; errors below `NOTHING` are none.
 Models are those of tests/test_equivalence.py: 4 layers, 8 samples in the micro-batch.
 """
 
@@ -71,7 +71,7 @@ def judge(name: str, reference: Result, eager: Result, compiled: Result, dtype: 
 
     (of_eager, each_of_eager), (of_compiled, each) = measure(eager), measure(compiled)
     wrong = [n for n in each if not each[n] <= max(2 * each_of_eager[n], NOTHING[dtype])]
-    wrong += ["all"] * (not of_compiled <= max(1.1 * of_eager, NOTHING[dtype] / 10))
+    wrong += ["all"] * (not of_compiled <= max(1.5 * of_eager, NOTHING[dtype] / 10))
     worst = max(each, key=each.__getitem__)
     loss = [abs(one.loss / reference.loss - 1) for one in (eager, compiled)]
     print(
