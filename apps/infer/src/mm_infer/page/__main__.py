@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from mm_convert import open_checkpoint, open_experts
 from mm_convert.cli.arguments import Option, instantiate, nearest, options_of, parse_options
-from mm_convert.cli.terminal import escaped_output, one_line
+from mm_convert.cli.terminal import escaped_output
 from mm_convert.cli.values import check_value
 from mm_infer import chat
 from mm_infer.checks import check_output
@@ -40,7 +40,7 @@ class Serving:
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 2 for a command that cannot work; 130 after Ctrl-C."""
     try:
-        with ExitStack() as held, _exit_code(2, ValueError, OSError):
+        with ExitStack() as held, chat.exit_code("mm_infer.page", 2, ValueError, OSError):
             app, listening = prepare(argv, held)
             from mm_infer.page.serve import serve
 
@@ -116,16 +116,6 @@ def _configure(kind: type, given: Mapping[str, Any], what: str, **more: Any) -> 
         for name, option in own.items()
     }
     return instantiate(kind, values | more)
-
-
-@contextmanager
-def _exit_code(code: int, *errors: type[Exception]) -> Iterator[None]:
-    """Ends the program with this code and one line for errors that are not a mistake of ours."""
-    try:
-        yield
-    except errors as error:
-        print(f"mm_infer.page: error: {one_line(error)}", file=sys.stderr)
-        sys.exit(code)
 
 
 if __name__ == "__main__":
