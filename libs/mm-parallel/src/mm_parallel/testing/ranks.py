@@ -33,6 +33,7 @@ _ALWAYS = [
     "torch.distributed.checkpoint",
     "torch.distributed.pipelining",
 ]
+_MOMENT = 1.0  # seconds after a traceback in which the rank that caused it, by dying, is still heard of
 _PATIENCE = 2  # seconds that a rank which died leaves the others to say why
 _LOADERS = (importlib.machinery.SourceFileLoader, importlib.machinery.ExtensionFileLoader)
 
@@ -94,20 +95,18 @@ def _collect(ranks: list, folder: Path, name: str, timeout: float) -> list[Any]:
         if not ready:
             stacks = "\n".join(_stack_of(rank, ranks[rank][0], folder) for rank in waiting.values())
             raise TimeoutError(f"{name}: ranks {sorted(waiting.values())} still run after {timeout} s\n{stacks}")
-        told = False
         for ours in ready:
             rank = waiting.pop(ours)
             try:
                 results[rank], failure = ours.recv()
-                told = told or bool(failure)
+                if failure:  # perhaps of another's death, which the system tells a moment later
+                    deadline = min(deadline, time.monotonic() + _MOMENT)
             except EOFError:  # no word: killed, or aborted in C++
                 ranks[rank][0].join()
                 failure = f"died with exit code {ranks[rank][0].exitcode}"
                 deadline = min(deadline, time.monotonic() + _PATIENCE)  # another may be about to say why
             if failure:
                 failures.append(f"rank {rank} of {len(ranks)} in {name}: {failure}")
-        if told:
-            break
     if failures:
         raise RuntimeError("\n".join(failures))
     return [results[rank] for rank in range(len(ranks))]
