@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, _engine_run_backward
+from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._backward import _get_grad_fn_or_grad_acc
 
@@ -47,10 +47,11 @@ class _Selective(PipelineStage):
         if kind == "weight":
             _add_weight_gradients(self.submod.parameters(), given["param_groups"])
             return (), None
-        inputs = given["input_values"]
+        inputs, owners = given["input_values"], []
         if kind == "input":  # torch takes for granted that all outputs have a gradient, and returns those that are
             outputs, grads = given["stage_output"], given["output_grads"]
             places = [i for i, output in enumerate(outputs) if output.requires_grad]
+            owners = [get_gradient_edge(outputs[i]) for i in places]
             given = given | {
                 "stage_output": [outputs[i] for i in places],
                 "output_grads": None if grads is None else [grads[i] for i in places],
@@ -59,27 +60,29 @@ class _Selective(PipelineStage):
         if kind == "input":
             left = iter(grads)
             grads = tuple(next(left) if x.requires_grad else None for x in inputs)
+            for group in groups:  # torch keeps nodes, but one that is written in Python is owned by what follows it
+                group["owners"] = owners
         if not self.is_first:
             grads = tuple(_zero_if_unused(x, grad) for x, grad in zip(inputs, grads, strict=True))
         return grads, groups
 
 
 def _add_weight_gradients(weights: Iterable[Tensor], groups: list[dict[str, Any]]) -> None:
-    """What `torch.autograd.grad` makes of each group's edges. It asks a node for shapes first, and in these releases
-    functions that are written in Python have no answer.
+    """The second half of a backward, from the nodes at which the first has left each group of weights.
+
+    These releases' own takes a node's first output for all of them, and asks for shapes, which a function that is
+    written in Python does not know.
     """
     by_node = {_get_grad_fn_or_grad_acc(weight): weight for weight in weights}
     for group in groups:
-        pairs = zip(group["grads"], group.pop("intermediates"), strict=True)  # popped: their hooks hold the group
-        known = [([g for g in grads if g is not None], node) for grads, node in pairs]
-        edges = {GradientEdge(node, 0): sum(grads) for grads, node in known if grads}
+        left = zip(group.pop("intermediates"), group.pop("grads"), strict=True)  # popped: their hooks hold the group
+        edges = {GradientEdge(node, i): g for node, grads in left for i, g in enumerate(grads) if g is not None}
         if not edges:
             continue
         asked = tuple(GradientEdge(node, 0) for node in group["params"])
         found = _engine_run_backward(
             tuple(edges), tuple(edges.values()), False, False, asked, False, accumulate_grad=False
         )
-        del group["grads"]
         for node, grad in zip(group["params"], found, strict=True):
             weight = by_node[node]
             weight.grad = grad if weight.grad is None else weight.grad + grad
