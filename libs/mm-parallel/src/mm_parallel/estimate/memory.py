@@ -428,17 +428,15 @@ class _Rank:
         temporary = gradients if self.optimizer == "foreach" else 0
         return _Moment("the optimizer", 0, 0, max(flat, temporary), gradients)
 
-    def _sequence(self, virtual: int) -> list[tuple[UnitMemory, int]]:
-        """The units of a virtual stage in the order in which they run, with what the stem has made around them."""
-        units: list[tuple[UnitMemory, int]] = []
+    def _sequence(self, virtual: int) -> list[tuple[UnitMemory, str]]:
+        """The units of a virtual stage in the order in which they run, with the prefix of the inner ladder or ""."""
+        units: list[tuple[UnitMemory, str]] = []
         if virtual == 0 and self.is_first:
-            for prefix, own in self.inner.items():
-                around = self.traces.around[prefix] - self._traveling(prefix)
-                units += [(unit, around) for unit in own]
-            units.append((self.stem, 0))
-        units += [(unit, 0) for unit in self.chunks[virtual]]
+            units += [(unit, prefix) for prefix, own in self.inner.items() for unit in own]
+            units.append((self.stem, ""))
+        units += [(unit, "") for unit in self.chunks[virtual]]
         if virtual == len(self.chunks) - 1 and self.is_last:
-            units.append((self.head, 0))
+            units.append((self.head, ""))
         return units
 
     def _root_weights(self) -> list[Weight]:
@@ -446,6 +444,11 @@ class _Rank:
         owners = ["first"] * self.is_first + ["last"] * self.is_last
         of = [weight for owner in owners for weight in self.weights.of(owner)]
         return [weight for weight in of if weight.group == ""]
+
+    def _tower(self, prefix: str) -> int:
+        """Of an inner ladder's own weights, gathered while its layers run; 0 for the main ladder and without FSDP."""
+        own = self.weights.groups("first").get(prefix.removesuffix("."), ()) if prefix else ()
+        return sum(weight.whole(self.weights.ranks) for weight in own)
 
     def _root(self) -> int:
         return sum(weight.whole(self.weights.ranks) for weight in self._root_weights())
@@ -458,10 +461,11 @@ class _Rank:
         sequence = self._sequence(virtual)
         if virtual == 0 and self.is_first:
             alive += self._called_with()
-        for place, (unit, around) in enumerate(sequence):
+        for place, (unit, prefix) in enumerate(sequence):
+            around = self.traces.around[prefix].forward - self._traveling(prefix) if prefix else 0
             ahead = sum(other.gathered for other, _ in sequence[place + 1 : place + 1 + self.memory.prefetch])
             buffer = unit.gathered or (before.gathered if before else 0)  # until the next comes
-            gathered = root + kept + unit.gathered + buffer + ahead
+            gathered = root + self._tower(prefix) + kept + unit.gathered + buffer + ahead
             leaving = before.host if before else 0
             run = unit.trace.forward - (unit.trace.output if unit.name == "head" else 0)
             yield _Moment(f"forward of {unit.name}", alive + around, gathered, run + leaving, 0)
@@ -486,7 +490,6 @@ class _Rank:
 
     def _backward(self, virtual: int, first: bool) -> Iterator[_Moment]:
         """first: no gradients are there yet, of any parameter."""
-        root = self._root()
         sequence = self._sequence(virtual)
         alive = sum(unit.saved for unit, _ in sequence)
         alive -= self.head.trace.output if sequence[-1][0].name == "head" else 0
@@ -504,11 +507,10 @@ class _Rank:
         pending = buffer = done = 0  # gradients of the root; the buffer of the unit before; gradients that are there
         idle = 0  # weights that were gathered ahead for a backward that never comes
         for place in reversed(range(len(sequence))):
-            unit, around = sequence[place]
+            unit, prefix = sequence[place]
             trace = unit.trace
-            if around:  # in `alive` are those of the ladder's constants that are referred to
-                prefix = next(prefix for prefix, own in self.inner.items() if unit in own)
-                around = max(0, around - self._all_constants(prefix))
+            around = self.traces.around[prefix].backward if prefix else 0
+            root = self._root() + self._tower(prefix)
             alive -= unit.saved - (trace.output if unit.name == "head" else 0)
             given = self.traces.returned if unit.name == "head" and self.layout.pp > 1 else 0
             following = next((u.gathered for u, _ in reversed(sequence[:place]) if u.gathered), 0)
@@ -533,6 +535,8 @@ class _Rank:
                 pending += trace.gradients
             still -= unit.gathered if not self.memory.reshard else 0
             alive += given  # from the head's backward on: before, it is among what the head saves
-            done += unit.gradients if first and not self.memory.offload_params else 0
+            # those of stem and head are reduced at the end
+            reduced = not sharded or unit.name not in ("stem", "head")
+            done += unit.gradients if reduced and first and not self.memory.offload_params else 0
         if sharded:
             yield _Moment("gradients of the root", 0, pending + self._reduce_root(), 0, done)

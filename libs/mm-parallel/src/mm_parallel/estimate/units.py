@@ -73,13 +73,22 @@ class UnitTrace:
     """In one backward, with those that recompute makes again."""
 
 
+class Around(NamedTuple):
+    """Bytes of the stem that live while the layers of an inner ladder run."""
+
+    forward: int
+    """What it has made, with what enters the ladder."""
+    backward: int
+    """What waits for the rest of the stem's backward."""
+
+
 class Traces(NamedTuple):
     """Of one way of cutting."""
 
     units: dict[str, UnitTrace]
     """By name: "stem" (with what is around the layers of inner ladders), module names of layers, "head"."""
-    around: dict[str, int]
-    """Bytes that the stem has made when the layers of an inner ladder run, by its prefix."""
+    around: dict[str, Around]
+    """By prefix of an inner ladder."""
     stream: dict[str, dict[str, tuple[int, bool]]]
     """By prefix, of each field of the stream with tensors: bytes, and whether it requires a gradient when it leaves the
     last layer.
@@ -253,7 +262,7 @@ class Units:
     def _run_stem(self, way: Way) -> "_Stem":
         twin, mesh = self.twin(way), self._meshes[way, "none"]
         entries: dict[str, Any] = {}
-        around: dict[str, int] = {}
+        around: dict[str, Around] = {}
         ladders = [(prefix, ladder) for prefix, ladder, _ in self.plan.ladders(twin) if prefix]
         counting = _Counting(mesh)
 
@@ -261,10 +270,16 @@ class Units:
             def layer(i: int, stream: Any) -> Any:
                 if prefix in entries:
                     return stream
-                entries[prefix], around[prefix] = _describe(stream), counting.now
+                entries[prefix], made = _describe(stream), counting.now
+                around[prefix] = Around(made, 0)
+
+                def note(grad: Tensor) -> None:
+                    waits = counting.now - counting.settled - grad.untyped_storage().nbytes()
+                    around[prefix] = Around(made, waits)
+
                 travels, after = self.travels[prefix], self.trained[prefix]
-                made = {name: _pass(getattr(stream, name), name in after) for name in travels}
-                return stream._replace(**made)
+                through = {name: _pass(getattr(stream, name), note if name in after else None) for name in travels}
+                return stream._replace(**through)
 
             return layer
 
@@ -351,7 +366,7 @@ class Units:
 
 class _Stem(NamedTuple):
     trace: UnitTrace
-    around: dict[str, int]
+    around: dict[str, Around]
     entries: dict[str, Any]
     """By prefix, the stream that enters the first layer."""
 
@@ -498,20 +513,23 @@ def _leaf() -> Tensor:
     return torch.empty(0, device="meta", requires_grad=True)
 
 
-def _pass(x: Tensor, trained: bool) -> Tensor:
-    return _Through.apply(x, _leaf()) if trained else torch.empty_like(x)
+def _pass(x: Tensor, note: Callable[[Tensor], None] | None) -> Tensor:
+    """note: is given the gradient; None: there is none."""
+    return torch.empty_like(x) if note is None else _Through.apply(x, _leaf(), note)
 
 
 class _Through(torch.autograd.Function):
     """In place of layers: new memory like x, and in the backward new memory like its gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, leaf: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, leaf: Tensor, note: Callable[[Tensor], None]) -> Tensor:
+        ctx.note = note
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return torch.empty_like(grad), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.note(grad)
+        return torch.empty_like(grad), None, None
 
 
 def _enter(stream: Any, names: Any, trained: frozenset[str]) -> Any:
