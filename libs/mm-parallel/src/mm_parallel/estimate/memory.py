@@ -39,7 +39,9 @@ class UnitMemory:
     word: str
     """What it recomputes: none, full or but_attention."""
     saved: int
-    """What waits on the device for the backward."""
+    """What waits on the device for the backward, but for `shared`."""
+    shared: int
+    """Of what it saves, what a unit before saves too, or what is the buffer in which it was received."""
     host: int
     """What waits on the host."""
     weights: int
@@ -205,19 +207,37 @@ class _Rank:
         self.traces: Traces = units.trace(layout, words)
         self.is_first, self.is_last = rank == 0, rank == layout.pp - 1
         names = units.layers[""]
-        self.chunks: list[list[UnitMemory]] = [[self._unit(names[i]) for i in part] for part in stages]
+        self.chunks: list[list[UnitMemory]] = []
+        self.sent: list[int] = []
+        """Of each virtual stage, bytes of what it hands on that none of its units saves."""
+        for virtual, part in enumerate(stages):
+            begins, ends = self.is_first and virtual == 0, self.is_last and virtual == len(stages) - 1
+            own = self._chain(["stem"] * begins + [names[i] for i in part] + ["head"] * ends, received=not begins)
+            if begins:
+                self.stem = own.pop(0)
+            if ends:
+                self.head = own.pop()
+            self.chunks.append(own)
         self.inner: dict[str, list[UnitMemory]] = {}
         if self.is_first:
             self.inner = {p: [self._unit(name) for name in own] for p, own in units.layers.items() if p}
-            self.stem = self._unit("stem")
-        if self.is_last:
-            self.head = self._unit("head")
         owners = [name for chunk in self.chunks for name in (unit.name for unit in chunk)]
         owners += [unit.name for own in self.inner.values() for unit in own]
         owners += ["first"] * self.is_first + ["last"] * self.is_last
         self.own: list[Weight] = [weight for owner in owners for weight in weights.of(owner)]
 
-    def _unit(self, name: str) -> UnitMemory:
+    def _chain(self, names: Iterable[str], received: bool) -> list[UnitMemory]:
+        """Units of a stage one after the other. received: what enters the first lies in buffers."""
+        counted, units = self.units.travels[""] if received else frozenset[str](), []
+        for name in names:
+            trace = self.traces.units[name]
+            takes = frozenset[str]() if self.memory.offload == "inputs" and trace.inputs else trace.takes
+            units.append(self._unit(name, self._bytes_of(takes & counted)))
+            counted = ((counted | takes) - trace.changes) | trace.keeps
+        self.sent.append(self._traveling() - self._bytes_of(counted))
+        return units
+
+    def _unit(self, name: str, shared: int = 0) -> UnitMemory:
         trace, word = self.traces.units[name], self.words.get(name, "none")
         moved = {"inputs": trace.inputs, "attention": trace.kept, "none": 0}[self.memory.offload]
         owner, ranks = {"stem": "first", "head": "last"}.get(name, name), self.weights.ranks
@@ -229,7 +249,9 @@ class _Rank:
             reduced = max((sum(weight.to_reduce(ranks) for weight in own) for own in groups), default=0)
         whole = sum(weight.whole(ranks if weight.group is not None else 1) for weight in of)
         gradients = sum(weight.bytes(ranks) for weight in of if weight.trained)
-        return UnitMemory(name, word, trace.saved - moved, moved, whole, gathered, reduced, gradients, trace)
+        return UnitMemory(
+            name, word, trace.saved - moved - shared, shared, moved, whole, gathered, reduced, gradients, trace
+        )
 
     def measure(self) -> RankMemory:
         ranks = self.weights.ranks
@@ -286,14 +308,11 @@ class _Rank:
         if virtual == 0 and self.is_first:
             units += [self.stem, *(unit for own in self.inner.values() for unit in own)]
             stream += self._constants(virtual) + self._called_with(self.stem.trace.holds)
-        elif self.layout.pp > 1:
-            # the input of its first layer is the buffer in which it came
-            saved -= min(units[0].saved, self._traveling())
         if virtual == len(self.chunks) - 1 and self.is_last:
             units.append(self.head)
             saved -= self.head.trace.output
         elif self.layout.pp > 1:
-            stream += self._traveling()  # until its gradient comes
+            stream += self.sent[virtual]  # until its gradient comes
         return saved + sum(unit.saved for unit in units), stream, sum(unit.host for unit in units)
 
     def _constants(self, virtual: int) -> int:
@@ -305,8 +324,11 @@ class _Rank:
         return total + sum(self.traces.constants(p, [unit.name for unit in own]) for p, own in self.inner.items())
 
     def _traveling(self, prefix: str = "") -> int:
-        travels = self.units.travels[prefix]
-        return sum(size for name, (size, _) in self.traces.stream[prefix].items() if name in travels)
+        return self._bytes_of(self.units.travels[prefix], prefix)
+
+    def _bytes_of(self, fields: Iterable[str], prefix: str = "") -> int:
+        """Of the stream."""
+        return sum(size for name, (size, _) in self.traces.stream[prefix].items() if name in fields)
 
     def _called_with(self, names: Iterable[str] | None = None) -> int:
         """Bytes of these arguments of the model; None: of all."""
@@ -462,7 +484,7 @@ class _Rank:
         if virtual == 0 and self.is_first:
             alive += self._called_with()
         for place, (unit, prefix) in enumerate(sequence):
-            around = self.traces.around[prefix].forward - self._traveling(prefix) if prefix else 0
+            around = self.traces.around[prefix].forward - self._traveling(prefix) if prefix else -unit.shared
             ahead = sum(other.gathered for other, _ in sequence[place + 1 : place + 1 + self.memory.prefetch])
             buffer = unit.gathered or (before.gathered if before else 0)  # until the next comes
             gathered = root + self._tower(prefix) + kept + unit.gathered + buffer + ahead
@@ -495,8 +517,6 @@ class _Rank:
         alive -= self.head.trace.output if sequence[-1][0].name == "head" else 0
         if virtual == 0 and self.is_first:
             alive += self._constants(virtual) + self._called_with(self.stem.trace.holds)
-        elif self.layout.pp > 1:
-            alive -= min(sequence[0][0].saved, self._traveling())
         constant = sum(
             size
             for name, (size, trained) in self.traces.stream[""].items()
@@ -509,7 +529,7 @@ class _Rank:
         for place in reversed(range(len(sequence))):
             unit, prefix = sequence[place]
             trace = unit.trace
-            around = self.traces.around[prefix].backward if prefix else 0
+            around = self.traces.around[prefix].backward if prefix else -unit.shared
             root = self._root() + self._tower(prefix)
             alive -= unit.saved - (trace.output if unit.name == "head" else 0)
             given = self.traces.returned if unit.name == "head" and self.layout.pp > 1 else 0

@@ -63,6 +63,12 @@ class UnitTrace:
     """The fields of the stream that it changes nothing of, and that live until its backward, for it refers to them; of
     the stem, the model's arguments.
     """
+    takes: frozenset[str]
+    """Of the fields that travel, those that are in `saved` as it was given them."""
+    changes: frozenset[str]
+    """Of the same, those that it hands on in new memory."""
+    keeps: frozenset[str]
+    """Of `changes`, those that are in `saved` as it hands them on."""
     kernels: tuple[Kernel, ...] = field(repr=False)
     """Of one forward."""
     backward_kernels: tuple[Kernel, ...] = field(repr=False)
@@ -286,8 +292,8 @@ class Units:
         try:
             for prefix, ladder in ladders:
                 ladder.layer = stand_in(prefix, ladder)
-            example, held = tree_map_only(Tensor, torch.empty_like, dict(self.example)), _Held()
-            held.watch(example)
+            example, held, left = tree_map_only(Tensor, torch.empty_like, dict(self.example)), _Held(), _Held()
+            held.watch(example, example)
             with _running(counting, twin):
                 stream = twin.stem(**example)
                 example = None
@@ -295,14 +301,16 @@ class Units:
                 end = _end([x for x in stream if isinstance(x, Tensor)])
                 output = _bytes([getattr(stream, name) for name in self.travels[""]])
                 entries[""] = _describe(stream)
+                left.watch(stream, self.travels[""])
                 stream = None
-                saved, holds = counting.now, held.find()
+                saved, refers = counting.now, (held.find(), frozenset(), self.travels[""], left.find())
                 made = counting.back(end)
         finally:
             for _, ladder in ladders:
                 ladder.__dict__.pop("layer", None)
         back_kernels, back_sent = counting.take()
-        trace = UnitTrace(saved, 0, 0, output, forward, *made, holds, kernels, back_kernels, sent, back_sent)
+        runs = kernels, back_kernels, sent, back_sent
+        trace = UnitTrace(saved, 0, 0, output, forward, *made, *refers, *runs)
         return _Stem(trace, around, {prefix: _make(entry) for prefix, entry in entries.items()})
 
     def _layer(self, way: Way, prefix: str, name: str, word: str) -> UnitTrace:
@@ -320,22 +328,26 @@ class Units:
     ) -> UnitTrace:
         travels, trained = self.travels[prefix], self.trained[name]
         counting = _Counting(mesh)
-        stream, held = _enter(entry, set(entry._fields) - travels, trained), _Held()
+        stream, held, taken, left = _enter(entry, set(entry._fields) - travels, trained), _Held(), _Held(), _Held()
         with _running(counting, twin):
-            held.watch({name: x for name, x in stream._asdict().items() if name not in travels})
+            held.watch(stream, set(stream._fields) - travels)
             stream = _enter(stream, travels, trained)
+            taken.watch(stream, travels)
             following = ladder.layer(i, stream)
+            changes = {name for name in travels if getattr(following, name) is not getattr(stream, name)}
             stream = None
+            left.watch(following, changes)
             forward, kernels, sent = counting.peak, *counting.take()
             kept = counting.kept if word == "but_attention" else 0
             made = [getattr(following, field) for field in travels]
             output, end = _bytes(made), _end(made)
             del following, made
-            saved, holds = counting.now, held.find()
+            saved, refers = counting.now, (held.find(), taken.find(), frozenset(changes), left.find())
             backward = counting.back(end)
         inputs = saved - kept if word != "none" else 0
         back_kernels, back_sent = counting.take()
-        return UnitTrace(saved, inputs, kept, output, forward, *backward, holds, kernels, back_kernels, sent, back_sent)
+        runs = kernels, back_kernels, sent, back_sent
+        return UnitTrace(saved, inputs, kept, output, forward, *backward, *refers, *runs)
 
     def _head(self, way: Way, returns: bool) -> tuple[UnitTrace, int]:
         if (way, returns) not in self._heads:
@@ -347,20 +359,21 @@ class Units:
         twin, entry = self.twin(way), self._stem(way).entries[""]
         travels, trained = self.travels[""], self.trained[""]
         counting = _Counting(self._meshes[way, "none"])
-        stream, held = _enter(entry, set(entry._fields) - travels, trained), _Held()
+        stream, held, taken = _enter(entry, set(entry._fields) - travels, trained), _Held(), _Held()
         with _running(counting, twin):
-            held.watch({name: x for name, x in stream._asdict().items() if name not in travels})
+            held.watch(stream, set(stream._fields) - travels)
             stream = _enter(stream, travels, trained)
+            taken.watch(stream, travels)
             output = twin.head(stream)
             stream = None
             losses = self.losses(output)
             returned, output = _bytes([output]), output.detach() if returns else None  # `output` would hold the graph
             end, size = losses.sum(), _bytes([losses])
             forward, kernels, sent = counting.peak, *counting.take()
-            saved, holds = counting.now, held.find()
+            saved, refers = counting.now, (held.find(), taken.find(), frozenset(), frozenset())
             backward = counting.back(end)
         back_kernels, back_sent = counting.take()
-        trace = UnitTrace(saved, 0, 0, size, forward, *backward, holds, kernels, back_kernels, sent, back_sent)
+        trace = UnitTrace(saved, 0, 0, size, forward, *backward, *refers, kernels, back_kernels, sent, back_sent)
         return trace, returned
 
 
@@ -374,10 +387,12 @@ class _Stem(NamedTuple):
 class _Held:
     """Which of these fields somebody refers to."""
 
-    def watch(self, fields: Mapping[str, Any]) -> None:
+    def watch(self, stream: Any, names: Iterable[str]) -> None:
+        """stream: or the arguments of the model, by name."""
+        fields = stream if isinstance(stream, Mapping) else stream._asdict()
         self._storages = {
-            name: [weakref.ref(x.untyped_storage()) for x in tree_leaves(value) if isinstance(x, Tensor)]
-            for name, value in fields.items()
+            name: [weakref.ref(x.untyped_storage()) for x in tree_leaves(fields[name]) if isinstance(x, Tensor)]
+            for name in names
         }
 
     def find(self) -> frozenset[str]:
