@@ -94,6 +94,9 @@ TWO = [
     Case(P(dp_shard=1, pp_layers=((1, 1), (1, 1))), M("full"), micro_batches=4),
     Case(P(dp_shard=1, pp_layers=((1, 1), (1, 1))), micro_batches=8),
     Case(P(dp_shard=1, pp_layers=(3, 1)), M(1, 1), BF16, micro_batches=3, frozen=True),
+    Case(P(dp_shard=1, pp_layers=(2, 2), schedule="zero_bubble"), dtype=BF16, micro_batches=4),
+    Case(P(dp_shard=1, pp_layers=((1, 1), (1, 1)), schedule="zero_bubble"), micro_batches=4, frozen=True),
+    Case(P(dp_shard=1, pp_layers=(1, 3), schedule="zero_bubble"), micro_batches=2, model=TwoLadders),
 ]
 FOUR = [
     Case(P(dp_replicate=2, dp_shard=2), M("but_attention")),
@@ -101,6 +104,8 @@ FOUR = [
     Case(P(dp_shard=2, tp=2), M("full"), BF16),
     Case(P(dp_shard=2, pp_layers=(2, 2)), M("full"), micro_batches=4),
     Case(P(dp_shard=4), dtype=BF16),
+    Case(P(dp_shard=2, pp_layers=(2, 2), schedule="zero_bubble"), dtype=BF16, micro_batches=4),
+    Case(P(dp_shard=1, pp_layers=(1, 1, 1, 1), schedule="zero_bubble"), micro_batches=6),
 ]
 EXACT = "parameters", "gradients", "moments"
 

@@ -50,6 +50,11 @@ class ParallelConfig:
         return len(self.stages[0]) if self.pp_layers else 1
 
     @property
+    def splits(self) -> bool:
+        """Whether the backwards of a pipeline are in halves."""
+        return self.pp > 1 and self.schedule == "zero_bubble"
+
+    @property
     def stages(self) -> tuple[tuple[int, ...], ...]:
         """`pp_layers` nested: layers by virtual stage, then by rank. Raises ValueError for a shape that is neither."""
         nested = [isinstance(part, (list, tuple)) for part in self.pp_layers]

@@ -127,7 +127,7 @@ class _Rank:
         self.units, self.layout, self.memory, self.weights, self.traces = units, layout, memory, weights, traces
         self.rank, self.stages, self.count = rank, stages, count
         self.is_first, self.is_last = rank == 0, rank == layout.pp - 1
-        self.splits = layout.pp > 1 and layout.schedule == "zero_bubble"
+        self.splits = layout.splits
         self.sends: Sends = Counter()
         self.inner = [name for prefix, names in units.layers.items() if prefix for name in names if self.is_first]
         self.names = [[units.layers[""][i] for i in part] for part in stages]

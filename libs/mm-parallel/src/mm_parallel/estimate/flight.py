@@ -7,7 +7,10 @@ from mm_parallel.config import ParallelConfig
 
 
 class Turn(NamedTuple):
-    """One thing that a rank does: forward, backward, or weights' gradients of a backward that was split."""
+    """One thing that a rank does: forward, backward, or weights' gradients of a backward that was split.
+
+    The first stage's is not split: all of it runs in the turn that is for the weights.
+    """
 
     kind: Literal["F", "B", "W"]
     virtual: int
@@ -25,7 +28,7 @@ def turns(layout: ParallelConfig, rank: int, count: int) -> Iterator[Turn]:
             yield Turn("B", 0, number)
         return
     ranks, virtual = layout.pp, len(layout.stages)
-    splits = layout.schedule == "zero_bubble"
+    splits = layout.splits
     if virtual == 1 and not splits:
         ahead = count if count < ranks else ranks - rank
         yield from _one_and_one([(0, n) for n in range(count)], [(0, n) for n in range(count)], min(ahead, count))
@@ -42,11 +45,13 @@ def turns(layout: ParallelConfig, rank: int, count: int) -> Iterator[Turn]:
         return
     waiting: list[tuple[int, int]] = []
     for turn in order:
-        yield turn
+        first = rank == 0 and turn.virtual == 0
+        if turn.kind == "F" or not first:
+            yield turn
         if turn.kind == "B":
             waiting.append((turn.virtual, turn.number))
             if len(waiting) > rank:
-                yield Turn("W", *waiting.pop(0))
+                yield Turn("B" if first else "W", *waiting.pop(0))
     for place in waiting:
         yield Turn("W", *place)
 

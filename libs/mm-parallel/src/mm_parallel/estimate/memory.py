@@ -9,10 +9,13 @@ over the units in the order in which they run, forward and backward, and adds wh
     the root's        (embeddings, head) from the first layer to the last, and their gradients until the end
     in a pipeline     what waits of other micro-batches, and buffers for what is received, of all micro-batches;
                       of virtual stages and zero_bubble also all that was sent, until the end of the step
+    zero_bubble       what the first half of a backward leaves for the second, counted by torch's own functions; with
+                      FSDP all weights, and whole gradients, also those that are not yet added to others
 
 That is what torch's FSDP2 and its pipelines do; it is modelled, and compared with runs in tests.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -51,7 +54,11 @@ class UnitMemory:
     reduced: int
     """Of the buffer in which its gradients are reduced; 0 without FSDP."""
     gradients: int
-    """Of this rank's part of its gradients."""
+    """Of its gradients on the device: this rank's part; whole where they are reduced at the end of a step."""
+    summed: int
+    """Of these, what FSDP adds up apart, in the dtype in which it reduces; 0 but for `zero_bubble` with FSDP."""
+    fresh: int
+    """Of the same, as a backward makes them; they are there until FSDP adds them up in the next one."""
     trace: UnitTrace
 
 
@@ -181,6 +188,13 @@ class _Moment(NamedTuple):
         return self.saved + self.gathered + self.transient + self.gradients
 
 
+class _Made(NamedTuple):
+    """Which gradients of a virtual stage are there (`UnitMemory`). Where FSDP adds up nothing apart, either is all."""
+
+    summed: bool
+    fresh: bool
+
+
 class _Rank:
     """One pipeline rank."""
 
@@ -204,9 +218,16 @@ class _Rank:
         self.waiting = sum(size for size, _ in waiting)
         self.buffers = min(2, len(waiting)) * max((size for _, size in waiting), default=0)
         self.words, self.rank, self.count, self.average, self.optimizer = words, rank, micro_batches, average, optimizer
-        self.traces: Traces = units.trace(layout, words)
         self.is_first, self.is_last = rank == 0, rank == layout.pp - 1
+        self.splits = [layout.splits and not (self.is_first and virtual == 0) for virtual in range(len(stages))]
+        """Of each virtual stage, whether its backwards are in halves."""
+        self.gathers_once = layout.splits and weights.sharded
+        """Whether FSDP gathers all weights when a step begins, and reduces all gradients when it ends."""
         names = units.layers[""]
+        split = [[names[i] for i in part] for part, splits in zip(stages, self.splits, strict=True) if splits]
+        if split and self.is_last:
+            split[-1].append("head")
+        self.traces: Traces = units.trace(layout, words, split)
         self.chunks: list[list[UnitMemory]] = []
         self.sent: list[int] = []
         """Of each virtual stage, bytes of what it hands on that none of its units saves."""
@@ -234,7 +255,7 @@ class _Rank:
             takes = frozenset[str]() if self.memory.offload == "inputs" and trace.inputs else trace.takes
             units.append(self._unit(name, self._bytes_of(takes & counted)))
             counted = ((counted | takes) - trace.changes) | trace.keeps
-        self.sent.append(self._traveling() - self._bytes_of(counted))
+        self.sent.append(0 if units[-1].name == "head" else self._traveling() - self._bytes_of(counted))
         return units
 
     def _unit(self, name: str, shared: int = 0) -> UnitMemory:
@@ -243,15 +264,19 @@ class _Rank:
         owner, ranks = {"stem": "first", "head": "last"}.get(name, name), self.weights.ranks
         of = self.weights.of(owner)
         gathered = reduced = 0
-        if self.weights.sharded:
+        if self.weights.sharded and not self.gathers_once:
             groups = [own for group, own in self.weights.groups(owner).items() if group]  # not the root's
             gathered = max((sum(weight.whole(ranks) for weight in own) for own in groups), default=0)
             reduced = max((sum(weight.to_reduce(ranks) for weight in own) for own in groups), default=0)
         whole = sum(weight.whole(ranks if weight.group is not None else 1) for weight in of)
-        gradients = sum(weight.bytes(ranks) for weight in of if weight.trained)
-        return UnitMemory(
-            name, word, trace.saved - moved - shared, shared, moved, whole, gathered, reduced, gradients, trace
+        trained = [w for w in of if w.trained and (w.group is None or not self.memory.offload_params)]
+        gradients = sum(
+            w.to_reduce(ranks) if self.gathers_once and w.group is not None else w.bytes(ranks) for w in trained
         )
+        apart = [w for w in trained if self.gathers_once and w.group is not None and w.gathered != w.reduced]
+        summed, fresh = sum(w.to_reduce(ranks) for w in apart), sum(w.whole(ranks) for w in apart)
+        sizes = shared, moved, whole, gathered, reduced, gradients, summed, fresh
+        return UnitMemory(name, word, trace.saved - moved - shared, *sizes, trace)
 
     def measure(self) -> RankMemory:
         ranks = self.weights.ranks
@@ -301,8 +326,10 @@ class _Rank:
 
     # What waits
 
-    def _held(self, virtual: int) -> tuple[int, int, int]:
-        """Of one micro-batch of one virtual stage between its forward and its backward: (saved, stream, host)."""
+    def _held(self, virtual: int, halfway: bool) -> tuple[int, int, int]:
+        """Of one micro-batch of one virtual stage between its forward and its backward, or between the halves of this:
+        (saved, stream, host).
+        """
         units = list(self.chunks[virtual])
         saved = stream = 0
         if virtual == 0 and self.is_first:
@@ -312,7 +339,9 @@ class _Rank:
             units.append(self.head)
             saved -= self.head.trace.output
         elif self.layout.pp > 1:
-            stream += self.sent[virtual]  # until its gradient comes
+            stream += self.sent[virtual]  # torch's stage refers to it until the backward has ended
+        if halfway:
+            saved += sum(unit.trace.halves.between - unit.trace.saved for unit in units)
         return saved + sum(unit.saved for unit in units), stream, sum(unit.host for unit in units)
 
     def _constants(self, virtual: int) -> int:
@@ -363,37 +392,37 @@ class _Rank:
         kept = 0
         if turn.kind == "B" and not is_first:
             kept += sum(size for size, trained in self.traces.stream[""].values() if trained)
-        if turn.kind == self._ends:
+        if turn.kind == ("W" if self.splits[turn.virtual] else "B"):
             kept += self._all_constants() if is_first else 0
             kept += 0 if self.is_last and turn.virtual == len(self.chunks) - 1 else self._traveling()
         return kept
 
-    @property
-    def _ends(self) -> str:
-        """The kind of turn after which a micro-batch waits no longer."""
-        return "W" if self.layout.schedule == "zero_bubble" and self.layout.pp > 1 else "B"
+    def _turns(self) -> Iterator[tuple[Turn, list[tuple[int, bool]], int]]:
+        """Every turn of a step, with what waits of other micro-batches: virtual stages, and whether halfway through a
+        backward; and with bytes of what was sent and is kept.
+        """
+        waiting: dict[tuple[int, int], bool] = {}
+        sent = 0
+        for turn in turns(self.layout, self.rank, self.count):
+            waiting.pop(turn[1:], None)
+            yield turn, [(virtual, halfway) for (virtual, _), halfway in waiting.items()], sent
+            if turn.kind == "F" or (turn.kind == "B" and self.splits[turn.virtual]):
+                waiting[turn[1:]] = turn.kind == "B"
+            sent += self._keeps(turn)
 
     def _most_waiting(self) -> tuple[int, int, int, int]:
         """(saved, stream, host, micro-batches), each when it is most."""
         most = [0, 0, 0, 0]
-        for waiting, sent in self._waiting():
-            now = [len(waiting), *map(sum, zip(*(self._held(turn) for turn in waiting), strict=True))]
+        for turn, others, sent in self._turns():
+            waiting = [*others, (turn.virtual, False)] if turn.kind == "F" else others
+            now = [
+                len(waiting),
+                *(sum(of) for of in zip((0, 0, 0), *(self._held(*one) for one in waiting), strict=True)),
+            ]
             now[2] += sent
             most = [max(a, b) for a, b in zip(most, now, strict=True)]
         in_flight, saved, stream, host = most
         return saved, stream + self._always(), host, in_flight
-
-    def _waiting(self) -> Iterator[tuple[list[int], int]]:
-        """After each forward: the virtual stages of which something waits, and bytes that were sent and are kept."""
-        waiting: list[tuple[int, int]] = []
-        sent = 0
-        for turn in turns(self.layout, self.rank, self.count):
-            if turn.kind == "F":
-                waiting.append(turn[1:])
-                yield [virtual for virtual, _ in waiting], sent
-            elif turn.kind == self._ends:
-                waiting.remove(turn[1:])
-            sent += self._keeps(turn)
 
     # What comes and goes
 
@@ -401,47 +430,44 @@ class _Rank:
         """The fullest moment of every kind of turn. gradients: of all parameters, on the device."""
         found = []
         always = self._always()
-        others: dict[tuple, int] = {}
-        waiting: list[tuple[int, int]] = []
-        splits = self._ends == "W"
-        sent = 0
-        held = [sum(self._held(virtual)[:2]) for virtual in range(len(self.chunks))]
-        # Between its halves, a backward keeps the gradients from which those of weights will come: modelled, about as
-        # much as was saved. The first stage is not split.
-        split = [self._held(virtual)[0] for virtual in range(len(self.chunks))]
-        split[0] = 0 if self.is_first else split[0]
-        first_backward = True
-        halves: list[int] = []
-        for turn in turns(self.layout, self.rank, self.count):
-            place = turn[1:]
-            if turn.kind == self._ends:
-                waiting.remove(place)
-            if turn.kind == "W":
-                halves.remove(turn.virtual)
-                sent += self._keeps(turn)
-                continue
-            besides = sent + sum(held[virtual] for virtual, _ in waiting) + sum(split[virtual] for virtual in halves)
-            if turn.kind == "B" and splits:
-                besides -= held[turn.virtual]
-            # a step begins without gradients
-            made = 0 if first_backward else gradients
-            key = (turn.kind, turn.virtual, first_backward)
-            others[key] = max(others.get(key, 0), besides + made)
-            if turn.kind == "F":
-                waiting.append(place)
-            else:
-                first_backward = False
-                halves += [turn.virtual] * splits
-            sent += self._keeps(turn)
-        for (kind, virtual, first), besides in others.items():
-            walk = self._forward(virtual) if kind == "F" else self._backward(virtual, first)
-            if kind == "B" and splits and split[virtual]:
-                whole = self._root() + sum(unit.gathered for unit in self.chunks[virtual])
-                walk = [*walk, _Moment("a split backward", held[virtual], whole, split[virtual], 0)]
+        besides: dict[tuple[str, int, _Made], int] = {}  # most bytes, by turn and what gradients are there
+        made = [_Made(False, False)] * len(self.chunks)  # a step begins without
+        for turn, others, sent in self._turns():
+            kind, virtual, _ = turn
+            waits = sum(sum(self._held(*one)[:2]) for one in others)
+            there = sum(self._gradients(*one) for one in enumerate(made))
+            key = (kind, virtual, made[virtual])
+            besides[key] = max(besides.get(key, 0), waits + sent + there)
+            if kind == "W":
+                made[virtual] = _Made(made[virtual].summed, True)
+            elif kind == "B":
+                made[virtual] = _Made(not self.splits[virtual] or any(made[virtual]), False)
+        for (kind, virtual, own), other in besides.items():
+            match kind:
+                case "F":
+                    walk = self._forward(virtual)
+                case "B" if self.splits[virtual]:
+                    walk = self._first_half(virtual, own)
+                case "B":
+                    walk = self._backward(virtual, not own.summed)
+                case "W":
+                    walk = self._second_half(virtual, own)
             top = max(walk, key=lambda moment: moment.total)
-            found.append(top._replace(saved=top.saved + besides + always))
+            found.append(top._replace(saved=top.saved + other + always))
+        if self.gathers_once:
+            sizes: dict[str, int] = defaultdict(int)
+            for weight in self._root_weights():
+                sizes[weight.group] += weight.to_reduce(self.weights.ranks)
+            there = sum(self._gradients(*one) for one in enumerate(made))
+            found.append(_Moment("gradients of a step", always, self._root() + max(sizes.values()), 0, there))
         found.append(self._update(gradients))
         return found
+
+    def _gradients(self, virtual: int, made: _Made) -> int:
+        """Of a virtual stage."""
+        of = [unit for unit, _ in self._sequence(virtual)]
+        total = sum(unit.gradients - unit.summed for unit in of) if any(made) else 0
+        return total + sum(made.summed * unit.summed + made.fresh * unit.fresh for unit in of)
 
     def _update(self, gradients: int) -> _Moment:
         """AdamW, clipping, and what `finish_gradients` makes."""
@@ -461,8 +487,17 @@ class _Rank:
             units.append((self.head, ""))
         return units
 
+    @staticmethod
+    def _output(unit: UnitMemory) -> int:
+        """Of what a unit saves, the losses, which are there always."""
+        return unit.trace.output if unit.name == "head" else 0
+
     def _root_weights(self) -> list[Weight]:
-        """What FSDP gathers at the beginning of the forward and of the backward, and drops at their end."""
+        """What FSDP gathers at the beginning of the forward and of the backward, and drops at their end; all, where it
+        gathers once for a step.
+        """
+        if self.gathers_once:
+            return [weight for weight in self.own if weight.group is not None]
         owners = ["first"] * self.is_first + ["last"] * self.is_last
         of = [weight for owner in owners for weight in self.weights.of(owner)]
         return [weight for weight in of if weight.group == ""]
@@ -489,7 +524,7 @@ class _Rank:
             buffer = unit.gathered or (before.gathered if before else 0)  # until the next comes
             gathered = root + self._tower(prefix) + kept + unit.gathered + buffer + ahead
             leaving = before.host if before else 0
-            run = unit.trace.forward - (unit.trace.output if unit.name == "head" else 0)
+            run = unit.trace.forward - self._output(unit)
             yield _Moment(f"forward of {unit.name}", alive + around, gathered, run + leaving, 0)
             alive += unit.saved + (self._all_constants() if unit.name == "stem" else 0)
             kept += 0 if self.memory.reshard else unit.gathered
@@ -510,18 +545,42 @@ class _Rank:
         frozen = [own for own in self.weights.groups(unit.name).values() if not any(w.trained for w in own)]
         return sum(weight.whole(self.weights.ranks) for own in frozen for weight in own)
 
+    def _constant_gradients(self, unit: UnitMemory, virtual: int) -> int:
+        """Of what the stem makes for all layers, those that other units have made: there are none before the first."""
+        if unit.name in ("stem", "head") or unit is self.chunks[virtual][-1]:
+            return 0
+        stream, travels = self.traces.stream[""], self.units.travels[""]
+        return sum(size for name, (size, trained) in stream.items() if trained and name not in travels)
+
+    def _first_half(self, virtual: int, made: _Made) -> Iterator[_Moment]:
+        """Of a backward: until it has ended, all of the graph is there."""
+        sequence = [unit for unit, _ in self._sequence(virtual)]
+        alive = self.sent[virtual] + sum(unit.saved - self._output(unit) for unit in sequence)
+        for unit in reversed(sequence):
+            run = unit.trace.backward - unit.trace.saved + self._constant_gradients(unit, virtual)
+            yield _Moment(f"gradients of what enters {unit.name}", alive, self._root(), run, 0)
+            alive += unit.trace.halves.after - unit.trace.saved
+            if made.fresh and unit.name != "head":  # FSDP adds them up; those of the root at the end
+                alive += (0 if made.summed else unit.summed) - unit.fresh
+
+    def _second_half(self, virtual: int, made: _Made) -> Iterator[_Moment]:
+        sequence = [unit for unit, _ in self._sequence(virtual)]
+        first = not made.fresh and not (made.summed and not any(unit.fresh for unit in sequence))
+        alive, done = self.sent[virtual] + sum(unit.saved - self._output(unit) for unit in sequence), 0
+        alive += sum(unit.trace.halves.between - unit.trace.saved for unit in sequence)
+        for unit in sequence:
+            halves = unit.trace.halves
+            run = (halves.weights if first else halves.again) - halves.between
+            yield _Moment(f"gradients of weights of {unit.name}", alive, self._root(), run, done)
+            alive += halves.left - halves.between
+            done += unit.trace.gradients * first
+
     def _backward(self, virtual: int, first: bool) -> Iterator[_Moment]:
         """first: no gradients are there yet, of any parameter."""
         sequence = self._sequence(virtual)
-        alive = sum(unit.saved for unit, _ in sequence)
-        alive -= self.head.trace.output if sequence[-1][0].name == "head" else 0
+        alive = sum(unit.saved - self._output(unit) for unit, _ in sequence)
         if virtual == 0 and self.is_first:
             alive += self._constants(virtual) + self._called_with(self.stem.trace.holds)
-        constant = sum(
-            size
-            for name, (size, trained) in self.traces.stream[""].items()
-            if trained and name not in self.units.travels[""]
-        )
         sharded = self.weights.sharded
         still = 0 if self.memory.reshard else sum(unit.gathered for unit, _ in sequence)
         pending = buffer = done = 0  # gradients of the root; the buffer of the unit before; gradients that are there
@@ -531,7 +590,7 @@ class _Rank:
             trace = unit.trace
             around = self.traces.around[prefix].backward if prefix else -unit.shared
             root = self._root() + self._tower(prefix)
-            alive -= unit.saved - (trace.output if unit.name == "head" else 0)
+            alive -= unit.saved - self._output(unit)
             given = self.traces.returned if unit.name == "head" and self.layout.pp > 1 else 0
             following = next((u.gathered for u, _ in reversed(sequence[:place]) if u.gathered), 0)
             ahead = following if self.memory.reshard else 0
@@ -540,9 +599,8 @@ class _Rank:
             idle += self._idle(unit) if self.memory.reshard else 0
             weights = root + (unit.gathered + ahead + idle if self.memory.reshard else still)
             returned = sequence[place - 1][0].host if place else 0
-            # the layer that runs first makes them itself
-            grads = 0 if unit.name in ("stem", "head") or unit is self.chunks[virtual][-1] else constant
-            new = (trace.backward if sharded or first else trace.again) - (trace.output if unit.name == "head" else 0)
+            grads = self._constant_gradients(unit, virtual)
+            new = (trace.backward if sharded or first else trace.again) - self._output(unit)
             run = new + returned + grads
             yield _Moment(f"backward of {unit.name}", alive + around, weights + pending + buffer, run, done)
             if sharded and unit.name not in ("stem", "head"):
@@ -557,6 +615,6 @@ class _Rank:
             alive += given  # from the head's backward on: before, it is among what the head saves
             # those of stem and head are reduced at the end
             reduced = not sharded or unit.name not in ("stem", "head")
-            done += unit.gradients if reduced and first and not self.memory.offload_params else 0
-        if sharded:
+            done += unit.gradients if reduced and first else 0
+        if sharded and not self.gathers_once:
             yield _Moment("gradients of the root", 0, pending + self._reduce_root(), 0, done)

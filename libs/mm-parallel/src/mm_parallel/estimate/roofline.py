@@ -253,14 +253,13 @@ class Clock:
             for of, half in ((comes[2:], forward), (comes[:-2], backward))
         )
         bytes_of_own = self._optimizer_bytes(units, weights, words, rank, layout, average)
-        splits = layout.pp > 1 and layout.schedule == "zero_bubble"
         virtual = len(layout.stages) if layout.pp > 1 else 1
         of_each = (compute.total + waited) / count
         return StepTime(
             *compute,
             communication=waited,
             offload=max(0.0, copied - compute.total) + count * late,
-            bubble=(layout.pp - 1) / virtual * of_each * (1 / 3 if splits else 1),
+            bubble=(layout.pp - 1) / virtual * of_each * (1 / 3 if layout.splits else 1),
             optimizer=bytes_of_own / self._optimizer_rate(memory),
             mfu=0.0,
             rank=rank,
@@ -279,7 +278,7 @@ class Clock:
         costs = [(each, *self.link(each, layout)) for each in traffic]
         # what hides behind the same shares its time
         behind = {"compute": compute.total, "backward": backward, "attention": compute.attention}
-        if layout.pp > 1 and layout.schedule == "zero_bubble":  # weights come before all, gradients go after all
+        if layout.splits:  # weights come before all, gradients go after all
             behind |= {"compute": 0.0, "backward": 0.0}
         of: dict[str, float] = {}
         for each, _, seconds in costs:

@@ -14,11 +14,13 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.pipelining._backward import stage_backward_input
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
@@ -31,10 +33,32 @@ from mm_parallel.estimate.peak import PeakMemory
 from mm_parallel.estimate.ranks import FullestItems
 from mm_parallel.frozen import hold
 from mm_parallel.meta import MetaMesh, Sent
+from mm_parallel.pipeline.stage import add_weight_gradients
 from mm_parallel.plan import ParallelPlan
 from mm_parallel.recompute import recompute
 
 Losses = Callable[[Tensor], Tensor]
+
+
+class Halves(NamedTuple):
+    """A backward in two halves, by torch's own functions: bytes of one unit, what it has saved among them.
+
+    The first half makes the gradients of inputs. For the second it leaves what was saved, and gradients where the way
+    to a parameter parts from the way to the inputs.
+    """
+
+    after: int
+    """After the first half of this unit, until that of all units has ended."""
+    between: int
+    """From then on until the second half: of the graph is left what this unit or those above refer to."""
+    weights: int
+    """Most bytes in the second half."""
+    again: int
+    """The same where the parameters have gradients already."""
+    left: int
+    """After the second half of this unit, until that of all units has ended."""
+    reaches: frozenset[str]
+    """The fields on whose graph, that of the units before, this one holds between the halves."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +78,9 @@ class UnitTrace:
     forward: int
     """Most bytes at one time in the forward: its input, what it makes and saves, its output."""
     backward: int
-    """Most bytes at one time in the backward: what is saved, what is made, gradients of its parameters among it."""
+    """Most bytes at one time in the backward: what is saved, what is made, gradients of its parameters among it. Of a
+    backward in halves: in the first.
+    """
     again: int
     """The same where the parameters have gradients already, to which others are added."""
     gradients: int
@@ -77,6 +103,8 @@ class UnitTrace:
     """Collectives over tensor-parallel and context ranks in one forward."""
     backward_sent: tuple[Sent, ...] = field(repr=False)
     """In one backward, with those that recompute makes again."""
+    halves: Halves | None = None
+    """Where the backward is split."""
 
 
 class Around(NamedTuple):
@@ -168,8 +196,8 @@ class Units:
         self._twins: dict[tuple[Way, str], nn.Module] = {}
         self._meshes: dict[tuple[Way, str], MetaMesh] = {}
         self._stems: dict[Way, _Stem] = {}
-        self._traces: dict[tuple[Way, str, str], UnitTrace] = {}
-        self._heads: dict[tuple[Way, bool], tuple[UnitTrace, int]] = {}
+        self._traces: dict[tuple[Way, str, str, frozenset[str] | None], UnitTrace] = {}
+        self._heads: dict[tuple[Way, bool, bool], tuple[UnitTrace, int]] = {}
 
     def _look(self, model: nn.Module) -> None:
         """Runs the whole model once, to see which layers are of one kind, and what requires a gradient."""
@@ -210,25 +238,46 @@ class Units:
             for i in range(len(self.layers[""])):
                 stream = whole.layer(i, stream)
 
-    def trace(self, layout: ParallelConfig, words: Mapping[str, str]) -> Traces:
+    def trace(self, layout: ParallelConfig, words: Mapping[str, str], split: Iterable[Sequence[str]] = ()) -> Traces:
         """Of stem, head, and the layers of `words`: what each recomputes. layout: resolved; its stages do not matter.
 
-        A layer's name has its ladder's prefix: "blocks.0", "visual.blocks.0".
+        A layer's name has its ladder's prefix: "blocks.0", "visual.blocks.0". split: of each stage whose backwards are
+        in halves, the units in the order in which they run.
         """
         way = way_of(layout)
         stem = self._stem(way)
         units = {"stem": stem.trace}
+        returned = None
+        for names in split:
+            above = frozenset[str]()  # what the last one hands on is cut from the graph
+            for name in reversed(names):
+                if name == "head":
+                    units[name], returned = self._head(way, layout.pp > 1, True)
+                else:
+                    units[name] = self._layer(way, "", self.kinds[name], words[name], above)
+                above = units[name].halves.reaches
         for prefix, names in self.layers.items():
-            units |= {name: self._layer(way, prefix, self.kinds[name], words[name]) for name in names if name in words}
-        units["head"], returned = self._head(way, layout.pp > 1)
-        streams = {prefix: self._sizes(prefix, entry) for prefix, entry in stem.entries.items()}
+            others = [name for name in names if name in words and name not in units]
+            units |= {name: self._layer(way, prefix, self.kinds[name], words[name], None) for name in others}
+        if returned is None:
+            units["head"], returned = self._head(way, layout.pp > 1, False)
+        streams = {
+            prefix: _sizes(entry, self.tracked if layout.splits and not prefix else self.trained[prefix])
+            for prefix, entry in stem.entries.items()
+        }
         return Traces(units, stem.around, streams, returned)
 
-    def _sizes(self, prefix: str, entry: Any) -> dict[str, tuple[int, bool]]:
-        tensors = {
-            name: [x for x in tree_leaves(value) if isinstance(x, Tensor)] for name, value in entry._asdict().items()
-        }
-        return {name: (_bytes(own), name in self.trained[prefix]) for name, own in tensors.items() if own}
+    @cached_property
+    def tracked(self) -> frozenset[str]:
+        """The fields of the stream that require a gradient behind the first stage of a pipeline that splits backwards:
+        there they do as though nothing was frozen (`mm_parallel.pipeline.chunk`).
+        """
+        bones = copy.deepcopy(self.bones).requires_grad_()
+        for prefix, ladder, _ in self.plan.ladders(bones):
+            if prefix:
+                ladder.layer = lambda i, stream: stream
+        with torch.enable_grad(), _NamedAttention():
+            return _trained(bones.stem(**self.example))
 
     def twin(self, way: Way, word: str = "none") -> nn.Module:
         """The model with one layer of each kind, cut and wrapped, the others None; on the meta device."""
@@ -313,25 +362,38 @@ class Units:
         trace = UnitTrace(saved, 0, 0, output, forward, *made, *refers, *runs)
         return _Stem(trace, around, {prefix: _make(entry) for prefix, entry in entries.items()})
 
-    def _layer(self, way: Way, prefix: str, name: str, word: str) -> UnitTrace:
-        if (way, name, word) not in self._traces:
+    def _layer(self, way: Way, prefix: str, name: str, word: str, above: frozenset[str] | None) -> UnitTrace:
+        """above: of a backward in halves, the fields on whose graph units above hold between them."""
+        if (way, name, word, above) not in self._traces:
             stem, twin = self._stem(way), self.twin(way, word)
             entry = stem.entries[prefix]
             ladder = twin.get_submodule(prefix.removesuffix(".")) if prefix else twin
             number = self.layers[prefix].index(name)
             mesh = self._meshes[way, word]
-            self._traces[way, name, word] = self._run_layer(ladder, number, name, prefix, entry, twin, mesh, word)
-        return self._traces[way, name, word]
+            trained = self.trained[name] if above is None else self.tracked
+            made = self._run_layer(ladder, number, prefix, entry, trained, twin, mesh, word, above)
+            self._traces[way, name, word, above] = made
+        return self._traces[way, name, word, above]
 
     def _run_layer(
-        self, ladder: nn.Module, i: int, name: str, prefix: str, entry: Any, twin: nn.Module, mesh: MetaMesh, word: str
+        self,
+        ladder: nn.Module,
+        i: int,
+        prefix: str,
+        entry: Any,
+        trained: frozenset[str],
+        twin: nn.Module,
+        mesh: MetaMesh,
+        word: str,
+        above: frozenset[str] | None,
     ) -> UnitTrace:
-        travels, trained = self.travels[prefix], self.trained[name]
+        travels, door = self.travels[prefix], _Door()
         counting = _Counting(mesh)
-        stream, held, taken, left = _enter(entry, set(entry._fields) - travels, trained), _Held(), _Held(), _Held()
+        stream = _enter(entry, set(entry._fields) - travels, trained, door)
+        held, taken, left = _Held(), _Held(), _Held()
         with _running(counting, twin):
             held.watch(stream, set(stream._fields) - travels)
-            stream = _enter(stream, travels, trained)
+            stream = _enter(stream, travels, trained, door)
             taken.watch(stream, travels)
             following = ladder.layer(i, stream)
             changes = {name for name in travels if getattr(following, name) is not getattr(stream, name)}
@@ -341,39 +403,58 @@ class Units:
             kept = counting.kept if word == "but_attention" else 0
             made = [getattr(following, field) for field in travels]
             output, end = _bytes(made), _end(made)
+            tops = [getattr(following, field).grad_fn for field in above or ()]
             del following, made
             saved, refers = counting.now, (held.find(), taken.find(), frozenset(changes), left.find())
-            backward = counting.back(end)
+            if above is None:
+                backward, halves = counting.back(end), None
+            else:
+                top = end.grad_fn  # all of the graph, until all units have run
+                most, groups = counting.back_to_inputs(end, door, twin)
+                after = counting.now
+                del top
+                halves, grads = counting.back_to_weights(after, door, groups, twin)
+                backward = most, most, grads
+            tops.clear()
         inputs = saved - kept if word != "none" else 0
         back_kernels, back_sent = counting.take()
         runs = kernels, back_kernels, sent, back_sent
-        return UnitTrace(saved, inputs, kept, output, forward, *backward, *refers, *runs)
+        return UnitTrace(saved, inputs, kept, output, forward, *backward, *refers, *runs, halves)
 
-    def _head(self, way: Way, returns: bool) -> tuple[UnitTrace, int]:
-        if (way, returns) not in self._heads:
-            self._heads[way, returns] = self._run_head(way, returns)
-        return self._heads[way, returns]
+    def _head(self, way: Way, returns: bool, split: bool) -> tuple[UnitTrace, int]:
+        if (way, returns, split) not in self._heads:
+            self._heads[way, returns, split] = self._run_head(way, returns, split)
+        return self._heads[way, returns, split]
 
-    def _run_head(self, way: Way, returns: bool) -> tuple[UnitTrace, int]:
+    def _run_head(self, way: Way, returns: bool, split: bool) -> tuple[UnitTrace, int]:
         """returns: whether what the model returns lives until the backward has ended."""
         twin, entry = self.twin(way), self._stem(way).entries[""]
-        travels, trained = self.travels[""], self.trained[""]
+        travels, trained, door = self.travels[""], self.tracked if split else self.trained[""], _Door()
         counting = _Counting(self._meshes[way, "none"])
-        stream, held, taken = _enter(entry, set(entry._fields) - travels, trained), _Held(), _Held()
+        stream, held, taken = _enter(entry, set(entry._fields) - travels, trained, door), _Held(), _Held()
         with _running(counting, twin):
             held.watch(stream, set(stream._fields) - travels)
-            stream = _enter(stream, travels, trained)
+            stream = _enter(stream, travels, trained, door)
             taken.watch(stream, travels)
             output = twin.head(stream)
             stream = None
             losses = self.losses(output)
             returned, output = _bytes([output]), output.detach() if returns else None  # `output` would hold the graph
-            end, size = losses.sum(), _bytes([losses])
+            end, size, losses = losses.sum(), _bytes([losses]), losses.detach()  # as a step keeps them
             forward, kernels, sent = counting.peak, *counting.take()
             saved, refers = counting.now, (held.find(), taken.find(), frozenset(), frozenset())
-            backward = counting.back(end)
+            if split:
+                top = end.grad_fn  # as of a layer
+                most, groups = counting.back_to_inputs(end, door, twin)
+                after, output = counting.now, None
+                del top
+                halves, grads = counting.back_to_weights(after, door, groups, twin)
+                backward = most, most, grads
+            else:
+                backward, halves = counting.back(end), None
         back_kernels, back_sent = counting.take()
-        trace = UnitTrace(saved, 0, 0, size, forward, *backward, *refers, kernels, back_kernels, sent, back_sent)
+        runs = kernels, back_kernels, sent, back_sent
+        trace = UnitTrace(saved, 0, 0, size, forward, *backward, *refers, *runs, halves)
         return trace, returned
 
 
@@ -426,6 +507,28 @@ class _Counting(PeakMemory):
             run = torch.autograd.Variable._execution_engine.run_backward
             run((end,), (torch.ones_like(end),), False, False, (), allow_unreachable=True, accumulate_grad=True)
         return self.peak, self.peak_besides, self.settled
+
+    def back_to_inputs(self, end: Tensor, door: "_Door", twin: nn.Module) -> tuple[int, list[dict[str, Any]]]:
+        """Runs the first half of a backward: most bytes, and what is left for the second."""
+        self.peak = self.now
+        _, groups = stage_backward_input([end], None, [door.leaf], twin.parameters())
+        return self.peak, groups
+
+    def back_to_weights(
+        self, after: int, door: "_Door", groups: list[dict[str, Any]], twin: nn.Module
+    ) -> tuple[Halves, int]:
+        """Runs the second half; and bytes of gradients of parameters. after: see `Halves`."""
+        reaches = door.find()
+        between = self.peak = self.peak_besides = self.now
+        last = 0  # torch refers to the gradients of a group until it has those of the next
+        while groups:
+            group = groups.pop(0)
+            parameters = [p for p in twin.parameters() if p.requires_grad and p.grad is None]
+            add_weight_gradients(twin.parameters(), [group])
+            self.settled += last
+            last = sum(p.grad.untyped_storage().nbytes() for p in parameters if p.grad is not None)
+        made = self.settled + last
+        return Halves(after, between, self.peak, self.peak_besides, self.now - made, reaches), made
 
     def settle(self, parameter: nn.Parameter) -> None:
         """Its gradient is complete."""
@@ -498,12 +601,13 @@ class _Begin(torch.autograd.Function):
     """New memory like x, with a graph behind it in which its gradient ends."""
 
     @staticmethod
-    def forward(ctx, leaf: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx, leaf: Tensor, x: Tensor, node: "_Node") -> Tensor:
+        ctx.node = node
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, None]:
-        return None, None
+    def backward(ctx, grad: Tensor) -> tuple[None, None, None]:
+        return None, None, None
 
 
 class _End(torch.autograd.Function):
@@ -547,12 +651,33 @@ class _Through(torch.autograd.Function):
         return torch.empty_like(grad), None, None
 
 
-def _enter(stream: Any, names: Any, trained: frozenset[str]) -> Any:
+class _Door:
+    """Through which tensors with a gradient enter a unit."""
+
+    def __init__(self) -> None:
+        self.leaf = torch.empty(0, device="meta", requires_grad=True)
+        self._nodes: dict[str, weakref.ref] = {}
+
+    def enter(self, name: str, x: Tensor) -> Tensor:
+        node = _Node()
+        self._nodes[name] = weakref.ref(node)
+        return _Begin.apply(self.leaf, x, node)
+
+    def find(self) -> frozenset[str]:
+        """Those to which some graph leads."""
+        return frozenset(name for name, node in self._nodes.items() if node() is not None)
+
+
+class _Node:
+    """Lives as long as the node of a graph that it is given to."""
+
+
+def _enter(stream: Any, names: Any, trained: frozenset[str], door: _Door) -> Any:
     """The stream with new memory in the fields `names`."""
 
     def renew(name: str) -> Any:
         value = getattr(stream, name)
-        return _Begin.apply(_leaf(), value) if name in trained else tree_map_only(Tensor, torch.empty_like, value)
+        return door.enter(name, value) if name in trained else tree_map_only(Tensor, torch.empty_like, value)
 
     return stream._replace(**{name: renew(name) for name in names})
 
@@ -583,6 +708,13 @@ def _trained(stream: Any) -> frozenset[str]:
 
 def _cut_off(stream: Any) -> Any:
     return type(stream)(*(x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in stream))
+
+
+def _sizes(entry: Any, trained: frozenset[str]) -> dict[str, tuple[int, bool]]:
+    tensors = {
+        name: [x for x in tree_leaves(value) if isinstance(x, Tensor)] for name, value in entry._asdict().items()
+    }
+    return {name: (_bytes(own), name in trained) for name, own in tensors.items() if own}
 
 
 class _Shape(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining._backward import _get_grad_fn_or_grad_acc
+from torch.distributed.pipelining._backward import _get_grad_fn_or_grad_acc, stage_backward_weight
 
 
 class _Selective(PipelineStage):
@@ -92,5 +92,8 @@ def _zero_if_unused(x: Tensor, grad: Tensor | None) -> Tensor | None:
     return torch.zeros_like(x) if grad is None and x.requires_grad else grad
 
 
-TorchStage = PipelineStage if hasattr(PipelineStage, "_get_grad_send_meta") else _Selective
+_KNOWS = hasattr(PipelineStage, "_get_grad_send_meta")
+TorchStage = PipelineStage if _KNOWS else _Selective
 """Of what travels, only the tensors that require a gradient on the meta device have one."""
+add_weight_gradients = stage_backward_weight if _KNOWS else _add_weight_gradients
+"""(weights, groups): the second half of a backward, of what `stage_backward_input` has left."""
