@@ -80,7 +80,9 @@ def fill("""
     out = tmp_path / "out"
     out.mkdir()
     args = argparse.Namespace(out=str(out), wheels=None, tiny=True)
-    gpu.attempt("kernels", args, 16)
+    for names, limit in ((["kernel torch", "kernel cpu"], 600), (["kernel math"], 5)):
+        monkeypatch.setattr(gpu, "list_cases", lambda part, args, names=names: names)
+        gpu.attempt("kernels", args, limit)
     found = {row["name"]: row for row in rows(out)}
     assert found["kernel torch"]["not run"] == "needs no_such_package"
     assert "ended with -9" in found["kernel cpu"]["error"]
