@@ -26,7 +26,8 @@ from mm_parallel.guard import Watchdog, agree, join
 from mm_parallel.mesh import data_rank, describe, make_mesh, rank_in, reports_loss
 from mm_train.answers import Answers, share_exact
 from mm_train.checkpoint import Checkpointer
-from mm_train.checks import check, describe_frozen
+from mm_train.checks import check
+from mm_train.checks.flags import describe_frozen
 from mm_train.command import claim_output
 from mm_train.config import Config
 from mm_train.contents import Contents, check_again, check_ranks, identify
