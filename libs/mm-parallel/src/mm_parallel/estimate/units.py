@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from mm_parallel import context, tensor
 from mm_parallel.attention import KEPT, attention, core
 from mm_parallel.config import Base, MemoryConfig, ParallelConfig
-from mm_parallel.estimate.kernels import Kernel, describe, note_ring
+from mm_parallel.estimate.kernels import Kernel, note_ring
+from mm_parallel.estimate.operations import perform
 from mm_parallel.estimate.peak import PeakMemory
 from mm_parallel.estimate.ranks import FullestItems
 from mm_parallel.frozen import hold
@@ -410,9 +411,13 @@ class _Counting(PeakMemory):
         result = super().__torch_dispatch__(op, types, args, kwargs)
         if op in KEPT:
             self.kept += _bytes(list(result))
-        if kernel := describe(op, args, kwargs or {}, result):
-            self.kernels.append(kernel)
         note_ring(op, args, kwargs or {}, self.mesh)
+        return result
+
+    def perform(self, op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        result, kernel = perform(op, args, kwargs)
+        if kernel:
+            self.kernels.append(kernel)
         return result
 
     def _count(self, counted: list[int], size: int) -> None:
@@ -430,7 +435,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         given = tree_leaves((args, kwargs))
         self.seen.append((op, *(x.shape if isinstance(x, Tensor) else repr(x) for x in given)))
-        return op(*args, **(kwargs or {}))
+        return perform(op, args, kwargs or {})[0]
 
 
 class _NamedAttention(TorchFunctionMode):
