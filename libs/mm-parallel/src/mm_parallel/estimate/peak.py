@@ -42,7 +42,7 @@ class PeakMemory(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes again as its local part
         kwargs = kwargs or {}
-        if getattr(op, "is_view", False):
+        if is_view(op):
             return self.perform(op, args, kwargs)
         before = {tensor.untyped_storage() for tensor in tensors_in((args, *kwargs.values()))}
         result = self.perform(op, args, kwargs)
@@ -63,6 +63,11 @@ class PeakMemory(TorchDispatchMode):
         self.now += size - counted[0]
         counted[0] = size
         self.peak = max(self.peak, self.now)
+
+
+def is_view(op: Any) -> bool:
+    """Whether an operation only gives another name to memory that is there."""
+    return getattr(op, "is_view", False)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
