@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shlex
+import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -275,6 +277,37 @@ def test_best_first_finds_what_looking_at_all_finds():
     assert [option.estimate.seconds for option in found.best] == pytest.approx(fitting[:3])
     assert all(not option.estimate.fits(small) for option in found.faster)
     assert all(option.estimate.seconds < fitting[0] for option in found.faster)
+
+
+@pytest.mark.parametrize(
+    ("world", "more"),
+    [
+        (4, ("--recipe", "wan2.1-t2v-1.3b-lora", "--memory.base", "int8")),  # and no tp
+        (2, ("--memory.offload_params", "true")),  # and something that is sharded
+        (4, ("--parallel.schedule", "zero_bubble", "--memory.reduce", "bfloat16")),  # and no pipeline
+    ],
+)
+def test_a_search_leaves_out_what_the_memory_does_not_go_with(world, more):
+    """On a device that is too small for all, so that all are looked at; each is a layout that a run takes."""
+    small = replace(find_device("h100"), name="small", memory=2**27)
+    config = asked("wan2.1-t2v-1.3b", *more, "--architecture", '{"num_layers": 2}', "--data.global_batch", "4")
+    subject = Subject(config)
+    found = search(subject, config, world, small)
+    assert found.illegal > 0
+    assert found.faster
+    for option in found.faster:
+        subject.check(option.config, world)
+
+
+def test_sixty_four_ranks_take_seconds():
+    """Of the processor, all of Python included: 5 s beside others; a user waits 10 s at most."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    given = ["--model", "wan2.1-t2v-14b", "--data.global_batch", "64", "--world", "64", *H100, "--search"]
+    command = [sys.executable, "-m", "mm_train.estimate", *given, "--output", "none"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "64 ranks of h100" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
 
 
 def test_what_does_not_go_together_is_one_line(capsys):
