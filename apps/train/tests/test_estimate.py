@@ -103,6 +103,9 @@ def test_sizes_are_those_of_features_of_the_geometry_or_as_published(tmp_path):
     assert f"49x720x1280 (the largest of {tmp_path}/sets.toml)" in sets.source
     config = asked("wan2.1-t2v-14b", "--size.frames", "17", "--size.text", "77")
     assert find_samples(config, config.size).sample["text"].shape == (77, 4096)
+    config = asked("wan2.1-t2v-14b", "--data.features", str(features), "--size.frames", "17")
+    with pytest.raises(ValueError, match=r"--size.frames is for where there is no data, and --data.features .* is"):
+        find_samples(config, config.size)
     missing = find_samples(asked("wan2.1-t2v-14b", "--data.features", "not/there"))
     assert not missing.counted, "paths need not be there"
 
@@ -277,6 +280,26 @@ def test_best_first_finds_what_looking_at_all_finds():
     assert all(option.estimate.seconds < fitting[0] for option in found.faster)
 
 
+def test_what_takes_less_is_told_where_it_does_not_fit(capsys):
+    """Only what does take less; and what else there is."""
+    given = [
+        "--model",
+        "wan2.1-t2v-1.3b",
+        "--architecture",
+        '{"num_layers": 4}',
+        "--device",
+        "rtx-4090",
+        "--output",
+        "x",
+    ]
+    given += ["--size.frames", "161", "--size.height", "1056", "--size.width", "1920"]
+    said = run(capsys, *given, "--memory.recompute", "full").partition("what would take less\n")[2]
+    assert "--memory.recompute full --memory.offload inputs" in said
+    assert "--memory.recompute none" not in said
+    assert "more ranks" in said
+    assert ("smaller samples" in said) == ("✓" not in said)
+
+
 def test_what_does_not_go_together_is_one_line(capsys):
     for argv, said in (
         (
@@ -286,6 +309,10 @@ def test_what_does_not_go_together_is_one_line(capsys):
         (["--device", "h1000"], "no device is named 'h1000', do you mean h100"),
         (["--search"], "give --device"),
         (["--size.frames", "80"], "frames 80 is not 4k.1"),
+        (["--size.frames", "65537", "--size.height", "2048", "--size.width", "2048"], "is more than an estimate looks"),
+        (["--size.conversation", "5"], "--size.conversation is for conversations, and wan2.1-t2v-14b makes videos"),
+        (["--model", "qwen2.5-vl-3b", "--size.frames", "81"], "--size.frames is for videos, and qwen2.5-vl-3b reads"),
+        (["--model", "qwen2.5-vl-3b", "--size.conversation", "5000"], "5000 is more than --data.max_tokens 4096"),
         (["--world", "3", "--parallel.tp", "3", "--data.global_batch", "3"], "heads cannot be cut over tp=3"),
         (["--learning_rate", "1"], "unknown option --learning_rate"),
     ):

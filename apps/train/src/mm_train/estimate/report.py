@@ -101,7 +101,7 @@ def _memory_rows(found: Estimate, rank: RankMemory) -> Iterator[Row]:
     yield Row("saved activations", gib(rank.saved), "counted", flight)
     yield Row("inputs and what the stem makes", gib(rank.stream), "counted")
     if rank.head:
-        yield Row("logits and loss", gib(rank.head), "counted", "while the head runs")
+        yield Row("head and loss", gib(rank.head), "counted", "while the head runs")
     if rank.gathered:
         yield Row("gathered weights", gib(rank.gathered), "modelled")
     yield Row("the layer that runs", gib(rank.transient), "modelled", rank.moment)
@@ -210,26 +210,32 @@ def _disk_rows(found: Estimate) -> Iterator[Row]:
 
 
 def _help(subject: Subject, config: Config, world: int, device: Device) -> Iterator[str]:
-    """What would make it fit, one change at a time, and what each leaves."""
-    yield ""
-    yield "what would help"
-    asked = {field: getattr(config.memory, field) for field in ("recompute", "offload")}
-    ways = [with_memory(config, memory) for memory in MEMORIES if memory != asked]
+    """What takes less memory, and what each leaves; and what else there is, where none fits."""
+    now = subject.estimate(config, world).peak
+    ways = [with_memory(config, memory) for memory in MEMORIES]
     if config.has_frozen and config.parallel.tp == 1:
         bases = [{"base": "nf4"}, {"base": "nf4", "host_layers": sum(1 for _ in subject.model.layers)}]
         ways += [with_memory(config, MEMORIES[-1] | base) for base in bases]
+    fits = False
+    yield ""
+    yield "what would take less"
     for way in ways:
         try:
             found = subject.estimate(way, world)
         except ValueError:
             continue
+        if way.memory == config.memory or found.peak >= now > device.memory:
+            continue
+        fits |= found.fits(device)
         over = found.peak <= device.memory and not found.fits(device)
         host = f"  {gib(max(rank.host for rank in found.memory))} are too much for the host" if over else ""
         more = [name for name in ("base", "host_layers") if getattr(way.memory, name) != getattr(config.memory, name)]
         names = ["recompute", "offload", *more]
         said = " ".join(f"--memory.{name} {getattr(way.memory, name)}" for name in names)
         yield f"  {said:98} {gib(found.peak):>12} {'✓' if found.fits(device) else '✗'}{host}"
-    yield "  --search looks at all layouts"
+    yield "  --search looks at all layouts" if world > 1 else "  more ranks, with --world"
+    if not fits:
+        yield "  smaller samples, with --size, or with what the data is"
 
 
 def gib(size: float) -> str:
@@ -295,9 +301,8 @@ def _options(options: Sequence[Option], device: Device | None = None) -> Iterato
         one = option.estimate
         why = f"  ✗ {_why(one, device)}" if device else ""
         host = gib(max(rank.host for rank in one.memory))
-        cells.append(
-            [f"{one.seconds:,.2f}", f"{100 * one.time.mfu:.1f} %", gib(one.peak), host, describe(option.config) + why]
-        )
+        took = f"{one.seconds:,.2f}" if one.seconds >= 1 else f"{one.seconds:.4f}"
+        cells.append([took, f"{100 * one.time.mfu:.1f} %", gib(one.peak), host, describe(option.config) + why])
     yield from _columns(cells, words=(4,))
 
 
