@@ -202,7 +202,8 @@ def _link_rows(time: StepTime) -> Iterator[str]:
 
 def _disk_rows(found: Estimate) -> Iterator[Row]:
     disk = found.disk
-    yield Row("a checkpoint", gib(disk.checkpoint), "counted", f"{disk.checkpoints} at one time")
+    most = "" if found.optimizer == "adamw" else "at most; "
+    yield Row("a checkpoint", gib(disk.checkpoint), "counted", f"{most}{disk.checkpoints} at one time")
     yield Row("weights in the end", gib(disk.exported), "counted")
     yield Row("disk of the run", gib(disk.run), "modelled")
     if disk.feature:

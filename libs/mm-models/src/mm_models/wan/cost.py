@@ -5,6 +5,7 @@ from math import prod
 
 from torch import Tensor, nn
 
+from mm_models.layers import count_flowing
 from mm_models.wan.config import WanConfig
 
 
@@ -17,10 +18,12 @@ class Cost:
     def __init__(self, model: nn.Module) -> None:
         self.config = model.config
         self.trained, self.control_trained = (_trained_part(model, control) for control in (False, True))
+        self.flows = count_flowing(model, "blocks", ("head.",)) / self.config.num_layers
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> tuple[int, float]:
         samples, tokens = len(tensors["latents"]), prod(tensors["latents"].shape[2:]) // prod(self.config.patch_size)
-        return samples * tokens, samples * train_flops(self.config, tokens, self.trained, self.control_trained)
+        trained = self.trained, self.control_trained, self.flows
+        return samples * tokens, samples * train_flops(self.config, tokens, *trained)
 
 
 def _trained_part(model: nn.Module, control: bool) -> float:
@@ -45,19 +48,25 @@ def flops(config: WanConfig, tokens: int, text: int | None = None, image: int | 
     return linear + attention
 
 
-def train_flops(config: WanConfig, tokens: int, trained: float = 1.0, control_trained: float | None = None) -> int:
+def train_flops(
+    config: WanConfig, tokens: int, trained: float = 1.0, control_trained: float | None = None, flows: float = 1.0
+) -> int:
     """FLOPs of forward and backward over one sample.
 
     trained: part of the weights that are trained. The backward of a frozen linear costs once, not twice: its weight
     needs no gradient. (Under adapters 0; their own cost is left out.) `control_trained` says it of the control ladder.
     Where that alone is trained, the first layer, into which nothing trained flows, has no backward at all.
+    flows: the share of the layers into which something trained flows; those before them have no backward, nor has the
+    control ladder, where it is less than 1.
     """
     linear, attention = _linear_and_attention(config, tokens)
     control = _control_linears(config, tokens)
     control_trained = trained if control_trained is None else control_trained
-    total = (2 + trained) * (linear - control) + (2 + control_trained) * control + 3 * attention
+    blocks, control_flows = config.num_layers + len(config.vace_layers), flows == 1
+    own = attention * config.num_layers // blocks
+    total = (1 + flows + trained) * (linear - control) + (1 + control_flows + control_trained) * control
+    total += (1 + 2 * flows) * own + (1 + 2 * control_flows) * (attention - own)
     if control and not trained and control_trained:
-        blocks = config.num_layers + len(config.vace_layers)
         total -= _block_linears(config, tokens, config.text_tokens) + 2 * attention // blocks
     return round(total)
 
