@@ -18,6 +18,7 @@ from mm_data import FeatureDataset
 from mm_models.families import find, presets
 from mm_models.family import ClipSize
 from mm_parallel.devices import find_device
+from mm_train.config import LayoutConfig
 from mm_train.estimate.__main__ import main
 from mm_train.estimate.config import EstimateConfig
 from mm_train.estimate.estimate import Subject, estimate
@@ -162,6 +163,8 @@ def test_a_layout_is_a_command_that_gives_it(tmp_path):
             assert read.parallel.resolve(64) == wanted.parallel.resolve(64)
             assert (read.memory, read.data, read.steps) == (wanted.memory, wanted.data, 7)
     assert words[:3] == ["torchrun", "--nnodes", "8"]
+    twelve = shlex.split(command(replace(config, parallel=LayoutConfig(dp_shard=12)), given, 12, 8))
+    assert (twelve[2], twelve[twelve.index("--nproc_per_node") + 1]) == ("2", "6"), "each host starts as many"
 
 
 @pytest.mark.parametrize(
@@ -252,6 +255,7 @@ def test_a_search_ends_with_a_command_that_starts(model, world, more, capsys):
     """The layout that it prints is legal for its ranks, fits, and is the fastest of those that do."""
     given = ["--model", model, *more, "--data.global_batch", "64", "--output", "none"]
     said = run(capsys, *given, "--world", str(world), *H100, "--search")
+    assert "the command to start, when --weights and data are given, too" in said
     words = shlex.split(said.splitlines()[-1])
     assert words[:2] == ["torchrun", "--nnodes"] or words[:3] == ["torchrun", "--nproc_per_node", "8"]
     config = load_config(words[words.index("mm_train") + 1 :])

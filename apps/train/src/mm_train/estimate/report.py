@@ -293,6 +293,9 @@ def _search(subject: Subject, config: EstimateConfig, world: int, device: Device
         yield "these would be faster, and do not fit"
         yield from _options(found.faster, device)
     yield ""
+    data = config.data.features, config.data.manifest, config.data.conversations
+    if missing := ["--weights"] * (not config.weights) + ["data"] * (not any(data)):
+        yield f"the command to start, when {' and '.join(missing)} are given, too"
     yield command(found.best[0].config, argv, world, device.per_host)
 
 
