@@ -277,7 +277,13 @@ def test_a_frozen_model_costs_less_to_train_through():
 
 
 @pytest.mark.parametrize(
-    ("name", "pattern"), [("wan-tiny", "blocks.2."), ("wan-tiny", "head."), ("wan-tiny-vace", "blocks.2.")]
+    ("name", "pattern"),
+    [
+        ("wan-tiny", "blocks.2."),
+        ("wan-tiny", "head."),
+        ("wan-tiny-vace", "blocks.2."),
+        ("wan-tiny-vace", "vace_blocks.1."),
+    ],
 )
 def test_layers_before_what_is_trained_have_no_backward(name, pattern):
     """Counted by torch, in the control ladder of VACE, too."""
