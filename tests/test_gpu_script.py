@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 MEASURE = Path(__file__).parents[1] / "docs" / "measure"
 sys.path.insert(0, str(MEASURE))
@@ -96,14 +97,23 @@ def test_the_machine_is_described_and_the_model_is_right_on_it():
     assert gpu.parity(True)["right"]
 
 
-def test_a_kernel_whose_package_is_missing_has_not_failed(tmp_path, monkeypatch):
-    def case(tiny: bool) -> dict:
+def test_a_kernel_that_is_not_here_has_not_failed(tmp_path, monkeypatch):
+    """Its package is missing, or torch refuses the call."""
+
+    def loads(tiny: bool) -> dict:
         with gpu.loaded("flash4"):
             return {}
 
-    monkeypatch.setattr(gpu, "cases", lambda part, out: {"exactness, flash4": (case, ())})
-    gpu.work("exactness", ["exactness, flash4"], tmp_path, True)
-    assert [row["not run"] for row in rows(tmp_path)] == ["needs flash_attn"]
+    def refused(tiny: bool) -> dict:
+        with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.CUDNN_ATTENTION]):
+            torch.nn.functional.scaled_dot_product_attention(*torch.zeros(3, 1, 1, 8, 8))
+        return {}
+
+    monkeypatch.setattr(gpu, "cases", lambda part, out: {"flash4": (loads, ()), "cudnn": (refused, ())})
+    gpu.work("exactness", ["flash4", "cudnn"], tmp_path, True)
+    missing, refusal = (row["not run"] for row in rows(tmp_path))
+    assert missing == "needs flash_attn"
+    assert refusal.startswith("torch refuses it: No viable backend")
 
 
 def test_the_limits_are_eight_minutes_together():

@@ -758,6 +758,20 @@ def write(out: Path, row: dict) -> None:
     print(f"  {row['name']}: {', '.join(said)}", flush=True)
 
 
+def excuse(error: Exception) -> str:
+    """Why a case is not run here, where that is no mistake; else empty."""
+    import torch
+
+    missing = error if isinstance(error, ImportError) else error.__cause__  # of a kernel that cannot be loaded
+    said = (str(error).splitlines() or [""])[0][:160]
+    if isinstance(missing, ImportError):
+        return f"needs {missing.name or missing}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: {said}"
+    refused = any(words in said for words in ("No available kernel", "No viable backend"))  # of CUDA, and of all others
+    return f"torch refuses it: {said}" if refused else ""
+
+
 def work(part: str, names: list[str], out: Path, tiny: bool) -> None:
     """In a process of its own: some cases of a part. OUT/running has the one that is being made."""
     import torch
@@ -772,19 +786,13 @@ def work(part: str, names: list[str], out: Path, tiny: bool) -> None:
         row, broken = {"machine": where, "part": part, "name": name}, False
         try:
             row |= function(tiny, *arguments)
-        except (ImportError, ValueError) as error:
-            missing = error if isinstance(error, ImportError) else error.__cause__  # of a kernel that cannot be loaded
-            if isinstance(missing, ImportError):
-                row["not run"] = f"needs {missing.name or missing}"
+        except Exception as error:
+            if why := excuse(error):
+                row["not run"] = why
             else:
                 traceback.print_exc()
                 row["error"] = f"{type(error).__name__}: {error}"[:500]
-        except torch.OutOfMemoryError as error:
-            row["not run"] = f"out of memory: {str(error).splitlines()[0][:160]}"
-        except Exception as error:
-            traceback.print_exc()
-            broken = "CUDA" in f"{type(error).__name__} {error}"  # such an error stays in the process
-            row["error"] = f"{type(error).__name__}: {error}"[:500]
+                broken = "CUDA" in row["error"]  # such an error stays in the process
         write(out, row)
         if broken:
             sys.exit(1)
