@@ -72,7 +72,7 @@ def kernel(tiny, backend):
 def fill("""
     assert text.count("\ndef fill(") == 1
     text = text.replace("\ndef fill(", broken).replace(
-        "ROOT = Path(__file__).parents[2]", f"ROOT = Path({str(MEASURE.parents[1])!r})"
+        "ROOT = Path(__file__).parent.parent.parent", f"ROOT = Path({str(MEASURE.parents[1])!r})"
     )
     script = tmp_path / "gpu.py"
     script.write_text(text, encoding="utf-8")

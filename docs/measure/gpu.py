@@ -59,7 +59,7 @@ TINY = {"dim": 96, "ffn_dim": 192, "num_heads": 2, "num_layers": 2, "text_dim": 
 TINY_LATENTS = (1, 16, 3, 8, 10)
 TINY_VAE = (1, 16, 2, 4, 4)  # latents of 5 x 32 x 32
 LOADED = {"flash3": "FA3", "flash4": "FA4"}
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parent.parent.parent  # of a checkout; a copy may lie in any folder
 
 
 @dataclass(frozen=True)
