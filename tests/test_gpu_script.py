@@ -134,3 +134,7 @@ def test_wheels_of_ours_are_found_and_used(tmp_path):
     done = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.count("out/packages/") == 2, done.stderr
     assert done.stdout.endswith("python\n")  # protobuf without what is compiled
+    wheel = next((tmp_path / "wheels").glob("mm_parallel-*.whl"))
+    os.utime(wheel, (1, 1))  # as if it had been made again
+    again = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True)
+    assert again.stdout.splitlines()[0].split()[0] != done.stdout.splitlines()[0].split()[0], again.stderr
