@@ -57,9 +57,9 @@ def _lines(found: Estimate, config: Config, device: Device | None) -> Iterator[s
     yield f"model      {found.model}: {found.parameters:,} parameters{trained}, matrices in {config.dtype}"
     yield f"task       {found.task}"
     yield f"samples    {found.samples}"
-    yield f"ranks      {found.world}{f' of {device.name}' if device else ''}: {describe(config, found.layout)}"
+    yield f"ranks      {found.world:,}{f' of {device.name}' if device else ''}: {describe(config, found.layout)}"
     each = f"{found.micro_batches} micro-batch{'es' * (found.micro_batches > 1)} a rank"
-    yield f"step       {config.data.global_batch} samples, {each}, {found.tokens:,.0f} tokens"
+    yield f"step       {config.data.global_batch:,} samples, {each}, {found.tokens:,.0f} tokens"
     yield ""
     rank = found.fullest
     where = f"of rank {rank.rank} of the pipeline, the fullest" if len(found.memory) > 1 else "of a rank"
