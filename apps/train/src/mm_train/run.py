@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mm_convert.cli.arguments import dump
+from mm_convert.cli.arguments import dump, flags_of
 from mm_convert.cli.terminal import one_line
 from mm_data import Step
 from mm_models.objective import Objective
@@ -23,6 +23,7 @@ from mm_parallel import Pipeline
 from mm_parallel.device import device as accelerator
 from mm_parallel.device import reset_max_memory, synchronize
 from mm_parallel.guard import Watchdog, agree, join
+from mm_parallel.guard.agree import ALIKE
 from mm_parallel.mesh import data_rank, describe, make_mesh, rank_in, reports_loss
 from mm_train.answers import Answers, share_exact
 from mm_train.checkpoint import Checkpointer
@@ -95,7 +96,7 @@ def prepare(config: Config, held: ExitStack) -> Iterator[Run]:
         guard.at("preparing", config.patience)
         check(config)
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        agree(dump(config), "the configuration")
+        agree(flags_of(config), "the configuration", way_out=ALIKE)
         run = Run(config, rank, world, guard, held)
         with run.interrupt:  # only from here on is there something to end cleanly
             yield run
