@@ -32,6 +32,7 @@ X = torch.randn(6, 4)  # 96 bytes
     ("run", "read", "written"),
     [
         (lambda: X.view(4, 6).t().detach()[1:].expand(3, 5, 4), 0, 0),
+        (lambda: X.clone().unsqueeze_(0), 96, 96),
         (lambda: torch.empty(5), 0, 0),
         (lambda: torch.empty_like(X), 0, 0),
         (lambda: torch.zeros(5), 0, 20),

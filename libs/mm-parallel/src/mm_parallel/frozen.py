@@ -119,8 +119,9 @@ def hold(model: nn.Module, plan: ParallelPlan, base: Base, host_layers: int = 0)
     host = HostLayers()
     for _, ladder, own in plan.ladders(model):
         numbers, waiting = own.units_in_order(ladder), find_waiting(ladder, own, host_layers)
+        in_fp32 = set(own.fp32_parameters(ladder).values())
         for name, unit in own.units_of(ladder).items():
-            linears = dict(_find_linears(unit, own, ladder))
+            linears = dict(_find_linears(unit, in_fp32))
             on_host = bool(linears) and numbers[name] in waiting
             number = host.add() if on_host else 0
             for path, linear in linears.items():
@@ -138,12 +139,12 @@ def find_waiting(ladder: nn.Module, plan: ParallelPlan, host_layers: int) -> set
 
 def find_frozen(model: nn.Module, plan: ParallelPlan) -> dict[str, nn.Linear]:
     """The linears by name that `hold_frozen` would replace."""
-    return {
-        f"{prefix}{name}.{path}": linear
-        for prefix, ladder, own in plan.ladders(model)
-        for name, unit in own.units_of(ladder).items()
-        for path, linear in _find_linears(unit, own, ladder)
-    }
+    found = {}
+    for prefix, ladder, own in plan.ladders(model):
+        in_fp32 = set(own.fp32_parameters(ladder).values())
+        for name, unit in own.units_of(ladder).items():
+            found |= {f"{prefix}{name}.{path}": linear for path, linear in _find_linears(unit, in_fp32)}
+    return found
 
 
 def spread(count: int, layers: int) -> list[int]:
@@ -183,10 +184,9 @@ def count_frozen(model: nn.Module) -> int:
     return sum(x.nbytes for linear in frozen_linears(model).values() for x in linear.tensors)
 
 
-def _find_linears(unit: nn.Module, plan: ParallelPlan, ladder: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    in_fp32 = {id(p) for p in plan.fp32_parameters(ladder).values()}
+def _find_linears(unit: nn.Module, in_fp32: set[nn.Parameter]) -> Iterator[tuple[str, nn.Linear]]:
     for path, module in unit.named_modules():
         if not path or ".lora_" in path or not isinstance(module, nn.Linear) or isinstance(module, FrozenLinear):
             continue
-        if not module.weight.requires_grad and id(module.weight) not in in_fp32:
+        if not module.weight.requires_grad and module.weight not in in_fp32:
             yield path, module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from mm_convert.cli.terminal import escaped_output
@@ -15,10 +16,14 @@ from mm_train.recipe import load_config
 def main(argv: list[str] | None = None) -> None:
     def work() -> None:
         config = load_config(argv, EstimateConfig, "python -m mm_train.estimate")
-        from mm_train.estimate.report import report  # torch, only now
+        gc.disable()  # it looks at millions of objects, again and again, and finds hardly any garbage
+        try:
+            from mm_train.estimate.report import report  # torch, only now
 
-        for line in report(config, config.world or read_launch().world, sys.argv[1:] if argv is None else argv):
-            print(line, flush=True)
+            for line in report(config, config.world or read_launch().world, sys.argv[1:] if argv is None else argv):
+                print(line, flush=True)
+        finally:
+            gc.enable()
 
     run_alone(work)
 

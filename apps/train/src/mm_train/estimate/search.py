@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from heapq import heappop, heappush
 from typing import Any
 
-from mm_parallel.config import MemoryConfig
 from mm_parallel.devices import Device
 from mm_parallel.estimate.roofline import StepTime
+from mm_parallel.order import check_shards
 from mm_parallel.pipeline.schedule import check_count
 from mm_train.config import Config, LayoutConfig
 from mm_train.estimate.estimate import Estimate, Subject
-from mm_train.estimate.layouts import MEMORIES, find_layouts, with_memory
+from mm_train.estimate.layouts import MEMORIES, describe, find_layouts, with_memory
 
 SHOWN = 5
 """Of those that fit, how many are told; and of those that would be faster."""
@@ -55,29 +56,36 @@ def search(subject: Subject, config: Config, world: int, device: Device, shown: 
     layout can be is asked of those functions that refuse it in training.
     """
     legal, illegal = _find_legal(subject, config, world, device)
+
+    def least(option: Config) -> tuple[float, float]:
+        return subject.least(option, option.parallel.resolve(world), device)
+
     queue: list[tuple[float, int, StepTime | None]] = []
-    options: list[Config] = []
+    options: list[tuple[Config, bool]] = []  # with whether the one before is of the same layout, and keeps less
     large: list[tuple[float, Config]] = []
     small = 0
     for one in legal:
-        layout = one.parallel.resolve(world)
         ways = [option for memory in reversed(MEMORIES) if _goes(option := with_memory(one, memory))]
-        for place, option in enumerate(ways):  # each keeps as much as the one before, or more
-            size, seconds = subject.least(option, layout, device)
-            if size > device.memory:
-                small += len(ways) - place
-                large.append((seconds, option))
-                break
-            options.append(option)
-            heappush(queue, (seconds, len(options) - 1, None))
+        # Each keeps as much as the one before, or more, and computes as much, or less. The last is asked first: it is
+        # the quickest to count, and where it fits, so do all.
+        place = len(ways)
+        if least(ways[-1])[0] > device.memory:
+            place = bisect_right(ways[:-1], device.memory, key=lambda option: least(option)[0])
+            small += len(ways) - place
+            large.append((least(ways[place])[1], ways[place]))
+        if place:
+            options += [(option, number > 0) for number, option in enumerate(ways[:place])]
+            heappush(queue, (least(ways[place - 1])[1], len(options) - 1, None))
     best: list[Option] = []
     faster: list[Option] = []
     while queue and len(best) < shown:
         seconds, number, time = heappop(queue)
-        one = options[number]
+        one, has_less = options[number]
         if time is None:
             time = subject.time(one, one.parallel.resolve(world), device)
             heappush(queue, (max(seconds, time.total), number, time))
+            if has_less:  # only now, as it is no faster
+                heappush(queue, (max(seconds, least(options[number - 1][0])[1]), number - 1, None))
             continue
         found = Option(one, subject.estimate(one, world, device))
         if found.estimate.fits(device):
@@ -85,7 +93,7 @@ def search(subject: Subject, config: Config, world: int, device: Device, shown: 
         elif not best:
             faster.append(found)
     if not best:  # those that come nearest, with the least memory that can be
-        nearest = sorted(large, key=lambda each: subject.least(each[1], each[1].parallel.resolve(world), device)[0])
+        nearest = sorted(large, key=lambda each: least(each[1])[0])
         faster += [Option(one, subject.estimate(one, world, device)) for _, one in nearest[:LARGE]]
     else:
         nearest = sorted(large, key=lambda each: each[0])[:LARGE]
@@ -97,11 +105,14 @@ def search(subject: Subject, config: Config, world: int, device: Device, shown: 
 
 def _find_legal(subject: Subject, config: Config, world: int, device: Device) -> tuple[list[Config], int]:
     """(layouts that the model can be cut into, how many others there are)."""
+    usual = with_memory(config, MEMORIES[0]).memory
+    memory = replace(usual, offload_params=False)  # it asks for shards, and so is asked of the whole layout
 
     @cache
     def takes(**alone: Any) -> bool:
         """Whether the model can be cut so; each way to cut is asked by itself, as in `mm_parallel.fits`."""
-        one = replace(config, parallel=LayoutConfig(dp_shard=1, **alone), memory=MemoryConfig())
+        parallel = LayoutConfig(dp_shard=1, schedule=config.parallel.schedule, **alone)
+        one = replace(config, parallel=parallel, memory=memory)
         return not _refuses(lambda: subject.check(one, alone.get("tp") or alone.get("cp") or one.parallel.pp))
 
     found, illegal = [], 0
@@ -109,8 +120,13 @@ def _find_legal(subject: Subject, config: Config, world: int, device: Device) ->
         p = one.parallel
         count = one.micro_batches(p.dp_replicate * p.dp_shard)
         virtual = len(p.stages) if p.pp_layers else 1
+        shards = p.dp_replicate * p.dp_shard * p.cp
         goes = takes(tp=p.tp) and takes(cp=p.cp) and (not p.pp_layers or takes(pp_layers=p.pp_layers))
-        if not goes or _refuses(partial(check_count, count, p.pp, virtual, p.schedule == "zero_bubble")):
+        asked = (
+            partial(check_count, count, p.pp, virtual, p.schedule == "zero_bubble"),
+            partial(check_shards, shards, usual, describe(one)),
+        )
+        if not goes or any(map(_refuses, asked)):
             illegal += 1
         else:
             found.append(one)

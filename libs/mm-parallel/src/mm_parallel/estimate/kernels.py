@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import mm_parallel.attention  # noqa: F401 (it makes the ops)
+from mm_parallel.estimate.peak import tensors_in
 from mm_parallel.meta import MetaMesh
 
 Kind = Literal["gemm", "attention", "memory"]
@@ -94,7 +95,7 @@ class KernelCounter(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # what it does with its local parts comes here
         kwargs = kwargs or {}
-        if _formula(op) is None and not _moves_nothing(op) and not _has_kernel(op):
+        if _formula(op) is None and not moves_nothing(op) and not _has_kernel(op):
             with self:  # in inference mode some operations come whole, and in parts otherwise
                 result = op.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -114,7 +115,7 @@ def _has_kernel(op: Any) -> bool:
 
 def describe(op: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> Kernel | None:
     """The kernel of one operation; None where nothing runs."""
-    if _moves_nothing(op):
+    if moves_nothing(op):
         return None
     name = f"{op.namespace}.{op._schema.name.split('::')[1]}"
     formula = _formula(op)
@@ -122,8 +123,8 @@ def describe(op: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> Kerne
     read, written = _bytes(op, given, result)
     flops = formula(*args, **kwargs, out_val=result) if formula else 0
     kind = "memory" if formula is None else "attention" if "attention" in name or "attn" in name else "gemm"
-    floats = [x for x in (*_tensors(list(given.values())), *_tensors(result)) if x.is_floating_point()]
-    dtype = floats[0].dtype if floats else next((x.dtype for x in _tensors(result)), torch.uint8)
+    floats = [x for x in (*tensors_in(list(given.values())), *tensors_in(result)) if x.is_floating_point()]
+    dtype = floats[0].dtype if floats else next((x.dtype for x in tensors_in(result)), torch.uint8)
     if kind == "memory" and not read + written:
         return None
     return Kernel(kind, name, flops, read, written, dtype, _shape(op, given) if kind == "attention" else None)
@@ -241,11 +242,12 @@ _WRITING_ROWS = {"index_put_", "_index_put_impl_", "index_add_", "index_copy_", 
 
 
 @cache
-def _moves_nothing(op: Any) -> bool:
+def moves_nothing(op: Any) -> bool:
     if not isinstance(op, torch._ops.OpOverload):
         return True
     name = op._schema.name.split("::")[1]
-    return op.namespace in _NOTHING or op.is_view or name in _VIEWS or name in _EMPTY or name.startswith("sym_")
+    views = op.is_view or torch.Tag.inplace_view in op.tags or name in _VIEWS
+    return op.namespace in _NOTHING or views or name in _EMPTY or name.startswith("sym_")
 
 
 def _bytes(op: Any, given: dict[str, Any], result: Any) -> tuple[int, int]:
@@ -253,18 +255,18 @@ def _bytes(op: Any, given: dict[str, Any], result: Any) -> tuple[int, int]:
     written_args = {a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
     out_args = {a.name for a in op._schema.arguments if a.is_out}
     inputs = [] if name in _SHAPED else list(given.items())
-    changed = [x for key, value in given.items() if key in written_args for x in _tensors(value)]
+    changed = [x for key, value in given.items() if key in written_args for x in tensors_in(value)]
     made = _made(op, result)
     if name in _WRITING_ROWS:
-        others = _once(x for key, value in given.items() if key not in written_args for x in _tensors(value))
+        others = _once(x for key, value in given.items() if key not in written_args for x in tensors_in(value))
         largest = max((_stored(x) for x in others if x.dtype == changed[0].dtype), default=0)
         return sum(map(_stored, others)) + largest, largest
     if name in _READING_ROWS:
-        _, *others = (x for value in given.values() for x in _tensors(value))
+        _, *others = (x for value in given.values() for x in tensors_in(value))
         outcome = sum(map(_stored, made))
         return sum(map(_stored, _once(others))) + outcome, outcome
     unread = out_args | (written_args if name in _OVERWRITING else set())
-    read = _once(x for key, value in inputs if key not in unread for x in _tensors(value))
+    read = _once(x for key, value in inputs if key not in unread for x in tensors_in(value))
     rounds = _rounds(op, given)
     return rounds * sum(map(_stored, read)), sum(map(_stored, _once((*changed, *made))))
 
@@ -278,9 +280,9 @@ def _made(op: Any, result: Any) -> list[Tensor]:
     """Of what is returned, what is new."""
     results = result if isinstance(result, tuple) else (result,)
     if len(results) != len(op._schema.returns):
-        return list(_tensors(result))
+        return list(tensors_in(result))
     new = (x for x, said in zip(results, op._schema.returns, strict=True) if said.alias_info is None)
-    return [x for each in new for x in _tensors(each)]
+    return [x for each in new for x in tensors_in(each)]
 
 
 def _stored(x: Tensor) -> int:
@@ -298,14 +300,6 @@ def _bind(op: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         argument.name: argument.default_value for argument in op._schema.arguments if argument.has_default_value()
     }
     return defaults | dict(zip(names, args, strict=False)) | kwargs
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _tensors(each)
 
 
 def _once(tensors: Any) -> list[Tensor]:

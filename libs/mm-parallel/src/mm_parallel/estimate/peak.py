@@ -1,12 +1,12 @@
 """How many bytes tensors take, counted as they come and go; on any device, also of fake tensors."""
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, UntypedStorage
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory(TorchDispatchMode):
@@ -41,9 +41,12 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes again as its local part
-        before = {tensor.untyped_storage() for tensor in _tensors((args, kwargs))}
-        result = op(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
+        kwargs = kwargs or {}
+        if is_view(op):
+            return self.perform(op, args, kwargs)
+        before = {tensor.untyped_storage() for tensor in tensors_in((args, *kwargs.values()))}
+        result = self.perform(op, args, kwargs)
+        for tensor in tensors_in(result):
             storage = tensor.untyped_storage()
             if storage in self._bytes or storage in before:
                 continue
@@ -53,11 +56,24 @@ class PeakMemory(TorchDispatchMode):
                 weakref.finalize(storage, self._count, counted, 0)
         return result
 
+    def perform(self, op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return op(*args, **kwargs)
+
     def _count(self, counted: list[int], size: int) -> None:
         self.now += size - counted[0]
         counted[0] = size
         self.peak = max(self.peak, self.now)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def is_view(op: Any) -> bool:
+    """Whether an operation only gives another name to memory that is there."""
+    return getattr(op, "is_view", False)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Of what an operation is given, or makes."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from tensors_in(each)

@@ -28,8 +28,9 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from mm_parallel import context, tensor
 from mm_parallel.attention import KEPT, attention, core
 from mm_parallel.config import Base, MemoryConfig, ParallelConfig
-from mm_parallel.estimate.kernels import Kernel, describe, note_ring
-from mm_parallel.estimate.peak import PeakMemory
+from mm_parallel.estimate.kernels import Kernel, note_ring
+from mm_parallel.estimate.operations import perform
+from mm_parallel.estimate.peak import PeakMemory, is_view
 from mm_parallel.estimate.ranks import FullestItems
 from mm_parallel.frozen import hold
 from mm_parallel.meta import MetaMesh, Sent
@@ -535,17 +536,24 @@ class _Counting(PeakMemory):
         self.settled += parameter.grad.untyped_storage().nbytes()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if is_view(op):
+            return op(*args, **(kwargs or {}))
         if op is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return (args[0].dtype.is_floating_point and 0.0) or 0
         if op is torch.ops.aten.nonzero.default and args[0].is_meta:
             x = args[0]
             op, args, kwargs = torch.ops.aten.new_empty.default, (x, (x.numel(), x.ndim)), {"dtype": torch.int64}
-        result = super().__torch_dispatch__(op, types, args, kwargs)
+        with torch._C.DisableTorchFunction():  # else every look at a shape would ask the mode that names attention
+            result = super().__torch_dispatch__(op, types, args, kwargs)
         if op in KEPT:
             self.kept += _bytes(list(result))
-        if kernel := describe(op, args, kwargs or {}, result):
-            self.kernels.append(kernel)
         note_ring(op, args, kwargs or {}, self.mesh)
+        return result
+
+    def perform(self, op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        result, kernel = perform(op, args, kwargs)
+        if kernel:
+            self.kernels.append(kernel)
         return result
 
     def _count(self, counted: list[int], size: int) -> None:
@@ -563,7 +571,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         given = tree_leaves((args, kwargs))
         self.seen.append((op, *(x.shape if isinstance(x, Tensor) else repr(x) for x in given)))
-        return op(*args, **(kwargs or {}))
+        return perform(op, args, kwargs or {})[0]
 
 
 class _NamedAttention(TorchFunctionMode):

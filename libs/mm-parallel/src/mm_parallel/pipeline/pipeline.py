@@ -47,7 +47,10 @@ _WHO = "the ranks of a pipeline"
 def check_stages(
     model: nn.Module, plan: ParallelPlan, parallel: ParallelConfig, memory: MemoryConfig
 ) -> Sequence[range]:
-    """The layers of each stage; needs no process group. ValueError for what a `Pipeline` cannot do with this model."""
+    """The layers of each stage; needs no process group. ValueError for what a `Pipeline` cannot do with this model.
+
+    plan: checked.
+    """
     if parallel.schedule == "zero_bubble" and _recomputes(memory):
         raise ValueError(
             f"schedule zero_bubble with recompute={memory.recompute!r}, but_attention={memory.but_attention}: it "
@@ -60,7 +63,6 @@ def check_stages(
             "reduces them, and would do so in bfloat16. Use schedule 1f1b, which adds up in fp32, or reduce "
             "'float32'"
         )
-    plan.check(model)
     if plan.vocabulary and not set(plan.vocabulary) & set(plan.last):
         raise ValueError(
             f"pp_layers {parallel.pp_layers} with a tied head: {plan.vocabulary[0]} is used by the first stage and "
@@ -105,6 +107,7 @@ class Pipeline:
                 "schedule zero_bubble with compile: it splits a backward in two, and that of compiled code is one. Use "
                 "schedule 1f1b, or leave compile out"
             )
+        plan.check(model)
         parts = check_stages(model, plan, parallel, memory)
         check_frozen(model, plan, memory, size(mesh, "tp"))
         stages = [Stage(i, len(parts), part) for i, part in enumerate(parts)]
