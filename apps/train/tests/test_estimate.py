@@ -321,6 +321,7 @@ def test_what_does_not_go_together_is_one_line(capsys):
         (["--size.frames", "80"], "frames 80 is not 4k.1"),
         (["--world", "3", "--parallel.tp", "3", "--data.global_batch", "3"], "heads cannot be cut over tp=3"),
         (["--learning_rate", "1"], "unknown option --learning_rate"),
+        (["--compile", "true", "--parallel.schedule", "zero_bubble"], "splits a backward in two"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["--model", "wan2.1-t2v-14b", *argv])
