@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 MEASURE = Path(__file__).parents[1] / "docs" / "measure"
 sys.path.insert(0, str(MEASURE))
@@ -71,7 +72,7 @@ def kernel(tiny, backend):
 def fill("""
     assert text.count("\ndef fill(") == 1
     text = text.replace("\ndef fill(", broken).replace(
-        "ROOT = Path(__file__).parents[2]", f"ROOT = Path({str(MEASURE.parents[1])!r})"
+        "ROOT = Path(__file__).parent.parent.parent", f"ROOT = Path({str(MEASURE.parents[1])!r})"
     )
     script = tmp_path / "gpu.py"
     script.write_text(text, encoding="utf-8")
@@ -80,12 +81,15 @@ def fill("""
     out = tmp_path / "out"
     out.mkdir()
     args = argparse.Namespace(out=str(out), wheels=None, tiny=True)
-    gpu.attempt("kernels", args, 16)
+    for names, limit in ((["kernel torch", "kernel cpu"], 600), (["kernel math"], 5)):
+        monkeypatch.setattr(gpu, "list_cases", lambda part, args, names=names: names)
+        gpu.attempt("kernels", args, limit)
     found = {row["name"]: row for row in rows(out)}
     assert found["kernel torch"]["not run"] == "needs no_such_package"
     assert "ended with -9" in found["kernel cpu"]["error"]
     assert "no result within" in found["kernel math"]["error"]
     assert "- not run: kernel torch: needs no_such_package" in gpu.table(list(found.values()))
+    assert not any(map(gpu.is_done, found.values()))  # the package may be carried the next time
     gpu._asked.clear()
 
 
@@ -93,6 +97,25 @@ def test_the_machine_is_described_and_the_model_is_right_on_it():
     assert gpu.about(True)["copy, TB/s"] > 0
     assert gpu.packages(True)["attention auto"] == "cpu"
     assert gpu.parity(True)["right"]
+
+
+def test_a_kernel_that_is_not_here_has_not_failed(tmp_path, monkeypatch):
+    """Its package is missing, or torch refuses the call."""
+
+    def loads(tiny: bool) -> dict:
+        with gpu.loaded("flash4"):
+            return {}
+
+    def refused(tiny: bool) -> dict:
+        with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.CUDNN_ATTENTION]):
+            torch.nn.functional.scaled_dot_product_attention(*torch.zeros(3, 1, 1, 8, 8))
+        return {}
+
+    monkeypatch.setattr(gpu, "cases", lambda part, out: {"flash4": (loads, ()), "cudnn": (refused, ())})
+    gpu.work("exactness", ["flash4", "cudnn"], tmp_path, True)
+    missing, refusal = (row["not run"] for row in rows(tmp_path))
+    assert missing == "needs flash_attn"
+    assert refusal.startswith("torch refuses it: No viable backend")
 
 
 def test_the_limits_are_eight_minutes_together():
@@ -105,9 +128,15 @@ def test_wheels_of_ours_are_found_and_used(tmp_path):
     subprocess.run([sys.executable, str(MEASURE / "gpu_wheels.py"), str(tmp_path / "wheels")], check=True, timeout=60)
     (tmp_path / "gpu.py").write_text((MEASURE / "gpu.py").read_text(encoding="utf-8"), encoding="utf-8")
     names = {wheel.name.split("-")[0] for wheel in (tmp_path / "wheels").glob("*.whl")}
-    assert {"einops", "diffusers", "mm_parallel", "mm_models", "mm_train"} <= names
+    assert {"einops", "diffusers", "tensorboard", "mm_parallel", "mm_models", "mm_train"} <= names
     script = "import gpu, sys, pathlib; gpu.find_packages('wheels', pathlib.Path('out')); import mm_parallel, einops; "
-    script += "print(mm_parallel.__file__, einops.__file__)"
+    script += "print(mm_parallel.__file__, einops.__file__); import tensorboard; "
+    script += "from google.protobuf.internal import api_implementation; print(api_implementation.Type())"
     bare = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, '.'); {script}"]
     done = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.count("out/packages/") == 2, done.stderr
+    assert done.stdout.endswith("python\n")  # protobuf without what is compiled
+    wheel = next((tmp_path / "wheels").glob("mm_parallel-*.whl"))
+    os.utime(wheel, (1, 1))  # as if it had been made again
+    again = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True)
+    assert again.stdout.splitlines()[0].split()[0] != done.stdout.splitlines()[0].split()[0], again.stderr

@@ -4,9 +4,9 @@
     python gpu.py --wheels wheels              # there: the two files gpu.py and qwen_step.py, and this folder
 
 Each package that is installed here, and each of ours, becomes a wheel of the version that was tested. These are of pure
-Python, and run with every Python and torch. With --python, that of the other machine, pip downloads what holds compiled
-code, Pillow (for diffusers) and PyAV (for mm_data), for Linux on x86-64. Without, what needs them is named as not run.
-mm_train also needs TensorBoard, which is not carried.
+Python, and run with every Python and torch; protobuf, which TensorBoard needs, runs without its compiled part. With
+--python, that of the other machine, pip downloads what holds compiled code, Pillow and PyAV, for Linux on x86-64.
+Where they are not there either, diffusers' models, the VAE and the run of mm_train are named as not run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
-FOREIGN = ("einops", "diffusers", "importlib_metadata", "zipp")
+FOREIGN = ("einops", "diffusers", "importlib_metadata", "zipp", "tensorboard", "absl-py", "protobuf")
+PURE_TOO = ("protobuf",)  # whose compiled part need not be there
 COMPILED = ("pillow", "av")
 ROOT = Path(__file__).parents[2]
 
@@ -37,10 +38,12 @@ def main() -> None:
         except PackageNotFoundError:
             print(f"{name}: not installed here, left out")
             continue
-        if compiled := [file for file in files_of(found) if file.endswith((".so", ".pyd", ".dylib"))]:
+        compiled = [file for file in files_of(found) if file.endswith((".so", ".pyd", ".dylib"))]
+        if compiled and name not in PURE_TOO:
             print(f"{name}: holds compiled code ({compiled[0]}), left out")
             continue
-        pack(folder, name, found.version, ((file, found.locate_file(file)) for file in files_of(found)))
+        files = [file for file in files_of(found) if file not in compiled]
+        pack(folder, name, found.version, ((file, found.locate_file(file)) for file in files))
     for source in sorted([*ROOT.glob("libs/*/src/*"), *ROOT.glob("apps/*/src/*")]):
         if (source / "__about__.py").exists():
             pack(folder, source.name, read_version(source), walk(source))

@@ -20,6 +20,7 @@ from mm_data import FeatureDataset
 from mm_models.families import find, presets
 from mm_models.family import ClipSize
 from mm_parallel.devices import find_device
+from mm_train.config import LayoutConfig
 from mm_train.estimate.__main__ import main
 from mm_train.estimate.config import EstimateConfig
 from mm_train.estimate.estimate import Subject, estimate
@@ -105,6 +106,9 @@ def test_sizes_are_those_of_features_of_the_geometry_or_as_published(tmp_path):
     assert f"49x720x1280 (the largest of {tmp_path}/sets.toml)" in sets.source
     config = asked("wan2.1-t2v-14b", "--size.frames", "17", "--size.text", "77")
     assert find_samples(config, config.size).sample["text"].shape == (77, 4096)
+    config = asked("wan2.1-t2v-14b", "--data.features", str(features), "--size.frames", "17")
+    with pytest.raises(ValueError, match=r"--size.frames is for where there is no data, and --data.features .* is"):
+        find_samples(config, config.size)
     missing = find_samples(asked("wan2.1-t2v-14b", "--data.features", "not/there"))
     assert not missing.counted, "paths need not be there"
 
@@ -161,6 +165,8 @@ def test_a_layout_is_a_command_that_gives_it(tmp_path):
             assert read.parallel.resolve(64) == wanted.parallel.resolve(64)
             assert (read.memory, read.data, read.steps) == (wanted.memory, wanted.data, 7)
     assert words[:3] == ["torchrun", "--nnodes", "8"]
+    twelve = shlex.split(command(replace(config, parallel=LayoutConfig(dp_shard=12)), given, 12, 8))
+    assert (twelve[2], twelve[twelve.index("--nproc_per_node") + 1]) == ("2", "6"), "each host starts as many"
 
 
 @pytest.mark.parametrize(
@@ -251,6 +257,7 @@ def test_a_search_ends_with_a_command_that_starts(model, world, more, capsys):
     """The layout that it prints is legal for its ranks, fits, and is the fastest of those that do."""
     given = ["--model", model, *more, "--data.global_batch", "64", "--output", "none"]
     said = run(capsys, *given, "--world", str(world), *H100, "--search")
+    assert "the command to start, when --weights and data are given, too" in said
     words = shlex.split(said.splitlines()[-1])
     assert words[:2] == ["torchrun", "--nnodes"] or words[:3] == ["torchrun", "--nproc_per_node", "8"]
     config = load_config(words[words.index("mm_train") + 1 :])
@@ -310,6 +317,26 @@ def test_sixty_four_ranks_take_seconds():
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
 
 
+def test_what_takes_less_is_told_where_it_does_not_fit(capsys):
+    """Only what does take less; and what else there is."""
+    given = [
+        "--model",
+        "wan2.1-t2v-1.3b",
+        "--architecture",
+        '{"num_layers": 4}',
+        "--device",
+        "rtx-4090",
+        "--output",
+        "x",
+    ]
+    given += ["--size.frames", "161", "--size.height", "1056", "--size.width", "1920"]
+    said = run(capsys, *given, "--memory.recompute", "full").partition("what would take less\n")[2]
+    assert "--memory.recompute full --memory.offload inputs" in said
+    assert "--memory.recompute none" not in said
+    assert "more ranks" in said
+    assert ("smaller samples" in said) == ("✓" not in said)
+
+
 def test_what_does_not_go_together_is_one_line(capsys):
     for argv, said in (
         (
@@ -319,6 +346,10 @@ def test_what_does_not_go_together_is_one_line(capsys):
         (["--device", "h1000"], "no device is named 'h1000', do you mean h100"),
         (["--search"], "give --device"),
         (["--size.frames", "80"], "frames 80 is not 4k.1"),
+        (["--size.frames", "65537", "--size.height", "2048", "--size.width", "2048"], "is more than an estimate looks"),
+        (["--size.conversation", "5"], "--size.conversation is for conversations, and wan2.1-t2v-14b makes videos"),
+        (["--model", "qwen2.5-vl-3b", "--size.frames", "81"], "--size.frames is for videos, and qwen2.5-vl-3b reads"),
+        (["--model", "qwen2.5-vl-3b", "--size.conversation", "5000"], "5000 is more than --data.max_tokens 4096"),
         (["--world", "3", "--parallel.tp", "3", "--data.global_batch", "3"], "heads cannot be cut over tp=3"),
         (["--learning_rate", "1"], "unknown option --learning_rate"),
         (["--compile", "true", "--parallel.schedule", "zero_bubble"], "splits a backward in two"),

@@ -24,9 +24,9 @@ from mm_models.wan.vae import WanVAE
 from mm_parallel.testing import spawn
 from mm_train import command
 from mm_train.checks import Asked
+from mm_train.checks.looks import check_features
 from mm_train.encode import Encoders
 from mm_train.extract import Data, ExtractConfig, Geometry, extract
-from mm_train.looks import check_features
 from mm_train.recipe import load_config
 from mm_train.train import train
 

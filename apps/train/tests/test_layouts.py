@@ -86,7 +86,7 @@ def test_ranks_with_different_configurations_are_refused(features, tmp_path):
     argv = command(features, tmp_path / "run", 2)
     other = [*argv, "--optim.lr", "2e-3"]
     with pytest.raises(
-        RuntimeError, match=r"the configuration differs .* 'lr = 0.001' on rank 0, 'lr = 0.002' on rank 1"
+        RuntimeError, match=r"the configuration differs between ranks: --optim.lr is 0.001 on rank 0, 0.002 on rank 1: "
     ):
         spawn(2, ranks_train, [argv, other])
 

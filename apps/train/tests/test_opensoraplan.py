@@ -20,7 +20,7 @@ from mm_models.wan import testing as wan_testing
 from mm_parallel import forward_backward
 from mm_parallel.testing import spawn
 from mm_train.adapter import check_adapter
-from mm_train.checks import check_encoders
+from mm_train.checks.paths import check_encoders
 from mm_train.config import Config
 from mm_train.data import training_data
 from mm_train.objective import build_objective

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_convert.cli.arguments import dump, parse
+from mm_convert.cli.arguments import dump, flags_of, parse
 from mm_convert.cli.values import check_fields
 
 
@@ -198,6 +198,14 @@ def test_help_shows_docstrings_and_defaults(capsys, tmp_path):
         "default: 0.25",
     ):
         assert words in out
+
+
+def test_a_configuration_by_its_flags():
+    found = flags_of(read("--model", "x", "--optim.lr", 0.5, "--output", "out"))
+    assert found["--model"] == "x"
+    assert found["--optim.lr"] == 0.5
+    assert found["--output"] == "out"
+    assert set(found) >= {"--adapter.rank", "--sizes", "--clip"}
 
 
 def test_special_floats_are_written_as_toml_has_them():

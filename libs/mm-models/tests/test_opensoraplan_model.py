@@ -251,6 +251,15 @@ def test_a_frozen_model_costs_less_to_train_through():
     assert Cost(model)({"latents": torch.empty(2, 4, 3, 64, 64, device="meta")}) == (2 * 3072, 2 * frozen)
 
 
+def test_layers_before_what_is_trained_have_no_backward():
+    """Counted by torch."""
+    model = build("opensoraplan-tiny", device="meta", num_layers=3, text_tokens=32)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("transformer_blocks.2."))
+    total = sum(count(model, meta_batch(model.config, (3, 64, 64), 32)))
+    assert 0.9 < total / Cost(model)({"latents": torch.empty(1, 4, 3, 64, 64, device="meta")})[1] < 1.05
+
+
 # --- what it begins with, and what was published
 
 

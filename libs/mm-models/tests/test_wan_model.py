@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mm_models import build, preset
 from mm_models.wan import Stream, flops, train_flops
+from mm_models.wan.cost import Cost
 from mm_models.wan.model import rope_table, sinusoid
 
 I2V = {"in_channels": 36, "image_dim": 20, "text_tokens": 40}
@@ -273,3 +274,25 @@ def test_a_frozen_model_costs_less_to_train_through():
     frozen = train_flops(model.config, 3072, trained=0)
     assert 0.97 < counter.get_total_flops() / frozen <= 1  # the text needs no gradients at all here
     assert frozen < train_flops(model.config, 3072) == 3 * flops(model.config, 3072)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("wan-tiny", "blocks.2."),
+        ("wan-tiny", "head."),
+        ("wan-tiny-vace", "blocks.2."),
+        ("wan-tiny-vace", "vace_blocks.1."),
+    ],
+)
+def test_layers_before_what_is_trained_have_no_backward(name, pattern):
+    """Counted by torch, in the control ladder of VACE, too."""
+    model = build(name, device="meta", num_layers=3, text_tokens=32)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(key.startswith(pattern))
+    tensors = {"latents": torch.empty(1, 16, 3, 64, 64, device="meta")}
+    given = {"control": torch.empty(1, 96, 3, 64, 64, device="meta")} if "vace" in name else {}
+    with FlopCounterMode(display=False) as counter:
+        t, text = torch.empty(1, device="meta"), torch.empty(1, 9, 64, device="meta")
+        model(tensors["latents"], t, text, **given).sum().backward()
+    assert 0.9 < counter.get_total_flops() / Cost(model)(tensors)[1] < 1.05

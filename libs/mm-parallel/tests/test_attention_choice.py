@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import _registry
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mm_parallel import ParallelPlan, parallelize
@@ -22,6 +24,8 @@ from mm_parallel.attention import (
     pick,
     refusal,
 )
+from mm_parallel.attention.backends import _hardware
+from mm_parallel.attention.loading import loaded
 from mm_parallel.attention.op import core
 from mm_parallel.config import AttentionName
 from mm_parallel.plan import Sequence
@@ -108,6 +112,31 @@ def test_a_device_that_is_not_here():
     assert pick(torch.device("cuda", 1), BF16, 128) == pick("cuda:1", BF16, 128) == "flash"  # fake: as on 8.0
 
 
+def test_rocm_has_no_cudnn(monkeypatch):
+    """An MI300X says compute capability 9.4, and torch.backends.cudnn.version() is there MIOpen's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 3_005_001)
+    assert _hardware.__wrapped__(None) == ((9, 4), 3_005_001)
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    assert _hardware.__wrapped__(None) == ((9, 4), 0)
+
+
+def test_flash_by_name_puts_flash_2_back(monkeypatch):
+    """Another was loaded in the same process, here by a kernel that does nothing."""
+    removed = []
+    handle = SimpleNamespace(remove=lambda: removed.append(True))
+    known = _registry._FLASH_ATTENTION_IMPLS | {"FA4": lambda: handle}
+    monkeypatch.setattr(_registry, "_FLASH_ATTENTION_IMPLS", known)
+    activate("flash4", "cpu")
+    activate("auto", "cpu")
+    assert loaded() == "FA4"
+    assert not removed
+    activate("flash", "cpu")
+    assert loaded() is None
+    assert removed == [True]
+
+
 def test_a_package_that_is_missing_is_named():
     with pytest.raises(ValueError, match=r"flash4 cannot be loaded \(pip install --pre flash-attn-4\): ModuleNotFound"):
         activate("flash4")
@@ -169,12 +198,20 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_in_words():
+def test_in_words(monkeypatch):
     plan = ParallelPlan(("blocks.*",), heads={"key-value heads": 4, "heads": 28}, head_dim=128)
     assert describe_choice("auto", plan, torch.device("cpu"), BF16) == "cpu"
     assert describe_choice("math", plan, torch.device("cpu"), BF16) == "math"
     with pytest.raises(ValueError, match="attention by flash cannot run here"):
         describe_choice("flash", plan, torch.device("cpu"), BF16)
+    monkeypatch.setattr("mm_parallel.attention.backends._hardware", lambda device: (HOPPER, 91900))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: HOPPER)
+    said = {name: describe_choice(name, plan, torch.device("cuda"), BF16) for name in ("auto", "cudnn", "flash")}
+    assert said == {
+        "auto": "cudnn (compute capability 9.0), of packs, masks and fewer than 4,096 tokens flash",
+        "cudnn": "cudnn (compute capability 9.0), of packs and masks flash",
+        "flash": "flash (compute capability 9.0)",
+    }
 
 
 @pytest.mark.parametrize("head_dim", [64, 80])

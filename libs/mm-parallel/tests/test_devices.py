@@ -43,6 +43,8 @@ def test_a_device_that_nobody_knows():
     assert recognize("NVIDIA T4") is None
     with pytest.raises(ValueError, match=r"no device is named 'h1000', do you mean h100\?: there are a100-40g, "):
         find_device("h1000")
+    with pytest.raises(ValueError, match=r"'910B', do you mean ascend-910b2 or ascend-910b3 or ascend-910b4\?"):
+        find_device("910B")
     assert find_device("RTX 4090") == find_device("rtx4090") == find_device("rtx-4090")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mm_convert import Adapter, Checkpoint
-from mm_convert.cli.arguments import dump
+from mm_convert.cli.arguments import flags_of
 from mm_convert.cli.checks import Check, NotHere, Together, report
 from mm_infer.config import Config
 from mm_infer.identity import identify
@@ -250,5 +250,5 @@ def tell(checks: Sequence[Check[T]], asked: T, config: Any, read: Callable[[], M
 
     with distributed(PATIENCE) as (rank, guard):
         guard.at("looking", PATIENCE)
-        compare = partial(check_alike, dump(config), installed(), read)
+        compare = partial(check_alike, flags_of(config), installed(), read)
         return report(checks, asked, sys.stdout, Together(rank, gather, ranks_of, compare))

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mm_convert import expert_of
-from mm_convert.cli.arguments import dump
+from mm_convert.cli.arguments import flags_of
 from mm_convert.cli.terminal import one_line
 from mm_data import made_with, write_video
 from mm_infer.__about__ import __version__
@@ -33,7 +33,7 @@ from mm_models.distilled import describe_distilled
 from mm_parallel.attention import activate
 from mm_parallel.device import device as accelerator
 from mm_parallel.guard import Watchdog, agree
-from mm_parallel.guard.agree import COPY
+from mm_parallel.guard.agree import ALIKE, COPY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def prepare(config: Config, requests: list[Request], weights: Weights, share: Sh
     first, step = share.prompts
     files = {config.output / f"video_{i}.mp4": requests[i] for i in range(first, len(requests), step)}
     sampler = open_sampler(config, weights, share)
-    agree(dump(config), "the configuration")
+    agree(flags_of(config), "the configuration", way_out=ALIKE)
     contents = identify(config, weights.facts)
     agree({f"video {i}": request for i, request in enumerate(requests)}, "what is asked for")
     read = {f"--{flag} {name}": found for flag, those in contents.items() for name, found in those.items()}

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from mm_convert.cli.arguments import dump
+from mm_convert.cli.arguments import flags_of
 from mm_convert.cli.checks import Together, report
 from mm_convert.cli.terminal import escaped_output
 from mm_models.libraries import installed
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
         with join(deadline=config.patience) as guard:
             guard.at("looking", config.patience)
-            compare = partial(check_alike, dump(config), installed(), lambda: read_contents(config))
+            compare = partial(check_alike, flags_of(config), installed(), lambda: read_contents(config))
             code = report(CHECKS, asked, sys.stdout, Together(dist.get_rank(), gather, ranks_of, compare))
         leave()
         sys.exit(code)

@@ -18,7 +18,7 @@ from mm_data import Geometry
 from mm_models.families import find
 from mm_models.family import AskedTiling
 from mm_parallel.launch import read_launch
-from mm_train.checks import check_encoders, check_manifest
+from mm_train.checks.paths import check_encoders, check_manifest
 from mm_train.command import run
 from mm_train.interrupt import ending_signals
 from mm_train.objective import choose_task

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from mm_convert.cli.arguments import dump
+from mm_convert.cli.arguments import flags_of
 from mm_convert.cli.terminal import one_line
 from mm_data import (
     Clip,
@@ -49,7 +49,7 @@ from mm_models.families import find
 from mm_models.family import ClipSize
 from mm_parallel.device import device as accelerator
 from mm_parallel.guard import Watchdog, agree, join
-from mm_parallel.guard.agree import COPY
+from mm_parallel.guard.agree import ALIKE, COPY
 from mm_train.command import prepare_output
 from mm_train.contents import check_ranks, encoder_files
 from mm_train.encode import Encoders, tell_short
@@ -81,7 +81,7 @@ def _encode_share(config: ExtractConfig, guard: Watchdog) -> Callable[[], int]:
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Leave the workers their cores: the threads of one operation spin while one of them waits for a core.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world - config.data.workers))
-    agree(dump(config), "the configuration")
+    agree(flags_of(config), "the configuration", way_out=ALIKE)
     listed = read_manifest(config.data.manifest, say, config.data.caption)
     dtype, task = getattr(torch, config.dtype), config.chosen_task
     encoders = Encoders(config.encoders, preset(config.model), task, device, dtype, config.tiling)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mm_convert.cli.arguments import dump
+from mm_convert.cli.arguments import dump, flags_of
 from mm_convert.cli.terminal import one_line
 from mm_data import Step
 from mm_models.objective import Objective
@@ -23,10 +23,12 @@ from mm_parallel import Pipeline
 from mm_parallel.device import device as accelerator
 from mm_parallel.device import reset_max_memory, synchronize
 from mm_parallel.guard import Watchdog, agree, join
+from mm_parallel.guard.agree import ALIKE
 from mm_parallel.mesh import data_rank, describe, make_mesh, rank_in, reports_loss
 from mm_train.answers import Answers, share_exact
 from mm_train.checkpoint import Checkpointer
-from mm_train.checks import check, describe_frozen
+from mm_train.checks import check
+from mm_train.checks.flags import describe_frozen
 from mm_train.command import claim_output
 from mm_train.config import Config
 from mm_train.contents import Contents, check_again, check_ranks, identify
@@ -94,7 +96,7 @@ def prepare(config: Config, held: ExitStack) -> Iterator[Run]:
         guard.at("preparing", config.patience)
         check(config)
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        agree(dump(config), "the configuration")
+        agree(flags_of(config), "the configuration", way_out=ALIKE)
         run = Run(config, rank, world, guard, held)
         with run.interrupt:  # only from here on is there something to end cleanly
             yield run

@@ -30,7 +30,7 @@ from mm_parallel.frozen import frozen_linears
 from mm_parallel.mesh import size
 from mm_parallel.weights import allocate, check_names, check_shape, same_kind
 from mm_train.adapter import check_targets, describe_base, open_adapter
-from mm_train.checks import check_space
+from mm_train.checks.paths import check_space
 from mm_train.config import Config
 from mm_train.optim import find_matrices
 from mm_train.parts import find_rates, tabulate

@@ -381,3 +381,17 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         target = torch.promote_types(dtype, torch.float32) if keep else dtype
         parameter.data = parameter.data.to(target)
     return model
+
+
+def count_flowing(model: nn.Module, ladder: str, behind: tuple[str, ...]) -> int:
+    """Of the layers of a ladder, through how many gradients flow: from the first into which something trained flows.
+
+    behind: how names of parameters begin that come after the ladder. Of a model of which nothing is trained it is all:
+    then it is trained through.
+    """
+    layers = len(model.get_submodule(ladder))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    names = [name for name in trained if not name.startswith(behind)]
+    if not trained or any(not name.startswith(f"{ladder}.") for name in names):
+        return layers
+    return layers - min((int(name.split(".")[1]) for name in names), default=layers)

@@ -148,9 +148,11 @@ def find_device(name: str, own: Path | None = None) -> Device:
     for known, device in devices.items():
         if _plain(known) == _plain(name):
             return device
-    near = get_close_matches(name.lower(), devices, n=3)
+    near = [known for known in devices if _plain(name) and _plain(name) in _plain(known)]
+    near = near or get_close_matches(name.lower(), devices, n=1)
+    meant = f", do you mean {' or '.join(near)}?" if near else ""
     raise ValueError(
-        f"no device is named {name!r}{f', do you mean {near[0]}?' if near else ''}: there are {', '.join(devices)}; "
+        f"no device is named {name!r}{meant}: there are {', '.join(devices)}; "
         "one of your own stands in a TOML file like devices.toml of mm_parallel"
     )
 

@@ -74,11 +74,11 @@ def prepare(argv: Sequence[str] | None, held: ExitStack) -> tuple[Any, Any]:
         blocks, css, find = talk.build(gradio, talk.Talker(config)), talk.CSS, lambda name: None
     else:
         from mm_infer.checks import open_weights
-        from mm_infer.page import videos
+        from mm_infer.page import markup, videos
         from mm_infer.page.studio import Studio
 
         studio = Studio(config, open_weights(config), uploads, held)
-        blocks, css, find = videos.build(gradio, studio), videos.CSS, studio.find
+        blocks, css, find = videos.build(gradio, studio), markup.CSS, studio.find
     return make_app(gradio, blocks, css, given["host"], find), listening
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from threading import Event
 from typing import Any, Literal, get_args
-from urllib.parse import quote
 
 from mm_convert.cli.arguments import options_of
 from mm_convert.cli.values import kinds_of, read_text
 from mm_infer.config import Options
 from mm_infer.loras import read_loras
-from mm_infer.page.studio import Made, Stopped, Studio, difference
+from mm_infer.page.markup import CARDS, cards, differences, film, short, status
+from mm_infer.page.studio import Made, Stopped, Studio
 from mm_models.diffusion.samplers import fitting
 from mm_models.distilled import describe_distilled
 
@@ -36,32 +35,6 @@ SHOWN = (
 """Rows of the form; all other options stand below, closed."""
 FOLLOWING = {"height": {"image", "video"}, "width": {"image", "video"}, "frames": {"video"}}
 """Options that follow what the video is made from, where they are left open."""
-MOST = 60
-"""Videos that are shown at once."""
-CSS = """
-.mm-grid {display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 12px}
-.mm-card {border: 2px solid var(--border-color-primary); border-radius: 8px; padding: 6px; cursor: pointer;
-  background: var(--background-fill-primary); text-align: left; font-size: 13px; font-weight: normal;
-  color: var(--body-text-color)}
-.mm-card:hover, .mm-card:focus {border-color: var(--primary-500)}
-.mm-card video {width: 100%; aspect-ratio: 16/10; object-fit: contain; background: #111; border-radius: 4px}
-.mm-card span {display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap}
-.mm-small {color: var(--body-text-color-subdued)}
-.mm-video video {width: 100%; max-height: 60vh; min-height: 160px; object-fit: contain; background: #111;
-  border-radius: 8px}
-.mm-table {border-collapse: collapse; font-size: 14px; width: 100%}
-.mm-table td, .mm-table th {border: 0; border-bottom: 1px solid var(--border-color-primary); padding: 4px 8px;
-  text-align: left; vertical-align: top; overflow-wrap: anywhere}
-.mm-status {padding: 8px 0; min-height: 3em}
-.mm-error {color: var(--error-text-color, #b91c1c)}
-.mm-command textarea {font-family: var(--font-mono); font-size: 13px}
-"""
-CARDS = """
-element.addEventListener('click', event => {
-  const card = event.target.closest('[data-name]');
-  if (card) trigger('click', {name: card.dataset.name});
-});
-"""
 
 
 def build(gradio: Any, studio: Studio) -> Any:
@@ -127,7 +100,7 @@ class _Page:
                 with gr.Row():
                     self.go = gr.Button("Make the video", variant="primary", scale=3, elem_id="go")
                     self.stop = gr.Button("Stop", variant="stop", scale=1, elem_id="stop")
-                self.status = gr.HTML(_status("Nothing is made yet."), elem_id="status", min_height=70)
+                self.status = gr.HTML(status("Nothing is made yet."), elem_id="status", min_height=70)
                 self.result = self._one("result")
 
     def _one(self, id: str) -> dict[str, Any]:
@@ -272,7 +245,7 @@ class _Page:
 
     def _begin(self, session: str) -> str:
         self.ended[session] = Event()
-        return _status("")
+        return status("")
 
     def _stop(self, session: str) -> None:
         if session in self.ended:
@@ -291,10 +264,10 @@ class _Page:
         try:
             made = self.studio.make(self._values(task, prompt, inputs, options), tell, ended.is_set)
         except Stopped:
-            return [_status("Stopped."), *kept]
+            return [status("Stopped."), *kept]
         except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-            return [_status(str(error), error=True), *kept]
-        return [_status(f"Made {made.name}."), *self._parts(made)]
+            return [status(str(error), error=True), *kept]
+        return [status(f"Made {made.name}."), *self._parts(made)]
 
     def _values(self, task: str, prompt: str, inputs: Mapping[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         """The fields of a `Config` that the form says."""
@@ -317,13 +290,13 @@ class _Page:
     def _list(self, one: str | None, other: str | None) -> list[Any]:
         """The cards, and the choices of both sides."""
         gr, made = self.gr, self.studio.made()
-        choices = [(f"{each.name}: {_short(each.record.get('prompt'))}", each.name) for each in made]
+        choices = [(f"{each.name}: {short(each.record.get('prompt'))}", each.name) for each in made]
         names = [each.name for each in made]
         usual = [*names[1:2], *names[:1]] if len(names) > 1 else [*names, None]
         sides = [
             side if side in names else fallback for side, fallback in zip((one, other), [*usual, None], strict=False)
         ]
-        return [_cards(made), *(gr.update(choices=choices, value=side) for side in sides)]
+        return [cards(made), *(gr.update(choices=choices, value=side) for side in sides)]
 
     def _show(self, name: str) -> list[Any]:
         gr = self.gr
@@ -339,7 +312,7 @@ class _Page:
         except ValueError as error:
             line = f"# {error}"
         return [
-            _film(made),
+            film(made),
             gr.update(value=line, visible=True),
             gr.update(visible=True),
             dict(made.record),
@@ -368,10 +341,10 @@ class _Page:
 
     def _beside(self, one: str | None, other: str | None) -> list[str]:
         pair = [self._find(one), self._find(other)]
-        films = ["" if made is None else _film(made) for made in pair]
+        films = ["" if made is None else film(made) for made in pair]
         if None in pair:
             return [*films, ""]
-        return [*films, _differences(*pair)]
+        return [*films, differences(*pair)]
 
 
 def _typed(value: Any) -> str:
@@ -413,56 +386,3 @@ def _of_event(gr: Any, show: Any) -> Any:
 
     run.__annotations__ = {"event": gr.EventData}
     return run
-
-
-def _status(text: str, error: bool = False) -> str:
-    role, kind = ("alert", " mm-error") if error else ("status", "")
-    return f'<div class="mm-status{kind}" role="{role}">{escape(text)}</div>'
-
-
-def _address(made: Made) -> str:
-    return f"/made/{quote(made.name)}?{made.file.stat().st_mtime_ns}"  # another one in its place is another address
-
-
-def _film(made: Made) -> str:
-    return f'<video src="{_address(made)}" controls loop autoplay muted playsinline></video>'
-
-
-def _short(prompt: Any, length: int = 60) -> str:
-    text = " ".join(str(prompt).split())
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _cards(made: list[Made]) -> str:
-    if not made:
-        return "<p>Nothing is made yet.</p>"
-    cards = []
-    for one in made[:MOST]:
-        record = one.record
-        facts = (
-            f"{record.get('width')}x{record.get('height')}, {record.get('frames')} frames, seed {record.get('seed')}"
-        )
-        title = escape(f"{one.name}: {record.get('prompt')}")
-        cards.append(
-            f'<button class="mm-card" data-name="{escape(one.name)}" title="{title}">'
-            f'<video src="{_address(one)}" muted loop playsinline preload="metadata" onmouseover="this.play()" '
-            f'onmouseout="this.pause()"></video><span>{escape(_short(record.get("prompt")))}</span>'
-            f'<span class="mm-small">{escape(facts)}</span></button>'
-        )
-    more = f"<p>{len(made) - MOST} older ones are in the folder.</p>" if len(made) > MOST else ""
-    return f'<div class="mm-grid">{"".join(cards)}</div>{more}'
-
-
-def _differences(one: Made, other: Made) -> str:
-    rows = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(_plain(a))}</td><td>{escape(_plain(b))}</td></tr>"
-        for name, a, b in difference(one.record, other.record)
-    )
-    if not rows:
-        return "<p>All settings are the same.</p>"
-    head = f"<tr><th>differs</th><th>A: {escape(one.name)}</th><th>B: {escape(other.name)}</th></tr>"
-    return f'<table class="mm-table">{head}{rows}</table>'
-
-
-def _plain(value: Any) -> str:
-    return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

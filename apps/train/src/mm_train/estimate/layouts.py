@@ -97,9 +97,9 @@ def divisors(n: int) -> list[int]:
 
 def command(config: Config, argv: Sequence[str], world: int, per_host: int) -> str:
     """What starts this run: the command that was given, with the layout that was found in place of its own."""
-    hosts = -(-world // per_host)
+    hosts = next(n for n in range(-(-world // per_host), world + 1) if world % n == 0)  # each with as many ranks
     meet = ["--nnodes", str(hosts), "--rdzv_backend", "c10d", "--rdzv_endpoint", "HOST:29500"] if hosts > 1 else []
-    start = ["torchrun", *meet, "--nproc_per_node", str(min(world, per_host))] if world > 1 else ["python"]
+    start = ["torchrun", *meet, "--nproc_per_node", str(world // hosts)] if world > 1 else ["python"]
     kept = _without_layout(argv)
     with redirect_stderr(StringIO()):  # notes that the reader has seen
         usual = load_config(kept)

@@ -57,9 +57,9 @@ def _lines(found: Estimate, config: Config, device: Device | None) -> Iterator[s
     yield f"model      {found.model}: {found.parameters:,} parameters{trained}, matrices in {config.dtype}"
     yield f"task       {found.task}"
     yield f"samples    {found.samples}"
-    yield f"ranks      {found.world}{f' of {device.name}' if device else ''}: {describe(config, found.layout)}"
+    yield f"ranks      {found.world:,}{f' of {device.name}' if device else ''}: {describe(config, found.layout)}"
     each = f"{found.micro_batches} micro-batch{'es' * (found.micro_batches > 1)} a rank"
-    yield f"step       {config.data.global_batch} samples, {each}, {found.tokens:,.0f} tokens"
+    yield f"step       {config.data.global_batch:,} samples, {each}, {found.tokens:,.0f} tokens"
     yield ""
     rank = found.fullest
     where = f"of rank {rank.rank} of the pipeline, the fullest" if len(found.memory) > 1 else "of a rank"
@@ -101,7 +101,7 @@ def _memory_rows(found: Estimate, rank: RankMemory) -> Iterator[Row]:
     yield Row("saved activations", gib(rank.saved), "counted", flight)
     yield Row("inputs and what the stem makes", gib(rank.stream), "counted")
     if rank.head:
-        yield Row("logits and loss", gib(rank.head), "counted", "while the head runs")
+        yield Row("head and loss", gib(rank.head), "counted", "while the head runs")
     if rank.gathered:
         yield Row("gathered weights", gib(rank.gathered), "modelled")
     yield Row("the layer that runs", gib(rank.transient), "modelled", rank.moment)
@@ -202,7 +202,8 @@ def _link_rows(time: StepTime) -> Iterator[str]:
 
 def _disk_rows(found: Estimate) -> Iterator[Row]:
     disk = found.disk
-    yield Row("a checkpoint", gib(disk.checkpoint), "counted", f"{disk.checkpoints} at one time")
+    most = "" if found.optimizer == "adamw" else "at most; "
+    yield Row("a checkpoint", gib(disk.checkpoint), "counted", f"{most}{disk.checkpoints} at one time")
     yield Row("weights in the end", gib(disk.exported), "counted")
     yield Row("disk of the run", gib(disk.run), "modelled")
     if disk.feature:
@@ -210,26 +211,32 @@ def _disk_rows(found: Estimate) -> Iterator[Row]:
 
 
 def _help(subject: Subject, config: Config, world: int, device: Device) -> Iterator[str]:
-    """What would make it fit, one change at a time, and what each leaves."""
-    yield ""
-    yield "what would help"
-    asked = {field: getattr(config.memory, field) for field in ("recompute", "offload")}
-    ways = [with_memory(config, memory) for memory in MEMORIES if memory != asked]
+    """What takes less memory, and what each leaves; and what else there is, where none fits."""
+    now = subject.estimate(config, world).peak
+    ways = [with_memory(config, memory) for memory in MEMORIES]
     if config.has_frozen and config.parallel.tp == 1:
         bases = [{"base": "nf4"}, {"base": "nf4", "host_layers": sum(1 for _ in subject.model.layers)}]
         ways += [with_memory(config, MEMORIES[-1] | base) for base in bases]
+    fits = False
+    yield ""
+    yield "what would take less"
     for way in ways:
         try:
             found = subject.estimate(way, world)
         except ValueError:
             continue
+        if way.memory == config.memory or found.peak >= now > device.memory:
+            continue
+        fits |= found.fits(device)
         over = found.peak <= device.memory and not found.fits(device)
         host = f"  {gib(max(rank.host for rank in found.memory))} are too much for the host" if over else ""
         more = [name for name in ("base", "host_layers") if getattr(way.memory, name) != getattr(config.memory, name)]
         names = ["recompute", "offload", *more]
         said = " ".join(f"--memory.{name} {getattr(way.memory, name)}" for name in names)
         yield f"  {said:98} {gib(found.peak):>12} {'✓' if found.fits(device) else '✗'}{host}"
-    yield "  --search looks at all layouts"
+    yield "  --search looks at all layouts" if world > 1 else "  more ranks, with --world"
+    if not fits:
+        yield "  smaller samples, with --size, or with what the data is"
 
 
 def gib(size: float) -> str:
@@ -286,6 +293,9 @@ def _search(subject: Subject, config: EstimateConfig, world: int, device: Device
         yield "these would be faster, and do not fit"
         yield from _options(found.faster, device)
     yield ""
+    data = config.data.features, config.data.manifest, config.data.conversations
+    if missing := ["--weights"] * (not config.weights) + ["data"] * (not any(data)):
+        yield f"the command to start, when {' and '.join(missing)} are given, too"
     yield command(found.best[0].config, argv, world, device.per_host)
 
 
@@ -295,9 +305,8 @@ def _options(options: Sequence[Option], device: Device | None = None) -> Iterato
         one = option.estimate
         why = f"  ✗ {_why(one, device)}" if device else ""
         host = gib(max(rank.host for rank in one.memory))
-        cells.append(
-            [f"{one.seconds:,.2f}", f"{100 * one.time.mfu:.1f} %", gib(one.peak), host, describe(option.config) + why]
-        )
+        took = f"{one.seconds:,.2f}" if one.seconds >= 1 else f"{one.seconds:.4f}"
+        cells.append([took, f"{100 * one.time.mfu:.1f} %", gib(one.peak), host, describe(option.config) + why])
     yield from _columns(cells, words=(4,))
 
 

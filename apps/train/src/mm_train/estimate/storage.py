@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mm_models.folder import check_weights
-from mm_train.checks import checkpoint_bytes
+from mm_train.checks.paths import checkpoint_bytes
 from mm_train.config import Config
 from mm_train.objective import architecture
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,12 @@ from mm_train.estimate.config import SizeOptions
 from mm_train.objective import architecture, choose_task
 
 Tensors = Mapping[str, Tensor]
+
+MOST = 2**30
+"""Numbers in a micro-batch that is looked at: noise as large as its latents is drawn for real."""
+OF_VIDEOS = ("frames", "height", "width", "text")
+OF_CONVERSATIONS = ("conversation", "patches", "labels")
+"""Fields of `SizeOptions`, by what they say the size of."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,13 @@ class Workload:
 
     def ask(self, objective: Objective) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]]:
         """(what the model is called with on the largest micro-batch, losses of what it has made of it). What chance
-        decides is drawn once, as in a step.
+        decides is drawn once, as in a step. ValueError for one that is too large for that.
         """
+        if (count := sum(x.numel() for x in self.tensors.values())) > MOST:
+            raise ValueError(
+                f"a micro-batch of {count:,} numbers is more than an estimate looks at ({MOST:,}): give smaller "
+                "samples, or a smaller --data.micro_batch"
+            )
         drawn = objective.draw(self.tensors, lambda number, purpose: torch.Generator())
         return objective.inputs(self.tensors, drawn), lambda output: objective.losses(output, self.tensors, drawn)
 
@@ -73,12 +84,23 @@ def find_samples(config: Config, size: SizeOptions | None = None) -> Samples:
     family, shape = architecture(config)
     size = size or SizeOptions()
     if family.chat is not None:
+        _refuse_sizes(size, OF_VIDEOS, f"is for videos, and {config.model} reads conversations")
         return _find_packs(config, family, shape, size)
+    _refuse_sizes(size, OF_CONVERSATIONS, f"is for conversations, and {config.model} makes videos")
     if config.data.features is not None and config.data.features.exists():
+        _refuse_sizes(size, OF_VIDEOS, f"is for where there is no data, and --data.features {config.data.features} is")
         return _read_features(config)
     clip, source = _choose_clip(config, family, shape, size)
     task = choose_task(config.model, family, shape, config.objective.task, "--objective.task")
     return _Clips(family.example(shape, task, clip), source, counted=False)
+
+
+def _refuse_sizes(size: SizeOptions, names: Sequence[str], why: str) -> None:
+    """Raise ValueError for one that would change nothing."""
+    usual = SizeOptions()
+    for name in names:
+        if getattr(size, name) != getattr(usual, name):
+            raise ValueError(f"--size.{name} {why}: leave it out")
 
 
 def of_batch(tensors: Tensors, micro_batches: int, objective: Objective) -> Workload:
@@ -198,11 +220,17 @@ class _Packs:
 def _find_packs(config: Config, family: Family, shape: Any, size: SizeOptions) -> _Packs:
     task = choose_task(config.model, family, shape, config.objective.task, "--objective.task")
     tokens, patches = float(min(size.conversation, config.data.max_tokens)), size.patches
-    source, counted = "--size", False
+    source, counted = "by default" if size == SizeOptions() else "--size", False
     survey = config.run_dir / "survey.npz"
     if survey.is_file() and (found := _read_survey(survey)):
+        _refuse_sizes(size, ("conversation", "patches"), f"is for where there is no survey, and {survey} is")
         tokens, patches = found[0], found[1] / found[0]
         source, counted = f"the mean of {survey}", True
+    elif size.conversation > tokens and size.conversation != SizeOptions().conversation:
+        raise ValueError(
+            f"--size.conversation {size.conversation} is more than --data.max_tokens {config.data.max_tokens}, and "
+            "such are not trained whole (--data.too_long): raise that, or give a smaller size"
+        )
     said = f"conversations of {tokens:,.0f} tokens, with {patches:.2g} patches of images each token ({source})"
     return _Packs(family, shape, task, tokens, patches, size.labels, said, counted)
 

@@ -52,6 +52,7 @@ __all__ = [
     "REQUIRED",
     "Option",
     "dump",
+    "flags_of",
     "instantiate",
     "nearest",
     "options_of",
@@ -346,6 +347,17 @@ def options_of(cls: type, prefix: str = "") -> Iterator[Option]:
             default = _default(field)
             how = {name: field.metadata.get(name, False) for name in ("positional", "repeated")}
             yield Option(prefix + field.name, hint, default, helps.get(field.name, ""), **how)
+
+
+def flags_of(config: Any, prefix: str = "--") -> dict[str, Any]:
+    """What a configuration says, by its flags: `{"--optim.lr": 1e-4}`. A path is its text."""
+    flags: dict[str, Any] = {}
+    for name, value in ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config)):
+        if dataclasses.is_dataclass(value):
+            flags |= flags_of(value, f"{prefix}{name}.")
+        else:
+            flags[prefix + name] = str(value) if isinstance(value, Path) else value
+    return flags
 
 
 def _group_docs(cls: type, prefix: str = "") -> dict[str, str]:

@@ -5,6 +5,7 @@ from math import prod
 
 from torch import Tensor, nn
 
+from mm_models.layers import count_flowing
 from mm_models.opensoraplan.config import OpenSoraPlanConfig
 
 
@@ -20,10 +21,12 @@ class Cost:
         own = [parameter for name, parameter in model.named_parameters() if ".lora_" not in name]
         trained = sum(parameter.numel() for parameter in own if parameter.requires_grad)
         self.trained = trained / max(1, sum(parameter.numel() for parameter in own))
+        behind = ("proj_out.", "scale_shift_table")
+        self.flows = count_flowing(model, "transformer_blocks", behind) / self.config.num_layers
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> tuple[int, float]:
         samples, tokens = len(tensors["latents"]), prod(tensors["latents"].shape[2:]) // prod(self.config.patch_size)
-        return samples * tokens, samples * train_flops(self.config, tokens, self.trained)
+        return samples * tokens, samples * train_flops(self.config, tokens, self.trained, self.flows)
 
 
 def flops(config: OpenSoraPlanConfig, tokens: int, text: int | None = None) -> int:
@@ -39,14 +42,15 @@ def flops(config: OpenSoraPlanConfig, tokens: int, text: int | None = None) -> i
     return linear + attention
 
 
-def train_flops(config: OpenSoraPlanConfig, tokens: int, trained: float = 1.0) -> int:
+def train_flops(config: OpenSoraPlanConfig, tokens: int, trained: float = 1.0, flows: float = 1.0) -> int:
     """FLOPs of forward and backward over one sample.
 
     trained: part of the weights that are trained. The backward of a frozen linear costs once, not twice: its weight
-    needs no gradient. (Under adapters 0; their own cost is left out.)
+    needs no gradient. (Under adapters 0; their own cost is left out.) flows: the share of the layers into which
+    something trained flows; those before them have no backward.
     """
     linear, attention = _linear_and_attention(config, tokens)
-    return round((2 + trained) * linear + 3 * attention)
+    return round((1 + flows + trained) * linear + (1 + 2 * flows) * attention)
 
 
 def _linear_and_attention(config: OpenSoraPlanConfig, tokens: int, text: int | None = None) -> tuple[int, int]:

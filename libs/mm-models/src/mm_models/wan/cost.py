@@ -5,6 +5,7 @@ from math import prod
 
 from torch import Tensor, nn
 
+from mm_models.layers import count_flowing
 from mm_models.wan.config import WanConfig
 
 
@@ -17,10 +18,12 @@ class Cost:
     def __init__(self, model: nn.Module) -> None:
         self.config = model.config
         self.trained, self.control_trained = (_trained_part(model, control) for control in (False, True))
+        self.flows = _find_flowing(model)
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> tuple[int, float]:
         samples, tokens = len(tensors["latents"]), prod(tensors["latents"].shape[2:]) // prod(self.config.patch_size)
-        return samples * tokens, samples * train_flops(self.config, tokens, self.trained, self.control_trained)
+        trained = self.trained, self.control_trained, *self.flows
+        return samples * tokens, samples * train_flops(self.config, tokens, *trained)
 
 
 def _trained_part(model: nn.Module, control: bool) -> float:
@@ -30,6 +33,18 @@ def _trained_part(model: nn.Module, control: bool) -> float:
         if name.startswith("vace_") == control and ".lora_" not in name:
             sizes[parameter.requires_grad] += parameter.numel()
     return sizes[True] / max(1, sum(sizes.values()))
+
+
+def _find_flowing(model: nn.Module) -> tuple[float, float]:
+    """The share of the layers through which gradients flow: of the ladder, and of the control ladder."""
+    layers, control = model.config.num_layers, model.config.vace_layers
+    own = count_flowing(model, "blocks", ("head.", "vace_"))
+    if not control:
+        return own / layers, 1.0
+    inside = count_flowing(model, "vace_blocks", ("head.", "blocks."))
+    # what a control layer makes is added behind the layer that it is for
+    reached = layers - 1 - control[-inside] if inside else 0
+    return max(own, reached) / layers, inside / len(control)
 
 
 def flops(config: WanConfig, tokens: int, text: int | None = None, image: int | None = None) -> int:
@@ -45,20 +60,31 @@ def flops(config: WanConfig, tokens: int, text: int | None = None, image: int | 
     return linear + attention
 
 
-def train_flops(config: WanConfig, tokens: int, trained: float = 1.0, control_trained: float | None = None) -> int:
+def train_flops(
+    config: WanConfig,
+    tokens: int,
+    trained: float = 1.0,
+    control_trained: float | None = None,
+    flows: float | None = None,
+    control_flows: float = 1.0,
+) -> int:
     """FLOPs of forward and backward over one sample.
 
     trained: part of the weights that are trained. The backward of a frozen linear costs once, not twice: its weight
     needs no gradient. (Under adapters 0; their own cost is left out.) `control_trained` says it of the control ladder.
-    Where that alone is trained, the first layer, into which nothing trained flows, has no backward at all.
+    flows, control_flows: the share of the layers into which something trained flows; those before them have no
+    backward. By default it is all, but where the control ladder alone is trained all but the first.
     """
     linear, attention = _linear_and_attention(config, tokens)
     control = _control_linears(config, tokens)
     control_trained = trained if control_trained is None else control_trained
-    total = (2 + trained) * (linear - control) + (2 + control_trained) * control + 3 * attention
-    if control and not trained and control_trained:
-        blocks = config.num_layers + len(config.vace_layers)
-        total -= _block_linears(config, tokens, config.text_tokens) + 2 * attention // blocks
+    if flows is None:
+        flows = 1 - (control > 0 and not trained and control_trained > 0) / config.num_layers
+    context = config.text_tokens + (config.image_tokens if config.image_dim else 0)
+    layers = config.num_layers * _block_linears(config, tokens, context)
+    own = attention * config.num_layers // (config.num_layers + len(config.vace_layers))
+    total = (2 + trained) * (linear - control - layers) + (1 + flows + trained) * layers + (1 + 2 * flows) * own
+    total += (1 + control_flows + control_trained) * control + (1 + 2 * control_flows) * (attention - own)
     return round(total)
 
 

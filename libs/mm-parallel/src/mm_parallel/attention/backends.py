@@ -56,7 +56,8 @@ PACKED = {
 _SIXTEEN = (torch.float16, torch.bfloat16)
 _WRONG_CUDNN = 91500  # and before: wrong where 128 does not divide the keys (pytorch #169849)
 _FEW_HEADS = 8  # of keys: with fewer, cuDNN is silently wrong on compute capability 10 (pytorch #193893)
-_LONG = 4096  # queries
+LONG = 4096
+"""Queries of a sequence for which `auto` takes cuDNN."""
 _ORDER = ("cpu", "npu", "flash4", "flash3", "cudnn", "flash", "efficient", "math")
 _LOADED = {"flash": None, "flash3": "FA3", "flash4": "FA4"}
 
@@ -163,7 +164,7 @@ def choose(call: Call, name: str = "auto") -> str:
             able = ", ".join(other for other in BACKENDS if not refusal(other, call))
             raise ValueError(f"attention by {name} cannot run here: {why}. There are auto, {able}")
         return name
-    few_shapes = not call.uneven and (call.queries is None or call.queries >= _LONG)
+    few_shapes = not call.uneven and (call.queries is None or call.queries >= LONG)
     for other in _ORDER:
         wanted = other != "cudnn" or (few_shapes and call.capability[0] in (9, 10))
         if wanted and not refusal(other, call):
@@ -216,4 +217,5 @@ def _facts(device: torch.device | None) -> dict[str, Any]:
 def _hardware(device: torch.device | None) -> tuple[tuple[int, int], int]:
     if not torch.cuda.is_available():
         return (8, 0), 0
-    return torch.cuda.get_device_capability(device), torch.backends.cudnn.version() or 0
+    cudnn = None if torch.version.hip else torch.backends.cudnn.version()  # of ROCm it would be MIOpen's
+    return torch.cuda.get_device_capability(device), cudnn or 0

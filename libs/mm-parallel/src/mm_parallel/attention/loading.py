@@ -19,6 +19,7 @@ def loaded() -> str | None:
 def activate(name: str, device_type: str = "cuda") -> None:
     """Makes torch ready for the kernel that a user named (`mm_parallel.config.AttentionName`); "auto" loads nothing.
 
+    "flash" puts FlashAttention 2 back, where the process had loaded another.
     On CUDA it also tells `F.scaled_dot_product_attention`, for all in the process that calls it (attention to text,
     text encoders, transformers' classes): cuDNN only where it was named, for in some shapes it is wrong and in each new
     one slow; nothing quicker than what was named.
@@ -32,6 +33,8 @@ def activate(name: str, device_type: str = "cuda") -> None:
                 f"attention by {name} cannot be loaded ({_PACKAGES[name]}): {type(error).__name__}: {error}. "
                 "Leave it out: auto takes what is there"
             ) from error
+    if name == "flash" and loaded():
+        _torch.restore_flash_attention_impl()
     if device_type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
         torch.backends.cuda.enable_flash_sdp(name not in ("cudnn", "efficient", "math"))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from mm_parallel.attention.backends import pick
+from mm_parallel.attention.backends import LONG, pick
 from mm_parallel.attention.op import core, named
 from mm_parallel.config import AttentionName
 from mm_parallel.mesh import size
@@ -62,7 +62,9 @@ def describe_choice(
     heads, kv_heads = (max(1, count // ranks) for count in (max(counts), min(counts)))
     asked = partial(pick, device, dtype, plan.head_dim, heads=heads, kv_heads=kv_heads, name=name)
     long, uneven = asked(), asked(packed=True)
+    short = asked(queries=LONG - 1)
+    others = f"packs, masks and fewer than {LONG:,} tokens" if short == uneven else "packs and masks"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         long += f" (compute capability {major}.{minor})"
-    return long if long.startswith(uneven) else f"{long}, of packs and masks {uneven}"
+    return long if long.startswith(uneven) else f"{long}, of {others} {uneven}"

@@ -39,7 +39,9 @@ class UnitMemory:
     word: str
     """What it recomputes: none, full or but_attention."""
     saved: int
-    """What waits on the device for the backward."""
+    """What waits on the device for the backward, but for `shared`."""
+    shared: int
+    """Of what it saves, what a unit before saves too, or what is the buffer in which it was received."""
     host: int
     """What waits on the host."""
     weights: int
@@ -205,19 +207,37 @@ class _Rank:
         self.traces: Traces = units.trace(layout, words)
         self.is_first, self.is_last = rank == 0, rank == layout.pp - 1
         names = units.layers[""]
-        self.chunks: list[list[UnitMemory]] = [[self._unit(names[i]) for i in part] for part in stages]
+        self.chunks: list[list[UnitMemory]] = []
+        self.sent: list[int] = []
+        """Of each virtual stage, bytes of what it hands on that none of its units saves."""
+        for virtual, part in enumerate(stages):
+            begins, ends = self.is_first and virtual == 0, self.is_last and virtual == len(stages) - 1
+            own = self._chain(["stem"] * begins + [names[i] for i in part] + ["head"] * ends, received=not begins)
+            if begins:
+                self.stem = own.pop(0)
+            if ends:
+                self.head = own.pop()
+            self.chunks.append(own)
         self.inner: dict[str, list[UnitMemory]] = {}
         if self.is_first:
             self.inner = {p: [self._unit(name) for name in own] for p, own in units.layers.items() if p}
-            self.stem = self._unit("stem")
-        if self.is_last:
-            self.head = self._unit("head")
         owners = [name for chunk in self.chunks for name in (unit.name for unit in chunk)]
         owners += [unit.name for own in self.inner.values() for unit in own]
         owners += ["first"] * self.is_first + ["last"] * self.is_last
         self.own: list[Weight] = [weight for owner in owners for weight in weights.of(owner)]
 
-    def _unit(self, name: str) -> UnitMemory:
+    def _chain(self, names: Iterable[str], received: bool) -> list[UnitMemory]:
+        """Units of a stage one after the other. received: what enters the first lies in buffers."""
+        counted, units = self.units.travels[""] if received else frozenset[str](), []
+        for name in names:
+            trace = self.traces.units[name]
+            takes = frozenset[str]() if self.memory.offload == "inputs" and trace.inputs else trace.takes
+            units.append(self._unit(name, self._bytes_of(takes & counted)))
+            counted = ((counted | takes) - trace.changes) | trace.keeps
+        self.sent.append(self._traveling() - self._bytes_of(counted))
+        return units
+
+    def _unit(self, name: str, shared: int = 0) -> UnitMemory:
         trace, word = self.traces.units[name], self.words.get(name, "none")
         moved = {"inputs": trace.inputs, "attention": trace.kept, "none": 0}[self.memory.offload]
         owner, ranks = {"stem": "first", "head": "last"}.get(name, name), self.weights.ranks
@@ -229,7 +249,9 @@ class _Rank:
             reduced = max((sum(weight.to_reduce(ranks) for weight in own) for own in groups), default=0)
         whole = sum(weight.whole(ranks if weight.group is not None else 1) for weight in of)
         gradients = sum(weight.bytes(ranks) for weight in of if weight.trained)
-        return UnitMemory(name, word, trace.saved - moved, moved, whole, gathered, reduced, gradients, trace)
+        return UnitMemory(
+            name, word, trace.saved - moved - shared, shared, moved, whole, gathered, reduced, gradients, trace
+        )
 
     def measure(self) -> RankMemory:
         ranks = self.weights.ranks
@@ -286,14 +308,11 @@ class _Rank:
         if virtual == 0 and self.is_first:
             units += [self.stem, *(unit for own in self.inner.values() for unit in own)]
             stream += self._constants(virtual) + self._called_with(self.stem.trace.holds)
-        elif self.layout.pp > 1:
-            # the input of its first layer is the buffer in which it came
-            saved -= min(units[0].saved, self._traveling())
         if virtual == len(self.chunks) - 1 and self.is_last:
             units.append(self.head)
             saved -= self.head.trace.output
         elif self.layout.pp > 1:
-            stream += self._traveling()  # until its gradient comes
+            stream += self.sent[virtual]  # until its gradient comes
         return saved + sum(unit.saved for unit in units), stream, sum(unit.host for unit in units)
 
     def _constants(self, virtual: int) -> int:
@@ -305,8 +324,11 @@ class _Rank:
         return total + sum(self.traces.constants(p, [unit.name for unit in own]) for p, own in self.inner.items())
 
     def _traveling(self, prefix: str = "") -> int:
-        travels = self.units.travels[prefix]
-        return sum(size for name, (size, _) in self.traces.stream[prefix].items() if name in travels)
+        return self._bytes_of(self.units.travels[prefix], prefix)
+
+    def _bytes_of(self, fields: Iterable[str], prefix: str = "") -> int:
+        """Of the stream."""
+        return sum(size for name, (size, _) in self.traces.stream[prefix].items() if name in fields)
 
     def _called_with(self, names: Iterable[str] | None = None) -> int:
         """Bytes of these arguments of the model; None: of all."""
@@ -428,17 +450,15 @@ class _Rank:
         temporary = gradients if self.optimizer == "foreach" else 0
         return _Moment("the optimizer", 0, 0, max(flat, temporary), gradients)
 
-    def _sequence(self, virtual: int) -> list[tuple[UnitMemory, int]]:
-        """The units of a virtual stage in the order in which they run, with what the stem has made around them."""
-        units: list[tuple[UnitMemory, int]] = []
+    def _sequence(self, virtual: int) -> list[tuple[UnitMemory, str]]:
+        """The units of a virtual stage in the order in which they run, with the prefix of the inner ladder or ""."""
+        units: list[tuple[UnitMemory, str]] = []
         if virtual == 0 and self.is_first:
-            for prefix, own in self.inner.items():
-                around = self.traces.around[prefix] - self._traveling(prefix)
-                units += [(unit, around) for unit in own]
-            units.append((self.stem, 0))
-        units += [(unit, 0) for unit in self.chunks[virtual]]
+            units += [(unit, prefix) for prefix, own in self.inner.items() for unit in own]
+            units.append((self.stem, ""))
+        units += [(unit, "") for unit in self.chunks[virtual]]
         if virtual == len(self.chunks) - 1 and self.is_last:
-            units.append((self.head, 0))
+            units.append((self.head, ""))
         return units
 
     def _root_weights(self) -> list[Weight]:
@@ -446,6 +466,11 @@ class _Rank:
         owners = ["first"] * self.is_first + ["last"] * self.is_last
         of = [weight for owner in owners for weight in self.weights.of(owner)]
         return [weight for weight in of if weight.group == ""]
+
+    def _tower(self, prefix: str) -> int:
+        """Of an inner ladder's own weights, gathered while its layers run; 0 for the main ladder and without FSDP."""
+        own = self.weights.groups("first").get(prefix.removesuffix("."), ()) if prefix else ()
+        return sum(weight.whole(self.weights.ranks) for weight in own)
 
     def _root(self) -> int:
         return sum(weight.whole(self.weights.ranks) for weight in self._root_weights())
@@ -458,10 +483,11 @@ class _Rank:
         sequence = self._sequence(virtual)
         if virtual == 0 and self.is_first:
             alive += self._called_with()
-        for place, (unit, around) in enumerate(sequence):
+        for place, (unit, prefix) in enumerate(sequence):
+            around = self.traces.around[prefix].forward - self._traveling(prefix) if prefix else -unit.shared
             ahead = sum(other.gathered for other, _ in sequence[place + 1 : place + 1 + self.memory.prefetch])
             buffer = unit.gathered or (before.gathered if before else 0)  # until the next comes
-            gathered = root + kept + unit.gathered + buffer + ahead
+            gathered = root + self._tower(prefix) + kept + unit.gathered + buffer + ahead
             leaving = before.host if before else 0
             run = unit.trace.forward - (unit.trace.output if unit.name == "head" else 0)
             yield _Moment(f"forward of {unit.name}", alive + around, gathered, run + leaving, 0)
@@ -486,14 +512,11 @@ class _Rank:
 
     def _backward(self, virtual: int, first: bool) -> Iterator[_Moment]:
         """first: no gradients are there yet, of any parameter."""
-        root = self._root()
         sequence = self._sequence(virtual)
         alive = sum(unit.saved for unit, _ in sequence)
         alive -= self.head.trace.output if sequence[-1][0].name == "head" else 0
         if virtual == 0 and self.is_first:
             alive += self._constants(virtual) + self._called_with(self.stem.trace.holds)
-        elif self.layout.pp > 1:
-            alive -= min(sequence[0][0].saved, self._traveling())
         constant = sum(
             size
             for name, (size, trained) in self.traces.stream[""].items()
@@ -504,11 +527,10 @@ class _Rank:
         pending = buffer = done = 0  # gradients of the root; the buffer of the unit before; gradients that are there
         idle = 0  # weights that were gathered ahead for a backward that never comes
         for place in reversed(range(len(sequence))):
-            unit, around = sequence[place]
+            unit, prefix = sequence[place]
             trace = unit.trace
-            if around:  # in `alive` are those of the ladder's constants that are referred to
-                prefix = next(prefix for prefix, own in self.inner.items() if unit in own)
-                around = max(0, around - self._all_constants(prefix))
+            around = self.traces.around[prefix].backward if prefix else -unit.shared
+            root = self._root() + self._tower(prefix)
             alive -= unit.saved - (trace.output if unit.name == "head" else 0)
             given = self.traces.returned if unit.name == "head" and self.layout.pp > 1 else 0
             following = next((u.gathered for u, _ in reversed(sequence[:place]) if u.gathered), 0)
@@ -533,6 +555,8 @@ class _Rank:
                 pending += trace.gradients
             still -= unit.gathered if not self.memory.reshard else 0
             alive += given  # from the head's backward on: before, it is among what the head saves
-            done += unit.gradients if first and not self.memory.offload_params else 0
+            # those of stem and head are reduced at the end
+            reduced = not sharded or unit.name not in ("stem", "head")
+            done += unit.gradients if reduced and first and not self.memory.offload_params else 0
         if sharded:
             yield _Moment("gradients of the root", 0, pending + self._reduce_root(), 0, done)

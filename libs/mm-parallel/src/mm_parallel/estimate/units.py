@@ -64,6 +64,12 @@ class UnitTrace:
     """The fields of the stream that it changes nothing of, and that live until its backward, for it refers to them; of
     the stem, the model's arguments.
     """
+    takes: frozenset[str]
+    """Of the fields that travel, those that are in `saved` as it was given them."""
+    changes: frozenset[str]
+    """Of the same, those that it hands on in new memory."""
+    keeps: frozenset[str]
+    """Of `changes`, those that are in `saved` as it hands them on."""
     kernels: tuple[Kernel, ...] = field(repr=False)
     """Of one forward."""
     backward_kernels: tuple[Kernel, ...] = field(repr=False)
@@ -74,13 +80,22 @@ class UnitTrace:
     """In one backward, with those that recompute makes again."""
 
 
+class Around(NamedTuple):
+    """Bytes of the stem that live while the layers of an inner ladder run."""
+
+    forward: int
+    """What it has made, with what enters the ladder."""
+    backward: int
+    """What waits for the rest of the stem's backward."""
+
+
 class Traces(NamedTuple):
     """Of one way of cutting."""
 
     units: dict[str, UnitTrace]
     """By name: "stem" (with what is around the layers of inner ladders), module names of layers, "head"."""
-    around: dict[str, int]
-    """Bytes that the stem has made when the layers of an inner ladder run, by its prefix."""
+    around: dict[str, Around]
+    """By prefix of an inner ladder."""
     stream: dict[str, dict[str, tuple[int, bool]]]
     """By prefix, of each field of the stream with tensors: bytes, and whether it requires a gradient when it leaves the
     last layer.
@@ -254,7 +269,7 @@ class Units:
     def _run_stem(self, way: Way) -> "_Stem":
         twin, mesh = self.twin(way), self._meshes[way, "none"]
         entries: dict[str, Any] = {}
-        around: dict[str, int] = {}
+        around: dict[str, Around] = {}
         ladders = [(prefix, ladder) for prefix, ladder, _ in self.plan.ladders(twin) if prefix]
         counting = _Counting(mesh)
 
@@ -262,18 +277,24 @@ class Units:
             def layer(i: int, stream: Any) -> Any:
                 if prefix in entries:
                     return stream
-                entries[prefix], around[prefix] = _describe(stream), counting.now
+                entries[prefix], made = _describe(stream), counting.now
+                around[prefix] = Around(made, 0)
+
+                def note(grad: Tensor) -> None:
+                    waits = counting.now - counting.settled - grad.untyped_storage().nbytes()
+                    around[prefix] = Around(made, waits)
+
                 travels, after = self.travels[prefix], self.trained[prefix]
-                made = {name: _pass(getattr(stream, name), name in after) for name in travels}
-                return stream._replace(**made)
+                through = {name: _pass(getattr(stream, name), note if name in after else None) for name in travels}
+                return stream._replace(**through)
 
             return layer
 
         try:
             for prefix, ladder in ladders:
                 ladder.layer = stand_in(prefix, ladder)
-            example, held = tree_map_only(Tensor, torch.empty_like, dict(self.example)), _Held()
-            held.watch(example)
+            example, held, left = tree_map_only(Tensor, torch.empty_like, dict(self.example)), _Held(), _Held()
+            held.watch(example, example)
             with _running(counting, twin):
                 stream = twin.stem(**example)
                 example = None
@@ -281,14 +302,16 @@ class Units:
                 end = _end([x for x in stream if isinstance(x, Tensor)])
                 output = _bytes([getattr(stream, name) for name in self.travels[""]])
                 entries[""] = _describe(stream)
+                left.watch(stream, self.travels[""])
                 stream = None
-                saved, holds = counting.now, held.find()
+                saved, refers = counting.now, (held.find(), frozenset(), self.travels[""], left.find())
                 made = counting.back(end)
         finally:
             for _, ladder in ladders:
                 ladder.__dict__.pop("layer", None)
         back_kernels, back_sent = counting.take()
-        trace = UnitTrace(saved, 0, 0, output, forward, *made, holds, kernels, back_kernels, sent, back_sent)
+        runs = kernels, back_kernels, sent, back_sent
+        trace = UnitTrace(saved, 0, 0, output, forward, *made, *refers, *runs)
         return _Stem(trace, around, {prefix: _make(entry) for prefix, entry in entries.items()})
 
     def _layer(self, way: Way, prefix: str, name: str, word: str) -> UnitTrace:
@@ -306,22 +329,26 @@ class Units:
     ) -> UnitTrace:
         travels, trained = self.travels[prefix], self.trained[name]
         counting = _Counting(mesh)
-        stream, held = _enter(entry, set(entry._fields) - travels, trained), _Held()
+        stream, held, taken, left = _enter(entry, set(entry._fields) - travels, trained), _Held(), _Held(), _Held()
         with _running(counting, twin):
-            held.watch({name: x for name, x in stream._asdict().items() if name not in travels})
+            held.watch(stream, set(stream._fields) - travels)
             stream = _enter(stream, travels, trained)
+            taken.watch(stream, travels)
             following = ladder.layer(i, stream)
+            changes = {name for name in travels if getattr(following, name) is not getattr(stream, name)}
             stream = None
+            left.watch(following, changes)
             forward, kernels, sent = counting.peak, *counting.take()
             kept = counting.kept if word == "but_attention" else 0
             made = [getattr(following, field) for field in travels]
             output, end = _bytes(made), _end(made)
             del following, made
-            saved, holds = counting.now, held.find()
+            saved, refers = counting.now, (held.find(), taken.find(), frozenset(changes), left.find())
             backward = counting.back(end)
         inputs = saved - kept if word != "none" else 0
         back_kernels, back_sent = counting.take()
-        return UnitTrace(saved, inputs, kept, output, forward, *backward, holds, kernels, back_kernels, sent, back_sent)
+        runs = kernels, back_kernels, sent, back_sent
+        return UnitTrace(saved, inputs, kept, output, forward, *backward, *refers, *runs)
 
     def _head(self, way: Way, returns: bool) -> tuple[UnitTrace, int]:
         if (way, returns) not in self._heads:
@@ -333,26 +360,27 @@ class Units:
         twin, entry = self.twin(way), self._stem(way).entries[""]
         travels, trained = self.travels[""], self.trained[""]
         counting = _Counting(self._meshes[way, "none"])
-        stream, held = _enter(entry, set(entry._fields) - travels, trained), _Held()
+        stream, held, taken = _enter(entry, set(entry._fields) - travels, trained), _Held(), _Held()
         with _running(counting, twin):
-            held.watch({name: x for name, x in stream._asdict().items() if name not in travels})
+            held.watch(stream, set(stream._fields) - travels)
             stream = _enter(stream, travels, trained)
+            taken.watch(stream, travels)
             output = twin.head(stream)
             stream = None
             losses = self.losses(output)
             returned, output = _bytes([output]), output.detach() if returns else None  # `output` would hold the graph
             end, size = losses.sum(), _bytes([losses])
             forward, kernels, sent = counting.peak, *counting.take()
-            saved, holds = counting.now, held.find()
+            saved, refers = counting.now, (held.find(), taken.find(), frozenset(), frozenset())
             backward = counting.back(end)
         back_kernels, back_sent = counting.take()
-        trace = UnitTrace(saved, 0, 0, size, forward, *backward, holds, kernels, back_kernels, sent, back_sent)
+        trace = UnitTrace(saved, 0, 0, size, forward, *backward, *refers, kernels, back_kernels, sent, back_sent)
         return trace, returned
 
 
 class _Stem(NamedTuple):
     trace: UnitTrace
-    around: dict[str, int]
+    around: dict[str, Around]
     entries: dict[str, Any]
     """By prefix, the stream that enters the first layer."""
 
@@ -360,10 +388,12 @@ class _Stem(NamedTuple):
 class _Held:
     """Which of these fields somebody refers to."""
 
-    def watch(self, fields: Mapping[str, Any]) -> None:
+    def watch(self, stream: Any, names: Iterable[str]) -> None:
+        """stream: or the arguments of the model, by name."""
+        fields = stream if isinstance(stream, Mapping) else stream._asdict()
         self._storages = {
-            name: [weakref.ref(x.untyped_storage()) for x in tree_leaves(value) if isinstance(x, Tensor)]
-            for name, value in fields.items()
+            name: [weakref.ref(x.untyped_storage()) for x in tree_leaves(fields[name]) if isinstance(x, Tensor)]
+            for name in names
         }
 
     def find(self) -> frozenset[str]:
@@ -506,20 +536,23 @@ def _leaf() -> Tensor:
     return torch.empty(0, device="meta", requires_grad=True)
 
 
-def _pass(x: Tensor, trained: bool) -> Tensor:
-    return _Through.apply(x, _leaf()) if trained else torch.empty_like(x)
+def _pass(x: Tensor, note: Callable[[Tensor], None] | None) -> Tensor:
+    """note: is given the gradient; None: there is none."""
+    return torch.empty_like(x) if note is None else _Through.apply(x, _leaf(), note)
 
 
 class _Through(torch.autograd.Function):
     """In place of layers: new memory like x, and in the backward new memory like its gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, leaf: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, leaf: Tensor, note: Callable[[Tensor], None]) -> Tensor:
+        ctx.note = note
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return torch.empty_like(grad), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.note(grad)
+        return torch.empty_like(grad), None, None
 
 
 def _enter(stream: Any, names: Any, trained: frozenset[str]) -> Any:

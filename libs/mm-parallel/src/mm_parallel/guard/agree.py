@@ -11,16 +11,17 @@ import torch.distributed as dist
 
 from mm_parallel.guard.diagnosis import ranks_of
 
+ALIKE = "start all ranks with the same flags and files"
+"""The way out where ranks were told different things."""
+
 COPY = "copy the files from one host to the others, or let all read one shared folder"
 """The way out where ranks read files of other contents."""
 
 
-def agree(
-    what: Mapping[str, object] | str, label: str, group: dist.ProcessGroup | None = None, way_out: str = ""
-) -> None:
+def agree(what: Mapping[str, object], label: str, group: dist.ProcessGroup | None = None, way_out: str = "") -> None:
     """Raises ValueError on every rank of `group` (None: all) unless `what` is the same on all of them.
 
-    what: values by name, or a text. They are compared by their `repr`, which must not depend on the process (no sets,
+    what: values by name. They are compared by their `repr`, which must not depend on the process (no sets,
         no addresses). The message names the first keys that differ, the ranks with their hosts, and the values.
     way_out: what to do about it, for the message.
 
@@ -28,8 +29,7 @@ def agree(
     """
     if not dist.is_initialized():
         return
-    lines = dict(enumerate(what.splitlines(), 1)) if isinstance(what, str) else what
-    mine = {f"line {key}" if isinstance(what, str) else key: repr(value) for key, value in lines.items()}
+    mine = {key: repr(value) for key, value in what.items()}
     if len(set(gather(hashlib.sha256(json.dumps(mine).encode()).hexdigest(), group))) == 1:
         return
     hosts, all_of_them = zip(*gather((socket.gethostname(), mine), group), strict=True)
@@ -70,15 +70,17 @@ def agree_on(what: str, who: str, group: dist.ProcessGroup, device: torch.device
 
 
 def check_alike(
-    configuration: str, releases: Mapping[str, str], read: Callable[[], Mapping[str, Mapping[str, str]]]
+    configuration: Mapping[str, object],
+    releases: Mapping[str, str],
+    read: Callable[[], Mapping[str, Mapping[str, str]]],
 ) -> str:
     """Raises ValueError, naming ranks and hosts, unless all ranks were told the same, have the same libraries, and see
     the same files. All ranks call it.
 
-    releases: of libraries, by name. read: gives the identities of files, by flag and name; where it raises ValueError
-        or OSError on one rank, those of others may be right.
+    configuration: values by their flags. releases: of libraries, by name. read: gives the identities of files, by flag
+        and name; where it raises ValueError or OSError on one rank, those of others may be right.
     """
-    agree(configuration, "the configuration")
+    agree(configuration, "the configuration", way_out=ALIKE)
     agree(releases, "the release of a library", way_out="install the same on all hosts")
     try:
         contents = {f"--{flag} {name}": found for flag, those in read().items() for name, found in those.items()}

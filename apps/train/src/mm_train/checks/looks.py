@@ -24,14 +24,16 @@ from mm_data.random import generator
 from mm_data.sets import portions_of
 from mm_models.encoders.text import open_tokenizer
 from mm_models.families import family_of
+from mm_parallel.compile import check_compiler as check_compiler_of
 from mm_parallel.device import bf16_ok, max_device_memory, name_of
 from mm_parallel.device import device as accelerator
 from mm_parallel.devices import find_device, recognize
 from mm_parallel.quantise import check_device as check_codes
 from mm_train import start
 from mm_train.adapter import open_adapter
-from mm_train.checks import Asked, check_space, checkpoint_bytes, nearest
-from mm_train.checks import check_encoders as check_folders
+from mm_train.checks.asked import Asked
+from mm_train.checks.paths import check_encoders as check_folders
+from mm_train.checks.paths import check_space, checkpoint_bytes, nearest
 from mm_train.contents import encoder_files
 from mm_train.conversations import describe_refused, open_processing, read_sources
 from mm_train.data import check_features as check_features_of
@@ -357,6 +359,21 @@ def check_device(asked: Asked) -> str:
     if device.type == "cpu":
         return f"no accelerator is found here: a run computes on the CPU, with {torch.get_num_threads()} threads"
     return f"{torch.accelerator.device_count()} x {name_of(device)}, {_size(max_device_memory(device))}"
+
+
+def check_compiler(asked: Asked) -> str:
+    """There is what `--compile` needs to make code."""
+    if not asked.config.compile:
+        return NotHere("no --compile")
+    return check_compiler_of(accelerator().type)
+
+
+def check_attention(asked: Asked) -> str:
+    """The kernel that was named runs here."""
+    here, name = accelerator(), asked.config.attention
+    if here.type == "cpu" and name not in ("auto", "cpu", "math"):
+        return NotHere(f"no accelerator here that could run {name}")
+    return start.choose_attention(asked.config, None, here)
 
 
 def check_memory(asked: Asked) -> str:
