@@ -352,6 +352,7 @@ def test_what_does_not_go_together_is_one_line(capsys):
         (["--model", "qwen2.5-vl-3b", "--size.conversation", "5000"], "5000 is more than --data.max_tokens 4096"),
         (["--world", "3", "--parallel.tp", "3", "--data.global_batch", "3"], "heads cannot be cut over tp=3"),
         (["--learning_rate", "1"], "unknown option --learning_rate"),
+        (["--compile", "true", "--parallel.schedule", "zero_bubble"], "splits a backward in two"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["--model", "wan2.1-t2v-14b", *argv])

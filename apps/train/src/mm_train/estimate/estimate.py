@@ -27,7 +27,7 @@ from mm_train.optimizers import check_optimizer, state_bytes
 from mm_train.start import check_cut, check_stages_train, outline
 
 DAY = 24 * 3600
-RELATIONS = ("configuration", "model", "options", "objective", "learning rate", "what is trained")
+RELATIONS = ("configuration", "model", "options", "objective", "learning rate", "what is trained", "compile")
 """The checks of a run that look at no path. The layout is looked at in `Subject.estimate`."""
 
 
