@@ -8,14 +8,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mm_parallel.estimate.memory import RankMemory, UnitMemory, estimate_memory
-    from mm_parallel.estimate.units import Units, UnitTrace
+    from mm_parallel.estimate.memory import estimate_memory
+    from mm_parallel.estimate.sizes import RankMemory, UnitMemory
+    from mm_parallel.estimate.traces import UnitTrace
+    from mm_parallel.estimate.units import Units
 
 __all__ = ["RankMemory", "UnitMemory", "UnitTrace", "Units", "estimate_memory"]
 
 _HOMES = {
-    "memory": ("RankMemory", "UnitMemory", "estimate_memory"),
-    "units": ("UnitTrace", "Units"),
+    "memory": ("estimate_memory",),
+    "sizes": ("RankMemory", "UnitMemory"),
+    "traces": ("UnitTrace",),
+    "units": ("Units",),
 }
 
 

@@ -18,7 +18,8 @@ from typing import Literal, NamedTuple
 from mm_parallel.config import MemoryConfig, ParallelConfig
 from mm_parallel.estimate.flight import turns
 from mm_parallel.estimate.memory import words_of
-from mm_parallel.estimate.units import Traces, Units
+from mm_parallel.estimate.traces import Traces
+from mm_parallel.estimate.units import Units
 from mm_parallel.estimate.weights import Weight, Weights
 from mm_parallel.meta import Sent, bytes_sent
 from mm_parallel.pipeline.cut import ranges

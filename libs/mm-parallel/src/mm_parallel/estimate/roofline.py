@@ -28,7 +28,8 @@ from mm_parallel.devices import Device
 from mm_parallel.estimate.collectives import Traffic, count_traffic
 from mm_parallel.estimate.kernels import Kernel
 from mm_parallel.estimate.memory import find_waiting, words_of
-from mm_parallel.estimate.units import Units, UnitTrace
+from mm_parallel.estimate.traces import UnitTrace
+from mm_parallel.estimate.units import Units
 from mm_parallel.estimate.weights import Weights
 from mm_parallel.mesh import AXES, FLAT
 from mm_parallel.pipeline.cut import ranges

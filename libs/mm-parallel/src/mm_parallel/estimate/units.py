@@ -10,152 +10,37 @@ Values are not known here. So every label counts, and attention is that of `mm_p
 """
 
 import copy
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.pipelining._backward import stage_backward_input
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from mm_parallel import context, tensor
-from mm_parallel.attention import KEPT, attention, core
+from mm_parallel.attention import core
 from mm_parallel.config import Base, MemoryConfig, ParallelConfig
-from mm_parallel.estimate.kernels import Kernel, note_ring
-from mm_parallel.estimate.operations import perform
-from mm_parallel.estimate.peak import PeakMemory, is_view
+from mm_parallel.estimate.counting import (
+    Counting,
+    Door,
+    Held,
+    NamedAttention,
+    Operations,
+    bytes_of,
+    end_of,
+    enter,
+    running,
+    skip,
+)
 from mm_parallel.estimate.ranks import FullestItems
+from mm_parallel.estimate.traces import Around, Traces, UnitTrace, Way, way_of
 from mm_parallel.frozen import hold
-from mm_parallel.meta import MetaMesh, Sent
-from mm_parallel.pipeline.stage import add_weight_gradients
+from mm_parallel.meta import MetaMesh
 from mm_parallel.plan import ParallelPlan
 from mm_parallel.recompute import recompute
 
 Losses = Callable[[Tensor], Tensor]
-
-
-class Halves(NamedTuple):
-    """A backward in two halves, by torch's own functions: bytes of one unit, what it has saved among them.
-
-    The first half makes the gradients of inputs. For the second it leaves what was saved, and gradients where the way
-    to a parameter parts from the way to the inputs.
-    """
-
-    after: int
-    """After the first half of this unit, until that of all units has ended."""
-    between: int
-    """From then on until the second half: of the graph is left what this unit or those above refer to."""
-    weights: int
-    """Most bytes in the second half."""
-    again: int
-    """The same where the parameters have gradients already."""
-    left: int
-    """After the second half of this unit, until that of all units has ended."""
-    reaches: frozenset[str]
-    """The fields on whose graph, that of the units before, this one holds between the halves."""
-
-
-@dataclass(frozen=True)
-class UnitTrace:
-    """One micro-batch through one unit, on the fullest rank. All bytes are counted; of parameters there are none."""
-
-    saved: int
-    """Bytes that live from the forward to the backward: what autograd and recompute hold of what this unit or the one
-    before it made. What the stem makes for all layers is not among them.
-    """
-    inputs: int
-    """Of `saved`, what offload="inputs" moves."""
-    kept: int
-    """Of `saved`, what offload="attention" moves."""
-    output: int
-    """Bytes that it hands on to the next unit; of the head, of its losses, which are kept until the end of the step."""
-    forward: int
-    """Most bytes at one time in the forward: its input, what it makes and saves, its output."""
-    backward: int
-    """Most bytes at one time in the backward: what is saved, what is made, gradients of its parameters among it. Of a
-    backward in halves: in the first.
-    """
-    again: int
-    """The same where the parameters have gradients already, to which others are added."""
-    gradients: int
-    """Bytes of gradients of its parameters, in the dtype in which it reads them."""
-    holds: frozenset[str]
-    """The fields of the stream that it changes nothing of, and that live until its backward, for it refers to them; of
-    the stem, the model's arguments.
-    """
-    takes: frozenset[str]
-    """Of the fields that travel, those that are in `saved` as it was given them."""
-    changes: frozenset[str]
-    """Of the same, those that it hands on in new memory."""
-    keeps: frozenset[str]
-    """Of `changes`, those that are in `saved` as it hands them on."""
-    kernels: tuple[Kernel, ...] = field(repr=False)
-    """Of one forward."""
-    backward_kernels: tuple[Kernel, ...] = field(repr=False)
-    """Of one backward, with what recompute runs again."""
-    sent: tuple[Sent, ...] = field(repr=False)
-    """Collectives over tensor-parallel and context ranks in one forward."""
-    backward_sent: tuple[Sent, ...] = field(repr=False)
-    """In one backward, with those that recompute makes again."""
-    halves: Halves | None = None
-    """Where the backward is split."""
-
-
-class Around(NamedTuple):
-    """Bytes of the stem that live while the layers of an inner ladder run."""
-
-    forward: int
-    """What it has made, with what enters the ladder."""
-    backward: int
-    """What waits for the rest of the stem's backward."""
-
-
-class Traces(NamedTuple):
-    """Of one way of cutting."""
-
-    units: dict[str, UnitTrace]
-    """By name: "stem" (with what is around the layers of inner ladders), module names of layers, "head"."""
-    around: dict[str, Around]
-    """By prefix of an inner ladder."""
-    stream: dict[str, dict[str, tuple[int, bool]]]
-    """By prefix, of each field of the stream with tensors: bytes, and whether it requires a gradient when it leaves the
-    last layer.
-    """
-    returned: int
-    """Bytes of what the model returns. In a pipeline it is in the head's `saved`, and lives until the last stage's
-    backward has ended: torch's stage refers to it.
-    """
-
-    def constants(self, prefix: str, names: Iterable[str]) -> int:
-        """Bytes of the fields that some of these units refer to."""
-        held = frozenset[str]().union(*(self.units[name].holds for name in names))
-        return sum(self.stream[prefix][name][0] for name in held)
-
-
-class Way(NamedTuple):
-    """What of a layout changes a unit."""
-
-    tp: int
-    ring: int
-    ulysses: int
-    sharded: bool
-    """Whether parameters come in the dtype of the computation."""
-
-    @property
-    def ranks(self) -> int:
-        return self.tp * self.ring * self.ulysses
-
-
-def way_of(layout: ParallelConfig) -> Way:
-    sharded = layout.dp_replicate * layout.dp_shard * layout.ring * layout.ulysses > 1
-    return Way(layout.tp, layout.ring, layout.ulysses, sharded)
 
 
 class Units:
@@ -218,7 +103,7 @@ class Units:
                 name = self.layers[prefix][i]
                 self.trained[name] = _trained(stream)
                 stream = _cut_off(stream)
-                with _Operations() as operations:
+                with Operations() as operations:
                     following = layer(i, stream)
                 parts = [whole.get_submodule(part) for part in (*self.companions.get(name, ()), name)]
                 shapes = [(p.shape, p.dtype, p.requires_grad) for part in parts for p in part.parameters()]
@@ -234,7 +119,7 @@ class Units:
         for prefix, ladder, own in self.plan.ladders(whole):
             _name_core(ladder, own)
             ladder.layer = watch(prefix, ladder)
-        with torch.enable_grad(), _NamedAttention():
+        with torch.enable_grad(), NamedAttention():
             stream = whole.stem(**self.example)
             for i in range(len(self.layers[""])):
                 stream = whole.layer(i, stream)
@@ -277,7 +162,7 @@ class Units:
         for prefix, ladder, _ in self.plan.ladders(bones):
             if prefix:
                 ladder.layer = lambda i, stream: stream
-        with torch.enable_grad(), _NamedAttention():
+        with torch.enable_grad(), NamedAttention():
             return _trained(bones.stem(**self.example))
 
     def twin(self, way: Way, word: str = "none") -> nn.Module:
@@ -320,7 +205,7 @@ class Units:
         entries: dict[str, Any] = {}
         around: dict[str, Around] = {}
         ladders = [(prefix, ladder) for prefix, ladder, _ in self.plan.ladders(twin) if prefix]
-        counting = _Counting(mesh)
+        counting = Counting(mesh)
 
         def stand_in(prefix: str, ladder: nn.Module) -> Callable[[int, Any], Any]:
             def layer(i: int, stream: Any) -> Any:
@@ -334,7 +219,7 @@ class Units:
                     around[prefix] = Around(made, waits)
 
                 travels, after = self.travels[prefix], self.trained[prefix]
-                through = {name: _pass(getattr(stream, name), note if name in after else None) for name in travels}
+                through = {name: skip(getattr(stream, name), note if name in after else None) for name in travels}
                 return stream._replace(**through)
 
             return layer
@@ -342,14 +227,14 @@ class Units:
         try:
             for prefix, ladder in ladders:
                 ladder.layer = stand_in(prefix, ladder)
-            example, held, left = tree_map_only(Tensor, torch.empty_like, dict(self.example)), _Held(), _Held()
+            example, held, left = tree_map_only(Tensor, torch.empty_like, dict(self.example)), Held(), Held()
             held.watch(example, example)
-            with _running(counting, twin):
+            with running(counting, twin):
                 stream = twin.stem(**example)
                 example = None
                 forward, kernels, sent = counting.peak, *counting.take()
-                end = _end([x for x in stream if isinstance(x, Tensor)])
-                output = _bytes([getattr(stream, name) for name in self.travels[""]])
+                end = end_of([x for x in stream if isinstance(x, Tensor)])
+                output = bytes_of([getattr(stream, name) for name in self.travels[""]])
                 entries[""] = _describe(stream)
                 left.watch(stream, self.travels[""])
                 stream = None
@@ -388,13 +273,13 @@ class Units:
         word: str,
         above: frozenset[str] | None,
     ) -> UnitTrace:
-        travels, door = self.travels[prefix], _Door()
-        counting = _Counting(mesh)
-        stream = _enter(entry, set(entry._fields) - travels, trained, door)
-        held, taken, left = _Held(), _Held(), _Held()
-        with _running(counting, twin):
+        travels, door = self.travels[prefix], Door()
+        counting = Counting(mesh)
+        stream = enter(entry, set(entry._fields) - travels, trained, door)
+        held, taken, left = Held(), Held(), Held()
+        with running(counting, twin):
             held.watch(stream, set(stream._fields) - travels)
-            stream = _enter(stream, travels, trained, door)
+            stream = enter(stream, travels, trained, door)
             taken.watch(stream, travels)
             following = ladder.layer(i, stream)
             changes = {name for name in travels if getattr(following, name) is not getattr(stream, name)}
@@ -403,7 +288,7 @@ class Units:
             forward, kernels, sent = counting.peak, *counting.take()
             kept = counting.kept if word == "but_attention" else 0
             made = [getattr(following, field) for field in travels]
-            output, end = _bytes(made), _end(made)
+            output, end = bytes_of(made), end_of(made)
             tops = [getattr(following, field).grad_fn for field in above or ()]
             del following, made
             saved, refers = counting.now, (held.find(), taken.find(), frozenset(changes), left.find())
@@ -430,18 +315,18 @@ class Units:
     def _run_head(self, way: Way, returns: bool, split: bool) -> tuple[UnitTrace, int]:
         """returns: whether what the model returns lives until the backward has ended."""
         twin, entry = self.twin(way), self._stem(way).entries[""]
-        travels, trained, door = self.travels[""], self.tracked if split else self.trained[""], _Door()
-        counting = _Counting(self._meshes[way, "none"])
-        stream, held, taken = _enter(entry, set(entry._fields) - travels, trained, door), _Held(), _Held()
-        with _running(counting, twin):
+        travels, trained, door = self.travels[""], self.tracked if split else self.trained[""], Door()
+        counting = Counting(self._meshes[way, "none"])
+        stream, held, taken = enter(entry, set(entry._fields) - travels, trained, door), Held(), Held()
+        with running(counting, twin):
             held.watch(stream, set(stream._fields) - travels)
-            stream = _enter(stream, travels, trained, door)
+            stream = enter(stream, travels, trained, door)
             taken.watch(stream, travels)
             output = twin.head(stream)
             stream = None
             losses = self.losses(output)
-            returned, output = _bytes([output]), output.detach() if returns else None  # `output` would hold the graph
-            end, size, losses = losses.sum(), _bytes([losses]), losses.detach()  # as a step keeps them
+            returned, output = bytes_of([output]), output.detach() if returns else None  # `output` would hold the graph
+            end, size, losses = losses.sum(), bytes_of([losses]), losses.detach()  # as a step keeps them
             forward, kernels, sent = counting.peak, *counting.take()
             saved, refers = counting.now, (held.find(), taken.find(), frozenset(), frozenset())
             if split:
@@ -466,244 +351,6 @@ class _Stem(NamedTuple):
     """By prefix, the stream that enters the first layer."""
 
 
-class _Held:
-    """Which of these fields somebody refers to."""
-
-    def watch(self, stream: Any, names: Iterable[str]) -> None:
-        """stream: or the arguments of the model, by name."""
-        fields = stream if isinstance(stream, Mapping) else stream._asdict()
-        self._storages = {
-            name: [weakref.ref(x.untyped_storage()) for x in tree_leaves(fields[name]) if isinstance(x, Tensor)]
-            for name in names
-        }
-
-    def find(self) -> frozenset[str]:
-        return frozenset(name for name, own in self._storages.items() if any(x() is not None for x in own))
-
-
-class _Counting(PeakMemory):
-    """Counts bytes and kernels of what has no values; where a value is asked for, it is worked with the worst."""
-
-    def __init__(self, mesh: MetaMesh) -> None:
-        super().__init__()
-        self.mesh = mesh
-        self.kernels: list[Kernel] = []
-        mesh.notes.clear()
-        self.kept = 0
-        self.settled = 0
-        self.peak_besides = 0
-
-    def take(self) -> tuple[tuple[Kernel, ...], tuple[Sent, ...]]:
-        """The kernels since the last time, and what was sent."""
-        kernels, sent = tuple(self.kernels), tuple(note for note in self.mesh.notes if note.ranks > 1)
-        self.kernels.clear()
-        self.mesh.notes.clear()
-        return kernels, sent
-
-    def back(self, end: Tensor | None) -> tuple[int, int, int]:
-        """Runs the backward: (backward, again, gradients) of a `UnitTrace`."""
-        self.peak = self.peak_besides = self.now
-        if end is not None and end.requires_grad:
-            # `end.backward()` would step out of the mode that names attention, and recompute would run another
-            run = torch.autograd.Variable._execution_engine.run_backward
-            run((end,), (torch.ones_like(end),), False, False, (), allow_unreachable=True, accumulate_grad=True)
-        return self.peak, self.peak_besides, self.settled
-
-    def back_to_inputs(self, end: Tensor, door: "_Door", twin: nn.Module) -> tuple[int, list[dict[str, Any]]]:
-        """Runs the first half of a backward: most bytes, and what is left for the second."""
-        self.peak = self.now
-        _, groups = stage_backward_input([end], None, [door.leaf], twin.parameters())
-        return self.peak, groups
-
-    def back_to_weights(
-        self, after: int, door: "_Door", groups: list[dict[str, Any]], twin: nn.Module
-    ) -> tuple[Halves, int]:
-        """Runs the second half; and bytes of gradients of parameters. after: see `Halves`."""
-        reaches = door.find()
-        between = self.peak = self.peak_besides = self.now
-        last = 0  # torch refers to the gradients of a group until it has those of the next
-        while groups:
-            group = groups.pop(0)
-            parameters = [p for p in twin.parameters() if p.requires_grad and p.grad is None]
-            add_weight_gradients(twin.parameters(), [group])
-            self.settled += last
-            last = sum(p.grad.untyped_storage().nbytes() for p in parameters if p.grad is not None)
-        made = self.settled + last
-        return Halves(after, between, self.peak, self.peak_besides, self.now - made, reaches), made
-
-    def settle(self, parameter: nn.Parameter) -> None:
-        """Its gradient is complete."""
-        self.settled += parameter.grad.untyped_storage().nbytes()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if is_view(op):
-            return op(*args, **(kwargs or {}))
-        if op is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return (args[0].dtype.is_floating_point and 0.0) or 0
-        if op is torch.ops.aten.nonzero.default and args[0].is_meta:
-            x = args[0]
-            op, args, kwargs = torch.ops.aten.new_empty.default, (x, (x.numel(), x.ndim)), {"dtype": torch.int64}
-        with torch._C.DisableTorchFunction():  # else every look at a shape would ask the mode that names attention
-            result = super().__torch_dispatch__(op, types, args, kwargs)
-        if op in KEPT:
-            self.kept += _bytes(list(result))
-        note_ring(op, args, kwargs or {}, self.mesh)
-        return result
-
-    def perform(self, op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        result, kernel = perform(op, args, kwargs)
-        if kernel:
-            self.kernels.append(kernel)
-        return result
-
-    def _count(self, counted: list[int], size: int) -> None:
-        super()._count(counted, size)
-        self.peak_besides = max(self.peak_besides, self.now - self.settled)
-
-
-class _Operations(TorchDispatchMode):
-    """What runs, and on which shapes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple] = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        given = tree_leaves((args, kwargs))
-        self.seen.append((op, *(x.shape if isinstance(x, Tensor) else repr(x) for x in given)))
-        return perform(op, args, kwargs or {})[0]
-
-
-class _NamedAttention(TorchFunctionMode):
-    """torch's attention as ours: on the meta device torch would hold the scores of all pairs, as no kernel does."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            return _attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """B H L h; a mask of keys alone: B 1 1 L. By torch's op for a CPU, which runs here without its kernel: recompute of
-    all but attention keeps ours (`KEPT`), and not what a layer asks torch for, as of the text.
-    """
-    if q.shape[1] == k.shape[1]:
-        bias = None if attn_mask is None else attn_mask.to(q.dtype)
-        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return op(q, k, v, dropout_p, is_causal, attn_mask=bias, scale=scale)[0]
-    mask = None if attn_mask is None else attn_mask[:, 0, 0]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return attention(q, k, v, is_causal, scale, mask=mask).transpose(1, 2)
-
-
-class _Begin(torch.autograd.Function):
-    """New memory like x, with a graph behind it in which its gradient ends."""
-
-    @staticmethod
-    def forward(ctx, leaf: Tensor, x: Tensor, node: "_Node") -> Tensor:
-        ctx.node = node
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, None, None]:
-        return None, None, None
-
-
-class _End(torch.autograd.Function):
-    """In whose backward gradients appear, as they come from the next unit: nothing else refers to them."""
-
-    @staticmethod
-    def forward(ctx, *tensors: Tensor) -> Tensor:
-        ctx.like = [(x.shape, x.dtype) for x in tensors]
-        return torch.empty(0, device="meta")
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in ctx.like)
-
-
-def _end(tensors: Sequence[Tensor]) -> Tensor | None:
-    trained = [x for x in tensors if x.requires_grad]
-    return _End.apply(*trained) if trained else None
-
-
-def _leaf() -> Tensor:
-    return torch.empty(0, device="meta", requires_grad=True)
-
-
-def _pass(x: Tensor, note: Callable[[Tensor], None] | None) -> Tensor:
-    """note: is given the gradient; None: there is none."""
-    return torch.empty_like(x) if note is None else _Through.apply(x, _leaf(), note)
-
-
-class _Through(torch.autograd.Function):
-    """In place of layers: new memory like x, and in the backward new memory like its gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, leaf: Tensor, note: Callable[[Tensor], None]) -> Tensor:
-        ctx.note = note
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        ctx.note(grad)
-        return torch.empty_like(grad), None, None
-
-
-class _Door:
-    """Through which tensors with a gradient enter a unit."""
-
-    def __init__(self) -> None:
-        self.leaf = torch.empty(0, device="meta", requires_grad=True)
-        self._nodes: dict[str, weakref.ref] = {}
-
-    def enter(self, name: str, x: Tensor) -> Tensor:
-        node = _Node()
-        self._nodes[name] = weakref.ref(node)
-        return _Begin.apply(self.leaf, x, node)
-
-    def find(self) -> frozenset[str]:
-        """Those to which some graph leads."""
-        return frozenset(name for name, node in self._nodes.items() if node() is not None)
-
-
-class _Node:
-    """Lives as long as the node of a graph that it is given to."""
-
-
-def _enter(stream: Any, names: Any, trained: frozenset[str], door: _Door) -> Any:
-    """The stream with new memory in the fields `names`."""
-
-    def renew(name: str) -> Any:
-        value = getattr(stream, name)
-        return door.enter(name, value) if name in trained else tree_map_only(Tensor, torch.empty_like, value)
-
-    return stream._replace(**{name: renew(name) for name in names})
-
-
-@contextmanager
-def _running(counting: _Counting, twin: nn.Module) -> Iterator[None]:
-    """Counting, with gradients of parameters that are dropped at the end."""
-    parameters = [p for p in twin.parameters() if p.requires_grad]
-    hooks = [p.register_post_accumulate_grad_hook(counting.settle) for p in parameters]
-    try:
-        with torch.enable_grad(), _NamedAttention(), counting:
-            yield
-    finally:
-        for hook, parameter in zip(hooks, parameters, strict=True):
-            hook.remove()
-            parameter.grad = None
-
-
 def _name_core(ladder: nn.Module, plan: ParallelPlan) -> None:
     owner, _, seam = plan.core.rpartition(".")
     if hasattr(ladder.get_submodule(owner), seam):
@@ -722,7 +369,7 @@ def _sizes(entry: Any, trained: frozenset[str]) -> dict[str, tuple[int, bool]]:
     tensors = {
         name: [x for x in tree_leaves(value) if isinstance(x, Tensor)] for name, value in entry._asdict().items()
     }
-    return {name: (_bytes(own), name in trained) for name, own in tensors.items() if own}
+    return {name: (bytes_of(own), name in trained) for name, own in tensors.items() if own}
 
 
 class _Shape(NamedTuple):
@@ -743,8 +390,3 @@ def _make(stream: Any) -> Any:
         stream,
         is_leaf=lambda x: isinstance(x, _Shape),
     )
-
-
-def _bytes(tensors: Sequence[Any]) -> int:
-    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors if isinstance(x, Tensor)}
-    return sum(storages.values())

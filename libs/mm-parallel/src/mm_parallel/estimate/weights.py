@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from mm_parallel.config import ParallelConfig
-from mm_parallel.estimate.units import Units, way_of
+from mm_parallel.estimate.traces import way_of
+from mm_parallel.estimate.units import Units
 from mm_parallel.frozen import frozen_linears
 from mm_parallel.fsdp import group
 from mm_parallel.waiting import padded
