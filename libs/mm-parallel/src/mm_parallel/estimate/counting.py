@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.pipelining._backward import stage_backward_input
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -19,7 +18,7 @@ from mm_parallel.estimate.operations import perform
 from mm_parallel.estimate.peak import PeakMemory, is_view
 from mm_parallel.estimate.traces import Halves
 from mm_parallel.meta import MetaMesh, Sent
-from mm_parallel.pipeline.stage import add_weight_gradients
+from mm_parallel.pipeline.stage import add_weight_gradients, back_to_inputs
 
 
 class Held:
@@ -68,7 +67,7 @@ class Counting(PeakMemory):
     def back_to_inputs(self, end: Tensor, door: "Door", twin: nn.Module) -> tuple[int, list[dict[str, Any]]]:
         """Runs the first half of a backward: most bytes, and what is left for the second."""
         self.peak = self.now
-        _, groups = stage_backward_input([end], None, [door.leaf], twin.parameters())
+        _, groups = back_to_inputs([end], None, [door.leaf], twin.parameters())
         return self.peak, groups
 
     def back_to_weights(
@@ -170,8 +169,8 @@ class _Begin(torch.autograd.Function):
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, None, None]:
-        return None, None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return torch.empty(0, device="meta"), None, None  # torch before 2.13 refuses to do without
 
 
 class _End(torch.autograd.Function):

@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining._backward import _get_grad_fn_or_grad_acc, stage_backward_weight
+from torch.distributed.pipelining._backward import (
+    _get_grad_fn_or_grad_acc,
+    stage_backward_input,
+    stage_backward_weight,
+)
 
 
 class _Selective(PipelineStage):
@@ -47,7 +51,7 @@ class _Selective(PipelineStage):
         if kind == "weight":
             _add_weight_gradients(self.submod.parameters(), given["param_groups"])
             return (), None
-        inputs, owners = given["input_values"], []
+        inputs = given["input_values"]
         if kind == "input":  # torch takes for granted that all outputs have a gradient, and returns those that are
             outputs, grads = given["stage_output"], given["output_grads"]
             places = [i for i, output in enumerate(outputs) if output.requires_grad]
@@ -60,11 +64,24 @@ class _Selective(PipelineStage):
         if kind == "input":
             left = iter(grads)
             grads = tuple(next(left) if x.requires_grad else None for x in inputs)
-            for group in groups:  # torch keeps nodes, but one that is written in Python is owned by what follows it
-                group["owners"] = owners
+            _own(groups, owners)
         if not self.is_first:
             grads = tuple(_zero_if_unused(x, grad) for x, grad in zip(inputs, grads, strict=True))
         return grads, groups
+
+
+def _own(groups: list[dict[str, Any]], owners: list[GradientEdge]) -> None:
+    """Keeps the graph behind these edges where it must be: who refers to a node owns it, but not one of Python's."""
+    for group in groups:
+        if any(isinstance(node, torch._C._FunctionBase) for node in group["intermediates"]):
+            group["owners"] = owners
+
+
+def _back_to_inputs(outputs: list[Tensor], *given: Any) -> tuple[tuple, list[dict[str, Any]]]:
+    owners = [get_gradient_edge(output) for output in outputs]
+    grads, groups = stage_backward_input(outputs, *given)
+    _own(groups, owners)
+    return grads, groups
 
 
 def _add_weight_gradients(weights: Iterable[Tensor], groups: list[dict[str, Any]]) -> None:
@@ -95,5 +112,7 @@ def _zero_if_unused(x: Tensor, grad: Tensor | None) -> Tensor | None:
 _KNOWS = hasattr(PipelineStage, "_get_grad_send_meta")
 TorchStage = PipelineStage if _KNOWS else _Selective
 """Of what travels, only the tensors that require a gradient on the meta device have one."""
+back_to_inputs = stage_backward_input if _KNOWS else _back_to_inputs
+"""(outputs, their gradients, inputs, weights): the first half of a backward, as stages run it."""
 add_weight_gradients = stage_backward_weight if _KNOWS else _add_weight_gradients
-"""(weights, groups): the second half of a backward, of what `stage_backward_input` has left."""
+"""(weights, groups): the second half, of what the first has left."""
