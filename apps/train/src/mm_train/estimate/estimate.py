@@ -183,7 +183,7 @@ class Subject:
             waits += number * (traces[name].saved - moved)
             seconds += number * sum(half.total for half in clock.unit(traces[name]))
         virtual = len(layout.stages) if layout.pp_layers else 1
-        bubble = (layout.pp - 1) / virtual / (3 if layout.schedule == "zero_bubble" else 1)
+        bubble = (layout.pp - 1) / virtual / (3 if layout.splits else 1)
         in_flight = min(layout.pp, count)
         return held / ranks + waits / layout.pp * in_flight, seconds / layout.pp * (count + bubble)
 

@@ -64,16 +64,18 @@ class Counting(PeakMemory):
             run((end,), (torch.ones_like(end),), False, False, (), allow_unreachable=True, accumulate_grad=True)
         return self.peak, self.peak_besides, self.settled
 
-    def back_to_inputs(self, end: Tensor, door: "Door", twin: nn.Module) -> tuple[int, list[dict[str, Any]]]:
-        """Runs the first half of a backward: most bytes, and what is left for the second."""
+    def back_in_halves(
+        self, end: Tensor, door: "Door", twin: nn.Module, kept: list[Any]
+    ) -> tuple[tuple[int, int, int], Halves]:
+        """Runs the backward in halves: (backward, again, gradients) of a `UnitTrace`, and its `Halves`.
+
+        kept: what is referred to until the first half of all units has ended; it is emptied then.
+        """
+        kept.append(end.grad_fn)  # all of the graph
         self.peak = self.now
         _, groups = back_to_inputs([end], None, [door.leaf], twin.parameters())
-        return self.peak, groups
-
-    def back_to_weights(
-        self, after: int, door: "Door", groups: list[dict[str, Any]], twin: nn.Module
-    ) -> tuple[Halves, int]:
-        """Runs the second half; and bytes of gradients of parameters. after: see `Halves`."""
+        most, after = self.peak, self.now
+        kept.clear()
         reaches = door.find()
         between = self.peak = self.peak_besides = self.now
         last = 0  # torch refers to the gradients of a group until it has those of the next
@@ -84,7 +86,8 @@ class Counting(PeakMemory):
             self.settled += last
             last = sum(p.grad.untyped_storage().nbytes() for p in parameters if p.grad is not None)
         made = self.settled + last
-        return Halves(after, between, self.peak, self.peak_besides, self.now - made, reaches), made
+        halves = Halves(after, between, self.peak, self.peak_besides, self.now - made, reaches)
+        return (most, most, made), halves
 
     def settle(self, parameter: nn.Parameter) -> None:
         """Its gradient is complete."""

@@ -295,12 +295,7 @@ class Units:
             if above is None:
                 backward, halves = counting.back(end), None
             else:
-                top = end.grad_fn  # all of the graph, until all units have run
-                most, groups = counting.back_to_inputs(end, door, twin)
-                after = counting.now
-                del top
-                halves, grads = counting.back_to_weights(after, door, groups, twin)
-                backward = most, most, grads
+                backward, halves = counting.back_in_halves(end, door, twin, [])
             tops.clear()
         inputs = saved - kept if word != "none" else 0
         back_kernels, back_sent = counting.take()
@@ -330,12 +325,8 @@ class Units:
             forward, kernels, sent = counting.peak, *counting.take()
             saved, refers = counting.now, (held.find(), taken.find(), frozenset(), frozenset())
             if split:
-                top = end.grad_fn  # as of a layer
-                most, groups = counting.back_to_inputs(end, door, twin)
-                after, output = counting.now, None
-                del top
-                halves, grads = counting.back_to_weights(after, door, groups, twin)
-                backward = most, most, grads
+                kept, output = [output], None
+                backward, halves = counting.back_in_halves(end, door, twin, kept)
             else:
                 backward, halves = counting.back(end), None
         back_kernels, back_sent = counting.take()

@@ -237,7 +237,7 @@ class Rank:
     @property
     def _keeps_sent(self) -> bool:
         """torch's schedules of virtual stages, and those that split a backward, wait for what was sent at the end."""
-        return len(self.layout.stages) > 1 or self.layout.schedule == "zero_bubble"
+        return len(self.layout.stages) > 1 or self.layout.splits
 
     def _keeps(self, turn: Turn) -> int:
         """Bytes of what was sent that live until the end of the step, though with this turn nothing else needs them."""
